@@ -1,0 +1,113 @@
+"""Engines: what executes a packed denoiser, behind one contract (layer L3).
+
+An engine attaches to a quantized denoiser by setting attributes of that instance (each layer's
+`kernel`, the `forward` of blocks or of the whole network) and detaches by deleting them. Weights
+and files never depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from torch import nn
+
+from quantempo.errors import QuantempoError
+from quantempo.quantizers import find_clock
+from quantempo.registry import Registry
+
+__all__ = ["ENGINES", "Engine", "attach", "attach_lazily", "attached", "choose", "detach"]
+
+log = logging.getLogger("quantempo")
+
+_MARK = "_quantempo_engine"
+
+
+class Engine(Protocol):
+    """What every engine offers.
+
+    name: as a user writes it; devices: torch device types it runs on, the fastest engine of a
+    device is registered first.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """Return why it cannot run here (one clause), or None."""
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Make `denoiser(...)` run on this engine."""
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Undo `attach`."""
+
+
+ENGINES: Registry[Engine] = Registry("engine")
+
+
+def choose(device: str) -> Engine:
+    """Return the fastest engine that can run on a device type; log what was passed over, and why.
+
+    Raises:
+        QuantempoError: none can.
+    """
+    for name in ENGINES.names():
+        engine = ENGINES.get(name)
+        if device not in engine.devices and "any" not in engine.devices:
+            continue
+        reason = engine.missing()
+        if reason is None:
+            return engine
+        log.warning("engine %s is not used: %s", name, reason)
+    raise QuantempoError(f"no engine can run on device '{device}'")
+
+
+def attach(denoiser: nn.Module, engine: str = "auto") -> str:
+    """Attach an engine to a quantized denoiser and return its name.
+
+    Args:
+        denoiser: quantized in place.
+        engine: a registered name, or "auto" for the fastest that is installed for its device.
+
+    Raises:
+        QuantempoError: not quantized, unknown engine, or the engine cannot run here.
+    """
+    if find_clock(denoiser) is None:
+        raise QuantempoError(f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`")
+    device = next(denoiser.parameters()).device.type
+    chosen = choose(device) if engine == "auto" else ENGINES.get(engine)
+    reason = chosen.missing()
+    if reason is None and device not in chosen.devices and "any" not in chosen.devices:
+        reason = f"it runs on {', '.join(chosen.devices)}, the model is on {device}"
+    if reason is not None:
+        raise QuantempoError(f"engine '{chosen.name}' cannot run here: {reason}")
+    detach(denoiser)
+    chosen.attach(denoiser)
+    object.__setattr__(denoiser, _MARK, chosen.name)
+    log.info("engine: %s", chosen.name)
+    return chosen.name
+
+
+def attached(denoiser: nn.Module) -> str | None:
+    """Return the name of the attached engine, or None."""
+    return getattr(denoiser, _MARK, None)
+
+
+def detach(denoiser: nn.Module) -> None:
+    """Remove the attached engine, if any (also a lazy one)."""
+    name = attached(denoiser)
+    if name is not None:
+        ENGINES.get(name).detach(denoiser)
+        delattr(denoiser, _MARK)
+    denoiser.__dict__.pop("forward", None)
+
+
+def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
+    """Attach at the first call: only then is it known on which device the model ended up."""
+
+    def first_call(*args: Any, **kwargs: Any) -> Any:
+        attach(denoiser, engine)
+        return denoiser.forward(*args, **kwargs)
+
+    denoiser.__dict__["forward"] = first_call

@@ -1,0 +1,31 @@
+"""Core numerics: integer grids, grouping, packing, seeds (layer L0)."""
+
+from quantempo.core.affine import dequantize, fake_quantize, quantize
+from quantempo.core.groups import from_groups, to_groups
+from quantempo.core.packing import (
+    pack_int4,
+    pack_int12,
+    unpack_int4,
+    unpack_int12,
+    weight_sums,
+)
+from quantempo.core.random import generators
+from quantempo.core.spec import ACTIVATION, WEIGHT, QParams, QuantSpec
+
+__all__ = [
+    "ACTIVATION",
+    "WEIGHT",
+    "QParams",
+    "QuantSpec",
+    "dequantize",
+    "fake_quantize",
+    "from_groups",
+    "generators",
+    "pack_int4",
+    "pack_int12",
+    "quantize",
+    "to_groups",
+    "unpack_int4",
+    "unpack_int12",
+    "weight_sums",
+]

@@ -1,0 +1,67 @@
+"""Bit packing of integer weights, and the sums that fold a zero point away (layer L0)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["pack_int4", "pack_int12", "unpack_int4", "unpack_int12", "weight_sums"]
+
+
+def _check(q: Tensor, low: int, high: int) -> None:
+    if q.is_floating_point() or (q.numel() and (int(q.min()) < low or int(q.max()) > high)):
+        raise QuantempoError(f"got {q.dtype} outside [{low}, {high}]; expected integers inside")
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Pack int4 codes in [-8, 7] two to a byte, the even index in the low nibble.
+
+    Args:
+        q: (..., L) integers; an odd L is padded with 0.
+
+    Returns:
+        (..., ceil(L/2)) uint8.
+    """
+    _check(q, -8, 7)
+    nibbles = (q.to(torch.int16) & 0xF).to(torch.uint8)
+    if nibbles.shape[-1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, length: int) -> Tensor:
+    """Undo `pack_int4`: (..., ceil(length/2)) uint8 -> (..., length) int8 in [-8, 7]."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :length]
+    # Sign extension: codes 8..15 stand for -8..-1.
+    return ((nibbles.to(torch.int8) ^ 8) - 8).to(torch.int8)
+
+
+def pack_int12(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Split int12 codes in [-2048, 2047] into a high byte and a packed low nibble.
+
+    q = 16 * high + low with low in [0, 15].
+
+    Returns:
+        high (..., L) int8 and low (..., ceil(L/2)) uint8: 1.5 bytes a code.
+    """
+    _check(q, -2048, 2047)
+    wide = q.to(torch.int16)
+    low = (wide & 0xF).to(torch.int8)
+    return (wide >> 4).to(torch.int8), pack_int4(torch.where(low > 7, low - 16, low))
+
+
+def unpack_int12(high: Tensor, low: Tensor) -> Tensor:
+    """Undo `pack_int12`: return (..., L) int16 codes."""
+    nibble = unpack_int4(low, high.shape[-1]).to(torch.int16) & 0xF
+    return (high.to(torch.int16) << 4) + nibble
+
+
+def weight_sums(weight_int: Tensor) -> Tensor:
+    """Return sum_k q_w[o, k] per output channel, (O,) int32.
+
+    With it a zero point folds out of an integer product:
+    sum_k (q_a - z) q_w = sum_k q_a q_w - z * sum_k q_w  (exact in int32 up to K = 66,311).
+    """
+    return weight_int.flatten(1).sum(1, dtype=torch.int32)

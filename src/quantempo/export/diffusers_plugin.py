@@ -1,0 +1,231 @@
+"""Register quantempo with diffusers, so that `from_pretrained` just loads (layer L4).
+
+On disk a quantized model is an ordinary diffusers folder: safetensors plus `quantization_config`
+in the component's config.json. Two public dictionaries of diffusers are extended at import; no
+class is patched. This file and `models/` are the only ones that import diffusers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from quantempo.backends.engine import attach_lazily
+from quantempo.errors import QuantempoError
+from quantempo.models.family import sites
+from quantempo.quantizers import (
+    CLOCK_NAME,
+    Int12Linear,
+    LayerPlan,
+    QLayer,
+    SiteQuantizer,
+    install_clock,
+    install_sites,
+    swap_layers,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QuantempoConfig",
+    "QuantempoQuantizer",
+    "integer_digest",
+    "mark_quantized",
+    "register",
+]
+
+FORMAT_VERSION = 1
+_OURS = (QLayer, Int12Linear, SiteQuantizer)
+
+
+class _Method(str, Enum):
+    # diffusers reads `.value` of a quantization method; a plain string would not do.
+    QUANTEMPO = "quantempo"
+
+
+class QuantempoConfig(QuantizationConfigMixin):
+    """What `quantization_config` in config.json holds; JSON types only.
+
+    Args:
+        recipe: the resolved recipe.
+        int12: names of layers whose weights are stored in 12 bits.
+        float_layers: name -> reason of layers left in float.
+        segments: name -> input channels of each segment, where there is more than one.
+        buckets: name -> number of time buckets, where there is more than one.
+        num_train_timesteps: length T of the clock's table.
+        per_unit: training time-steps in one unit of the network's time.
+        sites: names of quantized sites of the sampler.
+        hashes: "integers": SHA-256 of all quantized tensors, checked at load; "source": of the
+            float model; "recipe".
+        format_version: of this layout; a newer one is refused.
+        version: of the library that wrote it.
+    """
+
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        int12: list[str] | None = None,
+        float_layers: dict[str, str] | None = None,
+        segments: dict[str, list[int]] | None = None,
+        buckets: dict[str, int] | None = None,
+        num_train_timesteps: int = 1000,
+        per_unit: float = 1.0,
+        sites: list[str] | None = None,
+        hashes: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        version: str = "",
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = _Method.QUANTEMPO
+        if format_version > FORMAT_VERSION:
+            raise QuantempoError(
+                f"this checkpoint has format_version {format_version}; this quantempo reads up to "
+                f"{FORMAT_VERSION}; upgrade quantempo"
+            )
+        unknown.pop("quant_method", None)
+        if unknown:
+            warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
+        self.recipe, self.int12 = recipe or {}, int12 or []
+        self.float_layers, self.segments = float_layers or {}, segments or {}
+        self.buckets, self.num_train_timesteps = buckets or {}, num_train_timesteps
+        self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
+        self.format_version, self.version = format_version, version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON types."""
+        return {**self.__dict__, "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same as `to_dict`; diffusers logs it."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"QuantempoConfig(format_version={self.format_version}, recipe={self.recipe})"
+
+    def plans(self, denoiser: nn.Module) -> list[LayerPlan]:
+        """Return what each layer of the (float, maybe meta) denoiser becomes."""
+        plans = []
+        for site in sites(denoiser):
+            if site.name in self.float_layers:
+                plans.append(LayerPlan(site.name, "float", reason=self.float_layers[site.name]))
+            elif site.name in self.int12:
+                plans.append(LayerPlan(site.name, "int12"))
+            else:
+                segments = tuple(self.segments.get(site.name, ()))
+                plans.append(
+                    LayerPlan(site.name, "int8", segments, self.buckets.get(site.name, 1))
+                )
+        return plans
+
+
+class QuantempoQuantizer(DiffusersQuantizer):
+    """Rebuild the quantized modules of a saved denoiser while diffusers loads it."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._exact: dict[str, Tensor] = {}
+        self._ours: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
+        clock = install_clock(model, table, config.per_unit)
+        swap_layers(model, config.plans(model), clock)
+        install_sites(model, config.sites)
+        self._ours = set(_quantized_state(model))
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
+        for name in self._ours & set(state_dict):
+            self._exact[name] = state_dict[name]
+        return state_dict
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        missing = sorted(self._ours - set(self._exact))
+        if missing:
+            raise QuantempoError(
+                f"the checkpoint lacks {len(missing)} tensors, the first is '{missing[0]}'; "
+                "it is damaged: save or fetch it again"
+            )
+        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        for name, tensor in self._exact.items():
+            owner, _, leaf = name.rpartition(".")
+            # A copy, so that the file is not kept mapped and may be overwritten.
+            model.get_submodule(owner)._buffers[leaf] = tensor.to(device).clone()
+        self._exact.clear()
+        expected = self.quantization_config.hashes.get("integers")
+        if expected and expected != integer_digest(model):
+            raise QuantempoError(
+                "the quantized tensors do not match the hash in config.json; the checkpoint is "
+                "damaged or was edited: save or fetch it again"
+            )
+        attach_lazily(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Add the producer and the recipe's hash to the header of each safetensors file."""
+        hashes = self.quantization_config.hashes
+        return state_dict, {"producer": "quantempo", "recipe_sha256": hashes.get("recipe", "")}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        raise QuantempoError("dequantize is not supported; load the float checkpoint instead")
+
+    @property
+    def is_serializable(self) -> bool:
+        """Saving keeps the integers."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integers take no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Layers are plain modules with buffers."""
+        return True
+
+
+def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the named buffers that belong to quantized modules and the clock."""
+    state = {f"{CLOCK_NAME}.bucket_of": model.get_buffer(f"{CLOCK_NAME}.bucket_of")}
+    for prefix, module in model.named_modules():
+        if isinstance(module, _OURS):
+            for name, value in module.named_buffers(recurse=False):
+                state[f"{prefix}.{name}"] = value
+    return state
+
+
+def integer_digest(model: nn.Module) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all quantized tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_quantized_state(model).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
+    """Make `save_pretrained` write the configuration beside the weights."""
+    config.hashes["integers"] = integer_digest(denoiser)
+    denoiser.is_quantized = True
+    denoiser.quantization_method = config.quant_method
+    denoiser.hf_quantizer = QuantempoQuantizer(config)
+    denoiser.register_to_config(quantization_config=config.to_dict())
+
+
+def register() -> None:
+    """Add quantempo to the quantizers diffusers knows; safe to call again."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("quantempo", QuantempoConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault("quantempo", QuantempoQuantizer)

@@ -1,0 +1,91 @@
+"""Open a diffusers pipeline from disk, and say plainly what is wrong with it (layer L1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["check_finite", "load_pipeline", "model_digest"]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
+
+    Raises:
+        QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
+            that does not fit its config.
+    """
+    folder = Path(source)
+    if folder.exists():
+        _check_folder(folder)
+    elif not _HUB_NAME.fullmatch(str(source)):
+        raise QuantempoError(f"no folder '{source}'; expected a diffusers pipeline folder")
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype)
+    except QuantempoError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError) as error:
+        first = " ".join(str(error).split())[:300]
+        hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
+        raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what diffusers would explain badly: other folders, broken JSON, torn safetensors."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        hint = ""
+        if (folder / "config.json").is_file():
+            hint = " (this is one component of a pipeline: give the folder above it)"
+        raise QuantempoError(
+            f"'{folder}' is not a diffusers pipeline: it has no model_index.json{hint}"
+        )
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise QuantempoError(f"{file} is not valid JSON ({error}); fetch it again") from error
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as stream:
+                stream.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise QuantempoError(
+                f"{file} is damaged or truncated ({error}); fetch or save it again"
+            ) from error
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise QuantempoError naming the first parameter that holds NaN or infinity."""
+    for name, value in module.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise QuantempoError(
+                f"weight '{name}' holds NaN or infinity; the checkpoint is broken, train or "
+                "convert it again"
+            )
+
+
+def model_digest(module: nn.Module) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""Stateful modules: the step clock, quantized layers, replacing layers in place (layer L2)."""
+
+from quantempo.quantizers.clock import CLOCK_NAME, StepClock
+from quantempo.quantizers.layers import Int12Linear, QConv2d, QLayer, QLinear
+from quantempo.quantizers.sites import (
+    SITES,
+    SiteQuantizer,
+    attach_sampler_site,
+    find_sites,
+    install_sites,
+    output_part,
+)
+from quantempo.quantizers.swap import (
+    LayerPlan,
+    fill,
+    find_clock,
+    install_clock,
+    quantized_layers,
+    swap_layers,
+)
+
+__all__ = [
+    "CLOCK_NAME",
+    "SITES",
+    "Int12Linear",
+    "LayerPlan",
+    "QConv2d",
+    "QLayer",
+    "QLinear",
+    "SiteQuantizer",
+    "StepClock",
+    "attach_sampler_site",
+    "fill",
+    "find_clock",
+    "find_sites",
+    "install_clock",
+    "install_sites",
+    "output_part",
+    "quantized_layers",
+    "swap_layers",
+]

@@ -1,0 +1,78 @@
+"""Which time bucket the denoiser is in, read by every quantized layer (layer L2).
+
+Scales are keyed by the training time-step the network receives, never by a call counter, so one
+calibration serves every scheduler and step count of that model, and a batch may mix time-steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["CLOCK_NAME", "StepClock"]
+
+# The clock is a child of the denoiser under this name, so its table is saved with the weights.
+CLOCK_NAME = "quantempo_clock"
+
+
+class StepClock(nn.Module):
+    """Map the time-step the denoiser receives to a bucket.
+
+    bucket = bucket_of[clamp(round(t * per_unit), 0, T - 1)].
+
+    Args:
+        bucket_of: (T,) int64, the bucket of each training time-step; starts at 0.
+        per_unit: training time-steps in one unit of the time the denoiser receives: 1, or T for
+            networks that are given t / T (flow matching).
+    """
+
+    bucket_of: Tensor
+
+    def __init__(self, bucket_of: Tensor, per_unit: float = 1.0) -> None:
+        super().__init__()
+        self.per_unit = per_unit
+        self.register_buffer("bucket_of", bucket_of.to(torch.int64))
+        self.bucket: Tensor = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets."""
+        return int(self.bucket_of.max()) + 1
+
+    def set(self, timestep: Any) -> None:
+        """Set `bucket` from a time-step: a number or a tensor of shape (), (1,) or (B,).
+
+        `bucket` becomes (), or (B,) for B > 1 (no host synchronisation either way).
+        """
+        t = torch.as_tensor(timestep, device=self.bucket_of.device)
+        if t.ndim > 1:
+            raise QuantempoError(f"got a time-step of shape {tuple(t.shape)}; expected () or (B,)")
+        index = (t.double() * self.per_unit).round().long().clamp(0, len(self.bucket_of) - 1)
+        self.bucket = self.bucket_of[index.reshape(()) if t.numel() == 1 else index]
+
+    def rows(self, table: Tensor, like: Tensor) -> Tensor:
+        """Return the row of a (G,) table for the current bucket, shaped to broadcast over `like`.
+
+        Args:
+            table: (G,), G = 1 (constant in time) or the number of buckets.
+            like: (B', ...) with B' a multiple of the clock's batch.
+
+        Returns:
+            (), or (B', 1, ...) when the batch mixes time-steps.
+        """
+        if len(table) == 1:
+            return table[0]
+        value = table.index_select(0, self.bucket.reshape(-1))
+        if self.bucket.ndim == 0:
+            return value.reshape(())
+        if like.shape[0] % len(value):
+            raise QuantempoError(
+                f"got {len(value)} time-steps for a layer input of {like.shape[0]} rows; "
+                "expected a multiple"
+            )
+        value = value.repeat_interleave(like.shape[0] // len(value))
+        return value.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,241 @@
+"""Quantized layers: plain modules that hold integers and scales in buffers (layer L2).
+
+    y = s_a * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o],   q_a = clamp(round(x/s_a) + z)
+
+They replace Conv2d and Linear in place under the same name. What executes them is a plain callable
+`kernel` that a backend attaches; saving and loading never depend on it. Source: PTQ4DM section
+3.1 with quantizers moved to layer inputs, where integer kernels need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.core import QParams, QuantSpec, pack_int12, quantize, unpack_int12
+from quantempo.errors import QuantempoError
+from quantempo.quantizers.clock import StepClock
+
+__all__ = ["Int12Linear", "QConv2d", "QLayer", "QLinear"]
+
+Kernel = Callable[[Tensor], Tensor]
+
+
+class QLayer(nn.Module):
+    """Hold what `QConv2d` and `QLinear` share.
+
+    Buffers: weight_int int8 (O, ...); weight_scale float32 (O,); bias float32 (O,) or None;
+    act_scale float32 (S, G), one row for each input segment, one column for each time bucket;
+    act_zero_point int32 (S,).
+
+    Args:
+        weight_shape: shape of the weight, output channels first.
+        bias: whether there is one.
+        clock: the denoiser's clock.
+        segments: input channels of each segment with a scale of its own; sums to C_in.
+        buckets: G, 1 for one scale at all times.
+        device: where the (uninitialised) buffers are made.
+    """
+
+    weight_int: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    act_scale: Tensor
+    act_zero_point: Tensor
+    clock: StepClock
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        out, parts = weight_shape[0], len(segments)
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+        buffer("weight_int", weight_shape, torch.int8)
+        buffer("weight_scale", (out,), torch.float32)
+        if bias:
+            buffer("bias", (out,), torch.float32)
+        else:
+            self.register_buffer("bias", None)
+        buffer("act_scale", (parts, buckets), torch.float32)
+        buffer("act_zero_point", (parts,), torch.int32)
+        self.segments = tuple(segments)
+        # Not registered as a child: the clock belongs to the denoiser, once.
+        object.__setattr__(self, "clock", clock)
+        object.__setattr__(self, "kernel", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the dequantized weight, float32 (made anew at each access)."""
+        scale = self.weight_scale.reshape(-1, *[1] * (self.weight_int.ndim - 1))
+        return self.weight_int.float() * scale
+
+    def scale_now(self, segment: int, x: Tensor) -> Tensor:
+        """Return the activation scale of the current time bucket: () or (B, 1, ...) like x."""
+        return self.clock.rows(self.act_scale[segment], x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the attached kernel; raises QuantempoError when no backend was attached."""
+        if self.kernel is None:
+            raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
+        return self.kernel(x)
+
+    kernel: Kernel | None
+
+
+class QConv2d(QLayer):
+    """Quantized 2-D convolution with zero padding; weight_int (O, C_in/groups, kh, kw)."""
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(weight_shape, bias, clock, segments, buckets, device)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
+        self.kernel_size = tuple(weight_shape[2:])
+
+    @classmethod
+    def like(
+        cls, layer: nn.Conv2d, clock: StepClock, segments: tuple[int, ...], buckets: int
+    ) -> QConv2d:
+        """Return an empty quantized twin of a float convolution, on its device."""
+        return cls(
+            tuple(layer.weight.shape),
+            layer.bias is not None,
+            clock,
+            segments or (layer.in_channels,),
+            buckets,
+            stride=tuple(layer.stride),
+            padding=tuple(layer.padding),
+            dilation=tuple(layer.dilation),
+            groups=layer.groups,
+            device=layer.weight.device,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, segments={self.segments}, "
+            f"buckets={self.act_scale.shape[1]}"
+        )
+
+
+class QLinear(QLayer):
+    """Quantized linear layer; weight_int (O, C_in), input (..., C_in)."""
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.weight_int.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.weight_int.shape[0]
+
+    @classmethod
+    def like(
+        cls, layer: nn.Linear, clock: StepClock, segments: tuple[int, ...], buckets: int
+    ) -> QLinear:
+        """Return an empty quantized twin of a float linear layer, on its device."""
+        return cls(
+            tuple(layer.weight.shape),
+            layer.bias is not None,
+            clock,
+            segments or (layer.in_features,),
+            buckets,
+            device=layer.weight.device,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, buckets={self.act_scale.shape[1]}"
+
+
+class Int12Linear(nn.Module):
+    """Linear layer computed in float whose weight is stored in 12 bits.
+
+    W_hat = scale[o] * q, q in [-2047, 2047], scale[o] = max|W[o]| / 2047. For the layers of the
+    time embedding, which act on t alone: they need float accuracy but not two bytes a weight.
+
+    Error: |W - W_hat| <= scale / 2, that is 2.5e-4 of the channel's largest weight (half
+    precision: up to 4.9e-4 of each weight).
+    """
+
+    weight_high: Tensor
+    weight_low: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+        buffer("weight_high", (out_features, in_features), torch.int8)
+        buffer("weight_low", (out_features, (in_features + 1) // 2), torch.uint8)
+        buffer("weight_scale", (out_features,), torch.float32)
+        if bias:
+            buffer("bias", (out_features,), torch.float32)
+        else:
+            self.register_buffer("bias", None)
+        self._unpacked: Tensor | None = None
+
+    @classmethod
+    def like(cls, layer: nn.Linear) -> Int12Linear:
+        """Return an empty twin of a float linear layer, on its device."""
+        return cls(
+            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.device
+        )
+
+    def fill(self, layer: nn.Linear) -> Int12Linear:
+        """Store the weight and bias of a float layer; return self."""
+        weight = layer.weight.detach().float()
+        spec = QuantSpec(bits=12, signed=True, symmetric=True, narrow=True)
+        scale = (weight.abs().amax(1) / spec.qmax).clamp_min(torch.finfo(torch.float32).tiny)
+        grid = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+        self.weight_high, self.weight_low = pack_int12(quantize(weight, grid, spec, axis=0))
+        self.weight_scale = scale
+        if layer.bias is not None:
+            self.bias = layer.bias.detach().float()
+        self._unpacked = None
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the float32 weight (unpacked once, then kept)."""
+        cached = self._unpacked
+        if cached is None or cached.device != self.weight_scale.device:
+            codes = unpack_int12(self.weight_high, self.weight_low).float()
+            self._unpacked = cached = codes * self.weight_scale[:, None]
+        return cached
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
+        return nn.functional.linear(x.float(), self.weight, self.bias).to(x.dtype)

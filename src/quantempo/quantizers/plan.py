@@ -1,0 +1,46 @@
+"""Decide what each layer becomes, with the reason where it is not int8 (layer L2)."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from quantempo.models.family import Site, check_roles
+from quantempo.quantizers.swap import LayerPlan
+from quantempo.recipe import LayerSettings
+
+__all__ = ["plan_layers"]
+
+_REASONS = {
+    "input": "input layer: reads x_t itself, a fraction of a percent of the work",
+    "output": "output layer: its error goes straight into the image",
+    "time": "time embedding: one row a step, error would reach every block",
+}
+
+
+def plan_layers(sites: list[Site], settings: LayerSettings) -> list[LayerPlan]:
+    """Return one plan per site, `buckets` still 1 (the search decides).
+
+    Kept in float, in this order of reasons: what no integer kernel takes; names that match
+    `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in 12 bits.
+
+    Raises:
+        QuantempoError: unknown role.
+    """
+    check_roles(settings.float_roles)
+    plans = []
+    for site in sites:
+        pattern = next((p for p in settings.exclude if fnmatchcase(site.name, p)), None)
+        if site.unsupported is not None:
+            plans.append(LayerPlan(site.name, "float", reason=site.unsupported))
+        elif pattern is not None:
+            plans.append(LayerPlan(site.name, "float", reason=f"excluded by '{pattern}'"))
+        elif site.role in settings.float_roles:
+            stored = site.role == "time" and isinstance(site.layer, nn.Linear)
+            reason = _REASONS.get(site.role, f"role '{site.role}' is kept in float by the recipe")
+            plans.append(LayerPlan(site.name, "int12" if stored else "float", reason=reason))
+        else:
+            segments = site.segments if settings.split_skips else ()
+            plans.append(LayerPlan(site.name, "int8", segments))
+    return plans

@@ -1,0 +1,215 @@
+"""A recipe: what to do, as frozen settings that round-trip through a small TOML file (layer L0).
+
+Names in a recipe (time_sampler, metric, rounding) refer to registries; they are resolved by the
+stage that uses them, so this module imports none of those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from quantempo.errors import QuantempoError
+from quantempo.registry import nearest
+
+__all__ = [
+    "ActivationSettings",
+    "LayerSettings",
+    "Recipe",
+    "RoundingSettings",
+    "TraceSettings",
+    "WeightSettings",
+]
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Which network inputs to record.
+
+    steps: steps of the sampler that is traced; chains: images denoised; picks: inputs kept of
+    each; seed: of the first chain; time_sampler: a registered law with its own parameters.
+    """
+
+    steps: int = 50
+    chains: int = 32
+    picks: int = 8
+    seed: int = 1_000_000
+    time_sampler: str = "ndtc"
+    time_sampler_args: dict[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """How inputs of layers are quantized.
+
+    buckets: number of time intervals with scales of their own; a layer that gains less than
+    min_gain (fraction of its error) keeps one scale.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    metric: str = "mse"
+    p: float = 2.4
+    buckets: int = 4
+    min_gain: float = 0.02
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How weights are quantized: per output channel, symmetric, narrow."""
+
+    bits: int = 8
+    metric: str = "lp"
+    p: float = 2.4
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Which layers stay in float, by role or by name pattern, and which optional sites are on.
+
+    float_roles: roles kept in higher precision; exclude: shell patterns of layer names kept in
+    float; split_skips: one scale for each half of a concatenated skip input; sites: optional
+    8-bit sites of the sampler ("eps", "mu", "sigma", "x_prev").
+    """
+
+    float_roles: tuple[str, ...] = ("input", "output", "time")
+    exclude: tuple[str, ...] = ()
+    split_skips: bool = True
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """How integer weights are chosen: the name of a registered rounding."""
+
+    name: str = "nearest"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the integers, in the order of the main line."""
+
+    name: str = "w8a8"
+    trace: TraceSettings = field(default_factory=TraceSettings)
+    layers: LayerSettings = field(default_factory=LayerSettings)
+    activations: ActivationSettings = field(default_factory=ActivationSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
+    rounding: RoundingSettings = field(default_factory=RoundingSettings)
+
+    def __post_init__(self) -> None:
+        for path, value, low, high in (
+            ("trace.steps", self.trace.steps, 1, 100_000),
+            ("trace.chains", self.trace.chains, 1, 1_000_000),
+            ("trace.picks", self.trace.picks, 1, 100_000),
+            ("activations.bits", self.activations.bits, 2, 8),
+            ("activations.buckets", self.activations.buckets, 1, 64),
+            ("activations.min_gain", self.activations.min_gain, 0, 1),
+            ("weights.bits", self.weights.bits, 2, 8),
+        ):
+            if not low <= value <= high:
+                raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """Read a recipe: the name of a shipped one ("w8a8") or the path of a TOML file.
+
+        Raises:
+            QuantempoError: no such file or name, TOML that does not parse, an unknown key (with
+                the nearest known one), a value of the wrong type or out of range.
+        """
+        shipped = files("quantempo") / "recipes"
+        names = sorted(item.name[:-5] for item in shipped.iterdir() if item.name.endswith(".toml"))
+        path = Path(source)
+        if str(source) in names:
+            text = (shipped / f"{source}.toml").read_text()
+        elif path.is_file():
+            text = path.read_text()
+        else:
+            raise QuantempoError(
+                f"no recipe '{source}'{nearest(str(source), names)}; expected a TOML file or one "
+                f"of: {', '.join(names)}"
+            )
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise QuantempoError(f"recipe {source} is not valid TOML: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Build a recipe from nested dictionaries; see `load` for the errors."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain dictionaries (JSON and TOML types only)."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML text; `from_dict(tomllib.loads(text))` gives it back."""
+        top, sections = [], []
+        for key, value in self.to_dict().items():
+            if isinstance(value, dict):
+                lines = [f"{name} = {_toml(item)}" for name, item in value.items()]
+                sections.append("\n".join([f"[{key}]", *lines]))
+            else:
+                top.append(f"{key} = {_toml(value)}")
+        return "\n\n".join(["\n".join(top), *sections]) + "\n"
+
+    def override(self, section: str, **values: Any) -> Recipe:
+        """Return a copy with settings of one section replaced (None values are ignored)."""
+        given = {key: value for key, value in values.items() if value is not None}
+        merged = {**asdict(getattr(self, section)), **given}
+        return replace(self, **{section: _build(type(getattr(self, section)), merged, section)})
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical JSON of the recipe."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    # For booleans, numbers, strings and lists of them JSON is TOML.
+    return json.dumps(value)
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    known = {item.name: item for item in fields(kind)}
+    result = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise QuantempoError(
+                f"unknown recipe key '{path}'{nearest(key, list(known))} "
+                f"(known: {', '.join(known)})"
+            )
+        item = known[key]
+        default = item.default if not callable(item.default_factory) else item.default_factory()
+        result[key] = _coerce(value, default, path)
+    return kind(**result)
+
+
+def _coerce(value: Any, default: Any, path: str) -> Any:
+    if is_dataclass(default):
+        if not isinstance(value, dict):
+            raise QuantempoError(f"recipe key '{path}' got {value!r}; expected a [{path}] section")
+        return _build(type(default), value, path)
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise QuantempoError(f"recipe key '{path}' got {value!r}; expected a list of names")
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise QuantempoError(
+            f"recipe key '{path}' got {value!r}; expected {type(default).__name__}, "
+            f"for example {default!r}"
+        )
+    return value

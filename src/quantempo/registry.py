@@ -1,0 +1,59 @@
+"""One explicit name -> object table per kind of plug-in (layer L0)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["Registry", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+class Registry(Generic[T]):
+    """Map names that a recipe may use to the objects they stand for.
+
+    Args:
+        kind: what is registered, in the words an error message should use ("metric").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that files its argument under `name` (each name once)."""
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} '{name}' is registered twice")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return the entry called `name`.
+
+        Raises:
+            QuantempoError: unknown name; the message lists the known ones and the nearest.
+        """
+        if name not in self._entries:
+            raise QuantempoError(
+                f"unknown {self.kind} '{name}'{nearest(name, self.names())} "
+                f"(known: {', '.join(self.names())})"
+            )
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """Return the registered names in the order of registration."""
+        return list(self._entries)
