@@ -64,16 +64,7 @@ def evaluate_pairs(
     """
     check_pairs(float_images, other_images)
     network = load_extractor(extractor, weights, sha256)
-    psnr, similarity = psnr_db(float_images, other_images), ssim(float_images, other_images)
-    identical = (float_images == other_images).reshape(len(float_images), -1).all(axis=1)
-    result: dict[str, Any] = {
-        "psnr_db_mean": float(psnr.mean()),
-        "psnr_db_p05": float(np.percentile(psnr, 5)),
-        "psnr_db": psnr.tolist(),
-        "psnr_db_cap": PSNR_CAP_DB,
-        "psnr_identical": int(identical.sum()),
-        "ssim_mean": float(similarity.mean()),
-        "ssim_p05": float(np.percentile(similarity, 5)),
+    result = _paired(float_images, other_images) | {
         "images": len(float_images),
         "extractor": network.name,
         "extractor_note": network.note,
@@ -96,6 +87,20 @@ def evaluate_pairs(
             scores += rows
         result |= _tie(network, sets, real)
     return result | {"scores": scores}
+
+
+def _paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    psnr, similarity = psnr_db(first, second), ssim(first, second)
+    identical = (first == second).reshape(len(first), -1).all(axis=1)
+    return {
+        "psnr_db_mean": float(psnr.mean()),
+        "psnr_db_p05": float(np.percentile(psnr, 5)),
+        "psnr_db": psnr.tolist(),
+        "psnr_db_cap": PSNR_CAP_DB,
+        "psnr_identical": int(identical.sum()),
+        "ssim_mean": float(similarity.mean()),
+        "ssim_p05": float(np.percentile(similarity, 5)),
+    }
 
 
 def _reference(

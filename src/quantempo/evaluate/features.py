@@ -159,7 +159,9 @@ class Lite0(nn.Module):
         for i in range(self.blocks):
             for conv, norm in (("_expand", "_bn0"), ("_depthwise", "_bn1"), ("_project", "_bn2")):
                 if f"_blocks.{i}.{conv}_conv.weight" in state:
-                    self._fold(state, f"{i}{conv}", f"_blocks.{i}.{conv}_conv", f"_blocks.{i}.{norm}")
+                    self._fold(
+                        state, f"{i}{conv}", f"_blocks.{i}.{conv}_conv", f"_blocks.{i}.{norm}"
+                    )
         self.register_buffer("fc_weight", state["_fc.weight"])
         self.register_buffer("fc_bias", state["_fc.bias"])
 
@@ -185,9 +187,9 @@ class Lite0(nn.Module):
     def _block(self, x: Tensor, i: int) -> Tensor:
         y = x
         if hasattr(self, f"{i}_expand_weight"):
-            y = F.relu6(self._conv(y, f"{i}_expand"))
+            y = F.relu6(self._conv(y, f"{i}_expand"), inplace=True)
         stride = 2 if i in self.HALVING else 1
-        y = F.relu6(self._conv(y, f"{i}_depthwise", stride, groups=y.shape[1]))
+        y = F.relu6(self._conv(y, f"{i}_depthwise", stride, groups=y.shape[1]), inplace=True)
         y = self._conv(y, f"{i}_project")
         return x + y if x.shape == y.shape else y
 
@@ -195,8 +197,8 @@ class Lite0(nn.Module):
     def side(height: int, width: int) -> int:
         """Return the side to which images of this size are resized.
 
-        Small pictures blown up to 224 are recognised worse than at 128 (of 200 CIFAR-10 test
-        images 38 % against 46 % in the right superclass) and cost three times as much.
+        Small pictures blown up to 224 are recognised worse than at 128 (of 400 CIFAR-10 test
+        images 36 % against 43 % in the right superclass) and cost three times as much.
         """
         return 128 if max(height, width) <= 64 else 224
 

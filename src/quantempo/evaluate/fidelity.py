@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
+from quantempo.evaluate.scores import import_torchmetrics
 
 __all__ = ["PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "psnr_db", "ssim"]
 
@@ -100,8 +102,6 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64) -> np.ndarray:
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
         2004, https://doi.org/10.1109/TIP.2003.819861
     """
-    from quantempo.evaluate.scores import import_torchmetrics
-
     check_pairs(first, second)
     if min(first.shape[1:3]) < SSIM_MIN_SIDE:
         raise QuantempoError(
@@ -193,7 +193,7 @@ def eps_sqnr(
 
     Error: sums in float64; relative error of each power below 1e-12.
     """
-    if bins is not None and (len(bins) < 2 or any(b <= a for a, b in zip(bins, bins[1:]))):
+    if bins is not None and (len(bins) < 2 or any(b <= a for a, b in pairwise(bins))):
         raise QuantempoError(f"got time bin edges {list(bins)}; expected at least 2, increasing")
     signal: dict[float, float] = {}
     noise: dict[float, float] = {}
@@ -219,7 +219,9 @@ def eps_sqnr(
 
 def _ratio_db(signal: float, noise: float, t: float) -> float:
     if signal == 0.0:
-        raise QuantempoError(f"the float denoiser returned only zeros at t = {t:g}; check its input")
+        raise QuantempoError(
+            f"the float denoiser returned only zeros at t = {t:g}; check its input"
+        )
     if noise == 0.0:
         return SQNR_CAP_DB
     return min(10.0 * math.log10(signal / noise), SQNR_CAP_DB)

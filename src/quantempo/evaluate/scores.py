@@ -124,7 +124,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     metric = _metric("fid", "FrechetInceptionDistance", a.shape[1])
     metric.update(a, real=True)
     metric.update(b, real=False)
-    return float(metric.compute())
+    # Rounding can leave a distance of equal sets a hair below zero.
+    return max(0.0, float(metric.compute()))
 
 
 def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
@@ -334,7 +335,8 @@ def load_images(
         if limit < 1:
             raise QuantempoError(f"got a limit of {limit} images; expected at least 1")
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    arrays, resized = [], 0
+    arrays: list[np.ndarray] = []
+    resized = 0
     for path in paths:
         try:
             with Image.open(path) as stored:

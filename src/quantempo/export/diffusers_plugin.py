@@ -229,3 +229,6 @@ def register() -> None:
     """Add quantempo to the quantizers diffusers knows; safe to call again."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("quantempo", QuantempoConfig)
     AUTO_QUANTIZER_MAPPING.setdefault("quantempo", QuantempoQuantizer)
+
+
+register()

@@ -36,7 +36,7 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
 
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype)
     except QuantempoError:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError) as error:

@@ -18,10 +18,10 @@ from quantempo.errors import QuantempoError
 
 __all__ = ["Histogram", "MinMax", "bin_centers"]
 
-# Small enough for the temporaries of a chunk to stay in cache (3 times faster), and for torch not
-# to spread a chunk over threads.
-CPU_CHUNK = 1 << 15
-DEVICE_CHUNK = 1 << 24
+# Small enough for the temporaries of a piece to stay in cache (3 times faster), and for torch not
+# to spread a piece over threads.
+CPU_PIECE = 1 << 14
+DEVICE_PIECE = 1 << 24
 
 
 def bin_centers(edges: Tensor, bins: int) -> Tensor:
@@ -32,19 +32,19 @@ def bin_centers(edges: Tensor, bins: int) -> Tensor:
 
 
 def _rows(x: Tensor, time_bin: int | Tensor, time_bins: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (k, elements of the samples in time bin k) of a batch."""
+    """Yield (k, samples in time bin k), sample by sample where a batch mixes time bins."""
     if isinstance(time_bin, Tensor) and time_bin.ndim == 1 and len(time_bin) > 1:
         if len(time_bin) != len(x):
             raise QuantempoError(
                 f"got {len(time_bin)} time bins for a batch of {len(x)}; expected one a sample"
             )
-        present = [int(k) for k in time_bin.unique()]
+        each = [int(k) for k in time_bin]
     else:
-        present = [int(time_bin)]
-    if not all(0 <= k < time_bins for k in present):
-        raise QuantempoError(f"got time bins {present}; expected 0 to {time_bins - 1}")
-    for k in present:
-        yield k, x if len(present) == 1 else x[time_bin == k]
+        each = [int(time_bin)]
+    if not all(0 <= k < time_bins for k in each):
+        raise QuantempoError(f"got time bins {sorted(set(each))}; expected 0 to {time_bins - 1}")
+    if x.numel():
+        yield from zip(each, x if len(set(each)) > 1 else [x], strict=False)
 
 
 def _check_same(ours: object, theirs: object, what: str) -> None:
@@ -79,9 +79,8 @@ class MinMax:
             QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
         for k, values in _rows(x, time_bin, self.range.shape[1]):
-            if not values.numel():
-                continue
-            seen = torch.stack(values.aminmax()).float().cpu()
+            ends = torch.stack([torch.stack(piece.aminmax()) for piece in _pieces(values)])
+            seen = torch.stack([ends[:, 0].min(), ends[:, 1].max()]).float().cpu()
             if not bool(seen.isfinite().all()):
                 raise QuantempoError(
                     "got NaN or infinity in an activation; the float model must run without them"
@@ -162,17 +161,7 @@ class Histogram:
         """
         bins = self.counts.shape[-1]
         lo, hi = self.edges[segment].tolist()
-        slack = (hi - lo) / bins + 1e-6 * max(abs(lo), abs(hi))
         for k, values in _rows(x, time_bin, self.counts.shape[1]):
-            if not values.numel():
-                continue
-            least, most = (float(v) for v in values.aminmax())
-            # Written so that NaN is refused as well.
-            if not (least >= lo - slack and most <= hi + slack):
-                raise QuantempoError(
-                    f"got values in [{least:g}, {most:g}] for a histogram over [{lo:g}, {hi:g}]; "
-                    "run the min-max pass over the same data first"
-                )
             self.counts[segment, k] += _count(values, lo, hi, bins)
 
     def merge(self, other: Histogram) -> None:
@@ -194,17 +183,36 @@ class Histogram:
         return new
 
 
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Yield all elements in flat pieces, in an order that costs no copy of the whole."""
+    if values.device.type != "cpu":
+        yield from values.flatten().split(DEVICE_PIECE)
+        return
+    # The order does not matter, so walk along memory (channels_last, transposed inputs).
+    values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))
+    if values.is_contiguous() or values.ndim < 2:
+        yield from values.flatten().split(CPU_PIECE)
+        return
+    for part in values.split(max(1, CPU_PIECE * len(values) // values.numel())):
+        yield from part.flatten().split(CPU_PIECE)
+
+
 def _count(values: Tensor, lo: float, hi: float, bins: int) -> Tensor:
     """Return the (bins,) int64 counts of `values`: bin floor((v - lo) * bins / (hi - lo))."""
     counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
-    if not hi > lo:
-        counts[0] = values.numel()
-        return counts.cpu()
+    slack = (hi - lo) / bins + 1e-6 * max(abs(lo), abs(hi))
     # In float32 the factor or the difference would overflow for the extreme ranges.
     dtype = torch.float32 if 1e-30 < hi - lo < 1e38 else torch.float64
-    on_cpu = values.device.type == "cpu"
-    for chunk in values.flatten().split(CPU_CHUNK if on_cpu else DEVICE_CHUNK):
-        place = chunk.to(dtype).sub(lo).mul_(bins / (hi - lo)).clamp_(0, bins - 1)
-        # int32: the narrowest type that bincount takes fast and that holds any number of bins.
+    factor = bins / (hi - lo) if hi > lo else 0.0
+    for piece in _pieces(values):
+        least, most = (float(v) for v in piece.aminmax())
+        # Written so that NaN is refused as well.
+        if not (least >= lo - slack and most <= hi + slack):
+            raise QuantempoError(
+                f"got values in [{least:g}, {most:g}] for a histogram over [{lo:g}, {hi:g}]; "
+                "run the min-max pass over the same data first"
+            )
+        place = piece.to(dtype).sub(lo).mul_(factor).clamp_(0, bins - 1)
+        # int32: the narrowest type that holds any number of bins; int64 is slower to count.
         counts += torch.bincount(place.to(torch.int32), minlength=bins)
     return counts.cpu()

@@ -160,23 +160,21 @@ def _kl_rows(x: Tensor, x_hat: Tensor, weight: Tensor) -> Tensor:
         sums = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
         return sums[:, end] - sums[:, begin]
 
-    def per_grid(values: Tensor) -> Tensor:  # (R, number of runs) -> (R, P)
-        return values.new_zeros(len(values), len(x_hat)).index_add_(1, grid, values)
-
-    # Masses stay integer counts until here, so that differences of their sums are exact.
+    # Counts are divided last, so that differences of their sums are exact.
+    filled = (weight > 0).to(weight.dtype)
     every = weight.sum(-1, keepdim=True)
     every = torch.where(every > 0, every, 1)
-    mass, bins = totals(weight) / every, totals((weight > 0).to(weight.dtype))
-    outside = clipped.flatten()[first]
-    inside_mass = torch.where(outside, 0, mass)
-    levels = per_grid(torch.xlogy(inside_mass, inside_mass / bins.clamp_min(1)))
-    inside, out = per_grid(inside_mass), per_grid(torch.where(outside, mass, 0))
-    count = per_grid(torch.where(outside, bins, 0)).clamp_min(1)
+    mass = torch.where(clipped.flatten()[first], 0, totals(weight) / every)
+    each = torch.xlogy(mass, mass / totals(filled).clamp_min(1))
+    # scatter_add_, since index_add_ along the last axis is ten times slower.
+    levels = each.new_zeros(len(each), len(x_hat)).scatter_add_(1, grid.expand_as(each), each)
+    outside = clipped.to(weight.dtype).T
+    inside, out = weight @ (1 - outside) / every, weight @ outside / every
     granted = torch.where(out > 0, KL_OUTSIDE, 0.0).to(weight.dtype)
     share = weight / every
     value = torch.xlogy(share, share).sum(-1, keepdim=True) - levels
     value += torch.xlogy(inside, inside) - inside * torch.log1p(-granted)
-    value += torch.xlogy(out, count / KL_OUTSIDE)
+    value += torch.xlogy(out, (filled @ outside).clamp_min(1) / KL_OUTSIDE)
     return value.clamp_min(0)
 
 

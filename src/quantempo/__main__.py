@@ -1,0 +1,8 @@
+"""Run the command line as `python -m quantempo` (layer L6)."""
+
+from quantempo.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""Blocks of a network as few passes over memory, around int8 convolutions (layer L3).
+
+What stands between two integer layers becomes one compiled pass (`kernels/fused_cpu.c`) that
+writes codes: GroupNorm, time embedding, SiLU and quantization; upsampling or padding and
+quantization. A block is fused by setting `forward` on its instance. The result equals the layers
+run one by one up to the order of float operations, which may move a code by one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantempo.backends.base import Grids, run_per_bucket
+from quantempo.backends.onednn import quantize_tokens
+from quantempo.kernels import fused_cpu, onednn
+from quantempo.kernels.fused_cpu import Norm, Part
+from quantempo.models.fusion import (
+    AttentionParts,
+    DownsampleParts,
+    HeadParts,
+    ResnetParts,
+    UpBlockParts,
+    UpsampleParts,
+    wants_original,
+)
+from quantempo.quantizers import QConv2d, QLayer
+
+__all__ = [
+    "FusedAttention",
+    "FusedDownsample",
+    "FusedHead",
+    "FusedResnet",
+    "FusedStem",
+    "FusedUpBlock",
+    "FusedUpsample",
+    "TimeShifts",
+]
+
+# More tokens than this, and attention that never stores its scores is faster.
+MAX_TOKENS = 1024
+
+
+def _library() -> fused_cpu.Library:
+    library = fused_cpu.load()
+    assert library is not None
+    return library
+
+
+def _norm(norm: nn.GroupNorm) -> Norm:
+    # Copies in float32: the model itself may have been loaded in half precision.
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    return Norm(norm.num_groups, weight.float().contiguous(), bias.float().contiguous(), norm.eps)
+
+
+def _takes(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) channels_last -> (B H W, C), a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class Folded:
+    """An int8 layer on codes, its zero points folded into the bias of each time bucket.
+
+        y = s s_w[o] sum_k q_a q_w + (bias[o] - s s_w[o] z sum_k q_w)
+
+    oneDNN's own zero points are worked out again at every call, up to half of the time of a small
+    convolution. It then pads zeros instead of zero points: `edge` is what that leaves out.
+
+    Args:
+        layer: one of the int8 layers.
+        factor: multiplies the result.
+        widths: input channels of each operand; the layer's segments if None.
+        bordered: the codes bring their border of zero points with them, nothing is padded.
+    """
+
+    def __init__(
+        self,
+        layer: QLayer,
+        factor: float = 1.0,
+        widths: tuple[int, ...] | None = None,
+        bordered: bool = False,
+    ) -> None:
+        self.layer, self.factor = layer, factor
+        self.widths, self.bordered = widths or layer.segments, bordered
+        self.grids = Grids(layer)
+        self._parts: list[Any] = []
+        self._biases: dict[int, list[Tensor]] = {}
+        self._edges: dict[int, Tensor] = {}
+
+    def grid(self, bucket: int, part: int = 0) -> tuple[float, int]:
+        """Return (scale, zero_point) of an operand."""
+        grids = self.grids
+        row = part if len(grids.segments) > 1 else 0
+        return grids.scales[row][grids.column(bucket)], grids.zero_points[row]
+
+    def __call__(self, codes: Tensor, bucket: int, dtype: torch.dtype, **kwargs: Any) -> Tensor:
+        """Return the layer's output for one operand; see Int8Conv2d and Int8Linear."""
+        return self.part(0, codes, bucket, dtype, **kwargs)
+
+    def part(
+        self, part: int, codes: Tensor, bucket: int, dtype: torch.dtype, **kwargs: Any
+    ) -> Tensor:
+        """Return what operand `part` adds to the output; the bias goes with the first."""
+        if not self._parts:
+            self._parts = [self._pack(weight) for weight in self._split()]
+        column = self.grids.column(bucket)
+        if column not in self._biases:
+            self._biases[column] = self._fold(bucket)
+        scale, _ = self.grid(bucket, part)
+        bias = self._biases[column][part]
+        return self._parts[part](codes, scale, 0, bias, dtype, **kwargs)
+
+    def edge(self, bucket: int) -> Tensor:
+        """Return s s_w[o] z sum_k q_w over the taps outside the image, (16, O) as `Library.add`.
+
+        Of a 3x3 convolution with stride 1 and padding 1.
+        """
+        column = self.grids.column(bucket)
+        if column not in self._edges:
+            scale, zero = self.grid(bucket)
+            # (O, 3, 3), then (16, O)
+            taps = self.layer.weight_int.sum(1, dtype=torch.float64)
+            outside = torch.zeros((16, 3, 3), dtype=torch.bool)
+            for mask in range(16):
+                outside[mask, 0] |= bool(mask & 1)
+                outside[mask, 2] |= bool(mask & 2)
+                outside[mask, :, 0] |= bool(mask & 4)
+                outside[mask, :, 2] |= bool(mask & 8)
+            sums = torch.einsum("mij,oij->mo", outside.double(), taps)
+            self._edges[column] = (sums * self.layer.weight_scale * scale * zero).float()
+        return self._edges[column]
+
+    def _split(self) -> list[Tensor]:
+        weight = self.layer.weight_int
+        if len(self.widths) == 1:
+            return [weight]
+        return [part.contiguous() for part in weight.split(self.widths, 1)]
+
+    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d | onednn.Int8Linear:
+        layer, weight_scale = self.layer, self.layer.weight_scale * self.factor
+        if isinstance(layer, QConv2d) and layer.kernel_size != (1, 1):
+            padding = (0, 0) if self.bordered else layer.padding
+            return onednn.Int8Conv2d(weight, weight_scale, layer.stride, padding)
+        return onednn.Int8Linear(weight.flatten(1), weight_scale)
+
+    def _fold(self, bucket: int) -> list[Tensor]:
+        layer, biases = self.layer, []
+        for i, weight in enumerate(self._split()):
+            scale, zero = self.grid(bucket, i)
+            bias = weight.flatten(1).sum(1, dtype=torch.float64) * -scale * zero
+            bias *= layer.weight_scale
+            if i == 0 and layer.bias is not None:
+                bias += layer.bias
+            biases.append((bias * self.factor).float())
+        return biases
+
+
+class TimeShifts:
+    """What the time embedding adds to each block, of all blocks in one matmul.
+
+    Args:
+        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self._start = torch.tensor([0] + [len(layer.weight) for layer in layers]).cumsum(0).tolist()
+        self._merged: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, index: int, temb: Tensor) -> Tensor:
+        """Return float32 (B, C_index); temb (B, E). Computed once for each temb."""
+        last = self._last
+        if last is None or last[0] is not temb or last[1] != temb._version:
+            if self._merged is None:
+                self._merged = (
+                    torch.cat([layer.weight.detach().float() for layer in self.layers]),
+                    torch.cat([layer.bias.detach().float() for layer in self.layers]),
+                )
+            rows = temb.detach().float()
+            if len(rows) > 1 and torch.equal(rows[1:], rows[:-1]):
+                # One time-step for the whole batch: one row of work, seen as B rows.
+                shifts = F.linear(F.silu(rows[:1]), *self._merged).expand(len(rows), -1)
+            else:
+                shifts = F.linear(F.silu(rows), *self._merged)
+            self._last = last = (temb, temb._version, shifts)
+        return last[2][:, self._start[index] : self._start[index + 1]]
+
+
+class FusedResnet:
+    """A residual block: two passes that write codes, two convolutions, one sum."""
+
+    def __init__(self, parts: ResnetParts, shifts: TimeShifts | None, index: int) -> None:
+        self.parts, self.shifts, self.index = parts, shifts, index
+        self.norm1, self.norm2 = _norm(parts.norm1), _norm(parts.norm2)
+        self.conv1, self.conv2 = Folded(parts.conv1), Folded(parts.conv2)
+        self.clock = parts.conv1.clock
+        self.shortcut: Folded | None = None
+
+    def __call__(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if not _takes(x):
+            return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
+        return self.run(x, None, temb)
+
+    def run(self, x: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+        """Run the block on torch.cat([x, skip], 1), without making it."""
+        shift = None
+        if temb is not None and self.parts.time is not None:
+            if self.shifts is not None:
+                shift = self.shifts(self.index, temb)
+            else:
+                shift = self.parts.time(F.silu(temb)).float()
+        skip = None if skip is None else _last(skip)
+        return run_per_bucket(self.clock, self._run, _last(x), skip, shift)
+
+    def _run(self, bucket: int, x: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
+        library, dtype = _library(), x.dtype
+        inputs, shortcut = self._inputs(x, skip), self._shortcut(x, skip)
+        raw = [None if shortcut is None else shortcut.grid(bucket, i) for i in range(len(inputs))]
+        codes, raws = library.group_norm(
+            [Part(part, grid) for part, grid in zip(inputs, raw, strict=True)],
+            self.norm1,
+            silu=True,
+            grid=self.conv1.grid(bucket),
+        )
+        hidden = self.conv1(codes, bucket, dtype)
+        codes, _ = library.group_norm(
+            [Part(hidden)],
+            self.norm2,
+            silu=True,
+            grid=self.conv2.grid(bucket),
+            shift=shift,
+            edge=self.conv1.edge(bucket),
+        )
+        y = self.conv2(codes, bucket, dtype)
+        library.add(y, x if shortcut is None else None, self.conv2.edge(bucket))
+        if shortcut is not None:
+            into = _rows(y)
+            for i, part in enumerate(raws):
+                shortcut.part(i, _rows(part), bucket, dtype, into=into)
+        return y
+
+    def _inputs(self, x: Tensor, skip: Tensor | None) -> list[Tensor]:
+        if skip is not None:
+            return [x, skip]
+        layer = self.parts.shortcut
+        return [x] if layer is None else list(x.split(layer.segments, 1))
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Folded | None:
+        layer = self.parts.shortcut
+        if layer is not None and self.shortcut is None:
+            widths = layer.segments if skip is None else (x.shape[1], skip.shape[1])
+            self.shortcut = Folded(layer, widths=widths)
+        return self.shortcut
+
+
+class FusedAttention:
+    """Self-attention over pixels: one pass that writes codes for q, k and v; products in bf16."""
+
+    def __init__(self, parts: AttentionParts) -> None:
+        self.parts, self.norm = parts, _norm(parts.norm)
+        self.clock = parts.q.clock
+        self.dim = parts.q.out_features // parts.heads
+        # The scale of the scores is folded into q.
+        self.q = Folded(parts.q, factor=1 / math.sqrt(self.dim))
+        self.k, self.v, self.out = Folded(parts.k), Folded(parts.v), Folded(parts.out)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
+        if not plain or x.ndim != 4 or not _takes(x):
+            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
+        return run_per_bucket(self.clock, self._run, _last(x))
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        tokens = height * width
+        small = tokens <= MAX_TOKENS
+        dtype = torch.bfloat16 if small else torch.float32
+        # (B, heads, tokens, dim)
+        q, k, v = (
+            y.view(batch, tokens, self.parts.heads, self.dim).transpose(1, 2)
+            for y in self._project(bucket, x, dtype)
+        )
+        if small:
+            scores = torch.matmul(q, k.transpose(2, 3))
+            y = torch.matmul(scores.softmax(-1), v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        codes = quantize_tokens(y.transpose(1, 2).flatten(2), *self.out.grid(bucket))
+        rows = self.out(codes, bucket, x.dtype, add=_rows(x))
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _project(self, bucket: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return q, k and v (B tokens, C); quantized once if their grids are equal."""
+        results: list[Tensor] = []
+        codes, known = None, None
+        for layer in (self.q, self.k, self.v):
+            grid = layer.grid(bucket)
+            if grid != known:
+                codes, _ = _library().group_norm([Part(x)], self.norm, silu=False, grid=grid)
+                codes, known = _rows(codes), grid
+            results.append(layer(codes, bucket, dtype))
+        return results
+
+
+class FusedDownsample:
+    """Quantize into a border of zero points, then the strided convolution."""
+
+    def __init__(self, parts: DownsampleParts) -> None:
+        self.parts, self.conv = parts, Folded(parts.conv, bordered=True)
+        self.clock = parts.conv.clock
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if not _takes(x):
+            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
+        return run_per_bucket(self.clock, self._run, _last(x))
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        codes = _library().quantize(x, *self.conv.grid(bucket), border=self.parts.border)
+        return self.conv(codes, bucket, x.dtype)
+
+
+class FusedUpsample:
+    """Quantize, then repeat the codes (a quarter of the work, a sixteenth of the memory)."""
+
+    def __init__(self, parts: UpsampleParts) -> None:
+        self.parts, self.conv = parts, Folded(parts.conv, bordered=True)
+        self.clock = parts.conv.clock
+
+    def __call__(
+        self, x: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if output_size is not None or not _takes(x):
+            module = self.parts.module
+            return type(module).forward(module, x, output_size, *args, **kwargs)
+        return run_per_bucket(self.clock, self._run, _last(x))
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        grid = self.conv.grid(bucket)
+        codes = _library().quantize(x, *grid, border=(1, 1, 1, 1), repeat=2)
+        return self.conv(codes, bucket, x.dtype)
+
+
+class FusedUpBlock:
+    """An up block whose residual blocks read the two halves of their input where they are."""
+
+    def __init__(self, parts: UpBlockParts, resnets: list[FusedResnet]) -> None:
+        self.parts, self.resnets = parts, resnets
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        upsample_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the block; the arguments are diffusers'."""
+        parts, x = self.parts, hidden_states
+        if wants_original(parts) or not _takes(x):
+            module = parts.module
+            return type(module).forward(
+                module, x, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs
+            )
+        for i, resnet in enumerate(self.resnets):
+            x = resnet.run(x, res_hidden_states_tuple[-1 - i], temb)
+            if parts.attentions:
+                x = parts.attentions[i](x)
+        for upsampler in parts.upsamplers:
+            x = upsampler(x, upsample_size)
+        return x
+
+
+class FusedStem:
+    """The first convolution, in float, writing channels_last in the type of the stream."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        self.conv, self.dtype = conv, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W), channels_last."""
+        return _last(type(self.conv).forward(self.conv, _last(x))).to(self.dtype)
+
+
+class FusedHead:
+    """The last GroupNorm and SiLU in one pass, float32 out; the activation becomes a no-op."""
+
+    def __init__(self, parts: HeadParts) -> None:
+        self.parts, self.norm = parts, _norm(parts.norm)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return silu(norm(x)), (B, C, H, W), float32 or the type of the last layer."""
+        y, _ = _library().group_norm([Part(_last(x))], self.norm, silu=True, grid=None)
+        return y.to(self.parts.out.weight.dtype)

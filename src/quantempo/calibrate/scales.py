@@ -1,0 +1,144 @@
+"""Choose every scale of a model from its statistics and weights (layer L3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quantempo.core import ACTIVATION, WEIGHT, QuantSpec
+from quantempo.recipe import ActivationSettings, Recipe
+from quantempo.search import (
+    ActivationScale,
+    bucket_of_bin,
+    cost_table,
+    search_activation,
+    search_weight,
+    segment_time,
+)
+
+__all__ = ["LayerScales", "search_scales", "site_scales"]
+
+_SITE = "site:"
+# Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
+_SMOOTH = 0.01
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """Hold the scales of one layer.
+
+    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32.
+    """
+
+    act_scale: Tensor
+    act_zero_point: Tensor
+    weight_scale: Tensor
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> dict[str, LayerScales]:
+        """Return the scales of every layer in the tensors of `scales.safetensors`."""
+        names = [key.removesuffix(".weight_scale") for key in tensors if "weight_scale" in key]
+        return {
+            name: cls(
+                tensors[f"{name}.act_scale"],
+                tensors[f"{name}.act_zero_point"],
+                tensors[f"{name}.weight_scale"],
+            )
+            for name in names
+        }
+
+
+def site_scales(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (scale (), zero point ()) of each site of the sampler, by name."""
+    names = [key[len(_SITE) : -len(".scale")] for key in tensors if key.startswith(_SITE)]
+    names = [name for name in names if f"{_SITE}{name}.zero_point" in tensors]
+    return {
+        name: (tensors[f"{_SITE}{name}.scale"], tensors[f"{_SITE}{name}.zero_point"])
+        for name in names
+    }
+
+
+def search_scales(
+    stats: Mapping[str, Tensor], weights: Mapping[str, Tensor], recipe: Recipe
+) -> dict[str, Tensor]:
+    """Return the tensors of `scales.safetensors` for the layers in `weights`.
+
+    For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), `NAME.weight_scale` (O,);
+    `bucket_of` (T,) int64, the time bucket of each training time-step; for each site of the
+    sampler `site:NAME.scale` () and `.zero_point` (). G is the number of buckets, or 1 for a
+    layer none of whose segments gains `min_gain` by it.
+
+    Args:
+        stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,).
+        weights: float weight (O, ...) of each layer.
+        recipe: metrics, bits and number of buckets.
+    """
+    settings = recipe.activations
+    spec = replace(ACTIVATION, bits=settings.bits, symmetric=settings.symmetric)
+    of_bin = _cut_time(stats, list(weights), settings, spec)
+    tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
+    weight_spec = replace(WEIGHT, bits=recipe.weights.bits)
+    for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
+        parts = [
+            _search(hist, edges, settings, spec, of_bin)
+            for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
+        ]
+        columns = max(len(part.scale) for part in parts)
+        tensors[f"{name}.act_scale"] = torch.stack([p.scale.expand(columns) for p in parts])
+        tensors[f"{name}.act_zero_point"] = torch.tensor(
+            [part.zero_point for part in parts], dtype=torch.int32
+        )
+        tensors[f"{name}.weight_scale"] = search_weight(
+            weight, weight_spec, metric=recipe.weights.metric, p=recipe.weights.p
+        )
+    for name in recipe.layers.sites:
+        hist, edges = stats[f"{_SITE}{name}.hist"][0], stats[f"{_SITE}{name}.edges"][0]
+        found = search_activation(hist, edges, spec, metric=settings.metric, p=settings.p)
+        tensors[f"{_SITE}{name}.scale"] = found.scale[0]
+        tensors[f"{_SITE}{name}.zero_point"] = torch.tensor(found.zero_point, dtype=torch.int32)
+    return tensors
+
+
+def _search(
+    hist: Tensor,
+    edges: Tensor,
+    settings: ActivationSettings,
+    spec: QuantSpec,
+    buckets: Tensor | None,
+) -> ActivationScale:
+    return search_activation(
+        hist,
+        edges,
+        spec,
+        metric=settings.metric,
+        p=settings.p,
+        buckets=buckets,
+        min_gain=settings.min_gain,
+        smooth=_SMOOTH,
+    )
+
+
+def _cut_time(
+    stats: Mapping[str, Tensor], names: list[str], settings: ActivationSettings, spec: QuantSpec
+) -> Tensor | None:
+    """Return (K,) the bucket of each fine time bin, best for all layers together, or None."""
+    if settings.buckets == 1 or not names:
+        return None
+    tables = []
+    for name in tqdm(names, desc="buckets", disable=None, leave=False):
+        for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
+            table = cost_table(hist, edges, spec, metric=settings.metric, p=settings.p)
+            tables.append(table.at_best_zero_point())
+    return bucket_of_bin(segment_time(tables, settings.buckets, _SMOOTH))
+
+
+def _bucket_table(edges: Tensor, of_bin: Tensor | None) -> Tensor:
+    """Return (T,) int64 bucket of each training time-step, from that of each fine bin."""
+    t = torch.arange(int(edges[-1]))
+    if of_bin is None:
+        return torch.zeros_like(t)
+    return of_bin[torch.bucketize(t.double(), edges[1:-1].double(), right=True)]

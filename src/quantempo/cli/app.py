@@ -1,0 +1,60 @@
+"""The typer application, and the border where user mistakes become exit code 2 (layer L6)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from quantempo.cli import bench, demo, evaluate, inspect, quantize, report, sample, stages
+from quantempo.errors import QuantempoError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="quantempo",
+    help=(
+        "Quantize diffusion models to integers, time-step by time-step.\n\n"
+        "Start with: quantempo demo"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _verb in (
+    quantize.quantize,
+    stages.trace,
+    stages.calibrate,
+    stages.search,
+    stages.round_weights,
+    stages.pack,
+    sample.sample,
+    evaluate.evaluate,
+    report.report,
+    inspect.inspect,
+    bench.bench,
+    demo.demo,
+):
+    app.command(_verb.__name__.removesuffix("_weights"))(_verb)
+
+
+@app.callback()
+def _options(
+    quiet: bool = typer.Option(False, "--quiet", help="Only results and errors."),
+) -> None:
+    level = logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("quantempo").setLevel(level)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except QuantempoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; run the same command again to go on from here\n")
+        sys.exit(130)

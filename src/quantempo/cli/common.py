@@ -1,0 +1,81 @@
+"""What the verbs share: options, printing, reading prompts (layer L6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantempo.errors import QuantempoError
+
+__all__ = [
+    "BatchSize",
+    "Device",
+    "EngineName",
+    "Force",
+    "Json",
+    "Labels",
+    "Prompts",
+    "RecipeName",
+    "Run",
+    "Scheduler",
+    "call_arguments",
+    "show",
+]
+
+Run = Annotated[Path, typer.Option("--run", help="Run folder, one artefact a stage.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", help="Sampler instead of the pipeline's own.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Text file, one prompt a line, for text models.")
+]
+Labels = Annotated[
+    str | None, typer.Option("--class-labels", help="Comma-separated labels, for class models.")
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")
+]
+Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")]
+Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
+    """Return the extra arguments of the pipeline's call.
+
+    Raises:
+        QuantempoError: no such file, an empty one, or labels that are no integers.
+    """
+    call: dict[str, Any] = {}
+    if prompts is not None:
+        if not prompts.is_file():
+            raise QuantempoError(f"no file '{prompts}'; expected a text file, one prompt a line")
+        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise QuantempoError(f"'{prompts}' is empty; expected one prompt a line")
+        call["prompt"] = lines
+    if labels is not None:
+        try:
+            call["class_labels"] = [int(label) for label in labels.split(",")]
+        except ValueError as error:
+            raise QuantempoError(f"got --class-labels {labels}; expected integers: 1,2,3") from error
+    return call
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    """Print results on stdout: JSON for machines, one `name  value` line each for people."""
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        typer.echo(f"{key:<{width}}  {value}")

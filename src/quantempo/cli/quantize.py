@@ -1,0 +1,52 @@
+"""quantempo quantize (layer L6)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantempo.cli.common import (
+    Force,
+    Json,
+    Labels,
+    Prompts,
+    RecipeName,
+    Run,
+    Scheduler,
+    call_arguments,
+    show,
+)
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    run: Run,
+    recipe: RecipeName = "w8a8",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps to trace; the recipe's by default.")
+    ] = None,
+    scheduler: Scheduler = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a diffusers pipeline: load, trace, calibrate, search, round, pack.
+
+    A killed run resumes. The result is the diffusers folder RUN/packed.
+
+    Example: quantempo quantize models/ddpm-cifar10 --run runs/cifar
+    """
+    from quantempo import pipeline, quality
+    from quantempo.recipe import Recipe
+
+    resolved = Recipe.load(recipe).override("trace", steps=steps)
+    options = {"call": call_arguments(prompts, class_labels), "scheduler": scheduler}
+    session = pipeline.load(source, run, resolved, force=force, **options)
+    packed = pipeline.finish(session)
+    summary = quality.summary(session)
+    summary["float_layers"] = len(summary["float_layers"])
+    show({"packed": str(packed), **summary}, as_json)

@@ -1,0 +1,62 @@
+"""quantempo sample (layer L6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantempo.cli.common import (
+    BatchSize,
+    Device,
+    EngineName,
+    Force,
+    Json,
+    Labels,
+    Prompts,
+    Scheduler,
+    call_arguments,
+    show,
+)
+
+__all__ = ["sample"]
+
+
+def sample(
+    model: Annotated[Path, typer.Argument(help="Float or packed diffusers folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files, named by their seed.")],
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first; the next count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    batch_size: BatchSize = 16,
+    engine: EngineName = "auto",
+    scheduler: Scheduler = None,
+    device: Device = "cpu",
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make images from seeds; image i depends on its seed only.
+
+    Example: quantempo sample runs/cifar/packed --out images --images 16
+    """
+    from quantempo import quality
+    from quantempo.backends.engine import attached
+    from quantempo.models.family import denoiser_of
+    from quantempo.models.load import model_digest
+
+    pipe = quality.open_model(model, engine=engine, scheduler=scheduler, device=device)
+    denoiser = denoiser_of(pipe)[1]
+    quality.sample(
+        pipe,
+        out,
+        range(seed, seed + images),
+        steps=steps,
+        batch_size=batch_size,
+        call=call_arguments(prompts, class_labels),
+        identity=model_digest(denoiser),
+        force=force,
+    )
+    show({"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}, as_json)

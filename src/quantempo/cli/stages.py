@@ -1,0 +1,91 @@
+"""quantempo trace, calibrate, search, round, pack: the stages one by one (layer L6)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from quantempo.cli.common import (
+    Force,
+    Json,
+    Labels,
+    Prompts,
+    RecipeName,
+    Run,
+    Scheduler,
+    call_arguments,
+    show,
+)
+
+__all__ = ["calibrate", "pack", "round_weights", "search", "trace"]
+
+Changed = Annotated[
+    str | None, typer.Option("--recipe", help="Another recipe from this stage on.")
+]
+
+
+def trace(
+    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    run: Run,
+    recipe: RecipeName = "w8a8",
+    scheduler: Scheduler = None,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Record what the denoiser receives while the float pipeline samples.
+
+    Example: quantempo trace models/ddpm-cifar10 --run runs/cifar
+    """
+    from quantempo import pipeline
+
+    options = {"call": call_arguments(prompts, class_labels), "scheduler": scheduler}
+    session = pipeline.load(source, run, recipe, force=force, **options)
+    data = pipeline.trace(session)
+    show({"trace": str(run / "trace"), "rows": len(data)}, as_json)
+
+
+def _stage(name: str, run: Any, recipe: str | None, force: bool, as_json: bool) -> None:
+    from quantempo import pipeline
+
+    getattr(pipeline, name)(pipeline.reopen(run, recipe, force=force))
+    seconds = pipeline.RunFolder(run).read_json("manifest.json")["stages"]
+    show({key: value["seconds"] for key, value in seconds.items()}, as_json)
+
+
+def calibrate(
+    run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Collect the statistics of every layer input over the trace.
+
+    Example: quantempo calibrate --run runs/cifar
+    """
+    _stage("calibrate", run, recipe, force, as_json)
+
+
+def search(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+    """Choose time buckets and scales by the recipe's metrics.
+
+    Example: quantempo search --run runs/cifar
+    """
+    _stage("search", run, recipe, force, as_json)
+
+
+def round_weights(
+    run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Choose the integer weights.
+
+    Example: quantempo round --run runs/cifar
+    """
+    _stage("round_weights", run, recipe, force, as_json)
+
+
+def pack(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+    """Write the packed diffusers folder and the layer table.
+
+    Example: quantempo pack --run runs/cifar
+    """
+    _stage("pack", run, recipe, force, as_json)

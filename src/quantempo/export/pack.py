@@ -1,0 +1,89 @@
+"""Turn a float denoiser into a packed one, in place (layer L4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+import quantempo
+from quantempo.backends.engine import attach_lazily
+from quantempo.calibrate.scales import LayerScales
+from quantempo.export.diffusers_plugin import QuantempoConfig, mark_quantized
+from quantempo.quantizers import (
+    Int12Linear,
+    LayerPlan,
+    QLayer,
+    fill,
+    install_clock,
+    install_sites,
+    swap_layers,
+)
+from quantempo.recipe import Recipe
+
+__all__ = ["pack_denoiser"]
+
+
+@torch.no_grad()
+def pack_denoiser(
+    denoiser: nn.Module,
+    plans: list[LayerPlan],
+    scales: Mapping[str, LayerScales],
+    codes: Mapping[str, Tensor],
+    *,
+    bucket_of: Tensor,
+    per_unit: float,
+    sites: Mapping[str, tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    source_sha256: str,
+) -> None:
+    """Replace the planned layers, fill them with integers and scales, and mark for saving.
+
+    Args:
+        denoiser: float, changed in place; names of modules stay.
+        plans: one for each Conv2d and Linear.
+        scales: of each int8 layer.
+        codes: integer weight (O, ...) int8 of each int8 layer.
+        bucket_of: (T,) int64 time bucket of each training time-step.
+        per_unit: training time-steps in one unit of the network's time.
+        sites: scale () and zero point () of each quantized site of the sampler.
+        recipe: written into the checkpoint.
+        source_sha256: of the float denoiser.
+    """
+    floats = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
+    clock = install_clock(denoiser, bucket_of, per_unit)
+    swap_layers(denoiser, plans, clock)
+    for name, layer in floats.items():
+        twin = denoiser.get_submodule(name)
+        if isinstance(twin, Int12Linear) and isinstance(layer, nn.Linear):
+            twin.fill(layer)
+        elif isinstance(twin, QLayer):
+            chosen = scales[name]
+            bias = getattr(layer, "bias", None)
+            fill(
+                twin,
+                codes[name],
+                chosen.weight_scale,
+                bias,
+                chosen.act_scale,
+                chosen.act_zero_point,
+            )
+    for name, quantizer in install_sites(denoiser, list(sites)).items():
+        quantizer.scale.copy_(sites[name][0])
+        quantizer.zero_point.copy_(sites[name][1])
+    int8 = [p for p in plans if p.kind == "int8"]
+    config = QuantempoConfig(
+        recipe=recipe.to_dict(),
+        int12=[p.name for p in plans if p.kind == "int12"],
+        float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
+        segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
+        buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
+        num_train_timesteps=len(bucket_of),
+        per_unit=per_unit,
+        sites=list(sites),
+        hashes={"recipe": recipe.sha256, "source": source_sha256},
+        version=quantempo.__version__,
+    )
+    mark_quantized(denoiser, config)
+    attach_lazily(denoiser)

@@ -1,0 +1,438 @@
+/* Passes over a channels-last activation that torch makes in several: see fused_cpu.py.
+ *
+ * Layout: x[n][pixel][channel], channel fastest. Arithmetic is written with the vector extension of
+ * gcc and clang; the few conversions they translate badly are intrinsics, for AVX-512 and AVX2.
+ * Built without linking an OpenMP runtime: the symbols resolve to the one torch has loaded, so
+ * there is a single pool of threads.
+ */
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef __AVX512F__
+#define LANES 16
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+
+INLINE vf load_float(const void *p) { return _mm512_loadu_ps(p); }
+INLINE vi load_half(const void *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+INLINE void put_float(void *p, vf v) { _mm512_storeu_ps(p, v); }
+/* The low half of each lane; the high half is zero. */
+INLINE void put_half(void *p, vi v) {
+    _mm256_storeu_si256(p, _mm512_cvtepi32_epi16((__m512i)v));
+}
+INLINE void put_bytes(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE vf at_least(vf x, vf y) { return _mm512_max_ps(x, y); }
+INLINE vf at_most(vf x, vf y) { return _mm512_min_ps(x, y); }
+#else
+#define LANES 8
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+
+INLINE vf load_float(const void *p) { return _mm256_loadu_ps(p); }
+INLINE vi load_half(const void *p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+INLINE void put_float(void *p, vf v) { _mm256_storeu_ps(p, v); }
+/* Eight 16-bit values in the low half; the high bits of each lane are zero. */
+INLINE __m128i narrow(vi v) {
+    __m256i i = (__m256i)v;
+    return _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+}
+INLINE void put_half(void *p, vi v) { _mm_storeu_si128(p, narrow(v)); }
+INLINE void put_bytes(void *p, vi v) {
+    __m128i h = narrow(v & 0xff);
+    _mm_storel_epi64(p, _mm_packus_epi16(h, h));
+}
+INLINE vf at_least(vf x, vf y) { return _mm256_max_ps(x, y); }
+INLINE vf at_most(vf x, vf y) { return _mm256_min_ps(x, y); }
+#endif
+
+INLINE vf splat(float v) { return v - (vf){0}; }
+
+INLINE vf load(const void *p, int bf16) {
+    return bf16 ? (vf)(load_half(p) << 16) : load_float(p);
+}
+
+INLINE void store(void *p, int bf16, vf v) {
+    vi i = (vi)v;
+    /* bfloat16: nearest, ties to even; activations are finite. */
+    if (bf16) put_half(p, ((i + 0x7fff + ((i >> 16) & 1)) >> 16) & 0xffff);
+    else put_float(p, v);
+}
+
+INLINE vf clamp(vf x, float lo, float hi) { return at_most(at_least(x, splat(lo)), splat(hi)); }
+
+/* Adding 1.5 * 2^23 rounds |x| < 2^22 to the nearest integer, ties to even, and leaves that integer
+ * in the low bits of the float. */
+static const float MAGIC = 12582912.0f;
+
+/* Low byte: clamp(round(x) + z, 0, 255), for x already divided by the scale. */
+INLINE vi to_code(vf x, float z) { return (vi)((clamp(x, -z, 255.0f - z) + MAGIC) + z); }
+
+/* x / (1 + exp(-x)), relative error below 1e-6 + 2^-23 |x|. */
+INLINE vf times_sigmoid(vf x) {
+    vf t = clamp(x * -1.44269504088896341f, -126.0f, 126.0f);
+    vf n = t + MAGIC;
+    vf f = t - (n - MAGIC);
+    /* 2^f on [-0.5, 0.5]: minimax polynomial, relative error 1.1e-7. */
+    vf y = f * 1.326472730e-3f + 9.671512729e-3f;
+    y = y * f + 5.550733744e-2f;
+    y = y * f + 2.402224208e-1f;
+    y = y * f + 6.931469776e-1f;
+    y = y * f + 1.0f;
+    return x / ((vf)((vi)y + ((vi)n << 23)) + 1.0f);
+}
+
+/* One tensor of the (at most two) that are normalised as if concatenated along channels. */
+typedef struct {
+    const void *x;      /* [n][pixels], `stride` elements from pixel to pixel */
+    int64_t channels, stride;
+    uint8_t *raw;       /* x itself in codes, or NULL */
+    float raw_scale;
+    int32_t raw_zero;
+} part_t;
+
+typedef struct {
+    part_t part[2];
+    int64_t parts, n, height, width, groups;
+    int32_t bf16;       /* input type: 0 float32, 1 bfloat16 */
+    int32_t silu;
+    const float *gamma, *beta;
+    const float *shift; /* added to x: [n][channels], rows `shift_stride` apart; or NULL */
+    int64_t shift_stride;
+    float eps;
+    float *out;         /* float output [n][pixels][channels], or NULL */
+    uint8_t *codes;     /* [n][pixels][channels], or NULL */
+    const float *edge;  /* see `edge_pixels`, or NULL; for one part, whose x is then changed */
+    float scale;
+    int32_t zero;
+} norm_t;
+
+#define TILE 16
+
+INLINE float load_one(const void *x, ptrdiff_t i, int bf16) {
+    float v;
+    if (bf16) {
+        uint32_t u = (uint32_t)((const uint16_t *)x)[i] << 16;
+        memcpy(&v, &u, 4);
+    } else v = ((const float *)x)[i];
+    return v;
+}
+
+/* Sums of (x - pivot) and its square for each channel; the pivot is the first pixel, so that the
+ * variance does not cancel when the mean is large. */
+INLINE void moments(const char *x, ptrdiff_t pixels, ptrdiff_t channels, ptrdiff_t stride,
+                    const float *pivot, float *sum, float *square, int bf16) {
+    const ptrdiff_t size = bf16 ? 2 : 4, whole = channels / LANES * LANES;
+    memset(sum, 0, sizeof(float) * (size_t)channels);
+    memset(square, 0, sizeof(float) * (size_t)channels);
+    for (ptrdiff_t p0 = 0; p0 < pixels; p0 += TILE) {
+        const ptrdiff_t p1 = p0 + TILE < pixels ? p0 + TILE : pixels;
+        for (ptrdiff_t c = 0; c < whole; c += LANES) {
+            vf s = load(sum + c, 0), q = load(square + c, 0), o = load(pivot + c, 0);
+            for (ptrdiff_t p = p0; p < p1; p++) {
+                vf d = load(x + size * (p * stride + c), bf16) - o;
+                s += d;
+                q += d * d;
+            }
+            put_float(sum + c, s);
+            put_float(square + c, q);
+        }
+        for (ptrdiff_t c = whole; c < channels; c++)
+            for (ptrdiff_t p = p0; p < p1; p++) {
+                float d = load_one(x, p * stride + c, bf16) - pivot[c];
+                sum[c] += d;
+                square[c] += d * d;
+            }
+    }
+}
+
+/* Turns moments of all channels into y = a x + b. `count` pixels were summed in each of `chunks`
+ * rows of [2][channels]; pivot as above. */
+static void affine(const norm_t *k, int64_t sample, int64_t channels, const float *pivot,
+                   const float *partial, int64_t chunks, float *a, float *b) {
+    const int64_t width = channels / k->groups;
+    const double pixels = (double)(k->height * k->width);
+    for (int64_t g = 0; g < k->groups; g++) {
+        double mean = 0, inside = 0, between = 0, centre[2] = {0, 0};
+        for (int pass = 0; pass < 2; pass++) {
+            for (int64_t c = g * width; c < (g + 1) * width; c++) {
+                double s = 0, q = 0;
+                for (int64_t i = 0; i < chunks; i++) {
+                    s += partial[2 * i * channels + c];
+                    q += partial[(2 * i + 1) * channels + c];
+                }
+                double m = pivot[c] + s / pixels;
+                if (k->shift) m += k->shift[sample * k->shift_stride + c];
+                if (pass == 0) {
+                    centre[0] += m;
+                    inside += q - s * s / pixels;
+                } else {
+                    between += (m - mean) * (m - mean);
+                }
+            }
+            mean = centre[0] / (double)width;
+        }
+        double variance = (inside + pixels * between) / (pixels * (double)width);
+        if (variance < 0) variance = 0;
+        float r = (float)(1.0 / __builtin_sqrt(variance + k->eps));
+        for (int64_t c = g * width; c < (g + 1) * width; c++) {
+            float offset = k->shift ? k->shift[sample * k->shift_stride + c] : 0.0f;
+            a[c] = k->gamma[c] * r;
+            b[c] = k->beta[c] + (float)((offset - mean)) * a[c];
+        }
+    }
+}
+
+typedef struct { float inverse, z, raw_scale, raw_z; } grid_t;
+
+INLINE void normalise_lanes(const char *x, const float *a, const float *b, uint8_t *code,
+                         uint8_t *raw, float *out, grid_t g, int bf16, int silu) {
+    vf v = load(x, bf16);
+    if (raw) put_bytes(raw, to_code(v / g.raw_scale, g.raw_z));
+    v = v * load(a, 0) + load(b, 0);
+    if (silu) v = times_sigmoid(v);
+    if (code) put_bytes(code, to_code(v * g.inverse, g.z));
+    else put_float(out, v);
+}
+
+/* One pixel: all channels of a part. */
+INLINE void normalise_pixel(const char *x, const float *a, const float *b, int64_t channels,
+                            uint8_t *code, uint8_t *raw, float *out, grid_t g, int bf16, int silu) {
+    const ptrdiff_t size = bf16 ? 2 : 4;
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES)
+        normalise_lanes(x + size * c, a + c, b + c, code ? code + c : NULL, raw ? raw + c : NULL,
+                     out ? out + c : NULL, g, bf16, silu);
+    if (c < channels) {
+        const size_t rest = (size_t)(channels - c);
+        char in[4 * LANES] = {0};
+        float a_rest[LANES] = {0}, b_rest[LANES] = {0}, floats[LANES];
+        uint8_t codes[LANES], raws[LANES];
+        memcpy(in, x + size * c, size * rest);
+        memcpy(a_rest, a + c, 4 * rest);
+        memcpy(b_rest, b + c, 4 * rest);
+        normalise_lanes(in, a_rest, b_rest, code ? codes : NULL, raw ? raws : NULL, floats, g, bf16, silu);
+        if (code) memcpy(code + c, codes, rest);
+        else memcpy(out + c, floats, 4 * rest);
+        if (raw) memcpy(raw + c, raws, rest);
+    }
+}
+
+INLINE void normalise(const norm_t *k, const part_t *part, int64_t sample, int64_t first,
+                      int64_t channels, int64_t p0, int64_t p1, const float *a, const float *b,
+                      int bf16, int silu, int to_codes, int to_raw) {
+    const int64_t begin = sample * k->height * k->width;
+    const ptrdiff_t size = bf16 ? 2 : 4;
+    const grid_t g = {1.0f / k->scale, (float)k->zero, part->raw_scale, (float)part->raw_zero};
+    for (int64_t p = begin + p0; p < begin + p1; p++)
+        normalise_pixel((const char *)part->x + size * p * part->stride, a + first, b + first,
+                        part->channels, to_codes ? k->codes + p * channels + first : NULL,
+                        to_raw ? part->raw + p * part->channels : NULL,
+                        to_codes ? NULL : k->out + p * channels + first, g, bf16, silu);
+}
+
+INLINE void normalise_any(const norm_t *k, const part_t *part, int64_t sample, int64_t first,
+                          int64_t channels, int64_t p0, int64_t p1, const float *a,
+                          const float *b, int bf16) {
+    if (!k->codes) {
+        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 0, 0);
+        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 0, 0);
+    } else if (part->raw) {
+        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 1, 1);
+        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 1, 1);
+    } else {
+        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 1, 0);
+        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 1, 0);
+    }
+}
+
+/* x[c] += y[c] (if y) + e[c] (if e), one pixel. */
+INLINE void add_pixel(char *x, const char *y, const float *e, int64_t channels, int bf16) {
+    const ptrdiff_t size = bf16 ? 2 : 4;
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        vf v = load(x + size * c, bf16);
+        if (y) v += load(y + size * c, bf16);
+        if (e) v += load(e + c, 0);
+        store(x + size * c, bf16, v);
+    }
+    if (c < channels) {
+        const size_t rest = (size_t)(channels - c);
+        char in[4 * LANES] = {0}, other[4 * LANES] = {0};
+        float edge[LANES] = {0};
+        memcpy(in, x + size * c, size * rest);
+        if (y) memcpy(other, y + size * c, size * rest);
+        if (e) memcpy(edge, e + c, 4 * rest);
+        store(in, bf16, load(in, bf16) + load(other, bf16) + load(edge, 0));
+        memcpy(x + size * c, in, size * rest);
+    }
+}
+
+/* Adds to the pixels on the border of an image what a convolution left out there: edge[mask][c],
+ * bits of the mask: first row, last row, first column, last column. */
+static void edge_pixels(char *x, int64_t row, int64_t height, int64_t width, int64_t channels,
+                        const float *edge, int bf16) {
+    const int rows = (row == 0) | (row == height - 1) << 1;
+    const int64_t step = rows || width == 1 ? 1 : width - 1;
+    for (int64_t j = 0; j < width; j += step) {
+        const int mask = rows | (j == 0) << 2 | (j == width - 1) << 3;
+        if (mask) add_pixel(x + (bf16 ? 2 : 4) * j * channels, NULL, edge + mask * channels,
+                            channels, bf16);
+    }
+}
+
+static void edge_sample(const norm_t *k, int64_t sample) {
+    if (!k->edge) return;
+    const int64_t line = (k->bf16 ? 2 : 4) * k->width * k->part[0].channels;
+    char *x = (char *)k->part[0].x + sample * k->height * line;
+    for (int64_t i = 0; i < k->height; i++)
+        edge_pixels(x + i * line, i, k->height, k->width, k->part[0].channels, k->edge, k->bf16);
+}
+
+/* The first pixel of a sample as float, all parts one after the other. */
+static void first_pixel(const norm_t *k, int64_t sample, float *pivot) {
+    const int64_t pixels = k->height * k->width;
+    for (int64_t i = 0, first = 0; i < k->parts; first += k->part[i++].channels)
+        for (int64_t c = 0; c < k->part[i].channels; c++)
+            pivot[first + c] =
+                load_one(k->part[i].x, sample * pixels * k->part[i].stride + c, k->bf16);
+}
+
+static void sum_pixels(const norm_t *k, int64_t sample, int64_t channels, int64_t p0, int64_t p1,
+                       const float *pivot, float *partial) {
+    const int64_t pixels = k->height * k->width;
+    for (int64_t i = 0, first = 0; i < k->parts; first += k->part[i++].channels) {
+        const int64_t own = k->part[i].channels, at = (sample * pixels + p0) * k->part[i].stride;
+        if (k->bf16)
+            moments((const char *)k->part[i].x + 2 * at, p1 - p0, own, k->part[i].stride, pivot + first,
+                    partial + first, partial + channels + first, 1);
+        else
+            moments((const char *)k->part[i].x + 4 * at, p1 - p0, own, k->part[i].stride, pivot + first,
+                    partial + first, partial + channels + first, 0);
+    }
+}
+
+static void write_pixels(const norm_t *k, int64_t sample, int64_t channels, int64_t p0, int64_t p1,
+                         const float *a, const float *b) {
+    for (int64_t i = 0, first = 0; i < k->parts; first += k->part[i++].channels) {
+        if (k->bf16) normalise_any(k, k->part + i, sample, first, channels, p0, p1, a, b, 1);
+        else normalise_any(k, k->part + i, sample, first, channels, p0, p1, a, b, 0);
+    }
+}
+
+/* Group normalisation of x + shift, then SiLU, then codes (or floats). `scratch` holds
+ * n * chunks * 2 * channels floats; a sample is cut in `chunks` when there are few samples. */
+void quantempo_norm(const norm_t *k, float *scratch, int64_t chunks, int threads) {
+    int64_t channels = 0;
+    for (int64_t i = 0; i < k->parts; i++) channels += k->part[i].channels;
+    const int64_t pixels = k->height * k->width, items = k->n * chunks;
+#pragma omp parallel num_threads(threads)
+    {
+        float pivot[channels], a[channels], b[channels];
+        if (chunks == 1) {
+            /* Both passes of a sample in one thread: the second finds it in the cache. */
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t sample = 0; sample < k->n; sample++) {
+                float *partial = scratch + 2 * sample * channels;
+                edge_sample(k, sample);
+                first_pixel(k, sample, pivot);
+                sum_pixels(k, sample, channels, 0, pixels, pivot, partial);
+                affine(k, sample, channels, pivot, partial, 1, a, b);
+                write_pixels(k, sample, channels, 0, pixels, a, b);
+            }
+        } else {
+#pragma omp for schedule(static)
+            for (int64_t sample = 0; sample < k->n; sample++) edge_sample(k, sample);
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < items; item++) {
+                const int64_t sample = item / chunks, part = item % chunks;
+                first_pixel(k, sample, pivot);
+                sum_pixels(k, sample, channels, pixels * part / chunks,
+                           pixels * (part + 1) / chunks, pivot, scratch + 2 * item * channels);
+            }
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < items; item++) {
+                const int64_t sample = item / chunks, part = item % chunks;
+                first_pixel(k, sample, pivot);
+                affine(k, sample, channels, pivot, scratch + 2 * sample * chunks * channels,
+                       chunks, a, b);
+                write_pixels(k, sample, channels, pixels * part / chunks,
+                             pixels * (part + 1) / chunks, a, b);
+            }
+        }
+    }
+}
+
+typedef struct {
+    const void *x;      /* [n][height][width], `stride` elements from pixel to pixel */
+    int64_t n, height, width, channels, stride;
+    int32_t bf16, repeat; /* each pixel becomes repeat x repeat (nearest upsampling) */
+    int64_t top, bottom, left, right;
+    float scale;
+    int32_t zero;
+    uint8_t *codes;     /* [n][top + repeat height + bottom][left + repeat width + right][c] */
+} quantize_t;
+
+INLINE void quantize_row(const quantize_t *k, int64_t row, int bf16) {
+    const float z = (float)k->zero;
+    const ptrdiff_t size = bf16 ? 2 : 4;
+    const int64_t line = (k->left + k->repeat * k->width + k->right) * k->channels;
+    const int64_t lines = k->top + k->repeat * k->height + k->bottom;
+    const int64_t sample = row / k->height, i = row % k->height;
+    const char *x = (const char *)k->x + size * row * k->width * k->stride;
+    uint8_t *out = k->codes + (sample * lines + k->top + k->repeat * i) * line;
+    uint8_t *pixel = out + k->left * k->channels;
+    memset(out, k->zero, (size_t)(k->left * k->channels));
+    for (int64_t j = 0; j < k->width; j++, pixel += k->repeat * k->channels) {
+        const char *from = x + size * j * k->stride;
+        int64_t c = 0;
+        /* A true quotient: the same codes as core.quantize, bit for bit. */
+        for (; c + LANES <= k->channels; c += LANES)
+            put_bytes(pixel + c, to_code(load(from + size * c, bf16) / k->scale, z));
+        if (c < k->channels) {
+            char in[4 * LANES] = {0};
+            uint8_t codes[LANES];
+            memcpy(in, from + size * c, size * (size_t)(k->channels - c));
+            put_bytes(codes, to_code(load(in, bf16) / k->scale, z));
+            memcpy(pixel + c, codes, (size_t)(k->channels - c));
+        }
+        for (int r = 1; r < k->repeat; r++)
+            memcpy(pixel + r * k->channels, pixel, (size_t)k->channels);
+    }
+    memset(pixel, k->zero, (size_t)(k->right * k->channels));
+    for (int r = 1; r < k->repeat; r++) memcpy(out + r * line, out, (size_t)line);
+    if (i == 0) memset(out - k->top * line, k->zero, (size_t)(k->top * line));
+    if (i == k->height - 1)
+        memset(out + k->repeat * line, k->zero, (size_t)(k->bottom * line));
+}
+
+/* Codes of a float tensor, with nearest upsampling and a border of zero points on the way. */
+void quantempo_quantize(const quantize_t *k, int threads) {
+    const int64_t rows = k->n * k->height;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        if (k->bf16) quantize_row(k, row, 1);
+        else quantize_row(k, row, 0);
+    }
+}
+
+/* x += y (if any), and `edge` (if any) on the border: see `edge_pixels`. Both dense. */
+void quantempo_add(void *x, const void *y, const float *edge, int64_t n, int64_t height,
+                   int64_t width, int64_t channels, int bf16, int threads) {
+    const int64_t line = (bf16 ? 2 : 4) * width * channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < n * height; row++) {
+        char *to = (char *)x + row * line;
+        if (y) {
+            const char *from = (const char *)y + row * line;
+            if (bf16) add_pixel(to, from, NULL, width * channels, 1);
+            else add_pixel(to, from, NULL, width * channels, 0);
+        }
+        if (edge) edge_pixels(to, row % height, height, width, channels, edge, bf16);
+    }
+}
+
+int quantempo_layout(void) { return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t)); }

@@ -1,0 +1,132 @@
+"""The layer table: what every Conv2d and Linear became, and why (layer L5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.backends.base import BACKENDS
+from quantempo.models.family import Site
+from quantempo.models.macs import ATTENTION_MATMULS
+from quantempo.quantizers import Int12Linear, LayerPlan, QLayer, find_clock, quantized_layers
+
+__all__ = ["int8_share", "layer_rows", "layer_sqnr"]
+
+
+def layer_rows(
+    sites: list[Site],
+    plans: list[LayerPlan],
+    denoiser: nn.Module,
+    macs: Mapping[str, int],
+    sqnr_db: Mapping[str, float],
+    bits: tuple[int, int],
+) -> list[dict[str, Any]]:
+    """Return one row for each site, and one for the attention matmuls.
+
+    Args:
+        sites: of the float denoiser; plans: in the same order; denoiser: the packed one.
+        macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
+        bits: of weights and activations of the integer layers.
+    """
+    rows = []
+    for site, plan in zip(sites, plans, strict=True):
+        layer = denoiser.get_submodule(site.name)
+        row: dict[str, Any] = {
+            "name": site.name,
+            "kind": type(site.layer).__name__,
+            "role": site.role,
+            "weight_shape": list(site.layer.weight.shape),
+            "macs": macs.get(site.name, 0),
+            "bits_weight": 12 if isinstance(layer, Int12Linear) else 32,
+            "bits_activation": 32,
+            "segments": [],
+            "buckets": None,
+            "scale_min": None,
+            "scale_max": None,
+            "zero_point": None,
+            "reason": plan.reason,
+            "sqnr_db": sqnr_db.get(site.name),
+        }
+        if isinstance(layer, QLayer):
+            row |= {
+                "bits_weight": bits[0],
+                "bits_activation": bits[1],
+                "segments": list(layer.segments),
+                "buckets": layer.act_scale.shape[1],
+                "scale_min": float(layer.act_scale.min()),
+                "scale_max": float(layer.act_scale.max()),
+                "zero_point": layer.act_zero_point.tolist(),
+            }
+        rows.append(row)
+    rows.append(
+        {
+            "name": ATTENTION_MATMULS,
+            "kind": "matmul",
+            "role": "attention",
+            "weight_shape": [],
+            "macs": macs.get(ATTENTION_MATMULS, 0),
+            "bits_weight": None,
+            "bits_activation": 32,
+            "segments": [],
+            "buckets": None,
+            "scale_min": None,
+            "scale_max": None,
+            "zero_point": None,
+            "reason": "product of two activations: softmax and its neighbours stay in float",
+            "sqnr_db": None,
+        }
+    )
+    return rows
+
+
+def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls."""
+    layers = [row for row in rows if row["kind"] != "matmul"]
+    integer = sum(row["macs"] for row in layers if row["bits_activation"] <= 8)
+    return {
+        "int8_mac_share": integer / max(1, sum(row["macs"] for row in layers)),
+        "int8_mac_share_with_attention": integer / max(1, sum(row["macs"] for row in rows)),
+    }
+
+
+@torch.no_grad()
+def layer_sqnr(
+    float_denoiser: nn.Module, packed: nn.Module, timestep: Tensor, call: Callable[[], Any]
+) -> dict[str, float]:
+    """Return 10 log10(sum y^2 / sum (y - y_q)^2) of each integer layer on the float model's input.
+
+    Args:
+        float_denoiser: runs; packed: gives the integer layers, executed by `simulated`.
+        timestep: (B,) of that batch.
+        call: runs one forward of `float_denoiser`.
+    """
+    clock, simulated = find_clock(packed), BACKENDS.get("simulated")
+    assert clock is not None
+    # Both on one device; the packed model may have been built on another.
+    packed.to(next(float_denoiser.parameters()).device)
+    clock.set(timestep)
+    result: dict[str, float] = {}
+
+    def compare(name: str, kernel: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            error = (kernel(args[0]) - output).double().square().sum()
+            signal = output.double().square().sum()
+            result[name] = float(10 * torch.log10(signal / error.clamp_min(1e-300)))
+
+        return hook
+
+    handles = [
+        float_denoiser.get_submodule(name).register_forward_hook(
+            compare(name, simulated.lower(layer))
+        )
+        for name, layer in quantized_layers(packed)
+    ]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result

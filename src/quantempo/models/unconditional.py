@@ -1,0 +1,88 @@
+"""A pixel-space pipeline without conditioning that works with any scheduler (layer L1).
+
+The stock ones do not: DDIMPipeline turns every scheduler it is given into DDIM, and DDPMPipeline
+neither scales the network's input nor x_T, which is silently wrong for Euler-type schedulers and
+an error for those whose step takes no generator. With DDIM and DDPM this one gives their images
+bit for bit. Kept apart from `sampling` because it needs diffusers at import.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator
+
+__all__ = ["UnconditionalPipeline"]
+
+
+class UnconditionalPipeline(DiffusionPipeline):
+    """Denoise pixels with a UNet2DModel and any scheduler of the Karras family.
+
+    Args:
+        unet: UNet2DModel-like, called as unet(x_t, t).
+        scheduler: any scheduler made for noise-prediction (or v-, or x_0-prediction) models.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            batch_size: number of images.
+            generator: one for all images, or one an image.
+            num_inference_steps: steps of the scheduler.
+            eta: DDIM's noise share in [0, 1]; other schedulers ignore it.
+            output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
+            return_dict: return an ImagePipelineOutput instead of a tuple.
+        """
+        config = self.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, config.in_channels, height, width)
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        x = x * self.scheduler.init_noise_sigma
+
+        known = inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator, "eta": eta}
+        options = {name: value for name, value in options.items() if name in known}
+        for t in self.progress_bar(self.scheduler.timesteps):
+            output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
+            output = self._without_variance(output, shape[1])
+            x = self.scheduler.step(output, t, x, **options).prev_sample
+
+        x = (x / 2 + 0.5).clamp(0, 1)
+        images = x
+        if output_type != "pt":
+            images = x.cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _without_variance(self, output: torch.Tensor, channels: int) -> torch.Tensor:
+        """Drop the learned variance channels when the scheduler has no use for them."""
+        learned = getattr(self.scheduler.config, "variance_type", None) in (
+            "learned",
+            "learned_range",
+        )
+        return output if learned else output[:, :channels]

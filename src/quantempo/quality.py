@@ -1,0 +1,227 @@
+"""Sample from the float and the packed model, and judge one by the other (layer L5)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from quantempo.backends.engine import attach, attached
+from quantempo.calibrate.dataset import TraceSet
+from quantempo.errors import QuantempoError
+from quantempo.evaluate import eps_sqnr, evaluate_pairs
+from quantempo.layer_table import int8_share
+from quantempo.models.family import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.pipeline import Session
+from quantempo.quantizers import attach_sampler_site, find_clock, find_sites
+from quantempo.runs import RunFolder, atomic_path
+
+__all__ = ["evaluate", "open_model", "sample"]
+
+log = logging.getLogger("quantempo")
+
+
+def open_model(
+    path: str | Path,
+    *,
+    engine: str = "auto",
+    scheduler: str | None = None,
+    device: str = "cpu",
+) -> Any:
+    """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
+
+    Raises:
+        QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
+    """
+    pipe = load_pipeline(path)
+    pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
+    pipe.to(device)
+    denoiser = denoiser_of(pipe)[1]
+    if find_clock(denoiser) is None:
+        if engine != "auto":
+            raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
+        return pipe
+    attach(denoiser, engine)
+    sites = find_sites(denoiser)
+    if "x_prev" in sites:
+        attach_sampler_site(pipe.scheduler, sites["x_prev"])
+    return pipe
+
+
+def sample(
+    pipe: Any,
+    folder: str | Path,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    call: dict[str, Any] | None = None,
+    identity: str = "",
+    force: bool = False,
+) -> np.ndarray:
+    """Write one PNG per seed (its name) and return the images, (n, H, W, 3) uint8.
+
+    Images that are there already, made by the same model and settings, are kept: a killed run
+    resumes. The settings stand in `settings.json` beside them.
+
+    Args:
+        pipe: from `open_model`.
+        folder: where the pictures go.
+        seeds: one an image.
+        steps: sampling steps.
+        batch_size: images a call; an engine compiles for it.
+        call: extra arguments of the pipeline's call.
+        identity: what else decides the images (hash of the model).
+        force: throw away pictures of other settings.
+
+    Raises:
+        QuantempoError: the folder holds something else.
+    """
+    out, call = RunFolder(folder), call or {}
+    denoiser = denoiser_of(pipe)[1]
+    settings = {
+        "model": identity,
+        "engine": attached(denoiser) or "float",
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": steps,
+        "call": hashlib.sha256(json.dumps(call, default=str, sort_keys=True).encode()).hexdigest(),
+    }
+    if out.has("settings.json"):
+        if out.read_json("settings.json") != settings:
+            if not force:
+                raise QuantempoError(
+                    f"{out.path} holds images of another model or other settings; choose another "
+                    "folder, or --force to replace them"
+                )
+            for old in out.path.glob("*.png"):
+                old.unlink()
+    elif out.path.exists() and any(out.path.iterdir()):
+        raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
+    out.write_json("settings.json", settings)
+    todo = [seed for seed in seeds if not out.has(f"{seed}.png")]
+
+    def write(first: int, images: np.ndarray) -> None:
+        for seed, image in zip(todo[first : first + len(images)], images, strict=True):
+            with atomic_path(out / f"{seed}.png") as temporary:
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                    temporary, format="PNG"
+                )
+
+    if todo:
+        # Prompts and labels go by position in the whole list, whatever is left to do.
+        places = [list(seeds).index(seed) for seed in todo]
+        arguments = {
+            key: [value[i % len(value)] for i in places] if isinstance(value, list) else value
+            for key, value in call.items()
+        }
+        run_pipeline(
+            pipe, todo, steps=steps, batch_size=batch_size, on_batch=write, **arguments
+        )
+    return np.stack([_read(out / f"{seed}.png") for seed in seeds])
+
+
+def _read(path: Path) -> np.ndarray:
+    image = np.asarray(Image.open(path))
+    return image[..., None] if image.ndim == 2 else image
+
+
+def evaluate(
+    session: Session,
+    *,
+    images: int = 64,
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 16,
+    engine: str = "auto",
+    device: str = "cpu",
+    data: str | Path | None = None,
+    inception: str | Path | None = None,
+) -> dict[str, Any]:
+    """Sample pairs from both models, score them and write `metrics.json`.
+
+    Args:
+        session: a run folder whose `packed/` is there.
+        images: number of pairs, seeds `seed`, `seed + 1`, ...
+        steps: sampling steps.
+        batch_size: images a call.
+        engine: of the packed model.
+        device: where both run.
+        data: folder of real images for scores against a reference set.
+        inception: weights of the Inception network for FID, IS, sFID and KID.
+
+    Raises:
+        QuantempoError: nothing packed yet, or see `sample` and `evaluate_pairs`.
+    """
+    run, seeds = session.run, list(range(seed, seed + images))
+    options = {"scheduler": session.scheduler, "device": device}
+    packed = open_model(run / "packed", engine=engine, **options)
+    pipe = open_model(session.source, **options)
+    model = run.read_json("model.json")["sha256"]
+    manifest = run.read_json("manifest.json")
+    how: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "call": session.call,
+        "force": session.force,
+    }
+    float_images = sample(pipe, run / "samples/float", seeds, identity=model, **how)
+    packed_key = manifest["stages"]["pack"]["key"]
+    int8_images = sample(packed, run / "samples/int8", seeds, identity=packed_key, **how)
+    metrics = evaluate_pairs(float_images, int8_images, reference=data)
+    if inception is not None:
+        more = evaluate_pairs(
+            float_images, int8_images, reference=data, extractor="inception", weights=inception
+        )
+        metrics |= {key: value for key, value in more.items() if key not in metrics}
+        metrics["scores"] += more["scores"]
+    trace = TraceSet(run / "trace")
+    denoiser, quantized = denoiser_of(pipe)[1], denoiser_of(packed)[1]
+    edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
+    metrics["eps_sqnr_db"] = eps_sqnr(denoiser, quantized, _calls(trace), bins=edges)
+    metrics |= summary(session)
+    metrics |= {
+        "engine": attached(quantized),
+        "sampler": type(pipe.scheduler).__name__,
+        "steps": steps,
+        "seeds": [seeds[0], seeds[-1]],
+        "batch_size": batch_size,
+    }
+    run.write_json("metrics.json", metrics)
+    return metrics
+
+
+def _calls(trace: TraceSet, batch_size: int = 16) -> Iterator[tuple[tuple[Any, ...], dict, Any]]:
+    """Yield (args, kwargs, t) of recorded calls, about 128 rows spread over the set."""
+    count = min(128, len(trace)) // batch_size * batch_size or len(trace)
+    index = torch.linspace(0, len(trace) - 1, count).long()
+    for rows in index.split(batch_size):
+        batch = trace.rows(rows)
+        yield (batch.x_t, batch.t), batch.cond, batch.t
+
+
+def summary(session: Session) -> dict[str, Any]:
+    """Return what the run folder says of size, share of integers and time spent."""
+    run = session.run
+    rows = run.read_json("layers.json")
+    stages = run.read_json("manifest.json")["stages"]
+    component = run.read_json("model.json")["component"]
+    files = (run / "packed" / component).glob("*.safetensors")
+    share = int8_share(rows)
+    return {
+        **share,
+        "bytes_float32": 4 * run.read_json("model.json")["parameters"],
+        "bytes_packed": sum(file.stat().st_size for file in files),
+        "calibration_seconds": round(sum(stage["seconds"] for stage in stages.values()), 2),
+        "float_layers": [
+            {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
+        ],
+    }

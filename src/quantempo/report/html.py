@@ -1,0 +1,55 @@
+"""Write `report.html`: one page, everything inlined, no script, nothing fetched.
+
+What the sections show is in `sections`, how they look in `report.html.j2`. Layer L1; a pure reader
+of the files of a run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantempo.errors import QuantempoError
+from quantempo.report.sections import SECTIONS, NotRunError
+from quantempo.runs import RunFolder, atomic_path
+
+__all__ = ["render"]
+
+
+def render(run_path: str | Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Sections whose files are missing say "not run" and which command makes them.
+
+    Args:
+        run_path: the run folder.
+
+    Raises:
+        QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
+    """
+    run = RunFolder(run_path)
+    if not run.path.is_dir():
+        raise QuantempoError(f"no run folder {run.path}; pass the folder of a run (--run)")
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise QuantempoError("the report needs jinja2; pip install 'quantempo[report]'") from error
+    sections = []
+    for name, title, build in SECTIONS:
+        try:
+            sections.append({"id": name, "title": title, "blocks": build(run), "absent": ""})
+        except NotRunError as reason:
+            sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
+    environment = Environment(
+        loader=PackageLoader("quantempo.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2")
+    # Resolved, so that a run given as "." still has a name.
+    text = page.render(name=run.path.resolve().name, sections=sections)
+    target = run / "report.html"
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target

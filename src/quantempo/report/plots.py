@@ -1,0 +1,358 @@
+"""Figures of the report: plain arrays in, one inline SVG out, one style for all.
+
+Not here: where the arrays come from (`html`). Layer L1; matplotlib is imported by the functions.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantempo.errors import QuantempoError
+
+__all__ = [
+    "Activation",
+    "activation_boxes",
+    "activation_densities",
+    "bars",
+    "layer_bars",
+    "quantiles",
+    "scale_curves",
+    "step_curve",
+    "time_law",
+]
+
+# Colours stand for variables of the page, so that figures follow its light and dark themes.
+INK, MUTED, RULE = "#11181f", "#5b6671", "#d4dade"
+INT8, FLOAT, ACCENT = "#0b7a75", "#97a3ae", "#c4622d"
+INDIGO, OCHRE = "#5561a9", "#a08019"
+VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    RULE: "rule",
+    INT8: "int8",
+    FLOAT: "float",
+    ACCENT: "accent",
+    INDIGO: "indigo",
+    OCHRE: "ochre",
+}
+ROLE_COLOURS = {"conv": INT8, "shortcut": ACCENT, "attention": INDIGO, "linear": OCHRE}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "quantempo",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 8.5,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "savefig.transparent": True,
+}
+WIDTH = 10.0
+SHOWN = (0.01, 0.25, 0.5, 0.75, 0.99)
+
+
+@contextmanager
+def _figure(rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure and its (rows, columns) axes; their SVG is in `figure.svg` afterwards."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise QuantempoError(
+            "the report needs matplotlib; pip install 'quantempo[report]'"
+        ) from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        # Two panels: keep the last tick label of the left one off the first of the right one.
+        figure.get_layout_engine().set(wspace=0.05, hspace=0.06)
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+        yield figure, axes
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    figure.svg = _inline(stream.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """Return the <svg> element alone, themed, without metadata (its only foreign addresses)."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Nothing refers to the names of groups, and they repeat from figure to figure.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
+
+
+def _time_axis(axis: Any, last: float) -> None:
+    """Let time run as sampling does: noise on the left, the image on the right."""
+    axis.set_xlim(last, 0)
+    axis.set_xlabel("training time-step t   (noise → image)")
+
+
+def _legend(axis: Any, columns: int) -> None:
+    """Put the legend above the axes, at the right end of the title's line."""
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.1,
+                columnspacing=1.4, handlelength=1.4)  # fmt: skip
+
+
+def _bare(axis: Any, grid: str) -> None:
+    axis.grid(visible=False, axis="x" if grid == "y" else "y")
+    axis.tick_params(length=0, pad=5)
+
+
+def time_law(
+    drawn: np.ndarray,
+    density: np.ndarray | None,
+    actual: np.ndarray | None,
+    steps: int,
+    num_train_timesteps: int,
+) -> str:
+    """Draw the law of time-steps: drawn step indices against its density, and the t recorded.
+
+    Args:
+        drawn: (n,) step indices in [0, steps).
+        density: (steps,) probabilities of the law, or None.
+        actual: (m,) training time-steps the network received, or None.
+        steps: of the traced sampler.
+        num_train_timesteps: T.
+    """
+    with _figure(1, 2, 2.6) as (figure, axes):
+        left, right = axes[0]
+        counts = np.bincount(drawn, minlength=steps) / max(1, len(drawn))
+        left.bar(np.arange(steps), counts, width=0.86, color=INT8, label="drawn")
+        if density is not None:
+            left.step(
+                np.arange(steps + 1) - 0.5,
+                np.append(density, density[-1]),
+                where="post",
+                color=ACCENT,
+                linewidth=1.4,
+                label="law",
+            )
+        left.set_xlim(steps - 0.5, -0.5)
+        left.set_xlabel("step of the sampler   (noise → image)")
+        left.set_title("share of the calibration set at each step")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        _legend(left, 2)
+        if actual is not None:
+            right.hist(actual, bins=np.linspace(0, num_train_timesteps, 51), color=FLOAT)
+        _time_axis(right, num_train_timesteps)
+        right.set_title("inputs recorded, by the t the network received")
+        for axis in (left, right):
+            _bare(axis, "y")
+    return figure.svg
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Hold the statistics of one layer input.
+
+    label: name and role; hist: (K, N) counts by time bin; edges: (lo, hi) of the N bins; extremes:
+    (K, 2) min and max; time_edges: (K + 1,) of the time bins; window: (T, 2) smallest and largest
+    value its scale can represent at each training time-step, or None.
+    """
+
+    label: str
+    hist: np.ndarray
+    edges: tuple[float, float]
+    extremes: np.ndarray
+    time_edges: np.ndarray
+    window: np.ndarray | None = None
+
+
+def quantiles(counts: np.ndarray, lo: float, hi: float, shares: Sequence[float]) -> np.ndarray:
+    """Return the quantiles of a histogram of equal bins over [lo, hi], linear inside a bin."""
+    above = np.cumsum(counts, dtype=np.float64)
+    # A target of zero would land in a bin without counts.
+    target = np.maximum(np.asarray(shares) * above[-1], np.finfo(np.float64).tiny)
+    bins = np.searchsorted(above, target)
+    inside = 1 - (above[bins] - target) / np.asarray(counts)[bins]
+    return lo + (bins + inside) * (hi - lo) / len(counts)
+
+
+def activation_boxes(layers: Sequence[Activation]) -> str:
+    """Draw boxplots over time: box 25-75 %, whiskers 1-99 %, dots the extremes, band the window."""
+    with _figure(-(-len(layers) // 2), 2, 2.35 * -(-len(layers) // 2)) as (figure, axes):
+        for axis, layer in zip(axes.flat, layers, strict=False):
+            filled = np.flatnonzero(layer.hist.sum(axis=1) > 0)
+            centres = (layer.time_edges[:-1] + layer.time_edges[1:]) / 2
+            boxes = []
+            for k in filled:
+                q = quantiles(layer.hist[k], *layer.edges, SHOWN)
+                boxes.append(
+                    dict(zip(("whislo", "q1", "med", "q3", "whishi"), q, strict=True))
+                    | {"fliers": layer.extremes[k]}
+                )
+            axis.bxp(
+                boxes,
+                positions=centres[filled],
+                widths=0.6 * float(np.diff(layer.time_edges).min()),
+                manage_ticks=False,
+                patch_artist=True,
+                boxprops={"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
+                medianprops={"color": INK, "linewidth": 1.2},
+                whiskerprops={"color": MUTED, "linewidth": 0.8},
+                capprops={"color": MUTED, "linewidth": 0.8},
+                flierprops={"marker": ".", "markersize": 4.5, "markerfacecolor": MUTED,
+                            "markeredgewidth": 0},
+            )  # fmt: skip
+            if layer.window is not None:
+                t = np.arange(len(layer.window))
+                for end in layer.window.T:
+                    axis.step(t, end, where="post", color=ACCENT, linewidth=1.1)
+            _time_axis(axis, float(layer.time_edges[-1]))
+            axis.set_title(layer.label)
+            _bare(axis, "y")
+        _trim(axes, len(layers))
+    return figure.svg
+
+
+def activation_densities(layers: Sequence[Activation]) -> str:
+    """Draw each layer's distribution as densities near the noise, half way, and near the image."""
+    with _figure(-(-len(layers) // 2), 2, 2.1 * -(-len(layers) // 2)) as (figure, axes):
+        for axis, layer in zip(axes.flat, layers, strict=False):
+            bins = len(layer.hist[0])
+            merged = layer.hist.reshape(len(layer.hist), -1, max(1, bins // 128)).sum(axis=2)
+            grid = np.linspace(*layer.edges, merged.shape[1] + 1)
+            filled = np.flatnonzero(merged.sum(axis=1) > 0)
+            third = max(1, len(filled) // 3)
+            parts = (
+                (filled[-third:], FLOAT, "near the noise"),
+                (filled[third:-third], OCHRE, "half way"),
+                (filled[:third], INT8, "near the image"),
+            )
+            for rows, colour, name in parts:
+                counts = merged[rows].sum(axis=0)
+                if counts.sum() > 0:
+                    density = counts / (counts.sum() * np.diff(grid))
+                    density[density == 0] = np.nan
+                    axis.step(grid[:-1], density, where="post", color=colour, label=name)
+            axis.set_yscale("log")
+            axis.set_title(layer.label)
+            axis.minorticks_off()
+            _bare(axis, "y")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=3)
+        _trim(axes, len(layers))
+    return figure.svg
+
+
+def _trim(axes: Any, used: int) -> None:
+    for axis in list(axes.flat)[used:]:
+        axis.remove()
+
+
+def scale_curves(scales: Sequence[tuple[str, np.ndarray]], bucket_of: np.ndarray) -> str:
+    """Draw how activation scales move over time, each relative to its own geometric mean.
+
+    Args:
+        scales: (role, (G,) scales of the G > 1 time buckets) of each input.
+        bucket_of: (T,) bucket of each training time-step.
+    """
+    t = np.arange(len(bucket_of))
+    centres = np.array([t[bucket_of == bucket].mean() for bucket in range(bucket_of.max() + 1)])
+    with _figure(1, 1, 2.6) as (figure, axes):
+        axis, seen = axes[0, 0], set[str]()
+        for edge in np.flatnonzero(np.diff(bucket_of)) + 1:
+            axis.axvline(edge, color=RULE, linewidth=1)
+        for role, values in scales:
+            relative = values / np.exp(np.log(values).mean())
+            axis.plot(centres, relative, color=ROLE_COLOURS.get(role, FLOAT), alpha=0.6,
+                      linewidth=0.9, marker=".", markersize=4,
+                      label=None if role in seen else role)  # fmt: skip
+            seen.add(role)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        _time_axis(axis, len(bucket_of))
+        axis.set_title("activation scale in each time bucket, relative to the layer's own mean")
+        _legend(axis, 6)
+        _bare(axis, "y")
+    return figure.svg
+
+
+def layer_bars(values: Sequence[float], roles: Sequence[str], marked: Sequence[int]) -> str:
+    """Draw one bar per layer in network order, coloured by role, the marked ones numbered."""
+    with _figure(1, 1, 2.7) as (figure, axes):
+        axis, heights = axes[0, 0], np.asarray(values, dtype=float)
+        of_role = np.asarray(roles)
+        for role in dict.fromkeys(roles):
+            here = np.flatnonzero(of_role == role)
+            colour = ROLE_COLOURS.get(role, FLOAT)
+            axis.bar(here, heights[here], width=0.8, color=colour, label=role)
+        for number, i in enumerate(marked, 1):
+            axis.text(i, heights[i], str(number), ha="center", va="bottom", weight="bold")
+        axis.set_xlim(-0.8, len(heights) - 0.2)
+        axis.set_xticks([])
+        axis.set_xlabel("layers in the order of the network")
+        axis.set_title("SQNR of the layer's output on the float model's input, dB")
+        _legend(axis, 6)
+        _bare(axis, "y")
+    return figure.svg
+
+
+def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str:
+    """Draw the SQNR of the noise prediction over time."""
+    with _figure(1, 1, 2.5) as (figure, axes):
+        axis = axes[0, 0]
+        axis.plot(t, sqnr_db, color=INT8, linewidth=1.6, marker="o", markersize=2.6)
+        low = int(np.argmin(sqnr_db))
+        axis.annotate(f"{sqnr_db[low]:.1f} dB at t = {t[low]:g}", (t[low], sqnr_db[low]),
+                      textcoords="offset points", xytext=(0, -12), fontsize=8, color=INK,
+                      ha="left" if t[low] > last / 2 else "right")  # fmt: skip
+        axis.margins(y=0.22)
+        axis.set_title("SQNR of the predicted noise on the same inputs, dB")
+        _time_axis(axis, last)
+        _bare(axis, "y")
+    return figure.svg
+
+
+def bars(rows: Sequence[tuple[str, float, str, bool]], title: str) -> str:
+    """Draw horizontal bars.
+
+    Args:
+        rows: (label, value, text beside the bar, whether it is ours).
+        title: with the unit.
+    """
+    height = 0.34 + 0.26 * len(rows)
+    with _figure(1, 1, height) as (figure, axes):
+        axis = axes[0, 0]
+        # A fixed frame: bars of several charts below each other start on one line.
+        figure.set_layout_engine("none")
+        axis.set_position((0.17, 0.0, 0.83, 1 - 0.3 / height))
+        figure.text(0.0, 1 - 0.02 / height, title, va="top")
+        values = [value for _, value, _, _ in rows]
+        colours = [INT8 if ours else FLOAT for _, _, _, ours in rows]
+        axis.barh(range(len(rows)), values, height=0.68, color=colours)
+        for i, (label, value, text, ours) in enumerate(rows):
+            weight = "bold" if ours else "normal"
+            options = {"textcoords": "offset points", "va": "center", "weight": weight}
+            axis.annotate(text, (value, i), xytext=(4, 0), **options)
+            axis.annotate(label, (0, i), xytext=(-6, 0), ha="right", **options)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xlim(0, max([*values, 1e-9]) * 1.15)
+        axis.axis("off")
+    return figure.svg

@@ -1,0 +1,380 @@
+"""What each section of the report shows, from the files of a run folder.
+
+Here: one function a section, files in, blocks out. Not here: the page (`html`), the drawing
+(`plots`). Layer L1; a pure reader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from quantempo.report import plots
+from quantempo.report.pictures import compare
+from quantempo.runs import RunFolder
+
+__all__ = ["SECTIONS", "Block", "NotRunError"]
+
+SEEDS_A_ROW = 8
+LAYERS_SHOWN = 4
+FLOAT_TYPES = ("float32", "bfloat16", "float16")
+
+
+class NotRunError(Exception):
+    """Say why a section is empty and which command fills it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of a section: kind says how the template shows it."""
+
+    kind: str
+    content: Any
+    caption: str = ""
+    head: Sequence[str] = ()
+
+
+def _json(run: RunFolder, name: str, command: str) -> Any:
+    if not run.has(name):
+        raise NotRunError(f"{name} is missing: quantempo {command}")
+    return run.read_json(name)
+
+
+def _tensors(run: RunFolder, name: str, command: str) -> dict[str, np.ndarray]:
+    if not run.has(name):
+        raise NotRunError(f"{name} is missing: quantempo {command}")
+    return {key: value.numpy() for key, value in run.read_safetensors(name).items()}
+
+
+def _metric(metrics: dict[str, Any], key: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
+    value = metrics.get(key)
+    return "not run" if value is None else form.format(value * scale)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:.2f} MB" if value < 1e8 else f"{value / 1e6:,.0f} MB"
+
+
+def _listed(value: Any) -> str:
+    """Return a JSON value as a phrase; runs of integers as first to last."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_listed(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        whole = len(value) > 1 and all(isinstance(item, int) for item in value)
+        # [first, last] or every one of them.
+        if whole and (len(value) == 2 or value == list(range(value[0], value[0] + len(value)))):
+            return f"{value[0]} to {value[-1]}"
+        return ", ".join(map(str, value))
+    return "not recorded" if value is None else str(value)
+
+
+def _quality_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("PSNR, mean of images", _metric(metrics, "psnr_db_mean", "{:.2f} dB")),
+        ("PSNR, 5th percentile", _metric(metrics, "psnr_db_p05", "{:.2f} dB")),
+        ("SSIM, mean of images", _metric(metrics, "ssim_mean", "{:.4f}")),
+    ]
+    if metrics.get("psnr_identical"):
+        rows.append(("identical images", f"{metrics['psnr_identical']}"))
+    for row in metrics.get("scores", []):
+        against = f", against {row['reference_images']} {row['reference']}"
+        against = against if row["reference"] else ""
+        spread = f" ± {row['std']:.3g}" if row.get("std") else ""
+        rows.append((f"{row['name']}, {row['set']}{against}", f"{row['value']:.4g}{spread}"))
+    ties = {True: "a tie (inside the spread)", False: "differ (outside the spread)"}
+    for key, value in metrics.items():
+        if key.endswith("_reference_tie") and value is not None:
+            rows.append((key.removesuffix("_reference_tie") + ", float against int8", ties[value]))
+    return rows
+
+
+def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return batch -> measurements (ms_per_forward and more) of `bench.json` and `metrics.json`."""
+    batches = dict(run.read_json("bench.json")["batches"]) if run.has("bench.json") else {}
+    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    for key, value in (metrics.get("ms_per_forward") or {}).items():
+        name, _, batch = key.partition("@")
+        batches.setdefault(batch, {"ms_per_forward": {}})["ms_per_forward"][name] = value
+    return dict(sorted(batches.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def _summary(run: RunFolder) -> list[Block]:
+    metrics = _json(run, "metrics.json", "evaluate")
+    for measured in _times(run).values():
+        for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+            if metrics.get(key) is None and measured.get(key) is not None:
+                metrics[key] = measured[key]
+    share, packed = metrics.get("int8_mac_share"), metrics.get("bytes_packed")
+    smaller = metrics.get("bytes_float32", 0) / packed if packed else None
+    tiles = [
+        ("PSNR to float", _metric(metrics, "psnr_db_mean", "{:.1f} dB")),
+        ("faster than best fp32", _metric(metrics, "speedup_vs_best_fp32", "{:.2f}×")),
+        ("faster than best bf16", _metric(metrics, "speedup_vs_best_bf16", "{:.2f}×")),
+        ("smaller than float32", f"{smaller:.2f}×" if smaller else "not run"),
+        ("of MACs in integers", f"{100 * share:.1f} %" if share is not None else "not run"),
+    ]
+    cost = [
+        ("packed on disk", _megabytes(packed) if packed else "not run"),
+        ("engine", _listed(metrics.get("engine"))),
+        ("calibration", _metric(metrics, "calibration_seconds", "{:.0f} s")),
+        ("peak memory", _metric(metrics, "peak_rss_bytes", "{:,.0f} MB", 1e-6)),
+        ("layers kept in float", str(len(metrics.get("float_layers", [])) or "none")),
+    ]
+    setup = [
+        (key, _listed(metrics.get(key)))
+        for key in ("sampler", "steps", "images", "seeds", "extractor")
+    ]
+    groups = [
+        ("Quality: int8 against float, same seeds", _quality_rows(metrics)),
+        ("Cost", cost),
+        ("How it was measured", setup),
+    ]
+    blocks = [Block("tiles", tiles), Block("facts", groups)]
+    if note := metrics.get("extractor_note"):
+        count = metrics.get("images")
+        blocks.append(Block("text", f"{note}. Scores here are of {count} images."))
+    return blocks
+
+
+def _samples(run: RunFolder) -> list[Block]:
+    found = [{p.stem for p in (run / f"samples/{k}").glob("*.png")} for k in ("float", "int8")]
+    common = sorted(found[0] & found[1], key=lambda seed: (len(seed), seed))
+    if not common:
+        raise NotRunError("samples/ holds no pairs of images: quantempo evaluate")
+    cells, gain, enlarged = compare(run / "samples/float", run / "samples/int8", common)
+    bands = [cells[i : i + SEEDS_A_ROW] for i in range(0, len(cells), SEEDS_A_ROW)]
+    labels = ("float", "int8", f"difference × {gain}")
+    side = "Enlarged without smoothing. " if enlarged else ""
+    caption = f"{side}{len(cells)} of {len(common)} pairs, by seed."
+    return [Block("grid", bands, caption, labels)]
+
+
+def _time_law(run: RunFolder) -> list[Block]:
+    trace = _json(run, "trace.json", "trace")
+    settings = trace["settings"]
+    last = int(settings["num_train_timesteps"])
+    times = []
+    for chunk in trace["chunks"]:
+        if run.has(f"trace/{chunk['file']}"):
+            with safe_open(run / f"trace/{chunk['file']}", framework="pt") as stream:
+                times.append(stream.get_tensor("t").double().numpy())
+    actual = np.concatenate(times) if times else None
+    if actual is not None and actual.max() <= 1:
+        actual = actual * last
+    density = np.asarray(trace["density"]) if trace.get("density") else None
+    drawn = np.asarray(trace["target_steps"]).ravel()
+    law = dict(settings["time_sampler"])
+    name, details = law.pop("name"), _listed(law)
+    caption = (
+        f"{settings['chains']} chains of {settings['steps']} steps, {settings['picks']} inputs "
+        f"kept of each, drawn by the law {name}{f' ({details})' if details else ''}."
+    )
+    figure = plots.time_law(drawn, density, actual, int(settings["steps"]), last)
+    return [Block("svg", figure, caption)]
+
+
+def _choose(rows: list[dict[str, Any]], known: set[str]) -> list[dict[str, Any]]:
+    """Return a few integer layers, spread over depth, with as many roles as possible."""
+    rows = [row for row in rows if row["buckets"] is not None and row["name"] in known]
+    chosen: list[dict[str, Any]] = []
+    for place in range(min(LAYERS_SHOWN, len(rows))):
+        goal = (place + 0.5) * len(rows) / min(LAYERS_SHOWN, len(rows)) - 0.5
+        roles = {row["role"] for row in chosen}
+        ranked = sorted(
+            (i for i, row in enumerate(rows) if row not in chosen),
+            key=lambda i: abs(i - goal) + (len(rows) / 4 if rows[i]["role"] in roles else 0),
+        )
+        chosen.append(rows[ranked[0]])
+    return sorted(chosen, key=rows.index)
+
+
+def _window(scales: dict[str, np.ndarray], row: dict[str, Any]) -> np.ndarray | None:
+    """Return (T, 2): the smallest and largest value the layer's codes stand for at each t."""
+    name = row["name"]
+    if f"{name}.act_scale" not in scales or "bucket_of" not in scales:
+        return None
+    scale = scales[f"{name}.act_scale"][0]
+    zero, top = scales[f"{name}.act_zero_point"][0], 2 ** row["bits_activation"] - 1
+    per_time = np.broadcast_to(scale, (max(scales["bucket_of"].max() + 1, len(scale)),))
+    per_time = per_time[scales["bucket_of"]]
+    return np.stack([-zero * per_time, (top - zero) * per_time], axis=1)
+
+
+def _activations(run: RunFolder) -> list[Block]:
+    stats = _tensors(run, "stats.safetensors", "calibrate")
+    rows = _json(run, "layers.json", "pack")
+    scales = _tensors(run, "scales.safetensors", "search")
+    names = {key.removesuffix(".hist") for key in stats if key.endswith(".hist")}
+    layers = []
+    for row in _choose(rows, names):
+        name, part = row["name"], "" if len(row["segments"]) < 2 else ", first part"
+        lo, hi = map(float, stats[f"{name}.edges"][0])
+        hist = stats[f"{name}.hist"][0].astype(np.float64)
+        if hi > lo and hist.sum() > 0:
+            label, extremes = f"{name}  ({row['role']}{part})", stats[f"{name}.range"][0]
+            times, window = stats["time_bin_edges"], _window(scales, row)
+            layers.append(plots.Activation(label, hist, (lo, hi), extremes, times, window))
+    if not layers:
+        raise NotRunError("stats.safetensors holds no integer layer: quantempo calibrate")
+    boxes = (
+        "Inputs of a few layers over time. Box 25 to 75 %, whiskers 1 to 99 %, dots the extremes; "
+        "the orange lines bound what the scale of each time bucket can represent."
+    )
+    densities = plots.activation_densities(layers)
+    return [
+        Block("svg", plots.activation_boxes(layers), boxes),
+        Block("svg", densities, "The same inputs as densities (log axis)."),
+    ]
+
+
+def _scales(run: RunFolder) -> list[Block]:
+    tensors = _tensors(run, "scales.safetensors", "search")
+    roles = {row["name"]: row["role"] for row in _json(run, "layers.json", "pack")}
+    bucket_of = tensors.get("bucket_of")
+    moving, fixed = [], 0
+    for key, scale in tensors.items():
+        if key.endswith(".act_scale"):
+            if scale.shape[1] == 1 or bucket_of is None:
+                fixed += 1
+            else:
+                role = roles.get(key.removesuffix(".act_scale"), "other")
+                moving += [(role, values) for values in scale]
+    if not moving or bucket_of is None:
+        return [Block("text", f"All {fixed} integer layers keep one activation scale over time.")]
+    count = int(bucket_of.max()) + 1
+    caption = (
+        f"{len(moving)} inputs with scales of their own in {count} time buckets; {fixed} layers "
+        "gain too little from it and keep one. A skip input in two parts counts twice."
+    )
+    return [Block("svg", plots.scale_curves(moving, bucket_of), caption)]
+
+
+def _layer_sqnr(run: RunFolder) -> list[Block]:
+    rows = [r for r in _json(run, "layers.json", "pack") if r["sqnr_db"] is not None]
+    if not rows:
+        raise NotRunError("layers.json holds no SQNR: quantempo pack")
+    lowest = sorted(range(len(rows)), key=lambda i: rows[i]["sqnr_db"])[:3]
+    named = ", ".join(
+        f"{n} {rows[i]['name']} ({rows[i]['sqnr_db']:.1f} dB)" for n, i in enumerate(lowest, 1)
+    )
+    values, roles = [row["sqnr_db"] for row in rows], [row["role"] for row in rows]
+    figure = plots.layer_bars(values, roles, lowest)
+    return [Block("svg", figure, f"Each layer alone, errors do not add up. Lowest: {named}.")]
+
+
+def _step_sqnr(run: RunFolder) -> list[Block]:
+    curve = _json(run, "metrics.json", "evaluate").get("eps_sqnr_db")
+    if not curve or not curve["t"]:
+        raise NotRunError("metrics.json holds no eps_sqnr_db: quantempo evaluate")
+    trace = run.read_json("trace.json") if run.has("trace.json") else {}
+    last = trace.get("settings", {}).get("num_train_timesteps") or max(curve["t"])
+    figure = plots.step_curve(curve["t"], curve["sqnr_db"], float(last))
+    return [Block("svg", figure, "Both models see the float model's inputs.")]
+
+
+def _speed(run: RunFolder) -> list[Block]:
+    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    blocks, times = [], _times(run)
+    for batch, measured in times.items():
+        rows = [
+            (name, ms, f"{ms:.4g} ms", not name.endswith(FLOAT_TYPES))
+            for name, ms in sorted(measured["ms_per_forward"].items(), key=lambda item: item[1])
+        ]
+        title = "milliseconds per forward pass" + (f", batch {batch}" if batch else "")
+        blocks.append(Block("svg", plots.bars(rows, title)))
+    sizes = [(k.removeprefix("bytes_"), v) for k, v in metrics.items() if k.startswith("bytes_")]
+    if sizes:
+        rows = [(k, v / 1e6, _megabytes(v), k == "packed") for k, v in sizes]
+        blocks.append(Block("svg", plots.bars(rows, "megabytes of the network on disk")))
+    if not blocks:
+        raise NotRunError("no times and no sizes yet: quantempo bench, quantempo evaluate")
+    if times:
+        blocks.append(Block("text", "Medians of interleaved runs in one process, same inputs."))
+    return blocks
+
+
+def _layers(run: RunFolder) -> list[Block]:
+    rows = _json(run, "layers.json", "pack")
+    total = sum(row["macs"] for row in rows) or 1
+    cells = []
+    for row in rows:
+        bits, low = row["bits_weight"], row["scale_min"]
+        cells.append(
+            (
+                row["name"],
+                row["role"],
+                " × ".join(map(str, row["weight_shape"])) or "–",
+                "–" if bits is None else f"{bits} / {row['bits_activation']}",
+                str(max(1, len(row["segments"]))),
+                str(row["buckets"] or "–"),
+                "–" if low is None else f"{low:.3g} – {row['scale_max']:.3g}",
+                f"{100 * row['macs'] / total:.2f} %",
+                "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+                row["reason"] or "",
+            )
+        )
+    head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
+            "SQNR dB", "why in float")  # fmt: skip
+    caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
+    return [Block("table", cells, caption, head)]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    # For booleans, numbers, strings and lists of them JSON is TOML.
+    return json.dumps(value)
+
+
+def _recipe(run: RunFolder) -> list[Block]:
+    recipe = _json(run, "manifest.json", "trace").get("recipe")
+    if not recipe:
+        raise NotRunError("manifest.json holds no recipe: quantempo trace")
+    # Sections after plain keys, as TOML wants it.
+    parts = [f"{key} = {_toml(item)}" for key, item in recipe.items() if not isinstance(item, dict)]
+    for key, section in recipe.items():
+        if isinstance(section, dict):
+            lines = (f"{name} = {_toml(item)}" for name, item in section.items())
+            parts.append("\n".join(["", f"[{key}]", *lines]))
+    return [Block("pre", "\n".join(parts))]
+
+
+def _environment(run: RunFolder) -> list[Block]:
+    manifest = _json(run, "manifest.json", "trace")
+    model = run.read_json("model.json") if run.has("model.json") else {}
+    facts = [
+        ("model", f"{Path(model['path']).name} ({model['class']})" if model else "not recorded"),
+        ("parameters", f"{model['parameters']:,}" if model else "not recorded"),
+        ("model SHA-256", _listed(model.get("sha256"))),
+        ("recipe SHA-256", _listed(manifest.get("recipe_sha256"))),
+        ("scheduler", _listed(manifest.get("scheduler") or model.get("scheduler"))),
+        ("seeds", _listed(manifest.get("seeds"))),
+        ("versions", _listed(manifest.get("versions"))),
+        ("machine", _listed(manifest.get("machine"))),
+    ]
+    stages = [
+        (name, f"{entry['seconds']:.1f} s") for name, entry in manifest.get("stages", {}).items()
+    ]
+    groups = [("Model, settings, machine", facts)]
+    return [Block("facts", [*groups, ("Seconds per stage", stages)] if stages else groups)]
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[RunFolder], list[Block]]], ...] = (
+    ("summary", "Summary", _summary),
+    ("samples", "Same seeds, two models", _samples),
+    ("steps", "Error at each step", _step_sqnr),
+    ("speed", "Speed and size", _speed),
+    ("time-law", "Which inputs were looked at", _time_law),
+    ("activations", "Activations over time", _activations),
+    ("scales", "Scales over time", _scales),
+    ("layer-sqnr", "Error of each layer", _layer_sqnr),
+    ("layers", "Layers", _layers),
+    ("recipe", "Recipe", _recipe),
+    ("environment", "Where this comes from", _environment),
+)

@@ -1,0 +1,250 @@
+"""The compiled passes against torch in float64, and how they are built and loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from quantempo.kernels import fused_cpu, reference
+from quantempo.kernels.fused_cpu import Norm, Part
+
+LIBRARY = fused_cpu.load()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason=str(fused_cpu.missing()))
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what torch.empty returns with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    # A mean far from zero: a variance taken as E[x^2] - E[x]^2 would lose digits.
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 30
+    return x.to(dtype).contiguous(memory_format=LAST)
+
+
+def group_norm(channels: int, groups: int, seed: int = 1) -> Norm:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(channels, generator=generator) + 0.5
+    return Norm(groups, weight, torch.randn(channels, generator=generator), 1e-5)
+
+
+def expected_float(x: torch.Tensor, norm: Norm, silu: bool, shift: torch.Tensor | None = None):
+    x = x.double()
+    if shift is not None:
+        x = x + shift.double()[:, :, None, None]
+    y = F.group_norm(x, norm.groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    return F.silu(y) if silu else y
+
+
+SHAPES = [
+    # batch, channels, groups, height, width: full and partial vectors, few and many samples
+    (2, 32, 32, 4, 4),
+    (1, 3, 1, 5, 7),
+    (3, 17, 17, 3, 1),
+    (1, 48, 16, 7, 5),
+    (4, 384, 32, 8, 8),
+    (5, 20, 2, 1, 1),
+]
+
+
+@needs_library
+@pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_group_norm_in_float(batch, channels, groups, height, width, dtype, silu, threads):
+    x, norm = image(batch, channels, height, width, dtype=dtype), group_norm(channels, groups)
+    shift = torch.randn(batch, channels, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, raws = LIBRARY.group_norm([Part(x)], norm, silu=silu, grid=None, shift=shift)
+    finally:
+        torch.set_num_threads(before)
+    expected = expected_float(x, norm, silu, shift)
+    assert y.dtype == torch.float32
+    assert raws == []
+    # One input has about 30 / 2 standard deviations of mean: its rounding is 15 * 2^-24 of them.
+    # A single pixel or two amplify that (their variance is small): 1e-4 covers both.
+    assert (y - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1)
+    if height * width >= 16:
+        assert (y - expected).norm() <= 4e-6 * expected.norm()
+
+
+@needs_library
+@pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pad", [0, 1, 2])
+def test_group_norm_to_codes(batch, channels, groups, height, width, dtype, pad):
+    x, norm = image(batch, channels, height, width, dtype=dtype), group_norm(channels, groups)
+    scale, zero = 0.02, 14
+    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(scale, zero), pad=pad)
+    assert codes.is_contiguous(memory_format=LAST)
+    inner = codes[:, :, pad : pad + height, pad : pad + width]
+    expected = reference.quantize(expected_float(x, norm, True), scale, zero)
+    assert (inner.int() - expected.int()).abs().max() <= 1
+    assert (inner != expected).float().mean() <= 1e-2
+    border = F.pad(torch.zeros_like(inner, dtype=torch.int32), (pad,) * 4, value=1).bool()
+    assert (codes[border] == zero).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", [1, 16, 30])
+def test_two_parts_are_one_tensor(dtype, split):
+    x, norm = image(3, 48, 5, 6, dtype=dtype), group_norm(48, 16)
+    whole, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.03, 9), pad=1)
+    grids = [(0.3, 20), (0.4, 0)]
+    halves = [x[:, :split], x[:, split:]]
+    for form in (halves, [half.contiguous(memory_format=LAST) for half in halves]):
+        parts = [Part(half, grid) for half, grid in zip(form, grids, strict=True)]
+        codes, raws = LIBRARY.group_norm(parts, norm, silu=True, grid=(0.03, 9), pad=1)
+        assert torch.equal(codes, whole)
+        for raw, half, grid in zip(raws, halves, grids, strict=True):
+            assert torch.equal(raw, reference.quantize(half, *grid))
+
+
+@needs_library
+def test_a_shift_may_be_shared_by_all_samples():
+    x, norm = image(2, 32, 4, 4), group_norm(32, 8)
+    row = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
+    shared, _ = LIBRARY.group_norm(
+        [Part(x)], norm, silu=True, grid=(0.02, 9), shift=row.expand(2, -1)
+    )
+    own, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9), shift=row.repeat(2, 1))
+    assert torch.equal(shared, own)
+
+
+@needs_library
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("border", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 3)])
+def test_quantize_is_exact(channels, dtype, repeat, border):
+    x = image(2, channels, 5, 7, dtype=dtype) - 30
+    # A scale whose quotients of bfloat16 values hit many ties.
+    for scale, zero in ((0.0125, 131), (0.0371, 3)):
+        got = LIBRARY.quantize(x, scale, zero, border, repeat)
+        inner = reference.quantize(x, scale, zero)
+        inner = inner.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)
+        top, bottom, left, right = border
+        expected = F.pad(inner.int(), (left, right, top, bottom), value=zero)
+        assert torch.equal(got.int(), expected)
+
+
+@needs_library
+def test_quantize_reads_channel_slices_and_clamps():
+    x = image(2, 40, 3, 4)
+    assert torch.equal(LIBRARY.quantize(x[:, 3:25], 0.2, 7), reference.quantize(x[:, 3:25], 0.2, 7))
+    with pytest.raises(ValueError, match="channels_last"):
+        LIBRARY.quantize(x.contiguous(), 0.2, 7)
+    with pytest.raises(TypeError, match="float16"):
+        LIBRARY.quantize(x.half(), 0.2, 7)
+    extremes = torch.tensor([1e30, -1e30, float("inf"), -float("inf"), 0.5, 1.5, -0.5])
+    codes = LIBRARY.quantize(extremes.reshape(1, 7, 1, 1), 1.0, 100).flatten()
+    assert codes.tolist() == [255, 0, 255, 0, 100, 102, 100]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_rows(dtype):
+    x = image(6, 37, 1, 1, dtype=dtype).reshape(6, 37)
+    for rows in (x, x[:, 5:30], x[::2], x.t().contiguous().t()):
+        assert torch.equal(LIBRARY.quantize_rows(rows, 0.11, 5), reference.quantize(rows, 0.11, 5))
+
+
+@needs_library
+def test_silu_over_its_whole_range():
+    # With two samples of opposite sign the norm is the identity: gamma and beta give the argument.
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 95)])
+    x = torch.stack([torch.ones(64), -torch.ones(64)], 1).reshape(1, 64, 1, 2)
+    x = x.contiguous(memory_format=LAST)
+    for chunk in values.reshape(-1, 64):
+        norm = Norm(64, torch.zeros(64), chunk.contiguous(), 1e-5)
+        y, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=None)
+        expected = F.silu(chunk.double())
+        error = (y[0, :, 0, 0] - expected).abs()
+        # The polynomial, and the exponent x log2(e) rounded to float32.
+        relative = 1e-6 + chunk.abs().double() * 2.0**-23
+        assert (error <= relative * expected.abs() + 1e-30).all()
+
+
+@needs_library
+def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
+    flags = [flag for flag in fused_cpu._FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(fused_cpu, "_FLAGS", (*flags, "-mavx2", "-mfma"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    narrow = fused_cpu.Library(fused_cpu._cached("gcc"))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, norm = image(2, 27, 5, 6, dtype=dtype), group_norm(27, 9)
+        raw = (0.3, 20)
+        a, (raw_a,) = LIBRARY.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9), pad=1)
+        b, (raw_b,) = narrow.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9), pad=1)
+        assert (a.int() - b.int()).abs().max() <= 1
+        assert torch.equal(raw_a, raw_b)
+        assert torch.equal(narrow.quantize(x, 0.3, 20), reference.quantize(x, 0.3, 20))
+
+
+@needs_library
+def test_one_openmp_runtime_is_shared_with_torch():
+    LIBRARY.quantize(image(1, 16, 4, 4), 0.1, 3)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    names = {line.split()[-1] for line in maps if "/" in line}
+    runtimes = {n for n in names if any(k in Path(n).name for k in ("gomp", "iomp", "libomp"))}
+    assert len(runtimes) == 1, runtimes
+
+
+@needs_library
+def test_the_cache_is_reused_and_a_damaged_file_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = fused_cpu._cached("gcc")
+    stamp = path.stat().st_mtime_ns
+    assert fused_cpu._cached("gcc") == path
+    assert path.stat().st_mtime_ns == stamp
+    path.write_bytes(b"not a library")
+    fused_cpu._load.cache_clear()
+    try:
+        assert fused_cpu.missing() is None
+        assert path.stat().st_size > 1000
+        assert [item.name for item in path.parent.iterdir()] == [path.name]
+    finally:
+        fused_cpu._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("", "no C compiler"), ("#!/bin/sh\necho bad option >&2\nexit 1\n", "bad option")],
+    ids=["none", "broken"],
+)
+def test_without_a_compiler_it_says_so(tmp_path, compiler, said):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    if compiler:
+        (tools / "gcc").write_text(compiler)
+        (tools / "gcc").chmod(0o755)
+    code = "from quantempo.kernels import fused_cpu\nprint(fused_cpu.load(), fused_cpu.missing())"
+    environment = {
+        **os.environ,
+        "PATH": str(tools),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None")
+    assert said in done.stdout

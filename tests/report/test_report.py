@@ -1,0 +1,279 @@
+"""The page as a whole: whole and partial run folders, what it may contain, what a browser shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quantempo.errors import QuantempoError
+from quantempo.report import plots, render
+from quantempo.report.sections import SECTIONS
+from tests.report.run_folder import make_run
+
+pytest.importorskip("matplotlib", reason="extra 'report'")
+pytest.importorskip("jinja2", reason="extra 'report'")
+
+SECTION_IDS = [name for name, _, _ in SECTIONS]
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class _Page(HTMLParser):
+    """Collect tags, attributes and the text of each section; check that tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.sections: dict[str, str] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag == "section":
+            self.current = dict(attrs)["id"]
+            self.sections[self.current] = ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+        self.handle_data(" ")
+
+    def handle_data(self, data: str) -> None:
+        if "section" in self.open:
+            self.sections[self.current] += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("runs") / "w8a8 <demo> & more")
+    render(run.path)
+    return run.path
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave figures out where only words are looked at: drawing them takes seconds."""
+    for name in plots.__all__:
+        if name not in ("Activation", "quantiles"):
+            monkeypatch.setattr(plots, name, lambda *args: f"<svg><text>{args[-1]}</text></svg>")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> _Page:
+    return _Page((folder / "report.html").read_text())
+
+
+def test_every_section_is_there_and_filled(page: _Page) -> None:
+    assert list(page.sections) == SECTION_IDS
+    assert not page.open
+    for name, text in page.sections.items():
+        assert "not run" not in text, name
+    pictures = [value for tag, key, value in page.attributes if (tag, key) == ("img", "src")]
+    assert len(pictures) == 3 * 10
+
+
+def test_numbers_and_names_come_from_the_files(page: _Page) -> None:
+    summary = " ".join(page.sections["summary"].split())
+    for words in ("36.4 dB", "2.63×", "2.23×", "97.3 %", "9.12 MB", "0.9871", "openvino/int8",
+                  "DDIMScheduler", "100 to 109", "not FID", "fed_lite0, int8, against 10",
+                  "0.0012 ± 0.0004", "a tie", "1,720 MB"):  # fmt: skip
+        assert words in summary, words
+    # 35.79 / 9.12
+    assert "3.92×" in summary
+    layers = " ".join(page.sections["layers"].split())
+    assert "down_blocks.4.resnets.0.conv_shortcut shortcut 64 × 128 × 1 × 1 8 / 8 2 4" in layers
+    assert "input layer: reads x_t itself" in layers
+    assert "[activations]" in page.sections["recipe"] and "p = 2.4" in page.sections["recipe"]
+    environment = page.sections["environment"]
+    assert "ddpm-tiny" in environment and "some/where" not in environment
+    assert "Some CPU" in environment and "2.13.0" in environment and "4.8 s" in environment
+
+
+def test_the_recipe_is_toml_that_reads_back(page: _Page) -> None:
+    import tomllib
+
+    from quantempo.recipe import Recipe
+
+    assert (
+        Recipe.from_dict(tomllib.loads(page.sections["recipe"].replace("Recipe", "", 1)))
+        == Recipe()
+    )
+
+
+def test_nothing_is_fetched_and_nothing_is_run(folder: Path, page: _Page) -> None:
+    text = (folder / "report.html").read_text()
+    for tag, key, value in page.attributes:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        assert not key.startswith("on"), key
+        if key in ("src", "href", "xlink:href", "srcset", "action", "poster"):
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, key, value[:60])
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
+    # Only the names of XML namespaces look like addresses; nothing reads them.
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_figures_follow_the_theme(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    figures = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
+    assert len(figures) == 9
+    for figure in figures:
+        assert "var(--muted)" in figure or "var(--ink)" in figure
+        # Any colour left fixed would vanish on one of the two backgrounds.
+        assert not re.findall(r"(?:fill|stroke): #(?:0{6}|f{6})", figure)
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+
+
+def test_names_are_escaped(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    assert "<h1>w8a8 &lt;demo&gt; &amp; more</h1>" in text
+
+
+def test_pictures_are_enlarged_without_smoothing_and_differences_amplified(folder: Path) -> None:
+    import base64
+    import io
+
+    text = (folder / "report.html").read_text()
+    cells = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
+    images = {
+        label: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, label in cells
+    }
+    first, second = (
+        np.asarray(Image.open(folder / f"samples/{kind}/103.png")) for kind in ("float", "int8")
+    )
+    assert (images["float, seed 103"] == first.repeat(4, axis=0).repeat(4, axis=1)).all()
+    label = next(key for key in images if key.startswith("difference") and key.endswith("103"))
+    gain = int(re.search(r"× (\d+)", label).group(1))
+    expected = np.clip(gain * np.abs(first.astype(int) - second.astype(int)), 0, 255)
+    assert (images[label][::4, ::4] == expected).all()
+    # sigma 5: 99 % lie below 3 sigma = 15, and 16 * 15 still fits.
+    assert gain == 16
+
+
+def test_large_pictures_are_reduced(tmp_path: Path) -> None:
+    for kind in ("float", "int8"):
+        (tmp_path / f"samples/{kind}").mkdir(parents=True)
+        Image.new("RGB", (640, 320), (10, 20, 30)).save(tmp_path / f"samples/{kind}/5.png")
+    text = render(tmp_path).read_text()
+    assert "Enlarged" not in text and "1 of 1 pairs" in text
+    assert len(text) < 60_000
+
+
+ABSENT = {
+    "metrics.json": {"summary", "steps", "speed"},
+    "samples": {"samples"},
+    "trace.json": {"time-law"},
+    "stats.safetensors": {"activations"},
+    "scales.safetensors": {"activations", "scales"},
+    "layers.json": {"activations", "scales", "layer-sqnr", "layers"},
+    "manifest.json": {"recipe", "environment"},
+    "model.json": set(),
+    "trace": set(),
+}
+
+
+@pytest.mark.parametrize("missing", ABSENT)
+def test_a_missing_file_empties_its_sections_only(
+    missing: str, tmp_path: Path, no_drawing: None
+) -> None:
+    run = make_run(tmp_path / "run", seeds=2, blocks=1)
+    target = run / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    page = _Page(render(run.path).read_text())
+    assert list(page.sections) == SECTION_IDS
+    empty = {name for name, text in page.sections.items() if "not run – " in text}
+    assert empty == ABSENT[missing]
+    for name in empty:
+        assert "quantempo " in page.sections[name]
+
+
+def test_an_empty_folder_and_no_folder(tmp_path: Path) -> None:
+    page = _Page(render(tmp_path).read_text())
+    assert all("not run – " in text for text in page.sections.values())
+    with pytest.raises(QuantempoError, match="no run folder"):
+        render(tmp_path / "absent")
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, no_drawing: None) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    (run / "metrics.json").write_text('{"psnr_db_mean": ')
+    with pytest.raises(QuantempoError, match=r"metrics\.json is damaged"):
+        render(run.path)
+    assert not (run / "report.html").exists()
+
+
+def test_metrics_without_speed_or_steps_say_so(tmp_path: Path, no_drawing: None) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    metrics = run.read_json("metrics.json")
+    gone = ("eps_sqnr_db", "ms_per_forward", "bytes_float32", "bytes_packed", "engine",
+            "speedup_vs_best_fp32", "scores", "extractor_note", "int8_mac_share")  # fmt: skip
+    run.write_json("metrics.json", {k: v for k, v in metrics.items() if k not in gone})
+    page = _Page(render(run.path).read_text())
+    assert "eps_sqnr_db" in page.sections["steps"] and "not run" in page.sections["speed"]
+    assert "36.4 dB" in page.sections["summary"] and "not run" in page.sections["summary"]
+
+
+def test_times_of_a_bench_file_are_shown_by_batch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    metrics = run.read_json("metrics.json")
+    for key in ("ms_per_forward", "speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+        metrics.pop(key)
+    run.write_json("metrics.json", metrics)
+    row = {"engine": "x/int8", "speedup_vs_best_fp32": 7.25, "speedup_vs_best_bf16": None}
+    times = {"eager/float32": 10.0, "x/int8": 1.38}
+    run.write_json("bench.json", {"batches": {"8": row | {"ms_per_forward": times}}})
+    page = _Page(render(run.path).read_text())
+    assert "batch 8" in page.sections["speed"] and "1.38 ms" in page.sections["speed"]
+    assert "7.25×" in page.sections["summary"]
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_missing_packages_say_what_to_install(
+    package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(QuantempoError, match=r"quantempo\[report\]"):
+        render(folder)
+
+
+def _chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(_chromium() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it(folder: Path, tmp_path: Path, scheme: str) -> None:
+    shot = tmp_path / "page.png"
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        f"--blink-settings=preferredColorScheme={int(scheme == 'light')} --window-size=1200,3000"
+    ).split()
+    command = [_chromium(), *options, f"--user-data-dir={tmp_path / 'profile'}",
+               f"--screenshot={shot}", (folder / "report.html").as_uri()]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(float)
+    assert pixels.shape == (3000, 1200, 3)
+    corner = pixels[0, 0].mean()
+    assert corner > 240 if scheme == "light" else corner < 40
+    # No stretch of the page as high as a section is empty.
+    marked = (np.abs(pixels - pixels[0, 0]).sum(axis=2) > 60).any(axis=1)
+    gaps = np.diff(np.flatnonzero(marked), prepend=0)
+    assert gaps.max() < 200

@@ -1,0 +1,194 @@
+"""What the repository promises around the code: paths in texts, pins, extras, the bundled model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+MODEL = REPOSITORY / "src" / "quantempo" / "data" / "ddpm-cifar10-9m"
+TEXTS = sorted(
+    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), MODEL / "README.md"]
+)
+
+# Files a run, a save or a tool writes: named in texts, not in the repository.
+GENERATED = re.compile(
+    r"^(\.venv|runs|packed|samples|trace|unet|scheduler|build|dist)/|"
+    r"^(manifest|metrics|model|layers|trace|config|model_index)\.json$|"
+    r"^(stats|scales|rounding)\.safetensors$|^report\.html$"
+)
+
+
+def pins() -> dict[str, str]:
+    """Return normalised name -> version of `constraints.txt`."""
+    lines = (REPOSITORY / "constraints.txt").read_text().split("\n")
+    rows = [line.split("==") for line in lines if line]
+    return {canonicalize_name(name): version for name, version in rows}
+
+
+def named_paths(text: str) -> set[str]:
+    """Return what a text names like a path: code spans with a slash or an ending, and links."""
+    spans = re.findall(r"`([\w.+-]*[\w+-](?:/[\w.+-]+)*/?)`", text)
+    ending = r"\.(?:md|py|toml|txt|cff|json|html|safetensors|c|cpp|h)$"
+    paths = {span for span in spans if "/" in span or re.search(ending, span)}
+    links = re.findall(r"\]\(([^)#\s]+)\)", text)
+    return paths | {link for link in links if "://" not in link}
+
+
+def tracked_files() -> list[Path]:
+    """Return the files of the repository that git knows or would add."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(listing, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    files = [REPOSITORY / name for name in done.stdout.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+def closure(extras: set[str]) -> dict[str, str]:
+    """Return name -> installed version of everything quantempo[extras] brings in."""
+    found: dict[str, str] = {}
+    queue = [("quantempo", frozenset(extras))]
+    seen = set(queue)
+    while queue:
+        name, wanted = queue.pop()
+        try:
+            dist = distribution(name)
+        except PackageNotFoundError:
+            continue
+        if name != "quantempo":
+            found[canonicalize_name(name)] = dist.version.partition("+")[0]
+        for requirement in map(Requirement, dist.requires or []):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in wanted | {""}):
+                item = (requirement.name, frozenset(requirement.extras))
+                if item not in seen:
+                    seen.add(item)
+                    queue.append(item)
+    return found
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_paths_named_in_texts_exist(text: Path) -> None:
+    places = [text.parent, REPOSITORY, REPOSITORY / "src" / "quantempo"]
+    missing = [
+        path
+        for path in sorted(named_paths(text.read_text()))
+        if not GENERATED.search(path) and not any((place / path).exists() for place in places)
+    ]
+    assert not missing
+
+
+def test_path_finder_finds() -> None:
+    text = "`src/x.py` [a](docs/y.md) [b](https://z.w/v) `setup.py` `a.b()` `folder/` `x_t` `make`"
+    assert named_paths(text) == {"src/x.py", "docs/y.md", "setup.py", "folder/"}
+
+
+def test_extras_of_the_project() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {"openvino", "eval", "fid", "report", "export", "dev"} <= set(extras)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    installed = re.search(r"^EXTRAS := (.*)$", makefile, re.M)
+    assert installed and set(installed[1].split(",")) == {"openvino", "eval", "report", "dev"}
+
+
+def test_pins_are_exact_and_for_any_index() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "name==version only"
+    assert pins()["torch"] == "2.13.0"
+
+
+def test_pins_satisfy_the_lower_bounds() -> None:
+    project = PROJECT["project"]
+    extras = chain.from_iterable(project["optional-dependencies"].values())
+    for requirement in map(Requirement, chain(project["dependencies"], extras)):
+        pinned = pins().get(canonicalize_name(requirement.name))
+        if pinned is not None:
+            assert requirement.specifier.contains(pinned), requirement
+    for requirement in map(Requirement, PROJECT["tool"]["uv"]["constraint-dependencies"]):
+        assert str(requirement.specifier) == f"=={pins()[canonicalize_name(requirement.name)]}"
+
+
+def test_every_installed_dependency_is_pinned() -> None:
+    installed, pinned = closure({"openvino", "eval", "report", "dev"}), pins()
+    other = {name for name in installed.keys() & pinned if installed[name] != pinned[name]}
+    if other:
+        pytest.skip(f"not installed from constraints.txt: {sorted(other)[:5]}")
+    # These come with the interpreter's venv, in the version that suits it.
+    assert not installed.keys() - pinned.keys() - {"pip", "setuptools", "wheel"}
+
+
+def test_versions_agree() -> None:
+    version = PROJECT["project"]["version"]
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (REPOSITORY / "CHANGELOG.md").read_text()
+    assert distribution("quantempo").version == version
+
+
+def test_citation_names_the_paper() -> None:
+    text = (REPOSITORY / "CITATION.cff").read_text()
+    assert "Shang" in text and "arXiv:2211.15736" in text
+
+
+def test_ci_runs_what_a_contributor_runs() -> None:
+    script = REPOSITORY / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = script.read_text().splitlines()
+    assert "set -euo pipefail" in commands
+    assert commands.index("make lint") < commands.index("make test")
+
+
+def test_bundled_model_is_the_one_its_card_describes() -> None:
+    card = (MODEL / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
+    tensors = load_file(weights).values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float16}
+    count = sum(tensor.numel() for tensor in tensors)
+    assert f"{count:,}" in card
+
+
+def test_texts_of_the_repository_name_no_machine() -> None:
+    # In pieces, so that this file does not find itself.
+    home = re.compile("/" + r"(?:home|root|Users)/\w|" + "file:" + "///|localhost" + ":")
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.name}: {match.group()}" for match in home.finditer(text)]
+    assert not found
+
+
+def test_wheel_carries_data_beside_the_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("quantempo/")}
+    source = REPOSITORY / "src"
+    expected = {
+        path.relative_to(source).as_posix()
+        for path in (source / "quantempo").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+    assert names == expected
+    assert {Path(name).suffix for name in names} >= {".py", ".toml", ".safetensors", ".json"}
