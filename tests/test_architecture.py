@@ -24,6 +24,7 @@ ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (5, ("demo",)),
     (5, ("quality", "speed")),
     (5, ("pipeline",)),
+    (5, ("session",)),
     (5, ("bench", "layer_table")),
     (4, ("rounding", "evaluate", "export")),
     (3, ("calibrate", "backends")),

@@ -27,7 +27,7 @@ _PUBLIC = {
     "sample": "quantempo.quality",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 _DIFFUSERS = "diffusers.quantizers.auto"
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantempo.backends.base import BACKENDS
-from quantempo.models.family import Site
+from quantempo.backends.engine import choose
+from quantempo.errors import QuantempoError
+from quantempo.models.family import Site, denoiser_of, sites
+from quantempo.models.load import load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS
 from quantempo.quantizers import Int12Linear, LayerPlan, QLayer, find_clock, quantized_layers
 
-__all__ = ["int8_share", "layer_rows", "layer_sqnr"]
+__all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr"]
 
 
 def layer_rows(
-    sites: list[Site],
+    found: list[Site],
     plans: list[LayerPlan],
     denoiser: nn.Module,
     macs: Mapping[str, int],
@@ -27,26 +31,17 @@ def layer_rows(
     """Return one row for each site, and one for the attention matmuls.
 
     Args:
-        sites: of the float denoiser; plans: in the same order; denoiser: the packed one.
+        found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
         macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
         bits: of weights and activations of the integer layers.
     """
     rows = []
-    for site, plan in zip(sites, plans, strict=True):
+    for site, plan in zip(found, plans, strict=True):
         layer = denoiser.get_submodule(site.name)
-        row: dict[str, Any] = {
-            "name": site.name,
-            "kind": type(site.layer).__name__,
-            "role": site.role,
+        row = _row(site.name, type(site.layer).__name__, site.role, macs.get(site.name, 0))
+        row |= {
             "weight_shape": list(site.layer.weight.shape),
-            "macs": macs.get(site.name, 0),
             "bits_weight": 12 if isinstance(layer, Int12Linear) else 32,
-            "bits_activation": 32,
-            "segments": [],
-            "buckets": None,
-            "scale_min": None,
-            "scale_max": None,
-            "zero_point": None,
             "reason": plan.reason,
             "sqnr_db": sqnr_db.get(site.name),
         }
@@ -61,25 +56,17 @@ def layer_rows(
                 "zero_point": layer.act_zero_point.tolist(),
             }
         rows.append(row)
-    rows.append(
-        {
-            "name": ATTENTION_MATMULS,
-            "kind": "matmul",
-            "role": "attention",
-            "weight_shape": [],
-            "macs": macs.get(ATTENTION_MATMULS, 0),
-            "bits_weight": None,
-            "bits_activation": 32,
-            "segments": [],
-            "buckets": None,
-            "scale_min": None,
-            "scale_max": None,
-            "zero_point": None,
-            "reason": "product of two activations: softmax and its neighbours stay in float",
-            "sqnr_db": None,
-        }
-    )
-    return rows
+    matmuls = _row(ATTENTION_MATMULS, "matmul", "attention", macs.get(ATTENTION_MATMULS, 0))
+    matmuls["reason"] = "product of two activations: softmax and its neighbours stay in float"
+    return [*rows, matmuls]
+
+
+def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
+    """Return the row of something that stays in float."""
+    empty = ("bits_weight", "buckets", "scale_min", "scale_max", "zero_point", "reason", "sqnr_db")
+    row: dict[str, Any] = {"name": name, "kind": kind, "role": role, "macs": macs}
+    row |= {"weight_shape": [], "segments": [], "bits_activation": 32}
+    return row | dict.fromkeys(empty)
 
 
 def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -130,3 +117,28 @@ def layer_sqnr(
         for handle in handles:
             handle.remove()
     return result
+
+
+def describe(packed: str | Path) -> list[dict[str, Any]]:
+    """Return the layer table of a packed folder from its files alone, with what runs each layer.
+
+    Raises:
+        QuantempoError: not a packed pipeline.
+    """
+    pipe = load_pipeline(packed)
+    denoiser = denoiser_of(pipe)[1]
+    if find_clock(denoiser) is None:
+        raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
+    config = denoiser.hf_quantizer.quantization_config
+    recipe = config.recipe
+    bits = (recipe["weights"]["bits"], recipe["activations"]["bits"])
+    float_twin = type(denoiser).from_config(
+        {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
+    )
+    found = sites(float_twin)
+    plans = config.plans(float_twin)
+    engine = choose(next(denoiser.parameters()).device.type).name
+    rows = layer_rows(found, plans, denoiser, {}, {}, bits)[:-1]
+    for row in rows:
+        row["backend"] = engine if row["bits_activation"] <= 8 else "float"
+    return rows

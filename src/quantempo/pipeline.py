@@ -8,41 +8,31 @@ have files of their own (`quantempo.quality`, `quantempo.report`).
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import quantempo
-from quantempo.bench import machine
 from quantempo.calibrate.collect import collect_statistics, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.calibrate.scales import LayerScales, search_scales, site_scales
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import trace as trace_pipeline
 from quantempo.core import WEIGHT
-from quantempo.errors import QuantempoError
-from quantempo.layer_table import layer_rows, layer_sqnr
-from quantempo.models.family import Site, denoiser_of, sites
-from quantempo.models.load import check_finite, load_pipeline, model_digest
-from quantempo.models.macs import count_macs
-from quantempo.models.sampling import swap_scheduler
 from quantempo.export.pack import pack_denoiser
-from quantempo.quantizers import LayerPlan, find_clock
+from quantempo.layer_table import layer_rows, layer_sqnr
+from quantempo.models.family import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.models.macs import count_macs
+from quantempo.quantizers import LayerPlan
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.runs import atomic_path
+from quantempo.session import Session, load, reopen
 
 __all__ = [
     "STAGES",
@@ -58,195 +48,7 @@ __all__ = [
     "trace",
 ]
 
-log = logging.getLogger("quantempo")
-
 STAGES = ("trace", "calibrate", "search", "round", "pack")
-
-
-@dataclass
-class Session:
-    """One run folder with the float pipeline it belongs to.
-
-    Args:
-        run: the folder.
-        source: where the float pipeline was loaded from.
-        recipe: the resolved recipe.
-        call: extra arguments of the pipeline's call (prompts, class labels, guidance).
-        scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
-        force: redo stages whose settings changed instead of refusing.
-        device: torch device that traces and calibrates.
-    """
-
-    run: RunFolder
-    source: str
-    recipe: Recipe
-    call: dict[str, Any] = field(default_factory=dict)
-    scheduler: str | None = None
-    force: bool = False
-    device: str = "cpu"
-
-    @cached_property
-    def pipe(self) -> Any:
-        """The float pipeline, float32."""
-        pipe = load_pipeline(self.source).to(self.device)
-        return swap_scheduler(pipe, self.scheduler) if self.scheduler else pipe
-
-    @cached_property
-    def denoiser(self) -> nn.Module:
-        """The float denoiser."""
-        return denoiser_of(self.pipe)[1].eval()
-
-    @cached_property
-    def sites(self) -> list[Site]:
-        """Every layer that could be quantized."""
-        return sites(self.denoiser)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T of the scheduler the model was trained with."""
-        return int(self.pipe.scheduler.config.num_train_timesteps)
-
-    def key(self, stage: str) -> str:
-        """Return a hash of everything that decides the artefact of a stage."""
-        sections = {
-            "trace": ("trace",),
-            "calibrate": ("trace", "layers"),
-            "search": ("trace", "layers", "activations", "weights"),
-        }.get(stage, ("trace", "layers", "activations", "weights", "rounding"))
-        settings = {name: asdict(getattr(self.recipe, name)) for name in sections}
-        settings |= {"model": self.run.read_json("model.json")["sha256"], "call": self.call}
-        settings["scheduler"] = type(self.pipe.scheduler).__name__
-        text = json.dumps(settings, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def stale(self, stage: str) -> bool:
-        """Return whether the run folder holds this stage's artefact of other settings."""
-        done = self.run.read_json("manifest.json")["stages"].get(stage)
-        return done is not None and done["key"] != self.key(stage)
-
-    @contextmanager
-    def stage(self, name: str, artefact: str) -> Iterator[bool]:
-        """Yield whether the stage has to run; note its key and seconds when it ends.
-
-        Raises:
-            QuantempoError: the artefact is there but was made with other settings, and `force`
-                is off.
-        """
-        done = self.run.read_json("manifest.json")["stages"].get(name)
-        if done and self.run.has(artefact):
-            if not self.stale(name):
-                log.info("%s: done before (%s)", name, artefact)
-                yield False
-                return
-            if not self.force:
-                raise QuantempoError(
-                    f"{self.run / artefact} was made with other settings; use another --run "
-                    "folder, or --force to redo it"
-                )
-        start = time.perf_counter()
-        yield True
-        seconds = round(time.perf_counter() - start, 3)
-        self.run.update_manifest(stages={name: {"key": self.key(name), "seconds": seconds}})
-        log.info("%s: %.1f s -> %s", name, seconds, artefact)
-
-
-def load(
-    source: str | Path,
-    run: str | Path,
-    recipe: str | Recipe = "w8a8",
-    *,
-    call: dict[str, Any] | None = None,
-    scheduler: str | None = None,
-    force: bool = False,
-    device: str = "cpu",
-) -> Session:
-    """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
-
-    Args:
-        source: diffusers pipeline folder or hub name.
-        run: run folder.
-        recipe: a `Recipe`, the name of a shipped one or a TOML file.
-        call: extra arguments of the pipeline's call.
-        scheduler: sampler to use instead of the pipeline's own.
-        force: let a run folder be taken over by another model or other settings.
-        device: torch device that traces and calibrates.
-
-    Raises:
-        QuantempoError: the source is no float diffusers pipeline or holds NaN; the run folder
-            belongs to another model.
-    """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    make_time_sampler(recipe.trace.time_sampler, recipe.trace.time_sampler_args)
-    folder = RunFolder(run)
-    session = Session(folder, str(source), recipe, dict(call or {}), scheduler, force, device)
-    denoiser = session.denoiser
-    if find_clock(denoiser) is not None:
-        raise QuantempoError(f"'{source}' is quantized already; start from the float model")
-    check_finite(denoiser)
-    digest = model_digest(denoiser)
-    if folder.has("model.json") and not force:
-        before = folder.read_json("model.json")
-        if before["sha256"] != digest:
-            raise QuantempoError(
-                f"run folder {folder.path} belongs to another model ({before['path']}); choose "
-                "another --run folder, or --force to start it over"
-            )
-    elif folder.path.exists() and not folder.has("model.json") and any(folder.path.iterdir()):
-        raise QuantempoError(f"{folder.path} is not empty and no run folder; choose another --run")
-    name, _ = denoiser_of(session.pipe)
-    entry = {
-        "path": str(source),
-        "pipeline": type(session.pipe).__name__,
-        "component": name,
-        "class": type(denoiser).__name__,
-        "scheduler": type(session.pipe.scheduler).__name__,
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "sha256": digest,
-    }
-    folder.write_json("model.json", entry)
-    before = folder.read_json("manifest.json") if folder.has("manifest.json") else {}
-    folder.write_json(
-        "manifest.json",
-        {
-            "recipe": recipe.to_dict(),
-            "recipe_sha256": recipe.sha256,
-            "call": session.call,
-            "scheduler": scheduler,
-            "versions": {
-                "quantempo": quantempo.__version__,
-                **{package: version(package) for package in ("torch", "diffusers")},
-            },
-            "machine": machine(),
-            "seeds": {"trace": recipe.trace.seed},
-            "stages": before.get("stages", {}),
-        },
-    )
-    return session
-
-
-def reopen(
-    run: str | Path,
-    recipe: str | Recipe | None = None,
-    *,
-    force: bool = False,
-    device: str = "cpu",
-) -> Session:
-    """Continue a run folder from its manifest, with another recipe if one is given.
-
-    Raises:
-        QuantempoError: not a run folder, or the model at its path is another one now.
-    """
-    folder = RunFolder(run)
-    manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
-    return load(
-        model["path"],
-        run,
-        recipe or Recipe.from_dict(manifest["recipe"]),
-        call=manifest["call"],
-        scheduler=manifest["scheduler"],
-        force=force,
-        device=device,
-    )
 
 
 def trace(session: Session) -> TraceSet:
@@ -361,9 +163,9 @@ def pack(session: Session) -> Path:
                 recipe=session.recipe,
                 source_sha256=run.read_json("model.json")["sha256"],
             )
+            run.write_json("layers.json", _layer_table(session, plans, denoiser, data))
             with atomic_path(run / "packed") as temporary:
                 pipe.save_pretrained(temporary)
-            run.write_json("layers.json", _layer_table(session, plans, denoiser, data))
     return run / "packed"
 
 

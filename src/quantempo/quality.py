@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from quantempo.backends.engine import attach, attached
+from quantempo.bench import machine
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.evaluate import eps_sqnr, evaluate_pairs
@@ -21,9 +22,9 @@ from quantempo.layer_table import int8_share
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.sampling import run_pipeline, swap_scheduler
-from quantempo.pipeline import Session
 from quantempo.quantizers import attach_sampler_site, find_clock, find_sites
 from quantempo.runs import RunFolder, atomic_path
+from quantempo.session import Session
 
 __all__ = ["evaluate", "open_model", "sample"]
 
@@ -87,46 +88,50 @@ def sample(
         QuantempoError: the folder holds something else.
     """
     out, call = RunFolder(folder), call or {}
-    denoiser = denoiser_of(pipe)[1]
+    engine = attached(denoiser_of(pipe)[1]) or "float"
+    text = json.dumps(call, default=str, sort_keys=True)
     settings = {
         "model": identity,
-        "engine": attached(denoiser) or "float",
+        "engine": engine,
         "scheduler": type(pipe.scheduler).__name__,
         "steps": steps,
-        "call": hashlib.sha256(json.dumps(call, default=str, sort_keys=True).encode()).hexdigest(),
+        "call": hashlib.sha256(text.encode()).hexdigest(),
     }
-    if out.has("settings.json"):
-        if out.read_json("settings.json") != settings:
-            if not force:
-                raise QuantempoError(
-                    f"{out.path} holds images of another model or other settings; choose another "
-                    "folder, or --force to replace them"
-                )
-            for old in out.path.glob("*.png"):
-                old.unlink()
-    elif out.path.exists() and any(out.path.iterdir()):
-        raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
-    out.write_json("settings.json", settings)
+    _claim(out, settings, force)
     todo = [seed for seed in seeds if not out.has(f"{seed}.png")]
 
     def write(first: int, images: np.ndarray) -> None:
         for seed, image in zip(todo[first : first + len(images)], images, strict=True):
+            grey = image.squeeze(-1) if image.shape[-1] == 1 else image
             with atomic_path(out / f"{seed}.png") as temporary:
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                    temporary, format="PNG"
-                )
+                Image.fromarray(grey).save(temporary, format="PNG")
 
     if todo:
         # Prompts and labels go by position in the whole list, whatever is left to do.
         places = [list(seeds).index(seed) for seed in todo]
-        arguments = {
+        arguments: dict[str, Any] = {
             key: [value[i % len(value)] for i in places] if isinstance(value, list) else value
             for key, value in call.items()
         }
-        run_pipeline(
-            pipe, todo, steps=steps, batch_size=batch_size, on_batch=write, **arguments
-        )
+        run_pipeline(pipe, todo, steps=steps, batch_size=batch_size, on_batch=write, **arguments)
     return np.stack([_read(out / f"{seed}.png") for seed in seeds])
+
+
+def _claim(out: RunFolder, settings: dict[str, Any], force: bool) -> None:
+    """Write the settings of a folder of images; refuse one that holds something else."""
+    if out.has("settings.json"):
+        if out.read_json("settings.json") == settings:
+            return
+        if not force:
+            raise QuantempoError(
+                f"{out.path} holds images of another model or other settings; choose another "
+                "folder, or --force to replace them"
+            )
+        for old in out.path.glob("*.png"):
+            old.unlink()
+    elif out.path.is_file() or (out.path.is_dir() and any(out.path.iterdir())):
+        raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
+    out.write_json("settings.json", settings)
 
 
 def _read(path: Path) -> np.ndarray:
@@ -162,38 +167,34 @@ def evaluate(
         QuantempoError: nothing packed yet, or see `sample` and `evaluate_pairs`.
     """
     run, seeds = session.run, list(range(seed, seed + images))
-    options = {"scheduler": session.scheduler, "device": device}
-    packed = open_model(run / "packed", engine=engine, **options)
-    pipe = open_model(session.source, **options)
-    model = run.read_json("model.json")["sha256"]
-    manifest = run.read_json("manifest.json")
+    packed = open_model(run / "packed", engine=engine, scheduler=session.scheduler, device=device)
+    pipe = open_model(session.source, scheduler=session.scheduler, device=device)
     how: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
         "call": session.call,
         "force": session.force,
     }
-    float_images = sample(pipe, run / "samples/float", seeds, identity=model, **how)
-    packed_key = manifest["stages"]["pack"]["key"]
-    int8_images = sample(packed, run / "samples/int8", seeds, identity=packed_key, **how)
-    metrics = evaluate_pairs(float_images, int8_images, reference=data)
+    hashes = (run.read_json("model.json")["sha256"], session.key("pack"))
+    pairs = (
+        sample(pipe, run / "samples/float", seeds, identity=hashes[0], **how),
+        sample(packed, run / "samples/int8", seeds, identity=hashes[1], **how),
+    )
+    metrics = evaluate_pairs(*pairs, reference=data)
     if inception is not None:
-        more = evaluate_pairs(
-            float_images, int8_images, reference=data, extractor="inception", weights=inception
-        )
-        metrics |= {key: value for key, value in more.items() if key not in metrics}
+        more = evaluate_pairs(*pairs, reference=data, extractor="inception", weights=inception)
         metrics["scores"] += more["scores"]
-    trace = TraceSet(run / "trace")
-    denoiser, quantized = denoiser_of(pipe)[1], denoiser_of(packed)[1]
+        metrics |= {key: value for key, value in more.items() if key not in metrics}
+    networks = (denoiser_of(pipe)[1], denoiser_of(packed)[1])
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
-    metrics["eps_sqnr_db"] = eps_sqnr(denoiser, quantized, _calls(trace), bins=edges)
-    metrics |= summary(session)
-    metrics |= {
-        "engine": attached(quantized),
+    metrics |= summary(session) | {
+        "eps_sqnr_db": eps_sqnr(*networks, _calls(TraceSet(run / "trace")), bins=edges),
+        "engine": attached(networks[1]),
         "sampler": type(pipe.scheduler).__name__,
         "steps": steps,
-        "seeds": [seeds[0], seeds[-1]],
+        "seeds": seeds,
         "batch_size": batch_size,
+        "machine": machine(),
     }
     run.write_json("metrics.json", metrics)
     return metrics

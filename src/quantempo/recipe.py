@@ -57,8 +57,8 @@ class ActivationSettings:
     symmetric: bool = False
     metric: str = "mse"
     p: float = 2.4
-    buckets: int = 4
-    min_gain: float = 0.02
+    buckets: int = 8
+    min_gain: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_dit, tiny_embeds, tiny_text, tiny_unconditional
 from torch import Tensor, nn
 
 from quantempo.calibrate.dataset import TraceBatch, TraceSet, flatten, unflatten
@@ -18,6 +17,7 @@ from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import deal_targets, trace
 from quantempo.errors import QuantempoError
 from quantempo.models.sampling import call_pipeline, swap_scheduler
+from tests.tiny import tiny_dit, tiny_embeds, tiny_text, tiny_unconditional
 
 PLAN: dict[str, Any] = {"steps": 6, "chains": 5, "picks": 3, "seed": 70, "batch_size": 2}
 

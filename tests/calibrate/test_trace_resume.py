@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_unconditional
 from torch import Tensor, nn
 
 from quantempo.calibrate.dataset import TraceSet
@@ -15,6 +14,7 @@ from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import trace
 from quantempo.errors import QuantempoError
 from quantempo.models.sampling import swap_scheduler
+from tests.tiny import tiny_unconditional
 
 PLAN: dict[str, Any] = {"steps": 6, "chains": 5, "picks": 3, "seed": 70, "batch_size": 2}
 

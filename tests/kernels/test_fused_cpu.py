@@ -87,18 +87,60 @@ def test_group_norm_in_float(batch, channels, groups, height, width, dtype, silu
 @needs_library
 @pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pad", [0, 1, 2])
-def test_group_norm_to_codes(batch, channels, groups, height, width, dtype, pad):
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_to_codes(batch, channels, groups, height, width, dtype, silu):
     x, norm = image(batch, channels, height, width, dtype=dtype), group_norm(channels, groups)
-    scale, zero = 0.02, 14
-    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(scale, zero), pad=pad)
+    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=silu, grid=(0.02, 14))
     assert codes.is_contiguous(memory_format=LAST)
-    inner = codes[:, :, pad : pad + height, pad : pad + width]
-    expected = reference.quantize(expected_float(x, norm, True), scale, zero)
-    assert (inner.int() - expected.int()).abs().max() <= 1
-    assert (inner != expected).float().mean() <= 1e-2
-    border = F.pad(torch.zeros_like(inner, dtype=torch.int32), (pad,) * 4, value=1).bool()
-    assert (codes[border] == zero).all()
+    expected = reference.quantize(expected_float(x, norm, silu), 0.02, 14)
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    assert (codes != expected).float().mean() <= 1e-2
+
+
+def edge_rows(channels: int, seed: int = 5) -> torch.Tensor:
+    return torch.randn(16, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def expected_edge(x: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+    """Add the row of `edge` that each pixel's place asks for, one pixel at a time."""
+    y = x.double()
+    height, width = x.shape[2:]
+    for i in range(height):
+        for j in range(width):
+            mask = (i == 0) + 2 * (i == height - 1) + 4 * (j == 0) + 8 * (j == width - 1)
+            if mask:
+                y[:, :, i, j] += edge[mask]
+    return y
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [5, 16, 33])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (2, 2), (5, 4)])
+@pytest.mark.parametrize("other", [False, True])
+def test_add(dtype, channels, size, other):
+    x, edge = image(2, channels, *size, dtype=dtype), edge_rows(channels)
+    y = image(2, channels, *size, dtype=dtype, seed=7) if other else None
+    expected = expected_edge(x, edge) + (0 if y is None else y.double())
+    got = LIBRARY.add(x.clone(), y, edge)
+    # One rounding of the sum; with `y` another for the border.
+    unit = 2.0**-24 if dtype == torch.float32 else 2.0**-8
+    assert (got.double() - expected).abs().max() <= 2 * unit * expected.abs().max()
+    plain = x if y is None else x + y
+    assert torch.equal(LIBRARY.add(x.clone(), y, None), plain)
+    with pytest.raises(ValueError, match="channels_last"):
+        LIBRARY.add(torch.zeros(1, 4, 3, 3), None, None)
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [2, 3])
+def test_group_norm_completes_the_border_first(batch):
+    edge, norm = edge_rows(48) * 5, group_norm(48, 16)
+    x = image(batch, 48, 5, 4)
+    complete = expected_edge(x, edge).float().contiguous(memory_format=LAST)
+    expected, _ = LIBRARY.group_norm([Part(complete)], norm, silu=True, grid=(0.02, 9))
+    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9), edge=edge)
+    assert torch.equal(codes, expected)
 
 
 @needs_library
@@ -106,12 +148,12 @@ def test_group_norm_to_codes(batch, channels, groups, height, width, dtype, pad)
 @pytest.mark.parametrize("split", [1, 16, 30])
 def test_two_parts_are_one_tensor(dtype, split):
     x, norm = image(3, 48, 5, 6, dtype=dtype), group_norm(48, 16)
-    whole, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.03, 9), pad=1)
+    whole, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.03, 9))
     grids = [(0.3, 20), (0.4, 0)]
     halves = [x[:, :split], x[:, split:]]
     for form in (halves, [half.contiguous(memory_format=LAST) for half in halves]):
         parts = [Part(half, grid) for half, grid in zip(form, grids, strict=True)]
-        codes, raws = LIBRARY.group_norm(parts, norm, silu=True, grid=(0.03, 9), pad=1)
+        codes, raws = LIBRARY.group_norm(parts, norm, silu=True, grid=(0.03, 9))
         assert torch.equal(codes, whole)
         for raw, half, grid in zip(raws, halves, grids, strict=True):
             assert torch.equal(raw, reference.quantize(half, *grid))
@@ -191,8 +233,8 @@ def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         x, norm = image(2, 27, 5, 6, dtype=dtype), group_norm(27, 9)
         raw = (0.3, 20)
-        a, (raw_a,) = LIBRARY.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9), pad=1)
-        b, (raw_b,) = narrow.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9), pad=1)
+        a, (raw_a,) = LIBRARY.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9))
+        b, (raw_b,) = narrow.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9))
         assert (a.int() - b.int()).abs().max() <= 1
         assert torch.equal(raw_a, raw_b)
         assert torch.equal(narrow.quantize(x, 0.3, 20), reference.quantize(x, 0.3, 20))

@@ -14,6 +14,10 @@ from quantempo.runs import RunFolder
 
 STEPS, CHAINS, PICKS, T, BINS, TIME_BINS = 20, 8, 8, 1000, 256, 16
 BUCKETS = 4
+# Not the default in any section that is checked, so that a section left out is seen.
+RECIPE = (
+    Recipe(name="demo").override("activations", buckets=BUCKETS + 3).override("trace", steps=STEPS)
+)
 EXTRACTOR = {"extractor": "lite0", "weights_sha256": "57" * 32, "note": "not FID", "std": None}
 
 
@@ -38,8 +42,8 @@ def make_run(path: Path, seeds: int = 10, blocks: int = 5) -> RunFolder:
     run.write_json(
         "manifest.json",
         {
-            "recipe": Recipe().to_dict(),
-            "recipe_sha256": Recipe().sha256,
+            "recipe": RECIPE.to_dict(),
+            "recipe_sha256": RECIPE.sha256,
             "scheduler": "DDIMScheduler",
             "call": {},
             "versions": {"quantempo": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"},

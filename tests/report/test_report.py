@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 from PIL import Image
 
 from quantempo.errors import QuantempoError
+from quantempo.recipe import Recipe
 from quantempo.report import plots, render
 from quantempo.report.sections import SECTIONS
-from tests.report.run_folder import make_run
+from tests.report.run_folder import RECIPE, make_run
 
 pytest.importorskip("matplotlib", reason="extra 'report'")
 pytest.importorskip("jinja2", reason="extra 'report'")
@@ -103,14 +105,8 @@ def test_numbers_and_names_come_from_the_files(page: _Page) -> None:
 
 
 def test_the_recipe_is_toml_that_reads_back(page: _Page) -> None:
-    import tomllib
-
-    from quantempo.recipe import Recipe
-
-    assert (
-        Recipe.from_dict(tomllib.loads(page.sections["recipe"].replace("Recipe", "", 1)))
-        == Recipe()
-    )
+    text = page.sections["recipe"].replace("Recipe", "", 1)
+    assert Recipe.from_dict(tomllib.loads(text)) == RECIPE != Recipe()
 
 
 def test_nothing_is_fetched_and_nothing_is_run(folder: Path, page: _Page) -> None:

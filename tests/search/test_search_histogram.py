@@ -139,6 +139,8 @@ def test_segments_are_apart() -> None:
     histogram = Histogram(ranges.edges(), bins=2)
     histogram.update(torch.tensor([1.0, 2.0, 2.0]), 0, 0)
     assert histogram.counts.tolist() == [[[1, 2]], [[0, 0]]]
+    histogram.update(torch.tensor([-5.0]), 0, 1)
+    assert histogram.counts.tolist() == [[[1, 2]], [[1, 0]]]
 
 
 def test_state_round_trip() -> None:
@@ -154,12 +156,11 @@ def test_state_round_trip() -> None:
 
 
 def test_two_ranges_merge() -> None:
-    a, b = MinMax(1, 2), MinMax(1, 2)
-    a.update(torch.tensor([1.0, 4.0]), 0)
-    b.update(torch.tensor([-1.0, 2.0]), 0)
+    a, b = MinMax(1, 3), MinMax(1, 3)
+    for mine, x, k in ((a, [1.0, 4.0], 0), (b, [-1.0, 2.0], 0), (a, [0.0, 1.0], 1), (b, [3.0], 1)):
+        mine.update(torch.tensor(x), k)
     a.merge(b)
-    assert a.range[0, 0].tolist() == [-1.0, 4.0]
-    assert a.range[0, 1].tolist() == [float("inf"), float("-inf")]
+    assert a.range[0].tolist() == [[-1.0, 4.0], [0.0, 3.0], [float("inf"), float("-inf")]]
 
 
 def test_bin_centers() -> None:

@@ -206,6 +206,17 @@ def test_degenerate_inputs(metric: str, name: str, symmetric: bool) -> None:
         assert float(error) <= 2e-6 * float(x.abs().max()) or symmetric or metric == "cosine"
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_signed_codes_are_unsigned_ones_moved(symmetric: bool) -> None:
+    hist, edges = _silu_rows(6)
+    buckets = torch.arange(4)
+    unsigned = search_activation(hist, edges, QuantSpec(8, symmetric=symmetric), buckets=buckets)
+    spec = QuantSpec(8, signed=True, symmetric=symmetric)
+    signed = search_activation(hist, edges, spec, buckets=buckets)
+    assert signed.zero_point == unsigned.zero_point - 128
+    assert torch.equal(signed.scale, unsigned.scale) and signed.cost == unsigned.cost
+
+
 def test_an_outlier_is_clipped_when_it_pays() -> None:
     # 3000 normal values and one at 1000: l1 gives the outlier up, p = 8 does not.
     hist, edges = _one(OUTLIER, bins=1 << 16)

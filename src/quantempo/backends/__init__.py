@@ -1,3 +1,18 @@
-"""TODO"""
+"""Backends run one layer, engines a whole denoiser; importing this registers all (layer L3)."""
 
-__all__: list[str] = []
+# Engines in the order of preference: the first that can run on a device is its default.
+from quantempo.backends import onednn, simulated  # noqa: I001
+from quantempo.backends import openvino
+from quantempo.backends import layerwise
+from quantempo.backends.engine import ENGINES, attach, attached, detach
+
+__all__ = [
+    "ENGINES",
+    "attach",
+    "attached",
+    "detach",
+    "layerwise",
+    "onednn",
+    "openvino",
+    "simulated",
+]

@@ -74,7 +74,9 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
         QuantempoError: not quantized, unknown engine, or the engine cannot run here.
     """
     if find_clock(denoiser) is None:
-        raise QuantempoError(f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`")
+        raise QuantempoError(
+            f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
+        )
     device = next(denoiser.parameters()).device.type
     chosen = choose(device) if engine == "auto" else ENGINES.get(engine)
     reason = chosen.missing()

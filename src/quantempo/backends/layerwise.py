@@ -37,7 +37,7 @@ from quantempo.models.fusion import (
     UpsampleParts,
     fusable_parts,
 )
-from quantempo.quantizers import Int12Linear, QConv2d, QLinear, quantized_layers
+from quantempo.quantizers import Int12Linear, QConv2d, QLayer, QLinear, quantized_layers
 
 __all__ = ["LayerwiseEngine", "execution", "fuse", "unfuse"]
 
@@ -101,7 +101,7 @@ def fuse(denoiser: nn.Module) -> None:
     timed = [p for p in parts if isinstance(p, ResnetParts) and _is_float(p.time)]
     shifts = TimeShifts([p.time for p in timed])
     resnets: dict[int, FusedResnet] = {}
-    forwards: dict[str, tuple[nn.Module, Forward]] = {}
+    forwards: Forwards = {}
     for part in parts:
         forward: Forward
         if isinstance(part, ResnetParts):
@@ -117,9 +117,9 @@ def fuse(denoiser: nn.Module) -> None:
         else:
             forward = _SIMPLE[type(part)](part)
         forwards[part.name] = (part.module, forward)
-    heads = [part for part in parts if isinstance(part, HeadParts)]
-    for head in heads:
-        forwards |= _ends(head, denoiser, forwards)
+    for part in parts:
+        if isinstance(part, HeadParts):
+            forwards |= _ends(part, denoiser, forwards)
     for module, forward in forwards.values():
         module.forward = forward
     object.__setattr__(denoiser, _FUSED, {name: module for name, (module, _) in forwards.items()})
@@ -132,6 +132,7 @@ def unfuse(denoiser: nn.Module) -> None:
 
 
 Forward = Callable[..., Tensor]
+Forwards = dict[str, tuple[nn.Module, Forward]]
 _SIMPLE: dict[type, Callable[[Any], Forward]] = {
     AttentionParts: FusedAttention,
     DownsampleParts: FusedDownsample,
@@ -139,17 +140,29 @@ _SIMPLE: dict[type, Callable[[Any], Forward]] = {
 }
 
 
-def _ends(
-    head: HeadParts, denoiser: nn.Module, inner: dict[str, tuple[nn.Module, Forward]]
-) -> dict[str, tuple[nn.Module, Forward]]:
-    """Return the forwards of the first convolution, the last norm and its activation."""
+def _ends(head: HeadParts, denoiser: nn.Module, inner: Forwards) -> Forwards:
+    """Return the forwards of the first convolution, the last norm and its activation.
+
+    Between them the activations are bfloat16 if every layer they pass is inside a fused block.
+    """
     names = {id(module): name for name, module in denoiser.named_modules()}
-    ends: list[tuple[nn.Module, Forward]] = [
-        (head.stem, FusedStem(head.stem, torch.float32)),
-        (head.norm, FusedHead(head)),
-        (head.activation, _same),
+    stem, norm, activation, out = (
+        names[id(module)] for module in (head.stem, head.norm, head.activation, head.out)
+    )
+    prefix = f"{head.name}." if head.name else ""
+    known = (*inner, stem, norm, out, *(prefix + name for name in head.apart))
+    passed = [
+        name
+        for name, module in head.module.named_modules(prefix=head.name)
+        if next(module.parameters(recurse=False), None) is not None or isinstance(module, QLayer)
     ]
-    return {names[id(module)]: (module, forward) for module, forward in ends}
+    closed = all(any(f"{name}.".startswith(f"{block}.") for block in known) for name in passed)
+    dtype = torch.bfloat16 if closed else torch.float32
+    return {
+        stem: (head.stem, FusedStem(head.stem, dtype)),
+        norm: (head.norm, FusedHead(head)),
+        activation: (head.activation, _same),
+    }
 
 
 def _same(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from quantempo.quantizers import QConv2d, QLayer, quantized_layers
 
-__all__ = ["LayerCall", "build_graph", "constant"]
+__all__ = ["LayerCall", "build_graph", "constant", "extreme_sums"]
 
 _OP = "packed_layer"
 _LIBRARY = torch.library.Library("quantempo", "FRAGMENT")
@@ -96,6 +96,33 @@ def build_graph(
     graph.validate_nodes_and_infer_types()
     apply_moc_transformations(graph, cf=False)
     return graph, calls
+
+
+def extreme_sums() -> tuple[float, float, str]:
+    """Sum the largest products that 8 bits allow in a convolution.
+
+    Returns:
+        The sum expected, the one found, and the precision of the input of the kernel that ran.
+    """
+    # 255 * 127 * 288 < 2^24: exact in float32 as well.
+    channels, kernel = 32, 3
+    x = ops.parameter([1, channels, 4, 4], np.float32)
+    ends = [constant(v) for v in (0.0, 255.0, 0.0, 255.0)]
+    codes = ops.fake_quantize(x, *ends, 256).output(0)
+    integers = constant(np.full((channels, channels, kernel, kernel), 127), np.int8)
+    weight = ops.multiply(ops.convert(integers, "f32"), constant(np.ones((channels, 1, 1, 1))))
+    y = ops.convolution(codes, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    model = ov.Model([ops.result(y)], [x])
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([np.full(list(x.get_shape()), 255.0, np.float32)])[0]
+    worst = found.min() if abs(found.min()) < abs(found.max()) else found.max()
+    kinds = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    precision = next(
+        info["runtimePrecision"].astype(str)
+        for info in kinds
+        if info["layerType"].astype(str) == "Convolution"
+    )
+    return 255.0 * 127 * channels * kernel**2, float(worst), precision
 
 
 class _Program(nn.Module):

@@ -1,3 +1,3 @@
-"""TODO"""
+"""Trace a pipeline, collect statistics, choose scales (layer L3)."""
 
 __all__: list[str] = []

@@ -36,9 +36,7 @@ Prompts = Annotated[
 Labels = Annotated[
     str | None, typer.Option("--class-labels", help="Comma-separated labels, for class models.")
 ]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")
-]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
@@ -63,7 +61,9 @@ def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
         try:
             call["class_labels"] = [int(label) for label in labels.split(",")]
         except ValueError as error:
-            raise QuantempoError(f"got --class-labels {labels}; expected integers: 1,2,3") from error
+            raise QuantempoError(
+                f"got --class-labels {labels}; expected integers: 1,2,3"
+            ) from error
     return call
 
 

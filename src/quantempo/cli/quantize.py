@@ -44,8 +44,8 @@ def quantize(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    options = {"call": call_arguments(prompts, class_labels), "scheduler": scheduler}
-    session = pipeline.load(source, run, resolved, force=force, **options)
+    call = call_arguments(prompts, class_labels)
+    session = pipeline.load(source, run, resolved, call=call, scheduler=scheduler, force=force)
     packed = pipeline.finish(session)
     summary = quality.summary(session)
     summary["float_layers"] = len(summary["float_layers"])

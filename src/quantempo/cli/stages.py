@@ -20,9 +20,7 @@ from quantempo.cli.common import (
 
 __all__ = ["calibrate", "pack", "round_weights", "search", "trace"]
 
-Changed = Annotated[
-    str | None, typer.Option("--recipe", help="Another recipe from this stage on.")
-]
+Changed = Annotated[str | None, typer.Option("--recipe", help="Another recipe from this stage on.")]
 
 
 def trace(
@@ -41,8 +39,8 @@ def trace(
     """
     from quantempo import pipeline
 
-    options = {"call": call_arguments(prompts, class_labels), "scheduler": scheduler}
-    session = pipeline.load(source, run, recipe, force=force, **options)
+    call = call_arguments(prompts, class_labels)
+    session = pipeline.load(source, run, recipe, call=call, scheduler=scheduler, force=force)
     data = pipeline.trace(session)
     show({"trace": str(run / "trace"), "rows": len(data)}, as_json)
 
@@ -50,8 +48,9 @@ def trace(
 def _stage(name: str, run: Any, recipe: str | None, force: bool, as_json: bool) -> None:
     from quantempo import pipeline
 
-    getattr(pipeline, name)(pipeline.reopen(run, recipe, force=force))
-    seconds = pipeline.RunFolder(run).read_json("manifest.json")["stages"]
+    session = pipeline.reopen(run, recipe, force=force)
+    getattr(pipeline, name)(session)
+    seconds = session.run.read_json("manifest.json")["stages"]
     show({key: value["seconds"] for key, value in seconds.items()}, as_json)
 
 

@@ -23,8 +23,7 @@ def to_groups(x: Tensor, axis: int | None = None, group_size: int | None = None)
         return rows
     if rows.shape[1] % group_size:
         raise QuantempoError(
-            f"got group_size={group_size} for rows of {rows.shape[1]} elements; "
-            "expected a divisor"
+            f"got group_size={group_size} for rows of {rows.shape[1]} elements; expected a divisor"
         )
     return rows.reshape(-1, group_size)
 

@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 _OURS = (QLayer, Int12Linear, SiteQuantizer)
 
 
-class _Method(str, Enum):
+class _Method(str, Enum):  # noqa: UP042
     # diffusers reads `.value` of a quantization method; a plain string would not do.
     QUANTEMPO = "quantempo"
 
@@ -55,7 +55,7 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     Args:
         recipe: the resolved recipe.
-        int12: names of layers whose weights are stored in 12 bits.
+        int12: name -> reason of float layers whose weights are stored in 12 bits.
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where there is more than one.
@@ -71,7 +71,7 @@ class QuantempoConfig(QuantizationConfigMixin):
     def __init__(
         self,
         recipe: dict[str, Any] | None = None,
-        int12: list[str] | None = None,
+        int12: dict[str, str] | None = None,
         float_layers: dict[str, str] | None = None,
         segments: dict[str, list[int]] | None = None,
         buckets: dict[str, int] | None = None,
@@ -92,7 +92,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
-        self.recipe, self.int12 = recipe or {}, int12 or []
+        self.recipe, self.int12 = recipe or {}, int12 or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.num_train_timesteps = buckets or {}, num_train_timesteps
         self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
@@ -116,12 +116,10 @@ class QuantempoConfig(QuantizationConfigMixin):
             if site.name in self.float_layers:
                 plans.append(LayerPlan(site.name, "float", reason=self.float_layers[site.name]))
             elif site.name in self.int12:
-                plans.append(LayerPlan(site.name, "int12"))
+                plans.append(LayerPlan(site.name, "int12", reason=self.int12[site.name]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
-                plans.append(
-                    LayerPlan(site.name, "int8", segments, self.buckets.get(site.name, 1))
-                )
+                plans.append(LayerPlan(site.name, "int8", segments, self.buckets.get(site.name, 1)))
         return plans
 
 
@@ -144,6 +142,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self._ours = set(_quantized_state(model))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep our tensors of one file (a shard or the whole) as they are on disk."""
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
         for name in self._ours & set(state_dict):
             self._exact[name] = state_dict[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import quantempo
 from quantempo.backends.engine import attach_lazily
 from quantempo.calibrate.scales import LayerScales
+from quantempo.errors import QuantempoError
 from quantempo.export.diffusers_plugin import QuantempoConfig, mark_quantized
 from quantempo.quantizers import (
     Int12Linear,
@@ -52,30 +53,16 @@ def pack_denoiser(
         source_sha256: of the float denoiser.
     """
     floats = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
-    clock = install_clock(denoiser, bucket_of, per_unit)
-    swap_layers(denoiser, plans, clock)
+    swap_layers(denoiser, plans, install_clock(denoiser, bucket_of, per_unit))
     for name, layer in floats.items():
-        twin = denoiser.get_submodule(name)
-        if isinstance(twin, Int12Linear) and isinstance(layer, nn.Linear):
-            twin.fill(layer)
-        elif isinstance(twin, QLayer):
-            chosen = scales[name]
-            bias = getattr(layer, "bias", None)
-            fill(
-                twin,
-                codes[name],
-                chosen.weight_scale,
-                bias,
-                chosen.act_scale,
-                chosen.act_zero_point,
-            )
+        _fill(denoiser.get_submodule(name), layer, scales.get(name), codes.get(name))
     for name, quantizer in install_sites(denoiser, list(sites)).items():
         quantizer.scale.copy_(sites[name][0])
         quantizer.zero_point.copy_(sites[name][1])
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
         recipe=recipe.to_dict(),
-        int12=[p.name for p in plans if p.kind == "int12"],
+        int12={p.name: p.reason or "" for p in plans if p.kind == "int12"},
         float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
         segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
         buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
@@ -87,3 +74,16 @@ def pack_denoiser(
     )
     mark_quantized(denoiser, config)
     attach_lazily(denoiser)
+
+
+def _fill(
+    twin: nn.Module, layer: nn.Module, chosen: LayerScales | None, codes: Tensor | None
+) -> None:
+    """Fill the quantized twin of a float layer."""
+    if isinstance(twin, Int12Linear) and isinstance(layer, nn.Linear):
+        twin.fill(layer)
+    elif isinstance(twin, QLayer) and chosen is not None and codes is not None:
+        scales = (chosen.weight_scale, layer.bias, chosen.act_scale, chosen.act_zero_point)
+        fill(twin, codes, *scales)
+    else:
+        raise QuantempoError(f"no scales for a {type(layer).__name__}; rerun search and round")

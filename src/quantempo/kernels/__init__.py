@@ -1,3 +1,3 @@
-"""TODO"""
+"""Integer kernels on plain tensors, and their slow exact reference (layer L0)."""
 
 __all__: list[str] = []

@@ -149,39 +149,34 @@ INLINE void moments(const char *x, ptrdiff_t pixels, ptrdiff_t channels, ptrdiff
     }
 }
 
-/* Turns moments of all channels into y = a x + b. `count` pixels were summed in each of `chunks`
- * rows of [2][channels]; pivot as above. */
+/* Turns the moments of all channels into y = a x + b: those of `chunks` rows of [2][channels] are
+ * added up, a channel's shift moves its mean. */
 static void affine(const norm_t *k, int64_t sample, int64_t channels, const float *pivot,
                    const float *partial, int64_t chunks, float *a, float *b) {
     const int64_t width = channels / k->groups;
-    const double pixels = (double)(k->height * k->width);
-    for (int64_t g = 0; g < k->groups; g++) {
-        double mean = 0, inside = 0, between = 0, centre[2] = {0, 0};
-        for (int pass = 0; pass < 2; pass++) {
-            for (int64_t c = g * width; c < (g + 1) * width; c++) {
-                double s = 0, q = 0;
-                for (int64_t i = 0; i < chunks; i++) {
-                    s += partial[2 * i * channels + c];
-                    q += partial[(2 * i + 1) * channels + c];
-                }
-                double m = pivot[c] + s / pixels;
-                if (k->shift) m += k->shift[sample * k->shift_stride + c];
-                if (pass == 0) {
-                    centre[0] += m;
-                    inside += q - s * s / pixels;
-                } else {
-                    between += (m - mean) * (m - mean);
-                }
+    const double pixels = (double)(k->height * k->width), count = pixels * (double)width;
+    const float *shift = k->shift ? k->shift + sample * k->shift_stride : NULL;
+    for (int64_t first = 0; first < channels; first += width) {
+        double mean = 0, spread = 0;
+        for (int64_t c = first; c < first + width; c++) {
+            double s = 0, q = 0;
+            for (int64_t i = 0; i < chunks; i++) {
+                s += partial[2 * i * channels + c];
+                q += partial[(2 * i + 1) * channels + c];
             }
-            mean = centre[0] / (double)width;
+            s /= pixels;
+            /* Kept in b until all of the group are known. */
+            b[c] = (float)s + pivot[c] + (shift ? shift[c] : 0.0f);
+            mean += b[c];
+            spread += q - s * s * pixels;
         }
-        double variance = (inside + pixels * between) / (pixels * (double)width);
-        if (variance < 0) variance = 0;
-        float r = (float)(1.0 / __builtin_sqrt(variance + k->eps));
-        for (int64_t c = g * width; c < (g + 1) * width; c++) {
-            float offset = k->shift ? k->shift[sample * k->shift_stride + c] : 0.0f;
+        mean /= (double)width;
+        for (int64_t c = first; c < first + width; c++)
+            spread += pixels * (b[c] - mean) * (b[c] - mean);
+        const float r = (float)(1.0 / __builtin_sqrt((spread > 0 ? spread : 0) / count + k->eps));
+        for (int64_t c = first; c < first + width; c++) {
             a[c] = k->gamma[c] * r;
-            b[c] = k->beta[c] + (float)((offset - mean)) * a[c];
+            b[c] = k->beta[c] + (float)((shift ? shift[c] : 0.0f) - mean) * a[c];
         }
     }
 }
@@ -214,7 +209,8 @@ INLINE void normalise_pixel(const char *x, const float *a, const float *b, int64
         memcpy(in, x + size * c, size * rest);
         memcpy(a_rest, a + c, 4 * rest);
         memcpy(b_rest, b + c, 4 * rest);
-        normalise_lanes(in, a_rest, b_rest, code ? codes : NULL, raw ? raws : NULL, floats, g, bf16, silu);
+        normalise_lanes(in, a_rest, b_rest, code ? codes : NULL, raw ? raws : NULL, floats, g,
+                        bf16, silu);
         if (code) memcpy(code + c, codes, rest);
         else memcpy(out + c, floats, 4 * rest);
         if (raw) memcpy(raw + c, raws, rest);
@@ -223,30 +219,15 @@ INLINE void normalise_pixel(const char *x, const float *a, const float *b, int64
 
 INLINE void normalise(const norm_t *k, const part_t *part, int64_t sample, int64_t first,
                       int64_t channels, int64_t p0, int64_t p1, const float *a, const float *b,
-                      int bf16, int silu, int to_codes, int to_raw) {
+                      int bf16, int silu) {
     const int64_t begin = sample * k->height * k->width;
     const ptrdiff_t size = bf16 ? 2 : 4;
     const grid_t g = {1.0f / k->scale, (float)k->zero, part->raw_scale, (float)part->raw_zero};
     for (int64_t p = begin + p0; p < begin + p1; p++)
         normalise_pixel((const char *)part->x + size * p * part->stride, a + first, b + first,
-                        part->channels, to_codes ? k->codes + p * channels + first : NULL,
-                        to_raw ? part->raw + p * part->channels : NULL,
-                        to_codes ? NULL : k->out + p * channels + first, g, bf16, silu);
-}
-
-INLINE void normalise_any(const norm_t *k, const part_t *part, int64_t sample, int64_t first,
-                          int64_t channels, int64_t p0, int64_t p1, const float *a,
-                          const float *b, int bf16) {
-    if (!k->codes) {
-        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 0, 0);
-        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 0, 0);
-    } else if (part->raw) {
-        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 1, 1);
-        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 1, 1);
-    } else {
-        if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 1, 1, 0);
-        else normalise(k, part, sample, first, channels, p0, p1, a, b, bf16, 0, 1, 0);
-    }
+                        part->channels, k->codes ? k->codes + p * channels + first : NULL,
+                        part->raw ? part->raw + p * part->channels : NULL,
+                        k->codes ? NULL : k->out + p * channels + first, g, bf16, silu);
 }
 
 /* x[c] += y[c] (if y) + e[c] (if e), one pixel. */
@@ -305,21 +286,23 @@ static void sum_pixels(const norm_t *k, int64_t sample, int64_t channels, int64_
                        const float *pivot, float *partial) {
     const int64_t pixels = k->height * k->width;
     for (int64_t i = 0, first = 0; i < k->parts; first += k->part[i++].channels) {
-        const int64_t own = k->part[i].channels, at = (sample * pixels + p0) * k->part[i].stride;
-        if (k->bf16)
-            moments((const char *)k->part[i].x + 2 * at, p1 - p0, own, k->part[i].stride, pivot + first,
-                    partial + first, partial + channels + first, 1);
-        else
-            moments((const char *)k->part[i].x + 4 * at, p1 - p0, own, k->part[i].stride, pivot + first,
-                    partial + first, partial + channels + first, 0);
+        const int64_t own = k->part[i].channels, stride = k->part[i].stride;
+        const char *x = (const char *)k->part[i].x +
+                        (k->bf16 ? 2 : 4) * (sample * pixels + p0) * stride;
+        float *sum = partial + first, *square = sum + channels;
+        if (k->bf16) moments(x, p1 - p0, own, stride, pivot + first, sum, square, 1);
+        else moments(x, p1 - p0, own, stride, pivot + first, sum, square, 0);
     }
 }
 
 static void write_pixels(const norm_t *k, int64_t sample, int64_t channels, int64_t p0, int64_t p1,
                          const float *a, const float *b) {
     for (int64_t i = 0, first = 0; i < k->parts; first += k->part[i++].channels) {
-        if (k->bf16) normalise_any(k, k->part + i, sample, first, channels, p0, p1, a, b, 1);
-        else normalise_any(k, k->part + i, sample, first, channels, p0, p1, a, b, 0);
+        const part_t *part = k->part + i;
+        if (k->bf16 && k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, 1, 1);
+        else if (k->bf16) normalise(k, part, sample, first, channels, p0, p1, a, b, 1, 0);
+        else if (k->silu) normalise(k, part, sample, first, channels, p0, p1, a, b, 0, 1);
+        else normalise(k, part, sample, first, channels, p0, p1, a, b, 0, 0);
     }
 }
 

@@ -189,8 +189,8 @@ class Library:
             edge: float32 (16, C), added to x itself before all else, see `add`; or None.
 
         Returns:
-            uint8 or float32 (B, C, H, W); and the codes (B, C_i, H, W) of each part whose `raw` asks
-            for them, bit-equal with `quantize`.
+            uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
+            bit-equal with `quantize`.
 
         Error: codes differ by at most 1 from those of torch's own float32 passes.
         """

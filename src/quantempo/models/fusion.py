@@ -100,7 +100,10 @@ class UpBlockParts:
 
 @dataclass(frozen=True)
 class HeadParts:
-    """out(silu(norm(x))), the end of the network; `stem` is its first layer, reading x_t."""
+    """out(silu(norm(x))), the end of the network; `stem` is its first layer, reading x_t.
+
+    apart: names of its children that images do not pass through.
+    """
 
     name: str
     module: nn.Module
@@ -108,6 +111,7 @@ class HeadParts:
     norm: nn.GroupNorm
     activation: nn.Module
     out: nn.Module
+    apart: tuple[str, ...]
 
 
 Parts = ResnetParts | AttentionParts | DownsampleParts | UpsampleParts | UpBlockParts | HeadParts
@@ -217,5 +221,11 @@ def _head(name: str, model: Any) -> HeadParts | None:
     if not isinstance(model.conv_act, nn.SiLU):
         return None
     return HeadParts(
-        name, model, model.conv_in, model.conv_norm_out, model.conv_act, model.conv_out
+        name,
+        model,
+        model.conv_in,
+        model.conv_norm_out,
+        model.conv_act,
+        model.conv_out,
+        ("time_proj", "time_embedding", "class_embedding"),
     )

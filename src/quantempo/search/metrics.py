@@ -119,8 +119,8 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
         Q_i = (1 - e) (M_l / c_l) / R  inside,  Q_i = e / n  outside,  e = 1e-6 (0 if n = 0),
 
     that is, every level spreads its mass evenly over its bins, and T = 1 - R of clipped mass costs
-    T log(T/e) + R log(R/(1 - e)) on top of what the shapes differ. P and Q are both normalised,
-    so KL >= 0, and it is finite for every clip.
+    T log(T/e) + R log(R/(1 - e)) on top of what the shapes differ. P sums to one and Q to one (or
+    to e, if nothing is inside), so KL >= 0, and it is finite for every clip.
 
     Args:
         x, x_hat, weight: broadcastable; weights of a histogram. On raw samples (all x distinct)
@@ -134,8 +134,12 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         weight = torch.ones_like(x)
     shape = torch.broadcast_shapes(x.shape[:-1], x_hat.shape[:-1], weight.shape[:-1])
-    if x.ndim == 1 and x_hat.ndim == 2 and weight.ndim == 3 and weight.shape[1] == 1:
-        return _kl_rows(x, x_hat, weight[:, 0])
+    if x.ndim == 1 and x_hat.ndim == 2:
+        # All grids at once; below, one after the other.
+        if weight.ndim == 1:
+            return _kl_rows(x, x_hat, weight[None])[0]
+        if weight.ndim == 3 and weight.shape[1] == 1:
+            return _kl_rows(x, x_hat, weight[:, 0])
     rows = [
         tensor.expand(*shape, tensor.shape[-1]).reshape(-1, tensor.shape[-1])
         for tensor in (x, x_hat, weight)

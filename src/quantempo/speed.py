@@ -1,0 +1,83 @@
+"""Time the denoiser of a run folder on every engine and in float (layer L5)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from typing import Any
+
+import torch
+
+from quantempo.backends.engine import ENGINES, attach, choose
+from quantempo.bench import Call, float_candidates, interleave, machine, no_grad, summarize
+from quantempo.calibrate.dataset import TraceSet
+from quantempo.errors import QuantempoError
+from quantempo.models.family import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.session import Session
+
+__all__ = ["bench_run"]
+
+log = logging.getLogger("quantempo")
+
+
+def bench_run(
+    session: Session,
+    *,
+    batches: list[int],
+    engines: list[str] | None = None,
+    rounds: int = 9,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Measure milliseconds per forward, interleaved, and write `bench.json`.
+
+    Args:
+        session: a run folder whose `packed/` is there.
+        batches: batch sizes.
+        engines: names; None for all that can run here.
+        rounds: interleaved samples of each candidate.
+        compiled: include torch.compile baselines.
+
+    Returns:
+        {"machine", "batches": {size: {"ms_per_forward", "ms_min", "engine",
+        "speedup_vs_best_fp32", "speedup_vs_best_bf16"}}}; "engine" is the default one, and so are
+        the speed-ups.
+
+    Raises:
+        QuantempoError: nothing packed yet, or an engine that cannot run here.
+    """
+    data = TraceSet(session.run / "trace")
+    names = engines or [name for name in ENGINES.names() if ENGINES.get(name).missing() is None]
+    for name in names:
+        reason = ENGINES.get(name).missing()
+        if reason is not None:
+            raise QuantempoError(f"engine '{name}' cannot run here: {reason}")
+    default = choose("cpu").name if engines is None else names[0]
+    results: dict[str, Any] = {"machine": machine(), "rounds": rounds, "batches": {}}
+    for size in batches:
+        inputs = _inputs(data, size)
+        log.info("bench: batch %d, preparing %s", size, "float, compiled" if compiled else "float")
+        calls: dict[str, Call] = float_candidates(session.denoiser, inputs, compiled)
+        for name in names:
+            calls[f"{name}/int8"] = _engine_call(session, name, inputs)
+        times = interleave(calls, rounds)
+        results["batches"][str(size)] = summarize(times, f"{default}/int8")
+        del calls
+        torch._dynamo.reset()
+        gc.collect()
+    session.run.write_json("bench.json", results)
+    return results
+
+
+def _inputs(data: TraceSet, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return recorded rows, repeated to the batch size, all at one time-step as in sampling."""
+    index = torch.arange(size) % len(data)
+    batch = data.rows(index)
+    return (batch.x_t, batch.t[:1].expand(size).contiguous()), batch.cond
+
+
+def _engine_call(session: Session, name: str, inputs: tuple[Any, dict[str, Any]]) -> Call:
+    denoiser = denoiser_of(load_pipeline(session.run / "packed"))[1]
+    attach(denoiser, name)
+    return no_grad(denoiser, *copy.copy(inputs))
