@@ -31,7 +31,7 @@ ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, ("quantizers",)),
     (1, ("search", "models", "report")),
     (0, ("core", "kernels", "recipe", "runs")),
-    (0, ("registry",)),
+    (0, ("registry", "version")),
     (0, ("errors",)),
 )
 ROW_OF = {unit: row for row, (_, units) in enumerate(ROWS) for unit in units}

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+from quantempo.version import __version__
 
 # Name -> module that has it; imported when first used, so that `import quantempo` is quick.
 _PUBLIC = {

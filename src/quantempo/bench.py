@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -87,14 +88,12 @@ def float_candidates(
         # while the first call compiles.
         import torch._inductor.config as inductor
 
-        before = inductor.freezing
-        inductor.freezing = True
-        try:
+        with inductor.patch(freezing=True), warnings.catch_warnings():
+            # What the compiler thinks of diffusers' code is not our user's concern.
+            warnings.simplefilter("ignore")
             for name, call in calls.items():
                 if name.startswith("compiled"):
                     call()
-        finally:
-            inductor.freezing = before
     gc.collect()
     return calls
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import nn
 
-import quantempo
 from quantempo.bench import machine
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.errors import QuantempoError
@@ -30,6 +29,7 @@ from quantempo.models.sampling import swap_scheduler
 from quantempo.quantizers import find_clock
 from quantempo.recipe import Recipe
 from quantempo.runs import RunFolder
+from quantempo.version import __version__
 
 __all__ = ["Session", "load", "reopen"]
 
@@ -176,7 +176,7 @@ def load(
         "recipe_sha256": recipe.sha256,
         "call": session.call,
         "scheduler": scheduler,
-        "versions": {"quantempo": quantempo.__version__, **versions},
+        "versions": {"quantempo": __version__, **versions},
         "machine": machine(),
         "seeds": {"trace": recipe.trace.seed},
         "stages": stages,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-import quantempo
 from quantempo.backends.engine import attach_lazily
 from quantempo.calibrate.scales import LayerScales
 from quantempo.errors import QuantempoError
@@ -22,6 +21,7 @@ from quantempo.quantizers import (
     swap_layers,
 )
 from quantempo.recipe import Recipe
+from quantempo.version import __version__
 
 __all__ = ["pack_denoiser"]
 
@@ -70,7 +70,7 @@ def pack_denoiser(
         per_unit=per_unit,
         sites=list(sites),
         hashes={"recipe": recipe.sha256, "source": source_sha256},
-        version=quantempo.__version__,
+        version=__version__,
     )
     mark_quantized(denoiser, config)
     attach_lazily(denoiser)
