@@ -63,8 +63,9 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return library.quantize_rows(rows, scale, zero_point)
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+def _sum_dtype(x: Tensor, parts: int) -> torch.dtype:
+    # Parts are added up in float32; half precision is left to a last cast.
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and parts == 1 else torch.float32
 
 
 class _Int8Kernel:
@@ -114,7 +115,7 @@ class _ConvKernel(_Int8Kernel):
         for i, part in enumerate(x.split(grids.segments, 1)):
             scale, zero = grids.scales[i][grids.column(bucket)], grids.zero_points[i]
             codes = quantize_image(part, scale, zero)
-            term = self.parts[i](codes, scale, zero, bias, _output_dtype(x))
+            term = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)))
             y, bias = (term if y is None else y.add_(term)), None
         assert y is not None
         return y.to(x.dtype)
@@ -131,7 +132,7 @@ class _LinearKernel(_Int8Kernel):
         for i, part in enumerate(x.split(grids.segments, -1)):
             scale, zero = grids.scales[i][grids.column(bucket)], grids.zero_points[i]
             codes = quantize_tokens(part, scale, zero)
-            y = self.parts[i](codes, scale, zero, bias, _output_dtype(x), into=y)
+            y = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)), into=y)
             bias = None
         assert y is not None
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)

@@ -134,7 +134,7 @@ def kernel_table(denoiser: nn.Module) -> list[KernelRow]:
     runner: _Runner | None = getattr(denoiser, _RUNNER, None)
     if runner is None or not runner.graphs:
         raise QuantempoError("no OpenVINO graph yet: attach engine 'openvino' and call it once")
-    return next(reversed(runner.graphs.values())).kernels()
+    return next(reversed(runner.graphs.values())).rows
 
 
 def int8_share(denoiser: nn.Module) -> float:
@@ -181,8 +181,10 @@ class _Graph:
     def __init__(self, compiled: Any, calls: list[Any], layout: Any) -> None:
         self.compiled, self.layout = compiled, layout
         self.request = compiled.create_infer_request()
-        self.macs = _macs(calls)
-        self.batch = compiled.input(1).shape[0]
+        self.rows = _kernel_rows(compiled, _macs(calls))
+        floats = [row.name for row in self.rows if row.quantized and not row.int8]
+        if floats:
+            log.warning("OpenVINO does not run these layers in int8: %s", ", ".join(floats))
 
     def __call__(self, values: list[Tensor], dtype: torch.dtype) -> Any:
         arrays = [value.detach().numpy() for value in values]
@@ -191,29 +193,27 @@ class _Graph:
         outputs = [torch.from_numpy(np.array(array)) for array in results.values()]
         return _fill(self.layout, [_cast(output, dtype) for output in outputs])
 
-    def kernels(self) -> list[KernelRow]:
-        """Return how each layer is executed."""
-        rows, missing = [], dict(self.macs)
-        for node in self.compiled.get_runtime_model().get_ordered_ops():
-            info = node.get_rt_info()
-            if _text(info, "layerType") not in _KERNELS:
-                continue
-            merged = _text(info, "originalLayersNames").split(",")
-            # Low-precision transformations may leave only the rescaling after it in the list.
-            origins = [origin.partition("/Dequantization")[0] for origin in merged]
-            name = next((origin for origin in origins if origin in missing), None)
-            macs = missing.pop(name) if name else _float_macs(node)
-            rows.append(
-                KernelRow(
-                    name or merged[0],
-                    name is not None,
-                    _text(info, "runtimePrecision"),
-                    _text(info, "primitiveType"),
-                    macs // self.batch,
-                )
-            )
-        gone = [KernelRow(name, True, "none", "", m // self.batch) for name, m in missing.items()]
-        return rows + gone
+
+def _kernel_rows(compiled: Any, macs: dict[str, int]) -> list[KernelRow]:
+    """Return how each layer of a compiled graph is executed; `macs` by name, of the whole batch."""
+    rows, left, batch = [], dict(macs), compiled.input(1).shape[0]
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if _text(info, "layerType") not in _KERNELS:
+            continue
+        merged = _text(info, "originalLayersNames").split(",")
+        # Low-precision transformations may leave only the rescaling after it in the list.
+        origins = [origin.partition("/Dequantization")[0] for origin in merged]
+        name = next((origin for origin in origins if origin in left), None)
+        if name is None and _text(info, "layerType") == "MatMul":
+            # A product of two activations, as in attention.
+            continue
+        work = left.pop(name) if name else _float_macs(node)
+        precision, primitive = _text(info, "runtimePrecision"), _text(info, "primitiveType")
+        rows.append(
+            KernelRow(name or merged[0], name is not None, precision, primitive, work // batch)
+        )
+    return rows + [KernelRow(name, True, "none", "", work // batch) for name, work in left.items()]
 
 
 def _compile(
@@ -227,7 +227,7 @@ def _compile(
     answer: list[Any] = []
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        # Not denoiser(...): its pre-hook reads time-steps on the host, its `forward` is this engine.
+        # Not denoiser(...): its `forward` is this engine, its pre-hook works on real time-steps.
         output = type(denoiser).forward(denoiser, **_fill(layout, list(tensors)))
         found: list[Tensor] = []
         answer[:] = [_flatten(output, found)]

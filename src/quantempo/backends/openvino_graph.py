@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -233,21 +234,20 @@ class _LayerConverter:
         axis = 1 if isinstance(layer, QConv2d) else len(call.shape) - 1
         bias_shape = [1 if i != axis else -1 for i in range(len(call.shape))]
         bias = None if layer.bias is None else _numpy(layer.bias).reshape(bias_shape)
-        total, start = None, 0
+        terms, start = [], 0
         for i, width in enumerate(layer.segments):
-            back = self._table(call, i, bucket, inverse=False)
             codes = self._quantized(call, i, bucket, _part(x, call, axis, start, width))
             y = self._sums(call, i, codes, slice(start, start + width))
             start += width
+            back = self._table(call, i, bucket, inverse=False)
             if back is not None and bias is not None and len(layer.segments) == 1 and axis == 1:
                 # A constant bias right behind a convolution is free, and keeps the (constant)
                 # scale of its sums there too: (y + b) r + b (1 - r) = y r + b.
                 y, bias = ops.add(y, constant(bias)), self._leftover(call, bias, bucket)
-            y = y if back is None else ops.multiply(y, back)
-            total = y if total is None else ops.add(total, y)
+            terms.append(y if back is None else ops.multiply(y, back))
         if bias is not None:
-            total = ops.add(total, bias if isinstance(bias, ov.Node) else constant(bias))
-        return [total.output(0)]
+            terms.append(bias if isinstance(bias, ov.Node) else constant(bias))
+        return [reduce(ops.add, terms).output(0)]
 
     def _quantized(self, call: LayerCall, i: int, bucket: ov.Output, x: ov.Output) -> ov.Output:
         """Return the tensor on its grid (still float): s_ref * (clamp(round(x/s) + z) - z)."""

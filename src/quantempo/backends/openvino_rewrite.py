@@ -59,23 +59,23 @@ def _read_parts_of_concatenations(graph: ov.Model) -> None:
     """Replace a slice that is exactly one input of a concatenation by that input."""
     for node in _nodes(graph, "Slice"):
         source = node.input_value(0)
-        ends = [_values(node.input_value(i)) for i in range(1, node.get_input_size())]
-        if _kind(source) != "Concat" or len(ends) != 4 or any(e is None for e in ends):
+        if _kind(source) != "Concat":
             continue
-        (begin,), (end,), (step,), (axis,) = ends
+        # begin, end, step, axis
+        values = [_values(node.input_value(i)) for i in range(1, node.get_input_size())]
+        ends = [int(value[0]) for value in values if value is not None and len(value) == 1]
         joined = source.get_node()
-        if axis != joined.get_attributes()["axis"] % len(source.get_shape()) or step != 1:
-            continue
+        axis = joined.get_attributes()["axis"] % len(source.get_shape())
         start = 0
         for part in joined.input_values():
-            stop = start + part.get_shape()[int(axis)]
-            if (start, stop) == (begin, end):
+            stop = start + part.get_shape()[axis]
+            if ends == [start, stop, 1, axis]:
                 node.output(0).replace(part)
             start = stop
 
 
 class _Scaled(NamedTuple):
-    """x = source * factor + shift, with factor and shift of shape (1 or B, 1 or C, 1, 1) or None."""
+    """x = source * factor + shift; these two (1 or B, 1 or C, 1, 1), or None where nothing is."""
 
     source: ov.Output
     factor: ov.Output | None
@@ -157,7 +157,7 @@ class _GroupNorms:
 
 
 def _before_flattening(x: ov.Output) -> ov.Output | None:
-    """Return x (B, C, H, W), also where it was flattened to (B, C, H * W) just before; else None."""
+    """Return x (B, C, H, W), also if it was flattened to (B, C, H * W) just before; else None."""
     shape = list(x.get_shape())
     if len(shape) == 3 and _kind(x) == "Reshape":
         x = x.get_node().input_value(0)
@@ -168,7 +168,7 @@ def _before_flattening(x: ov.Output) -> ov.Output | None:
 
 
 def _peel(x: ov.Output) -> _Scaled:
-    """Follow additions and multiplications of one value per channel upwards, if only x reads them."""
+    """Undo additions and multiplications of one value per channel that only x reads."""
     shape = list(x.get_shape())
     factor = shift = None
     while len(x.get_target_inputs()) == 1 and _kind(x) in ("Add", "Multiply"):

@@ -95,21 +95,36 @@ def trace(
         or int(pipe.scheduler.config.num_train_timesteps),
     }
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
-    store = RunFolder(folder)
-    files = {_file(first, batch_size): first for first in range(0, chains, batch_size)}
+    files = _fill(pipe, denoiser, RunFolder(folder), targets, settings, call, force, progress)
+    _finish(RunFolder(folder), files, settings, targets)
+    return TraceSet(folder)
+
+
+def _fill(
+    pipe: Any,
+    denoiser: nn.Module,
+    store: RunFolder,
+    targets: Tensor,
+    settings: dict[str, Any],
+    call: dict[str, Any],
+    force: bool,
+    progress: bool | None,
+) -> list[str]:
+    """Write the chunks that are not there yet; return the names of all."""
+    size, steps = settings["batch_size"], settings["steps"]
+    files = {_file(first, size): first for first in range(0, len(targets), size)}
     missing = [name for name in files if not _is_whole(store, name, settings, force)]
     if missing:
         # From here on the index would promise more than the folder holds.
-        index_of(folder).unlink(missing_ok=True)
+        index_of(store.path).unlink(missing_ok=True)
     hidden = None if progress is None else not progress
     with tqdm(total=steps * len(missing), desc="trace", unit="call", disable=hidden) as bar:
         for name in missing:
             first = files[name]
-            batch = targets[first : first + batch_size]
+            batch = targets[first : first + size]
             tensors, details = _record(pipe, denoiser, batch, first, settings, call, bar)
             store.write_safetensors(name, tensors, details)
-    _finish(store, list(files), settings, targets)
-    return TraceSet(folder)
+    return list(files)
 
 
 def _file(first: int, batch_size: int) -> str:

@@ -18,7 +18,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from quantempo.backends.engine import attach_lazily
 from quantempo.errors import QuantempoError
 from quantempo.models.family import sites
 from quantempo.quantizers import (
@@ -167,6 +166,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "the quantized tensors do not match the hash in config.json; the checkpoint is "
                 "damaged or was edited: save or fetch it again"
             )
+        # Not above: this module is imported while diffusers itself is, and engines know its models.
+        from quantempo.backends.engine import attach_lazily
+
         attach_lazily(model)
         return model
 

@@ -332,8 +332,13 @@ def _scheduler_noise(scheduler: Any, noise: list[torch.Generator]) -> Iterator[N
             bound.arguments["generator"] = [noise[i % len(noise)] for i in range(rows)]
         return step(*bound.args, **bound.kwargs)
 
+    before = scheduler.__dict__.get("step")
     scheduler.step = seeded
     try:
         yield
     finally:
-        del scheduler.step
+        # A site of the sampler may have wrapped the step of this instance already.
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before

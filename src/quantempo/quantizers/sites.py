@@ -8,6 +8,7 @@ what the scheduler returns at each step.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -110,10 +111,12 @@ def find_sites(denoiser: nn.Module) -> dict[str, SiteQuantizer]:
 
 def attach_sampler_site(scheduler: Any, quantizer: SiteQuantizer) -> None:
     """Quantize the sample that this scheduler instance returns at each step (site `x_prev`)."""
-    step = type(scheduler).step
+    step = scheduler.step
 
+    # `wraps` keeps the signature, which pipelines inspect.
+    @functools.wraps(step)
     def quantized_step(*args: Any, **kwargs: Any) -> Any:
-        result = step(scheduler, *args, **kwargs)
+        result = step(*args, **kwargs)
         if isinstance(result, tuple):
             return (quantizer(result[0]), *result[1:])
         result.prev_sample = quantizer(result.prev_sample)

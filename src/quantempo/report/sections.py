@@ -95,8 +95,10 @@ def _quality_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Return batch -> measurements (ms_per_forward and more) of `bench.json` and `metrics.json`."""
-    batches = dict(run.read_json("bench.json")["batches"]) if run.has("bench.json") else {}
+    """Return batch -> measurements (ms_per_forward and more) of `bench.json`, else `metrics.json`."""
+    if run.has("bench.json"):
+        return dict(run.read_json("bench.json")["batches"])
+    batches: dict[str, dict[str, Any]] = {}
     metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
     for key, value in (metrics.get("ms_per_forward") or {}).items():
         name, _, batch = key.partition("@")
