@@ -55,7 +55,7 @@ def trace(session: Session) -> TraceSet:
     """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
     settings = session.recipe.trace
     folder = session.run / "trace"
-    with session.stage("trace", "trace/trace.json") as needed:
+    with session.stage("trace", "trace.json") as needed:
         if needed:
             trace_pipeline(
                 session.pipe,

@@ -96,7 +96,7 @@ def trace(
     }
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     files = _fill(pipe, denoiser, RunFolder(folder), targets, settings, call, force, progress)
-    _finish(RunFolder(folder), files, settings, targets)
+    _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
     return TraceSet(folder)
 
 
@@ -205,7 +205,11 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
 
 
 def _finish(
-    store: RunFolder, names: Sequence[str], settings: dict[str, Any], targets: Tensor
+    store: RunFolder,
+    names: Sequence[str],
+    settings: dict[str, Any],
+    targets: Tensor,
+    density: Tensor,
 ) -> None:
     """Write the index, whose presence means that the trace is complete."""
     chunks, found = [], []
@@ -222,6 +226,7 @@ def _finish(
         "settings": settings,
         "seeds": [settings["seed"] + chain for chain in range(settings["chains"])],
         "target_steps": targets.tolist(),
+        "density": density.tolist(),
         **found[0],
         "chunks": chunks,
     }
