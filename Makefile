@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## quantize, run and score the bundled CIFAR-10 model
 	@$(BIN)/quantempo demo $(ARGS)
 
 test: $(VENV)/.installed ## all tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .
@@ -34,7 +34,8 @@ lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed ## time the int8 engines against float32 and bfloat16
-	@$(BIN)/quantempo bench $(ARGS)
+	@[ -d runs/demo/packed ] || $(BIN)/quantempo demo
+	@$(BIN)/quantempo bench --run runs/demo $(ARGS)
 
 clean: ## remove .venv, caches and built packages (keeps runs/)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

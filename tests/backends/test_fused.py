@@ -11,7 +11,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from quantempo.backends import attach, detach, layerwise
-from quantempo.backends.fused import Folded, FusedUpBlock, TimeShifts
+from quantempo.backends.folded import Folded, TimeShifts
+from quantempo.backends.fused import FusedUpBlock
 from quantempo.backends.layerwise import execution, fuse, unfuse
 from quantempo.kernels import fused_cpu, onednn, reference
 from quantempo.models.fusion import fusable_parts

@@ -260,9 +260,7 @@ def packed(denoiser: nn.Module, buckets: int = 1, int8: bool = True, **given: An
     """Quantize a copy of a denoiser from the ranges it shows on random inputs (or none of it)."""
     net = copy.deepcopy(denoiser)
     observed: dict[str, list[Tensor]] = {}
-    found = [
-        site for site in sites(net) if site.role not in ("input", "output", "time") and int8
-    ]
+    found = [site for site in sites(net) if site.role not in ("input", "output", "time") and int8]
     hooks = []
     for site in found:
         axis = 1 if isinstance(site.layer, nn.Conv2d) else -1

@@ -20,6 +20,11 @@ LAST = torch.channels_last
 
 
 @pytest.fixture(autouse=True)
+def parallel_at_any_size(monkeypatch):
+    monkeypatch.setattr(fused_cpu, "_PARALLEL_FROM", 0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill what torch.empty returns with NaN or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantempo.backends.base import BACKENDS
 from quantempo.backends.engine import ENGINES
+from quantempo.backends.folded import TimeShifts
 from quantempo.backends.fused import (
     FusedAttention,
     FusedDownsample,
@@ -24,7 +25,6 @@ from quantempo.backends.fused import (
     FusedStem,
     FusedUpBlock,
     FusedUpsample,
-    TimeShifts,
 )
 from quantempo.kernels import fused_cpu
 from quantempo.models.fusion import (

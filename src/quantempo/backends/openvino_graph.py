@@ -86,9 +86,8 @@ def build_graph(
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             traced = torch.jit.trace(program, tuple(inputs), strict=False, check_trace=False)
         frontend = FrontEndManager().load_by_framework("pytorch")
-        frontend.add_extension(
-            ConversionExtension(f"quantempo::{_OP}", _LayerConverter(calls, inputs[0].shape[0]))
-        )
+        converter = _LayerConverter(calls, inputs[0].shape[0])
+        frontend.add_extension(ConversionExtension(f"quantempo::{_OP}", converter))
         decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))
         graph = frontend.convert(frontend.load(decoder))
     for parameter, example in zip(graph.get_parameters(), inputs, strict=True):
@@ -96,6 +95,9 @@ def build_graph(
         parameter.set_element_type(ov.Type(example.numpy().dtype))
     graph.validate_nodes_and_infer_types()
     apply_moc_transformations(graph, cf=False)
+    # Only now: what removes an operation that does nothing gives its name to the one before it.
+    for name, node in converter.sums.items():
+        node.set_friendly_name(name)
     return graph, calls
 
 
@@ -226,6 +228,8 @@ class _LayerConverter:
     rows: int
     # Layers that read the same tensor on the same grid (q, k, v) share one quantizer.
     shared: dict[Any, ov.Output] = field(default_factory=dict)
+    # The convolution or matmul of each "layer name/segment".
+    sums: dict[str, ov.Node] = field(default_factory=dict)
 
     def __call__(self, context: Any) -> list[ov.Output]:
         x, bucket = context.get_input(0), context.get_input(1)
@@ -237,7 +241,7 @@ class _LayerConverter:
         terms, start = [], 0
         for i, width in enumerate(layer.segments):
             codes = self._quantized(call, i, bucket, _part(x, call, axis, start, width))
-            y = self._sums(call, i, codes, slice(start, start + width))
+            y = self._sum(call, i, codes, slice(start, start + width))
             start += width
             back = self._table(call, i, bucket, inverse=False)
             if back is not None and bias is not None and len(layer.segments) == 1 and axis == 1:
@@ -263,7 +267,7 @@ class _LayerConverter:
             self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, 256).output(0)
         return self.shared[key]
 
-    def _sums(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
+    def _sum(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
         layer = call.layer
         integers = layer.weight_int if len(layer.segments) == 1 else layer.weight_int[:, columns]
         integers = np.ascontiguousarray(_numpy(integers))
@@ -280,7 +284,7 @@ class _LayerConverter:
             y = convolution(codes, weight, strides, pads, pads, list(layer.dilation))
         else:
             y = ops.matmul(codes, weight, False, True)
-        y.set_friendly_name(f"{call.name}/{i}")
+        self.sums[f"{call.name}/{i}"] = y
         return y
 
     def _table(

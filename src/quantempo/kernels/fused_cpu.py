@@ -29,6 +29,8 @@ _SOURCE = Path(__file__).with_name("fused_cpu.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-fopenmp", "-fPIC")
 # Per-channel rows of one sample live on the stack of each thread.
 MAX_CHANNELS = 16384
+# About 10 microseconds of work.
+_PARALLEL_FROM = 16384
 
 
 class _PartStruct(ctypes.Structure):
@@ -152,7 +154,7 @@ class Library:
             x.data_ptr(), batch, height, width, channels, stride, _bf16(x), repeat,
             top, bottom, left, right, scale, zero_point, codes.data_ptr(),
         )  # fmt: skip
-        self._quantize(ctypes.byref(call), torch.get_num_threads())
+        self._quantize(ctypes.byref(call), _threads(codes))
         return codes
 
     def quantize_rows(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -165,7 +167,7 @@ class Library:
             x.data_ptr(), 1, rows, 1, width, x.stride(0), _bf16(x), 1,
             0, 0, 0, 0, scale, zero_point, codes.data_ptr(),
         )  # fmt: skip
-        self._quantize(ctypes.byref(call), torch.get_num_threads())
+        self._quantize(ctypes.byref(call), _threads(codes))
         return codes
 
     def group_norm(
@@ -220,7 +222,7 @@ class Library:
             out = _empty((batch, channels, height, width), torch.uint8)
             call.codes = out.data_ptr()
             call.scale, call.zero = grid
-        threads = torch.get_num_threads()
+        threads = _threads(out)
         chunks = 1 if batch % threads == 0 else threads
         scratch = torch.empty(batch * chunks * 2 * channels)
         self._norm(ctypes.byref(call), scratch.data_ptr(), chunks, threads)
@@ -243,9 +245,14 @@ class Library:
             x.data_ptr(),
             None if y is None else y.data_ptr(),
             None if edge is None else edge.data_ptr(),
-            *(batch, height, width, channels, _bf16(x), torch.get_num_threads()),
+            *(batch, height, width, channels, _bf16(x), _threads(x)),
         )
         return x
+
+
+def _threads(x: Tensor) -> int:
+    """Return torch's number of threads, or 1 if waking others costs more than the work."""
+    return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
 
 
 def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantempo.errors import QuantempoError
+from quantempo.report.pictures import write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
 from quantempo.runs import RunFolder, atomic_path
 
@@ -16,7 +17,7 @@ __all__ = ["render"]
 
 
 def render(run_path: str | Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
+    """Write `report.html` into a run folder and return its path; `pairs.png` if there are samples.
 
     Sections whose files are missing say "not run" and which command makes them.
 
@@ -52,4 +53,8 @@ def render(run_path: str | Path) -> Path:
     target = run / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    samples = (run / "samples/float", run / "samples/int8")
+    if all(folder.is_dir() for folder in samples):
+        with atomic_path(run / "pairs.png") as temporary:
+            write_pairs(*samples, temporary)
     return target

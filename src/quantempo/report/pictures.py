@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["compare"]
+__all__ = ["compare", "write_pairs"]
 
 SEEDS_SHOWN = 16
 SMALLEST_SIDE, LARGEST_SIDE = 112, 256
@@ -49,6 +49,29 @@ def compare(
         for seed, (a, b), d in zip(seeds, pairs, differences, strict=False)
     ]
     return cells, gain, max(pairs[0][0].shape[:2]) < SMALLEST_SIDE
+
+
+def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> None:
+    """Write one PNG: pictures of `first` in the upper row, of `second` with the same seeds below.
+
+    Args:
+        first, second: folders with a PNG file per seed, the same ones.
+        target: file to write.
+        columns: pictures in a row, the lowest seeds.
+    """
+    from PIL import Image
+
+    seeds = sorted((int(path.stem) for path in first.glob("*.png")))[:columns]
+    rows = [
+        np.concatenate(
+            [np.asarray(Image.open(folder / f"{seed}.png").convert("RGB")) for seed in seeds], 1
+        )
+        for folder in (first, second)
+    ]
+    whole = Image.fromarray(np.concatenate(rows))
+    factor = max(1, 96 // (whole.height // 2))
+    size = (whole.width * factor, whole.height * factor)
+    whole.resize(size, Image.Resampling.NEAREST).save(target, "PNG", optimize=True)
 
 
 def _png(image: Any) -> str:

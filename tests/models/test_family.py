@@ -1,0 +1,110 @@
+"""What a denoiser looks like: its layers, their roles, the time-step among its arguments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from quantempo.errors import QuantempoError
+from quantempo.models.family import ROLES, check_roles, denoiser_of, sites, timestep_of
+from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
+
+
+def roles(net: nn.Module) -> dict[str, str]:
+    return {site.name: site.role for site in sites(net)}
+
+
+def test_the_denoiser_of_each_kind_of_pipeline() -> None:
+    pipes = (tiny_unconditional(), tiny_text(), tiny_dit())
+    found = [denoiser_of(pipe) for pipe in pipes]
+    assert [name for name, _ in found] == ["unet", "unet", "transformer"]
+    assert found[1][1] is pipes[1].unet and found[2][1] is pipes[2].transformer
+
+
+def test_a_pipeline_without_a_denoiser_is_refused() -> None:
+    with pytest.raises(QuantempoError, match="has no denoiser; expected a component called"):
+        denoiser_of(SimpleNamespace(vae=nn.Linear(1, 1), unet=None))
+
+
+def test_the_time_step_is_found_by_position_and_by_name() -> None:
+    assert timestep_of(("x", 7), {}) == 7
+    assert timestep_of(("x",), {"timestep": 8}) == 8
+    assert timestep_of((), {"sample": "x", "timestep": 9}) == 9
+    with pytest.raises(QuantempoError, match="without a time-step"):
+        timestep_of(("x",), {"class_labels": 3})
+
+
+def test_every_role_is_described_and_unknown_ones_are_refused() -> None:
+    check_roles(tuple(ROLES))
+    for net in (tiny_unet(), tiny_text().unet, tiny_dit().transformer):
+        assert set(roles(net).values()) <= set(ROLES)
+    with pytest.raises(QuantempoError, match="unknown role 'head'"):
+        check_roles(("input", "head"))
+
+
+def test_sites_are_all_convolutions_and_linear_layers_in_order() -> None:
+    net = tiny_unet()
+    layers = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [(site.name, site.layer) for site in sites(net)] == layers
+
+
+def test_shortcuts_are_the_one_by_one_convolutions_around_blocks() -> None:
+    net = tiny_unet()
+    found = {name for name, role in roles(net).items() if role == "shortcut"}
+    wanted = {
+        f"{name}.conv_shortcut"
+        for name, block in net.named_modules()
+        if getattr(block, "conv_shortcut", None) is not None
+    }
+    assert found == wanted and len(found) == 5
+
+
+def test_names_that_only_look_like_ends_are_ordinary_layers() -> None:
+    # proj_in and proj_out of a transformer block inside a U-Net are not the network's ends.
+    inside = {n: r for n, r in roles(tiny_text().unet).items() if n.endswith(("proj_in", "proj_out"))}
+    assert inside and set(inside.values()) <= {"conv", "linear"}
+
+
+def test_the_modulation_of_a_transformer_is_time() -> None:
+    found = roles(tiny_dit().transformer)
+    assert found["proj_out_1"] == "time" and found["proj_out_2"] == "output"
+    assert found["transformer_blocks.0.norm1.linear"] == "time"
+    assert found["transformer_blocks.0.ff.net.2"] == "linear"
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 24), (8, 24, 16), (16, 16, 16)])
+@pytest.mark.parametrize("per_block", [1, 2])
+def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) -> None:
+    """The halves equal what the network concatenates, whatever its widths and depth."""
+    net = UNet2DModel(
+        sample_size=8,
+        layers_per_block=per_block,
+        block_out_channels=widths,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+    )
+    real: list[tuple[int, ...]] = []
+    cat = torch.cat
+
+    def recorded(tensors, *args, **kwargs):  # noqa: ANN001, ANN202
+        if len(tensors) == 2 and tensors[0].ndim == 4:
+            real.append(tuple(part.shape[1] for part in tensors))
+        return cat(tensors, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "cat", recorded)
+        net(torch.zeros(1, 3, 8, 8), 5)
+    shortcuts = [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(per_block + 1)]
+    wanted = {
+        f"{name}.conv_shortcut": parts for name, parts in zip(shortcuts, real, strict=True)
+    }
+    assert {site.name: site.segments for site in sites(net) if site.segments} == wanted
+
+
+def test_networks_without_up_blocks_have_no_segments() -> None:
+    assert not any(site.segments for site in sites(tiny_dit().transformer))

@@ -1,0 +1,121 @@
+"""Opening a pipeline: the right error for each broken folder, and digests that see every change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quantempo.errors import QuantempoError
+from quantempo.models.load import check_finite, load_pipeline, model_digest
+from tests.packed import saved
+from tests.tiny import tiny_unet
+
+
+def cut(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garble(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "unet/config.json").write_text("{")
+
+
+def no_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+
+
+def other_widths(folder: Path) -> None:
+    file = folder / "unet/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "block_out_channels": [16, 64]}))
+
+
+def unknown_class(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": "NoPipeline"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "damaged or truncated"),
+        (garble, "damaged or truncated"),
+        (broken_json, "config.json is not valid JSON"),
+        (no_index, "no model_index.json"),
+        (no_weights, "cannot load"),
+        (other_widths, "cannot load"),
+        (unknown_class, "cannot load"),
+    ],
+)
+def test_a_broken_folder_is_one_sentence(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved("unconditional"), folder)
+    damage(folder)
+    with pytest.raises(QuantempoError, match=message) as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_component_is_told_from_a_pipeline() -> None:
+    with pytest.raises(QuantempoError, match="give the folder above it"):
+        load_pipeline(saved("unconditional") / "unet")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nowhere", "a/b/c"])
+def test_a_missing_folder_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(QuantempoError, match="no folder"):
+        load_pipeline(name)
+
+
+def test_a_whole_folder_loads_with_its_own_bits() -> None:
+    pipe = load_pipeline(saved("unconditional"))
+    wanted = tiny_unet().state_dict()
+    state = pipe.unet.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_named(value: float) -> None:
+    net = tiny_unet()
+    check_finite(net)
+    net.mid_block.resnets[0].conv1.weight.data[0, 0, 1, 1] = value
+    with pytest.raises(QuantempoError, match=r"weight 'mid_block\.resnets\.0\.conv1\.weight'"):
+        check_finite(net)
+
+
+def test_the_digest_sees_values_names_types_and_shapes() -> None:
+    def build(weight: torch.Tensor, name: str = "a") -> str:
+        net = nn.Module()
+        net.register_buffer(name, weight)
+        return model_digest(net)
+
+    zeros = torch.zeros(2, 3)
+    one_bit = zeros.clone()
+    one_bit[1, 2] = -0.0
+    digests = {
+        build(zeros),
+        build(one_bit),
+        build(zeros, "b"),
+        build(zeros.T),
+        build(zeros.int()),
+        build(torch.zeros(3, 2, dtype=torch.bfloat16)),
+    }
+    assert len(digests) == 6
+    assert build(zeros) == build(zeros.clone())
+    assert build(torch.zeros(())) != build(torch.zeros(1))
