@@ -15,10 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Call", "float_candidates", "interleave", "machine", "no_grad", "summarize"]
+__all__ = [
+    "SPEED_KEYS",
+    "Call",
+    "float_candidates",
+    "interleave",
+    "machine",
+    "no_grad",
+    "summarize",
+]
 
 Call = Callable[[], Any]
 
+# What `bench_run` adds to metrics.json; kept when the pairs are scored again.
+SPEED_KEYS = ("ms_per_forward", "speedup_vs_best_fp32", "speedup_vs_best_bf16")
 # What decides the speed of 8- and 16-bit kernels.
 _ISA = ("vnni", "bf16", "amx")
 
@@ -102,6 +112,8 @@ def _cast(
     inputs: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cast(item) for key, item in value.items()}
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
             return value.to(dtype)
         return value

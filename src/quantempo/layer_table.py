@@ -132,13 +132,19 @@ def describe(packed: str | Path) -> list[dict[str, Any]]:
     config = denoiser.hf_quantizer.quantization_config
     recipe = config.recipe
     bits = (recipe["weights"]["bits"], recipe["activations"]["bits"])
-    float_twin = type(denoiser).from_config(
-        {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
-    )
+    settings = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
+    with torch.device("meta"):
+        float_twin = type(denoiser).from_config(settings)
     found = sites(float_twin)
     plans = config.plans(float_twin)
-    engine = choose(next(denoiser.parameters()).device.type).name
+    engine = choose("cpu").name
+    backend = BACKENDS.get(engine) if engine in BACKENDS.names() else None
     rows = layer_rows(found, plans, denoiser, {}, {}, bits)[:-1]
     for row in rows:
-        row["backend"] = engine if row["bits_activation"] <= 8 else "float"
+        row["backend"] = "float"
+        if row["bits_activation"] <= 8:
+            layer: Any = denoiser.get_submodule(row["name"])
+            row["backend"] = engine
+            if backend is not None and backend.unsupported(layer) is not None:
+                row["backend"] = "simulated"
     return rows

@@ -8,6 +8,7 @@ have files of their own (`quantempo.quality`, `quantempo.report`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,9 @@ from quantempo.rounding import ROUNDINGS
 from quantempo.runs import atomic_path
 from quantempo.session import Session, load, reopen
 
+log = logging.getLogger("quantempo")
+
 __all__ = [
-    "STAGES",
     "Session",
     "calibrate",
     "finish",
@@ -48,14 +50,12 @@ __all__ = [
     "trace",
 ]
 
-STAGES = ("trace", "calibrate", "search", "round", "pack")
-
 
 def trace(session: Session) -> TraceSet:
     """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
     settings = session.recipe.trace
     folder = session.run / "trace"
-    with session.stage("trace", "trace.json") as needed:
+    with session.stage("trace") as needed:
         if needed:
             trace_pipeline(
                 session.pipe,
@@ -69,7 +69,7 @@ def trace(session: Session) -> TraceSet:
                 num_train_timesteps=session.num_train_timesteps,
                 call=session.call,
                 force=session.force,
-                model_hash=session.run.read_json("model.json")["sha256"],
+                model_hash=session.model["sha256"],
             )
     return TraceSet(session.run / "trace")
 
@@ -77,7 +77,7 @@ def trace(session: Session) -> TraceSet:
 def calibrate(session: Session) -> None:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     data = TraceSet(session.run / "trace")
-    with session.stage("calibrate", "stats.safetensors") as needed:
+    with session.stage("calibrate") as needed:
         if not needed:
             return
         plans = plan_layers(session.sites, session.recipe.layers)
@@ -106,7 +106,7 @@ def per_unit(data: TraceSet, num_train_timesteps: int) -> float:
 
 def search(session: Session) -> None:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
-    with session.stage("search", "scales.safetensors") as needed:
+    with session.stage("search") as needed:
         if not needed:
             return
         stats = session.run.read_safetensors("stats.safetensors")
@@ -121,7 +121,7 @@ def search(session: Session) -> None:
 
 def round_weights(session: Session) -> None:
     """Choose the integer weights; writes `rounding.safetensors`."""
-    with session.stage("round", "rounding.safetensors") as needed:
+    with session.stage("round") as needed:
         if not needed:
             return
         rounding = ROUNDINGS.get(session.recipe.rounding.name)
@@ -141,7 +141,7 @@ def round_weights(session: Session) -> None:
 def pack(session: Session) -> Path:
     """Replace the layers, write the diffusers folder `packed/` and the table `layers.json`."""
     run = session.run
-    with session.stage("pack", "packed") as needed:
+    with session.stage("pack") as needed:
         if needed:
             data = TraceSet(run / "trace")
             tensors = run.read_safetensors("scales.safetensors")
@@ -161,9 +161,13 @@ def pack(session: Session) -> Path:
                 per_unit=per_unit(data, session.num_train_timesteps),
                 sites=site_scales(tensors),
                 recipe=session.recipe,
-                source_sha256=run.read_json("model.json")["sha256"],
+                source_sha256=session.model["sha256"],
             )
             run.write_json("layers.json", _layer_table(session, plans, denoiser, data))
+            if type(session.pipe) is type(pipe):
+                pipe.scheduler = session.pipe.scheduler
+            elif session.scheduler:
+                log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
             with atomic_path(run / "packed") as temporary:
                 pipe.save_pretrained(temporary)
     return run / "packed"

@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 
 from quantempo.backends.engine import attach, attached
-from quantempo.bench import machine
+from quantempo.bench import SPEED_KEYS, machine
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.evaluate import eps_sqnr, evaluate_pairs
 from quantempo.layer_table import int8_share
 from quantempo.models.family import denoiser_of
-from quantempo.models.load import load_pipeline
+from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.pipeline import per_unit
 from quantempo.quantizers import attach_sampler_site, find_clock, find_sites
 from quantempo.runs import RunFolder, atomic_path
 from quantempo.session import Session
@@ -43,6 +44,7 @@ def open_model(
     Raises:
         QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
     """
+    check_device(device)
     pipe = load_pipeline(path)
     pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
     pipe.to(device)
@@ -129,7 +131,7 @@ def _claim(out: RunFolder, settings: dict[str, Any], force: bool) -> None:
             )
         for old in out.path.glob("*.png"):
             old.unlink()
-    elif out.path.is_file() or (out.path.is_dir() and any(out.path.iterdir())):
+    elif out.path.is_file() or out.foreign():
         raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
     out.write_json("settings.json", settings)
 
@@ -167,7 +169,9 @@ def evaluate(
         QuantempoError: nothing packed yet, or see `sample` and `evaluate_pairs`.
     """
     run, seeds = session.run, list(range(seed, seed + images))
-    packed = open_model(run / "packed", engine=engine, scheduler=session.scheduler, device=device)
+    packed = open_model(
+        session.require_packed(), engine=engine, scheduler=session.scheduler, device=device
+    )
     pipe = open_model(session.source, scheduler=session.scheduler, device=device)
     how: dict[str, Any] = {
         "steps": steps,
@@ -175,7 +179,7 @@ def evaluate(
         "call": session.call,
         "force": session.force,
     }
-    hashes = (run.read_json("model.json")["sha256"], session.key("pack"))
+    hashes = (session.model["sha256"], session.key("pack"))
     pairs = (
         sample(pipe, run / "samples/float", seeds, identity=hashes[0], **how),
         sample(packed, run / "samples/int8", seeds, identity=hashes[1], **how),
@@ -187,8 +191,9 @@ def evaluate(
         metrics |= {key: value for key, value in more.items() if key not in metrics}
     networks = (denoiser_of(pipe)[1], denoiser_of(packed)[1])
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
+    calls = _calls(session, TraceSet(run / "trace"))
     metrics |= summary(session) | {
-        "eps_sqnr_db": eps_sqnr(*networks, _calls(TraceSet(run / "trace")), bins=edges),
+        "eps_sqnr_db": eps_sqnr(*networks, calls, bins=edges),
         "engine": attached(networks[1]),
         "sampler": type(pipe.scheduler).__name__,
         "steps": steps,
@@ -196,17 +201,24 @@ def evaluate(
         "batch_size": batch_size,
         "machine": machine(),
     }
+    if run.has("metrics.json"):
+        before = run.read_json("metrics.json")
+        metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
     run.write_json("metrics.json", metrics)
     return metrics
 
 
-def _calls(trace: TraceSet, batch_size: int = 16) -> Iterator[tuple[tuple[Any, ...], dict, Any]]:
-    """Yield (args, kwargs, t) of recorded calls, about 128 rows spread over the set."""
+def _calls(
+    session: Session, trace: TraceSet, batch_size: int = 16
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    """Yield (args, kwargs, training time-step) of recorded calls, about 128 spread over the set."""
     count = min(128, len(trace)) // batch_size * batch_size or len(trace)
     index = torch.linspace(0, len(trace) - 1, count).long()
+    unit = per_unit(trace, session.num_train_timesteps)
     for rows in index.split(batch_size):
         batch = trace.rows(rows)
-        yield (batch.x_t, batch.t), batch.cond, batch.t
+        arguments = trace.arguments(batch, next(session.denoiser.parameters()))
+        yield (), arguments, batch.t.double() * unit
 
 
 def summary(session: Session) -> dict[str, Any]:

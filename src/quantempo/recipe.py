@@ -108,13 +108,17 @@ class Recipe:
             ("trace.steps", self.trace.steps, 1, 100_000),
             ("trace.chains", self.trace.chains, 1, 1_000_000),
             ("trace.picks", self.trace.picks, 1, 100_000),
-            ("activations.bits", self.activations.bits, 2, 8),
             ("activations.buckets", self.activations.buckets, 1, 64),
             ("activations.min_gain", self.activations.min_gain, 0, 1),
             ("weights.bits", self.weights.bits, 2, 8),
         ):
             if not low <= value <= high:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
+        if self.activations.bits != 8:
+            raise QuantempoError(
+                f"got activations.bits = {self.activations.bits}; the kernels take 8-bit inputs, "
+                "set it to 8"
+            )
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
@@ -130,7 +134,10 @@ class Recipe:
         if str(source) in names:
             text = (shipped / f"{source}.toml").read_text()
         elif path.is_file():
-            text = path.read_text()
+            try:
+                text = path.read_text()
+            except (UnicodeDecodeError, OSError) as error:
+                raise QuantempoError(f"cannot read recipe {path}: {error}") from error
         else:
             raise QuantempoError(
                 f"no recipe '{source}'{nearest(str(source), names)}; expected a TOML file or one "

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +35,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         QuantempoError: the disk is full or the place cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield temporary
         if path.is_dir():
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -57,6 +59,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process left of `path`, and put back what it had moved aside."""
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if not path.exists():
+            old.rename(path)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _explain(error: OSError, path: Path) -> QuantempoError:
@@ -105,6 +121,12 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def foreign(self) -> bool:
+        """Return whether the folder holds anything but what a killed write left."""
+        if not self.path.is_dir():
+            return False
+        return any(not re.fullmatch(r"\..*\.(tmp|old)", p.name) for p in self.path.iterdir())
+
     def has(self, name: str) -> bool:
         """Return whether the artefact is there (artefacts are only ever whole)."""
         return (self.path / name).exists()
@@ -126,7 +148,7 @@ class RunFolder:
             raise QuantempoError(f"no {name} in {self.path}; run the stage that writes it first")
         try:
             return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise QuantempoError(f"{path} is damaged ({error}); delete it and rerun") from error
 
     def write_safetensors(

@@ -23,17 +23,29 @@ from torch import nn
 from quantempo.bench import machine
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.errors import QuantempoError
-from quantempo.models.family import Site, denoiser_of, sites
-from quantempo.models.load import check_finite, load_pipeline, model_digest
+from quantempo.models.family import Site, check_roles, denoiser_of, sites
+from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import swap_scheduler
-from quantempo.quantizers import find_clock
+from quantempo.quantizers import check_sites, find_clock
 from quantempo.recipe import Recipe
+from quantempo.rounding import ROUNDINGS
 from quantempo.runs import RunFolder
+from quantempo.search import make_metric
 from quantempo.version import __version__
 
-__all__ = ["Session", "load", "reopen"]
+__all__ = ["ARTEFACTS", "Session", "load", "reopen"]
 
 log = logging.getLogger("quantempo")
+
+# Stage -> the artefact that is there when it is done.
+ARTEFACTS = {
+    "trace": "trace.json",
+    "calibrate": "stats.safetensors",
+    "search": "scales.safetensors",
+    "round": "rounding.safetensors",
+    "pack": "packed",
+}
+_OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
 
 
 @dataclass
@@ -79,6 +91,30 @@ class Session:
         """T of the scheduler the model was trained with."""
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """What `model.json` holds of the float pipeline; the hash is of the denoiser's weights."""
+        folder = Path(self.source)
+        return {
+            "path": str(folder.resolve()) if folder.is_dir() else self.source,
+            "pipeline": type(self.pipe).__name__,
+            "component": denoiser_of(self.pipe)[0],
+            "class": type(self.denoiser).__name__,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "parameters": sum(p.numel() for p in self.denoiser.parameters()),
+            "sha256": model_digest(self.denoiser),
+        }
+
+    @cached_property
+    def _surroundings(self) -> dict[str, str]:
+        """Hashes of what else decides the recorded inputs: the scheduler, the other networks."""
+        settings = json.dumps(dict(self.pipe.scheduler.config), sort_keys=True, default=str)
+        found = {type(self.pipe.scheduler).__name__: hashlib.sha256(settings.encode()).hexdigest()}
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and part is not self.denoiser:
+                found[name] = model_digest(part)
+        return found
+
     def key(self, stage: str) -> str:
         """Return a hash of everything that decides the artefact of a stage."""
         sections = {
@@ -87,9 +123,7 @@ class Session:
             "search": ("trace", "layers", "activations", "weights"),
         }.get(stage, ("trace", "layers", "activations", "weights", "rounding"))
         settings: dict[str, Any] = {name: asdict(getattr(self.recipe, name)) for name in sections}
-        settings["model"] = self.run.read_json("model.json")["sha256"]
-        settings["call"] = self.call
-        settings["scheduler"] = type(self.pipe.scheduler).__name__
+        settings |= {"model": self.model["sha256"], "call": self.call, **self._surroundings}
         text = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -98,14 +132,28 @@ class Session:
         done = self.run.read_json("manifest.json")["stages"].get(stage)
         return done is not None and done["key"] != self.key(stage)
 
+    def require_packed(self) -> Path:
+        """Return the packed folder.
+
+        Raises:
+            QuantempoError: nothing is packed yet, or it was made with other settings.
+        """
+        packed = self.run / "packed"
+        if not packed.is_dir():
+            raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
+        if self.stale("pack"):
+            raise QuantempoError(_OTHER.format(path=packed))
+        return packed
+
     @contextmanager
-    def stage(self, name: str, artefact: str) -> Iterator[bool]:
+    def stage(self, name: str) -> Iterator[bool]:
         """Yield whether the stage has to run; note its key and seconds when it ends.
 
         Raises:
             QuantempoError: the artefact is there but was made with other settings, and `force`
                 is off.
         """
+        artefact = ARTEFACTS[name]
         done = self.run.read_json("manifest.json")["stages"].get(name)
         if done and self.run.has(artefact):
             if not self.stale(name):
@@ -113,10 +161,7 @@ class Session:
                 yield False
                 return
             if not self.force:
-                raise QuantempoError(
-                    f"{self.run / artefact} was made with other settings; use another --run "
-                    "folder, or --force to redo it"
-                )
+                raise QuantempoError(_OTHER.format(path=self.run / artefact))
         start = time.perf_counter()
         yield True
         seconds = round(time.perf_counter() - start, 3)
@@ -150,24 +195,14 @@ def load(
             belongs to another model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    make_time_sampler(recipe.trace.time_sampler, recipe.trace.time_sampler_args)
+    _check_names(recipe)
+    check_device(device)
     folder = RunFolder(run)
     session = Session(folder, str(source), recipe, dict(call or {}), scheduler, force, device)
-    name, denoiser = denoiser_of(session.pipe)
-    if find_clock(denoiser) is not None:
+    if find_clock(session.denoiser) is not None:
         raise QuantempoError(f"'{source}' is quantized already; start from the float model")
-    check_finite(denoiser)
-    model = {
-        "path": str(source),
-        "pipeline": type(session.pipe).__name__,
-        "component": name,
-        "class": type(denoiser).__name__,
-        "scheduler": type(session.pipe.scheduler).__name__,
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "sha256": model_digest(denoiser),
-    }
-    _check_owner(folder, model["sha256"], force)
-    folder.write_json("model.json", model)
+    check_finite(session.denoiser)
+    _check_owner(session)
     stages = folder.read_json("manifest.json")["stages"] if folder.has("manifest.json") else {}
     versions = {package: version(package) for package in ("torch", "diffusers")}
     manifest = {
@@ -182,19 +217,40 @@ def load(
         "stages": stages,
     }
     folder.write_json("manifest.json", manifest)
+    folder.write_json("model.json", session.model)
     return session
 
 
-def _check_owner(folder: RunFolder, sha256: str, force: bool) -> None:
-    """Refuse a folder that holds the run of another model, or something else than a run."""
+def _check_names(recipe: Recipe) -> None:
+    """Refuse a recipe with a name that no registry knows, before anything is computed."""
+    make_time_sampler(recipe.trace.time_sampler, recipe.trace.time_sampler_args)
+    make_metric(recipe.activations.metric, recipe.activations.p)
+    make_metric(recipe.weights.metric, recipe.weights.p)
+    ROUNDINGS.get(recipe.rounding.name)
+    check_roles(recipe.layers.float_roles)
+    check_sites(recipe.layers.sites)
+
+
+def _check_owner(session: Session) -> None:
+    """Refuse a folder that holds another run, or something else than a run; writes nothing.
+
+    Raises:
+        QuantempoError: another model or other settings without `force`, or not a run folder.
+    """
+    folder = session.run
     if folder.has("model.json"):
         before = folder.read_json("model.json")
-        if before["sha256"] != sha256 and not force:
+        if session.force:
+            return
+        if before["sha256"] != session.model["sha256"]:
             raise QuantempoError(
                 f"run folder {folder.path} belongs to another model ({before['path']}); choose "
                 "another --run folder, or --force to start it over"
             )
-    elif folder.path.is_file() or (folder.path.is_dir() and any(folder.path.iterdir())):
+        for stage, artefact in ARTEFACTS.items():
+            if folder.has(artefact) and session.stale(stage):
+                raise QuantempoError(_OTHER.format(path=folder / artefact))
+    elif folder.path.is_file() or folder.foreign():
         raise QuantempoError(f"{folder.path} is not empty and no run folder; choose another --run")
 
 

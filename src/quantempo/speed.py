@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from quantempo.backends.engine import ENGINES, attach, choose
-from quantempo.bench import Call, float_candidates, interleave, machine, no_grad, summarize
+from quantempo.bench import (
+    SPEED_KEYS,
+    Call,
+    float_candidates,
+    interleave,
+    machine,
+    no_grad,
+    summarize,
+)
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.models.family import denoiser_of
@@ -67,6 +75,11 @@ def bench_run(
         torch._dynamo.reset()
         gc.collect()
     session.run.write_json("bench.json", results)
+    if session.run.has("metrics.json"):
+        first = results["batches"][str(batches[0])]
+        metrics = session.run.read_json("metrics.json")
+        metrics |= {key: first[key] for key in SPEED_KEYS}
+        session.run.write_json("metrics.json", metrics)
     return results
 
 
@@ -74,10 +87,11 @@ def _inputs(data: TraceSet, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]
     """Return recorded rows, repeated to the batch size, all at one time-step as in sampling."""
     index = torch.arange(size) % len(data)
     batch = data.rows(index)
-    return (batch.x_t, batch.t[:1].expand(size).contiguous()), batch.cond
+    batch = batch._replace(t=batch.t[:1].expand(size).contiguous())
+    return (), data.arguments(batch, batch.x_t)
 
 
 def _engine_call(session: Session, name: str, inputs: tuple[Any, dict[str, Any]]) -> Call:
-    denoiser = denoiser_of(load_pipeline(session.run / "packed"))[1]
+    denoiser = denoiser_of(load_pipeline(session.require_packed()))[1]
     attach(denoiser, name)
     return no_grad(denoiser, *copy.copy(inputs))

@@ -296,14 +296,15 @@ def test_smoothing_pulls_towards_the_common_scale() -> None:
     assert found.scale.tolist() == one.scale.tolist() * 4 and found.zero_point == one.zero_point
 
 
-def test_the_common_zero_point_serves_all_rows() -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_common_zero_point_serves_all_rows(sign: int) -> None:
     hist, edges = _silu_rows(4)
-    table = cost_table(hist, edges, grid=SMALL)
-    only = table.at_best_zero_point()
-    assert len(only.zero_point.unique()) == 1
-    assert float(only.weighted().min(1).values.sum()) == pytest.approx(
-        search_activation(hist, edges, buckets=torch.arange(4), grid=SMALL).cost, rel=1e-12
-    )
+    if sign < 0:
+        hist, edges = hist.flip(1), -edges.flip(0)
+    only = cost_table(hist, edges).at_best_zero_point()
+    own = search_activation(hist, edges, buckets=torch.arange(4))
+    assert only.zero_point.unique().tolist() == [own.zero_point]
+    assert float(only.weighted().min(1).values.sum()) == pytest.approx(own.cost, rel=1e-12)
 
 
 def test_the_grid_covers_the_range_and_starts_with_min_max() -> None:

@@ -105,11 +105,17 @@ def detach(denoiser: nn.Module) -> None:
     denoiser.__dict__.pop("forward", None)
 
 
+class _AtFirstCall:
+    """Stand in for `forward` until the engine is known; survives a deep copy of the denoiser."""
+
+    def __init__(self, denoiser: nn.Module, engine: str) -> None:
+        self.denoiser, self.engine = denoiser, engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        attach(self.denoiser, self.engine)
+        return self.denoiser.forward(*args, **kwargs)
+
+
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
     """Attach at the first call: only then is it known on which device the model ended up."""
-
-    def first_call(*args: Any, **kwargs: Any) -> Any:
-        attach(denoiser, engine)
-        return denoiser.forward(*args, **kwargs)
-
-    denoiser.__dict__["forward"] = first_call
+    denoiser.__dict__["forward"] = _AtFirstCall(denoiser, engine)

@@ -57,8 +57,11 @@ class KernelRow:
 
     @property
     def int8(self) -> bool:
-        """Whether the sums were done on integers."""
-        return self.precision in _INT8
+        """Whether the sums were done on integers.
+
+        The kernel must say so too: one that widens stored int8 weights to float reports "i8".
+        """
+        return self.precision in _INT8 and self.primitive.lower().endswith(_INT8)
 
 
 class OpenVinoEngine:
@@ -162,7 +165,9 @@ class _Runner:
         layout = _flatten(arguments, tensors)
         values = [self._bucket(), *(_plain(tensor) for tensor in tensors)]
         parts = [self._infer(layout, part) for part in _chunks(values, len(inputs.sample))]
-        outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
+        outputs = parts[0]
+        if len(parts) > 1:
+            outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         graph = next(reversed(self.graphs.values()))
         return _fill(graph.layout, [_cast(output, inputs.sample.dtype) for output in outputs])
 
@@ -204,8 +209,11 @@ class _Graph:
 
 
 def _chunks(values: list[Tensor], rows: int) -> list[list[Tensor]]:
-    """Cut the tensors that have a row for each sample into equal parts of at most MAX_ROWS."""
-    if rows <= MAX_ROWS:
+    """Cut the tensors that have a row for each sample into equal parts of at most MAX_ROWS.
+
+    Nothing is cut when a tensor has several rows for each sample (frames, views).
+    """
+    if rows <= MAX_ROWS or any(value.ndim and len(value) not in (1, rows) for value in values):
         return [values]
     sizes = [len(part) for part in torch.arange(rows).tensor_split(-(-rows // MAX_ROWS))]
     cut = [

@@ -35,6 +35,8 @@ from quantempo.quantizers import QConv2d, QLayer, quantized_layers
 __all__ = ["LayerCall", "build_graph", "constant", "extreme_sums"]
 
 _OP = "packed_layer"
+# 8 bits; low-precision transformations know no other number.
+_LEVELS = 256
 _LIBRARY = torch.library.Library("quantempo", "FRAGMENT")
 _LIBRARY.define(f"{_OP}(Tensor x, Tensor bucket, int index, int[] shape) -> Tensor")
 # Tracing needs the shape of the output, not its values.
@@ -111,7 +113,7 @@ def extreme_sums() -> tuple[float, float, str]:
     channels, kernel = 32, 3
     x = ops.parameter([1, channels, 4, 4], np.float32)
     ends = [constant(v) for v in (0.0, 255.0, 0.0, 255.0)]
-    codes = ops.fake_quantize(x, *ends, 256).output(0)
+    codes = ops.fake_quantize(x, *ends, _LEVELS).output(0)
     integers = constant(np.full((channels, channels, kernel, kernel), 127), np.int8)
     weight = ops.multiply(ops.convert(integers, "f32"), constant(np.ones((channels, 1, 1, 1))))
     y = ops.convolution(codes, weight, [1, 1], [0, 0], [0, 0], [1, 1])
@@ -264,7 +266,7 @@ class _LayerConverter:
             scaled = x if to is None else ops.multiply(x, to)
             low = constant(-zero * scale)
             high = constant((255 - zero) * scale)
-            self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, 256).output(0)
+            self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, _LEVELS).output(0)
         return self.shared[key]
 
     def _sum(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:

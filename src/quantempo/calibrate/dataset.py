@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
@@ -82,11 +81,7 @@ class TraceSet:
 
     def column(self, name: str) -> Tensor:
         """Return one recorded (N, ...) tensor: "t", "chain", "pick", "half", "call", "target"."""
-        parts = []
-        for chunk in self.info["chunks"]:
-            with safe_open(self.folder / chunk["file"], framework="pt") as stream:
-                parts.append(stream.get_tensor(name))
-        return torch.cat(parts)
+        return torch.cat([self._read(chunk["file"])[name] for chunk in self.info["chunks"]])
 
     def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
         """Yield all rows in order, at most `batch_size` at a time, one chunk in memory."""
@@ -115,19 +110,25 @@ class TraceSet:
             first += chunk["rows"]
         return self._batch(picked, torch.arange(len(index)))
 
-    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
-        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
-        parameter = next(denoiser.parameters())
+    def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
+        """Return the keyword arguments of the recorded call, on the device of `like`.
+
+        Only x_t takes its dtype; the rest stays as it was received.
+        """
         sample, timestep = self.names
         cond = unflatten(
             {
-                name: value.to(parameter.device) if isinstance(value, Tensor) else value
+                name: value.to(like.device) if isinstance(value, Tensor) else value
                 for name, value in flatten(batch.cond).items()
             }
         )
-        cond[sample] = batch.x_t.to(parameter.device, parameter.dtype)
-        cond[timestep] = batch.t.to(parameter.device)
-        output = denoiser(**cond)
+        cond[sample] = batch.x_t.to(like.device, like.dtype)
+        cond[timestep] = batch.t.to(like.device)
+        return cond
+
+    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
+        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
+        output = denoiser(**self.arguments(batch, next(denoiser.parameters())))
         return output if isinstance(output, Tensor) else output[0]
 
     def _read(self, file: str) -> dict[str, Tensor]:

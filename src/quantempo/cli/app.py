@@ -55,6 +55,3 @@ def main() -> None:
     except QuantempoError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command again to go on from here\n")
-        sys.exit(130)

@@ -13,7 +13,9 @@ __all__ = ["bench"]
 
 def bench(
     run: Run,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat for more.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeat for more.")
+    ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="Engine; repeat for more. All installed by default.")
     ] = None,

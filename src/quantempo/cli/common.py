@@ -21,6 +21,7 @@ __all__ = [
     "RecipeName",
     "Run",
     "Scheduler",
+    "Steps",
     "call_arguments",
     "show",
 ]
@@ -38,6 +39,9 @@ Labels = Annotated[
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -53,7 +57,11 @@ def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
     if prompts is not None:
         if not prompts.is_file():
             raise QuantempoError(f"no file '{prompts}'; expected a text file, one prompt a line")
-        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        try:
+            text = prompts.read_text()
+        except (UnicodeDecodeError, OSError) as error:
+            raise QuantempoError(f"cannot read '{prompts}': {error}; expected text") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise QuantempoError(f"'{prompts}' is empty; expected one prompt a line")
         call["prompt"] = lines

@@ -32,6 +32,7 @@ def demo(
         "fed_lite0",
         "engine",
         "int8_mac_share",
+        "int8_mac_share_with_attention",
         "bytes_float32",
         "bytes_packed",
         "ms_per_forward",

@@ -22,6 +22,7 @@ _SHOWN = (
     "fed_lite0_reference_int8",
     "engine",
     "int8_mac_share",
+    "int8_mac_share_with_attention",
     "bytes_float32",
     "bytes_packed",
 )

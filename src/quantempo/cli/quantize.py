@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quantempo.cli.common import (
+    Device,
     Force,
     Json,
     Labels,
@@ -14,6 +15,7 @@ from quantempo.cli.common import (
     RecipeName,
     Run,
     Scheduler,
+    Steps,
     call_arguments,
     show,
 )
@@ -25,12 +27,11 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
     run: Run,
     recipe: RecipeName = "w8a8",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampler steps to trace; the recipe's by default.")
-    ] = None,
+    steps: Steps = None,
     scheduler: Scheduler = None,
     prompts: Prompts = None,
     class_labels: Labels = None,
+    device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +46,9 @@ def quantize(
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
     call = call_arguments(prompts, class_labels)
-    session = pipeline.load(source, run, resolved, call=call, scheduler=scheduler, force=force)
+    session = pipeline.load(
+        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device
+    )
     packed = pipeline.finish(session)
     summary = quality.summary(session)
     summary["float_layers"] = len(summary["float_layers"])

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from quantempo.cli.common import (
+    Device,
     Force,
     Json,
     Labels,
@@ -14,6 +15,7 @@ from quantempo.cli.common import (
     RecipeName,
     Run,
     Scheduler,
+    Steps,
     call_arguments,
     show,
 )
@@ -27,9 +29,11 @@ def trace(
     source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
     run: Run,
     recipe: RecipeName = "w8a8",
+    steps: Steps = None,
     scheduler: Scheduler = None,
     prompts: Prompts = None,
     class_labels: Labels = None,
+    device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -38,9 +42,13 @@ def trace(
     Example: quantempo trace models/ddpm-cifar10 --run runs/cifar
     """
     from quantempo import pipeline
+    from quantempo.recipe import Recipe
 
+    resolved = Recipe.load(recipe).override("trace", steps=steps)
     call = call_arguments(prompts, class_labels)
-    session = pipeline.load(source, run, recipe, call=call, scheduler=scheduler, force=force)
+    session = pipeline.load(
+        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device
+    )
     data = pipeline.trace(session)
     show({"trace": str(run / "trace"), "rows": len(data)}, as_json)
 

@@ -164,7 +164,7 @@ def _keys(timestep: Tensor | float, rows: int, bins: Sequence[float] | None) -> 
     return ((edges[index] + edges[index + 1]) / 2).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def eps_sqnr(
     float_denoiser: Callable[..., Any],
     int8_denoiser: Callable[..., Any],

@@ -8,6 +8,7 @@ class is patched. This file and `models/` are the only ones that import diffuser
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from enum import Enum
 from typing import Any
@@ -35,10 +36,11 @@ __all__ = [
     "FORMAT_VERSION",
     "QuantempoConfig",
     "QuantempoQuantizer",
-    "integer_digest",
     "mark_quantized",
     "register",
 ]
+
+log = logging.getLogger("quantempo")
 
 FORMAT_VERSION = 1
 _OURS = (QLayer, Int12Linear, SiteQuantizer)
@@ -61,8 +63,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
         sites: names of quantized sites of the sampler.
-        hashes: "integers": SHA-256 of all quantized tensors, checked at load; "source": of the
-            float model; "recipe".
+        hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
+            model; "recipe".
         format_version: of this layout; a newer one is refused.
         version: of the library that wrote it.
     """
@@ -83,7 +85,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         self.quant_method = _Method.QUANTEMPO
-        if format_version > FORMAT_VERSION:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise QuantempoError(
                 f"this checkpoint has format_version {format_version}; this quantempo reads up to "
                 f"{FORMAT_VERSION}; upgrade quantempo"
@@ -131,6 +133,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._exact: dict[str, Tensor] = {}
         self._ours: set[str] = set()
+        self._digests: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -143,8 +146,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep our tensors of one file (a shard or the whole) as they are on disk."""
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
-        for name in self._ours & set(state_dict):
-            self._exact[name] = state_dict[name]
+        for name, tensor in state_dict.items():
+            self._digests[name] = _digest(tensor)
+            if name in self._ours:
+                self._exact[name] = tensor
         return state_dict
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -160,12 +165,13 @@ class QuantempoQuantizer(DiffusersQuantizer):
             # A copy, so that the file is not kept mapped and may be overwritten.
             model.get_submodule(owner)._buffers[leaf] = tensor.to(device).clone()
         self._exact.clear()
-        expected = self.quantization_config.hashes.get("integers")
-        if expected and expected != integer_digest(model):
+        if self.quantization_config.hashes.get("tensors") != _joined(self._digests):
             raise QuantempoError(
-                "the quantized tensors do not match the hash in config.json; the checkpoint is "
-                "damaged or was edited: save or fetch it again"
+                "the tensors do not match the hash in config.json; the checkpoint is damaged or "
+                "was edited: save or fetch it again"
             )
+        if "x_prev" in self.quantization_config.sites:
+            log.warning("site x_prev acts on the scheduler: load with quantempo.open_model")
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.backends.engine import attach_lazily
 
@@ -175,9 +181,13 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add the producer and the recipe's hash to the header of each safetensors file."""
-        hashes = self.quantization_config.hashes
-        return state_dict, {"producer": "quantempo", "recipe_sha256": hashes.get("recipe", "")}
+        """Note the tensors' hash in the configuration that is saved beside them.
+
+        A model loaded in half precision and saved again has other float tensors than before.
+        """
+        digests = {name: _digest(value) for name, value in state_dict.items()}
+        self.quantization_config.hashes["tensors"] = _joined(digests)
+        return state_dict, {"producer": "quantempo"}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         raise QuantempoError("dequantize is not supported; load the float checkpoint instead")
@@ -208,18 +218,22 @@ def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def integer_digest(model: nn.Module) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of all quantized tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(_quantized_state(model).items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def _digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _joined(digests: dict[str, str]) -> str:
+    text = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
     """Make `save_pretrained` write the configuration beside the weights."""
-    config.hashes["integers"] = integer_digest(denoiser)
+    state = denoiser.state_dict()
+    config.hashes["tensors"] = _joined({name: _digest(value) for name, value in state.items()})
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
     denoiser.hf_quantizer = QuantempoQuantizer(config)

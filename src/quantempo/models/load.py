@@ -14,8 +14,21 @@ from torch import nn
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["check_finite", "load_pipeline", "model_digest"]
+__all__ = ["check_device", "check_finite", "load_pipeline", "model_digest"]
 
+# What diffusers raises for a checkpoint that is broken or needs a package that is not there.
+_BROKEN = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ImportError,
+    EOFError,
+)
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -36,15 +49,23 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
 
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, variant=_variant(folder))
     except QuantempoError:
         raise
-    except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError) as error:
+    except _BROKEN as error:
         first = " ".join(str(error).split())[:300]
         hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _variant(folder: Path) -> str | None:
+    """Return "fp16" (or another) when the folder holds weights of that variant only."""
+    names = [file.name for file in folder.glob("*/*.safetensors")]
+    variants = {match[1] for name in names if (match := _VARIANT.search(name))}
+    plain = [name for name in names if not _VARIANT.search(name)]
+    return variants.pop() if len(variants) == 1 and not plain else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -60,7 +81,7 @@ def _check_folder(folder: Path) -> None:
     for file in sorted(folder.rglob("*.json")):
         try:
             json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise QuantempoError(f"{file} is not valid JSON ({error}); fetch it again") from error
     for file in sorted(folder.rglob("*.safetensors")):
         try:
@@ -70,6 +91,15 @@ def _check_folder(folder: Path) -> None:
             raise QuantempoError(
                 f"{file} is damaged or truncated ({error}); fetch or save it again"
             ) from error
+
+
+def check_device(device: str) -> None:
+    """Raise QuantempoError unless torch can put a tensor on the device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise QuantempoError(f"cannot use --device {device}: {first}") from error
 
 
 def check_finite(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
+from quantempo.models.family import denoiser_of
 from quantempo.registry import nearest
 
 __all__ = ["SCHEDULERS", "call_pipeline", "run_pipeline", "schedule_times", "swap_scheduler"]
@@ -223,6 +224,7 @@ def call_pipeline(
     known = inspect.signature(pipe.__call__).parameters
     given = {key: value for key, value in call_kwargs.items() if value is not None}
     _check_call(pipe, known, given)
+    _check_ranges(pipe, steps, given)
     count = len(seeds)
     arguments = {
         key: _rows(value, first, count) if key in _PER_IMAGE else value
@@ -275,6 +277,18 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], given: dict[s
             raise QuantempoError(f"{name} needs {_article(key)}: pass {how}")
     if "batch_size" not in known and not any(key in given for key in _PER_IMAGE):
         raise QuantempoError(f"cannot tell {name} how many images to make; expected 'batch_size'")
+
+
+def _check_ranges(pipe: Any, steps: int, given: dict[str, Any]) -> None:
+    """Refuse more steps than the model has time-steps, and class labels it does not know."""
+    most = pipe.scheduler.config.get("num_train_timesteps")
+    if most is not None and steps > most:
+        raise QuantempoError(f"got {steps} steps; this model has {most} time-steps, take fewer")
+    config = denoiser_of(pipe)[1].config
+    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    for label in np.ravel(given.get("class_labels", [])).tolist():
+        if classes and not 0 <= label < classes:
+            raise QuantempoError(f"got class label {label}; this model has 0 to {classes - 1}")
 
 
 def _article(key: str) -> str:

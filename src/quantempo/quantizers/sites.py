@@ -21,6 +21,7 @@ __all__ = [
     "SITES",
     "SiteQuantizer",
     "attach_sampler_site",
+    "check_sites",
     "find_sites",
     "install_sites",
     "output_part",
@@ -69,6 +70,13 @@ def output_part(site: str, output: Tensor, channels: int) -> slice:
     return slice(0, channels if learned else output.shape[1])
 
 
+def check_sites(names: list[str] | tuple[str, ...]) -> None:
+    """Raise QuantempoError for a site that does not exist."""
+    for name in names:
+        if name not in SITES:
+            raise QuantempoError(f"unknown site '{name}' (known: {', '.join(SITES)})")
+
+
 def install_sites(denoiser: nn.Module, names: list[str] | tuple[str, ...]) -> nn.ModuleDict:
     """Add one quantizer for each named site as children of the denoiser, and the output hook.
 
@@ -77,9 +85,7 @@ def install_sites(denoiser: nn.Module, names: list[str] | tuple[str, ...]) -> nn
     Raises:
         QuantempoError: an unknown site.
     """
-    for name in names:
-        if name not in SITES:
-            raise QuantempoError(f"unknown site '{name}' (known: {', '.join(SITES)})")
+    check_sites(names)
     found = nn.ModuleDict({name: SiteQuantizer() for name in names})
     if not names:
         return found

@@ -61,7 +61,7 @@ def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> N
     """
     from PIL import Image
 
-    seeds = sorted((int(path.stem) for path in first.glob("*.png")))[:columns]
+    seeds = sorted(int(path.stem) for path in first.glob("*.png"))[:columns]
     rows = [
         np.concatenate(
             [np.asarray(Image.open(folder / f"{seed}.png").convert("RGB")) for seed in seeds], 1

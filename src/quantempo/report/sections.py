@@ -95,7 +95,7 @@ def _quality_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Return batch -> measurements (ms_per_forward and more) of `bench.json`, else `metrics.json`."""
+    """Return batch -> measurements of `bench.json`, or else of `metrics.json`."""
     if run.has("bench.json"):
         return dict(run.read_json("bench.json")["batches"])
     batches: dict[str, dict[str, Any]] = {}
