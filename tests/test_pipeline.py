@@ -62,11 +62,12 @@ def test_the_packed_folder_is_a_pipeline_and_the_table_says_what_is_in_it(kind: 
     assert any(row["buckets"] == 2 for row in rows.values())
 
 
-# Relative RMS and maximum of the difference of a denoiser's output between engines. Codes that sit
-# on a rounding edge may flip by one between engines, and `onednn` runs the blocks of UNet2DModel in
-# bfloat16. Measured 2026-11 (see the assertion's message); the bound is about three times that and
-# at least three times smaller than the quantization error itself.
-BOUNDS = {"simulated": 0.0, "onednn": 0.02, "openvino": 0.02}
+# RMS distance of an engine from the rounded float network, in units of what quantization costs. A
+# float32 sum in another order moves a code that sits on a rounding edge by one, and from there on
+# roundings part: two independent roundings of the same network are sqrt(2) apart, so no correct
+# engine is further than that (5 % for sampling). `simulated` differs in the last float32 bit only;
+# measured 0.2 to 0.41 in 2026-11. That not one bit differs where nothing rounds is the test below.
+APART = {"simulated": 0.8, "onednn": 1.05 * 2**0.5, "openvino": 1.05 * 2**0.5}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,14 +82,17 @@ def test_engines_agree_with_the_float_model_with_rounded_inputs(kind: str, engin
     got = answer(kind, net)
     twin = rounded_twin(packed(kind).source, net)
     wanted, plain = answer(kind, twin), answer(kind, denoiser(packed(kind).source))
-    norm = wanted.square().mean().sqrt()
-    rms = float((got - wanted).square().mean().sqrt() / norm)
-    worst = float((got - wanted).abs().max() / norm)
-    loss = float((plain - wanted).square().mean().sqrt() / norm)
-    text = f"rms {rms:.2e} worst {worst:.2e}, quantization {loss:.2e}"
-    assert rms <= max(BOUNDS[engine], 2e-3), text
-    assert worst <= 8 * max(BOUNDS[engine], 2e-3), text
-    assert rms < loss, text
+
+    def rms(x: Tensor) -> float:
+        return float(x.square().mean().sqrt())
+
+    loss = rms(wanted - plain)
+    text = f"apart {rms(got - wanted) / loss:.3f}, loss {rms(got - plain) / loss:.3f}"
+    assert 0 < loss < 0.1 * rms(plain)
+    assert rms(got - wanted) <= APART[engine] * loss, text
+    # Each engine is as near to the float model as the reference is, and no pixel is far off.
+    assert rms(got - plain) == pytest.approx(loss, rel=0.3), text
+    assert float((got - plain).abs().max()) <= 8 * loss, text
 
 
 def rounded_twin(source: Path, net: nn.Module) -> nn.Module:
@@ -277,7 +281,7 @@ def test_a_changed_recipe_is_refused_and_redone_by_force(tmp_path: Path) -> None
     # The stages before the search do not depend on its metric; everything after it does.
     assert after["stats.safetensors"] == before["stats.safetensors"]
     assert after["scales.safetensors"] != before["scales.safetensors"]
-    assert after["unet_config" if False else "packed/unet/config.json"] != before["packed/unet/config.json"]
+    assert after["packed/unet/config.json"] != before["packed/unet/config.json"]
     fresh = tmp_path / "fresh"
     pipeline.quantize(saved("unconditional"), fresh, changed)
     assert artefacts(fresh) == after

@@ -90,19 +90,16 @@ def sample(
         QuantempoError: the folder holds something else.
     """
     out, call = RunFolder(folder), call or {}
-    engine = attached(denoiser_of(pipe)[1]) or "float"
-    text = json.dumps(call, default=str, sort_keys=True)
-    settings = {
-        "model": identity,
-        "engine": engine,
-        "scheduler": type(pipe.scheduler).__name__,
-        "steps": steps,
-        "call": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    _claim(out, settings, force)
-    todo = [seed for seed in seeds if not out.has(f"{seed}.png")]
+    settings = _settings(pipe, identity, steps, call)
+    ours = _is_ours(out, settings, force)
+    todo = [seed for seed in seeds if not (ours and out.has(f"{seed}.png"))]
 
     def write(first: int, images: np.ndarray) -> None:
+        if first == 0 and not ours:
+            # Not earlier: a call that fails leaves the folder as it was.
+            for old in out.path.glob("*.png"):
+                old.unlink()
+            out.write_json("settings.json", settings)
         for seed, image in zip(todo[first : first + len(images)], images, strict=True):
             grey = image.squeeze(-1) if image.shape[-1] == 1 else image
             with atomic_path(out / f"{seed}.png") as temporary:
@@ -119,21 +116,31 @@ def sample(
     return np.stack([_read(out / f"{seed}.png") for seed in seeds])
 
 
-def _claim(out: RunFolder, settings: dict[str, Any], force: bool) -> None:
-    """Write the settings of a folder of images; refuse one that holds something else."""
+def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the images of a folder, apart from their seeds."""
+    text = json.dumps(call, default=str, sort_keys=True)
+    return {
+        "model": identity,
+        "engine": attached(denoiser_of(pipe)[1]) or "float",
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": steps,
+        "call": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
+    """Return whether the folder holds images of these settings; refuse one with something else."""
     if out.has("settings.json"):
         if out.read_json("settings.json") == settings:
-            return
+            return True
         if not force:
             raise QuantempoError(
                 f"{out.path} holds images of another model or other settings; choose another "
                 "folder, or --force to replace them"
             )
-        for old in out.path.glob("*.png"):
-            old.unlink()
     elif out.path.is_file() or out.foreign():
         raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
-    out.write_json("settings.json", settings)
+    return False
 
 
 def _read(path: Path) -> np.ndarray:
@@ -173,12 +180,8 @@ def evaluate(
         session.require_packed(), engine=engine, scheduler=session.scheduler, device=device
     )
     pipe = open_model(session.source, scheduler=session.scheduler, device=device)
-    how: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "call": session.call,
-        "force": session.force,
-    }
+    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
+    how |= {"call": session.call, "force": session.force}
     hashes = (session.model["sha256"], session.key("pack"))
     pairs = (
         sample(pipe, run / "samples/float", seeds, identity=hashes[0], **how),
@@ -201,9 +204,8 @@ def evaluate(
         "batch_size": batch_size,
         "machine": machine(),
     }
-    if run.has("metrics.json"):
-        before = run.read_json("metrics.json")
-        metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
+    before = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
     run.write_json("metrics.json", metrics)
     return metrics
 

@@ -287,3 +287,5 @@ def test_run_per_bucket_keeps_the_order_of_rows():
 
     y = run_per_bucket(clock, run, x, None)
     assert y[:, 0, 0, 0].tolist() == [300, 301, 2, 3, 104, 105]
+    with pytest.raises(QuantempoError, match="3 time-steps for a layer input of 4 rows"):
+        run_per_bucket(clock, run, x[:4], None)

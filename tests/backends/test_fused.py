@@ -18,7 +18,7 @@ from quantempo.kernels import fused_cpu, onednn, reference
 from quantempo.models.fusion import fusable_parts
 from quantempo.quantizers import quantized_layers
 from tests.backends.quantized import make_conv, make_linear, quantize_network
-from tests.tiny import tiny_unet
+from tests.tiny import tiny_text, tiny_unet
 
 pytestmark = [
     pytest.mark.skipif(onednn.missing() is not None, reason=str(onednn.missing())),
@@ -225,6 +225,31 @@ def test_a_network_in_bfloat16(float_network, network):
     y = half(x.bfloat16(), t).sample
     assert y.dtype == torch.bfloat16
     assert relative(y, truth) <= 0.05
+
+
+@torch.no_grad()
+def test_without_native_bfloat16_everything_is_float32(float_network, network, monkeypatch):
+    monkeypatch.setattr(onednn, "native_bfloat16", lambda: False)
+    attach(network, "onednn")
+    assert network.conv_in.forward.dtype == torch.float32
+    calls = block_calls(network, noise(2, 3, 16, 16), torch.tensor(450))
+    for name, (arguments, expected) in calls.items():
+        if type(network.get_submodule(name)).__name__ == "Attention":
+            # Only the order of sums differs from attention that never stores its scores.
+            assert relative(network.get_submodule(name)(*arguments), expected) <= 2e-3
+
+
+@torch.no_grad()
+def test_a_text_network_is_fused_in_part():
+    unet = tiny_text().unet
+    x, text = noise(2, unet.config.in_channels, 8, 8), noise(2, 5, unet.config.cross_attention_dim)
+    t = torch.tensor([900, 20])
+    network = quantize_network(unet, [(x, t, text)])
+    attach(network, "onednn")
+    found = set(execution(network).values())
+    assert found == {"onednn", "onednn, fused"}
+    assert network.conv_in.forward.dtype == torch.float32
+    assert relative(network(x, t, text).sample, unet(x, t, text).sample) <= 0.03
 
 
 @torch.no_grad()

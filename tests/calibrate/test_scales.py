@@ -78,15 +78,18 @@ def test_segments_share_columns_and_keep_their_own_scales() -> None:
 
 
 def test_symmetric_scales_have_their_zero_in_the_middle() -> None:
-    stats = statistics(STEPS)
-    stats["a.hist"][..., :1024] = 0
-    symmetric = search_scales(stats, WEIGHTS, BASE.override("activations", symmetric=True))
-    affine = search_scales(stats, WEIGHTS, BASE)
-    # The edges reach down to -8: the grid of zero points comes near 0, not onto it.
-    assert int(symmetric["a.act_zero_point"]) == 128 and int(affine["a.act_zero_point"]) <= 16
-    # Only half of the symmetric grid is of use; 5 % for each grid of candidates.
-    ratio = symmetric["a.act_scale"] / affine["a.act_scale"]
-    torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0), rtol=0.12, atol=0)
+    n = 2048
+    stats = statistics(torch.full((K,), 8.0), n)
+    stats["a.hist"] *= torch.linspace(0, 1, n) > 0.25
+    found = {
+        symmetric: search_scales(stats, WEIGHTS, BASE.override("activations", symmetric=symmetric))
+        for symmetric in (True, False)
+    }
+    # Uniform on [-4, 8]: 255 steps of 12 / 255 with zero at 85, or of 16 / 255 with it at 128.
+    assert int(found[True]["a.act_zero_point"]) == 128
+    assert abs(int(found[False]["a.act_zero_point"]) - 85) <= 3
+    assert float(found[True]["a.act_scale"]) == pytest.approx(16 / 255, rel=0.06)
+    assert float(found[False]["a.act_scale"]) == pytest.approx(12 / 255, rel=0.06)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -69,9 +69,7 @@ def test_samples_are_bit_identical(engine: str, images: dict[str, np.ndarray]) -
     noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     torch.set_num_threads(1)
     try:
-        here = pipe(
-            batch_size=2, generator=noise, num_inference_steps=3, output_type="np"
-        ).images
+        here = pipe(batch_size=2, generator=noise, num_inference_steps=3, output_type="np").images
     finally:
         torch.set_num_threads(threads)
     assert images[engine].shape == (2, 16, 16, 3)

@@ -65,7 +65,9 @@ def test_shortcuts_are_the_one_by_one_convolutions_around_blocks() -> None:
 
 def test_names_that_only_look_like_ends_are_ordinary_layers() -> None:
     # proj_in and proj_out of a transformer block inside a U-Net are not the network's ends.
-    inside = {n: r for n, r in roles(tiny_text().unet).items() if n.endswith(("proj_in", "proj_out"))}
+    inside = {
+        n: r for n, r in roles(tiny_text().unet).items() if n.endswith(("proj_in", "proj_out"))
+    }
     assert inside and set(inside.values()) <= {"conv", "linear"}
 
 
@@ -100,9 +102,7 @@ def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) ->
         patch.setattr(torch, "cat", recorded)
         net(torch.zeros(1, 3, 8, 8), 5)
     shortcuts = [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(per_block + 1)]
-    wanted = {
-        f"{name}.conv_shortcut": parts for name, parts in zip(shortcuts, real, strict=True)
-    }
+    wanted = {f"{name}.conv_shortcut": parts for name, parts in zip(shortcuts, real, strict=True)}
     assert {site.name: site.segments for site in sites(net) if site.segments} == wanted
 
 

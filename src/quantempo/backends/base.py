@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from quantempo.errors import QuantempoError
 from quantempo.quantizers import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
 
@@ -127,12 +128,20 @@ def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor
         clock: of the denoiser.
         run: its inputs and output have the batch first.
         inputs: (B', ...), B' a multiple of the clock's batch; None is passed on.
+
+    Raises:
+        QuantempoError: B' is no such multiple.
     """
     buckets = bucket_rows(clock)
     if isinstance(buckets, int):
         return run(buckets, *inputs)
     first = next(x for x in inputs if x is not None)
-    repeat = first.shape[0] // clock.bucket.shape[0]
+    repeat, rest = divmod(first.shape[0], clock.bucket.shape[0])
+    if rest:
+        raise QuantempoError(
+            f"got {len(clock.bucket)} time-steps for a layer input of {len(first)} rows; "
+            "expected a multiple"
+        )
     output: Tensor | None = None
     for bucket, rows in buckets.items():
         # Row i of the clock stands for rows i * repeat ... of the layer's input.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from quantempo.backends.base import run_per_bucket
 from quantempo.backends.folded import Folded, TimeShifts
 from quantempo.backends.onednn import quantize_tokens
-from quantempo.kernels import fused_cpu
+from quantempo.kernels import fused_cpu, onednn
 from quantempo.kernels.fused_cpu import Norm, Part
 from quantempo.models.fusion import (
     AttentionParts,
@@ -57,7 +57,8 @@ def _norm(norm: nn.GroupNorm) -> Norm:
 
 
 def _takes(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+    half = x.dtype == torch.bfloat16 and onednn.native_bfloat16()
+    return (x.dtype == torch.float32 or half) and x.device.type == "cpu"
 
 
 def _last(x: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class FusedAttention:
         batch, _, height, width = x.shape
         tokens = height * width
         small = tokens <= MAX_TOKENS
-        dtype = torch.bfloat16 if small else torch.float32
+        dtype = torch.bfloat16 if small and onednn.native_bfloat16() else torch.float32
         # (B, heads, tokens, dim)
         q, k, v = (
             y.view(batch, tokens, self.parts.heads, self.dim).transpose(1, 2)

@@ -26,7 +26,7 @@ from quantempo.backends.fused import (
     FusedUpBlock,
     FusedUpsample,
 )
-from quantempo.kernels import fused_cpu
+from quantempo.kernels import fused_cpu, onednn
 from quantempo.models.fusion import (
     AttentionParts,
     DownsampleParts,
@@ -143,7 +143,8 @@ _SIMPLE: dict[type, Callable[[Any], Forward]] = {
 def _ends(head: HeadParts, denoiser: nn.Module, inner: Forwards) -> Forwards:
     """Return the forwards of the first convolution, the last norm and its activation.
 
-    Between them the activations are bfloat16 if every layer they pass is inside a fused block.
+    Between them the activations are bfloat16 if every layer they pass is inside a fused block and
+    the CPU has bfloat16.
     """
     names = {id(module): name for name, module in denoiser.named_modules()}
     stem, norm, activation, out = (
@@ -157,7 +158,7 @@ def _ends(head: HeadParts, denoiser: nn.Module, inner: Forwards) -> Forwards:
         if next(module.parameters(recurse=False), None) is not None or isinstance(module, QLayer)
     ]
     closed = all(any(f"{name}.".startswith(f"{block}.") for block in known) for name in passed)
-    dtype = torch.bfloat16 if closed else torch.float32
+    dtype = torch.bfloat16 if closed and onednn.native_bfloat16() else torch.float32
     return {
         stem: (head.stem, FusedStem(head.stem, dtype)),
         norm: (head.norm, FusedHead(head)),

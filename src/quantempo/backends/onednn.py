@@ -65,7 +65,8 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int) -> Tensor:
 
 def _sum_dtype(x: Tensor, parts: int) -> torch.dtype:
     # Parts are added up in float32; half precision is left to a last cast.
-    return torch.bfloat16 if x.dtype == torch.bfloat16 and parts == 1 else torch.float32
+    half = x.dtype == torch.bfloat16 and parts == 1 and onednn.native_bfloat16()
+    return torch.bfloat16 if half else torch.float32
 
 
 class _Int8Kernel:

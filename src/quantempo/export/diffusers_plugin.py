@@ -134,6 +134,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self._exact: dict[str, Tensor] = {}
         self._ours: set[str] = set()
         self._digests: dict[str, str] = {}
+        self._dtypes: set[torch.dtype] = set()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -148,12 +149,14 @@ class QuantempoQuantizer(DiffusersQuantizer):
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
         for name, tensor in state_dict.items():
             self._digests[name] = _digest(tensor)
+            self._dtypes.add(tensor.dtype)
             if name in self._ours:
                 self._exact[name] = tensor
         return state_dict
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        missing = sorted(self._ours - set(self._exact))
+        # Left alone, diffusers fills what is missing with random numbers and logs a warning.
+        missing = sorted(set(model.state_dict()) - set(self._digests))
         if missing:
             raise QuantempoError(
                 f"the checkpoint lacks {len(missing)} tensors, the first is '{missing[0]}'; "
@@ -170,6 +173,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "the tensors do not match the hash in config.json; the checkpoint is damaged or "
                 "was edited: save or fetch it again"
             )
+        state = model.state_dict()
+        if {value.dtype for value in state.values()} != self._dtypes:
+            # Loaded in another precision: what a later save writes, its configuration first.
+            self.quantization_config.hashes["tensors"] = _state_digest(state)
         if "x_prev" in self.quantization_config.sites:
             log.warning("site x_prev acts on the scheduler: load with quantempo.open_model")
         # Not above: this module is imported while diffusers itself is, and engines know its models.
@@ -181,13 +188,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Note the tensors' hash in the configuration that is saved beside them.
-
-        A model loaded in half precision and saved again has other float tensors than before.
-        """
-        digests = {name: _digest(value) for name, value in state_dict.items()}
-        self.quantization_config.hashes["tensors"] = _joined(digests)
-        return state_dict, {"producer": "quantempo"}
+        """Add nothing to the header of a file; config.json holds all there is to say."""
+        # No entry of ours in the header: safetensors writes several (diffusers has one) in random
+        # order, and equal models should be equal files.
+        return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         raise QuantempoError("dequantize is not supported; load the float checkpoint instead")
@@ -230,10 +234,13 @@ def _joined(digests: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _state_digest(state: dict[str, Tensor]) -> str:
+    return _joined({name: _digest(value) for name, value in state.items()})
+
+
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
     """Make `save_pretrained` write the configuration beside the weights."""
-    state = denoiser.state_dict()
-    config.hashes["tensors"] = _joined({name: _digest(value) for name, value in state.items()})
+    config.hashes["tensors"] = _state_digest(denoiser.state_dict())
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
     denoiser.hf_quantizer = QuantempoQuantizer(config)

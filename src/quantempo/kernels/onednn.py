@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantempo.kernels import reference
 
-__all__ = ["Int8Conv2d", "Int8Linear", "missing", "quantize"]
+__all__ = ["Int8Conv2d", "Int8Linear", "missing", "native_bfloat16", "quantize"]
 
 _CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")
 _OTHERS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
@@ -148,6 +148,17 @@ class Int8Linear:
         )  # fmt: skip
 
 
+def _capabilities() -> dict[str, Any]:
+    """Return what the CPU can do, or nothing where torch does not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def native_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16; others emulate it, slower than float32."""
+    capabilities = _capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @functools.cache
 def missing() -> str | None:
     """Return why the int8 kernels cannot be used here (one clause), or None.
@@ -161,7 +172,7 @@ def missing() -> str | None:
         return f"torch {torch.__version__} no longer has the int8 oneDNN operators it relies on"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"its int8 kernels are made for x86-64, this is {platform.machine()}"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     vnni = ("avx512_vnni", "avx_vnni")
     if capabilities and not any(capabilities.get(name) for name in vnni):
         return (

@@ -15,6 +15,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -138,6 +139,7 @@ def _parts(name: str, module: nn.Module) -> Parts | None:
         UpBlock2D: _up_block,
         AttnUpBlock2D: _up_block,
         UNet2DModel: _head,
+        UNet2DConditionModel: _head,
     }.get(type(module))
     return None if build is None else build(name, module)
 
@@ -218,7 +220,7 @@ def _up_block(name: str, block: Any) -> UpBlockParts | None:
 
 
 def _head(name: str, model: Any) -> HeadParts | None:
-    if not isinstance(model.conv_act, nn.SiLU):
+    if model.conv_norm_out is None or not isinstance(model.conv_act, nn.SiLU):
         return None
     return HeadParts(
         name,

@@ -281,11 +281,12 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], given: dict[s
 
 def _check_ranges(pipe: Any, steps: int, given: dict[str, Any]) -> None:
     """Refuse more steps than the model has time-steps, and class labels it does not know."""
-    most = pipe.scheduler.config.get("num_train_timesteps")
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
         raise QuantempoError(f"got {steps} steps; this model has {most} time-steps, take fewer")
-    config = denoiser_of(pipe)[1].config
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    config = getattr(denoiser_of(pipe)[1], "config", None)
+    known = (getattr(config, name, None) for name in ("num_embeds_ada_norm", "num_class_embeds"))
+    classes = next(filter(None, known), None)
     for label in np.ravel(given.get("class_labels", [])).tolist():
         if classes and not 0 <= label < classes:
             raise QuantempoError(f"got class label {label}; this model has 0 to {classes - 1}")
