@@ -1,4 +1,4 @@
-"""The command line: one sentence and exit code 2 for every mistake, and nothing of the user's gone."""
+"""The command line: one sentence and exit code 2 for each mistake, and nothing of the user lost."""
 
 from __future__ import annotations
 

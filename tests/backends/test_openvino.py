@@ -23,7 +23,13 @@ from torch.nn import functional as F
 
 from quantempo.backends import engine as engines
 from quantempo.backends import openvino as module
-from quantempo.backends.openvino import MAX_GRAPHS, OpenVinoEngine, int8_share, kernel_table
+from quantempo.backends.openvino import (
+    MAX_GRAPHS,
+    MAX_ROWS,
+    OpenVinoEngine,
+    int8_share,
+    kernel_table,
+)
 from quantempo.backends.simulated import SimulatedBackend
 from quantempo.errors import QuantempoError
 from quantempo.models.family import sites
@@ -635,6 +641,34 @@ def test_graphs_are_kept_per_shape(unet: nn.Module, monkeypatch: pytest.MonkeyPa
         net(torch.randn(batch, 8, 4, 4), 3)
     net(torch.randn(1, 8, 4, 4), 3)
     assert len(compiled) == 2 + MAX_GRAPHS + 1
+
+
+@torch.no_grad()
+def test_a_large_batch_runs_in_parts() -> None:
+    net = one_layer(nn.Conv2d(8, 8, 3, padding=1), exponents=(-5, -2))
+    rows = 2 * MAX_ROWS + 3
+    x, t = draw_inputs((rows, 8, 4, 4)), torch.arange(rows) * 999 // (rows - 1)
+    OpenVinoEngine().attach(net)
+    buckets = (t * 2 // STEPS).tolist()
+    assert torch.equal(net(x, t).double(), integer_output(net.layer, x, buckets))
+    assert torch.equal(net(x, 3).double(), integer_output(net.layer, x, [0] * rows))
+
+    class Frames(nn.Module):
+        """Two rows of `frames` for each sample: not to be cut by the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, sample: Tensor, timestep: Tensor, frames: Tensor) -> Tensor:
+            return self.layer(sample) + frames.reshape(len(sample), 2, 1).sum(1)
+
+    many = Frames()
+    plain = copy.deepcopy(many)
+    install_clock(many, torch.zeros(STEPS, dtype=torch.int64))
+    OpenVinoEngine().attach(many)
+    x, frames = torch.randn(rows, 1), torch.randn(2 * rows)
+    assert torch.allclose(many(x, 3, frames), plain(x, t, frames), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

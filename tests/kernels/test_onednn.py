@@ -134,6 +134,8 @@ def test_quantize_equals_the_reference_in_any_layout():
         got = onednn.quantize(form, 0.013, 77)
         assert torch.equal(got, reference.quantize(form, 0.013, 77))
     assert onednn.quantize(torch.tensor([1e9, -1e9]), 0.1, 3).tolist() == [255, 0]
+    # Ties go to the even quotient, not to the even code.
+    assert onednn.quantize(torch.tensor([0.5, 1.5]), 1.0, 3).tolist() == [3, 5]
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])

@@ -93,7 +93,7 @@ def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) ->
     real: list[tuple[int, ...]] = []
     cat = torch.cat
 
-    def recorded(tensors, *args, **kwargs):  # noqa: ANN001, ANN202
+    def recorded(tensors, *args, **kwargs):
         if len(tensors) == 2 and tensors[0].ndim == 4:
             real.append(tuple(part.shape[1] for part in tensors))
         return cat(tensors, *args, **kwargs)

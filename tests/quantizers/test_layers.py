@@ -93,7 +93,10 @@ def test_twins_are_made_on_the_device_of_the_layer() -> None:
 def test_the_dequantized_weight_scales_every_output_channel() -> None:
     twin = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
     wanted = torch.stack(
-        [codes.double() * s for codes, s in zip(twin.weight_int, twin.weight_scale.double())]
+        [
+            codes.double() * s
+            for codes, s in zip(twin.weight_int, twin.weight_scale.double(), strict=True)
+        ]
     )
     # One float32 product: relative error 2^-24.
     torch.testing.assert_close(twin.weight.double(), wanted, rtol=2**-24, atol=0)

@@ -36,6 +36,9 @@ class Engine(Protocol):
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
 
+    def handicap(self) -> str | None:
+        """Return why it is slower here than it should be (one clause), or None."""
+
     def attach(self, denoiser: nn.Module) -> None:
         """Make `denoiser(...)` run on this engine."""
 
@@ -52,15 +55,23 @@ def choose(device: str) -> Engine:
     Raises:
         QuantempoError: none can.
     """
+    found: list[tuple[str, Engine, str | None]] = []
     for name in ENGINES.names():
         engine = ENGINES.get(name)
         if device not in engine.devices and "any" not in engine.devices:
             continue
         reason = engine.missing()
         if reason is None:
-            return engine
-        log.warning("engine %s is not used: %s", name, reason)
-    raise QuantempoError(f"no engine can run on device '{device}'")
+            found.append((name, engine, engine.handicap()))
+        else:
+            log.warning("engine %s is not used: %s", name, reason)
+    if not found:
+        raise QuantempoError(f"no engine can run on device '{device}'")
+    # Sorting is stable: registration order decides among equals.
+    chosen = sorted(found, key=lambda item: item[2] is not None)[0]
+    for name, _, reason in found[: found.index(chosen)]:
+        log.warning("engine %s is not the default here: %s", name, reason)
+    return chosen[1]
 
 
 def attach(denoiser: nn.Module, engine: str = "auto") -> str:

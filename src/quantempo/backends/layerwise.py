@@ -62,6 +62,12 @@ class LayerwiseEngine:
         """Return why it cannot run here, or None."""
         return BACKENDS.get(self.name).missing()
 
+    def handicap(self) -> str | None:
+        """Return why it is slower than it should be here, or None."""
+        if self.name == "simulated":
+            return "it computes the integers in float arithmetic"
+        return fused_cpu.missing() if self.fused else None
+
     def attach(self, denoiser: nn.Module) -> None:
         """Give every integer layer its kernel, then fuse."""
         backend, fallback = BACKENDS.get(self.name), BACKENDS.get("simulated")

@@ -89,6 +89,10 @@ class OpenVinoEngine:
             return "OpenVINO is not installed (pip install 'quantempo[openvino]')"
         return _wrong_sums()
 
+    def handicap(self) -> str | None:
+        """Return None: it brings all it needs."""
+        return None
+
     def attach(self, denoiser: nn.Module) -> None:
         """Set `denoiser.forward`; graphs are compiled at the first call of each input shape.
 
