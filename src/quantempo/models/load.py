@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantempo.errors import QuantempoError
+from quantempo.models.family import denoiser_of
 
 __all__ = ["check_device", "check_finite", "load_pipeline", "model_digest"]
 
@@ -56,8 +57,28 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
         first = " ".join(str(error).split())[:300]
         hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
+    if folder.exists():
+        _check_complete(folder, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_complete(folder: Path, pipe: Any) -> None:
+    """Refuse a denoiser with tensors that no file holds: diffusers fills them with random numbers.
+
+    Counted, not compared by name, since diffusers renames tensors of old checkpoints.
+    """
+    component, denoiser = denoiser_of(pipe)
+    names: set[str] = set()
+    for file in (folder / component).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stream:
+            names |= set(stream.keys())
+    missing = len(denoiser.state_dict()) - len(names)
+    if names and missing > 0:
+        raise QuantempoError(
+            f"{folder / component} lacks {missing} of the network's tensors; the checkpoint is "
+            "incomplete: fetch it again"
+        )
 
 
 def _variant(folder: Path) -> str | None:
