@@ -198,6 +198,20 @@ def test_a_float_layer_leaves_its_block_unfused_and_the_stream_in_float32(float_
 
 
 @torch.no_grad()
+def test_an_odd_attention_in_a_fused_up_block_is_run_by_its_layers(float_network, network):
+    x, t = noise(2, 3, 16, 16), torch.tensor(450)
+    name = next(n for n in execution(network) if n.startswith("up_blocks.0.attentions"))
+    block = network.get_submodule(name.rpartition(".")[0])
+    # Any value but 1 takes it off the list; this one changes nothing that could be measured.
+    block.rescale_output_factor = 1.0000001
+    attach(network, "onednn")
+    assert isinstance(network.up_blocks[0].forward, FusedUpBlock)
+    assert execution(network)[name] == "onednn"
+    assert network.conv_in.forward.dtype == torch.float32
+    assert relative(network(x, t).sample, float_network(x, t).sample) <= 0.03
+
+
+@torch.no_grad()
 def test_without_compiled_kernels_layers_run_one_by_one(network, monkeypatch, caplog):
     x, t = noise(2, 3, 16, 16), torch.tensor(450)
     unfuse(network)

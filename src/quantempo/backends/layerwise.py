@@ -93,7 +93,12 @@ class LayerwiseEngine:
 
 def execution(denoiser: nn.Module) -> dict[str, str]:
     """Return for each integer layer what runs it: "onednn, fused", "onednn" or "simulated"."""
-    fused = getattr(denoiser, _FUSED, {})
+    # An up block only hands its input to the blocks inside, fused or not.
+    fused = [
+        block
+        for block, module in getattr(denoiser, _FUSED, {}).items()
+        if not isinstance(module.forward, FusedUpBlock)
+    ]
     table = {}
     for name, layer in quantized_layers(denoiser):
         inside = any(name.startswith(f"{block}.") for block in fused)
@@ -157,7 +162,8 @@ def _ends(head: HeadParts, denoiser: nn.Module, inner: Forwards) -> Forwards:
         names[id(module)] for module in (head.stem, head.norm, head.activation, head.out)
     )
     prefix = f"{head.name}." if head.name else ""
-    known = (*inner, stem, norm, out, *(prefix + name for name in head.apart))
+    whole = [name for name, (_, forward) in inner.items() if not isinstance(forward, FusedUpBlock)]
+    known = (*whole, stem, norm, out, *(prefix + name for name in head.apart))
     passed = [
         name
         for name, module in head.module.named_modules(prefix=head.name)
