@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "src" / "quantempo"
 # that docstrings name. Within L5 the rows stand on each other in this order.
 ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (6, ("cli",)),
-    (5, ("demo",)),
+    (5, ("demo", "study")),
     (5, ("quality", "speed")),
     (5, ("pipeline",)),
     (5, ("session",)),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +134,9 @@ def test_a_component_is_told_from_a_pipeline(cli: Any, model: Path, tmp_path: Pa
         ("[activations]\nmetrik = 'mse'\n", ("'activations.metrik'", "did you mean 'metric'?")),
         ("[activations]\nmetric = 'msee'\n", ("msee", "mse")),
         ("[trace]\ntime_sampler = 'ndct'\n", ("ndct", "ndtc")),
+        ("[trace]\nsource = 'mimick'\n", ("mimick", "did you mean 'mimic'?")),
+        ("[trace]\nsource = 'mimic'\n", ("'mimic' needs images", "--data")),
+        ("[trace]\nsource = 'raw'\nlegacy_pairing = true\n", ("legacy_pairing", "'raw'")),
         ("[rounding]\nname = 'nearst'\n", ("nearst", "nearest")),
         ("[layers]\nsites = ['epsilon']\n", ("epsilon", "eps")),
         ("[activations]\nbits = 'eight'\n", ("activations.bits", "int")),
@@ -312,3 +316,18 @@ def test_unknown_flags_are_refused_by_the_parser(cli: Any) -> None:
     for args in (("sample",), ("quantise", "x"), ("demo", "--imges", "3"), ("demo", "--images", 0)):
         result = cli(*args)
         assert result.code == 2 and "Traceback" not in result.err
+
+
+def test_the_trace_takes_its_images_from_data(cli: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "raw.toml"
+    recipe.write_text(SMALL.override("trace", source="raw").to_toml())
+    (tmp_path / "images").mkdir()
+    for level in (0, 255):
+        Image.new("RGB", (16, 16), (level, 0, 0)).save(tmp_path / f"images/{level}.png")
+    command = ("trace", saved("unconditional"), "--run", tmp_path / "run", "--recipe", recipe)
+    refused(cli(*command, "--data", tmp_path / "none"), "no image folder")
+    result = cli(*command, "--data", tmp_path / "images", "--json")
+    assert result.code == 0, result
+    rows = load_file(tmp_path / "run/trace/chunk-00000.safetensors")["x_t"]
+    assert json.loads(result.out)["rows"] == len(rows)
+    assert rows[:, 0].unique().tolist() == [-1, 1] and rows[:, 1:].unique().tolist() == [-1]

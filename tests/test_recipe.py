@@ -53,6 +53,14 @@ def test_mistakes_are_named(values, message):
         Recipe.from_dict(values)
 
 
+def test_recipes_from_before_the_sources_stay_valid():
+    old = Recipe().to_dict()
+    del old["trace"]["source"], old["trace"]["legacy_pairing"]
+    assert Recipe.from_dict(old) == Recipe()
+    new = Recipe().override("trace", legacy_pairing=True)
+    assert Recipe.from_dict(tomllib.loads(new.to_toml())) == new and new.trace.legacy_pairing
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(QuantempoError, match="did you mean 'w8a8'"):
         Recipe.load("w8a9")

@@ -14,21 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quantempo.calibrate.collect import collect_statistics, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.calibrate.scales import LayerScales, search_scales, site_scales
+from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import trace as trace_pipeline
 from quantempo.core import WEIGHT
+from quantempo.evaluate import load_images
 from quantempo.export.pack import pack_denoiser
 from quantempo.layer_table import layer_rows, layer_sqnr
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
-from quantempo.quantizers import LayerPlan
+from quantempo.models.variance import variance_grid
+from quantempo.quantizers import LayerPlan, measured_sites
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS
@@ -68,10 +72,22 @@ def trace(session: Session) -> TraceSet:
                 seed=settings.seed,
                 num_train_timesteps=session.num_train_timesteps,
                 call=session.call,
+                source=settings.source,
+                images=_source_images(session),
+                legacy_pairing=settings.legacy_pairing,
                 force=session.force,
                 model_hash=session.model["sha256"],
             )
     return TraceSet(session.run / "trace")
+
+
+def _source_images(session: Session) -> np.ndarray | None:
+    """Return (n, H, W, 3) uint8 images of the size of x_t, or None if the source reads none."""
+    if not needs_images(session.recipe.trace.source) or session.data is None:
+        return None
+    size = getattr(session.denoiser.config, "sample_size", None)
+    size = (size, size) if isinstance(size, int) else size
+    return load_images(session.data, size, limit=10_000).images
 
 
 def calibrate(session: Session) -> None:
@@ -88,7 +104,7 @@ def calibrate(session: Session) -> None:
             inputs,
             data,
             edges,
-            sites=session.recipe.layers.sites,
+            sites=measured_sites(session.recipe.layers.sites, session.denoiser),
             per_unit=per_unit(data, session.num_train_timesteps),
         )
         tensors = {"time_bin_edges": edges}
@@ -115,7 +131,13 @@ def search(session: Session) -> None:
             for plan in plan_layers(session.sites, session.recipe.layers)
             if plan.kind == "int8"
         }
-        tensors = search_scales(stats, weights, session.recipe)
+        chosen = session.recipe.layers.sites
+        measured = measured_sites(chosen, session.denoiser)
+        recipe = session.recipe.override("layers", sites=measured)
+        tensors = search_scales(stats, weights, recipe)
+        for name in set(chosen) - set(measured):
+            grid = variance_grid(session.pipe.scheduler, session.recipe.trace.steps)
+            tensors |= {f"site:{name}.scale": grid[0], f"site:{name}.zero_point": grid[1]}
         session.run.write_safetensors("scales.safetensors", tensors)
 
 

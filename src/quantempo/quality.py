@@ -23,7 +23,7 @@ from quantempo.models.family import denoiser_of
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.sampling import run_pipeline, swap_scheduler
 from quantempo.pipeline import per_unit
-from quantempo.quantizers import attach_sampler_site, find_clock, find_sites
+from quantempo.quantizers import attach_scheduler_sites, find_clock
 from quantempo.runs import RunFolder, atomic_path
 from quantempo.session import Session
 
@@ -54,9 +54,7 @@ def open_model(
             raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
         return pipe
     attach(denoiser, engine)
-    sites = find_sites(denoiser)
-    if "x_prev" in sites:
-        attach_sampler_site(pipe.scheduler, sites["x_prev"])
+    attach_scheduler_sites(pipe.scheduler, denoiser)
     return pipe
 
 

@@ -34,7 +34,9 @@ class TraceSettings:
     """Which network inputs to record.
 
     steps: steps of the sampler that is traced; chains: images denoised; picks: inputs kept of
-    each; seed: of the first chain; time_sampler: a registered law with its own parameters.
+    each; seed: of the first chain; time_sampler: a registered law with its own parameters;
+    source: a registered source of x_t, "trajectory" for what the network received;
+    legacy_pairing: pair x_t and t as the released PTQ4DM program did, to measure what it did.
     """
 
     steps: int = 50
@@ -43,6 +45,8 @@ class TraceSettings:
     seed: int = 1_000_000
     time_sampler: str = "ndtc"
     time_sampler_args: dict[str, Number] = field(default_factory=dict)
+    source: str = "trajectory"
+    legacy_pairing: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,11 @@ class Recipe:
             raise QuantempoError(
                 f"got activations.bits = {self.activations.bits}; the kernels take 8-bit inputs, "
                 "set it to 8"
+            )
+        if self.trace.legacy_pairing and self.trace.source != "trajectory":
+            raise QuantempoError(
+                f"got trace.legacy_pairing = true with trace.source = '{self.trace.source}'; the "
+                "legacy pairing is one of a trajectory, leave out one of the two"
             )
 
     @classmethod

@@ -21,12 +21,14 @@ from typing import Any
 from torch import nn
 
 from quantempo.bench import machine
+from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.errors import QuantempoError
 from quantempo.models.family import Site, check_roles, denoiser_of, sites
 from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import swap_scheduler
-from quantempo.quantizers import check_sites, find_clock
+from quantempo.models.variance import variance_grid
+from quantempo.quantizers import check_sites, find_clock, measured_sites
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS
 from quantempo.runs import RunFolder
@@ -60,6 +62,7 @@ class Session:
         scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
         force: redo stages whose settings changed instead of refusing.
         device: torch device that traces and calibrates.
+        data: folder of images for the sources of x_t that need them.
     """
 
     run: RunFolder
@@ -69,6 +72,7 @@ class Session:
     scheduler: str | None = None
     force: bool = False
     device: str = "cpu"
+    data: str | None = None
 
     @cached_property
     def pipe(self) -> Any:
@@ -124,6 +128,8 @@ class Session:
         }.get(stage, ("trace", "layers", "activations", "weights", "rounding"))
         settings: dict[str, Any] = {name: asdict(getattr(self.recipe, name)) for name in sections}
         settings |= {"model": self.model["sha256"], "call": self.call, **self._surroundings}
+        if needs_images(self.recipe.trace.source):
+            settings["data"] = self.data and str(Path(self.data).resolve())
         text = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -178,6 +184,7 @@ def load(
     scheduler: str | None = None,
     force: bool = False,
     device: str = "cpu",
+    data: str | Path | None = None,
 ) -> Session:
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
@@ -189,19 +196,23 @@ def load(
         scheduler: sampler to use instead of the pipeline's own.
         force: let a run folder be taken over by another model or other settings.
         device: torch device that traces and calibrates.
+        data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
 
     Raises:
         QuantempoError: the source is no float diffusers pipeline or holds NaN; the run folder
             belongs to another model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    _check_names(recipe)
+    _check_names(recipe, data)
     check_device(device)
     folder = RunFolder(run)
     session = Session(folder, str(source), recipe, dict(call or {}), scheduler, force, device)
+    session.data = None if data is None else str(data)
     if find_clock(session.denoiser) is not None:
         raise QuantempoError(f"'{source}' is quantized already; start from the float model")
     check_finite(session.denoiser)
+    if set(recipe.layers.sites) - set(measured_sites(recipe.layers.sites, session.denoiser)):
+        variance_grid(session.pipe.scheduler, recipe.trace.steps)
     _check_owner(session)
     stages = folder.read_json("manifest.json")["stages"] if folder.has("manifest.json") else {}
     versions = {package: version(package) for package in ("torch", "diffusers")}
@@ -211,6 +222,7 @@ def load(
         "recipe_sha256": recipe.sha256,
         "call": session.call,
         "scheduler": scheduler,
+        "data": session.data,
         "versions": {"quantempo": __version__, **versions},
         "machine": machine(),
         "seeds": {"trace": recipe.trace.seed},
@@ -221,8 +233,11 @@ def load(
     return session
 
 
-def _check_names(recipe: Recipe) -> None:
+def _check_names(recipe: Recipe, data: str | Path | None) -> None:
     """Refuse a recipe with a name that no registry knows, before anything is computed."""
+    source = recipe.trace.source
+    if needs_images(source) and data is None:
+        raise QuantempoError(f"source '{source}' needs images; pass a folder of them (--data)")
     make_time_sampler(recipe.trace.time_sampler, recipe.trace.time_sampler_args)
     make_metric(recipe.activations.metric, recipe.activations.p)
     make_metric(recipe.weights.metric, recipe.weights.p)
@@ -274,6 +289,7 @@ def reopen(
         recipe or Recipe.from_dict(manifest["recipe"]),
         call=manifest["call"],
         scheduler=manifest["scheduler"],
+        data=manifest.get("data"),
         force=force,
         device=device,
     )

@@ -16,7 +16,7 @@ from quantempo.backends.base import (
     run_per_bucket,
     too_many_terms,
 )
-from quantempo.backends.simulated import sum_bound
+from quantempo.backends.simulated import exact_conv2d, exact_parts, sum_bound
 from quantempo.errors import QuantempoError
 from quantempo.kernels import fused_cpu, reference
 from quantempo.quantizers import QConv2d, QLayer
@@ -231,16 +231,28 @@ def test_a_copied_model_runs_on_its_own(backend):
     assert torch.equal(layer(x), y)
 
 
-def test_simulated_sums_in_float64_only_where_needed():
+def test_simulated_sums_in_parts_that_float32_holds():
     layer = make_linear(1000, 2, plain=True)
     layer.weight_int.fill_(127)
     layer.act_zero_point.fill_(255)
-    assert sum_bound(layer.weight_int, 255) == 1000 * 127 * 255 > 2**24
-    assert sum_bound(layer.weight_int[:, :500], 128) == 500 * 127 * 128 < 2**24
+    assert sum_bound(layer.weight_int) == 1000 * 127 * 255 > 2**24
+    parts = list(exact_parts(layer.weight_int))
+    assert parts == [(slice(0, 500), torch.float32), (slice(500, 1000), torch.float32)]
     x = torch.zeros(1, 1000)
     x[0, 0] = -1
     # 254 - 255 once: the sum is -127, among terms that cancel.
-    assert BACKENDS.get("simulated").lower(layer)(x).tolist() == [[-127.0, -127.0]]
+    kernel = BACKENDS.get("simulated").lower(layer)
+    assert kernel(x).tolist() == [[-127.0, -127.0]]
+    # All codes at z: 0. All at 0 - z = -255: the largest sum there is, rounded once to float32.
+    most = torch.tensor(1000 * 127 * 255, dtype=torch.float32).item()
+    assert kernel(torch.full((1, 1000), -300.0)).tolist() == [[-most, -most]]
+
+
+def test_simulated_takes_float64_where_a_sum_cannot_be_cut():
+    weight = torch.full((2, 3, 32, 32), 127, dtype=torch.int8)
+    assert [dtype for _, dtype in exact_parts(weight)] == [torch.float64] * 3
+    assert list(exact_parts(weight, groups=2)) == [(slice(0, 3), torch.float64)]
+    assert list(exact_parts(weight // 127)) == [(slice(0, 3), torch.float32)]
 
 
 @pytest.mark.skipif(BACKENDS.get("onednn").missing() is not None, reason="needs VNNI")
@@ -289,3 +301,29 @@ def test_run_per_bucket_keeps_the_order_of_rows():
     assert y[:, 0, 0, 0].tolist() == [300, 301, 2, 3, 104, 105]
     with pytest.raises(QuantempoError, match="3 time-steps for a layer input of 4 rows"):
         run_per_bucket(clock, run, x[:4], None)
+
+
+def test_cuts_that_still_hold_are_kept():
+    layer = make_linear(1000, 2, plain=True)
+    layer.weight_int.fill_(127)
+    kernel = BACKENDS.get("simulated").lower(layer)
+    kernel.prepare(torch.device("cpu"))
+    layer.weight_int.fill_(1)
+    kernel.prepare(torch.device("cpu"))
+    assert [cut for _, cut, _ in kernel.parts] == [slice(0, 500), slice(500, 1000)]
+    x = noise(3, 1000)
+    fresh = BACKENDS.get("simulated").lower(layer)
+    assert torch.equal(kernel(x), fresh(x))
+    assert len(fresh.parts) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [(3, 128, 32), (128, 256, 8), (256, 256, 16)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_exact_conv2d_on_a_gpu(size, layout):
+    inputs, outputs, side = size
+    codes = torch.randint(-255, 256, (4, inputs, side, side), device="cuda").float()
+    weight = torch.randint(-20, 21, (outputs, inputs, 3, 3), device="cuda").float()
+    how = ([1, 1], [1, 1], [1, 1], 1)
+    y = exact_conv2d(codes.contiguous(memory_format=layout), weight, *how)
+    assert torch.equal(y.double(), exact_conv2d(codes.double(), weight.double(), *how))

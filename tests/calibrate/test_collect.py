@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantempo.calibrate.collect import collect_statistics, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
+from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline
 from tests.packed import packed
 
@@ -111,7 +112,7 @@ def test_fractions_of_time_are_binned_by_training_time(tmp_path: Path) -> None:
     class Fractions:
         """A set whose network is given t / T."""
 
-        def batches(self) -> Any:
+        def batches(self, batch_size: int = 32) -> Any:
             yield type(
                 "B", (), {"x_t": torch.tensor([[1.0], [2.0], [3.0]]), "t": torch.tensor(TIMES)}
             )()
@@ -126,3 +127,43 @@ def test_fractions_of_time_are_binned_by_training_time(tmp_path: Path) -> None:
     ranges = found["0"][0].state()["range"][0]
     assert [ranges[k].tolist() for k in (0, 5, 9)] == [[1, 1], [2, 2], [3, 3]]
     assert int(found["0"][1].state()["hist"].sum()) == 3
+
+
+def test_outputs_are_collected_whole_and_by_time_bin() -> None:
+    data = TraceSet(packed("unconditional").run / "trace")
+    net = load_pipeline(packed("unconditional").source).unet
+    edges = time_bin_edges(1000, BINS)
+    found = collect_statistics(net, NAMES, data, edges, side="output")
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    outputs: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    bins = (data.timesteps.double() / (1000 / BINS)).long()
+
+    def keep(name: str, place: int) -> Any:
+        return lambda layer, args, output: outputs[name, place].append(output.flatten())
+
+    for row in range(len(data)):
+        place = int(bins[row])
+        handles = [net.get_submodule(n).register_forward_hook(keep(n, place)) for n in NAMES]
+        with torch.no_grad():
+            data.replay(net, data.rows(torch.tensor([row])))
+        for handle in handles:
+            handle.remove()
+    assert len(outputs) > len(NAMES)
+    for name in NAMES:
+        ranges, histogram = found[name]
+        # One segment, also where the input has two.
+        assert len(ranges.range) == len(histogram.counts) == 1
+        for place in range(BINS):
+            values = torch.cat(outputs[name, place]) if outputs[name, place] else torch.zeros(0)
+            assert int(histogram.counts[0, place].sum()) == len(values)
+            if len(values):
+                wanted = torch.stack([values.min(), values.max()])
+                # Another batch size sums in another order: float32 over a few hundred terms.
+                torch.testing.assert_close(ranges.range[0, place], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_another_side_is_refused() -> None:
+    data = TraceSet(packed("unconditional").run / "trace")
+    net = load_pipeline(packed("unconditional").source).unet
+    with pytest.raises(QuantempoError, match="got side 'both'; expected 'input' or 'output'"):
+        collect_statistics(net, NAMES, data, time_bin_edges(1000), side="both")

@@ -114,6 +114,51 @@ def test_released_law_piles_up_at_the_ends() -> None:
     assert round(std / 250, 2) == 0.32
 
 
+def test_draws_of_the_released_law_pile_up_as_its_density_says() -> None:
+    """10^6 draws as in the measurement: 5 standard errors, false-alarm rate 6e-7 an end."""
+    n = 1_000_000
+    counts = torch.bincount(draw("ndtc_repo", {}, n, 250), minlength=250)
+    # P(x < 1) and P(x >= 249) of x ~ N(100, 100^2), which floor and clamp put at the ends.
+    for index, edge, stated in ((0, -0.99, 0.161), (249, -1.49, 0.068)):
+        mass = 0.5 * math.erfc(-edge / math.sqrt(2))
+        assert round(mass, 3) == stated
+        error = math.sqrt(mass * (1 - mass) / n)
+        assert abs(int(counts[index]) / n - mass) < 5 * error
+
+
+@pytest.mark.parametrize("num_steps", [50, 250])
+def test_draws_have_the_moments_of_each_law(num_steps: int) -> None:
+    """Means within 5 standard errors; variances likewise, by the law's fourth moment."""
+    n = 100_000
+    index = torch.arange(num_steps, dtype=torch.float64)
+    for name in TIME_SAMPLERS.names():
+        density = make_time_sampler(name).density(num_steps)
+        mean, std = moments(density)
+        sample = draw(name, {}, n, num_steps, seed=2).double()
+        assert abs(float(sample.mean()) - mean) <= 5 * std / math.sqrt(n), name
+        fourth = float((index - mean) ** 4 @ density)
+        error = math.sqrt(max(fourth - std**4, 0) / n)
+        variance = float((sample - mean).square().mean())
+        assert abs(variance - std**2) <= 5 * error + 1e-9 * std**2, name
+
+
+def test_uniform_and_truncated_normal_have_their_closed_moments() -> None:
+    mean, std = moments(make_time_sampler("uniform").density(250))
+    assert mean == pytest.approx(124.5, abs=1e-9)
+    assert std == pytest.approx(math.sqrt((250**2 - 1) / 12), rel=1e-9)
+    num_steps = 4000
+    law = make_time_sampler("ndtc", {"mean": 0.4, "std": 0.4})
+    mean, std = moments(law.density(num_steps))
+    # N(m, s^2) cut at [0, 1] (Johnson, Kotz and Balakrishnan 1994, section 13.10.1)
+    low, high = -1.0, 1.5
+    weight = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
+    height = [math.exp(-z * z / 2) / math.sqrt(2 * math.pi) for z in (low, high)]
+    shift = (height[0] - height[1]) / weight
+    spread = math.sqrt(1 + (low * height[0] - high * height[1]) / weight - shift**2)
+    assert mean == pytest.approx((0.4 + 0.4 * shift) * num_steps - 0.5, abs=0.01)
+    assert std == pytest.approx(0.4 * spread * num_steps, rel=1e-5)
+
+
 def test_our_law_does_not_pile_up() -> None:
     density = make_time_sampler("ndtc").density(250)
     assert float(density[0]) < float(density[1]) < 1.01 * float(density[0])

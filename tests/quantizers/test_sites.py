@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -13,6 +15,7 @@ from quantempo.quantizers import (
     attach_sampler_site,
     find_sites,
     install_sites,
+    measured_sites,
     output_part,
 )
 from tests.tiny import tiny_dit, tiny_unet
@@ -125,3 +128,48 @@ def test_x_prev_acts_on_what_the_scheduler_returns(kind: type, return_dict: bool
     assert torch.equal(results[1][0].double(), on_grid(results[0][0]))
     # The prediction of x_0 is not the sample.
     assert torch.equal(results[1][1], results[0][1])
+
+
+class Wrapper(nn.Module):
+    """Stand for a denoiser: pass everything on, answer in the form asked for."""
+
+    def __init__(self, net: nn.Module, form: str) -> None:
+        super().__init__()
+        self.net, self.form = net, form
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.form == "Transformer2DModelOutput":
+            return self.net(*args, **kwargs)
+        sample = self.net(*args, **kwargs, return_dict=False)
+        return sample if self.form == "tuple" else sample[0]
+
+
+@pytest.mark.parametrize("form", ["Transformer2DModelOutput", "tuple", "Tensor"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_wrapper_can_carry_the_sites(form: str, named: bool) -> None:
+    net, x = tiny_dit().transformer, noise(2, 4, 8, 8)
+    plain = run(net, x)
+    wrapper = Wrapper(net, form)
+    ready(install_sites(wrapper, ["mu", "x_prev"])["mu"])
+    t, labels = torch.tensor([500, 500]), torch.tensor([1, 2])
+    with torch.no_grad():
+        if named:
+            # As a trace replays a call: x_t is not the first.
+            out = wrapper(class_labels=labels, timestep=t, hidden_states=x)
+        else:
+            out = wrapper(x, t, class_labels=labels)
+    assert type(out).__name__ == form
+    got = out if form == "Tensor" else out[0]
+    assert torch.equal(got[:, :4].double(), on_grid(plain[:, :4]))
+    assert torch.equal(got[:, 4:], plain[:, 4:])
+    assert set(find_sites(wrapper)) == {"mu", "x_prev"} and find_sites(net) == {}
+    assert torch.equal(run(net, x), plain)
+
+
+def test_sigma_of_a_plain_network_leaves_its_output_alone() -> None:
+    net, x = tiny_unet(), noise(2, 3, 16, 16)
+    plain = run(net, x)
+    ready(install_sites(net, ["sigma"])["sigma"])
+    assert torch.equal(run(net, x), plain)
+    assert measured_sites(("eps", "sigma", "x_prev"), net) == ("eps", "x_prev")
+    assert measured_sites(("sigma",), tiny_dit().transformer) == ("sigma",)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
+from quantempo.search import histogram
 from quantempo.search.histogram import Histogram, MinMax, bin_centers
 
 
@@ -205,3 +206,23 @@ def test_no_data_is_no_change() -> None:
     ranges = MinMax()
     ranges.update(torch.empty(0, 4))
     assert ranges.range.isinf().all()
+
+
+def test_away_from_the_host_the_statistics_are_the_same(monkeypatch):
+    x = torch.randn(12, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    bins = torch.tensor([0, 3, 1, 1, 0, 2, 3, 3, 3, 0, 1, 2])
+    tables = []
+    for host in (True, False):
+        monkeypatch.setattr(histogram, "_on_host", lambda values, host=host: host)
+        monkeypatch.setattr(histogram, "DEVICE_PIECE", 300)
+        ranges = MinMax(1, 4)
+        ranges.update(x, bins)
+        counts = Histogram(ranges.edges(), 4, bins=64)
+        counts.update(x, bins)
+        counts.update(x[:2], torch.tensor([2, 2]))
+        tables.append((ranges.range, counts.counts))
+    assert torch.equal(tables[0][0], tables[1][0])
+    assert torch.equal(tables[0][1], tables[1][1])
+    assert int(tables[1][1].sum()) == 14 * 105
+    with pytest.raises(QuantempoError, match="NaN"):
+        MinMax(1, 4).update(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))

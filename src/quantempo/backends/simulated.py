@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,19 +13,43 @@ from quantempo.backends.base import BACKENDS, Kernel, channel_dim, too_many_term
 from quantempo.errors import QuantempoError
 from quantempo.quantizers import QConv2d, QLayer
 
-__all__ = ["SimulatedBackend", "sum_bound"]
+__all__ = ["SimulatedBackend", "exact_parts", "sum_bound"]
+
+# Integers up to here, and sums of them, are exact in float32.
+EXACT = 2**24
 
 
-def sum_bound(weight_int: Tensor, zero_point: int) -> int:
-    """Return max_o sum_k |q_w| * max(z, 255 - z), which no partial sum exceeds."""
-    return int(weight_int.flatten(1).long().abs().sum(1).max()) * max(zero_point, 255 - zero_point)
+def sum_bound(weight_int: Tensor) -> int:
+    """Return max_o sum_k |q_w| * 255, which no partial sum of (q_a - z) q_w exceeds."""
+    return int(weight_int.flatten(1).long().abs().sum(1).max()) * 255
+
+
+def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, torch.dtype]]:
+    """Yield runs of input channels with the float type in which their sums are exact.
+
+    Float32 for runs whose `sum_bound` is below 2^24, found by halving; float64 where a run cannot
+    be halved. They depend on the weight only, so layers that differ in scales have equal parts.
+
+    Args:
+        weight_int: (O, C / groups, ...) int8.
+        groups: of a grouped convolution, which is not cut.
+    """
+
+    def cut(first: int, last: int) -> Iterator[tuple[slice, torch.dtype]]:
+        if sum_bound(weight_int[:, first:last]) < EXACT:
+            yield slice(first, last), torch.float32
+        elif last - first == 1 or groups > 1:
+            yield slice(first, last), torch.float64
+        else:
+            middle = (first + last) // 2
+            yield from cut(first, middle)
+            yield from cut(middle, last)
+
+    yield from cut(0, weight_int.shape[1])
 
 
 class SimulatedBackend:
-    """Run each layer as a float convolution or matmul of integers.
-
-    The sums are exact: in float32 while no partial sum can pass 2^24, else in float64.
-    """
+    """Run each layer as float convolutions or matmuls of integers, whose sums are exact."""
 
     name = "simulated"
 
@@ -49,55 +74,106 @@ class _SimulatedKernel:
 
     def __init__(self, layer: QLayer) -> None:
         self.layer = layer
-        self._weights: list[Tensor] = []
+        # (segment, channels of it, weight) of each part.
+        self.parts: list[tuple[int, slice, Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, axis = self.layer, channel_dim(self.layer)
-        if not self._weights or self._weights[0].device != x.device:
-            self._weights = self._exact_weights(x.device)
+        if not self.parts or self.parts[0][2].device != x.device:
+            self.prepare(x.device)
         # (O,) -> the shape that broadcasts over the output.
         rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
         y: Tensor | None = None
-        parts = x.float().split(layer.segments, axis)
-        for i, (part, weight) in enumerate(zip(parts, self._weights, strict=True)):
+        for i, segment in enumerate(x.float().split(layer.segments, axis)):
             scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
-            codes = (torch.round(part / scale) + zero).clamp(0, 255) - zero
-            acc = self._sum(codes.to(weight.dtype), weight)
-            term = acc.float() * (scale * layer.weight_scale.reshape(rows))
+            codes = (torch.round(segment / scale) + zero).clamp(0, 255) - zero
+            term = self._sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
             y = term if y is None else y + term
         assert y is not None
         if layer.bias is not None:
             y = y + layer.bias.reshape(rows)
         return y.to(x.dtype)
 
-    def _exact_weights(self, device: torch.device) -> list[Tensor]:
-        """Return the integer weight of each segment in the float type that sums it exactly."""
+    def prepare(self, device: torch.device) -> None:
+        """Read the layer's integers (again); done by the first call if nobody asked before.
+
+        Cuts that still hold are kept: a compiled network is compiled for its parts.
+        """
         layer = self.layer
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_int.shape[1],)
-        weights = []
-        for part, zero in zip(
-            layer.weight_int.split(width, 1), layer.act_zero_point.tolist(), strict=True
-        ):
-            exact = torch.float32 if sum_bound(part, zero) < 2**24 else torch.float64
-            weights.append(part.to(device, exact))
-        return weights
+        groups = layer.groups if isinstance(layer, QConv2d) else 1
+        parts = []
+        for i, segment in enumerate(layer.weight_int.split(width, 1)):
+            cuts = [(cut, part.dtype) for j, cut, part in self.parts if i == j]
+            if not cuts or not all(
+                dtype == torch.float64 or sum_bound(segment[:, cut]) < EXACT for cut, dtype in cuts
+            ):
+                cuts = list(exact_parts(segment, groups))
+            for channels, dtype in cuts:
+                weight = segment[:, channels].to(device, dtype)
+                if weight.ndim == 4 and device.type == "cuda":
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+                parts.append((i, channels, weight))
+        self.parts = parts
 
-    def _sum(self, codes: Tensor, weight: Tensor) -> Tensor:
-        """Return sum_k (q_a - z) q_w; the padding is 0 = z - z."""
+    def _sums(self, segment: int, codes: Tensor) -> Tensor:
+        """Return sum_k (q_a - z) q_w rounded once to float32; the padding is 0 = z - z."""
         layer = self.layer
-        with _plain_sums(codes.device):
-            if not isinstance(layer, QConv2d):
-                return F.linear(codes, weight)
-            return F.conv2d(
-                codes, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
-            )
+        sums: list[Tensor] = []
+        mine = [(channels, weight) for i, channels, weight in self.parts if i == segment]
+        for channels, weight in mine:
+            part = codes if len(mine) == 1 else codes.narrow(
+                channel_dim(layer), channels.start, channels.stop - channels.start
+            )  # fmt: skip
+            part = part.to(weight.dtype)
+            if isinstance(layer, QConv2d):
+                how = (layer.stride, layer.padding, layer.dilation)
+                sums.append(exact_conv2d(part, weight, *map(list, how), layer.groups))
+            else:
+                sums.append(F.linear(part, weight))
+        return sums[0].float() if len(sums) == 1 else sum(s.double() for s in sums).float()
 
 
-def _plain_sums(device: torch.device) -> AbstractContextManager[None]:
-    """Turn off cuDNN where it could choose Winograd or FFT, which do not add integers exactly."""
-    if device.type != "cuda":
+@torch.library.custom_op("quantempo::exact_conv2d", mutates_args=())
+def exact_conv2d(
+    codes: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolve integers held in floats, with sums exact below 2^24 (float32) on any device.
+
+    An operator of its own, so that a compiled network keeps the choice of algorithm made here.
+    """
+    with _plain_sums(codes):
+        return F.conv2d(codes, weight, None, stride, padding, dilation, groups)
+
+
+@exact_conv2d.register_fake
+def _(
+    codes: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return F.conv2d(codes, weight, None, stride, padding, dilation, groups)
+
+
+def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN from Winograd and FFT, which do not add integers exactly.
+
+    Tensor cores are safe: |q| <= 255 is exact in TF32 and their accumulators are float32. cuDNN
+    uses them for float32 where TF32 is allowed and exists; elsewhere it is turned off.
+    """
+    if codes.device.type != "cuda":
         return nullcontext()
-    return torch.backends.cudnn.flags(enabled=False)
+    tensor_cores = torch.cuda.get_device_capability(codes.device) >= (8, 0)
+    usable = tensor_cores and codes.dtype == torch.float32
+    return torch.backends.cudnn.flags(enabled=usable, deterministic=True, allow_tf32=usable)
 
 
 BACKENDS.register("simulated")(SimulatedBackend())

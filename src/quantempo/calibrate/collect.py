@@ -1,4 +1,4 @@
-"""Collect the statistics of every layer input over a calibration set (layer L3).
+"""Collect the statistics of layer inputs (or outputs) over a calibration set (layer L3).
 
 Two passes of the float denoiser: ranges, then histograms over those ranges. Order of batches does
 not matter (see search.histogram). Which scale is best is the business of the search.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibrate.dataset import TraceSet
+from quantempo.errors import QuantempoError
 from quantempo.quantizers import output_part
 from quantempo.search import Histogram, MinMax
 
@@ -36,8 +37,9 @@ def collect_statistics(
     *,
     sites: tuple[str, ...] = (),
     per_unit: float = 1.0,
+    side: str = "input",
 ) -> dict[str, tuple[MinMax, Histogram]]:
-    """Return (ranges, histogram) of each named layer's input, by segment and fine time bin.
+    """Return (ranges, histogram) of each named layer, by segment and fine time bin.
 
     Args:
         denoiser: float, left as it was.
@@ -46,12 +48,22 @@ def collect_statistics(
         edges: (K + 1,) edges of the time bins in training time-steps.
         sites: sites of the sampler to collect as well, under "site:NAME".
         per_unit: training time-steps in one unit of t.
+        side: "input", or "output" for what the layers return, in one segment.
+
+    Raises:
+        QuantempoError: another side, or NaN in an activation.
     """
-    collector = _Collector(denoiser, inputs, sites, len(edges) - 1)
+    if side not in ("input", "output"):
+        raise QuantempoError(f"got side '{side}'; expected 'input' or 'output'")
+    if side == "output":
+        inputs = dict.fromkeys(inputs, ())
+    collector = _Collector(denoiser, inputs, sites, len(edges) - 1, side)
     with collector, torch.no_grad():
         for stage in ("ranges", "histograms"):
             collector.start(stage)
-            for batch in tqdm(data.batches(), desc=stage, disable=None, leave=False):
+            # On a GPU few large batches: every layer waits for the device once a batch.
+            size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256
+            for batch in tqdm(data.batches(size), desc=stage, disable=None, leave=False):
                 t = (batch.t.double() * per_unit).clamp(0, float(edges[-1]) - 1e-6)
                 collector.time_bin = torch.bucketize(t, edges[1:-1].double(), right=True)
                 collector.see_sites(batch.x_t, data.replay(denoiser, batch))
@@ -67,6 +79,7 @@ class _Collector:
         inputs: Mapping[str, tuple[int, ...]],
         sites: tuple[str, ...],
         bins: int,
+        side: str,
     ) -> None:
         self.denoiser, self.inputs, self.sites = denoiser, inputs, sites
         self.time_bin = torch.zeros(0, dtype=torch.int64)
@@ -74,13 +87,16 @@ class _Collector:
         self.ranges |= {f"site:{name}": MinMax(1, bins) for name in sites}
         self.histograms: dict[str, Histogram] = {}
         self.current: Mapping[str, MinMax | Histogram] = self.ranges
-        self.bins = bins
+        self.bins, self.side = bins, side
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
         for name, segments in self.inputs.items():
-            layer = self.denoiser.get_submodule(name)
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name, segments)))
+            layer, see = self.denoiser.get_submodule(name), self._hook(name, segments)
+            if self.side == "output":
+                self._handles.append(layer.register_forward_hook(see))
+            else:
+                self._handles.append(layer.register_forward_pre_hook(see))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -94,8 +110,8 @@ class _Collector:
             self.current = self.histograms
 
     def _hook(self, name: str, segments: tuple[int, ...]) -> Callable[..., None]:
-        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def see(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+            x = args[0] if output is None else output
             parts = x.split(segments, dim=1) if segments else (x,)
             for index, part in enumerate(parts):
                 self.current[name].update(part, self._bins_of(part), index)

@@ -49,6 +49,10 @@ class Recorder:
         steps: number of sampling steps.
         seed: decides between calls at the same time.
         bar: moved on by every call.
+
+    Attributes:
+        calls: how often the denoiser was called.
+        per_unit: units of the schedule in one unit of the time-step the denoiser receives.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Recorder:
         self.bar = bar
         self.calls = 0
         self.targets: Tensor | None = None
+        self.per_unit = 1.0
         self.slots = [[_Slot() for _ in row] for row in indices]
         self.constants: dict[str, Any] | None = None
         self.shared: dict[str, Tensor] = {}
@@ -115,6 +120,7 @@ class Recorder:
         times = schedule_times(self.pipe)
         # Some pipelines hand the denoiser t / T; the first call tells.
         if not (times == received).any() and times[-1] != 0:
+            self.per_unit = float(times[-1]) / received
             times = times * (received / times[-1])
         return times[(2 * self.indices + 1) * len(times) // (2 * self.steps)]
 

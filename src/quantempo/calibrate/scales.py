@@ -67,7 +67,10 @@ def site_scales(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor
 
 
 def search_scales(
-    stats: Mapping[str, Tensor], weights: Mapping[str, Tensor], recipe: Recipe
+    stats: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    recipe: Recipe,
+    known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
@@ -77,16 +80,27 @@ def search_scales(
     layer none of whose segments gains `min_gain` by it.
 
     Args:
-        stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,).
+        stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
+            without them gets a weight scale alone.
         weights: float weight (O, ...) of each layer.
         recipe: metrics, bits and number of buckets.
+        known: weight scales (O,) of layers that need no search.
     """
     settings = recipe.activations
     spec = replace(ACTIVATION, bits=settings.bits, symmetric=settings.symmetric)
-    of_bin = _cut_time(stats, list(weights), settings, spec)
+    active = [name for name in weights if f"{name}.hist" in stats]
+    of_bin = _cut_time(stats, active, settings, spec)
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
     weight_spec = replace(WEIGHT, bits=recipe.weights.bits)
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
+        scale = (known or {}).get(name)
+        if scale is None:
+            scale = search_weight(
+                weight, weight_spec, metric=recipe.weights.metric, p=recipe.weights.p
+            )
+        tensors[f"{name}.weight_scale"] = scale
+        if name not in active:
+            continue
         parts = [
             _search(hist, edges, settings, spec, of_bin)
             for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
@@ -95,9 +109,6 @@ def search_scales(
         tensors[f"{name}.act_scale"] = torch.stack([p.scale.expand(columns) for p in parts])
         tensors[f"{name}.act_zero_point"] = torch.tensor(
             [part.zero_point for part in parts], dtype=torch.int32
-        )
-        tensors[f"{name}.weight_scale"] = search_weight(
-            weight, weight_spec, metric=recipe.weights.metric, p=recipe.weights.p
         )
     for name in recipe.layers.sites:
         hist, edges = stats[f"{_SITE}{name}.hist"][0], stats[f"{_SITE}{name}.edges"][0]

@@ -10,6 +10,9 @@ dealt to every chain. Index i stands for the i-th smallest of the K distinct tim
 denoiser receives: that is the target time. During the run each target keeps the call whose
 received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one
 is chosen with equal chances. Memory holds the kept rows only, never a trajectory.
+
+For studies, `sources` may replace x_t before a chunk is written, and `legacy` may pair x_t and t as
+a released program did; everything else stays as it was received.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibrate.dataset import TraceSet, index_of
+from quantempo.calibrate.legacy import legacy_indices, pair_as_released
 from quantempo.calibrate.recorder import CHANGES, Recorder
+from quantempo.calibrate.sources import check_source, image_digest, replace_rows
 from quantempo.calibrate.timesteps import TIME_SAMPLERS, TimeSampler
 from quantempo.errors import QuantempoError
 from quantempo.models.load import model_digest
@@ -54,6 +60,9 @@ def trace(
     batch_size: int = 16,
     num_train_timesteps: int | None = None,
     call: Mapping[str, Any] | None = None,
+    source: str = "trajectory",
+    images: np.ndarray | None = None,
+    legacy_pairing: bool = False,
     model_hash: str | None = None,
     force: bool = False,
     progress: bool | None = None,
@@ -75,42 +84,46 @@ def trace(
         batch_size: chains in one call of the pipeline.
         num_train_timesteps: T of the model; None: as its scheduler says.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
+        source: where x_t comes from, a name in `calibrate.sources.SOURCES`.
+        images: (n, H, W, C) uint8 for the sources that need them.
+        legacy_pairing: pair x_t and t as the released program did, see `calibrate.legacy`.
         model_hash: identifies the weights; None: computed.
         force: replace a trace with other settings instead of refusing.
         progress: draw a bar on stderr; None: only on a terminal.
 
     Raises:
-        QuantempoError: the folder holds a trace with other settings or of another model, or the
-            denoiser is called in a way that cannot be recorded.
+        QuantempoError: the folder holds a trace with other settings or of another model, the
+            denoiser is called in a way that cannot be recorded, or the source does not fit the
+            pipeline, the images or the pairing.
     """
     call = dict(call or {})
-    settings = _identity(pipe, denoiser, call, model_hash) | {
-        "steps": steps,
-        "chains": chains,
-        "picks": picks,
-        "time_sampler": _law(time_sampler),
-        "seed": seed,
-        "batch_size": batch_size,
-        "num_train_timesteps": num_train_timesteps
-        or int(pipe.scheduler.config.num_train_timesteps),
-    }
+    check_source(source, pipe, denoiser, images, legacy_pairing)
+    settings = _identity(pipe, denoiser, call, model_hash, num_train_timesteps)
+    settings |= {"time_sampler": _law(time_sampler), "legacy_pairing": legacy_pairing}
+    settings |= {"source": source, "images": image_digest(source, images), "batch_size": batch_size}
+    settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
-    files = _fill(pipe, denoiser, RunFolder(folder), targets, settings, call, force, progress)
+    run = _Run(pipe, denoiser, settings, call, images)
+    files = _fill(run, RunFolder(folder), targets, force, progress)
     _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
     return TraceSet(folder)
 
 
+class _Run(NamedTuple):
+    """What every chunk is made with."""
+
+    pipe: Any
+    denoiser: nn.Module
+    settings: dict[str, Any]
+    call: dict[str, Any]
+    images: np.ndarray | None
+
+
 def _fill(
-    pipe: Any,
-    denoiser: nn.Module,
-    store: RunFolder,
-    targets: Tensor,
-    settings: dict[str, Any],
-    call: dict[str, Any],
-    force: bool,
-    progress: bool | None,
+    run: _Run, store: RunFolder, targets: Tensor, force: bool, progress: bool | None
 ) -> list[str]:
     """Write the chunks that are not there yet; return the names of all."""
+    settings = run.settings
     size, steps = settings["batch_size"], settings["steps"]
     files = {_file(first, size): first for first in range(0, len(targets), size)}
     missing = [name for name in files if not _is_whole(store, name, settings, force)]
@@ -122,7 +135,7 @@ def _fill(
         for name in missing:
             first = files[name]
             batch = targets[first : first + size]
-            tensors, details = _record(pipe, denoiser, batch, first, settings, call, bar)
+            tensors, details = _record(run, batch, first, bar)
             store.write_safetensors(name, tensors, details)
     return list(files)
 
@@ -132,21 +145,26 @@ def _file(first: int, batch_size: int) -> str:
 
 
 def _record(
-    pipe: Any,
-    denoiser: nn.Module,
-    targets: Tensor,
-    first: int,
-    settings: dict[str, Any],
-    call: dict[str, Any],
-    bar: tqdm,
+    run: _Run, targets: Tensor, first: int, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Run one batch of chains; return the chunk's tensors and metadata."""
+    pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
-    recorder = Recorder(pipe, targets, first, steps, seed, bar)
-    with recorder.listening(denoiser):
+    indices = legacy_indices(targets, steps) if settings["legacy_pairing"] else targets
+    recorder = Recorder(pipe, indices, first, steps, seed, bar)
+    with recorder.listening(run.denoiser):
         seeds = range(seed, seed + len(targets))
-        call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **call)
+        final = call_pipeline(
+            pipe, seeds, first=first, steps=steps, output_type="latent", **run.call
+        )
     tensors, details = recorder.result()
+    if settings["legacy_pairing"]:
+        tensors = pair_as_released(tensors, targets, first, steps, final, recorder.calls)
+    else:
+        schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
+        tensors["x_t"] = replace_rows(
+            settings["source"], tensors, schedule, recorder.per_unit, run.images, seed
+        )
     details |= {"rows": len(tensors["t"]), "sha256": _digest(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.
     return tensors, {_METADATA: _json(details)}
@@ -168,7 +186,11 @@ def deal_targets(law: TimeSampler, chains: int, picks: int, steps: int, seed: in
 
 
 def _identity(
-    pipe: Any, denoiser: nn.Module, call: dict[str, Any], model_hash: str | None
+    pipe: Any,
+    denoiser: nn.Module,
+    call: dict[str, Any],
+    model_hash: str | None,
+    num_train_timesteps: int | None,
 ) -> dict[str, Any]:
     """Describe what is traced, in JSON types."""
     return {
@@ -178,6 +200,8 @@ def _identity(
         "pipeline": type(pipe).__name__,
         "scheduler": _plain({"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}),
         "arguments": _plain(call),
+        "num_train_timesteps": num_train_timesteps
+        or int(pipe.scheduler.config.num_train_timesteps),
     }
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from quantempo.cli import bench, demo, evaluate, inspect, quantize, report, sample, stages
+from quantempo.cli import bench, demo, evaluate, inspect, quantize, report, sample, stages, study
 from quantempo.errors import QuantempoError
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ for _verb in (
     inspect.inspect,
     bench.bench,
     demo.demo,
+    study.study,
 ):
     app.command(_verb.__name__.removesuffix("_weights"))(_verb)
 

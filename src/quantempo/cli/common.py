@@ -12,6 +12,7 @@ from quantempo.errors import QuantempoError
 
 __all__ = [
     "BatchSize",
+    "Data",
     "Device",
     "EngineName",
     "Force",
@@ -39,6 +40,9 @@ Labels = Annotated[
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Image folder, for recipes with source raw or mimic.")
+]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
 ]

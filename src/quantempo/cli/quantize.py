@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quantempo.cli.common import (
+    Data,
     Device,
     Force,
     Json,
@@ -31,6 +32,7 @@ def quantize(
     scheduler: Scheduler = None,
     prompts: Prompts = None,
     class_labels: Labels = None,
+    data: Data = None,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
@@ -45,9 +47,15 @@ def quantize(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    call = call_arguments(prompts, class_labels)
     session = pipeline.load(
-        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device
+        source,
+        run,
+        resolved,
+        call=call_arguments(prompts, class_labels),
+        scheduler=scheduler,
+        force=force,
+        device=device,
+        data=data,
     )
     packed = pipeline.finish(session)
     summary = quality.summary(session)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from quantempo.cli.common import (
+    Data,
     Device,
     Force,
     Json,
@@ -33,6 +34,7 @@ def trace(
     scheduler: Scheduler = None,
     prompts: Prompts = None,
     class_labels: Labels = None,
+    data: Data = None,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
@@ -45,12 +47,18 @@ def trace(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    call = call_arguments(prompts, class_labels)
     session = pipeline.load(
-        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device
+        source,
+        run,
+        resolved,
+        call=call_arguments(prompts, class_labels),
+        scheduler=scheduler,
+        force=force,
+        device=device,
+        data=data,
     )
-    data = pipeline.trace(session)
-    show({"trace": str(run / "trace"), "rows": len(data)}, as_json)
+    rows = len(pipeline.trace(session))
+    show({"trace": str(run / "trace"), "rows": rows}, as_json)
 
 
 def _stage(name: str, run: Any, recipe: str | None, force: bool, as_json: bool) -> None:

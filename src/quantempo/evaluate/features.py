@@ -67,7 +67,10 @@ EXTRACTORS: Registry[Callable[[Path | None, str | None], Extractor]] = Registry(
 
 
 def load_extractor(
-    name: str = "lite0", weights: str | Path | None = None, sha256: str | None = None
+    name: str = "lite0",
+    weights: str | Path | None = None,
+    sha256: str | None = None,
+    device: str = "cpu",
 ) -> Extractor:
     """Load a registered feature extractor.
 
@@ -76,24 +79,31 @@ def load_extractor(
         weights: weights file; None: the file that ships with the extractor, if one does.
         sha256: expected SHA-256 of the file, whole or at least its first 8 digits; None: that of
             the published file.
+        device: where its network is put.
 
     Raises:
         QuantempoError: unknown name, a package or the file is missing, the hash differs.
     """
-    return EXTRACTORS.get(name)(None if weights is None else Path(weights), sha256)
+    found = EXTRACTORS.get(name)(None if weights is None else Path(weights), sha256)
+    if isinstance(found.network, nn.Module):
+        found.network.to(device)
+    return found
 
 
 @torch.inference_mode()
-def extract(extractor: Extractor, images: np.ndarray, batch: int = 32) -> Features:
+def extract(
+    extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
+) -> Features:
     """Compute the features of images, batch by batch.
 
     Args:
         extractor: from `load_extractor`.
         images: (n, H, W, 3) or (n, H, W, 1) uint8; one channel is repeated.
         batch: images per call of the network.
+        device: where the extractor's network is; the scores are computed there too.
 
     Returns:
-        Features of all n images, in their order, on the CPU, float32.
+        Features of all n images, in their order, on that device, float32.
 
     Raises:
         QuantempoError: wrong shape or dtype, or no image.
@@ -108,7 +118,7 @@ def extract(extractor: Extractor, images: np.ndarray, batch: int = 32) -> Featur
     parts = []
     for start in range(0, len(images), batch):
         chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
-        parts.append(extractor.network(chunk.expand(-1, 3, -1, -1)))
+        parts.append(extractor.network(chunk.to(device).expand(-1, 3, -1, -1)))
     spatial = None
     if parts[0].spatial is not None:
         spatial = torch.cat([part.spatial for part in parts])

@@ -72,13 +72,13 @@ class _Passthrough(nn.Module):
         return features
 
 
-def _metric(module: str, name: str, width: int, **settings: Any) -> Any:
+def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
     kind = getattr(import_torchmetrics(f"torchmetrics.image.{module}"), name)
     with warnings.catch_warnings():
         # That features are kept in memory is the point here: they are there already.
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         # float64 statistics: metric states follow the features, which come in double.
-        return kind(feature=_Passthrough(width), **settings)
+        return kind(feature=_Passthrough(features.shape[1]), **settings).to(features.device)
 
 
 def _check_sets(first: Tensor, second: Tensor) -> None:
@@ -121,7 +121,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     if len(a) + len(b) < a.shape[1]:
         basis = torch.linalg.qr(torch.cat([a, b]).T).Q
         a, b = a @ basis, b @ basis
-    metric = _metric("fid", "FrechetInceptionDistance", a.shape[1])
+    metric = _metric("fid", "FrechetInceptionDistance", a)
     metric.update(a, real=True)
     metric.update(b, real=False)
     # Rounding can leave a distance of equal sets a hair below zero.
@@ -150,9 +150,7 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
     _check_sets(first, second)
     size = min(KERNEL_SUBSET, len(first), len(second))
     subsets = 1 if size == len(first) == len(second) else KERNEL_SUBSETS
-    metric = _metric(
-        "kid", "KernelInceptionDistance", first.shape[1], subsets=subsets, subset_size=size
-    )
+    metric = _metric("kid", "KernelInceptionDistance", first, subsets=subsets, subset_size=size)
     metric.update(first.double(), real=True)
     metric.update(second.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -182,7 +180,7 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None,
     if logits.ndim != 2 or len(logits) == 0:
         raise QuantempoError(f"got logits of shape {tuple(logits.shape)}; expected (n, K), n > 0")
     splits = max(1, min(10, len(logits) // IMAGES_PER_SPLIT))
-    metric = _metric("inception", "InceptionScore", logits.shape[1], splits=splits)
+    metric = _metric("inception", "InceptionScore", logits, splits=splits)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # One split has no spread; torch warns about the NaN that becomes None below.

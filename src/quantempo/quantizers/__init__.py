@@ -2,13 +2,17 @@
 
 from quantempo.quantizers.clock import CLOCK_NAME, StepClock
 from quantempo.quantizers.layers import Int12Linear, QConv2d, QLayer, QLinear
+from quantempo.quantizers.output_side import install_output_side, output_side_layers
 from quantempo.quantizers.sites import (
     SITES,
     SiteQuantizer,
     attach_sampler_site,
+    attach_scheduler_sites,
+    attach_variance_site,
     check_sites,
     find_sites,
     install_sites,
+    measured_sites,
     output_part,
 )
 from quantempo.quantizers.swap import (
@@ -31,13 +35,18 @@ __all__ = [
     "SiteQuantizer",
     "StepClock",
     "attach_sampler_site",
+    "attach_scheduler_sites",
+    "attach_variance_site",
     "check_sites",
     "fill",
     "find_clock",
     "find_sites",
     "install_clock",
+    "install_output_side",
     "install_sites",
+    "measured_sites",
     "output_part",
+    "output_side_layers",
     "quantized_layers",
     "swap_layers",
 ]

@@ -52,7 +52,9 @@ class StepClock(nn.Module):
         if t.ndim > 1:
             raise QuantempoError(f"got a time-step of shape {tuple(t.shape)}; expected () or (B,)")
         index = (t.double() * self.per_unit).round().long().clamp(0, len(self.bucket_of) - 1)
-        self.bucket = self.bucket_of[index.reshape(()) if t.numel() == 1 else index]
+        # Not by subscript: a compiled network would have to wait for the index.
+        bucket = self.bucket_of.index_select(0, index.reshape(-1))
+        self.bucket = bucket.reshape(()) if t.numel() == 1 else bucket
 
     def rows(self, table: Tensor, like: Tensor) -> Tensor:
         """Return the row of a (G,) table for the current bucket, shaped to broadcast over `like`.

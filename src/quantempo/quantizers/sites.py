@@ -2,7 +2,8 @@
 
 The paper's first study asks which of mu, Sigma and x_{t-1} may be quantized. For a network that
 predicts the noise, `eps` is its output (mu follows from it); with a learned variance the output
-has twice the channels and `sigma` is the second half, `mu` another name for the first. `x_prev` is
+has twice the channels and `sigma` is the second half, `mu` another name for the first; without one
+`sigma` is the variance that the scheduler takes from its schedule (`models.variance`). `x_prev` is
 what the scheduler returns at each step.
 """
 
@@ -16,14 +17,18 @@ from torch import Tensor, nn
 
 from quantempo.core import ACTIVATION, QParams, fake_quantize
 from quantempo.errors import QuantempoError
+from quantempo.models.variance import has_learned_variance, wrap_variance
 
 __all__ = [
     "SITES",
     "SiteQuantizer",
     "attach_sampler_site",
+    "attach_scheduler_sites",
+    "attach_variance_site",
     "check_sites",
     "find_sites",
     "install_sites",
+    "measured_sites",
     "output_part",
 ]
 
@@ -80,7 +85,13 @@ def check_sites(names: list[str] | tuple[str, ...]) -> None:
 def install_sites(denoiser: nn.Module, names: list[str] | tuple[str, ...]) -> nn.ModuleDict:
     """Add one quantizer for each named site as children of the denoiser, and the output hook.
 
-    `x_prev` acts on the scheduler: call `attach_sampler_site(pipe)` too.
+    `x_prev`, and `sigma` where the network has no learned variance, act on the scheduler: call
+    `attach_scheduler_sites` too.
+
+    Args:
+        denoiser: the network, or any module whose forward passes everything on to it and returns
+            what it returns (an output object, a tuple or a tensor).
+        names: sites, each once.
 
     Raises:
         QuantempoError: an unknown site.
@@ -94,13 +105,16 @@ def install_sites(denoiser: nn.Module, names: list[str] | tuple[str, ...]) -> nn
     def quantize_output(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        sample = output[0]
-        channels = (args[0] if args else next(iter(kwargs.values()))).shape[1]
+        sample = output if isinstance(output, Tensor) else output[0]
+        channels = _x_t(args, kwargs, sample).shape[1]
         for name, quantizer in found.items():
-            if name != "x_prev":
+            of_scheduler = name == "sigma" and sample.shape[1] != 2 * channels
+            if name != "x_prev" and not of_scheduler:
                 part = output_part(name, sample, channels)
                 sample = sample.clone()
                 sample[:, part] = quantizer(sample[:, part])
+        if isinstance(output, Tensor):
+            return sample
         if isinstance(output, tuple):
             return (sample, *output[1:])
         return type(output)(sample=sample)
@@ -108,6 +122,30 @@ def install_sites(denoiser: nn.Module, names: list[str] | tuple[str, ...]) -> nn
     if any(name != "x_prev" for name in names):
         denoiser.register_forward_hook(quantize_output, with_kwargs=True)
     return found
+
+
+def _x_t(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Return x_t among the arguments, by position or else as the one with the output's grid."""
+    if args:
+        return args[0]
+    tensors = [v for v in kwargs.values() if isinstance(v, Tensor) and v.ndim == output.ndim]
+    for value in tensors:
+        if len(value) == len(output) and value.shape[2:] == output.shape[2:]:
+            return value
+    raise QuantempoError(
+        f"got {', '.join(kwargs)} for an output of shape {tuple(output.shape)}; expected an x_t "
+        "of the same batch and size: pass it first, without a name"
+    )
+
+
+def measured_sites(names: list[str] | tuple[str, ...], denoiser: nn.Module) -> tuple[str, ...]:
+    """Return the sites whose scale is searched over a trace.
+
+    All but `sigma` of a network without a learned variance, whose values the schedule gives
+    (`models.variance.variance_grid`).
+    """
+    learned = has_learned_variance(denoiser)
+    return tuple(name for name in names if name != "sigma" or learned)
 
 
 def find_sites(denoiser: nn.Module) -> dict[str, SiteQuantizer]:
@@ -129,3 +167,36 @@ def attach_sampler_site(scheduler: Any, quantizer: SiteQuantizer) -> None:
         return result
 
     scheduler.step = quantized_step
+
+
+def attach_variance_site(scheduler: Any, quantizer: SiteQuantizer) -> None:
+    """Quantize the variance that this scheduler instance takes from its schedule (site `sigma`).
+
+    DDIM at eta = 0 multiplies it by zero, so there the images stay what they were, bit for bit.
+
+    Raises:
+        QuantempoError: a scheduler other than DDIM and DDPM.
+    """
+
+    def quantized(variance: Tensor, limit: Tensor | None) -> Tensor:
+        near = quantizer(variance.to(quantizer.scale.device)).to(variance.device)
+        # Rounded up beyond its limit, the update would take the root of a negative number; the
+        # margin is for the float32 roundings in between.
+        if limit is not None and float(near) > float(limit) * (1 - 1e-5):
+            near = near - quantizer.scale.to(near)
+        return near.clamp(min=0)
+
+    wrap_variance(scheduler, quantized)
+
+
+def attach_scheduler_sites(scheduler: Any, denoiser: nn.Module) -> None:
+    """Attach the installed sites of `denoiser` that act on the scheduler instance.
+
+    Raises:
+        QuantempoError: see `attach_variance_site`.
+    """
+    sites = find_sites(denoiser)
+    if "x_prev" in sites:
+        attach_sampler_site(scheduler, sites["x_prev"])
+    if "sigma" in sites and not has_learned_variance(denoiser):
+        attach_variance_site(scheduler, sites["sigma"])

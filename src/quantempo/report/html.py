@@ -7,13 +7,34 @@ of the files of a run folder.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from quantempo.errors import QuantempoError
 from quantempo.report.pictures import write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
 from quantempo.runs import RunFolder, atomic_path
 
-__all__ = ["render"]
+__all__ = ["load_template", "render"]
+
+
+def load_template(name: str) -> Any:
+    """Return a template of this package; text is escaped, an unknown variable is an error.
+
+    Raises:
+        QuantempoError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise QuantempoError("the report needs jinja2; pip install 'quantempo[report]'") from error
+    environment = Environment(
+        loader=PackageLoader("quantempo.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def render(run_path: str | Path) -> Path:
@@ -30,24 +51,13 @@ def render(run_path: str | Path) -> Path:
     run = RunFolder(run_path)
     if not run.path.is_dir():
         raise QuantempoError(f"no run folder {run.path}; pass the folder of a run (--run)")
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise QuantempoError("the report needs jinja2; pip install 'quantempo[report]'") from error
+    page = load_template("report.html.j2")
     sections = []
     for name, title, build in SECTIONS:
         try:
             sections.append({"id": name, "title": title, "blocks": build(run), "absent": ""})
         except NotRunError as reason:
             sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
-    environment = Environment(
-        loader=PackageLoader("quantempo.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2")
     # Resolved, so that a run given as "." still has a name.
     text = page.render(name=run.path.resolve().name, sections=sections)
     target = run / "report.html"

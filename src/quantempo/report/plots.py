@@ -17,15 +17,29 @@ import numpy as np
 from quantempo.errors import QuantempoError
 
 __all__ = [
+    "ACCENT",
+    "FLOAT",
+    "INDIGO",
+    "INK",
+    "INT8",
+    "MUTED",
+    "OCHRE",
+    "RULE",
+    "VARIABLES",
     "Activation",
     "activation_boxes",
     "activation_densities",
+    "bare",
     "bars",
     "layer_bars",
+    "legend_above",
+    "new_figure",
     "quantiles",
     "scale_curves",
     "step_curve",
+    "time_axis",
     "time_law",
+    "trim",
 ]
 
 # Colours stand for variables of the page, so that figures follow its light and dark themes.
@@ -75,7 +89,7 @@ SHOWN = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
 @contextmanager
-def _figure(rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+def new_figure(rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
     """Yield a figure and its (rows, columns) axes; their SVG is in `figure.svg` afterwards."""
     try:
         import matplotlib
@@ -108,19 +122,20 @@ def _inline(svg: str) -> str:
     return svg
 
 
-def _time_axis(axis: Any, last: float) -> None:
+def time_axis(axis: Any, last: float) -> None:
     """Let time run as sampling does: noise on the left, the image on the right."""
     axis.set_xlim(last, 0)
     axis.set_xlabel("training time-step t   (noise → image)")
 
 
-def _legend(axis: Any, columns: int) -> None:
+def legend_above(axis: Any, columns: int) -> None:
     """Put the legend above the axes, at the right end of the title's line."""
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.1,
                 columnspacing=1.4, handlelength=1.4)  # fmt: skip
 
 
-def _bare(axis: Any, grid: str) -> None:
+def bare(axis: Any, grid: str) -> None:
+    """Leave the axes with labels and the grid lines of one direction, "x" or "y"."""
     axis.grid(visible=False, axis="x" if grid == "y" else "y")
     axis.tick_params(length=0, pad=5)
 
@@ -141,7 +156,7 @@ def time_law(
         steps: of the traced sampler.
         num_train_timesteps: T.
     """
-    with _figure(1, 2, 2.6) as (figure, axes):
+    with new_figure(1, 2, 2.6) as (figure, axes):
         left, right = axes[0]
         counts = np.bincount(drawn, minlength=steps) / max(1, len(drawn))
         left.bar(np.arange(steps), counts, width=0.86, color=INT8, label="drawn")
@@ -158,13 +173,13 @@ def time_law(
         left.set_xlabel("step of the sampler   (noise → image)")
         left.set_title("share of the calibration set at each step")
         left.xaxis.get_major_locator().set_params(integer=True)
-        _legend(left, 2)
+        legend_above(left, 2)
         if actual is not None:
             right.hist(actual, bins=np.linspace(0, num_train_timesteps, 51), color=FLOAT)
-        _time_axis(right, num_train_timesteps)
+        time_axis(right, num_train_timesteps)
         right.set_title("inputs recorded, by the t the network received")
         for axis in (left, right):
-            _bare(axis, "y")
+            bare(axis, "y")
     return figure.svg
 
 
@@ -197,7 +212,7 @@ def quantiles(counts: np.ndarray, lo: float, hi: float, shares: Sequence[float])
 
 def activation_boxes(layers: Sequence[Activation]) -> str:
     """Draw boxplots over time: box 25-75 %, whiskers 1-99 %, dots the extremes, band the window."""
-    with _figure(-(-len(layers) // 2), 2, 2.35 * -(-len(layers) // 2)) as (figure, axes):
+    with new_figure(-(-len(layers) // 2), 2, 2.35 * -(-len(layers) // 2)) as (figure, axes):
         for axis, layer in zip(axes.flat, layers, strict=False):
             filled = np.flatnonzero(layer.hist.sum(axis=1) > 0)
             centres = (layer.time_edges[:-1] + layer.time_edges[1:]) / 2
@@ -225,16 +240,16 @@ def activation_boxes(layers: Sequence[Activation]) -> str:
                 t = np.arange(len(layer.window))
                 for end in layer.window.T:
                     axis.step(t, end, where="post", color=ACCENT, linewidth=1.1)
-            _time_axis(axis, float(layer.time_edges[-1]))
+            time_axis(axis, float(layer.time_edges[-1]))
             axis.set_title(layer.label)
-            _bare(axis, "y")
-        _trim(axes, len(layers))
+            bare(axis, "y")
+        trim(axes, len(layers))
     return figure.svg
 
 
 def activation_densities(layers: Sequence[Activation]) -> str:
     """Draw each layer's distribution as densities near the noise, half way, and near the image."""
-    with _figure(-(-len(layers) // 2), 2, 2.1 * -(-len(layers) // 2)) as (figure, axes):
+    with new_figure(-(-len(layers) // 2), 2, 2.1 * -(-len(layers) // 2)) as (figure, axes):
         for axis, layer in zip(axes.flat, layers, strict=False):
             bins = len(layer.hist[0])
             merged = layer.hist.reshape(len(layer.hist), -1, max(1, bins // 128)).sum(axis=2)
@@ -255,14 +270,15 @@ def activation_densities(layers: Sequence[Activation]) -> str:
             axis.set_yscale("log")
             axis.set_title(layer.label)
             axis.minorticks_off()
-            _bare(axis, "y")
+            bare(axis, "y")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3)
-        _trim(axes, len(layers))
+        trim(axes, len(layers))
     return figure.svg
 
 
-def _trim(axes: Any, used: int) -> None:
+def trim(axes: Any, used: int) -> None:
+    """Remove the axes beyond the first `used`."""
     for axis in list(axes.flat)[used:]:
         axis.remove()
 
@@ -276,7 +292,7 @@ def scale_curves(scales: Sequence[tuple[str, np.ndarray]], bucket_of: np.ndarray
     """
     t = np.arange(len(bucket_of))
     centres = np.array([t[bucket_of == bucket].mean() for bucket in range(bucket_of.max() + 1)])
-    with _figure(1, 1, 2.6) as (figure, axes):
+    with new_figure(1, 1, 2.6) as (figure, axes):
         axis, seen = axes[0, 0], set[str]()
         for edge in np.flatnonzero(np.diff(bucket_of)) + 1:
             axis.axvline(edge, color=RULE, linewidth=1)
@@ -287,16 +303,16 @@ def scale_curves(scales: Sequence[tuple[str, np.ndarray]], bucket_of: np.ndarray
                       label=None if role in seen else role)  # fmt: skip
             seen.add(role)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        _time_axis(axis, len(bucket_of))
+        time_axis(axis, len(bucket_of))
         axis.set_title("activation scale in each time bucket, relative to the layer's own mean")
-        _legend(axis, 6)
-        _bare(axis, "y")
+        legend_above(axis, 6)
+        bare(axis, "y")
     return figure.svg
 
 
 def layer_bars(values: Sequence[float], roles: Sequence[str], marked: Sequence[int]) -> str:
     """Draw one bar per layer in network order, coloured by role, the marked ones numbered."""
-    with _figure(1, 1, 2.7) as (figure, axes):
+    with new_figure(1, 1, 2.7) as (figure, axes):
         axis, heights = axes[0, 0], np.asarray(values, dtype=float)
         of_role = np.asarray(roles)
         for role in dict.fromkeys(roles):
@@ -309,14 +325,14 @@ def layer_bars(values: Sequence[float], roles: Sequence[str], marked: Sequence[i
         axis.set_xticks([])
         axis.set_xlabel("layers in the order of the network")
         axis.set_title("SQNR of the layer's output on the float model's input, dB")
-        _legend(axis, 6)
-        _bare(axis, "y")
+        legend_above(axis, 6)
+        bare(axis, "y")
     return figure.svg
 
 
 def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str:
     """Draw the SQNR of the noise prediction over time."""
-    with _figure(1, 1, 2.5) as (figure, axes):
+    with new_figure(1, 1, 2.5) as (figure, axes):
         axis = axes[0, 0]
         axis.plot(t, sqnr_db, color=INT8, linewidth=1.6, marker="o", markersize=2.6)
         low = int(np.argmin(sqnr_db))
@@ -325,8 +341,8 @@ def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str
                       ha="left" if t[low] > last / 2 else "right")  # fmt: skip
         axis.margins(y=0.22)
         axis.set_title("SQNR of the predicted noise on the same inputs, dB")
-        _time_axis(axis, last)
-        _bare(axis, "y")
+        time_axis(axis, last)
+        bare(axis, "y")
     return figure.svg
 
 
@@ -338,7 +354,7 @@ def bars(rows: Sequence[tuple[str, float, str, bool]], title: str) -> str:
         title: with the unit.
     """
     height = 0.34 + 0.26 * len(rows)
-    with _figure(1, 1, height) as (figure, axes):
+    with new_figure(1, 1, height) as (figure, axes):
         axis = axes[0, 0]
         # A fixed frame: bars of several charts below each other start on one line.
         figure.set_layout_engine("none")

@@ -33,6 +33,13 @@ def bin_centers(edges: Tensor, bins: int) -> Tensor:
 
 def _rows(x: Tensor, time_bin: int | Tensor, time_bins: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (k, samples in time bin k), sample by sample where a batch mixes time bins."""
+    each = _numbers(x, time_bin, time_bins)
+    if x.numel():
+        yield from zip(each, x if len(set(each)) > 1 else [x], strict=False)
+
+
+def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
+    """Return the time bin of every sample, or one for all."""
     if isinstance(time_bin, Tensor) and time_bin.ndim == 1 and len(time_bin) > 1:
         if len(time_bin) != len(x):
             raise QuantempoError(
@@ -43,8 +50,7 @@ def _rows(x: Tensor, time_bin: int | Tensor, time_bins: int) -> Iterator[tuple[i
         each = [int(time_bin)]
     if not all(0 <= k < time_bins for k in each):
         raise QuantempoError(f"got time bins {sorted(set(each))}; expected 0 to {time_bins - 1}")
-    if x.numel():
-        yield from zip(each, x if len(set(each)) > 1 else [x], strict=False)
+    return each
 
 
 def _check_same(ours: object, theirs: object, what: str) -> None:
@@ -78,15 +84,26 @@ class MinMax:
         Raises:
             QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
+        if not _on_host(x) and x.numel():
+            # One wait for the device, not one a sample.
+            each = _numbers(x, time_bin, self.range.shape[1])
+            found = torch.stack(x.flatten(1).aminmax(dim=1), 1).float().cpu()
+            for k in set(each):
+                mine = found if len(each) == 1 else found[[i for i, j in enumerate(each) if j == k]]
+                self._widen(segment, k, torch.stack([mine[:, 0].min(), mine[:, 1].max()]))
+            return
         for k, values in _rows(x, time_bin, self.range.shape[1]):
             ends = torch.stack([torch.stack(piece.aminmax()) for piece in _pieces(values)])
-            seen = torch.stack([ends[:, 0].min(), ends[:, 1].max()]).float().cpu()
-            if not bool(seen.isfinite().all()):
-                raise QuantempoError(
-                    "got NaN or infinity in an activation; the float model must run without them"
-                )
-            row = self.range[segment, k]
-            row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
+            self._widen(segment, k, torch.stack([ends[:, 0].min(), ends[:, 1].max()]).float())
+
+    def _widen(self, segment: int, k: int, seen: Tensor) -> None:
+        """Take the smallest and largest value (2,) of some samples into a row."""
+        if not bool(seen.isfinite().all()):
+            raise QuantempoError(
+                "got NaN or infinity in an activation; the float model must run without them"
+            )
+        row = self.range[segment, k]
+        row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
 
     def merge(self, other: MinMax) -> None:
         """Take in what another accumulator of the same shape saw."""
@@ -159,8 +176,15 @@ class Histogram:
         Raises:
             QuantempoError: NaN, values further outside, a time bin out of range.
         """
-        bins = self.counts.shape[-1]
+        time_bins, bins = self.counts.shape[1:]
         lo, hi = self.edges[segment].tolist()
+        each = _numbers(x, time_bin, time_bins)
+        if not _on_host(x) and len(set(each)) > 1:
+            # One wait for the device, not one a sample: every time bin gets bins of its own.
+            first = torch.tensor(each, dtype=torch.int32, device=x.device)[:, None] * bins
+            counts = _count(x.flatten(1), lo, hi, bins, first, time_bins)
+            self.counts[segment] += counts.reshape(time_bins, bins)
+            return
         for k, values in _rows(x, time_bin, self.counts.shape[1]):
             self.counts[segment, k] += _count(values, lo, hi, bins)
 
@@ -183,9 +207,13 @@ class Histogram:
         return new
 
 
+def _on_host(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
 def _pieces(values: Tensor) -> Iterator[Tensor]:
     """Yield all elements in flat pieces, in an order that costs no copy of the whole."""
-    if values.device.type != "cpu":
+    if not _on_host(values):
         yield from values.flatten().split(DEVICE_PIECE)
         return
     # The order does not matter, so walk along memory (channels_last, transposed inputs).
@@ -197,14 +225,32 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
         yield from part.flatten().split(CPU_PIECE)
 
 
-def _count(values: Tensor, lo: float, hi: float, bins: int) -> Tensor:
-    """Return the (bins,) int64 counts of `values`: bin floor((v - lo) * bins / (hi - lo))."""
-    counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
+def _count(
+    values: Tensor,
+    lo: float,
+    hi: float,
+    bins: int,
+    first: Tensor | None = None,
+    tables: int = 1,
+) -> Tensor:
+    """Return (tables * bins,) int64 counts: bin floor((v - lo) * bins / (hi - lo)), plus `first`.
+
+    Args:
+        values: any shape; (B, n) with `first`.
+        first: (B, 1) int32 first bin of each row's own table, None for one table.
+    """
+    counts = torch.zeros(tables * bins, dtype=torch.int64, device=values.device)
     slack = (hi - lo) / bins + 1e-6 * max(abs(lo), abs(hi))
     # In float32 the factor or the difference would overflow for the extreme ranges.
     dtype = torch.float32 if 1e-30 < hi - lo < 1e38 else torch.float64
     factor = bins / (hi - lo) if hi > lo else 0.0
-    for piece in _pieces(values):
+    pairs: Iterator[tuple[Tensor, Tensor | None]]
+    if first is None:
+        pairs = ((piece, None) for piece in _pieces(values))
+    else:
+        rows = max(1, DEVICE_PIECE * len(values) // max(1, values.numel()))
+        pairs = zip(values.split(rows), first.split(rows), strict=True)
+    for piece, start in pairs:
         least, most = (float(v) for v in piece.aminmax())
         # Written so that NaN is refused as well.
         if not (least >= lo - slack and most <= hi + slack):
@@ -214,5 +260,8 @@ def _count(values: Tensor, lo: float, hi: float, bins: int) -> Tensor:
             )
         place = piece.to(dtype).sub(lo).mul_(factor).clamp_(0, bins - 1)
         # int32: the narrowest type that holds any number of bins; int64 is slower to count.
-        counts += torch.bincount(place.to(torch.int32), minlength=bins)
+        index = place.to(torch.int32)
+        if start is not None:
+            index = index.add_(start).flatten()
+        counts += torch.bincount(index, minlength=len(counts))
     return counts.cpu()

@@ -1,0 +1,143 @@
+"""What a study is made of: samplers, rows of a table, and their cells, which are jobs (layer L5).
+
+A row is what a table prints in one line; a cell is one of its repetitions with its own calibration
+seed and image seeds. Cells hold settings only, and equal settings are one cell whichever table
+asks. What runs them is in `run_cell`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantempo.recipe import Recipe
+
+__all__ = ["Cell", "Row", "Sampler"]
+
+# Raised when the meaning of a result file changes.
+FORMAT = 1
+_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++", "euler": "Euler"}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler's name in `SCHEDULERS`, its number of steps and, for DDIM, its share of noise."""
+
+    name: str = "ddim"
+    steps: int = 100
+    eta: float = 0.0
+
+    def __str__(self) -> str:
+        eta = f", eta {self.eta:g}" if self.eta else ""
+        return f"{_NAMES.get(self.name, self.name)} {self.steps}{eta}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One job.
+
+    sampler: that makes the images; recipe: that makes the integers, None for the float model;
+    calibrated: sampler of the calibration trace; graph: "input" (quantizers where integer kernels
+    need them), "output" (where the released program had them) or "float" (no layer, only sites);
+    sites: of those the recipe calibrates, the ones that are on; repetition: which seeds;
+    images: how many.
+    """
+
+    sampler: Sampler
+    recipe: Recipe | None
+    calibrated: Sampler
+    graph: str
+    sites: tuple[str, ...]
+    repetition: int
+    images: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings in JSON types, without the recipe's name."""
+        values = asdict(self)
+        if self.recipe is not None:
+            values["recipe"] = {k: v for k, v in self.recipe.to_dict().items() if k != "name"}
+        return values
+
+    @property
+    def cost(self) -> int:
+        """Calls of the network for one image times images: what its time is proportional to."""
+        return self.images * self.sampler.steps
+
+    def key(self, model: str) -> str:
+        """Return the name of the result: a hash of the settings and of what all cells share."""
+        return _hash([FORMAT, model, self.describe()])
+
+    def calibration(self) -> tuple[Recipe, Sampler, str, int] | None:
+        """Return what decides its integers, None for the float model."""
+        if self.recipe is None:
+            return None
+        side = "output" if self.graph == "output" else "input"
+        return self.recipe, self.calibrated, side, self.repetition
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: see `Cell`; label and group say where it stands, images count once."""
+
+    label: str
+    sampler: Sampler
+    images: int
+    recipe: Recipe | None = None
+    calibrated: Sampler | None = None
+    graph: str = "input"
+    sites: tuple[str, ...] = ()
+    group: str = ""
+    law: str = ""
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self, seeds: int) -> list[Cell]:
+        """Return the repetitions of this row; `images` is divided among them, rounded up."""
+        share = -(-self.images // seeds)
+        under = self.calibrated or self.sampler
+        return [
+            Cell(self.sampler, self.recipe, under, self.graph, self.sites, r, share)
+            for r in range(seeds)
+        ]
+
+    def columns(self) -> dict[str, Any]:
+        """Return what the table says of this row besides the results."""
+        trace = self.recipe.trace if self.recipe else None
+        quantized = self.recipe is not None and self.graph != "float"
+        return {
+            "label": self.label,
+            "group": self.group,
+            "bits": _bits(self.recipe) if quantized and self.recipe else "float",
+            "law": _law(self.recipe) if self.recipe else None,
+            "metric": _metric(self.recipe) if self.recipe else None,
+            "samples": trace.chains * trace.picks if trace else None,
+            "source": trace.source + (", legacy pairs" if trace.legacy_pairing else "")
+            if trace
+            else None,
+            "sampler": str(self.sampler),
+            "calibrated": str(self.calibrated or self.sampler) if self.recipe else None,
+            "graph": self.graph,
+            "sites": list(self.sites),
+            "recipe": self.recipe.name if self.recipe else None,
+        }
+
+
+def _bits(recipe: Recipe) -> str:
+    return f"W{recipe.weights.bits}A{recipe.activations.bits}"
+
+
+def _law(recipe: Recipe) -> str:
+    arguments = recipe.trace.time_sampler_args
+    text = ", ".join(f"{key} {value:g}" for key, value in arguments.items())
+    return recipe.trace.time_sampler + (f" ({text})" if text else "")
+
+
+def _metric(recipe: Recipe) -> str:
+    name = recipe.activations.metric
+    return f"{name} {recipe.activations.p:g}" if name == "lp" else name
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -1,0 +1,247 @@
+"""A whole study: plan, run, summarize, write tables, page and text (layer L5)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quantempo.bench import machine
+from quantempo.errors import QuantempoError
+from quantempo.recipe import Recipe
+from quantempo.report.study_page import render_study
+from quantempo.report.study_plots import write_plots
+from quantempo.runs import RunFolder, atomic_path
+from quantempo.study import items as _items  # noqa: F401  (registers the studies)
+from quantempo.study.base import STUDIES, Plan
+from quantempo.study.cells import Row, Sampler
+from quantempo.study.results import Found, rows_csv, summarize
+from quantempo.study.run_cell import pooled
+from quantempo.study.runner import World, run_cells
+from quantempo.study.text import study_text
+from quantempo.study.tools import Settings, Tools
+from quantempo.version import __version__
+
+__all__ = ["make_plan", "study"]
+
+log = logging.getLogger("quantempo")
+
+FULL = (("ddim", 50), ("ddim", 100), ("ddim", 250), ("ddpm", 1000), ("dpm++", 20), ("euler", 30))
+SMALL = (("ddim", 5), ("ddim", 10), ("ddim", 20), ("ddpm", 40), ("dpm++", 5), ("euler", 8))
+
+
+def make_plan(
+    recipe: str | Recipe = "ptq4dm",
+    *,
+    images: int | None = None,
+    few: int | None = None,
+    seeds: int = 3,
+    small: bool = False,
+) -> Plan:
+    """Return the scale of a study.
+
+    Args:
+        recipe: what every row varies by one thing.
+        images: of each row of T3, and of T5 under the main sampler; default 10,000 (small: 12).
+        few: of every other row; default a sixth of `images`.
+        seeds: repetitions of each row.
+        small: fewer steps and inputs, for a look on a CPU.
+
+    Raises:
+        QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
+    """
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    images = images or (12 if small else 10_000)
+    few = min(images, few or max(images // 6, min(images, 4 * seeds)))
+    if seeds < 1 or few < 2 * seeds:
+        raise QuantempoError(
+            f"got {images} images ({few} for the smaller tables) for {seeds} seeds; expected at "
+            f"least {2 * seeds}: distances of image sets need two images a seed"
+        )
+    samplers = tuple(Sampler(name, steps) for name, steps in (SMALL if small else FULL))
+    return Plan(
+        recipe=base,
+        ours=Recipe.load("w8a8"),
+        sampler=samplers[1],
+        samplers=samplers,
+        images=images,
+        few=few,
+        samples=16 if small else 256,
+        sizes=(8, 16) if small else (256, 1024),
+        seeds=seeds,
+    )
+
+
+def study(
+    settings: Settings,
+    plan: Plan,
+    *,
+    only: tuple[str, ...] = (),
+    minutes: float | None = None,
+    force: bool = False,
+) -> Path:
+    """Run the studies and return the page `study.html` in the output folder.
+
+    A killed run resumes: cells that are finished are not run again. Under torchrun the cells are
+    shared among its processes, with the same results as in one.
+
+    Args:
+        settings: model, data, folder, device.
+        plan: the scale.
+        only: names of studies; () for all.
+        minutes: start no cell after that long.
+        force: take over a folder that holds a study of another model or data.
+
+    Raises:
+        QuantempoError: unknown study, a folder with something else in it, or what `Tools` raises.
+    """
+    chosen = [STUDIES.get(name) for name in only or STUDIES.names()]
+    out, world = RunFolder(settings.out), World()
+    _check_folder(out)
+    start = time.perf_counter()
+    settings = replace(settings, device=world.device(settings.device))
+    tools = Tools(settings)
+    _check_owner(out, tools, force)
+    world.wait()
+    if world.rank == 0:
+        out.write_json("study.json", _about(tools, plan, [s.name for s in chosen]))
+    rows = [(item.name, row) for item in chosen for row in item.rows(plan)]
+    run_cells(tools, rows, plan.seeds, world, minutes)
+    if world.rank == 0:
+        _summarize(tools, plan, chosen, out, time.perf_counter() - start)
+    world.wait()
+    world.close()
+    return out / "study.html"
+
+
+def _check_folder(out: RunFolder) -> None:
+    if out.path.is_file() or (out.foreign() and not out.has("study.json")):
+        raise QuantempoError(f"{out.path} is not empty and no study; choose another --out folder")
+
+
+def _check_owner(out: RunFolder, tools: Tools, force: bool) -> None:
+    if not out.has("study.json") or force:
+        return
+    before = out.read_json("study.json")
+    if before["identity"] != tools.identity:
+        raise QuantempoError(
+            f"{out.path} holds a study of another model, data or precision "
+            f"({before['model']['path']}); choose another --out folder, or --force to use it"
+        )
+
+
+def _about(tools: Tools, plan: Plan, chosen: list[str]) -> dict[str, Any]:
+    settings = asdict(tools.settings)
+    data = {
+        "source": settings.pop("data") or "the float model's own images of other seeds (DDIM 10)",
+        "images": len(tools.data),
+    }
+    source, out = settings.pop("source"), settings.pop("out")
+    settings |= {
+        "recipe": plan.recipe.name,
+        "compared_with": plan.ours.name,
+        "sampler": str(plan.sampler),
+        "images": plan.images,
+        "images_other": plan.few,
+        "seeds": plan.seeds,
+        "calibration_inputs": plan.samples,
+    }
+    return {
+        "name": Path(out).name,
+        "identity": tools.identity,
+        "model": {
+            "path": Path(source).name,
+            "class": type(tools.denoiser).__name__,
+            "parameters": sum(p.numel() for p in tools.denoiser.parameters()),
+            "sha256": tools.digest,
+        },
+        "data": data,
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "machine": machine(),
+        "versions": {"quantempo": __version__, "torch": version("torch")},
+        "items": chosen,
+        "not_run": [],
+        "failed": [],
+        "seconds": 0.0,
+    }
+
+
+def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spent: float) -> None:
+    """Write what follows from the cells that are there: tables, plots, page, text."""
+    about = out.read_json("study.json") | {"seconds": round(spent, 1)}
+    for item in chosen:
+        rows = item.rows(plan)
+        cells = {(row.group, row.label): _results(tools, out, row, plan.seeds) for row in rows}
+        _note_missing(about, tools, out, item.name, rows, cells, plan.seeds)
+        table = []
+        for row in rows:
+            line = summarize(row, cells[row.group, row.label])
+            if line["seeds"]:
+                line["pooled"] = pooled(tools, row.cells(plan.seeds))
+            table.append(line)
+        try:
+            extra = item.extra(plan, tools)
+        except QuantempoError as error:
+            about["failed"].append({"item": item.name, "row": "figure", "error": str(error)})
+            extra = {}
+        found = Found(rows, cells)
+        claims = [*item.claims(found), *extra.pop("claims", [])]
+        out.write_json(
+            f"items/{item.name}.json",
+            {
+                "name": item.name,
+                "title": item.title,
+                "question": item.question,
+                "reading": _reading(claims),
+                "paper": item.paper.to_dict() if item.paper else None,
+                "rows": table,
+                "claims": claims,
+                "extra": extra,
+            },
+        )
+        if table:
+            with atomic_path(out / f"items/{item.name}.csv") as temporary:
+                temporary.write_text(rows_csv(table))
+    out.write_json("study.json", about)
+    write_plots(out.path)
+    with atomic_path(out / "study.md") as temporary:
+        temporary.write_text(study_text(out.path))
+    render_study(out.path)
+
+
+def _results(tools: Tools, out: RunFolder, row: Row, seeds: int) -> list[dict[str, Any] | None]:
+    names = [f"cells/{cell.key(tools.identity)}.json" for cell in row.cells(seeds)]
+    return [out.read_json(name) if out.has(name) else None for name in names]
+
+
+def _note_missing(
+    about: dict[str, Any],
+    tools: Tools,
+    out: RunFolder,
+    item: str,
+    rows: list[Row],
+    cells: dict[tuple[str, str], list[dict[str, Any] | None]],
+    seeds: int,
+) -> None:
+    for row in rows:
+        label = f"{row.group}: {row.label}" if row.group else row.label
+        for cell, result in zip(row.cells(seeds), cells[row.group, row.label], strict=True):
+            if result is not None:
+                continue
+            name = f"cells/{cell.key(tools.identity)}.failed.json"
+            entry = {"item": item, "row": f"{label}, seed {cell.repetition}"}
+            if out.has(name):
+                about["failed"].append(entry | {"error": out.read_json(name)["error"]})
+            else:
+                about["not_run"].append(entry | {"reason": "not started"})
+
+
+def _reading(claims: list[dict[str, Any]]) -> str:
+    count: dict[str, int] = {}
+    for claim in claims:
+        count[claim["verdict"]] = count.get(claim["verdict"], 0) + 1
+    return ", ".join(f"{number} {verdict}" for verdict, number in count.items())

@@ -1,0 +1,179 @@
+"""Turn the cells of a study into rows with spreads, and claims into verdicts (layer L5).
+
+Seeds pair: repetition r of every row has the same calibration seed and image seeds, so two rows
+are compared by the differences of their repetitions, in which what a seed brings to both cancels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantempo.study.cells import Row
+
+__all__ = ["MEASURES", "Found", "mean_interval", "rows_csv", "summarize"]
+
+# Name -> whether more is better.
+MEASURES = {
+    "psnr_db": True,
+    "ssim": True,
+    "sqnr_db": True,
+    "fed_float": False,
+    "fed_data": False,
+    "sfed_data": False,
+    "kid_data": False,
+    "is": True,
+}
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table the normal law's.
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return (mean, half width of its 95 % interval) of independent, roughly normal values.
+
+    half = t_{0.975, n - 1} std / sqrt(n); infinite for one value.
+    """
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.inf
+    t = _T975[n - 2] if n - 2 < len(_T975) else 1.96 * (1 + 2.42 / (2 * n))
+    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+class Found:
+    """The results of one item's rows.
+
+    Args:
+        rows: of the item.
+        cells: (group, label) -> one result per repetition, None where it failed or was not run.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], cells: Mapping[tuple[str, str], Sequence[dict[str, Any] | None]]
+    ) -> None:
+        self.rows = rows
+        self.cells = cells
+
+    def values(self, label: str, measure: str, group: str = "") -> dict[int, float]:
+        """Return repetition -> value, of those that have one."""
+        found = self.cells.get((group, label), ())
+        return {r: c[measure] for r, c in enumerate(found) if c and c.get(measure) is not None}
+
+    def mean(self, label: str, measure: str, group: str = "") -> float | None:
+        """Return the mean over repetitions, or None."""
+        values = self.values(label, measure, group)
+        return float(np.mean(list(values.values()))) if values else None
+
+    def best(self, labels: Sequence[str], measure: str, group: str = "") -> str | None:
+        """Return the label with the best mean, or None if nothing was run."""
+        known = {x: m for x in labels if (m := self.mean(x, measure, group)) is not None}
+        sign = 1 if MEASURES[measure] else -1
+        return max(known, key=lambda x: sign * known[x]) if known else None
+
+    def compare(
+        self, first: tuple[str, str], second: tuple[str, str], measure: str
+    ) -> tuple[str, str]:
+        """Compare two rows, each (group, label), by the differences of their repetitions.
+
+        Returns:
+            (word, detail): word is "better" or "worse" (of the first, where the 95 % interval of
+            the mean difference leaves out zero: 5 % false alarms), "tie", or "not run".
+        """
+        a, b = (self.values(label, measure, group) for group, label in (first, second))
+        both = sorted(set(a) & set(b))
+        if not both:
+            return "not run", f"{measure}: not run"
+        difference, half = mean_interval([a[r] - b[r] for r in both])
+        means = tuple(_form(float(np.mean([x[r] for r in both]))) for x in (a, b))
+        text = f"{measure} {means[0]} against {means[1]} (difference {_form(difference, sign=True)}"
+        text += f" ± {_form(half)})" if math.isfinite(half) else ", one seed)"
+        if not math.isfinite(half) or abs(difference) <= half:
+            return "tie", text
+        return ("better" if (difference > 0) == MEASURES[measure] else "worse"), text
+
+    def judge(
+        self,
+        text: str,
+        paper: str,
+        first: tuple[str, str],
+        second: tuple[str, str],
+        measures: Sequence[str] = ("fed_data", "psnr_db"),
+        *,
+        claim: str = "better",
+    ) -> dict[str, Any]:
+        """Judge the claim that the first row is "better" (or "no worse") than the second.
+
+        Every measure votes; "tie" gives way to a vote. "mixed" when votes contradict each other.
+        """
+        found = [self.compare(first, second, measure) for measure in measures]
+        votes = {word for word, _ in found} - {"tie", "not run"}
+        if all(word == "not run" for word, _ in found):
+            verdict = "not run"
+        elif len(votes) > 1:
+            verdict = "mixed"
+        elif claim == "no worse":
+            verdict = "refuted" if votes == {"worse"} else "confirmed"
+        else:
+            verdict = {"better": "confirmed", "worse": "refuted"}.get(*votes) if votes else "tie"
+        detail = "; ".join(part for word, part in found if word != "not run")
+        return {"text": text, "paper": paper, "verdict": verdict, "detail": detail}
+
+
+def summarize(row: Row, cells: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """Return the JSON of one row: its columns, mean and std of every measure, a mean curve."""
+    done = [cell for cell in cells if cell]
+    result = row.columns() | {
+        "images": sum(cell["images"] for cell in done),
+        "seeds": len(done),
+        "failed": len(cells) - len(done),
+        "float_layers": done[0]["float_layers"] if done else None,
+        "picture": next((cell["picture"] for cell in done if cell["picture"]), None),
+        "pooled": None,
+        "curve": _curve([cell["curve"] for cell in done if cell["curve"]]),
+        "seconds": round(sum(cell["seconds"] for cell in done), 1),
+        **row.note,
+    }
+    for measure in MEASURES:
+        values = [cell[measure] for cell in done if cell.get(measure) is not None]
+        result[measure] = _spread(values) if values else None
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "values": values}
+
+
+def _curve(curves: list[dict[str, list[float]]]) -> dict[str, Any] | None:
+    if not curves:
+        return None
+    table = np.array([curve["sqnr_db"] for curve in curves])
+    std = table.std(axis=0, ddof=1).tolist() if len(curves) > 1 else None
+    return {"t": curves[0]["t"], "sqnr_db": table.mean(axis=0).tolist(), "std": std}
+
+
+def rows_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of an item as CSV text, mean and std of each measure in two columns."""
+    plain = [key for key in rows[0] if key not in (*MEASURES, "curve", "picture", "pooled")]
+    head = [*plain, *(f"{m}_{end}" for m in MEASURES for end in ("mean", "std"))]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(head)
+    for row in rows:
+        cells = ["+".join(row[k]) if isinstance(row[k], list) else row[k] for k in plain]
+        for measure in MEASURES:
+            value = row[measure] or {"mean": None, "std": None}
+            cells += [value["mean"], value["std"]]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return stream.getvalue()
+
+
+def _form(value: float, sign: bool = False) -> str:
+    digits = 2 if abs(value) < 1000 else 0
+    digits = 4 if 0 < abs(value) < 0.1 else digits
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"

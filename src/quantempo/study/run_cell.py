@@ -1,0 +1,168 @@
+"""Run one cell: calibrate, sample, measure (layer L5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from quantempo.calibrate.dataset import TraceSet
+from quantempo.evaluate import compare_sets, eps_sqnr, psnr_db, ssim
+from quantempo.evaluate.features import Features
+from quantempo.evaluate.fidelity import SQNR_CAP_DB
+from quantempo.evaluate.scores import frechet_distance, score_set
+from quantempo.pipeline import per_unit
+from quantempo.quantizers import attach_scheduler_sites
+from quantempo.quantizers.plan import plan_layers
+from quantempo.runs import atomic_path, read_tensors
+from quantempo.study.cells import Cell
+from quantempo.study.networks import Frontend
+from quantempo.study.tools import IMAGES, STRIDE, Tools
+
+__all__ = ["pooled", "run_cell"]
+
+# Images in the strip that a cell leaves for looking.
+SHOWN = 8
+# Fewer images than this are not pooled over seeds.
+POOLED_FROM = 1000
+
+
+def run_cell(tools: Tools, cell: Cell, seeds: int) -> dict[str, Any]:
+    """Return the results of a cell as JSON types; writes its strip of images and its features.
+
+    psnr_db, ssim: mean over pairs of images; identical: share of images equal in every bit;
+    sqnr_db: mean over steps of the SQNR of the network's output on float trajectories; fed_float:
+    Frechet distance to the float images of the same seeds (for the float model: of the next
+    repetition's, the distance that other seeds alone make); fed_data, sfed_data, kid_data: to the
+    reference images; is: the score of the images alone.
+    """
+    start = time.perf_counter()
+    exact = tools.float_images(cell.sampler, cell.repetition, cell.images)
+    key = cell.key(tools.identity)
+    result: dict[str, Any] = {"images": len(exact), "curve": None}
+    if cell.recipe is None:
+        images, result["float_layers"] = exact, len(tools.networks.sites)
+    else:
+        network = _network(tools, cell)
+        pipe = tools.pipe(cell.sampler, network)
+        attach_scheduler_sites(pipe.scheduler, network)
+        first = IMAGES + cell.repetition * STRIDE
+        images = tools.sample(pipe, cell.sampler, first, cell.images)
+        result |= _paired(exact, images) | {"float_layers": _float_layers(tools, cell)}
+        result["curve"] = _curve(tools, cell, network)
+        result["sqnr_db"] = float(np.mean(result["curve"]["sqnr_db"]))
+        if min(result["curve"]["sqnr_db"]) == SQNR_CAP_DB:
+            # Nothing quantized in the network itself.
+            result |= {"curve": None, "sqnr_db": None}
+    features = tools.features(images)
+    result |= _scores(tools, cell, features, seeds)
+    result["picture"] = _picture(tools.settings.out, key, images) if not cell.repetition else None
+    if len(images) * seeds >= POOLED_FROM:
+        _keep(tools.settings.out / "features" / f"{key}.safetensors", features)
+    return result | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _network(tools: Tools, cell: Cell) -> Frontend:
+    found = cell.calibration()
+    assert found is not None and cell.recipe is not None
+    scales = tools.scales(*found)
+    if cell.graph == "float":
+        network = tools.networks.exact()
+    elif cell.graph == "output":
+        network = tools.networks.output_side(cell.recipe, scales)
+    else:
+        network = tools.networks.input_side(cell.recipe, scales)
+    return tools.networks.with_sites(network, cell.sites, scales)
+
+
+def _float_layers(tools: Tools, cell: Cell) -> int:
+    assert cell.recipe is not None
+    if cell.graph == "float":
+        return len(tools.networks.sites)
+    if cell.graph == "output":
+        return sum(site.role == "attention" for site in tools.networks.sites)
+    plans = plan_layers(tools.networks.sites, cell.recipe.layers)
+    return sum(plan.kind != "int8" for plan in plans)
+
+
+def _paired(exact: np.ndarray, images: np.ndarray) -> dict[str, Any]:
+    equal = (exact == images).reshape(len(exact), -1).all(axis=1)
+    return {
+        "psnr_db": float(psnr_db(exact, images).mean()),
+        "ssim": float(ssim(exact, images).mean()),
+        "identical": float(equal.mean()),
+    }
+
+
+def _curve(tools: Tools, cell: Cell, network: Frontend) -> dict[str, list[float]]:
+    data = tools.probe(cell.sampler)
+    network.compiled = False
+    try:
+        return eps_sqnr(tools.denoiser, network, _calls(tools, data))
+    finally:
+        network.compiled = tools.settings.compiled and network.fast is not None
+
+
+def _calls(tools: Tools, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    like = next(tools.denoiser.parameters())
+    unit = per_unit(data, data.num_train_timesteps)
+    for batch in data.batches(tools.settings.batch_size):
+        yield (), data.arguments(batch, like), batch.t.double() * unit
+
+
+def _scores(tools: Tools, cell: Cell, features: Features, seeds: int) -> dict[str, Any]:
+    other = cell.repetition if cell.recipe is not None else (cell.repetition + 1) % seeds
+    result: dict[str, Any] = {}
+    if cell.recipe is not None or seeds > 1:
+        exact = tools.float_features(cell.sampler, other, cell.images)
+        result["fed_float"] = frechet_distance(features.pooled, exact.pooled)
+    label = tools.extractor.score_names
+    short = {"frechet": "fed_data", "spatial": "sfed_data", "kernel": "kid_data"}
+    names = {label[kind]: name for kind, name in short.items()}
+    for row in compare_sets(tools.extractor, features, tools.data_features, ("cell", "data")):
+        result[names[row["name"]]] = row["value"]
+    result["is"] = score_set(tools.extractor, features, "cell")["value"]
+    return result
+
+
+def _picture(out: Path, key: str, images: np.ndarray) -> str:
+    strip = np.concatenate(list(images[:SHOWN]), axis=1)
+    path = out / "pictures" / f"{key}.png"
+    with atomic_path(path) as temporary:
+        Image.fromarray(strip.squeeze()).save(temporary, format="PNG")
+    return f"pictures/{key}.png"
+
+
+def _keep(path: Path, features: Features) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({"pooled": features.pooled.cpu().contiguous()}, temporary)
+
+
+def pooled(tools: Tools, cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """Return the Frechet distances of a row's images of all repetitions together, or None.
+
+    None where the images are too few or a repetition is missing.
+    """
+    paths = [
+        tools.settings.out / "features" / f"{cell.key(tools.identity)}.safetensors"
+        for cell in cells
+    ]
+    if not all(path.is_file() for path in paths):
+        return None
+    device = tools.settings.device
+    features = torch.cat([read_tensors(path)[0]["pooled"] for path in paths]).to(device)
+    result = {
+        "images": len(features),
+        "fed_data": frechet_distance(features, tools.data_features.pooled),
+    }
+    if cells[0].recipe is not None:
+        exact = [tools.float_features(c.sampler, c.repetition, c.images).pooled for c in cells]
+        result["fed_float"] = frechet_distance(features, torch.cat(exact))
+    return result
