@@ -20,6 +20,7 @@ from quantempo.core import WEIGHT
 from quantempo.export.pack import pack_denoiser
 from quantempo.models.family import sites
 from quantempo.quantizers import (
+    Int12Linear,
     LayerPlan,
     fill,
     find_clock,
@@ -173,6 +174,10 @@ class Networks:
         self._prepare(twin)
 
     def _prepare(self, twin: nn.Module) -> None:
+        # What layers would otherwise read at their first call, when the compiler is watching.
+        for module in twin.modules():
+            if isinstance(module, Int12Linear):
+                _ = module.weight
         for _, layer in quantized_layers(twin):
             kernel: Any = layer.kernel
             kernel.prepare(layer.weight_int.device)
