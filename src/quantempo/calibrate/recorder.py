@@ -96,16 +96,30 @@ class Recorder:
         if self.targets is None:
             self.targets = self._target_times(float(times[0, 0]))
         distances = (times[0, :, None] - self.targets).abs().tolist()
-        for chain, (slots, near) in enumerate(zip(self.slots, distances, strict=True)):
-            for slot, distance in zip(slots, near, strict=True):
-                if self._takes(slot, distance):
-                    slot.tensors = {
-                        name: value[chain::chains].detach().cpu().clone()
-                        for name, value in tensors.items()
-                    }
-                    slot.tensors["call"] = torch.full((rows // chains,), self.calls)
+        taken = [
+            (chain, slot)
+            for chain, (slots, near) in enumerate(zip(self.slots, distances, strict=True))
+            for slot, distance in zip(slots, near, strict=True)
+            if self._takes(slot, distance)
+        ]
+        if taken:
+            self._keep(taken, tensors, rows // chains)
         self.calls += 1
         self.bar.update(1)
+
+    def _keep(
+        self, taken: list[tuple[int, _Slot]], tensors: dict[str, Tensor], halves: int
+    ) -> None:
+        """Copy the rows of (chain, slot) pairs, all with one wait for the device."""
+        chains = len(self.slots)
+        rows = [half * chains + chain for chain, _ in taken for half in range(halves)]
+        index = torch.tensor(rows)
+        copies = {name: value.detach()[index.to(value.device)].cpu() for name, value in
+                  tensors.items()}  # fmt: skip
+        for i, (_, slot) in enumerate(taken):
+            mine = slice(i * halves, (i + 1) * halves)
+            slot.tensors = {name: value[mine].clone() for name, value in copies.items()}
+            slot.tensors["call"] = torch.full((halves,), self.calls)
 
     def _takes(self, slot: _Slot, distance: float) -> bool:
         if distance > slot.distance:

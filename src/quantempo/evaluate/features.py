@@ -117,7 +117,8 @@ def extract(
         raise QuantempoError("got no images to extract features from; generate some first")
     parts = []
     for start in range(0, len(images), batch):
-        chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
+        # One layout, so that equal images have equal features however they lie in memory.
+        chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).contiguous()
         parts.append(extractor.network(chunk.to(device).expand(-1, 3, -1, -1)))
     spatial = None
     if parts[0].spatial is not None:

@@ -78,7 +78,9 @@ def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
         # That features are kept in memory is the point here: they are there already.
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         # float64 statistics: metric states follow the features, which come in double.
-        return kind(feature=_Passthrough(features.shape[1]), **settings).to(features.device)
+        # Not synchronised: processes of one group score images of their own.
+        settings |= {"feature": _Passthrough(features.shape[1]), "sync_on_compute": False}
+        return kind(**settings).to(features.device)
 
 
 def _check_sets(first: Tensor, second: Tensor) -> None:

@@ -115,16 +115,15 @@ class Calibrator:
         return {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
 
     def scales(
-        self, pipe: Any, recipe: Recipe, steps: int, seed: int, side: str = "input", **more: Any
+        self, pipe: Any, recipe: Recipe, stats: Mapping[str, Tensor], steps: int, side: str
     ) -> dict[str, Tensor]:
-        """Return the tensors of `scales.safetensors`; arguments as for `statistics`.
+        """Return the tensors of `scales.safetensors` of a recipe, from its `statistics`.
 
         For side "output" the activation scales are those of outputs, and there is a weight scale
         for the last layer too, whose output stays in float.
         """
         denoiser = denoiser_of(pipe)[1]
         denoiser = getattr(denoiser, "network", denoiser)
-        stats = self.statistics(pipe, recipe, steps, seed, side=side, **more)
         names = list(self._inputs(denoiser, recipe, side))
         weights = {n: denoiser.get_submodule(n).weight.detach().cpu() for n in names}
         if side == "output":

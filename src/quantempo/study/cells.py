@@ -18,6 +18,8 @@ __all__ = ["Cell", "Row", "Sampler"]
 
 # Raised when the meaning of a result file changes.
 FORMAT = 1
+# What searching scales and scoring images takes, in network calls.
+OVERHEAD = 20_000
 _NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++", "euler": "Euler"}
 
 
@@ -62,19 +64,39 @@ class Cell:
 
     @property
     def cost(self) -> int:
-        """Calls of the network for one image times images: what its time is proportional to."""
-        return self.images * self.sampler.steps
+        """Rough number of network calls of one image: sampling, calibration, and the rest."""
+        chains = self.recipe.trace.chains * self.calibrated.steps if self.recipe else 0
+        return self.images * self.sampler.steps + chains + OVERHEAD
 
     def key(self, model: str) -> str:
         """Return the name of the result: a hash of the settings and of what all cells share."""
         return _hash([FORMAT, model, self.describe()])
 
-    def calibration(self) -> tuple[Recipe, Sampler, str, int] | None:
-        """Return what decides its integers, None for the float model."""
-        if self.recipe is None:
+    @property
+    def side(self) -> str:
+        """Side of the layers on which activations are quantized."""
+        return "output" if self.graph == "output" else "input"
+
+    def group(self, main: Sampler) -> str:
+        """Return what it shares with others that one process should run, given the main sampler.
+
+        Cells of another sampler share its float images and calibrations; the others share the
+        inputs they are calibrated on.
+        """
+        others = {self.sampler, self.calibrated} - {main}
+        if others or self.recipe is None:
+            return repr((sorted(map(str, others)), self.repetition))
+        trace, layers = self.recipe.trace, self.recipe.layers
+        return repr((trace, layers, self.side, self.repetition))
+
+    @property
+    def structure(self) -> str | None:
+        """Name of the network it needs compiled, None for the float one."""
+        if self.recipe is None or self.graph != "input":
             return None
-        side = "output" if self.graph == "output" else "input"
-        return self.recipe, self.calibrated, side, self.repetition
+        weights, layers = self.recipe.weights, self.recipe.layers
+        return repr((layers.float_roles, layers.split_skips, self.recipe.activations.buckets,
+                     weights))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def study(
     Args:
         settings: model, data, folder, device.
         plan: the scale.
-        only: names of studies; () for all.
+        only: names of studies, run in that order; () for all, cheapest cells first.
         minutes: start no cell after that long.
         force: take over a folder that holds a study of another model or data.
 
@@ -109,8 +109,12 @@ def study(
     world.wait()
     if world.rank == 0:
         out.write_json("study.json", _about(tools, plan, [s.name for s in chosen]))
-    rows = [(item.name, row) for item in chosen for row in item.rows(plan)]
-    run_cells(tools, rows, plan.seeds, world, minutes)
+    rows = [
+        (index if only else 0, item.name, row)
+        for index, item in enumerate(chosen)
+        for row in item.rows(plan)
+    ]
+    run_cells(tools, rows, plan, world, minutes)
     if world.rank == 0:
         _summarize(tools, plan, chosen, out, time.perf_counter() - start)
     world.wait()

@@ -28,18 +28,23 @@ __all__ = ["pooled", "run_cell"]
 
 # Images in the strip that a cell leaves for looking.
 SHOWN = 8
-# Fewer images than this are not pooled over seeds.
-POOLED_FROM = 1000
+# Cells of fewer images are not pooled over seeds.
+POOLED_FROM = 300
 
 
-def run_cell(tools: Tools, cell: Cell, seeds: int) -> dict[str, Any]:
+def run_cell(tools: Tools, cell: Cell, other: int | None = None) -> dict[str, Any]:
     """Return the results of a cell as JSON types; writes its strip of images and its features.
 
-    psnr_db, ssim: mean over pairs of images; identical: share of images equal in every bit;
-    sqnr_db: mean over steps of the SQNR of the network's output on float trajectories; fed_float:
-    Frechet distance to the float images of the same seeds (for the float model: of the next
-    repetition's, the distance that other seeds alone make); fed_data, sfed_data, kid_data: to the
-    reference images; is: the score of the images alone.
+    Args:
+        tools: of this process.
+        cell: what to run.
+        other: for the float model, the repetition whose images it is compared with.
+
+    Of the results, psnr_db and ssim are means over pairs of images, identical the share of images
+    equal in every bit, sqnr_db the mean over steps of the SQNR of the network's output on float
+    trajectories; fed_float is the Frechet distance to the float images of the same seeds (for the
+    float model to those of `other`, the distance that seeds alone make), fed_data, sfed_data and
+    kid_data distances to the reference images, is a score of the images alone.
     """
     start = time.perf_counter()
     exact = tools.float_images(cell.sampler, cell.repetition, cell.images)
@@ -60,17 +65,16 @@ def run_cell(tools: Tools, cell: Cell, seeds: int) -> dict[str, Any]:
             # Nothing quantized in the network itself.
             result |= {"curve": None, "sqnr_db": None}
     features = tools.features(images)
-    result |= _scores(tools, cell, features, seeds)
+    result |= _scores(tools, cell, features, other)
     result["picture"] = _picture(tools.settings.out, key, images) if not cell.repetition else None
-    if len(images) * seeds >= POOLED_FROM:
+    if len(images) >= POOLED_FROM:
         _keep(tools.settings.out / "features" / f"{key}.safetensors", features)
     return result | {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def _network(tools: Tools, cell: Cell) -> Frontend:
-    found = cell.calibration()
-    assert found is not None and cell.recipe is not None
-    scales = tools.scales(*found)
+    assert cell.recipe is not None
+    scales = tools.scales(cell)
     if cell.graph == "float":
         network = tools.networks.exact()
     elif cell.graph == "output":
@@ -115,11 +119,11 @@ def _calls(tools: Tools, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict
         yield (), data.arguments(batch, like), batch.t.double() * unit
 
 
-def _scores(tools: Tools, cell: Cell, features: Features, seeds: int) -> dict[str, Any]:
-    other = cell.repetition if cell.recipe is not None else (cell.repetition + 1) % seeds
+def _scores(tools: Tools, cell: Cell, features: Features, other: int | None) -> dict[str, Any]:
+    beside = cell.repetition if cell.recipe is not None else other
     result: dict[str, Any] = {}
-    if cell.recipe is not None or seeds > 1:
-        exact = tools.float_features(cell.sampler, other, cell.images)
+    if beside is not None:
+        exact = tools.float_features(cell.sampler, beside, cell.images)
         result["fed_float"] = frechet_distance(features.pooled, exact.pooled)
     label = tools.extractor.score_names
     short = {"frechet": "fed_data", "spatial": "sfed_data", "kernel": "kid_data"}

@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,13 +21,24 @@ import torch.distributed as dist
 
 from quantempo.errors import QuantempoError
 from quantempo.runs import RunFolder
+from quantempo.study.base import Plan
 from quantempo.study.cells import Cell, Row
 from quantempo.study.run_cell import run_cell
 from quantempo.study.tools import Tools
 
-__all__ = ["World", "run_cells", "share"]
+__all__ = ["Job", "World", "run_cells", "share"]
 
 log = logging.getLogger("quantempo")
+
+
+@dataclass
+class Job:
+    """Something one process does: work, its cost, its rank (lower first), compiled structures."""
+
+    work: Any
+    cost: int
+    rank: int = 0
+    structures: set[str] = field(default_factory=set)
 
 
 class World:
@@ -55,14 +67,33 @@ class World:
             dist.destroy_process_group()
 
 
-def share(jobs: Sequence[tuple[Any, int]], size: int) -> list[list[Any]]:
-    """Divide (job, cost) among processes, dearest first to the least loaded; cheapest run first."""
-    loads, shares = [0] * size, [[] for _ in range(size)]  # type: list[int], list[list[Any]]
-    for job, cost in sorted(jobs, key=lambda item: -item[1]):
-        least = loads.index(min(loads))
-        loads[least] += cost
-        shares[least].append((job, cost))
-    return [[job for job, _ in sorted(part, key=lambda item: item[1])] for part in shares]
+# Images that take as long as the few chains of the probe, which are not compiled.
+PROBE_COST = 300
+# What compiling a network takes, in network calls of one image.
+COMPILING = 600_000
+
+
+def share(jobs: Sequence[Job], size: int) -> list[list[Any]]:
+    """Divide jobs among processes: rank by rank, dearest first, where it ends earliest.
+
+    A process that has not met a job's structure yet pays for compiling it, so that rare networks
+    stay on few processes. Each process runs its share rank by rank, cheapest first.
+    """
+    loads = [0] * size
+    known: list[set[str]] = [set() for _ in range(size)]
+    shares: list[list[Job]] = [[] for _ in range(size)]
+    for job in sorted(jobs, key=lambda job: (job.rank, -job.cost)):
+        ends = [
+            load + job.cost + COMPILING * len(job.structures - met)
+            for load, met in zip(loads, known, strict=True)
+        ]
+        least = ends.index(min(ends))
+        loads[least] = ends[least]
+        known[least] |= job.structures
+        shares[least].append(job)
+    return [
+        [job.work for job in sorted(part, key=lambda job: (job.rank, job.cost))] for part in shares
+    ]
 
 
 class _Progress:
@@ -89,46 +120,62 @@ class _Progress:
 
 
 def run_cells(
-    tools: Tools, rows: Iterable[tuple[str, Row]], seeds: int, world: World, minutes: float | None
+    tools: Tools,
+    rows: Iterable[tuple[int, str, Row]],
+    plan: Plan,
+    world: World,
+    minutes: float | None,
 ) -> None:
-    """Run what is not done of the cells of (item, row) pairs; write `cells/KEY.json`.
+    """Run what is not done of the cells of (rank, item, row) triples; write `cells/KEY.json`.
 
     Args:
         tools: of this process.
-        rows: of all items.
-        seeds: repetitions of each row.
+        rows: of all items; those of a lower rank are run first.
+        plan: main sampler and seeds.
         world: the processes.
         minutes: start nothing after that long; what is left is listed as not run.
-
-    Raises:
-        QuantempoError: no cell could be run at all.
     """
     folder = RunFolder(tools.settings.out / "cells")
-    names: dict[str, tuple[Cell, str]] = {}
-    for item, row in rows:
-        for cell in row.cells(seeds):
+    names: dict[str, tuple[Cell, str, int]] = {}
+    for rank, item, row in rows:
+        for cell in row.cells(plan.seeds):
             label = f"{item} {row.group + ' ' if row.group else ''}{row.label}"
             name = f"{label} seed {cell.repetition}"
-            names.setdefault(cell.key(tools.identity), (cell, name))
-    todo = {key: pair for key, pair in names.items() if not folder.has(f"{key}.json")}
-    log.info("%d cells, %d done before", len(names), len(names) - len(todo))
+            names.setdefault(cell.key(tools.identity), (cell, name, rank))
+    todo = {key: entry for key, entry in names.items() if not folder.has(f"{key}.json")}
+    if world.rank == 0:
+        log.info("%d cells, %d done before", len(names), len(names) - len(todo))
     deadline = None if minutes is None else time.perf_counter() + 60 * minutes
-    _references(tools, [cell for cell, _ in todo.values()], seeds, world)
+    _references(tools, [cell for cell, _, _ in todo.values()], plan, world)
     world.wait()
-    groups: dict[str, list[str]] = {}
-    for key, (cell, _) in todo.items():
-        groups.setdefault(repr(cell.calibration() or key), []).append(key)
-    costs = [(keys, sum(todo[key][0].cost for key in keys)) for keys in groups.values()]
-    mine = [key for keys in share(costs, world.size)[world.rank] for key in keys]
+    mine = [key for keys in share(_jobs(todo, plan, tools), world.size)[world.rank] for key in keys]
     progress = _Progress(len(mine), sum(todo[key][0].cost for key in mine), world)
     for key in mine:
         if deadline is not None and time.perf_counter() > deadline:
             log.warning("%d cells are left: the time is up", len(mine) - progress.done)
             break
-        cell, name = todo[key]
-        said = _attempt(folder, key, cell, name, partial(run_cell, tools, cell, seeds))
-        progress.tell(name, cell.cost, said)
+        cell, name, _ = todo[key]
+        run = partial(run_cell, tools, cell, _other(cell, plan))
+        progress.tell(name, cell.cost, _attempt(folder, key, cell, name, run))
     world.wait()
+
+
+def _other(cell: Cell, plan: Plan) -> int | None:
+    """Return the repetition whose float images a float cell of the main sampler is held against."""
+    ask = cell.recipe is None and cell.sampler == plan.sampler and plan.seeds > 1
+    return (cell.repetition + 1) % plan.seeds if ask else None
+
+
+def _jobs(todo: dict[str, tuple[Cell, str, int]], plan: Plan, tools: Tools) -> list[Job]:
+    """Join cells that share float images or calibration inputs."""
+    jobs: dict[tuple[int, str], Job] = {}
+    for key, (cell, _, rank) in sorted(todo.items(), key=lambda item: item[1][0].cost):
+        job = jobs.setdefault((rank, cell.group(plan.sampler)), Job([], 0, rank))
+        job.work.append(key)
+        job.cost += cell.cost
+        if tools.settings.compiled and cell.structure:
+            job.structures.add(cell.structure)
+    return list(jobs.values())
 
 
 def _attempt(
@@ -151,22 +198,21 @@ def _attempt(
     return f"{quality}, {result['seconds']:.1f} s"
 
 
-def _references(tools: Tools, cells: Sequence[Cell], seeds: int, world: World) -> None:
-    """Make the float images and probe inputs that the cells need, once among all processes."""
-    images: dict[tuple[Any, int], int] = {}
+def _references(tools: Tools, cells: Sequence[Cell], plan: Plan, world: World) -> None:
+    """Make what several processes read: the main sampler's float images, inputs of the probe.
+
+    Float images of other samplers are needed by one process each, which makes them.
+    """
+    images: dict[int, int] = {}
     for cell in cells:
-        near = {cell.repetition}
-        if cell.recipe is None:
-            near.add((cell.repetition + 1) % seeds)
-        for repetition in near:
-            key = (cell.sampler, repetition)
-            images[key] = max(images.get(key, 0), cell.images)
-    jobs: list[tuple[Any, int]] = [
-        ((sampler, repetition, count), sampler.steps * count)
-        for (sampler, repetition), count in images.items()
-    ]
+        if cell.sampler == plan.sampler:
+            other = _other(cell, plan)
+            for repetition in {cell.repetition, cell.repetition if other is None else other}:
+                images[repetition] = max(images.get(repetition, 0), cell.images)
+    steps = plan.sampler.steps
+    jobs = [Job((plan.sampler, r, count), steps * count) for r, count in images.items()]
     samplers = dict.fromkeys(cell.sampler for cell in cells if cell.recipe is not None)
-    jobs += [((s, None, 0), s.steps * tools.settings.probe[0]) for s in samplers]
+    jobs += [Job((s, None, 0), s.steps * PROBE_COST) for s in samplers]
     for sampler, repetition, count in share(jobs, world.size)[world.rank]:
         start = time.perf_counter()
         try:
@@ -180,4 +226,5 @@ def _references(tools: Tools, cells: Sequence[Cell], seeds: int, world: World) -
             continue
         seconds = time.perf_counter() - start
         if seconds > 1:
-            log.info("float, %s, %d images: %.1f s", sampler, count, seconds)
+            what = f"{count} images" if count else "inputs of the probe"
+            log.info("float, %s, %s: %.1f s", sampler, what, seconds)

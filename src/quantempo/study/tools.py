@@ -22,10 +22,9 @@ from quantempo.models.family import denoiser_of
 from quantempo.models.load import check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline, swap_scheduler
 from quantempo.quantizers import find_clock
-from quantempo.recipe import Recipe
 from quantempo.runs import atomic_path
 from quantempo.study.calibrations import Calibrator
-from quantempo.study.cells import Sampler
+from quantempo.study.cells import Cell, Sampler
 from quantempo.study.networks import Frontend, Networks
 
 __all__ = ["Settings", "Tools"]
@@ -85,7 +84,7 @@ class Tools:
         self.calibrator = Calibrator(settings.out / "scratch", digest, settings.batch_size)
         self._images: dict[tuple[Sampler, int], np.ndarray] = {}
         self._features: dict[tuple[Sampler, int, int], Features] = {}
-        self._scales: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._statistics: tuple[str, dict[str, torch.Tensor]] | None = None
         self.digest = digest
 
     @cached_property
@@ -116,7 +115,9 @@ class Tools:
         whole = -(-count // size) * size if self.settings.compiled else count
         seeds = range(first, first + whole)
         how: dict[str, Any] = {"steps": sampler.steps, "batch_size": size, "progress": False}
-        return run_pipeline(pipe, seeds, **how, **self.call(sampler))[:count]
+        images = run_pipeline(pipe, seeds, **how, **self.call(sampler))[:count]
+        # As they would be read back from disk: sums over them depend on the layout.
+        return np.ascontiguousarray(images)
 
     def float_images(self, sampler: Sampler, repetition: int, count: int) -> np.ndarray:
         """Return the float model's images of a repetition, from disk if they were made before."""
@@ -143,26 +144,27 @@ class Tools:
             self._features[key] = self.features(self.float_images(*key))
         return self._features[key]
 
-    def scales(
-        self, recipe: Recipe, sampler: Sampler, side: str, repetition: int
-    ) -> dict[str, torch.Tensor]:
-        """Return the scales of a calibration; the last one is kept."""
-        key = repr((recipe.to_dict(), sampler, side, repetition))
-        if self._scales is None or self._scales[0] != key:
-            network = self.networks.exact()
-            # A network compiled for one batch size is not compiled again for another.
-            network.compiled &= recipe.trace.chains % self.settings.batch_size == 0
-            found = self.calibrator.scales(
-                self.pipe(sampler, network),
+    def scales(self, cell: Cell) -> dict[str, torch.Tensor]:
+        """Return the scales of a cell's calibration; the last statistics are kept for the next."""
+        recipe, sampler = cell.recipe, cell.calibrated
+        assert recipe is not None
+        network = self.networks.exact()
+        # A network compiled for one batch size is not compiled again for another.
+        network.compiled &= recipe.trace.chains % self.settings.batch_size == 0
+        pipe = self.pipe(sampler, network)
+        key = repr((recipe.trace, recipe.layers, sampler, cell.side, cell.repetition))
+        if self._statistics is None or self._statistics[0] != key:
+            found = self.calibrator.statistics(
+                pipe,
                 recipe,
                 sampler.steps,
-                CALIBRATION + repetition * STRIDE,
-                side,
+                CALIBRATION + cell.repetition * STRIDE,
+                side=cell.side,
                 call=self.call(sampler),
                 images=self.data,
             )
-            self._scales = (key, found)
-        return self._scales[1]
+            self._statistics = (key, found)
+        return self.calibrator.scales(pipe, recipe, self._statistics[1], sampler.steps, cell.side)
 
     def probe(self, sampler: Sampler) -> TraceSet:
         """Return inputs along float trajectories of seeds that nothing else uses."""

@@ -39,12 +39,11 @@ class Laws(Study):
     def rows(self, plan: Plan) -> list[Row]:
         """Return float and one row a law, for both recipes."""
         rows = []
-        for recipe in (plan.recipe, plan.ours):
+        for recipe, images in ((plan.recipe, plan.images), (plan.ours, plan.few)):
             group = f"recipe {recipe.name}"
-            rows.append(Row("float", plan.sampler, plan.images, group=group))
+            rows.append(Row("float", plan.sampler, images, group=group))
             rows += [
-                Row(law, plan.sampler, plan.images, plan.law(law, recipe), group=group)
-                for law in LAWS
+                Row(law, plan.sampler, images, plan.law(law, recipe), group=group) for law in LAWS
             ]
         return rows
 

@@ -20,13 +20,12 @@ ROWS = {
 
 
 def _samplers(plan: Plan) -> tuple[Sampler, ...]:
-    steps = plan.sampler.steps
-    return plan.sampler, Sampler("ddim", steps, eta=1.0), Sampler("ddpm", steps)
+    return plan.sampler, Sampler("ddpm", plan.sampler.steps)
 
 
 @study("T1")
 class Operations(Study):
-    """Only that tensor on an 8-bit grid, the network in float: three samplers."""
+    """Only that tensor on an 8-bit grid, the network in float: DDIM and DDPM."""
 
     title = "Table 1: which operations may be quantized"
     question = (
