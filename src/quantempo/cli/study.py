@@ -39,6 +39,9 @@ def study(
         bool, typer.Option("--small", help="Few steps and inputs, for a CPU; every item.")
     ] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that rows vary.")] = "ptq4dm",
+    compare: Annotated[
+        str, typer.Option("--compare", help="Recipe beside it in T3 and T5, or none.")
+    ] = "w8a8",
     reference: Annotated[
         int, typer.Option("--reference", min=2, help="Images of --data that are used.")
     ] = 10_000,
@@ -95,7 +98,14 @@ def study(
         batch_size=batch_size or (32 if device == "cpu" else 256),
         **({"probe": (3, 5)} if small else {}),
     )
-    plan = make_plan(recipe, images=images, few=few, seeds=seeds, small=small)
+    plan = make_plan(
+        recipe,
+        None if compare == "none" else compare,
+        images=images,
+        few=few,
+        seeds=seeds,
+        small=small,
+    )
     names = tuple(name.strip() for name in only.split(",")) if only else ()
     page = run(settings, plan, only=names, minutes=minutes, force=force)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -35,14 +35,14 @@ class Paper:
 class Plan:
     """The scale of a study.
 
-    recipe: the one every row varies by one thing; ours: the one to compare it with; sampler: of
-    all items but T5; samplers: of T5; images: of a row in T3, and in T5 under `sampler`; few: of
+    recipe: the one every row varies by one thing; ours: the one to compare it with in T3 and T5,
+    None for none; sampler: of all items but T5; samplers: of T5; images: of a row in T3, and in T5 under `sampler`; few: of
     any other row; samples: N of a calibration set; sizes: the N that T2 compares; seeds:
     repetitions of a row.
     """
 
     recipe: Recipe
-    ours: Recipe
+    ours: Recipe | None
     sampler: Sampler
     samplers: tuple[Sampler, ...]
     images: int
@@ -55,6 +55,11 @@ class Plan:
         """Return a recipe (that of the study) with the study's N, one input of each chain."""
         recipe = recipe or self.recipe
         return recipe.override("trace", chains=samples or self.samples, picks=1)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipe of the study and the one it is compared with."""
+        return (self.recipe, self.ours) if self.ours else (self.recipe,)
 
     def law(self, name: str, recipe: Recipe | None = None, **arguments: float) -> Recipe:
         """Return the base recipe with another law of time-steps."""

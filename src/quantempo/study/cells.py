@@ -86,8 +86,8 @@ class Cell:
         others = {self.sampler, self.calibrated} - {main}
         if others or self.recipe is None:
             return repr((sorted(map(str, others)), self.repetition))
-        trace, layers = self.recipe.trace, self.recipe.layers
-        return repr((trace, layers, self.side, self.repetition))
+        recipe = self.recipe
+        return repr((recipe.trace, recipe.layers, recipe.weights, self.side, self.repetition))
 
     @property
     def structure(self) -> str | None:

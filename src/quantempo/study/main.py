@@ -36,6 +36,7 @@ SMALL = (("ddim", 5), ("ddim", 10), ("ddim", 20), ("ddpm", 40), ("dpm++", 5), ("
 
 def make_plan(
     recipe: str | Recipe = "ptq4dm",
+    compare: str | Recipe | None = "w8a8",
     *,
     images: int | None = None,
     few: int | None = None,
@@ -46,6 +47,7 @@ def make_plan(
 
     Args:
         recipe: what every row varies by one thing.
+        compare: the recipe beside it in T3 and T5; None for none.
         images: of each row of T3, and of T5 under the main sampler; default 10,000 (small: 12).
         few: of every other row; default a sixth of `images`.
         seeds: repetitions of each row.
@@ -54,7 +56,11 @@ def make_plan(
     Raises:
         QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
     """
-    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    base, ours = (
+        value if value is None or isinstance(value, Recipe) else Recipe.load(value)
+        for value in (recipe, compare)
+    )
+    assert base is not None
     images = images or (12 if small else 10_000)
     few = min(images, few or max(images // 6, min(images, 4 * seeds)))
     if seeds < 1 or few < 2 * seeds:
@@ -65,7 +71,7 @@ def make_plan(
     samplers = tuple(Sampler(name, steps) for name, steps in (SMALL if small else FULL))
     return Plan(
         recipe=base,
-        ours=Recipe.load("w8a8"),
+        ours=ours,
         sampler=samplers[1],
         samplers=samplers,
         images=images,
@@ -147,7 +153,7 @@ def _about(tools: Tools, plan: Plan, chosen: list[str]) -> dict[str, Any]:
     source, out = settings.pop("source"), settings.pop("out")
     settings |= {
         "recipe": plan.recipe.name,
-        "compared_with": plan.ours.name,
+        "compared_with": plan.ours.name if plan.ours else None,
         "sampler": str(plan.sampler),
         "images": plan.images,
         "images_other": plan.few,

@@ -39,7 +39,8 @@ class Laws(Study):
     def rows(self, plan: Plan) -> list[Row]:
         """Return float and one row a law, for both recipes."""
         rows = []
-        for recipe, images in ((plan.recipe, plan.images), (plan.ours, plan.few)):
+        for recipe in plan.recipes:
+            images = plan.images if recipe is plan.recipe else plan.few
             group = f"recipe {recipe.name}"
             rows.append(Row("float", plan.sampler, images, group=group))
             rows += [

@@ -49,7 +49,7 @@ class Samplers(Study):
             others = plan.samplers if main else (plan.sampler,)
             if main and plan.few < plan.images:
                 rows += self._transfers(plan, sampler, sampler)
-            for recipe in (plan.recipe, plan.ours):
+            for recipe in plan.recipes:
                 label = f"{recipe.name}, {_under(sampler)}"
                 rows.append(Row(label, sampler, images, self._recipe(plan, recipe), group=group))
             for other in others:
@@ -64,7 +64,7 @@ class Samplers(Study):
 
     def _transfers(self, plan: Plan, sampler: Sampler, other: Sampler) -> list[Row]:
         rows = []
-        for recipe in (plan.recipe, plan.ours):
+        for recipe in plan.recipes:
             few = f", {plan.few} images" if other == sampler else ""
             label = f"{recipe.name}, {_under(other)}{few}"
             how = self._recipe(plan, recipe)
