@@ -36,9 +36,9 @@ class Plan:
     """The scale of a study.
 
     recipe: the one every row varies by one thing; ours: the one to compare it with in T3 and T5,
-    None for none; sampler: of all items but T5; samplers: of T5; images: of a row in T3, and in T5 under `sampler`; few: of
-    any other row; samples: N of a calibration set; sizes: the N that T2 compares; seeds:
-    repetitions of a row.
+    None for none; sampler: of all items but T5; samplers: of T5; images: of a row in T3, and in
+    T5 under `sampler`; few: of any other row; samples: N of a calibration set; sizes: the N that
+    T2 compares; seeds: repetitions of a row.
     """
 
     recipe: Recipe
