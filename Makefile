@@ -2,13 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo study-small test lint bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := openvino,eval,report,dev
 # Give PYTHON=... for another interpreter, TORCH_ARGS=... for pip options of the torch install
-# alone (an index of CPU builds, say), ARGS=... for options of demo, test and bench.
+# alone (an index of CPU builds, say), ARGS=... for options of demo, study-small, test and bench.
 PYTHON ?=
 TORCH_ARGS ?=
 ARGS ?=
@@ -18,12 +18,15 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 install: $(VENV)/.installed ## the package and everything it needs, pinned, into .venv
 
 demo: $(VENV)/.installed ## quantize, run and score the bundled CIFAR-10 model
 	@$(BIN)/quantempo demo $(ARGS)
+
+study-small: $(VENV)/.installed ## every table and figure of the paper, small, on the bundled model
+	@$(BIN)/quantempo study --small --compare none --out runs/study-small $(ARGS)
 
 test: $(VENV)/.installed ## all tests
 	@$(BIN)/python -m pytest -q -n auto $(ARGS)

@@ -15,57 +15,54 @@ from quantempo.errors import QuantempoError
 
 __all__ = ["study"]
 
+Source = Annotated[
+    str | None, typer.Argument(help="Diffusers pipeline (float); the bundled one by default.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the study.")]
+Data = Annotated[str | None, typer.Option("--data", help="Folder of real images.")]
+Only = Annotated[
+    str | None, typer.Option("--only", help="Items, in this order: T1,T2,F3,F4,T3,T4,T5,Legacy.")
+]
+Images = Annotated[int | None, typer.Option("--images", min=1, help="Of a row in T3 and T5.")]
+Few = Annotated[int | None, typer.Option("--images-other", min=1, help="Of any other row.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each row.")]
+Small = Annotated[bool, typer.Option("--small", help="Few steps and inputs; every item.")]
+Base = Annotated[str, typer.Option("--recipe", help="Recipe that every row varies.")]
+Compare = Annotated[str, typer.Option("--compare", help="Recipe beside it in T3, T5; or none.")]
+Reference = Annotated[int, typer.Option("--reference", min=2, help="Images of --data used.")]
+Inception = Annotated[
+    Path | None, typer.Option("--inception", help="Inception weights: FID instead of fed_lite0.")
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Images a call; 32, on a GPU 256.")
+]
+Compiled = Annotated[bool, typer.Option("--compile", help="Compile the networks, for a GPU.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Float products in TF32, of both models.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes, by torchrun.")]
+Minutes = Annotated[float | None, typer.Option("--minutes", help="Start no cell after that.")]
+
 
 def study(
-    source: Annotated[
-        str | None, typer.Argument(help="Diffusers pipeline (float); the bundled one by default.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the study.")] = Path("runs/study"),
-    data: Annotated[
-        str | None, typer.Option("--data", help="Folder of real images, searched recursively.")
-    ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option("--only", help="Items: T1,T2,F3,F4,T3,T4,T5,Legacy."),
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Images of a row in T3 and T5.")
-    ] = None,
-    few: Annotated[
-        int | None, typer.Option("--images-other", min=1, help="Images of any other row.")
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each row.")] = 3,
-    small: Annotated[
-        bool, typer.Option("--small", help="Few steps and inputs, for a CPU; every item.")
-    ] = False,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe that rows vary.")] = "ptq4dm",
-    compare: Annotated[
-        str, typer.Option("--compare", help="Recipe beside it in T3 and T5, or none.")
-    ] = "w8a8",
-    reference: Annotated[
-        int, typer.Option("--reference", min=2, help="Images of --data that are used.")
-    ] = 10_000,
-    inception: Annotated[
-        Path | None, typer.Option("--inception", help="Inception weights: FID instead of fed.")
-    ] = None,
+    source: Source = None,
+    out: Out = Path("runs/study"),
+    data: Data = None,
+    only: Only = None,
+    images: Images = None,
+    few: Few = None,
+    seeds: Seeds = 3,
+    small: Small = False,
+    recipe: Base = "ptq4dm",
+    compare: Compare = "w8a8",
+    reference: Reference = 10_000,
+    inception: Inception = None,
     prompts: Prompts = None,
     class_labels: Labels = None,
     device: Device = "cpu",
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images a call (256 on a GPU, or 32).")
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the networks (a GPU gains fourfold).")
-    ] = False,
-    tf32: Annotated[
-        bool, typer.Option("--tf32", help="Float products in TF32, also those of the float model.")
-    ] = False,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes, one a GPU, started by torchrun.")
-    ] = 1,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Start no cell after that long.")
-    ] = None,
+    batch_size: Batch = None,
+    compiled: Compiled = False,
+    tf32: Tf32 = False,
+    workers: Workers = 1,
+    minutes: Minutes = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -80,15 +77,14 @@ def study(
         return
     from quantempo.demo import DEMO_MODEL
     from quantempo.models.load import check_device
-    from quantempo.study import Settings, make_plan
-    from quantempo.study import study as run
+    from quantempo.study import Settings, make_plan, run_study
 
     check_device(device)
     settings = Settings(
         source=source or str(DEMO_MODEL),
         out=out,
         data=data,
-        reference=min(reference, 256) if small else reference,
+        reference=min(reference, 64) if small else reference,
         extractor="inception" if inception else "lite0",
         weights=str(inception) if inception else None,
         call=call_arguments(prompts, class_labels),
@@ -96,18 +92,12 @@ def study(
         compiled=compiled,
         tf32=tf32,
         batch_size=batch_size or (32 if device == "cpu" else 256),
-        **({"probe": (3, 5)} if small else {}),
+        probe=(2, 4) if small else (16, 16),
     )
-    plan = make_plan(
-        recipe,
-        None if compare == "none" else compare,
-        images=images,
-        few=few,
-        seeds=seeds,
-        small=small,
-    )
+    beside = None if compare == "none" else compare
+    plan = make_plan(recipe, beside, images=images, few=few, seeds=seeds, small=small)
     names = tuple(name.strip() for name in only.split(",")) if only else ()
-    page = run(settings, plan, only=names, minutes=minutes, force=force)
+    page = run_study(settings, plan, only=names, minutes=minutes, force=force)
     if int(os.environ.get("RANK", 0)) == 0:
         show({"page": str(page)}, as_json)
 

@@ -82,7 +82,7 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.minimum(10.0 * np.log10(255.0**2 / mse), PSNR_CAP_DB)
 
 
-def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64) -> np.ndarray:
+def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "cpu") -> np.ndarray:
     """Compute the structural similarity of each pair of images (1 when equal).
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
@@ -92,6 +92,7 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64) -> np.ndarray:
         first: (n, H, W, C) uint8, H and W at least 6.
         second: (n, H, W, C) uint8.
         batch: pairs per call.
+        device: where it is computed; a processor core takes about 20 ms for a pair of 32 x 32.
 
     Returns:
         (n,) float64.
@@ -114,11 +115,11 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64) -> np.ndarray:
     rows = []
     for start in range(0, len(first), batch):
         pair = [
-            torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).double()
+            torch.from_numpy(images[start : start + batch]).to(device).permute(0, 3, 1, 2).double()
             for images in (first, second)
         ]
         rows.append(compare(*pair, sigma=1.5, data_range=255.0, reduction="none").reshape(-1))
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
 def _prediction(output: Any) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.family import sites
+from quantempo.models.variance import has_learned_variance
 from quantempo.quantizers import (
     CLOCK_NAME,
     Int12Linear,
@@ -177,8 +178,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
         if {value.dtype for value in state.values()} != self._dtypes:
             # Loaded in another precision: what a later save writes, its configuration first.
             self.quantization_config.hashes["tensors"] = _state_digest(state)
-        if "x_prev" in self.quantization_config.sites:
-            log.warning("site x_prev acts on the scheduler: load with quantempo.open_model")
+        sites = set(self.quantization_config.sites)
+        ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
+        for name in sorted(sites & ours):
+            log.warning("site %s acts on the scheduler: load with quantempo.open_model", name)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.backends.engine import attach_lazily
 

@@ -5,7 +5,7 @@
 """
 
 from quantempo.study.base import STUDIES, Plan
-from quantempo.study.main import make_plan, study
+from quantempo.study.main import make_plan, run_study
 from quantempo.study.tools import Settings
 
-__all__ = ["STUDIES", "Plan", "Settings", "make_plan", "study"]
+__all__ = ["STUDIES", "Plan", "Settings", "make_plan", "run_study"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantempo.calibrate.collect import collect_statistics, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
@@ -64,49 +64,64 @@ class Calibrator:
             call: further arguments of the pipeline.
             images: (n, H, W, C) uint8 for sources that need them.
         """
-        front, settings = denoiser_of(pipe)[1], recipe.trace
+        front = denoiser_of(pipe)[1]
         denoiser = getattr(front, "network", front)
         train = int(pipe.scheduler.config.num_train_timesteps)
         self.scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         try:
-            data: TraceSet = trace(
-                pipe,
-                front,
-                folder / "trace",
-                steps=steps,
-                chains=settings.chains,
-                picks=settings.picks,
-                time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
-                seed=seed,
-                batch_size=self.batch_size,
-                num_train_timesteps=train,
-                call=call,
-                source=settings.source,
-                images=images if needs_images(settings.source) else None,
-                legacy_pairing=settings.legacy_pairing,
-                model_hash=self.model,
-                progress=False,
-            )
+            data = self._trace(pipe, front, folder / "trace", recipe, steps, seed, call, images)
+            unit = per_unit(data, train)
             found = collect_statistics(
                 denoiser,
                 self._inputs(denoiser, recipe, side),
                 data,
                 time_bin_edges(train),
                 sites=measured_sites(recipe.layers.sites, denoiser),
-                per_unit=per_unit(data, train),
+                per_unit=unit,
                 side=side,
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         tensors = {
             "time_bin_edges": time_bin_edges(train),
-            "per_unit": torch.tensor(per_unit(data, train)),
+            "per_unit": torch.tensor(unit),
         }
         for name, (ranges, histogram) in found.items():
             state = {**ranges.state(), **histogram.state()}
             tensors |= {f"{name}.{key}": value for key, value in state.items()}
         return tensors
+
+    def _trace(
+        self,
+        pipe: Any,
+        denoiser: nn.Module,
+        folder: Path,
+        recipe: Recipe,
+        steps: int,
+        seed: int,
+        call: Mapping[str, Any] | None,
+        images: np.ndarray | None,
+    ) -> TraceSet:
+        settings = recipe.trace
+        return trace(
+            pipe,
+            denoiser,
+            folder,
+            steps=steps,
+            chains=settings.chains,
+            picks=settings.picks,
+            time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
+            seed=seed,
+            batch_size=self.batch_size,
+            num_train_timesteps=int(pipe.scheduler.config.num_train_timesteps),
+            call=call,
+            source=settings.source,
+            images=images if needs_images(settings.source) else None,
+            legacy_pairing=settings.legacy_pairing,
+            model_hash=self.model,
+            progress=False,
+        )
 
     def _inputs(self, denoiser: Any, recipe: Recipe, side: str) -> dict[str, tuple[int, ...]]:
         if side == "output":

@@ -26,12 +26,12 @@ from quantempo.study.text import study_text
 from quantempo.study.tools import Settings, Tools
 from quantempo.version import __version__
 
-__all__ = ["make_plan", "study"]
+__all__ = ["make_plan", "run_study"]
 
 log = logging.getLogger("quantempo")
 
 FULL = (("ddim", 50), ("ddim", 100), ("ddim", 250), ("ddpm", 1000), ("dpm++", 20), ("euler", 30))
-SMALL = (("ddim", 5), ("ddim", 10), ("ddim", 20), ("ddpm", 40), ("dpm++", 5), ("euler", 8))
+SMALL = (("ddim", 4), ("ddim", 6), ("ddim", 10), ("ddpm", 20), ("dpm++", 4), ("euler", 5))
 
 
 def make_plan(
@@ -48,7 +48,8 @@ def make_plan(
     Args:
         recipe: what every row varies by one thing.
         compare: the recipe beside it in T3 and T5; None for none.
-        images: of each row of T3, and of T5 under the main sampler; default 10,000 (small: 12).
+        images: of each row of T3, and of T5 under the main sampler; default 10,000,
+            for a small study 4 a seed.
         few: of every other row; default a sixth of `images`.
         seeds: repetitions of each row.
         small: fewer steps and inputs, for a look on a CPU.
@@ -56,13 +57,10 @@ def make_plan(
     Raises:
         QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
     """
-    base, ours = (
-        value if value is None or isinstance(value, Recipe) else Recipe.load(value)
-        for value in (recipe, compare)
-    )
-    assert base is not None
-    images = images or (12 if small else 10_000)
-    few = min(images, few or max(images // 6, min(images, 4 * seeds)))
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    ours = Recipe.load(compare) if isinstance(compare, str) else compare
+    images = images or (4 * seeds if small else 10_000)
+    few = min(images, few or max(images // 6, min(images, 2 * seeds)))
     if seeds < 1 or few < 2 * seeds:
         raise QuantempoError(
             f"got {images} images ({few} for the smaller tables) for {seeds} seeds; expected at "
@@ -76,13 +74,13 @@ def make_plan(
         samplers=samplers,
         images=images,
         few=few,
-        samples=16 if small else 256,
-        sizes=(8, 16) if small else (256, 1024),
+        samples=8 if small else 256,
+        sizes=(4, 8) if small else (256, 1024),
         seeds=seeds,
     )
 
 
-def study(
+def run_study(
     settings: Settings,
     plan: Plan,
     *,
@@ -146,8 +144,10 @@ def _check_owner(out: RunFolder, tools: Tools, force: bool) -> None:
 
 def _about(tools: Tools, plan: Plan, chosen: list[str]) -> dict[str, Any]:
     settings = asdict(tools.settings)
+    folder = settings.pop("data")
+    own = "the float model's own, of other seeds (DDIM 10)"
     data = {
-        "source": settings.pop("data") or "the float model's own images of other seeds (DDIM 10)",
+        "source": Path(folder).name if folder else own,
         "images": len(tools.data),
     }
     source, out = settings.pop("source"), settings.pop("out")

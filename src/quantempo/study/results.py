@@ -29,7 +29,7 @@ MEASURES = {
     "kid_data": False,
     "is": True,
 }
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table the normal law's.
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom.
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
@@ -41,7 +41,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.inf
-    t = _T975[n - 2] if n - 2 < len(_T975) else 1.96 * (1 + 2.42 / (2 * n))
+    # Beyond the table the expansion of t in 1 / degrees of freedom, right to three digits there.
+    t = _T975[n - 2] if n - 2 < len(_T975) else 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2
     return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
@@ -86,13 +87,13 @@ class Found:
         """
         a, b = (self.values(label, measure, group) for group, label in (first, second))
         both = sorted(set(a) & set(b))
-        if not both:
-            return "not run", f"{measure}: not run"
+        if len(both) < 2:
+            return "not run", f"{measure}: fewer than two seeds"
         difference, half = mean_interval([a[r] - b[r] for r in both])
         means = tuple(_form(float(np.mean([x[r] for r in both]))) for x in (a, b))
-        text = f"{measure} {means[0]} against {means[1]} (difference {_form(difference, sign=True)}"
-        text += f" ± {_form(half)})" if math.isfinite(half) else ", one seed)"
-        if not math.isfinite(half) or abs(difference) <= half:
+        text = f"{measure} {means[0]} against {means[1]}"
+        text += f" (difference {_form(difference, sign=True)} ± {_form(half)})"
+        if abs(difference) <= half:
             return "tie", text
         return ("better" if (difference > 0) == MEASURES[measure] else "worse"), text
 
@@ -103,12 +104,11 @@ class Found:
         first: tuple[str, str],
         second: tuple[str, str],
         measures: Sequence[str] = ("fed_data", "psnr_db"),
-        *,
-        claim: str = "better",
     ) -> dict[str, Any]:
-        """Judge the claim that the first row is "better" (or "no worse") than the second.
+        """Judge the claim that the first row, (group, label), is better or at least no worse.
 
-        Every measure votes; "tie" gives way to a vote. "mixed" when votes contradict each other.
+        Every measure votes: "confirmed" if the first is better, "refuted" if it is worse, "tie"
+        if nobody can tell, "mixed" if the measures contradict each other.
         """
         found = [self.compare(first, second, measure) for measure in measures]
         votes = {word for word, _ in found} - {"tie", "not run"}
@@ -116,8 +116,6 @@ class Found:
             verdict = "not run"
         elif len(votes) > 1:
             verdict = "mixed"
-        elif claim == "no worse":
-            verdict = "refuted" if votes == {"worse"} else "confirmed"
         else:
             verdict = {"better": "confirmed", "worse": "refuted"}.get(*votes) if votes else "tie"
         detail = "; ".join(part for word, part in found if word != "not run")
@@ -141,6 +139,10 @@ def summarize(row: Row, cells: Sequence[dict[str, Any] | None]) -> dict[str, Any
     for measure in MEASURES:
         values = [cell[measure] for cell in done if cell.get(measure) is not None]
         result[measure] = _spread(values) if values else None
+    shares = [cell.get("identical", 0) for cell in done]
+    if done and min(shares) == 1:
+        # No noise to speak of: its ratio is a cap, not a result.
+        result |= {"psnr_db": None, "identical": result["images"]}
     return result
 
 

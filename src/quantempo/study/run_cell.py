@@ -58,7 +58,9 @@ def run_cell(tools: Tools, cell: Cell, other: int | None = None) -> dict[str, An
         attach_scheduler_sites(pipe.scheduler, network)
         first = IMAGES + cell.repetition * STRIDE
         images = tools.sample(pipe, cell.sampler, first, cell.images)
-        result |= _paired(exact, images) | {"float_layers": _float_layers(tools, cell)}
+        result |= _paired(exact, images, tools.settings.device) | {
+            "float_layers": _float_layers(tools, cell)
+        }
         result["curve"] = _curve(tools, cell, network)
         result["sqnr_db"] = float(np.mean(result["curve"]["sqnr_db"]))
         if min(result["curve"]["sqnr_db"]) == SQNR_CAP_DB:
@@ -94,11 +96,11 @@ def _float_layers(tools: Tools, cell: Cell) -> int:
     return sum(plan.kind != "int8" for plan in plans)
 
 
-def _paired(exact: np.ndarray, images: np.ndarray) -> dict[str, Any]:
+def _paired(exact: np.ndarray, images: np.ndarray, device: str) -> dict[str, Any]:
     equal = (exact == images).reshape(len(exact), -1).all(axis=1)
     return {
         "psnr_db": float(psnr_db(exact, images).mean()),
-        "ssim": float(ssim(exact, images).mean()),
+        "ssim": float(ssim(exact, images, device=device).mean()),
         "identical": float(equal.mean()),
     }
 

@@ -83,12 +83,11 @@ def share(jobs: Sequence[Job], size: int) -> list[list[Any]]:
     known: list[set[str]] = [set() for _ in range(size)]
     shares: list[list[Job]] = [[] for _ in range(size)]
     for job in sorted(jobs, key=lambda job: (job.rank, -job.cost)):
-        ends = [
-            load + job.cost + COMPILING * len(job.structures - met)
-            for load, met in zip(loads, known, strict=True)
-        ]
+        compiling = [COMPILING * len(job.structures - met) for met in known]
+        # Counted twice for the choice: time that every process spends compiling is lost to all.
+        ends = [load + 2 * extra for load, extra in zip(loads, compiling, strict=True)]
         least = ends.index(min(ends))
-        loads[least] = ends[least]
+        loads[least] += job.cost + compiling[least]
         known[least] |= job.structures
         shares[least].append(job)
     return [

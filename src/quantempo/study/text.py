@@ -51,7 +51,7 @@ def _head(about: dict[str, Any]) -> list[str]:
         f"{settings['images_other']:,} for every other row, divided among {settings['seeds']} "
         f"seeds; {settings['calibration_inputs']} calibration inputs unless said otherwise. "
         f"Extractor {settings['extractor']}: its distances are no FIDs. Reference: "
-        f"{about['data']['images']:,} images of {about['data']['source']}.",
+        f"{about['data']['images']:,} images ({about['data']['source']}).",
         "",
         "A verdict compares repetitions with equal seeds: *tie* means that the 95 % interval of "
         "their mean difference holds zero (so 5 % of all differences called are false alarms), "

@@ -34,8 +34,6 @@ log = logging.getLogger("quantempo")
 # First seeds of what must not share noise; repetitions are a stride apart.
 STRIDE = 1_000_000
 IMAGES, CALIBRATION, PROBE, STAND_IN = 0, 100_000_000, 200_000_000, 300_000_000
-# Inputs on which the error of single steps is measured: chains x steps of each.
-PROBE_CHAINS, PROBE_STEPS = 16, 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Settings:
     source: the float pipeline; data: folder of real images, None for the model's own samples of
     other seeds; reference: images of it that are used; extractor and weights: of the scores;
     call: further arguments of the pipeline; tf32: let float32 products of the float network and
-    of layers left in float run in TF32; probe: chains and steps of the per-step error.
+    of layers left in float run in TF32; probe: chains and
+    steps of each on which the error of single steps is measured.
     """
 
     source: str
@@ -59,7 +58,7 @@ class Settings:
     compiled: bool = False
     tf32: bool = False
     batch_size: int = 64
-    probe: tuple[int, int] = (PROBE_CHAINS, PROBE_STEPS)
+    probe: tuple[int, int] = (16, 16)
 
 
 class Tools:
@@ -91,7 +90,7 @@ class Tools:
     def identity(self) -> str:
         """Hash of what all cells depend on: model, data, extractor, precision."""
         s = self.settings
-        parts = [self.digest, s.data, s.reference, s.extractor, s.call, s.tf32, s.probe]
+        parts = [self.digest, s.reference, s.extractor, s.call, s.tf32, s.probe]
         parts.append(hashlib.sha256(self.data.tobytes()).hexdigest() if s.data else None)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

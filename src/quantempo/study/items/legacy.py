@@ -46,7 +46,6 @@ class Legacy(Study):
                 "not known to the authors; unanswered in their issue 6",
                 ("", _label(graph, True)),
                 ("", _label(graph, False)),
-                claim="no worse",
             )
             for graph in GRAPHS
         ]
@@ -57,6 +56,5 @@ class Legacy(Study):
                 "outputs, with attention in float",
                 ("", _label("input", False)),
                 ("", _label("output", False)),
-                claim="no worse",
             ),
         ]

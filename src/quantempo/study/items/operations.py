@@ -74,7 +74,6 @@ class Operations(Study):
                         (group, label),
                         (group, "float"),
                         ("fed_data",),
-                        claim="no worse",
                     )
                 )
                 claims[-1]["detail"] += self._pairs(found, group, label)

@@ -90,7 +90,6 @@ class Samplers(Study):
                         (group, row.label),
                         (group, "float"),
                         ("fed_data",),
-                        claim="no worse",
                     )
                 )
             for row in quantized:
@@ -106,5 +105,4 @@ class Samplers(Study):
             '"plug-and-play", not tested',
             (row.group, row.label),
             (row.group, own.label),
-            claim="no worse",
         )

@@ -1,0 +1,229 @@
+"""Whole tiny studies: the same bits every time, alone or shared, resumed or whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from quantempo.cli import main
+from quantempo.errors import QuantempoError
+from quantempo.study import Settings, make_plan, run_study, runner
+from tests.packed import packed, saved
+
+ITEMS = ("Legacy", "T1", "F3")
+PLAN = make_plan(compare=None, images=4, seeds=2, small=True)
+
+
+def settings(out: Path, **changes: Any) -> Settings:
+    how: dict[str, Any] = {"reference": 4, "batch_size": 4, "probe": (1, 2), **changes}
+    return Settings(source=str(saved("unconditional")), out=out, **how)
+
+
+def cells(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the results by name, without their times."""
+    found = {}
+    for path in sorted((out / "cells").glob("*.json")):
+        found[path.name] = json.loads(path.read_text())
+        found[path.name].pop("seconds", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "whole"
+    run_study(settings(out), PLAN, only=ITEMS)
+    return out
+
+
+def test_a_study_leaves_tables_plots_page_and_text(whole: Path) -> None:
+    about = json.loads((whole / "study.json").read_text())
+    assert about["failed"] == about["not_run"] == []
+    for name in ITEMS:
+        item = json.loads((whole / f"items/{name}.json").read_text())
+        assert item["claims"] and (whole / f"items/{name}.svg").is_file()
+        for row in item["rows"]:
+            assert row["seeds"] == 2 and row["images"] == 4 and row["failed"] == 0
+            assert row["fed_data"]["std"] is not None
+            assert (whole / row["picture"]).is_file()
+    assert (whole / "items/T1.csv").read_text().count("\n") == 13
+    text = (whole / "study.md").read_text()
+    assert "## Claim by claim" in text and "Everything ran." in text
+    assert (whole / "study.html").stat().st_size > 20_000
+    assert not list((whole / "scratch").iterdir())
+
+
+def test_sigma_is_idle_under_ddim_and_not_under_ddpm(whole: Path) -> None:
+    rows = json.loads((whole / "items/T1.json").read_text())["rows"]
+    sigma = {row["group"]: row for row in rows if row["label"] == "Sigma"}
+    assert sigma["DDIM 6"]["identical"] == 4 and sigma["DDIM 6"]["psnr_db"] is None
+    assert 10 < sigma["DDPM 6"]["psnr_db"]["mean"] < 90
+    claims = json.loads((whole / "items/T1.json").read_text())["claims"]
+    assert claims[-1]["verdict"] == "confirmed"
+
+
+def test_several_processes_give_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shared"
+    script = (
+        "from tests.study.test_study import PLAN, settings, run_study, Path\n"
+        f"run_study(settings(Path({str(out)!r})), PLAN, only=('Legacy', 'T1'))\n"
+    )
+    file = tmp_path / "shared.py"
+    file.write_text("import sys; sys.path.insert(0, '.')\n" + script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node=2", str(file)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert cells(out) == cells(whole)
+    for name in ("T1", "Legacy"):
+        tables = [json.loads((o / f"items/{name}.json").read_text()) for o in (out, whole)]
+        for table in tables:
+            for row in table["rows"]:
+                del row["seconds"]
+        assert tables[0] == tables[1]
+
+
+def test_a_killed_study_resumes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, real = tmp_path / "killed", runner.run_cell
+    done: list[Any] = []
+
+    def killed(tools: Any, cell: Any, other: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return real(tools, cell, other)
+
+    monkeypatch.setattr(runner, "run_cell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings(out), PLAN, only=("Legacy",))
+    assert len(cells(out)) == 3 and not (out / "study.html").exists()
+    monkeypatch.setattr(runner, "run_cell", real)
+    with caplog.at_level(logging.INFO, "quantempo"):
+        run_study(settings(out), PLAN, only=("Legacy",))
+    assert "10 cells, 3 done before" in caplog.text and "[7/7]" in caplog.text
+    mine = cells(out)
+    assert len(mine) == 10 and mine.items() <= cells(whole).items()
+
+
+def test_a_failed_cell_loses_no_other_and_is_tried_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "failing", runner.run_cell
+
+    def failing(tools: Any, cell: Any, other: Any) -> Any:
+        if cell.graph == "output" and cell.repetition == 1:
+            raise RuntimeError("out of memory")
+        return real(tools, cell, other)
+
+    monkeypatch.setattr(runner, "run_cell", failing)
+    page = run_study(settings(out), PLAN, only=("Legacy",))
+    about = json.loads((out / "study.json").read_text())
+    assert len(about["failed"]) == 2 and "out of memory" in page.read_text()
+    rows = json.loads((out / "items/Legacy.json").read_text())["rows"]
+    assert [row["seeds"] for row in rows] == [2, 2, 2, 1, 1]
+    monkeypatch.setattr(runner, "run_cell", real)
+    run_study(settings(out), PLAN, only=("Legacy",))
+    assert json.loads((out / "study.json").read_text())["failed"] == []
+    assert cells(out).items() <= cells(whole).items()
+
+
+def test_what_time_did_not_allow_is_listed(tmp_path: Path) -> None:
+    out = tmp_path / "late"
+    run_study(settings(out), PLAN, only=("T1",), minutes=0)
+    about = json.loads((out / "study.json").read_text())
+    assert len(about["not_run"]) == 24
+    assert {"item": "T1", "row": "DDIM 6: Sigma, seed 1", "reason": "not started"} in about[
+        "not_run"
+    ]
+    item = json.loads((out / "items/T1.json").read_text())
+    assert {claim["verdict"] for claim in item["claims"]} == {"not run"}
+
+
+def test_real_images_are_the_reference(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    out = tmp_path / "study"
+    plan = make_plan(compare=None, images=4, seeds=2, small=True)
+    run_study(settings(out, data=str(folder), reference=4), plan, only=("F3", "T2"), minutes=None)
+    about = json.loads((out / "study.json").read_text())
+    assert about["data"] == {"source": "data", "images": 4} and about["failed"] == []
+    with pytest.raises(QuantempoError, match="another model, data or precision"):
+        run_study(settings(out), plan, only=("F3",))
+    assert json.loads((out / "study.json").read_text()) == about
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "T1,T9"), "unknown study 'T9'"),
+        (("--images", "2"), "two images a seed"),
+        (("--data", "nowhere"), "no image folder nowhere"),
+        (("--recipe", "w8a9"), "no recipe 'w8a9'"),
+        (("--device", "cuda:99"), "cannot use --device"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    out = tmp_path / "out"
+    model = str(saved("unconditional"))
+    monkeypatch.setattr(
+        sys, "argv", ["quantempo", "study", model, "--small", "--out", str(out), *arguments]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and said in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(QuantempoError, match="not empty and no study"):
+        run_study(settings(tmp_path), PLAN, only=("F3",))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(QuantempoError, match="is quantized; study the float model"):
+        run_study(Settings(source=str(packed("unconditional").folder), out=tmp_path / "new"), PLAN)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_twin_that_is_refilled_is_a_new_one(whole: Path, tmp_path: Path) -> None:
+    """Two calibrations, one after the other in one network, against each in its own."""
+    from quantempo.study.tools import Tools
+
+    row = next(row for row in _rows() if row.label == "quantizers on inputs, correct pairs")
+    first, second = row.cells(2)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for order in ((first, second), (second, first)):
+        tools = Tools(settings(tmp_path))
+        for cell in order:
+            network = tools.networks.input_side(cell.recipe, tools.scales(cell))
+            with torch.no_grad():
+                outputs.append(network(x, 500).sample.clone())
+    assert torch.equal(outputs[0], outputs[3]) and torch.equal(outputs[1], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def _rows() -> Any:
+    from quantempo.study import STUDIES
+
+    return STUDIES.get("Legacy").rows(PLAN)
