@@ -47,6 +47,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": sorted(k for k, on in flags.items() if on and any(w in k for w in _ISA)),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "system": platform.platform(terse=True),
     }
 

@@ -90,7 +90,7 @@ def test_a_row_names_its_settings_and_spreads() -> None:
     assert line["bits"] == "W8A8" and line["law"] == "ndtc_repo" and line["metric"] == "lp 2.4"
     assert line["samples"] == 8 and line["source"] == "trajectory, legacy pairs"
     assert line["sampler"] == "DDIM 10" and line["calibrated"] == "Euler 30"
-    assert line["seeds"] == 2 and line["failed"] == 1 and line["images"] == 4
+    assert line["seeds"] == 2 and line["missing"] == 1 and line["images"] == 4
     spread = {"mean": 31.0, "std": pytest.approx(math.sqrt(2)), "values": [30.0, 32.0]}
     assert line["psnr_db"] == spread and line["ssim"] is None
     table = list(csv.DictReader(io.StringIO(rows_csv([line]))))

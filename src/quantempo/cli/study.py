@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ Only = Annotated[
 Images = Annotated[int | None, typer.Option("--images", min=1, help="Of a row in T3 and T5.")]
 Few = Annotated[int | None, typer.Option("--images-other", min=1, help="Of any other row.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each row.")]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Of DDIM, the main sampler.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=2, help="Calibration inputs.")]
 Small = Annotated[bool, typer.Option("--small", help="Few steps and inputs; every item.")]
 Base = Annotated[str, typer.Option("--recipe", help="Recipe that every row varies.")]
 Compare = Annotated[str, typer.Option("--compare", help="Recipe beside it in T3, T5; or none.")]
@@ -50,6 +52,8 @@ def study(
     images: Images = None,
     few: Few = None,
     seeds: Seeds = 3,
+    steps: Steps = 100,
+    samples: Samples = None,
     small: Small = False,
     recipe: Base = "ptq4dm",
     compare: Compare = "w8a8",
@@ -95,7 +99,8 @@ def study(
         probe=(2, 4) if small else (16, 16),
     )
     beside = None if compare == "none" else compare
-    plan = make_plan(recipe, beside, images=images, few=few, seeds=seeds, small=small)
+    how: dict[str, Any] = {"images": images, "few": few, "seeds": seeds, "small": small}
+    plan = make_plan(recipe, beside, steps=steps, samples=samples, **how)
     names = tuple(name.strip() for name in only.split(",")) if only else ()
     page = run_study(settings, plan, only=names, minutes=minutes, force=force)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -188,6 +188,13 @@ def _settings(row: Mapping[str, Any]) -> str:
     return " · ".join(str(part) for part in parts if part not in (None, ""))
 
 
+def _lost(row: Mapping[str, Any]) -> str:
+    """Say how many repetitions of a row failed and how many were not run."""
+    failed = row.get("failed") or 0
+    parts = ((failed, "failed"), ((row.get("missing") or 0) - failed, "not run"))
+    return ", ".join(f"{count} {word}" for count, word in parts if count > 0)
+
+
 def _table(item: Mapping[str, Any], extractor: str | None) -> ScoreTable | None:
     groups, names = grouped(item), score_names(extractor)
     rows = [row for part in groups.values() for row in part]
@@ -208,7 +215,7 @@ def _table(item: Mapping[str, Any], extractor: str | None) -> ScoreTable | None:
                 (
                     str(row.get("label", "")),
                     _settings(row),
-                    f"{row['failed']} failed" if row.get("failed") else "",
+                    _lost(row),
                     [(*_number(row, key), _pooled(row, key)) for key in keys],
                 )
                 for row in part

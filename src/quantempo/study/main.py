@@ -30,8 +30,13 @@ __all__ = ["make_plan", "run_study"]
 
 log = logging.getLogger("quantempo")
 
-FULL = (("ddim", 50), ("ddim", 100), ("ddim", 250), ("ddpm", 1000), ("dpm++", 20), ("euler", 30))
 SMALL = (("ddim", 4), ("ddim", 6), ("ddim", 10), ("ddpm", 20), ("dpm++", 4), ("euler", 5))
+
+
+def _samplers(steps: int) -> tuple[tuple[str, int], ...]:
+    """Return the samplers of T5; the second is the main one."""
+    ddim = [("ddim", round(steps * factor)) for factor in (0.5, 1, 2.5)]
+    return (*ddim, ("ddpm", min(1000, 10 * steps)), ("dpm++", 20), ("euler", 30))
 
 
 def make_plan(
@@ -41,6 +46,8 @@ def make_plan(
     images: int | None = None,
     few: int | None = None,
     seeds: int = 3,
+    steps: int = 100,
+    samples: int | None = None,
     small: bool = False,
 ) -> Plan:
     """Return the scale of a study.
@@ -52,7 +59,9 @@ def make_plan(
             for a small study 4 a seed.
         few: of every other row; default a sixth of `images`.
         seeds: repetitions of each row.
-        small: fewer steps and inputs, for a look on a CPU.
+        steps: of DDIM, the main sampler; T5 has half and 2.5 times as many too, DDPM ten times.
+        samples: calibration inputs; default 256 (small: 8).
+        small: 6 steps and few inputs, for a look on a CPU.
 
     Raises:
         QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
@@ -66,7 +75,8 @@ def make_plan(
             f"got {images} images ({few} for the smaller tables) for {seeds} seeds; expected at "
             f"least {2 * seeds}: distances of image sets need two images a seed"
         )
-    samplers = tuple(Sampler(name, steps) for name, steps in (SMALL if small else FULL))
+    samplers = tuple(Sampler(name, k) for name, k in (SMALL if small else _samplers(steps)))
+    samples = samples or (8 if small else 256)
     return Plan(
         recipe=base,
         ours=ours,
@@ -74,8 +84,8 @@ def make_plan(
         samplers=samplers,
         images=images,
         few=few,
-        samples=8 if small else 256,
-        sizes=(4, 8) if small else (256, 1024),
+        samples=samples,
+        sizes=(samples // 2, samples) if small else (samples, 4 * samples),
         seeds=seeds,
     )
 
@@ -190,6 +200,7 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
         table = []
         for row in rows:
             line = summarize(row, cells[row.group, row.label])
+            line["failed"] = _failed(tools, out, row, plan.seeds)
             if line["seeds"]:
                 line["pooled"] = pooled(tools, row.cells(plan.seeds))
             table.append(line)
@@ -226,6 +237,11 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
 def _results(tools: Tools, out: RunFolder, row: Row, seeds: int) -> list[dict[str, Any] | None]:
     names = [f"cells/{cell.key(tools.identity)}.json" for cell in row.cells(seeds)]
     return [out.read_json(name) if out.has(name) else None for name in names]
+
+
+def _failed(tools: Tools, out: RunFolder, row: Row, seeds: int) -> int:
+    names = [f"cells/{cell.key(tools.identity)}" for cell in row.cells(seeds)]
+    return sum(out.has(f"{n}.failed.json") and not out.has(f"{n}.json") for n in names)
 
 
 def _note_missing(

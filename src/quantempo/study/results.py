@@ -128,7 +128,7 @@ def summarize(row: Row, cells: Sequence[dict[str, Any] | None]) -> dict[str, Any
     result = row.columns() | {
         "images": sum(cell["images"] for cell in done),
         "seeds": len(done),
-        "failed": len(cells) - len(done),
+        "missing": len(cells) - len(done),
         "float_layers": done[0]["float_layers"] if done else None,
         "picture": next((cell["picture"] for cell in done if cell["picture"]), None),
         "pooled": None,

@@ -145,7 +145,7 @@ def run_cells(
     if world.rank == 0:
         log.info("%d cells, %d done before", len(names), len(names) - len(todo))
     deadline = None if minutes is None else time.perf_counter() + 60 * minutes
-    _references(tools, [cell for cell, _, _ in todo.values()], plan, world)
+    _references(tools, [cell for cell, _, _ in todo.values()], plan, world, deadline)
     world.wait()
     mine = [key for keys in share(_jobs(todo, plan, tools), world.size)[world.rank] for key in keys]
     progress = _Progress(len(mine), sum(todo[key][0].cost for key in mine), world)
@@ -197,7 +197,9 @@ def _attempt(
     return f"{quality}, {result['seconds']:.1f} s"
 
 
-def _references(tools: Tools, cells: Sequence[Cell], plan: Plan, world: World) -> None:
+def _references(
+    tools: Tools, cells: Sequence[Cell], plan: Plan, world: World, deadline: float | None
+) -> None:
     """Make what several processes read: the main sampler's float images, inputs of the probe.
 
     Float images of other samplers are needed by one process each, which makes them.
@@ -214,6 +216,8 @@ def _references(tools: Tools, cells: Sequence[Cell], plan: Plan, world: World) -
     jobs += [Job((s, None, 0), s.steps * PROBE_COST) for s in samplers]
     for sampler, repetition, count in share(jobs, world.size)[world.rank]:
         start = time.perf_counter()
+        if deadline is not None and start > deadline:
+            break
         try:
             if repetition is None:
                 tools.probe(sampler)
