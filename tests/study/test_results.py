@@ -19,7 +19,9 @@ SAMPLER = Sampler("ddim", 10)
 def found(**values: list[float | None]) -> Found:
     rows = [Row(label, SAMPLER, 6) for label in values]
     cells = {
-        ("", label): [None if v is None else {"fed_data": v, "psnr_db": -v} for v in column]
+        ("", label): [
+            None if v is None else {"fed_data": v, "psnr_db": -v, "images": 200} for v in column
+        ]
         for label, column in values.items()
     }
     return Found(rows, cells)
@@ -70,12 +72,23 @@ def test_verdicts(first: list[float | None], second: list[float | None], verdict
 
 def test_measures_that_contradict_each_other_are_mixed() -> None:
     cells = {
-        ("", "a"): [{"fed_data": 1.0, "psnr_db": 30.0 + r} for r in range(3)],
-        ("", "b"): [{"fed_data": 2.0, "psnr_db": 35.0 + r} for r in range(3)],
+        ("", "a"): [{"fed_data": 1.0, "psnr_db": 30.0 + r, "images": 200} for r in range(3)],
+        ("", "b"): [{"fed_data": 2.0, "psnr_db": 35.0 + r, "images": 200} for r in range(3)],
     }
     both = Found([Row("a", SAMPLER, 6), Row("b", SAMPLER, 6)], cells)
     assert both.judge("", "", ("", "a"), ("", "b"))["verdict"] == "mixed"
     assert both.judge("", "", ("", "a"), ("", "b"), ("fed_data",))["verdict"] == "confirmed"
+
+
+def test_distances_of_few_images_judge_nothing() -> None:
+    cells = {
+        ("", label): [{"fed_data": v + r, "psnr_db": 30.0, "images": 199} for r in range(3)]
+        for label, v in (("a", 1.0), ("b", 100.0))
+    }
+    both = Found([Row("a", SAMPLER, 6), Row("b", SAMPLER, 6)], cells)
+    judged = both.judge("", "", ("", "a"), ("", "b"), ("fed_data",))
+    assert judged["verdict"] == "not run" and "fewer than 200 images" in judged["detail"]
+    assert both.judge("", "", ("", "a"), ("", "b"))["verdict"] == "tie"
 
 
 def cell(**values: object) -> dict[str, object]:

@@ -32,6 +32,8 @@ def cells(out: Path) -> dict[str, dict[str, Any]]:
     """Return the results by name, without their times."""
     found = {}
     for path in sorted((out / "cells").glob("*.json")):
+        if path.name.startswith("figure"):
+            continue
         found[path.name] = json.loads(path.read_text())
         found[path.name].pop("seconds", None)
     return found
@@ -98,11 +100,11 @@ def test_a_killed_study_resumes(
     out, real = tmp_path / "killed", runner.run_cell
     done: list[Any] = []
 
-    def killed(tools: Any, cell: Any, other: Any) -> Any:
+    def killed(tools: Any, cell: Any) -> Any:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(cell)
-        return real(tools, cell, other)
+        return real(tools, cell)
 
     monkeypatch.setattr(runner, "run_cell", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -121,10 +123,10 @@ def test_a_failed_cell_loses_no_other_and_is_tried_again(
 ) -> None:
     out, real = tmp_path / "failing", runner.run_cell
 
-    def failing(tools: Any, cell: Any, other: Any) -> Any:
+    def failing(tools: Any, cell: Any) -> Any:
         if cell.graph == "output" and cell.repetition == 1:
             raise RuntimeError("out of memory")
-        return real(tools, cell, other)
+        return real(tools, cell)
 
     monkeypatch.setattr(runner, "run_cell", failing)
     page = run_study(settings(out), PLAN, only=("Legacy",))
@@ -136,6 +138,13 @@ def test_a_failed_cell_loses_no_other_and_is_tried_again(
     run_study(settings(out), PLAN, only=("Legacy",))
     assert json.loads((out / "study.json").read_text())["failed"] == []
     assert cells(out).items() <= cells(whole).items()
+    # What is asked for later joins what is there; another batch size may go on with it.
+    again = settings(out, batch_size=3)
+    text = run_study(again, PLAN, only=("F3",)).with_suffix(".md").read_text()
+    assert "## F3" in text and "## Legacy" in text
+    tables = run_study(again, PLAN, only=("Legacy", "T1"))
+    assert json.loads((out / "study.json").read_text())["items"] == ["T1", "F3", "Legacy"]
+    assert "failed" not in tables.with_suffix(".md").read_text()
 
 
 def test_what_time_did_not_allow_is_listed(tmp_path: Path) -> None:
@@ -174,6 +183,8 @@ def test_real_images_are_the_reference(tmp_path: Path) -> None:
         (("--data", "nowhere"), "no image folder nowhere"),
         (("--recipe", "w8a9"), "no recipe 'w8a9'"),
         (("--device", "cuda:99"), "cannot use --device"),
+        (("--device", "cuda", "--workers", "9"), "cannot use --device cuda"),
+        (("--steps", "9"), "--small with --steps"),
     ],
 )
 def test_mistakes_are_one_sentence(

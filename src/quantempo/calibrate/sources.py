@@ -28,6 +28,7 @@ from quantempo.registry import Registry
 __all__ = ["SOURCES", "Source", "check_source", "image_digest", "needs_images", "replace_rows"]
 
 SOURCES: Registry[Source] = Registry("source of x_t")
+_OWN = 0x1A7E_5EED
 # Parts of a pipeline that make x_t something else than an image.
 _AUTOENCODERS = ("vae", "vqvae", "movq")
 
@@ -137,11 +138,11 @@ def replace_rows(
 
     Args:
         source: a name in `SOURCES`.
-        rows: recorded `x_t` (n, ...), `t` (n,) and `half` (n,), ordered by chain, pick, half.
+        rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
         alphas_cumprod: (T,) abar of each training time-step.
         per_unit: training time-steps in one unit of t.
         images: (m, H, W, C) uint8.
-        seed: of the rows; the same seed gives the same bits.
+        seed: of the trace; the same seed and chain give the same bits.
 
     Raises:
         QuantempoError: images of another shape than x_t.
@@ -149,16 +150,21 @@ def replace_rows(
     chosen, x_t = SOURCES.get(source), rows["x_t"]
     if chosen.make is None:
         return x_t
-    halves = int(rows["half"].max()) + 1
-    count = len(x_t) // halves
-    # Not the generator of chain 0, whose numbers became its noise.
-    generator = Generator().manual_seed(seed ^ 0x1A7E_5EED)
-    eps = torch.randn(count, *x_t.shape[1:], generator=generator)
+    first = (rows["half"] == 0).nonzero()[:, 0]
+    chain, pick = rows["chain"][first].tolist(), rows["pick"][first].tolist()
+    halves = len(x_t) // len(first)
+    # Every chain has numbers of its own, so that it does not matter how many run together; not
+    # its generator, whose numbers became its noise.
+    shape = x_t.shape[1:]
+    own = {c: Generator().manual_seed((seed + c) ^ _OWN) for c in chain}
+    eps = torch.stack([torch.randn(shape, generator=own[c]) for c in chain])
     x_0 = torch.zeros_like(eps)
     if chosen.needs_images:
         assert images is not None
         _check_shape(images, tuple(x_t.shape[1:]))
-        x_0 = _draw(images, count, generator)
+        picks = max(pick) + 1
+        places = torch.tensor([c * picks + p for c, p in zip(chain, pick, strict=True)])
+        x_0 = _draw(images, places, Generator().manual_seed(seed ^ _OWN))
     abar = torch.zeros(len(x_t))
     if chosen.needs_schedule:
         assert alphas_cumprod is not None
@@ -168,11 +174,10 @@ def replace_rows(
     return chosen.make(x_0, eps, abar).contiguous()
 
 
-def _draw(images: np.ndarray, count: int, generator: Generator) -> Tensor:
-    """Return (count, C, H, W) float32 images in [-1, 1], 255 -> 1; every image once a round."""
-    rounds = -(-count // len(images))
-    order = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
-    picked = torch.from_numpy(images[torch.cat(order)[:count].numpy()])
+def _draw(images: np.ndarray, places: Tensor, generator: Generator) -> Tensor:
+    """Return (n, C, H, W) float32 images in [-1, 1], 255 -> 1; every image once a round."""
+    order = torch.randperm(len(images), generator=generator)
+    picked = torch.from_numpy(images[order[places % len(images)].numpy()])
     return picked.float().movedim(-1, 1) / 127.5 - 1
 
 

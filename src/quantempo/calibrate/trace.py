@@ -163,7 +163,7 @@ def _record(
     else:
         schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
         tensors["x_t"] = replace_rows(
-            settings["source"], tensors, schedule, recorder.per_unit, run.images, seed
+            settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
         )
     details |= {"rows": len(tensors["t"]), "sha256": _digest(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.

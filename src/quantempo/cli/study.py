@@ -26,7 +26,7 @@ Only = Annotated[
 Images = Annotated[int | None, typer.Option("--images", min=1, help="Of a row in T3 and T5.")]
 Few = Annotated[int | None, typer.Option("--images-other", min=1, help="Of any other row.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each row.")]
-Steps = Annotated[int, typer.Option("--steps", min=2, help="Of DDIM, the main sampler.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Of DDIM, main sampler; 100.")]
 Samples = Annotated[int | None, typer.Option("--samples", min=2, help="Calibration inputs.")]
 Small = Annotated[bool, typer.Option("--small", help="Few steps and inputs; every item.")]
 Base = Annotated[str, typer.Option("--recipe", help="Recipe that every row varies.")]
@@ -52,7 +52,7 @@ def study(
     images: Images = None,
     few: Few = None,
     seeds: Seeds = 3,
-    steps: Steps = 100,
+    steps: Steps = None,
     samples: Samples = None,
     small: Small = False,
     recipe: Base = "ptq4dm",
@@ -76,14 +76,13 @@ def study(
 
     Example: quantempo study models/ddpm --data images --out runs/study --only T3 --device cuda
     """
+    from quantempo.demo import DEMO_MODEL
+    from quantempo.study import Settings, make_plan, run_study
+
+    _check(device, workers, small and steps is not None)
     if workers > 1 and "RANK" not in os.environ:
         _spawn(workers)
         return
-    from quantempo.demo import DEMO_MODEL
-    from quantempo.models.load import check_device
-    from quantempo.study import Settings, make_plan, run_study
-
-    check_device(device)
     settings = Settings(
         source=source or str(DEMO_MODEL),
         out=out,
@@ -100,11 +99,21 @@ def study(
     )
     beside = None if compare == "none" else compare
     how: dict[str, Any] = {"images": images, "few": few, "seeds": seeds, "small": small}
-    plan = make_plan(recipe, beside, steps=steps, samples=samples, **how)
+    plan = make_plan(recipe, beside, steps=steps or 100, samples=samples, **how)
     names = tuple(name.strip() for name in only.split(",")) if only else ()
     page = run_study(settings, plan, only=names, minutes=minutes, force=force)
     if int(os.environ.get("RANK", 0)) == 0:
         show({"page": str(page)}, as_json)
+
+
+def _check(device: str, workers: int, two_scales: bool) -> None:
+    """Refuse devices that are not there, for every process, and two ways to give the steps."""
+    from quantempo.models.load import check_device
+
+    for name in [device, *(f"cuda:{i}" for i in range(workers) if device == "cuda")]:
+        check_device(name)
+    if two_scales:
+        raise QuantempoError("got --small with --steps; a small study has 6 steps, give one")
 
 
 def _spawn(workers: int) -> None:

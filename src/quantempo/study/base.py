@@ -69,7 +69,7 @@ class Plan:
 
     def float_row(self, sampler: Sampler | None = None, images: int | None = None) -> Row:
         """Return the line of the float model."""
-        return Row("float", sampler or self.sampler, images or self.few)
+        return Row("float", sampler or self.sampler, images or self.few, floor=True)
 
 
 class Study:

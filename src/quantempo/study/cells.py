@@ -54,13 +54,14 @@ class Cell:
     sites: tuple[str, ...]
     repetition: int
     images: int
+    beside: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the settings in JSON types, without the recipe's name."""
         values = asdict(self)
         if self.recipe is not None:
             values["recipe"] = {k: v for k, v in self.recipe.to_dict().items() if k != "name"}
-        return values
+        return {k: v for k, v in values.items() if k != "beside" or v is not None}
 
     @property
     def cost(self) -> int:
@@ -101,7 +102,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: see `Cell`; label and group say where it stands, images count once."""
+    """One line of a table: see `Cell`.
+
+    label and group say where it stands; images are those of all repetitions; floor: of a float
+    row, also ask for the distance that other seeds alone make.
+    """
 
     label: str
     sampler: Sampler
@@ -111,16 +116,18 @@ class Row:
     graph: str = "input"
     sites: tuple[str, ...] = ()
     group: str = ""
-    law: str = ""
+    floor: bool = False
     note: dict[str, Any] = field(default_factory=dict)
 
     def cells(self, seeds: int) -> list[Cell]:
         """Return the repetitions of this row; `images` is divided among them, rounded up."""
         share = -(-self.images // seeds)
         under = self.calibrated or self.sampler
+        asked = self.floor and self.recipe is None and seeds > 1
+        next_one = [(r + 1) % seeds if asked else None for r in range(seeds)]
         return [
-            Cell(self.sampler, self.recipe, under, self.graph, self.sites, r, share)
-            for r in range(seeds)
+            Cell(self.sampler, self.recipe, under, self.graph, self.sites, r, share, beside)
+            for r, beside in enumerate(next_one)
         ]
 
     def columns(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -122,7 +123,8 @@ def run_study(
     _check_owner(out, tools, force)
     world.wait()
     if world.rank == 0:
-        out.write_json("study.json", _about(tools, plan, [s.name for s in chosen]))
+        before = out.read_json("study.json") if out.has("study.json") else {}
+        out.write_json("study.json", _about(tools, plan, [s.name for s in chosen], before))
     rows = [
         (index if only else 0, item.name, row)
         for index, item in enumerate(chosen)
@@ -152,7 +154,8 @@ def _check_owner(out: RunFolder, tools: Tools, force: bool) -> None:
         )
 
 
-def _about(tools: Tools, plan: Plan, chosen: list[str]) -> dict[str, Any]:
+def _about(tools: Tools, plan: Plan, chosen: list[str], before: dict[str, Any]) -> dict[str, Any]:
+    """Describe the study; what `before` says of items that are not chosen stays."""
     settings = asdict(tools.settings)
     folder = settings.pop("data")
     own = "the float model's own, of other seeds (DDIM 10)"
@@ -183,9 +186,9 @@ def _about(tools: Tools, plan: Plan, chosen: list[str]) -> dict[str, Any]:
         "settings": json.loads(json.dumps(settings, default=str)),
         "machine": machine(),
         "versions": {"quantempo": __version__, "torch": version("torch")},
-        "items": chosen,
-        "not_run": [],
-        "failed": [],
+        "items": [n for n in STUDIES.names() if n in {*chosen, *before.get("items", ())}],
+        "not_run": [e for e in before.get("not_run", ()) if e["item"] not in chosen],
+        "failed": [e for e in before.get("failed", ()) if e["item"] not in chosen],
         "seconds": 0.0,
     }
 
@@ -205,8 +208,8 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
                 line["pooled"] = pooled(tools, row.cells(plan.seeds))
             table.append(line)
         try:
-            extra = item.extra(plan, tools)
-        except QuantempoError as error:
+            extra = _extra(tools, plan, item, out)
+        except Exception as error:  # one figure must not lose the page
             about["failed"].append({"item": item.name, "row": "figure", "error": str(error)})
             extra = {}
         found = Found(rows, cells)
@@ -232,6 +235,15 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
     with atomic_path(out / "study.md") as temporary:
         temporary.write_text(study_text(out.path))
     render_study(out.path)
+
+
+def _extra(tools: Tools, plan: Plan, item: Any, out: RunFolder) -> dict[str, Any]:
+    """Return what a figure needs besides rows, from disk if it was made for this plan before."""
+    settings = repr((tools.identity, item.name, replace(plan, images=0, few=0, seeds=0)))
+    name = f"cells/figure-{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+    if not out.has(name):
+        out.write_json(name, item.extra(plan, tools))
+    return out.read_json(name)
 
 
 def _results(tools: Tools, out: RunFolder, row: Row, seeds: int) -> list[dict[str, Any] | None]:

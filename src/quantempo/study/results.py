@@ -29,6 +29,8 @@ MEASURES = {
     "kid_data": False,
     "is": True,
 }
+# Distances between sets of fewer images than this a seed say nothing, so they judge nothing.
+DISTANCES, ENOUGH = ("fed_float", "fed_data", "sfed_data", "kid_data", "is"), 200
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom.
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
@@ -62,19 +64,17 @@ class Found:
 
     def values(self, label: str, measure: str, group: str = "") -> dict[int, float]:
         """Return repetition -> value, of those that have one."""
-        found = self.cells.get((group, label), ())
-        return {r: c[measure] for r, c in enumerate(found) if c and c.get(measure) is not None}
+        found = {r: c for r, c in enumerate(self.cells.get((group, label), ())) if c}
+        return {r: c[measure] for r, c in found.items() if c.get(measure) is not None}
+
+    def _few(self, rows: Sequence[tuple[str, str]]) -> bool:
+        cells = [cell for row in rows for cell in self.cells.get(row, ()) if cell]
+        return any(cell["images"] < ENOUGH for cell in cells)
 
     def mean(self, label: str, measure: str, group: str = "") -> float | None:
         """Return the mean over repetitions, or None."""
         values = self.values(label, measure, group)
         return float(np.mean(list(values.values()))) if values else None
-
-    def best(self, labels: Sequence[str], measure: str, group: str = "") -> str | None:
-        """Return the label with the best mean, or None if nothing was run."""
-        known = {x: m for x in labels if (m := self.mean(x, measure, group)) is not None}
-        sign = 1 if MEASURES[measure] else -1
-        return max(known, key=lambda x: sign * known[x]) if known else None
 
     def compare(
         self, first: tuple[str, str], second: tuple[str, str], measure: str
@@ -85,6 +85,8 @@ class Found:
             (word, detail): word is "better" or "worse" (of the first, where the 95 % interval of
             the mean difference leaves out zero: 5 % false alarms), "tie", or "not run".
         """
+        if measure in DISTANCES and self._few((first, second)):
+            return "not run", f"{measure}: fewer than {ENOUGH} images a seed"
         a, b = (self.values(label, measure, group) for group, label in (first, second))
         both = sorted(set(a) & set(b))
         if len(both) < 2:
@@ -118,7 +120,8 @@ class Found:
             verdict = "mixed"
         else:
             verdict = {"better": "confirmed", "worse": "refuted"}.get(*votes) if votes else "tie"
-        detail = "; ".join(part for word, part in found if word != "not run")
+        told = [part for word, part in found if word != "not run"]
+        detail = "; ".join(told or [part for _, part in found])
         return {"text": text, "paper": paper, "verdict": verdict, "detail": detail}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quantempo.calibrate.dataset import TraceSet
 from quantempo.evaluate import compare_sets, eps_sqnr, psnr_db, ssim
 from quantempo.evaluate.features import Features
 from quantempo.evaluate.fidelity import SQNR_CAP_DB
 from quantempo.evaluate.scores import frechet_distance, score_set
-from quantempo.pipeline import per_unit
 from quantempo.quantizers import attach_scheduler_sites
 from quantempo.quantizers.plan import plan_layers
 from quantempo.runs import atomic_path, read_tensors
@@ -32,19 +30,14 @@ SHOWN = 8
 POOLED_FROM = 300
 
 
-def run_cell(tools: Tools, cell: Cell, other: int | None = None) -> dict[str, Any]:
+def run_cell(tools: Tools, cell: Cell) -> dict[str, Any]:
     """Return the results of a cell as JSON types; writes its strip of images and its features.
-
-    Args:
-        tools: of this process.
-        cell: what to run.
-        other: for the float model, the repetition whose images it is compared with.
 
     Of the results, psnr_db and ssim are means over pairs of images, identical the share of images
     equal in every bit, sqnr_db the mean over steps of the SQNR of the network's output on float
     trajectories; fed_float is the Frechet distance to the float images of the same seeds (for the
-    float model to those of `other`, the distance that seeds alone make), fed_data, sfed_data and
-    kid_data distances to the reference images, is a score of the images alone.
+    float model to those of another repetition, the distance that seeds alone make); fed_data,
+    sfed_data and kid_data are distances to the reference images, is a score of the images alone.
     """
     start = time.perf_counter()
     exact = tools.float_images(cell.sampler, cell.repetition, cell.images)
@@ -67,7 +60,7 @@ def run_cell(tools: Tools, cell: Cell, other: int | None = None) -> dict[str, An
             # Nothing quantized in the network itself.
             result |= {"curve": None, "sqnr_db": None}
     features = tools.features(images)
-    result |= _scores(tools, cell, features, other)
+    result |= _scores(tools, cell, features)
     result["picture"] = _picture(tools.settings.out, key, images) if not cell.repetition else None
     if len(images) >= POOLED_FROM:
         _keep(tools.settings.out / "features" / f"{key}.safetensors", features)
@@ -107,22 +100,17 @@ def _paired(exact: np.ndarray, images: np.ndarray, device: str) -> dict[str, Any
 
 def _curve(tools: Tools, cell: Cell, network: Frontend) -> dict[str, list[float]]:
     data = tools.probe(cell.sampler)
+    # What the float network says to them is the same for every cell of a sampler.
+    known = iter(tools.probe_outputs(cell.sampler, data))
     network.compiled = False
     try:
-        return eps_sqnr(tools.denoiser, network, _calls(tools, data))
+        return eps_sqnr(lambda **arguments: next(known), network, tools.calls(data))
     finally:
         network.compiled = tools.settings.compiled and network.fast is not None
 
 
-def _calls(tools: Tools, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-    like = next(tools.denoiser.parameters())
-    unit = per_unit(data, data.num_train_timesteps)
-    for batch in data.batches(tools.settings.batch_size):
-        yield (), data.arguments(batch, like), batch.t.double() * unit
-
-
-def _scores(tools: Tools, cell: Cell, features: Features, other: int | None) -> dict[str, Any]:
-    beside = cell.repetition if cell.recipe is not None else other
+def _scores(tools: Tools, cell: Cell, features: Features) -> dict[str, Any]:
+    beside = cell.repetition if cell.recipe is not None else cell.beside
     result: dict[str, Any] = {}
     if beside is not None:
         exact = tools.float_features(cell.sampler, beside, cell.images)

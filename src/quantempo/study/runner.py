@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from quantempo.errors import QuantempoError
 from quantempo.runs import RunFolder
 from quantempo.study.base import Plan
 from quantempo.study.cells import Cell, Row
@@ -154,15 +153,9 @@ def run_cells(
             log.warning("%d cells are left: the time is up", len(mine) - progress.done)
             break
         cell, name, _ = todo[key]
-        run = partial(run_cell, tools, cell, _other(cell, plan))
+        run = partial(run_cell, tools, cell)
         progress.tell(name, cell.cost, _attempt(folder, key, cell, name, run))
     world.wait()
-
-
-def _other(cell: Cell, plan: Plan) -> int | None:
-    """Return the repetition whose float images a float cell of the main sampler is held against."""
-    ask = cell.recipe is None and cell.sampler == plan.sampler and plan.seeds > 1
-    return (cell.repetition + 1) % plan.seeds if ask else None
 
 
 def _jobs(todo: dict[str, tuple[Cell, str, int]], plan: Plan, tools: Tools) -> list[Job]:
@@ -207,8 +200,8 @@ def _references(
     images: dict[int, int] = {}
     for cell in cells:
         if cell.sampler == plan.sampler:
-            other = _other(cell, plan)
-            for repetition in {cell.repetition, cell.repetition if other is None else other}:
+            beside = cell.repetition if cell.beside is None else cell.beside
+            for repetition in {cell.repetition, beside}:
                 images[repetition] = max(images.get(repetition, 0), cell.images)
     steps = plan.sampler.steps
     jobs = [Job((plan.sampler, r, count), steps * count) for r, count in images.items()]
@@ -223,8 +216,7 @@ def _references(
                 tools.probe(sampler)
             else:
                 tools.float_images(sampler, repetition, count)
-        except QuantempoError as error:
-            # Its cells will meet the same error and report it.
+        except Exception as error:  # its cells will meet the same error and report it
             log.error("float images of %s: %s", sampler, error)
             continue
         seconds = time.perf_counter() - start

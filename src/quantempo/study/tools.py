@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from quantempo.evaluate.features import Extractor, Features, extract, load_extra
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.pipeline import per_unit
 from quantempo.quantizers import find_clock
 from quantempo.runs import atomic_path
 from quantempo.study.calibrations import Calibrator
@@ -83,6 +85,7 @@ class Tools:
         self.calibrator = Calibrator(settings.out / "scratch", digest, settings.batch_size)
         self._images: dict[tuple[Sampler, int], np.ndarray] = {}
         self._features: dict[tuple[Sampler, int, int], Features] = {}
+        self._outputs: dict[Sampler, list[torch.Tensor]] = {}
         self._statistics: tuple[str, dict[str, torch.Tensor]] | None = None
         self.digest = digest
 
@@ -92,6 +95,7 @@ class Tools:
         s = self.settings
         parts = [self.digest, s.reference, s.extractor, s.call, s.tf32, s.probe]
         parts.append(hashlib.sha256(self.data.tobytes()).hexdigest() if s.data else None)
+        parts += [self.extractor.sha256] if s.weights else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def call(self, sampler: Sampler) -> dict[str, Any]:
@@ -180,11 +184,27 @@ class Tools:
             picks=min(steps, sampler.steps),
             time_sampler=make_time_sampler("linspace"),
             seed=PROBE,
-            batch_size=self.settings.batch_size,
+            # Not the study's: the probe must be the same wherever it is continued.
+            batch_size=chains,
             call=self.call(sampler),
             model_hash=self.digest,
             progress=False,
         )
+
+    def calls(self, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        """Yield (args, kwargs, training time-step) of recorded calls, batch by batch."""
+        unit = per_unit(data, data.num_train_timesteps)
+        like = next(self.denoiser.parameters())
+        for batch in data.batches(self.settings.batch_size):
+            yield (), data.arguments(batch, like), batch.t.double() * unit
+
+    @torch.no_grad()
+    def probe_outputs(self, sampler: Sampler, data: TraceSet) -> list[torch.Tensor]:
+        """Return what the float network answers to `probe`, one tensor a batch; kept."""
+        if sampler not in self._outputs:
+            batches = data.batches(self.settings.batch_size)
+            self._outputs[sampler] = [data.replay(self.denoiser, b).cpu() for b in batches]
+        return self._outputs[sampler]
 
     @cached_property
     def data(self) -> np.ndarray:

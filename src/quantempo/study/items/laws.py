@@ -42,7 +42,7 @@ class Laws(Study):
         for recipe in plan.recipes:
             images = plan.images if recipe is plan.recipe else plan.few
             group = f"recipe {recipe.name}"
-            rows.append(Row("float", plan.sampler, images, group=group))
+            rows.append(Row("float", plan.sampler, images, group=group, floor=True))
             rows += [
                 Row(law, plan.sampler, images, plan.law(law, recipe), group=group) for law in LAWS
             ]

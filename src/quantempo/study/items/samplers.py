@@ -45,7 +45,7 @@ class Samplers(Study):
             main = sampler == plan.sampler
             images = plan.images if main else plan.few
             group = str(sampler)
-            rows.append(Row("float", sampler, images, group=group))
+            rows.append(Row("float", sampler, images, group=group, floor=main))
             others = plan.samplers if main else (plan.sampler,)
             if main and plan.few < plan.images:
                 rows += self._transfers(plan, sampler, sampler)
