@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibrate.collect import collect_statistics, time_bin_edges
+from quantempo.calibrate.collect import collect_statistics, state_tensors, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
-from quantempo.calibrate.scales import LayerScales, search_scales, site_scales
+from quantempo.calibrate.scales import LayerScales, schedule_scales, search_scales, site_scales
 from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import trace as trace_pipeline
@@ -31,7 +31,6 @@ from quantempo.layer_table import layer_rows, layer_sqnr
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
-from quantempo.models.variance import variance_grid
 from quantempo.quantizers import LayerPlan, measured_sites
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
@@ -107,11 +106,7 @@ def calibrate(session: Session) -> None:
             sites=measured_sites(session.recipe.layers.sites, session.denoiser),
             per_unit=per_unit(data, session.num_train_timesteps),
         )
-        tensors = {"time_bin_edges": edges}
-        for name, (ranges, histogram) in statistics.items():
-            state = {**ranges.state(), **histogram.state()}
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
-        session.run.write_safetensors("stats.safetensors", tensors)
+        session.run.write_safetensors("stats.safetensors", state_tensors(edges, statistics))
 
 
 def per_unit(data: TraceSet, num_train_timesteps: int) -> float:
@@ -135,9 +130,8 @@ def search(session: Session) -> None:
         measured = measured_sites(chosen, session.denoiser)
         recipe = session.recipe.override("layers", sites=measured)
         tensors = search_scales(stats, weights, recipe)
-        for name in set(chosen) - set(measured):
-            grid = variance_grid(session.pipe.scheduler, session.recipe.trace.steps)
-            tensors |= {f"site:{name}.scale": grid[0], f"site:{name}.zero_point": grid[1]}
+        given = set(chosen) - set(measured)
+        tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
         session.run.write_safetensors("scales.safetensors", tensors)
 
 

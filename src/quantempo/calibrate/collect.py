@@ -18,7 +18,7 @@ from quantempo.errors import QuantempoError
 from quantempo.quantizers import output_part
 from quantempo.search import Histogram, MinMax
 
-__all__ = ["TIME_BINS", "collect_statistics", "time_bin_edges"]
+__all__ = ["TIME_BINS", "collect_statistics", "state_tensors", "time_bin_edges"]
 
 # Fine time bins, equal in training time; buckets are unions of neighbours.
 TIME_BINS = 16
@@ -68,6 +68,17 @@ def collect_statistics(
                 collector.time_bin = torch.bucketize(t, edges[1:-1].double(), right=True)
                 collector.see_sites(batch.x_t, data.replay(denoiser, batch))
     return {name: (collector.ranges[name], collector.histograms[name]) for name in collector.ranges}
+
+
+def state_tensors(
+    edges: Tensor, statistics: Mapping[str, tuple[MinMax, Histogram]]
+) -> dict[str, Tensor]:
+    """Return the tensors of `stats.safetensors`: the edges of the time bins, NAME.KEY of each."""
+    tensors = {"time_bin_edges": edges}
+    for name, (ranges, histogram) in statistics.items():
+        state = {**ranges.state(), **histogram.state()}
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors
 
 
 class _Collector:

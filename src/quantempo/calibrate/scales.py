@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from quantempo.core import ACTIVATION, WEIGHT, QuantSpec
+from quantempo.models.variance import variance_grid
 from quantempo.recipe import ActivationSettings, Recipe
 from quantempo.search import (
     ActivationScale,
@@ -21,7 +23,7 @@ from quantempo.search import (
     segment_time,
 )
 
-__all__ = ["LayerScales", "search_scales", "site_scales"]
+__all__ = ["LayerScales", "schedule_scales", "search_scales", "site_scales"]
 
 _SITE = "site:"
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
@@ -64,6 +66,19 @@ def site_scales(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor
         name: (tensors[f"{_SITE}{name}.scale"], tensors[f"{_SITE}{name}.zero_point"])
         for name in names
     }
+
+
+def schedule_scales(names: Iterable[str], scheduler: Any, steps: int) -> dict[str, Tensor]:
+    """Return the tensors of sites whose values the schedule gives, as `search_scales` names them.
+
+    Raises:
+        QuantempoError: see `variance_grid`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        scale, zero_point = variance_grid(scheduler, steps)
+        tensors |= {f"{_SITE}{name}.scale": scale, f"{_SITE}{name}.zero_point": zero_point}
+    return tensors
 
 
 def search_scales(

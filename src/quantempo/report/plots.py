@@ -84,6 +84,20 @@ STYLE = {
     "legend.fontsize": 8,
     "savefig.transparent": True,
 }
+# How boxplots look, as options of matplotlib's `bxp`.
+BOXES: dict[str, Any] = {
+    "patch_artist": True,
+    "boxprops": {"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
+    "medianprops": {"color": INK, "linewidth": 1.2},
+    "whiskerprops": {"color": MUTED, "linewidth": 0.8},
+    "capprops": {"color": MUTED, "linewidth": 0.8},
+    "flierprops": {
+        "marker": ".",
+        "markersize": 4.5,
+        "markerfacecolor": MUTED,
+        "markeredgewidth": 0,
+    },
+}
 WIDTH = 10.0
 SHOWN = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -228,14 +242,8 @@ def activation_boxes(layers: Sequence[Activation]) -> str:
                 positions=centres[filled],
                 widths=0.6 * float(np.diff(layer.time_edges).min()),
                 manage_ticks=False,
-                patch_artist=True,
-                boxprops={"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
-                medianprops={"color": INK, "linewidth": 1.2},
-                whiskerprops={"color": MUTED, "linewidth": 0.8},
-                capprops={"color": MUTED, "linewidth": 0.8},
-                flierprops={"marker": ".", "markersize": 4.5, "markerfacecolor": MUTED,
-                            "markeredgewidth": 0},
-            )  # fmt: skip
+                **BOXES,
+            )
             if layer.window is not None:
                 t = np.arange(len(layer.window))
                 for end in layer.window.T:

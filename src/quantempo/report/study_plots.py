@@ -370,14 +370,8 @@ def _boxes(axis: Any, layer: Mapping[str, Any]) -> None:
         positions=places,
         widths=0.6 * gap,
         manage_ticks=False,
-        patch_artist=True,
-        boxprops={"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
-        medianprops={"color": INK, "linewidth": 1.2},
-        whiskerprops={"color": MUTED, "linewidth": 0.8},
-        capprops={"color": MUTED, "linewidth": 0.8},
-        flierprops={"marker": ".", "markersize": 4.5, "markerfacecolor": MUTED,
-                    "markeredgewidth": 0},
-    )  # fmt: skip
+        **plots.BOXES,
+    )
     plots.time_axis(axis, max(places, default=1.0) + gap / 2)
     plots.bare(axis, "y")
 

@@ -67,9 +67,9 @@ class Plan:
             "trace", time_sampler=name, time_sampler_args=arguments or {}
         )
 
-    def float_row(self, sampler: Sampler | None = None, images: int | None = None) -> Row:
+    def float_row(self) -> Row:
         """Return the line of the float model."""
-        return Row("float", sampler or self.sampler, images or self.few, floor=True)
+        return Row("float", self.sampler, self.few, floor=True)
 
 
 class Study:

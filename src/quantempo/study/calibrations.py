@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibrate.collect import collect_statistics, time_bin_edges
+from quantempo.calibrate.collect import collect_statistics, state_tensors, time_bin_edges
 from quantempo.calibrate.dataset import TraceSet
-from quantempo.calibrate.scales import search_scales
+from quantempo.calibrate.scales import schedule_scales, search_scales
 from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.calibrate.trace import trace
 from quantempo.models.family import denoiser_of, sites
-from quantempo.models.variance import variance_grid
 from quantempo.pipeline import per_unit
 from quantempo.quantizers import measured_sites, output_side_layers
 from quantempo.quantizers.plan import plan_layers
@@ -83,14 +82,7 @@ class Calibrator:
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        tensors = {
-            "time_bin_edges": time_bin_edges(train),
-            "per_unit": torch.tensor(unit),
-        }
-        for name, (ranges, histogram) in found.items():
-            state = {**ranges.state(), **histogram.state()}
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
-        return tensors
+        return state_tensors(time_bin_edges(train), found) | {"per_unit": torch.tensor(unit)}
 
     def _trace(
         self,
@@ -153,7 +145,6 @@ class Calibrator:
         )
         tensors["per_unit"] = stats["per_unit"]
         known |= {n: tensors[f"{n}.weight_scale"] for n in weights}
-        for name in set(recipe.layers.sites) - set(measured):
-            grid = variance_grid(pipe.scheduler, steps)
-            tensors |= {f"site:{name}.scale": grid[0], f"site:{name}.zero_point": grid[1]}
-        return tensors
+        return tensors | schedule_scales(
+            set(recipe.layers.sites) - set(measured), pipe.scheduler, steps
+        )

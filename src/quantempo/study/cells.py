@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantempo.recipe import Recipe
@@ -117,7 +117,6 @@ class Row:
     sites: tuple[str, ...] = ()
     group: str = ""
     floor: bool = False
-    note: dict[str, Any] = field(default_factory=dict)
 
     def cells(self, seeds: int) -> list[Cell]:
         """Return the repetitions of this row; `images` is divided among them, rounded up."""

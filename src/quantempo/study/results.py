@@ -137,7 +137,6 @@ def summarize(row: Row, cells: Sequence[dict[str, Any] | None]) -> dict[str, Any
         "pooled": None,
         "curve": _curve([cell["curve"] for cell in done if cell["curve"]]),
         "seconds": round(sum(cell["seconds"] for cell in done), 1),
-        **row.note,
     }
     for measure in MEASURES:
         values = [cell[measure] for cell in done if cell.get(measure) is not None]

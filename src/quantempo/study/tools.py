@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,8 +30,6 @@ from quantempo.study.networks import Frontend, Networks
 
 __all__ = ["Settings", "Tools"]
 
-log = logging.getLogger("quantempo")
-
 # First seeds of what must not share noise; repetitions are a stride apart.
 STRIDE = 1_000_000
 IMAGES, CALIBRATION, PROBE, STAND_IN = 0, 100_000_000, 200_000_000, 300_000_000
@@ -45,8 +42,8 @@ class Settings:
     source: the float pipeline; data: folder of real images, None for the model's own samples of
     other seeds; reference: images of it that are used; extractor and weights: of the scores;
     call: further arguments of the pipeline; tf32: let float32 products of the float network and
-    of layers left in float run in TF32; probe: chains and
-    steps of each on which the error of single steps is measured.
+    of layers left in float run in TF32; probe: chains and steps of each on which the error of
+    single steps is measured.
     """
 
     source: str

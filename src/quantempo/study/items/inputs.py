@@ -10,12 +10,7 @@ from quantempo.study.results import Found
 
 __all__ = ["Inputs"]
 
-SOURCES = {
-    "trajectory": "inputs of the denoising process",
-    "mimic": "x_t by the training formula (eq. 4)",
-    "raw": "clean images whatever t",
-    "noise": "pure noise whatever t",
-}
+SOURCES = ("trajectory", "mimic", "raw", "noise")
 LAWS = ("uniform", "ndtc_repo")
 
 
@@ -47,12 +42,12 @@ class Inputs(Study):
         rows = [plan.float_row()]
         for size in plan.sizes:
             for law in LAWS:
-                for source, words in SOURCES.items():
+                for source in SOURCES:
                     recipe = plan.base(samples=size).override(
                         "trace", source=source, time_sampler=law
                     )
                     label = _label(source, law, size)
-                    rows.append(Row(label, plan.sampler, plan.few, recipe, note={"words": words}))
+                    rows.append(Row(label, plan.sampler, plan.few, recipe))
         return rows
 
     def claims(self, found: Found) -> list[dict[str, Any]]:
