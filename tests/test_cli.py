@@ -140,7 +140,7 @@ def test_a_component_is_told_from_a_pipeline(cli: Any, model: Path, tmp_path: Pa
         ("[rounding]\nname = 'nearst'\n", ("nearst", "nearest")),
         ("[layers]\nsites = ['epsilon']\n", ("epsilon", "eps")),
         ("[activations]\nbits = 'eight'\n", ("activations.bits", "int")),
-        ("[activations]\nbits = 16\n", ("activations.bits = 16", "8")),
+        ("[activations]\nbits = 16\n", ("activations.bits = 16", "2 to 8")),
         ("bits = = 3", ("not valid TOML",)),
     ],
 )

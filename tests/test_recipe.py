@@ -44,7 +44,7 @@ def test_override_changes_one_section_and_the_hash(tmp_path):
         ({"trace": {"steps": True}}, "expected int"),
         ({"trace": 3}, "expected a \\[trace\\] section"),
         ({"layers": {"float_roles": "input"}}, "expected a list of names"),
-        ({"activations": {"bits": 9}}, "activations.bits = 9; the kernels take 8-bit"),
+        ({"activations": {"bits": 9}}, "activations.bits = 9; expected 2 to 8"),
         ({"activations": {"buckets": 0}}, "expected 1 to 64"),
     ],
 )

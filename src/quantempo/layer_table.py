@@ -26,14 +26,12 @@ def layer_rows(
     denoiser: nn.Module,
     macs: Mapping[str, int],
     sqnr_db: Mapping[str, float],
-    bits: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """Return one row for each site, and one for the attention matmuls.
 
     Args:
         found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
         macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
-        bits: of weights and activations of the integer layers.
     """
     rows = []
     for site, plan in zip(found, plans, strict=True):
@@ -47,8 +45,8 @@ def layer_rows(
         }
         if isinstance(layer, QLayer):
             row |= {
-                "bits_weight": bits[0],
-                "bits_activation": bits[1],
+                "bits_weight": layer.weight_bits,
+                "bits_activation": layer.act_bits,
                 "segments": list(layer.segments),
                 "buckets": layer.act_scale.shape[1],
                 "scale_min": float(layer.act_scale.min()),
@@ -130,8 +128,6 @@ def describe(packed: str | Path) -> list[dict[str, Any]]:
     if find_clock(denoiser) is None:
         raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
     config = denoiser.hf_quantizer.quantization_config
-    recipe = config.recipe
-    bits = (recipe["weights"]["bits"], recipe["activations"]["bits"])
     settings = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
     with torch.device("meta"):
         float_twin = type(denoiser).from_config(settings)
@@ -139,7 +135,7 @@ def describe(packed: str | Path) -> list[dict[str, Any]]:
     plans = config.plans(float_twin)
     engine = choose("cpu").name
     backend = BACKENDS.get(engine) if engine in BACKENDS.names() else None
-    rows = layer_rows(found, plans, denoiser, {}, {}, bits)[:-1]
+    rows = layer_rows(found, plans, denoiser, {}, {})[:-1]
     for row in rows:
         row["backend"] = "float"
         if row["bits_activation"] <= 8:

@@ -31,7 +31,7 @@ from quantempo.layer_table import layer_rows, layer_sqnr
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
-from quantempo.quantizers import LayerPlan, measured_sites
+from quantempo.quantizers import LayerPlan, bits_of, measured_sites
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS
@@ -95,7 +95,7 @@ def calibrate(session: Session) -> None:
     with session.stage("calibrate") as needed:
         if not needed:
             return
-        plans = plan_layers(session.sites, session.recipe.layers)
+        plans = plan_layers(session.sites, session.recipe)
         inputs = {p.name: p.segments for p in plans if p.kind == "int8"}
         edges = time_bin_edges(session.num_train_timesteps)
         statistics = collect_statistics(
@@ -121,15 +121,14 @@ def search(session: Session) -> None:
         if not needed:
             return
         stats = session.run.read_safetensors("stats.safetensors")
+        bits = bits_of(plan_layers(session.sites, session.recipe))
         weights = {
-            plan.name: session.denoiser.get_submodule(plan.name).weight.detach().cpu()
-            for plan in plan_layers(session.sites, session.recipe.layers)
-            if plan.kind == "int8"
+            name: session.denoiser.get_submodule(name).weight.detach().cpu() for name in bits
         }
         chosen = session.recipe.layers.sites
         measured = measured_sites(chosen, session.denoiser)
         recipe = session.recipe.override("layers", sites=measured)
-        tensors = search_scales(stats, weights, recipe)
+        tensors = search_scales(stats, weights, recipe, bits=bits)
         given = set(chosen) - set(measured)
         tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
         session.run.write_safetensors("scales.safetensors", tensors)
@@ -142,12 +141,12 @@ def round_weights(session: Session) -> None:
             return
         rounding = ROUNDINGS.get(session.recipe.rounding.name)
         scales = LayerScales.read(session.run.read_safetensors("scales.safetensors"))
-        spec = replace(WEIGHT, bits=session.recipe.weights.bits)
+        bits = bits_of(plan_layers(session.sites, session.recipe))
         codes = {
             name: rounding(
                 session.denoiser.get_submodule(name).weight.detach().cpu(),
                 layer.weight_scale,
-                spec,
+                replace(WEIGHT, bits=bits[name][0]),
             )
             for name, layer in scales.items()
         }
@@ -164,7 +163,7 @@ def pack(session: Session) -> Path:
             scales = LayerScales.read(tensors)
             plans = [
                 replace(p, buckets=scales[p.name].act_scale.shape[1]) if p.kind == "int8" else p
-                for p in plan_layers(session.sites, session.recipe.layers)
+                for p in plan_layers(session.sites, session.recipe)
             ]
             pipe = load_pipeline(session.source)
             denoiser = denoiser_of(pipe)[1]
@@ -200,8 +199,7 @@ def _layer_table(
 
     macs = count_macs(session.denoiser, forward, len(batch.x_t))
     sqnr = layer_sqnr(session.denoiser, packed, batch.t, forward)
-    bits = (session.recipe.weights.bits, session.recipe.activations.bits)
-    return layer_rows(session.sites, plans, packed, macs, sqnr, bits)
+    return layer_rows(session.sites, plans, packed, macs, sqnr)
 
 
 def quantize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
@@ -19,11 +20,15 @@ from quantempo.registry import nearest
 
 __all__ = [
     "ActivationSettings",
+    "AttentionSettings",
+    "CorrectionSettings",
+    "DeltaSettings",
     "LayerSettings",
     "Recipe",
     "RoundingSettings",
     "TraceSettings",
     "WeightSettings",
+    "parse_bits",
 ]
 
 Number = int | float
@@ -80,20 +85,80 @@ class LayerSettings:
 
     float_roles: roles kept in higher precision; exclude: shell patterns of layer names kept in
     float; split_skips: one scale for each half of a concatenated skip input; sites: optional
-    8-bit sites of the sampler ("eps", "mu", "sigma", "x_prev").
+    8-bit sites of the sampler ("eps", "mu", "sigma", "x_prev"); bits: a role or a shell pattern
+    of layer names -> "w8a8", bits of these layers where they differ from the recipe's.
     """
 
     float_roles: tuple[str, ...] = ("input", "output", "time")
     exclude: tuple[str, ...] = ()
     split_skips: bool = True
     sites: tuple[str, ...] = ()
+    bits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoundingSettings:
-    """How integer weights are chosen: the name of a registered rounding."""
+    """How integer weights are chosen.
+
+    name: a registered rounding; start: the rounding that "adaround" starts from; samples: inputs
+    of the trace it looks at; iterations: of each block; refine: further iterations on activation
+    scales; batch: inputs an iteration; drop: share of a block's input taken from the float model
+    while learning (QDrop); bias: afterwards make every layer's mean output that of the float
+    layer; seed: of every draw.
+    """
 
     name: str = "nearest"
+    start: str = "gptq"
+    samples: int = 256
+    iterations: int = 2000
+    refine: int = 0
+    batch: int = 32
+    drop: float = 0.5
+    bias: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """What is corrected around the network, fitted on the packed model's own trajectories.
+
+    affine: the output, per step and channel, by a gain and a shift; absorb: take the variance of
+    what is left out of the noise that a stochastic sampler adds; stepback: treat x_t as of the
+    earlier time whose noise it has; chains: trajectories; seed: of the first.
+    """
+
+    affine: bool = False
+    absorb: bool = False
+    stepback: bool = False
+    chains: int = 64
+    seed: int = 2_000_000
+
+
+@dataclass(frozen=True)
+class DeltaSettings:
+    """Quantize what a layer's input changed since the step before, instead of the input.
+
+    enabled: on or off; chains: trajectories on which changes are measured; refresh: a full 8-bit
+    step every so many steps, 0 for the first alone; megabytes: of state an image, layers with
+    the most work first, 0 for all layers.
+    """
+
+    enabled: bool = False
+    chains: int = 16
+    refresh: int = 0
+    megabytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Products inside attention.
+
+    bits: 16 leaves them in floating point, 8 makes them integer; min_cosine: a block whose output
+    is less like the float one's than that stays in floating point.
+    """
+
+    bits: int = 16
+    min_cosine: float = 0.999
 
 
 @dataclass(frozen=True)
@@ -106,6 +171,9 @@ class Recipe:
     activations: ActivationSettings = field(default_factory=ActivationSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    delta: DeltaSettings = field(default_factory=DeltaSettings)
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
 
     def __post_init__(self) -> None:
         for path, value, low, high in (
@@ -114,15 +182,27 @@ class Recipe:
             ("trace.picks", self.trace.picks, 1, 100_000),
             ("activations.buckets", self.activations.buckets, 1, 64),
             ("activations.min_gain", self.activations.min_gain, 0, 1),
+            ("activations.bits", self.activations.bits, 2, 8),
             ("weights.bits", self.weights.bits, 2, 8),
+            ("rounding.samples", self.rounding.samples, 1, 1_000_000),
+            ("rounding.iterations", self.rounding.iterations, 0, 1_000_000),
+            ("rounding.refine", self.rounding.refine, 0, 1_000_000),
+            ("rounding.batch", self.rounding.batch, 1, 100_000),
+            ("rounding.drop", self.rounding.drop, 0, 1),
+            ("correction.chains", self.correction.chains, 1, 1_000_000),
+            ("delta.chains", self.delta.chains, 1, 100_000),
+            ("delta.refresh", self.delta.refresh, 0, 100_000),
+            ("delta.megabytes", self.delta.megabytes, 0, 1_000_000),
+            ("attention.min_cosine", self.attention.min_cosine, 0, 1),
         ):
             if not low <= value <= high:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
-        if self.activations.bits != 8:
+        if self.attention.bits not in (8, 16):
             raise QuantempoError(
-                f"got activations.bits = {self.activations.bits}; the kernels take 8-bit inputs, "
-                "set it to 8"
+                f"got attention.bits = {self.attention.bits}; expected 8, or 16 for floating point"
             )
+        for key, text in self.layers.bits.items():
+            parse_bits(text, f"layers.bits.{key}")
         if self.trace.legacy_pairing and self.trace.source != "trajectory":
             raise QuantempoError(
                 f"got trace.legacy_pairing = true with trace.source = '{self.trace.source}'; the "
@@ -189,9 +269,23 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+def parse_bits(text: str, where: str) -> tuple[int, int]:
+    """Return (weight bits, activation bits) of a text like "w4a8".
+
+    Raises:
+        QuantempoError: another form, or bits out of 2 to 8.
+    """
+    found = re.fullmatch(r"w([2-8])a([2-8])", text) if isinstance(text, str) else None
+    if found is None:
+        raise QuantempoError(f'got {where} = {text!r}; expected bits of 2 to 8 like "w4a8"')
+    return int(found[1]), int(found[2])
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        # Quoted: a pattern of layer names has dots and stars.
+        items = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     # For booleans, numbers, strings and lists of them JSON is TOML.
     return json.dumps(value)
 

@@ -19,7 +19,7 @@ from quantempo.quantizers import (
     swap_layers,
 )
 from quantempo.quantizers.plan import plan_layers
-from quantempo.recipe import LayerSettings
+from quantempo.recipe import LayerSettings, Recipe
 
 __all__ = ["make_clock", "make_conv", "make_linear", "quantize_network"]
 
@@ -103,7 +103,7 @@ def quantize_network(
     found = sites(network)
     plans = [
         replace(plan, buckets=buckets if plan.kind == "int8" else 1)
-        for plan in plan_layers(found, LayerSettings(exclude=exclude))
+        for plan in plan_layers(found, Recipe(layers=LayerSettings(exclude=exclude)))
     ]
     ranges: dict[tuple[str, int], tuple[float, float]] = {}
     hooks = []

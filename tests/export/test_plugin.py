@@ -119,8 +119,8 @@ def edit_config(folder: Path, **values: object) -> None:
 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    edit_config(copy, format_version=2)
-    with pytest.raises(QuantempoError, match="format_version 2; this quantempo reads up to 1"):
+    edit_config(copy, format_version=3)
+    with pytest.raises(QuantempoError, match="format_version 3; this quantempo reads up to 2"):
         load_pipeline(copy)
     with pytest.raises(QuantempoError, match="upgrade quantempo"):
         UNet2DModel.from_pretrained(copy / "unet")

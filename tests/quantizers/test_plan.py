@@ -17,7 +17,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.family import Site, sites
 from quantempo.quantizers import LayerPlan
 from quantempo.quantizers.plan import plan_layers
-from quantempo.recipe import LayerSettings
+from quantempo.recipe import LayerSettings, Recipe
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, tiny_dit, tiny_text, tiny_unet
 
 Denoise = Callable[[Tensor, int], Any]
@@ -68,7 +68,7 @@ def heard(net: nn.Module, denoise: Denoise, x: Tensor, t: int) -> dict[str, tupl
 
 def test_every_layer_is_int8_or_has_a_reason(network: Any) -> None:
     net = network[0]
-    plans = plan_layers(sites(net), LayerSettings())
+    plans = plan_layers(sites(net), Recipe(layers=LayerSettings()))
     layers = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert [plan.name for plan in plans] == layers
     for plan in plans:
@@ -140,24 +140,24 @@ def test_skip_halves_are_those_the_network_concatenates(
     for site in found:
         if site.segments:
             assert sum(site.segments) == site.layer.in_channels
-    plans = {p.name: p for p in plan_layers(found, LayerSettings())}
+    plans = {p.name: p for p in plan_layers(found, Recipe(layers=LayerSettings()))}
     assert {n: p.segments for n, p in plans.items() if p.segments} == segments
-    joint = plan_layers(found, LayerSettings(split_skips=False))
+    joint = plan_layers(found, Recipe(layers=LayerSettings(split_skips=False)))
     assert not any(plan.segments for plan in joint)
 
 
 def test_what_the_default_recipe_keeps_in_float() -> None:
-    plans = {p.name: p for p in plan_layers(sites(tiny_unet()), LayerSettings())}
+    plans = {p.name: p for p in plan_layers(sites(tiny_unet()), Recipe(layers=LayerSettings()))}
     assert plans["conv_in"].kind == plans["conv_out"].kind == "float"
     assert plans["time_embedding.linear_1"].kind == "int12"
     assert plans["mid_block.resnets.0.conv1"] == LayerPlan("mid_block.resnets.0.conv1", "int8")
-    everything = plan_layers(sites(tiny_unet()), LayerSettings(float_roles=()))
+    everything = plan_layers(sites(tiny_unet()), Recipe(layers=LayerSettings(float_roles=())))
     assert {plan.kind for plan in everything} == {"int8"}
 
 
 def test_exclude_takes_shell_patterns_and_names_them_as_the_reason() -> None:
     settings = LayerSettings(exclude=("mid_block.*", "*.to_q"))
-    plans = {p.name: p for p in plan_layers(sites(tiny_unet()), settings)}
+    plans = {p.name: p for p in plan_layers(sites(tiny_unet()), Recipe(layers=settings))}
     for name, plan in plans.items():
         excluded = name.startswith("mid_block.") or name.endswith(".to_q")
         assert excluded == ("excluded by" in (plan.reason or "")), name
@@ -175,7 +175,7 @@ def test_layers_no_kernel_takes_stay_in_float() -> None:
         nn.Conv1d(4, 4, 3),
         nn.Conv2d(4, 4, 3, groups=2),
     )
-    plans = plan_layers(sites(net), LayerSettings(float_roles=()))
+    plans = plan_layers(sites(net), Recipe(layers=LayerSettings(float_roles=())))
     assert [plan.kind for plan in plans] == ["float"] * 5 + ["int8"]
     wanted = ("padding", "padding", "depthwise", "ConvTranspose2d", "Conv1d")
     for plan, word in zip(plans, wanted, strict=False):
@@ -184,9 +184,9 @@ def test_layers_no_kernel_takes_stay_in_float() -> None:
 
 def test_an_unknown_role_is_refused_with_the_known_ones() -> None:
     with pytest.raises(QuantempoError, match=r"unknown role 'outptu'.*output"):
-        plan_layers([], LayerSettings(float_roles=("outptu",)))
+        plan_layers([], Recipe(layers=LayerSettings(float_roles=("outptu",))))
 
 
 def test_a_convolution_of_the_time_role_stays_a_convolution() -> None:
     site = Site("adaln.conv", nn.Conv2d(2, 2, 1), "time")
-    assert plan_layers([site], LayerSettings())[0].kind == "float"
+    assert plan_layers([site], Recipe(layers=LayerSettings()))[0].kind == "float"

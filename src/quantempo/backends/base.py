@@ -65,7 +65,7 @@ BACKENDS: Registry[Backend] = Registry("backend")
 
 def too_many_terms(layer: QLayer) -> str | None:
     """Return a reason if the sums of a layer could leave int32: more than 66,311 terms."""
-    terms = layer.weight_int[0].numel()
+    terms = layer.weight_codes[0].numel()
     if terms > MAX_TERMS:
         return f"{terms} products in a sum may overflow int32; at most {MAX_TERMS} are safe"
     return None

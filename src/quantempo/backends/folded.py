@@ -76,7 +76,7 @@ class Folded:
         if column not in self._edges:
             scale, zero = self.grid(bucket)
             # (O, 3, 3), then (16, O)
-            taps = self.layer.weight_int.sum(1, dtype=torch.float64)
+            taps = self.layer.weight_codes.sum(1, dtype=torch.float64)
             outside = torch.zeros((16, 3, 3), dtype=torch.bool)
             for mask in range(16):
                 outside[mask, 0] |= bool(mask & 1)
@@ -88,7 +88,7 @@ class Folded:
         return self._edges[column]
 
     def _split(self) -> list[Tensor]:
-        weight = self.layer.weight_int
+        weight = self.layer.weight_codes
         if len(self.widths) == 1:
             return [weight]
         return [part.contiguous() for part in weight.split(self.widths, 1)]

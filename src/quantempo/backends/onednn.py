@@ -26,8 +26,8 @@ class OneDNNBackend:
 
     def unsupported(self, layer: QLayer) -> str | None:
         """Return why it cannot take this layer, or None."""
-        if layer.weight_int.device.type != "cpu":
-            return f"it runs on the CPU, the layer is on {layer.weight_int.device.type}"
+        if layer.weight_scale.device.type != "cpu":
+            return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
         if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
             return "a grouped convolution cannot have one scale for each half of its input"
         return too_many_terms(layer)
@@ -89,8 +89,8 @@ class _Int8Kernel:
 
     def _prepare(self) -> None:
         layer = self.layer
-        width = layer.segments if len(layer.segments) > 1 else (layer.weight_int.shape[1],)
-        self.parts = [self._pack(w.contiguous()) for w in layer.weight_int.split(width, 1)]
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
+        self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
         self.grids = Grids(layer)
 
     def _pack(self, weight: Tensor) -> Any:

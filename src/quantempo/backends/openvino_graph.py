@@ -58,7 +58,7 @@ class LayerCall:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of this call."""
-        return int(np.prod(self.out_shape)) * self.layer.weight_int[0].numel()
+        return int(np.prod(self.out_shape)) * self.layer.weight_codes[0].numel()
 
 
 def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
@@ -200,7 +200,7 @@ def _float32(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _out_shape(layer: QLayer, x: Tensor) -> tuple[int, ...]:
-    out = layer.weight_int.shape[0]
+    out = layer.weight_codes.shape[0]
     if not isinstance(layer, QConv2d):
         return (*map(int, x.shape[:-1]), out)
     sizes = (
@@ -271,7 +271,9 @@ class _LayerConverter:
 
     def _sum(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
         layer = call.layer
-        integers = layer.weight_int if len(layer.segments) == 1 else layer.weight_int[:, columns]
+        integers = (
+            layer.weight_codes if len(layer.segments) == 1 else layer.weight_codes[:, columns]
+        )
         integers = np.ascontiguousarray(_numpy(integers))
         scale = _numpy(layer.weight_scale).reshape(-1, *[1] * (integers.ndim - 1))
         if isinstance(layer, QConv2d) and layer.groups > 1:

@@ -76,6 +76,7 @@ class _SimulatedKernel:
         self.layer = layer
         # (segment, channels of it, weight) of each part.
         self.parts: list[tuple[int, slice, Tensor]] = []
+        self.qmax = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, axis = self.layer, channel_dim(self.layer)
@@ -86,7 +87,7 @@ class _SimulatedKernel:
         y: Tensor | None = None
         for i, segment in enumerate(x.float().split(layer.segments, axis)):
             scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
-            codes = (torch.round(segment / scale) + zero).clamp(0, 255) - zero
+            codes = (torch.round(segment / scale) + zero).clamp_min(0).minimum(self.qmax) - zero
             term = self._sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
             y = term if y is None else y + term
         assert y is not None
@@ -100,10 +101,12 @@ class _SimulatedKernel:
         Cuts that still hold are kept: a compiled network is compiled for its parts.
         """
         layer = self.layer
-        width = layer.segments if len(layer.segments) > 1 else (layer.weight_int.shape[1],)
+        # A tensor: layers that differ in bits alone are one compiled network.
+        self.qmax = torch.tensor(float(layer.act_qmax), device=device)
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
         groups = layer.groups if isinstance(layer, QConv2d) else 1
         parts = []
-        for i, segment in enumerate(layer.weight_int.split(width, 1)):
+        for i, segment in enumerate(layer.weight_codes.split(width, 1)):
             cuts = [(cut, part.dtype) for j, cut, part in self.parts if i == j]
             if not cuts or not all(
                 dtype == torch.float64 or sum_bound(segment[:, cut]) < EXACT for cut, dtype in cuts

@@ -86,6 +86,7 @@ def search_scales(
     weights: Mapping[str, Tensor],
     recipe: Recipe,
     known: Mapping[str, Tensor] | None = None,
+    bits: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
@@ -100,24 +101,28 @@ def search_scales(
         weights: float weight (O, ...) of each layer.
         recipe: metrics, bits and number of buckets.
         known: weight scales (O,) of layers that need no search.
+        bits: (weight bits, activation bits) of layers where they are not the recipe's.
     """
-    settings = recipe.activations
-    spec = replace(ACTIVATION, bits=settings.bits, symmetric=settings.symmetric)
-    active = [name for name in weights if f"{name}.hist" in stats]
-    of_bin = _cut_time(stats, active, settings, spec)
+    settings, bits = recipe.activations, bits or {}
+    common = (recipe.weights.bits, settings.bits)
+    site_spec = replace(ACTIVATION, symmetric=settings.symmetric)
+    specs = {
+        name: replace(site_spec, bits=bits.get(name, common)[1])
+        for name in weights
+        if f"{name}.hist" in stats
+    }
+    of_bin = _cut_time(stats, settings, specs)
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
-    weight_spec = replace(WEIGHT, bits=recipe.weights.bits)
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
         scale = (known or {}).get(name)
         if scale is None:
-            scale = search_weight(
-                weight, weight_spec, metric=recipe.weights.metric, p=recipe.weights.p
-            )
+            spec = replace(WEIGHT, bits=bits.get(name, common)[0])
+            scale = search_weight(weight, spec, metric=recipe.weights.metric, p=recipe.weights.p)
         tensors[f"{name}.weight_scale"] = scale
-        if name not in active:
+        if name not in specs:
             continue
         parts = [
-            _search(hist, edges, settings, spec, of_bin)
+            _search(hist, edges, settings, specs[name], of_bin)
             for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
         ]
         columns = max(len(part.scale) for part in parts)
@@ -127,7 +132,7 @@ def search_scales(
         )
     for name in recipe.layers.sites:
         hist, edges = stats[f"{_SITE}{name}.hist"][0], stats[f"{_SITE}{name}.edges"][0]
-        found = search_activation(hist, edges, spec, metric=settings.metric, p=settings.p)
+        found = search_activation(hist, edges, site_spec, metric=settings.metric, p=settings.p)
         tensors[f"{_SITE}{name}.scale"] = found.scale[0]
         tensors[f"{_SITE}{name}.zero_point"] = torch.tensor(found.zero_point, dtype=torch.int32)
     return tensors
@@ -154,13 +159,13 @@ def _search(
 
 
 def _cut_time(
-    stats: Mapping[str, Tensor], names: list[str], settings: ActivationSettings, spec: QuantSpec
+    stats: Mapping[str, Tensor], settings: ActivationSettings, specs: Mapping[str, QuantSpec]
 ) -> Tensor | None:
     """Return (K,) the bucket of each fine time bin, best for all layers together, or None."""
-    if settings.buckets == 1 or not names:
+    if settings.buckets == 1 or not specs:
         return None
     tables = []
-    for name in tqdm(names, desc="buckets", disable=None, leave=False):
+    for name, spec in tqdm(specs.items(), desc="buckets", disable=None, leave=False):
         for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
             table = cost_table(hist, edges, spec, metric=settings.metric, p=settings.p, grid=_GRID)
             tables.append(table.at_best_zero_point())

@@ -43,7 +43,8 @@ __all__ = [
 
 log = logging.getLogger("quantempo")
 
-FORMAT_VERSION = 1
+# 2: weights of at most 4 bits two to a byte, activations below 8 bits.
+FORMAT_VERSION = 2
 _OURS = (QLayer, Int12Linear, SiteQuantizer)
 
 
@@ -61,6 +62,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where there is more than one.
+        bits: name -> [weight bits, activation bits], where they are not [8, 8].
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
         sites: names of quantized sites of the sampler.
@@ -77,6 +79,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         float_layers: dict[str, str] | None = None,
         segments: dict[str, list[int]] | None = None,
         buckets: dict[str, int] | None = None,
+        bits: dict[str, list[int]] | None = None,
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
         sites: list[str] | None = None,
@@ -96,7 +99,8 @@ class QuantempoConfig(QuantizationConfigMixin):
             warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
         self.recipe, self.int12 = recipe or {}, int12 or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
-        self.buckets, self.num_train_timesteps = buckets or {}, num_train_timesteps
+        self.buckets, self.bits = buckets or {}, bits or {}
+        self.num_train_timesteps = num_train_timesteps
         self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
         self.format_version, self.version = format_version, version
 
@@ -121,7 +125,8 @@ class QuantempoConfig(QuantizationConfigMixin):
                 plans.append(LayerPlan(site.name, "int12", reason=self.int12[site.name]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
-                plans.append(LayerPlan(site.name, "int8", segments, self.buckets.get(site.name, 1)))
+                buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
+                plans.append(LayerPlan(site.name, "int8", segments, buckets, None, *bits))
         return plans
 
 

@@ -66,6 +66,7 @@ def pack_denoiser(
         float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
         segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
         buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
+        bits={p.name: list(bits) for p in int8 if (bits := (p.weight_bits, p.act_bits)) != (8, 8)},
         num_train_timesteps=len(bucket_of),
         per_unit=per_unit,
         sites=list(sites),

@@ -17,6 +17,7 @@ from quantempo.quantizers.sites import (
 )
 from quantempo.quantizers.swap import (
     LayerPlan,
+    bits_of,
     fill,
     find_clock,
     install_clock,
@@ -37,6 +38,7 @@ __all__ = [
     "attach_sampler_site",
     "attach_scheduler_sites",
     "attach_variance_site",
+    "bits_of",
     "check_sites",
     "fill",
     "find_clock",

@@ -1,6 +1,7 @@
 """Quantized layers: plain modules that hold integers and scales in buffers (layer L2).
 
-    y = s_a * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o],   q_a = clamp(round(x/s_a) + z)
+    y = s_a * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
+    q_a = clamp(round(x / s_a) + z, 0, 2^act_bits - 1)
 
 They replace Conv2d and Linear in place under the same name. What executes them is a plain callable
 `kernel` that a backend attaches; saving and loading never depend on it. Source: PTQ4DM section
@@ -9,12 +10,21 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import QParams, QuantSpec, pack_int12, quantize, unpack_int12
+from quantempo.core import (
+    QParams,
+    QuantSpec,
+    pack_int4,
+    pack_int12,
+    quantize,
+    unpack_int4,
+    unpack_int12,
+)
 from quantempo.errors import QuantempoError
 from quantempo.quantizers.clock import StepClock
 
@@ -26,9 +36,10 @@ Kernel = Callable[[Tensor], Tensor]
 class QLayer(nn.Module):
     """Hold what `QConv2d` and `QLinear` share.
 
-    Buffers: weight_int int8 (O, ...); weight_scale float32 (O,); bias float32 (O,) or None;
-    act_scale float32 (S, G), one row for each input segment, one column for each time bucket;
-    act_zero_point int32 (S,).
+    Buffers: weight_int int8 (O, ...), for weights of at most 4 bits uint8 (O, ceil(K / 2)) with
+    two codes a byte; weight_scale float32 (O,); bias float32 (O,) or None; act_scale float32
+    (S, G), one row for each input segment, one column for each time bucket; act_zero_point int32
+    (S,). `weight_codes` is the weight as int8 (O, ...), unpacked once: kernels see bytes.
 
     Args:
         weight_shape: shape of the weight, output channels first.
@@ -36,6 +47,7 @@ class QLayer(nn.Module):
         clock: the denoiser's clock.
         segments: input channels of each segment with a scale of its own; sums to C_in.
         buckets: G, 1 for one scale at all times.
+        weight_bits, act_bits: of the grids, 2 to 8.
         device: where the (uninitialised) buffers are made.
     """
 
@@ -53,15 +65,22 @@ class QLayer(nn.Module):
         clock: StepClock,
         segments: tuple[int, ...],
         buckets: int,
+        *,
+        weight_bits: int = 8,
+        act_bits: int = 8,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         out, parts = weight_shape[0], len(segments)
+        self.weight_shape, self.weight_bits, self.act_bits = weight_shape, weight_bits, act_bits
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
 
-        buffer("weight_int", weight_shape, torch.int8)
+        if weight_bits <= 4:
+            buffer("weight_int", (out, (math.prod(weight_shape[1:]) + 1) // 2), torch.uint8)
+        else:
+            buffer("weight_int", weight_shape, torch.int8)
         buffer("weight_scale", (out,), torch.float32)
         if bias:
             buffer("bias", (out,), torch.float32)
@@ -73,12 +92,38 @@ class QLayer(nn.Module):
         # Not registered as a child: the clock belongs to the denoiser, once.
         object.__setattr__(self, "clock", clock)
         object.__setattr__(self, "kernel", None)
+        self._unpacked: Tensor | None = None
+
+    @property
+    def weight_codes(self) -> Tensor:
+        """Return the integer weight, int8 (O, ...)."""
+        packed = self.weight_int
+        if packed.dtype == torch.int8:
+            return packed
+        known = self._unpacked
+        if known is None or known.device != packed.device:
+            length = math.prod(self.weight_shape[1:])
+            self._unpacked = known = unpack_int4(packed, length).reshape(self.weight_shape)
+        return known
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Store the integer weight, int8 (O, ...); raises QuantempoError outside its bits."""
+        if self.weight_int.dtype == torch.int8:
+            self.weight_int.copy_(codes)
+        else:
+            self.weight_int.copy_(pack_int4(codes.flatten(1)))
+            self._unpacked = None
+
+    @property
+    def act_qmax(self) -> int:
+        """Largest code of an activation."""
+        return 2**self.act_bits - 1
 
     @property
     def weight(self) -> Tensor:
         """Return the dequantized weight, float32 (made anew at each access)."""
-        scale = self.weight_scale.reshape(-1, *[1] * (self.weight_int.ndim - 1))
-        return self.weight_int.float() * scale
+        codes = self.weight_codes
+        return codes.float() * self.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
 
     def scale_now(self, segment: int, x: Tensor) -> Tensor:
         """Return the activation scale of the current time bucket: () or (B, 1, ...) like x."""
@@ -89,6 +134,9 @@ class QLayer(nn.Module):
         if self.kernel is None:
             raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
         return self.kernel(x)
+
+    def _grids(self) -> str:
+        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
 
     kernel: Kernel | None
 
@@ -108,16 +156,25 @@ class QConv2d(QLayer):
         padding: tuple[int, int],
         dilation: tuple[int, int],
         groups: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(weight_shape, bias, clock, segments, buckets, device)
+        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
+        super().__init__(weight_shape, bias, clock, segments, buckets, **bits, device=device)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
         self.kernel_size = tuple(weight_shape[2:])
 
     @classmethod
     def like(
-        cls, layer: nn.Conv2d, clock: StepClock, segments: tuple[int, ...], buckets: int
+        cls,
+        layer: nn.Conv2d,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
     ) -> QConv2d:
         """Return an empty quantized twin of a float convolution, on its device."""
         return cls(
@@ -130,6 +187,8 @@ class QConv2d(QLayer):
             padding=tuple(layer.padding),
             dilation=tuple(layer.dilation),
             groups=layer.groups,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
             device=layer.weight.device,
         )
 
@@ -138,7 +197,7 @@ class QConv2d(QLayer):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, segments={self.segments}, "
-            f"buckets={self.act_scale.shape[1]}"
+            f"{self._grids()}"
         )
 
 
@@ -148,16 +207,22 @@ class QLinear(QLayer):
     @property
     def in_features(self) -> int:
         """Input channels."""
-        return self.weight_int.shape[1]
+        return self.weight_shape[1]
 
     @property
     def out_features(self) -> int:
         """Output channels."""
-        return self.weight_int.shape[0]
+        return self.weight_shape[0]
 
     @classmethod
     def like(
-        cls, layer: nn.Linear, clock: StepClock, segments: tuple[int, ...], buckets: int
+        cls,
+        layer: nn.Linear,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
     ) -> QLinear:
         """Return an empty quantized twin of a float linear layer, on its device."""
         return cls(
@@ -166,12 +231,14 @@ class QLinear(QLayer):
             clock,
             segments or (layer.in_features,),
             buckets,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
             device=layer.weight.device,
         )
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, buckets={self.act_scale.shape[1]}"
+        return f"{self.in_features}, {self.out_features}, {self._grids()}"
 
 
 class Int12Linear(nn.Module):

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from quantempo.models.family import Site, check_roles
+from quantempo.models.family import ROLES, Site, check_roles
 from quantempo.quantizers.swap import LayerPlan
-from quantempo.recipe import LayerSettings
+from quantempo.recipe import Recipe, parse_bits
 
 __all__ = ["plan_layers"]
 
@@ -19,7 +19,7 @@ _REASONS = {
 }
 
 
-def plan_layers(sites: list[Site], settings: LayerSettings) -> list[LayerPlan]:
+def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
     """Return one plan per site, `buckets` still 1 (the search decides).
 
     Kept in float, in this order of reasons: what no integer kernel takes; names that match
@@ -28,6 +28,7 @@ def plan_layers(sites: list[Site], settings: LayerSettings) -> list[LayerPlan]:
     Raises:
         QuantempoError: unknown role.
     """
+    settings = recipe.layers
     check_roles(settings.float_roles)
     plans = []
     for site in sites:
@@ -42,5 +43,16 @@ def plan_layers(sites: list[Site], settings: LayerSettings) -> list[LayerPlan]:
             plans.append(LayerPlan(site.name, "int12" if stored else "float", reason=reason))
         else:
             segments = site.segments if settings.split_skips else ()
-            plans.append(LayerPlan(site.name, "int8", segments))
+            weight, activation = _bits(site, recipe)
+            plans.append(LayerPlan(site.name, "int8", segments, 1, None, weight, activation))
     return plans
+
+
+def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:
+    """Return (weight bits, activation bits): of its name's first match, of its role, or common."""
+    for key, text in recipe.layers.bits.items():
+        if key not in ROLES and fnmatchcase(site.name, key):
+            return parse_bits(text, key)
+    if site.role in recipe.layers.bits:
+        return parse_bits(recipe.layers.bits[site.role], site.role)
+    return recipe.weights.bits, recipe.activations.bits

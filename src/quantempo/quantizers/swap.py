@@ -14,15 +14,24 @@ from quantempo.models.family import timestep_of
 from quantempo.quantizers.clock import CLOCK_NAME, StepClock
 from quantempo.quantizers.layers import Int12Linear, QConv2d, QLayer, QLinear
 
-__all__ = ["LayerPlan", "fill", "find_clock", "install_clock", "quantized_layers", "swap_layers"]
+__all__ = [
+    "LayerPlan",
+    "bits_of",
+    "fill",
+    "find_clock",
+    "install_clock",
+    "quantized_layers",
+    "swap_layers",
+]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """Say what one layer becomes.
 
-    kind: "int8" (QConv2d or QLinear), "int12" (Int12Linear) or "float" (left alone);
-    segments: input split; buckets: columns of its scale table; reason: why not int8.
+    kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "int12"
+    (Int12Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
+    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8.
     """
 
     name: str
@@ -30,6 +39,23 @@ class LayerPlan:
     segments: tuple[int, ...] = ()
     buckets: int = 1
     reason: str | None = None
+    weight_bits: int = 8
+    act_bits: int = 8
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What a quantized layer is built with, besides the float layer and the clock."""
+        return {
+            "segments": self.segments,
+            "buckets": self.buckets,
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+        }
+
+
+def bits_of(plans: list[LayerPlan]) -> dict[str, tuple[int, int]]:
+    """Return (weight bits, activation bits) of each integer layer."""
+    return {p.name: (p.weight_bits, p.act_bits) for p in plans if p.kind == "int8"}
 
 
 def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0) -> StepClock:
@@ -83,9 +109,9 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
         if plan.kind == "int12" and isinstance(layer, nn.Linear):
             twin = Int12Linear.like(layer)
         elif isinstance(layer, nn.Conv2d):
-            twin = QConv2d.like(layer, clock, plan.segments, plan.buckets)
+            twin = QConv2d.like(layer, clock, **plan.shape)
         elif isinstance(layer, nn.Linear):
-            twin = QLinear.like(layer, clock, plan.segments, plan.buckets)
+            twin = QLinear.like(layer, clock, **plan.shape)
         else:
             raise QuantempoError(
                 f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected Conv2d or Linear"
@@ -104,7 +130,7 @@ def fill(
     act_zero_point: Tensor,
 ) -> None:
     """Copy integers and scales into a layer; shapes and dtypes are those of its buffers."""
-    layer.weight_int.copy_(weight_int)
+    layer.set_codes(weight_int)
     layer.weight_scale.copy_(weight_scale)
     layer.act_scale.copy_(act_scale)
     layer.act_zero_point.copy_(act_zero_point)

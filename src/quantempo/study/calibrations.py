@@ -118,7 +118,7 @@ class Calibrator:
     def _inputs(self, denoiser: Any, recipe: Recipe, side: str) -> dict[str, tuple[int, ...]]:
         if side == "output":
             return dict.fromkeys(output_side_layers(sites(denoiser))[1], ())
-        plans = plan_layers(sites(denoiser), recipe.layers)
+        plans = plan_layers(sites(denoiser), recipe)
         return {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
 
     def scales(

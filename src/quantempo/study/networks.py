@@ -117,7 +117,7 @@ class Networks:
         buckets = recipe.activations.buckets
         plans = [
             replace(plan, buckets=buckets) if plan.kind == "int8" else plan
-            for plan in plan_layers(self.sites, recipe.layers)
+            for plan in plan_layers(self.sites, recipe)
         ]
         # Every layer gets the full table: which of them keep one scale differs between cells.
         wide = {}
@@ -125,7 +125,7 @@ class Networks:
             last = layer.act_scale[:, -1:].expand(-1, buckets - layer.act_scale.shape[1])
             wide[name] = replace(layer, act_scale=torch.cat([layer.act_scale, last], 1))
         codes = self._codes(recipe, wide)
-        key = (recipe.weights.bits, *((p.name, p.kind, p.segments, p.buckets) for p in plans))
+        key = tuple(replace(plan, reason=None) for plan in plans)
         if key not in self._twins:
             self._twins[key] = self._build(plans, wide, codes, tensors, recipe)
         else:
@@ -180,7 +180,7 @@ class Networks:
                 _ = module.weight
         for _, layer in quantized_layers(twin):
             kernel: Any = layer.kernel
-            kernel.prepare(layer.weight_int.device)
+            kernel.prepare(layer.weight_scale.device)
 
     def _codes(self, recipe: Recipe, scales: Mapping[str, LayerScales]) -> dict[str, Tensor]:
         rounding = ROUNDINGS.get(recipe.rounding.name)

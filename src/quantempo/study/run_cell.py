@@ -85,7 +85,7 @@ def _float_layers(tools: Tools, cell: Cell) -> int:
         return len(tools.networks.sites)
     if cell.graph == "output":
         return sum(site.role == "attention" for site in tools.networks.sites)
-    plans = plan_layers(tools.networks.sites, cell.recipe.layers)
+    plans = plan_layers(tools.networks.sites, cell.recipe)
     return sum(plan.kind != "int8" for plan in plans)
 
 
