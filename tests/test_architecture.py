@@ -21,8 +21,9 @@ PACKAGE = REPOSITORY / "src" / "quantempo"
 # that docstrings name. Within L5 the rows stand on each other in this order.
 ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (6, ("cli",)),
+    (5, ("ladder",)),
     (5, ("demo", "study")),
-    (5, ("quality", "speed")),
+    (5, ("quality", "sensitivity", "speed")),
     (5, ("pipeline",)),
     (5, ("session",)),
     (5, ("bench", "layer_table")),

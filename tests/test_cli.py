@@ -301,7 +301,7 @@ def test_every_verb_is_there() -> None:
     group = typer.main.get_command(app)
     assert set(group.commands) == {
         *("quantize", "trace", "calibrate", "search", "round", "pack"),
-        *("sample", "evaluate", "report", "inspect", "bench", "demo", "study"),
+        *("sample", "evaluate", "report", "inspect", "bench", "demo", "study", "sensitivity"),
     }
 
 

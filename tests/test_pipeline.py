@@ -325,3 +325,19 @@ def test_sites_of_the_sampler_go_through_the_main_line(tmp_path: Path) -> None:
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         codes = net(x, 500).sample / eps.scale
     assert float((codes - codes.round()).abs().max()) < 1e-3 and len(codes.round().unique()) > 30
+
+
+def test_keys_do_not_depend_on_the_order_in_which_diffusers_lists_defaults(tmp_path: Path) -> None:
+    sessions = [pipeline.load(saved("unconditional"), tmp_path / str(i), SMALL) for i in range(3)]
+    keys = set()
+    for session, names in zip(sessions, (["a", "b"], ["b", "a"], []), strict=True):
+        session.pipe.scheduler._internal_dict = {
+            **session.pipe.scheduler.config,
+            "_use_default_values": names,
+        }
+        session.__dict__.pop("_surroundings", None)
+        keys.add(session.key("trace"))
+    assert len(keys) == 1
+    sessions[0].pipe.scheduler._internal_dict["beta_end"] = 0.03
+    sessions[0].__dict__.pop("_surroundings")
+    assert sessions[0].key("trace") not in keys

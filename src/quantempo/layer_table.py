@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quantempo.models.load import load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS
 from quantempo.quantizers import Int12Linear, LayerPlan, QLayer, find_clock, quantized_layers
 
-__all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr"]
+__all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits"]
 
 
 def layer_rows(
@@ -75,6 +76,14 @@ def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
         "int8_mac_share": integer / max(1, sum(row["macs"] for row in layers)),
         "int8_mac_share_with_attention": integer / max(1, sum(row["macs"] for row in rows)),
     }
+
+
+def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
+    """Return the bits a weight of the integer layers has on average, None without such layers."""
+    layers = [row for row in rows if row["kind"] != "matmul" and row["bits_activation"] <= 8]
+    sizes = [math.prod(row["weight_shape"]) for row in layers]
+    bits = sum(row["bits_weight"] * size for row, size in zip(layers, sizes, strict=True))
+    return bits / sum(sizes) if layers else None
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ have files of their own (`quantempo.quality`, `quantempo.report`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantempo.backends.engine import attach
 from quantempo.calibrate.collect import collect_statistics, state_tensors, time_bin_edges
+from quantempo.calibrate.correction import fit_correction, options_of
 from quantempo.calibrate.dataset import TraceSet
+from quantempo.calibrate.deltas import collect_deltas, delta_sizes, search_deltas
 from quantempo.calibrate.scales import LayerScales, schedule_scales, search_scales, site_scales
 from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
@@ -28,13 +31,16 @@ from quantempo.core import WEIGHT
 from quantempo.evaluate import load_images
 from quantempo.export.pack import pack_denoiser
 from quantempo.layer_table import layer_rows, layer_sqnr
+from quantempo.models.attention import attention_blocks, set_products
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
 from quantempo.quantizers import LayerPlan, bits_of, measured_sites
+from quantempo.quantizers.attention import install_int8_attention
+from quantempo.quantizers.delta import limit_deltas, plan_memory
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
-from quantempo.rounding import ROUNDINGS
+from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
 from quantempo.runs import atomic_path
 from quantempo.session import Session, load, reopen
 
@@ -43,6 +49,7 @@ log = logging.getLogger("quantempo")
 __all__ = [
     "Session",
     "calibrate",
+    "correct",
     "finish",
     "load",
     "pack",
@@ -90,23 +97,37 @@ def _source_images(session: Session) -> np.ndarray | None:
 
 
 def calibrate(session: Session) -> None:
-    """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
+    """Collect the statistics of every layer input over the trace; writes `stats.safetensors`.
+
+    With `recipe.delta` also those of what changed between the steps of the sampler.
+    """
     data = TraceSet(session.run / "trace")
     with session.stage("calibrate") as needed:
         if not needed:
             return
-        plans = plan_layers(session.sites, session.recipe)
+        recipe = session.recipe
+        plans = plan_layers(session.sites, recipe)
         inputs = {p.name: p.segments for p in plans if p.kind == "int8"}
         edges = time_bin_edges(session.num_train_timesteps)
+        unit = per_unit(data, session.num_train_timesteps)
+        sites = measured_sites(recipe.layers.sites, session.denoiser)
         statistics = collect_statistics(
-            session.denoiser,
-            inputs,
-            data,
-            edges,
-            sites=measured_sites(session.recipe.layers.sites, session.denoiser),
-            per_unit=per_unit(data, session.num_train_timesteps),
+            session.denoiser, inputs, data, edges, sites=sites, per_unit=unit
         )
-        session.run.write_safetensors("stats.safetensors", state_tensors(edges, statistics))
+        tensors = state_tensors(edges, statistics)
+        if recipe.delta.enabled:
+            tensors |= collect_deltas(
+                session.pipe,
+                session.denoiser,
+                inputs,
+                edges,
+                steps=recipe.trace.steps,
+                chains=recipe.delta.chains,
+                seed=recipe.trace.seed,
+                per_unit=unit,
+                call=session.call,
+            )
+        session.run.write_safetensors("stats.safetensors", tensors)
 
 
 def per_unit(data: TraceSet, num_train_timesteps: int) -> float:
@@ -121,7 +142,8 @@ def search(session: Session) -> None:
         if not needed:
             return
         stats = session.run.read_safetensors("stats.safetensors")
-        bits = bits_of(plan_layers(session.sites, session.recipe))
+        plans = _plans(session, stats)
+        bits = bits_of(plans)
         weights = {
             name: session.denoiser.get_submodule(name).weight.detach().cpu() for name in bits
         }
@@ -131,7 +153,19 @@ def search(session: Session) -> None:
         tensors = search_scales(stats, weights, recipe, bits=bits)
         given = set(chosen) - set(measured)
         tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
+        deltas = {plan.name: plan.delta_bits for plan in plans if plan.delta_bits}
+        edges = stats["time_bin_edges"]
+        tensors |= search_deltas(stats, deltas, tensors["bucket_of"], edges, recipe.activations)
         session.run.write_safetensors("scales.safetensors", tensors)
+
+
+def _plans(session: Session, stats: Mapping[str, Tensor] | None = None) -> list[LayerPlan]:
+    """Return what each layer becomes; with deltas, as far as their state may take memory."""
+    plans, delta = plan_layers(session.sites, session.recipe), session.recipe.delta
+    if not delta.enabled:
+        return plans
+    sizes = delta_sizes(stats or session.run.read_safetensors("stats.safetensors"))
+    return limit_deltas(plans, plan_memory(*sizes, delta.megabytes))
 
 
 def round_weights(session: Session) -> None:
@@ -139,18 +173,114 @@ def round_weights(session: Session) -> None:
     with session.stage("round") as needed:
         if not needed:
             return
-        rounding = ROUNDINGS.get(session.recipe.rounding.name)
-        scales = LayerScales.read(session.run.read_safetensors("scales.safetensors"))
+        run, settings = session.run, session.recipe.rounding
+        scales = LayerScales.read(run.read_safetensors("scales.safetensors"))
         bits = bits_of(plan_layers(session.sites, session.recipe))
-        codes = {
-            name: rounding(
-                session.denoiser.get_submodule(name).weight.detach().cpu(),
-                layer.weight_scale,
-                replace(WEIGHT, bits=bits[name][0]),
+        specs = {name: replace(WEIGHT, bits=bits[name][0]) for name in scales}
+        weights = {n: session.denoiser.get_submodule(n).weight.detach().cpu() for n in scales}
+        by_weights = settings.name if ROUNDINGS.get(settings.name).needs == "weights" else "nearest"
+        codes = round_by_weights(
+            by_weights, weights, {n: s.weight_scale for n, s in scales.items()}, specs
+        )
+        if by_weights != settings.name or settings.bias or settings.refine:
+            # Deltas have a state: blocks are rounded on whole 8-bit inputs.
+            twin = _assemble(session, codes, deltas=False)[1].to(session.device)
+            codes = round_denoiser(
+                session.denoiser,
+                twin,
+                scales,
+                specs,
+                TraceSet(run / "trace"),
+                settings,
+                folder=run / "blocks",
+                key=session.key("round"),
             )
-            for name, layer in scales.items()
-        }
-        session.run.write_safetensors("rounding.safetensors", codes)
+        run.write_safetensors("rounding.safetensors", codes)
+
+
+def _assemble(
+    session: Session, rounding: Mapping[str, Tensor], *, deltas: bool = True, last: bool = False
+) -> tuple[Any, nn.Module, list[LayerPlan]]:
+    """Return a fresh pipeline, its denoiser packed from the artefacts, and the plans.
+
+    Args:
+        rounding: codes of each layer, and what a rounding changed besides (bias, scales).
+        deltas: quantize changes where the recipe does; last: with correction and attention.
+    """
+    run, recipe = session.run, session.recipe
+    data, tensors = TraceSet(run / "trace"), run.read_safetensors("scales.safetensors")
+    scales = {
+        name: replace(found, act_scale=rounding.get(f"{name}.act_scale", found.act_scale))
+        for name, found in LayerScales.read(tensors).items()
+    }
+    plans = [
+        replace(
+            p,
+            buckets=scales[p.name].act_scale.shape[1],
+            delta_bits=p.delta_bits if deltas else 0,
+        )
+        if p.kind == "int8"
+        else p
+        for p in _plans(session)
+    ]
+    pipe = load_pipeline(session.source)
+    denoiser = denoiser_of(pipe)[1]
+    for name in scales:
+        if f"{name}.bias" in rounding:
+            denoiser.get_submodule(name).bias.data.copy_(rounding[f"{name}.bias"])
+    corrected = last and run.has("correction.safetensors") and options_of(recipe.correction)
+    pack_denoiser(
+        denoiser,
+        plans,
+        scales,
+        {name: rounding[name] for name in scales},
+        bucket_of=tensors["bucket_of"],
+        per_unit=per_unit(data, session.num_train_timesteps),
+        sites=site_scales(tensors),
+        recipe=recipe,
+        source_sha256=session.model["sha256"],
+        correction=(corrected, run.read_safetensors("correction.safetensors"))
+        if corrected
+        else None,
+        rates=tensors,
+        attention=_int8_attention(session, data) if deltas else (),
+    )
+    return pipe, denoiser, plans
+
+
+def _int8_attention(session: Session, data: TraceSet) -> list[str]:
+    """Return the attention blocks whose products may be integers; the others are logged."""
+    settings = session.recipe.attention
+    if settings.bits != 8:
+        return []
+    batch = data.rows(torch.linspace(0, len(data) - 1, min(32, len(data))).long())
+    calls = [lambda: data.replay(session.denoiser, batch)]
+    found = install_int8_attention(session.denoiser, calls, settings.min_cosine)
+    # The float denoiser was only looked at.
+    for _, block in attention_blocks(session.denoiser):
+        set_products(block, None)
+    session.run.write_json("attention.json", asdict(found))
+    return found.names
+
+
+def correct(session: Session) -> None:
+    """Fit what is corrected around the network; writes `correction.safetensors` and `.json`."""
+    if not options_of(session.recipe.correction):
+        return
+    with session.stage("correct") as needed:
+        if needed:
+            rounding = session.run.read_safetensors("rounding.safetensors")
+            packed = _assemble(session, rounding)[1].to(session.device)
+            attach(packed, "auto" if session.device == "cpu" else "simulated")
+            fitted = fit_correction(
+                session.pipe,
+                packed,
+                session.recipe.correction,
+                steps=session.recipe.trace.steps,
+                call=session.call,
+            )
+            session.run.write_json("correction.json", fitted.report)
+            session.run.write_safetensors("correction.safetensors", fitted.tensors)
 
 
 def pack(session: Session) -> Path:
@@ -158,31 +288,15 @@ def pack(session: Session) -> Path:
     run = session.run
     with session.stage("pack") as needed:
         if needed:
+            rounding = run.read_safetensors("rounding.safetensors")
+            pipe, denoiser, plans = _assemble(session, rounding, last=True)
             data = TraceSet(run / "trace")
-            tensors = run.read_safetensors("scales.safetensors")
-            scales = LayerScales.read(tensors)
-            plans = [
-                replace(p, buckets=scales[p.name].act_scale.shape[1]) if p.kind == "int8" else p
-                for p in plan_layers(session.sites, session.recipe)
-            ]
-            pipe = load_pipeline(session.source)
-            denoiser = denoiser_of(pipe)[1]
-            pack_denoiser(
-                denoiser,
-                plans,
-                scales,
-                run.read_safetensors("rounding.safetensors"),
-                bucket_of=tensors["bucket_of"],
-                per_unit=per_unit(data, session.num_train_timesteps),
-                sites=site_scales(tensors),
-                recipe=session.recipe,
-                source_sha256=session.model["sha256"],
-            )
             run.write_json("layers.json", _layer_table(session, plans, denoiser, data))
             if type(session.pipe) is type(pipe):
                 pipe.scheduler = session.pipe.scheduler
             elif session.scheduler:
                 log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
+            denoiser.cpu()
             with atomic_path(run / "packed") as temporary:
                 pipe.save_pretrained(temporary)
     return run / "packed"
@@ -218,7 +332,13 @@ def quantize(
 
 def finish(session: Session) -> Path:
     """Run every stage that is not done yet, trace to pack, and return the packed folder."""
-    stages: tuple[Callable[[Session], Any], ...] = (trace, calibrate, search, round_weights)
+    stages: tuple[Callable[[Session], Any], ...] = (
+        trace,
+        calibrate,
+        search,
+        round_weights,
+        correct,
+    )
     for stage in stages:
         stage(session)
     return pack(session)

@@ -18,12 +18,13 @@ from quantempo.bench import SPEED_KEYS, machine
 from quantempo.calibrate.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.evaluate import eps_sqnr, evaluate_pairs
-from quantempo.layer_table import int8_share
+from quantempo.layer_table import int8_share, mean_weight_bits
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.sampling import run_pipeline, swap_scheduler
 from quantempo.pipeline import per_unit
 from quantempo.quantizers import attach_scheduler_sites, find_clock
+from quantempo.quantizers.correction import attach_correction, without_stepback
 from quantempo.runs import RunFolder, atomic_path
 from quantempo.session import Session
 
@@ -55,6 +56,7 @@ def open_model(
         return pipe
     attach(denoiser, engine)
     attach_scheduler_sites(pipe.scheduler, denoiser)
+    attach_correction(pipe.scheduler, denoiser)
     return pipe
 
 
@@ -188,13 +190,13 @@ def evaluate(
     metrics = evaluate_pairs(*pairs, reference=data)
     if inception is not None:
         more = evaluate_pairs(*pairs, reference=data, extractor="inception", weights=inception)
-        metrics["scores"] += more["scores"]
-        metrics |= {key: value for key, value in more.items() if key not in metrics}
+        metrics = more | metrics | {"scores": metrics["scores"] + more["scores"]}
     networks = (denoiser_of(pipe)[1], denoiser_of(packed)[1])
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
     calls = _calls(session, TraceSet(run / "trace"))
+    with without_stepback(networks[1]):
+        metrics["eps_sqnr_db"] = eps_sqnr(*networks, calls, bins=edges)
     metrics |= summary(session) | {
-        "eps_sqnr_db": eps_sqnr(*networks, calls, bins=edges),
         "engine": attached(networks[1]),
         "sampler": type(pipe.scheduler).__name__,
         "steps": steps,
@@ -231,6 +233,7 @@ def summary(session: Session) -> dict[str, Any]:
     share = int8_share(rows)
     return {
         **share,
+        "weight_bits_mean": mean_weight_bits(rows),
         "bytes_float32": 4 * run.read_json("model.json")["parameters"],
         "bytes_packed": sum(file.stat().st_size for file in files),
         "calibration_seconds": round(sum(stage["seconds"] for stage in stages.values()), 2),

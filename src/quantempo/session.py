@@ -45,7 +45,15 @@ ARTEFACTS = {
     "calibrate": "stats.safetensors",
     "search": "scales.safetensors",
     "round": "rounding.safetensors",
+    "correct": "correction.safetensors",
     "pack": "packed",
+}
+_SECTIONS = {
+    "calibrate": ("layers", "delta"),
+    "search": ("activations", "weights"),
+    "round": ("rounding",),
+    "correct": ("correction", "attention"),
+    "pack": (),
 }
 _OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
 
@@ -112,7 +120,9 @@ class Session:
     @cached_property
     def _surroundings(self) -> dict[str, str]:
         """Hashes of what else decides the recorded inputs: the scheduler, the other networks."""
-        settings = json.dumps(dict(self.pipe.scheduler.config), sort_keys=True, default=str)
+        # Private entries are of diffusers; a list of names among them is in the order of a set.
+        known = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
+        settings = json.dumps(known, sort_keys=True, default=str)
         found = {type(self.pipe.scheduler).__name__: hashlib.sha256(settings.encode()).hexdigest()}
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and part is not self.denoiser:
@@ -121,12 +131,18 @@ class Session:
 
     def key(self, stage: str) -> str:
         """Return a hash of everything that decides the artefact of a stage."""
-        sections = {
-            "trace": ("trace",),
-            "calibrate": ("trace", "layers"),
-            "search": ("trace", "layers", "activations", "weights"),
-        }.get(stage, ("trace", "layers", "activations", "weights", "rounding"))
+        # Each stage depends on the sections of those before it and on its own.
+        sections: tuple[str, ...] = ("trace",)
+        for name, own in _SECTIONS.items():
+            if stage == "trace":
+                break
+            sections += own
+            if name == stage:
+                break
         settings: dict[str, Any] = {name: asdict(getattr(self.recipe, name)) for name in sections}
+        if stage == "calibrate":
+            # Statistics are of the float model: the same for any bits.
+            del settings["layers"]["bits"]
         settings |= {"model": self.model["sha256"], "call": self.call, **self._surroundings}
         if needs_images(self.recipe.trace.source):
             settings["data"] = self.data and str(Path(self.data).resolve())

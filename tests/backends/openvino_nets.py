@@ -61,22 +61,23 @@ def one_layer(
     exponents: tuple[int, ...] = (-4,),
     before: Callable[[Tensor], Tensor] | None = None,
     segments: tuple[int, ...] = (),
+    bits: tuple[int, int] = (8, 8),
 ) -> OneLayer:
     """Quantize a layer with random integers; act_scale[s, g] = 2^(exponents[g] + s)."""
     net = OneLayer(copy.deepcopy(layer), before).eval()
     buckets = len(exponents)
     clock = install_clock(net, torch.arange(STEPS) * buckets // STEPS)
-    swap_layers(net, [LayerPlan("layer", "int8", segments, buckets)], clock)
+    swap_layers(net, [LayerPlan("layer", "int8", segments, buckets, None, *bits)], clock)
     quantized: Any = net.layer
     generator = torch.Generator().manual_seed(7)
 
     def draw(low: int, high: int, shape: torch.Size) -> Tensor:
         return torch.randint(low, high + 1, shape, generator=generator)
 
-    out = quantized.weight_int.shape[:1]
+    out, top = quantized.weight_int.shape[:1], 2 ** (bits[0] - 1) - 1
     fill(
         quantized,
-        draw(-127, 127, quantized.weight_int.shape).to(torch.int8),
+        draw(-top, top, quantized.weight_shape).to(torch.int8),
         torch.exp2(draw(-9, -6, out).float()),
         draw(-50, 50, out).float() if quantized.bias is not None else None,
         torch.exp2(torch.tensor([[e + s for e in exponents] for s in range(len(zero_points))])),
@@ -94,13 +95,13 @@ def integer_output(layer: QLayer, x: Tensor, buckets: list[int]) -> Tensor:
     for row, bucket in zip(x.double(), buckets, strict=True):
         total: Any = 0.0
         parts = row.split(layer.segments, 0 if isinstance(layer, QConv2d) else -1)
-        width = layer.segments if len(parts) > 1 else (layer.weight_int.shape[1],)
+        width = layer.segments if len(parts) > 1 else (layer.weight_codes.shape[1],)
         for i, (part, weight) in enumerate(
-            zip(parts, layer.weight_int.long().split(width, 1), strict=True)
+            zip(parts, layer.weight_codes.long().split(width, 1), strict=True)
         ):
             scale = layer.act_scale[i, bucket].double()
             zero = int(layer.act_zero_point[i])
-            codes = (torch.round(part / scale) + zero).clamp(0, 255).long()
+            codes = (torch.round(part / scale) + zero).clamp(0, 2**layer.act_bits - 1).long()
             if isinstance(layer, QConv2d):
                 pad = (layer.padding[1],) * 2 + (layer.padding[0],) * 2
                 codes = F.pad(codes, pad, value=zero)
@@ -147,7 +148,13 @@ LAYERS = {
 }
 
 
-def packed(denoiser: nn.Module, buckets: int = 1, int8: bool = True, **given: Any) -> nn.Module:
+def packed(
+    denoiser: nn.Module,
+    buckets: int = 1,
+    int8: bool = True,
+    bits: tuple[int, int] = (8, 8),
+    **given: Any,
+) -> nn.Module:
     """Quantize a copy of a denoiser from the ranges it shows on random inputs (or none of it)."""
     net = copy.deepcopy(denoiser)
     observed: dict[str, list[Tensor]] = {}
@@ -173,7 +180,8 @@ def packed(denoiser: nn.Module, buckets: int = 1, int8: bool = True, **given: An
         hook.remove()
     clock = install_clock(net, torch.arange(STEPS) * buckets // STEPS)
     layers = {site.name: site.layer for site in found}
-    swap_layers(net, [LayerPlan(s.name, "int8", s.segments, buckets) for s in found], clock)
+    plans = [LayerPlan(s.name, "int8", s.segments, buckets, None, *bits) for s in found]
+    swap_layers(net, plans, clock)
     for name, layer in quantized_layers(net):
         fill_from_ranges(layer, layers[name], torch.stack(observed[name]))
     return net.eval()
@@ -184,10 +192,10 @@ def fill_from_ranges(layer: QLayer, float_layer: Any, ends: Tensor) -> None:
     scales, zeros = [], []
     for part in ends.transpose(0, 1).split(layer.segments, 2):
         low, high = min(0.0, float(part[0].min())), max(0.0, float(part[1].max()))
-        zeros.append(round(-low * 255 / (high - low)))
-        scales.append((high - low) / 255)
+        zeros.append(round(-low * layer.act_qmax / (high - low)))
+        scales.append((high - low) / layer.act_qmax)
     weight = float_layer.weight.detach()
-    weight_scale = weight.flatten(1).abs().amax(1) / 127
+    weight_scale = weight.flatten(1).abs().amax(1) / (2 ** (layer.weight_bits - 1) - 1)
     integers = torch.round(weight / weight_scale.reshape(-1, *[1] * (weight.ndim - 1)))
     growth = 1 + torch.arange(layer.act_scale.shape[1]) / 4
     fill(

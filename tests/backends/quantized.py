@@ -37,7 +37,8 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
     def uniform(shape: torch.Size, low: float, high: float) -> torch.Tensor:
         return torch.rand(shape, generator=generator) * (high - low) + low
 
-    weight = torch.randint(-127, 128, layer.weight_int.shape, generator=generator)
+    top = 2 ** (layer.weight_bits - 1) - 1
+    weight = torch.randint(-top, top + 1, layer.weight_shape, generator=generator)
     scale, bias = layer.weight_scale, layer.bias
     assert bias is not None
     fill(
@@ -46,7 +47,7 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
         torch.ones_like(scale) if plain else uniform(scale.shape, 1e-3, 2e-3),
         torch.zeros_like(bias) if plain else torch.randn(bias.shape, generator=generator),
         torch.ones_like(layer.act_scale) if plain else uniform(layer.act_scale.shape, 0.01, 0.03),
-        torch.randint(0, 256, layer.act_zero_point.shape, generator=generator),
+        torch.randint(0, layer.act_qmax + 1, layer.act_zero_point.shape, generator=generator),
     )
 
 
@@ -62,12 +63,17 @@ def make_conv(
     clock: StepClock | None = None,
     seed: int = 0,
     plain: bool = False,
+    bits: tuple[int, int] = (8, 8),
 ) -> QConv2d:
-    """Make a convolution of random integers; `plain`: all scales 1, no bias."""
+    """Make a convolution of random integers; `plain`: all scales 1, no bias.
+
+    `bits`: of weights and activations.
+    """
     clock = clock or make_clock()
     layer = QConv2d(
         (out, channels // groups, *kernel), True, clock, segments or (channels,),
         clock.num_buckets, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        weight_bits=bits[0], act_bits=bits[1],
     )  # fmt: skip
     _fill(layer, seed, plain)
     return layer
@@ -80,30 +86,42 @@ def make_linear(
     clock: StepClock | None = None,
     seed: int = 0,
     plain: bool = False,
+    bits: tuple[int, int] = (8, 8),
 ) -> QLinear:
-    """Make a linear layer of random integers; `plain`: all scales 1, no bias."""
+    """Make a linear layer of random integers; `plain`: all scales 1, no bias.
+
+    `bits`: of weights and activations.
+    """
     clock = clock or make_clock()
-    layer = QLinear((out, channels), True, clock, segments or (channels,), clock.num_buckets)
+    layer = QLinear(
+        (out, channels), True, clock, segments or (channels,), clock.num_buckets,
+        weight_bits=bits[0], act_bits=bits[1],
+    )  # fmt: skip
     _fill(layer, seed, plain)
     return layer
 
 
 @torch.no_grad()
 def quantize_network(
-    network: nn.Module, inputs: list[tuple], buckets: int = 3, exclude: tuple[str, ...] = ()
+    network: nn.Module,
+    inputs: list[tuple],
+    buckets: int = 3,
+    exclude: tuple[str, ...] = (),
+    bits: dict[str, str] | None = None,
 ) -> nn.Module:
-    """Return an int8 copy of a denoiser, scales from the range of each layer's input.
+    """Return an integer copy of a denoiser, scales from the range of each layer's input.
 
     Args:
         network: float.
         inputs: arguments of calls to take the ranges from.
         buckets: time buckets; their scales differ by a few percent.
         exclude: name patterns of layers left in float.
+        bits: role or name pattern -> "w8a8", as in a recipe.
     """
-    found = sites(network)
+    found, settings = sites(network), LayerSettings(exclude=exclude, bits=bits or {})
     plans = [
         replace(plan, buckets=buckets if plan.kind == "int8" else 1)
-        for plan in plan_layers(found, Recipe(layers=LayerSettings(exclude=exclude)))
+        for plan in plan_layers(found, Recipe(layers=settings))
     ]
     ranges: dict[tuple[str, int], tuple[float, float]] = {}
     hooks = []
@@ -125,15 +143,23 @@ def quantize_network(
         if plan.kind != "int8":
             continue
         weight = site.layer.weight
-        scale = weight.flatten(1).abs().amax(1) / 127
-        codes = (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+        top = 2 ** (layer.weight_bits - 1) - 1
+        scale = weight.flatten(1).abs().amax(1) / top
+        codes = (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().clamp(-top, top)
         rows, zeros = [], []
         for part in range(len(layer.segments)):
             low, high = ranges[site.name, part]
-            step = (high - low) / 255
+            step = (high - low) / layer.act_qmax
             rows.append(step * torch.linspace(1, 1.05, buckets))
             zeros.append(round(-low / step))
-        fill(layer, codes, scale, site.layer.bias, torch.stack(rows), torch.tensor(zeros))
+        fill(
+            layer,
+            codes.to(torch.int8),
+            scale,
+            site.layer.bias,
+            torch.stack(rows),
+            torch.tensor(zeros),
+        )
     return result
 
 

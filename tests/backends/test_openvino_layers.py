@@ -98,6 +98,15 @@ def test_a_layer_may_see_several_rows_of_each_sample() -> None:
     assert torch.equal(found, integer_output(net.layer, folded, [0, 0, 1, 1, 0, 0]))
 
 
+def test_a_linear_layer_of_rows_keeps_their_shape_in_every_bucket() -> None:
+    """Two dimensions: the channels are at 1 as in a convolution, where the bias is added early."""
+    net = one_layer(nn.Linear(16, 8), exponents=(-5, -2), before=lambda x: x[:, :, 0, 0])
+    x = draw_inputs((3, 16, 2, 2))
+    OpenVinoEngine().attach(net)
+    found = net(x, torch.tensor([0, 999, 1]))
+    assert torch.equal(found.double(), integer_output(net.layer, x[:, :, 0, 0], [0, 1, 0]))
+
+
 def test_the_graph_holds_our_integers_and_scales() -> None:
     from quantempo.backends.openvino_graph import build_graph
 

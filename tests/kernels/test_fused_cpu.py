@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quantempo.kernels import fused_cpu, reference
+from quantempo.kernels import fused_cpu, onednn, reference
 from quantempo.kernels.fused_cpu import Norm, Part
 
 LIBRARY = fused_cpu.load()
@@ -95,7 +95,7 @@ def test_group_norm_in_float(batch, channels, groups, height, width, dtype, silu
 @pytest.mark.parametrize("silu", [False, True])
 def test_group_norm_to_codes(batch, channels, groups, height, width, dtype, silu):
     x, norm = image(batch, channels, height, width, dtype=dtype), group_norm(channels, groups)
-    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=silu, grid=(0.02, 14))
+    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=silu, grid=(0.02, 14, 255))
     assert codes.is_contiguous(memory_format=LAST)
     expected = reference.quantize(expected_float(x, norm, silu), 0.02, 14)
     assert (codes.int() - expected.int()).abs().max() <= 1
@@ -143,8 +143,8 @@ def test_group_norm_completes_the_border_first(batch):
     edge, norm = edge_rows(48) * 5, group_norm(48, 16)
     x = image(batch, 48, 5, 4)
     complete = expected_edge(x, edge).float().contiguous(memory_format=LAST)
-    expected, _ = LIBRARY.group_norm([Part(complete)], norm, silu=True, grid=(0.02, 9))
-    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9), edge=edge)
+    expected, _ = LIBRARY.group_norm([Part(complete)], norm, silu=True, grid=(0.02, 9, 255))
+    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9, 255), edge=edge)
     assert torch.equal(codes, expected)
 
 
@@ -153,12 +153,12 @@ def test_group_norm_completes_the_border_first(batch):
 @pytest.mark.parametrize("split", [1, 16, 30])
 def test_two_parts_are_one_tensor(dtype, split):
     x, norm = image(3, 48, 5, 6, dtype=dtype), group_norm(48, 16)
-    whole, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.03, 9))
-    grids = [(0.3, 20), (0.4, 0)]
+    whole, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.03, 9, 255))
+    grids = [(0.3, 20, 255), (0.4, 0, 63)]
     halves = [x[:, :split], x[:, split:]]
     for form in (halves, [half.contiguous(memory_format=LAST) for half in halves]):
         parts = [Part(half, grid) for half, grid in zip(form, grids, strict=True)]
-        codes, raws = LIBRARY.group_norm(parts, norm, silu=True, grid=(0.03, 9))
+        codes, raws = LIBRARY.group_norm(parts, norm, silu=True, grid=(0.03, 9, 255))
         assert torch.equal(codes, whole)
         for raw, half, grid in zip(raws, halves, grids, strict=True):
             assert torch.equal(raw, reference.quantize(half, *grid))
@@ -169,9 +169,11 @@ def test_a_shift_may_be_shared_by_all_samples():
     x, norm = image(2, 32, 4, 4), group_norm(32, 8)
     row = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
     shared, _ = LIBRARY.group_norm(
-        [Part(x)], norm, silu=True, grid=(0.02, 9), shift=row.expand(2, -1)
+        [Part(x)], norm, silu=True, grid=(0.02, 9, 255), shift=row.expand(2, -1)
     )
-    own, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9), shift=row.repeat(2, 1))
+    own, _ = LIBRARY.group_norm(
+        [Part(x)], norm, silu=True, grid=(0.02, 9, 255), shift=row.repeat(2, 1)
+    )
     assert torch.equal(shared, own)
 
 
@@ -186,7 +188,7 @@ def test_quantize_is_exact(channels, dtype, repeat, border):
     # A power of two: real ties. The others: quotients that float32 rounds to a tie or just not.
     for scale, zero in ((0.25, 131), (0.0125, 131), (0.0371, 3)):
         x = (halves * scale).to(dtype).contiguous(memory_format=LAST)
-        got = LIBRARY.quantize(x, scale, zero, border, repeat)
+        got = LIBRARY.quantize(x, scale, zero, 255, border, repeat)
         inner = reference.quantize(x, scale, zero)
         inner = inner.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)
         top, bottom, left, right = border
@@ -205,6 +207,33 @@ def test_quantize_reads_channel_slices_and_clamps():
     extremes = torch.tensor([1e30, -1e30, float("inf"), -float("inf"), 0.5, 1.5, -0.5])
     codes = LIBRARY.quantize(extremes.reshape(1, 7, 1, 1), 1.0, 100).flatten()
     assert codes.tolist() == [255, 0, 255, 0, 100, 102, 100]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("zero", "qmax"), [(0, 15), (7, 15), (15, 15), (20, 63), (1, 3), (90, 127)]
+)
+def test_no_code_is_above_the_largest(dtype, zero, qmax):
+    # 27 channels: whole vectors and a rest. Far outside the grid on both sides.
+    x, grid = (image(2, 27, 5, 6, dtype=dtype) - 30) * 4, (0.11, zero, qmax)
+    x = x.contiguous(memory_format=LAST)
+    wanted = reference.quantize(x, *grid)
+    assert (int(wanted.min()), int(wanted.max())) == (0, qmax)
+    assert torch.equal(LIBRARY.quantize(x, *grid), wanted)
+    assert torch.equal(onednn.quantize(x, *grid), wanted)
+    bordered = LIBRARY.quantize(x, *grid, border=(1, 0, 2, 1), repeat=2)
+    assert (bordered[:, :, 0] == zero).all() and int(bordered.max()) == qmax
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 27)
+    assert torch.equal(LIBRARY.quantize_rows(rows, *grid), reference.quantize(rows, *grid))
+    # Both codes of a norm: its own, and the raw ones of its input.
+    norm, own = group_norm(27, 9), (0.02, zero, qmax)
+    codes, (raw,) = LIBRARY.group_norm([Part(x, grid)], norm, silu=False, grid=own)
+    assert torch.equal(raw, wanted)
+    expected = reference.quantize(expected_float(x, norm, False), *own)
+    assert (int(codes.min()), int(codes.max())) == (0, qmax)
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    assert (codes != expected).float().mean() <= 1e-2
 
 
 @needs_library
@@ -239,12 +268,13 @@ def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
     narrow = fused_cpu.Library(fused_cpu._cached("gcc"))
     for dtype in (torch.float32, torch.bfloat16):
         x, norm = image(2, 27, 5, 6, dtype=dtype), group_norm(27, 9)
-        raw = (0.3, 20)
-        a, (raw_a,) = LIBRARY.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9))
-        b, (raw_b,) = narrow.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9))
+        raw = (0.3, 20, 255)
+        a, (raw_a,) = LIBRARY.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9, 255))
+        b, (raw_b,) = narrow.group_norm([Part(x, raw)], norm, silu=True, grid=(0.02, 9, 255))
         assert (a.int() - b.int()).abs().max() <= 1
         assert torch.equal(raw_a, raw_b)
-        assert torch.equal(narrow.quantize(x, 0.3, 20), reference.quantize(x, 0.3, 20))
+        for grid in ((0.3, 20, 255), (0.3, 20, 31), (0.3, 0, 3)):
+            assert torch.equal(narrow.quantize(x, *grid), reference.quantize(x, *grid))
 
 
 @needs_library

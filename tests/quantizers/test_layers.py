@@ -82,6 +82,37 @@ def test_buffers_have_the_documented_types_and_the_clock_is_no_child() -> None:
     assert list(twin.children()) == [] and twin.clock is CLOCK
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("layer", [nn.Conv2d(5, 4, 3, bias=False), nn.Linear(7, 4)], ids=str)
+def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module) -> None:
+    make = QConv2d.like if isinstance(layer, nn.Conv2d) else QLinear.like
+    twin = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
+    assert (twin.act_qmax, twin.weight_bits) == (2**bits - 1, bits)
+    shape, low, high = layer.weight.shape, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = torch.randint(
+        low, high + 1, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int8
+    )
+    codes.view(-1)[:2] = torch.tensor([low, high])
+    twin.set_codes(codes)
+    assert torch.equal(twin.weight_codes, codes) and twin.weight_codes.dtype == torch.int8
+    inputs = layer.weight[0].numel()
+    # An odd number of inputs: the last nibble of each row is empty.
+    assert inputs % 2 and twin.weight_int.nbytes == 4 * (inputs // 2 + 1 if bits <= 4 else inputs)
+    twin.weight_scale.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    wanted = codes.float() * twin.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
+    assert torch.equal(twin.weight, wanted)
+    # Codes that were unpacked before are replaced, however they come.
+    twin.set_codes(-codes.clamp_min(low + 1))
+    assert torch.equal(twin.weight_codes, -codes.clamp_min(low + 1))
+    other = make(layer, CLOCK, (), 1, weight_bits=bits)
+    other.set_codes(codes)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin.weight_codes, codes)
+    for wrong in (low - 1, high + 1):
+        with pytest.raises(QuantempoError, match=rf"outside \[{low}, {high}\]"):
+            twin.set_codes(torch.full(shape, wrong, dtype=torch.int16))
+
+
 def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
@@ -179,6 +210,14 @@ def test_twelve_bits_take_one_and_a_half_bytes(shape: tuple[int, int]) -> None:
     stored = twin.weight_high.nbytes + twin.weight_low.nbytes
     width, out = shape
     assert stored == out * (width + (width + 1) // 2)
+
+
+def test_loading_replaces_the_unpacked_weight() -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin, other = Int12Linear.like(first).fill(first), Int12Linear.like(second).fill(second)
+    assert not torch.equal(twin.weight, other.weight)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin.weight, other.weight)
 
 
 def test_filling_again_replaces_the_unpacked_weight() -> None:

@@ -31,6 +31,7 @@ def make_run(path: Path, seeds: int = 10, blocks: int = 5) -> RunFolder:
     _write_statistics(run, layers)
     _write_samples(run, rng, seeds)
     run.write_json("metrics.json", _metrics(seeds, layers))
+    run.write_json("sensitivity.json", _sensitivity(layers))
     run.write_json(
         "model.json",
         {
@@ -83,6 +84,22 @@ def _layers(rng: Any, blocks: int) -> list[dict[str, Any]]:
         rows.append(_layer(f"{name}.attentions.0.to_q", "attention", [64, 64], rng))
     matmuls = {"kind": "matmul", "reason": "product of two activations", "bits_weight": None}
     return [*rows, _layer("attention matmuls", "attention", [], rng, **kept | matmuls)]
+
+
+def _sensitivity(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        {key: row[key] for key in ("name", "role", "macs", "weight_shape")}
+        # The second layer at w8a8 is without loss, which has no place on a log axis.
+        | {"losses": {"w4a8": 1e-4 * (i + 1), "w8a8": 0.0 if i == 1 else 1e-6 * (i + 1)}}
+        for i, row in enumerate(row for row in layers if row["buckets"] is not None)
+    ]
+    bits = {row["name"]: ("w8a8", "w4a8")[i % 2] for i, row in enumerate(rows)}
+    spent = {"bytes": 600_000, "bops": 12_000_000}
+    choice = {"budgets": {"bytes": 640_000}, "options": ["w4a8", "w8a8"], "bits": bits,
+              "spent": spent, "effective_bits": 6.02, "loss": 0.00123, "bound": 0.0012}  # fmt: skip
+    settings = {"chains": 8, "steps": 10, "seed": 3_000_000}
+    return {"key": "00", "settings": settings, "signal": 0.25, "seconds": 9.5, "layers": rows,
+            "choice": choice}  # fmt: skip
 
 
 def _write_trace(run: RunFolder, rng: Any) -> None:

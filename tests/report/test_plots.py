@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
-from quantempo.report import plots, sections
+from quantempo.report import plots, sections, sensitivity_plot
 from tests.report.run_folder import make_run
 
 pytest.importorskip("matplotlib", reason="extra 'report'")
@@ -89,3 +91,16 @@ def test_a_model_of_one_bucket_has_words_instead_of_curves(tmp_path) -> None:
     assert [block.kind for block in blocks] == ["text"]
     assert re.search(r"All 4 integer layers keep one", blocks[0].content)
     assert "<svg" in sections._activations(run)[0].content
+
+
+def test_a_figure_of_its_own_has_colours_and_no_variables(tmp_path: Path) -> None:
+    table = make_run(tmp_path, seeds=1, blocks=1).read_json("sensitivity.json")
+    inline = sensitivity_plot.draw(table)
+    assert "var(--int8)" in inline
+    alone = sensitivity_plot.standalone(inline)
+    assert "var(" not in alone and plots.INT8 in alone
+    assert ElementTree.fromstring(alone).tag.endswith("svg")
+    # Nothing measured yet, nothing chosen: still a figure.
+    empty = {**table, "choice": None, "layers": [{**table["layers"][0], "losses": {}}]}
+    assert sensitivity_plot.draw(empty).startswith("<svg")
+    assert sensitivity_plot.layer_cells(empty)[1][0][4] == "–"

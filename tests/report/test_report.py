@@ -16,7 +16,7 @@ from PIL import Image
 
 from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
-from quantempo.report import plots, render
+from quantempo.report import plots, render, sensitivity_plot
 from quantempo.report.sections import SECTIONS
 from tests.report.run_folder import RECIPE, make_run
 
@@ -71,6 +71,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in plots.__all__:
         if name not in ("Activation", "quantiles"):
             monkeypatch.setattr(plots, name, lambda *args: f"<svg><text>{args[-1]}</text></svg>")
+    monkeypatch.setattr(sensitivity_plot, "draw", lambda table: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,16 @@ def test_numbers_and_names_come_from_the_files(page: _Page) -> None:
     assert "Some CPU" in environment and "2.13.0" in environment and "4.8 s" in environment
 
 
+def test_sensitivity_lists_the_choice_and_what_it_spends(page: _Page) -> None:
+    text = " ".join(page.sections["sensitivity"].split())
+    for words in ("600,000 of 640,000 (93.8 %)", "12,000,000, no budget", "6.02", "0.00123"):
+        assert words in text, words
+    # The largest loss first: the last of 20 layers, at w4a8.
+    last = "down_blocks.4.resnets.0.attentions.0.to_q attention 64 × 64"
+    assert text.index(last) < text.index("down_blocks.0.resnets.0.conv1")
+    assert "w4a8 2.00e-03 2.00e-05" in text and "0.00e+00" in text
+
+
 def test_the_recipe_is_toml_that_reads_back(page: _Page) -> None:
     text = page.sections["recipe"].replace("Recipe", "", 1)
     assert Recipe.from_dict(tomllib.loads(text)) == RECIPE != Recipe()
@@ -126,7 +137,7 @@ def test_nothing_is_fetched_and_nothing_is_run(folder: Path, page: _Page) -> Non
 def test_figures_follow_the_theme(folder: Path) -> None:
     text = (folder / "report.html").read_text()
     figures = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
-    assert len(figures) == 9
+    assert len(figures) == 10
     for figure in figures:
         assert "var(--muted)" in figure or "var(--ink)" in figure
         # Any colour left fixed would vanish on one of the two backgrounds.
@@ -171,6 +182,7 @@ def test_large_pictures_are_reduced(tmp_path: Path) -> None:
 
 ABSENT = {
     "metrics.json": {"summary", "steps", "speed"},
+    "sensitivity.json": {"sensitivity"},
     "samples": {"samples"},
     "trace.json": {"time-law"},
     "stats.safetensors": {"activations"},

@@ -54,6 +54,7 @@ def _cosine(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
 
 METRIC_OF: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
     "mse": lambda x, y, w: float((w * (x - y) ** 2).sum() / w.sum()),
+    "linf": lambda x, y, w: float(np.abs(x - y)[w > 0].max()),
     "l1": lambda x, y, w: float((w * np.abs(x - y)).sum() / w.sum()),
     "lp": lambda x, y, w: float((w * np.abs(x - y) ** 2.4).sum() / w.sum()),
     "cosine": _cosine,

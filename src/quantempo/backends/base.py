@@ -1,6 +1,7 @@
 """Backends: what turns one quantized layer into a callable on tensors (layer L3).
 
     y = s_a[t] * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
+    q_a = clamp(round(x / s_a) + z, 0, qmax)        qmax = 255, or less below 8 bits
 
 A backend sees one layer; an engine (`engine.py`) attaches backends, or something larger, to a whole
 denoiser. The integer sums of all backends are equal; only the float epilogue has a tolerance.
@@ -89,12 +90,14 @@ class Grids:
         self.scales: list[list[float]] = layer.act_scale.tolist()
         self.zero_points: list[int] = layer.act_zero_point.tolist()
         self.buckets = layer.act_scale.shape[1]
+        self.qmax = layer.act_qmax
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Grids)
             and self.scales == other.scales
             and self.zero_points == other.zero_points
+            and self.qmax == other.qmax
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -102,6 +105,10 @@ class Grids:
     def column(self, bucket: int) -> int:
         """Return the column of the scale table for a time bucket."""
         return bucket if self.buckets > 1 else 0
+
+    def of(self, bucket: int, segment: int) -> tuple[float, int, int]:
+        """Return (scale, zero_point, qmax) of a segment in a time bucket."""
+        return self.scales[segment][self.column(bucket)], self.zero_points[segment], self.qmax
 
 
 _rows: WeakKeyDictionary[StepClock, tuple[Tensor, int, dict[int, Tensor]]] = WeakKeyDictionary()

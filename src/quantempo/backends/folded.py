@@ -44,11 +44,9 @@ class Folded:
         self._biases: dict[int, list[Tensor]] = {}
         self._edges: dict[int, Tensor] = {}
 
-    def grid(self, bucket: int, part: int = 0) -> tuple[float, int]:
-        """Return (scale, zero_point) of an operand."""
-        grids = self.grids
-        row = part if len(grids.segments) > 1 else 0
-        return grids.scales[row][grids.column(bucket)], grids.zero_points[row]
+    def grid(self, bucket: int, part: int = 0) -> tuple[float, int, int]:
+        """Return (scale, zero_point, qmax) of an operand."""
+        return self.grids.of(bucket, part if len(self.grids.segments) > 1 else 0)
 
     def __call__(self, codes: Tensor, bucket: int, dtype: torch.dtype, **kwargs: Any) -> Tensor:
         """Return the layer's output for one operand; see Int8Conv2d and Int8Linear."""
@@ -63,7 +61,7 @@ class Folded:
         column = self.grids.column(bucket)
         if column not in self._biases:
             self._biases[column] = self._fold(bucket)
-        scale, _ = self.grid(bucket, part)
+        scale, *_ = self.grid(bucket, part)
         bias = self._biases[column][part]
         return self._parts[part](codes, scale, 0, bias, dtype, **kwargs)
 
@@ -74,7 +72,7 @@ class Folded:
         """
         column = self.grids.column(bucket)
         if column not in self._edges:
-            scale, zero = self.grid(bucket)
+            scale, zero, _ = self.grid(bucket)
             # (O, 3, 3), then (16, O)
             taps = self.layer.weight_codes.sum(1, dtype=torch.float64)
             outside = torch.zeros((16, 3, 3), dtype=torch.bool)
@@ -103,7 +101,7 @@ class Folded:
     def _fold(self, bucket: int) -> list[Tensor]:
         layer, biases = self.layer, []
         for i, weight in enumerate(self._split()):
-            scale, zero = self.grid(bucket, i)
+            scale, zero, _ = self.grid(bucket, i)
             bias = weight.flatten(1).sum(1, dtype=torch.float64) * -scale * zero
             bias *= layer.weight_scale
             if i == 0 and layer.bias is not None:

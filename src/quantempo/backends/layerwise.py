@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.backends.base import BACKENDS
+from quantempo.backends.delta import lower_delta
 from quantempo.backends.engine import ENGINES
 from quantempo.backends.folded import TimeShifts
 from quantempo.backends.fused import (
@@ -37,7 +38,17 @@ from quantempo.models.fusion import (
     UpsampleParts,
     fusable_parts,
 )
-from quantempo.quantizers import Int12Linear, QConv2d, QLayer, QLinear, quantized_layers
+from quantempo.quantizers import (
+    DELTA,
+    INT8_ATTENTION,
+    Int12Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    delta_layers,
+    int8_attention_blocks,
+    quantized_layers,
+)
 
 __all__ = ["LayerwiseEngine", "execution", "fuse", "unfuse"]
 
@@ -57,6 +68,7 @@ class LayerwiseEngine:
 
     def __init__(self, name: str, devices: tuple[str, ...], fused: bool) -> None:
         self.name, self.devices, self.fused = name, devices, fused
+        self.features: tuple[str, ...] = (DELTA, INT8_ATTENTION)
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -75,9 +87,14 @@ class LayerwiseEngine:
             reason = backend.unsupported(layer)
             if reason is not None:
                 log.warning("%s runs on 'simulated': %s", name, reason)
-            layer.kernel = (backend if reason is None else fallback).lower(layer)
+            chosen = backend if reason is None else fallback
+            if layer.delta_rate is None:
+                layer.kernel = chosen.lower(layer)
+            else:
+                layer.kernel = lower_delta(layer, chosen.name)
         if not self.fused:
             return
+        _log_unfused(denoiser)
         reason = fused_cpu.missing()
         if reason is None:
             fuse(denoiser)
@@ -89,6 +106,15 @@ class LayerwiseEngine:
         unfuse(denoiser)
         for _, layer in quantized_layers(denoiser):
             layer.kernel = None
+
+
+def _log_unfused(denoiser: nn.Module) -> None:
+    """Say which layers the fused blocks do without, because of what they keep or compute."""
+    blocks, layers = int8_attention_blocks(denoiser), list(delta_layers(denoiser))
+    if blocks:
+        log.info("%d attention blocks are not fused: their products are integers", len(blocks))
+    if layers:
+        log.info("blocks of %d layers are not fused: these quantize changes", len(layers))
 
 
 def execution(denoiser: nn.Module) -> dict[str, str]:

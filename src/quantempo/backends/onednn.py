@@ -40,27 +40,27 @@ class OneDNNBackend:
         return _ConvKernel(layer) if isinstance(layer, QConv2d) else _LinearKernel(layer)
 
 
-def quantize_image(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
     """Return uint8 codes (B, C, H, W), channels_last; x floating, any layout."""
     library = fused_cpu.load()
     if library is None or x.dtype not in (torch.float32, torch.bfloat16):
-        codes = onednn.quantize(x, scale, zero_point)
+        codes = onednn.quantize(x, scale, zero_point, qmax)
         return codes.contiguous(memory_format=torch.channels_last)
     try:
-        return library.quantize(x, scale, zero_point)
+        return library.quantize(x, scale, zero_point, qmax)
     except ValueError:
         # Not channels_last, nor a channel slice of such a tensor.
         x = x.contiguous(memory_format=torch.channels_last)
-        return library.quantize(x, scale, zero_point)
+        return library.quantize(x, scale, zero_point, qmax)
 
 
-def quantize_tokens(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
     """Return uint8 codes (R, K) of x (..., K) floating."""
     rows = x.reshape(-1, x.shape[-1])
     library = fused_cpu.load()
     if library is None or x.dtype not in (torch.float32, torch.bfloat16):
-        return onednn.quantize(rows, scale, zero_point).contiguous()
-    return library.quantize_rows(rows, scale, zero_point)
+        return onednn.quantize(rows, scale, zero_point, qmax).contiguous()
+    return library.quantize_rows(rows, scale, zero_point, qmax)
 
 
 def _sum_dtype(x: Tensor, parts: int) -> torch.dtype:
@@ -114,8 +114,8 @@ class _ConvKernel(_Int8Kernel):
         assert grids is not None
         y: Tensor | None = None
         for i, part in enumerate(x.split(grids.segments, 1)):
-            scale, zero = grids.scales[i][grids.column(bucket)], grids.zero_points[i]
-            codes = quantize_image(part, scale, zero)
+            scale, zero, qmax = grids.of(bucket, i)
+            codes = quantize_image(part, scale, zero, qmax)
             term = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)))
             y, bias = (term if y is None else y.add_(term)), None
         assert y is not None
@@ -131,8 +131,8 @@ class _LinearKernel(_Int8Kernel):
         assert grids is not None
         y: Tensor | None = None
         for i, part in enumerate(x.split(grids.segments, -1)):
-            scale, zero = grids.scales[i][grids.column(bucket)], grids.zero_points[i]
-            codes = quantize_tokens(part, scale, zero)
+            scale, zero, qmax = grids.of(bucket, i)
+            codes = quantize_tokens(part, scale, zero, qmax)
             y = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)), into=y)
             bias = None
         assert y is not None

@@ -8,7 +8,8 @@ out for OpenVINO's low-precision transformations:
 
 Quantizers with a range that changes at run time would leave int8 behind; a multiplication before a
 constant one does not. It needs one zero point for all buckets of a layer. With a single bucket
-nothing is multiplied. Imported only once OpenVINO is known to be installed.
+nothing is multiplied. Quantizers have 256 levels; a grid of fewer bits is the lower part of one,
+its input clamped to (qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
 """
 
 from __future__ import annotations
@@ -246,7 +247,8 @@ class _LayerConverter:
             y = self._sum(call, i, codes, slice(start, start + width))
             start += width
             back = self._table(call, i, bucket, inverse=False)
-            if back is not None and bias is not None and len(layer.segments) == 1 and axis == 1:
+            joined = len(layer.segments) == 1 and isinstance(layer, QConv2d)
+            if back is not None and bias is not None and joined:
                 # A constant bias right behind a convolution is free, and keeps the (constant)
                 # scale of its sums there too: (y + b) r + b (1 - r) = y r + b.
                 y, bias = ops.add(y, constant(bias)), self._leftover(call, bias, bucket)
@@ -260,12 +262,16 @@ class _LayerConverter:
         layer = call.layer
         scale, zero = _reference(layer, i), int(layer.act_zero_point[i])
         node = x.get_node()
-        key = (node.get_name(), x.get_index(), zero, _numpy(layer.act_scale[i]).tobytes())
+        scales = _numpy(layer.act_scale[i]).tobytes()
+        key = (node.get_name(), x.get_index(), zero, layer.act_qmax, scales)
         if key not in self.shared:
             to = self._table(call, i, bucket, inverse=True)
             scaled = x if to is None else ops.multiply(x, to)
             low = constant(-zero * scale)
-            high = constant((255 - zero) * scale)
+            high = constant((_LEVELS - 1 - zero) * scale)
+            if layer.act_qmax < _LEVELS - 1:
+                # Of its own: low-precision transformations know quantizers of 256 levels only.
+                scaled = ops.clamp(scaled, -zero * scale, (layer.act_qmax - zero) * scale)
             self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, _LEVELS).output(0)
         return self.shared[key]
 

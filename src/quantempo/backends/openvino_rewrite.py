@@ -206,7 +206,10 @@ def _quantize_before_moving(graph: ov.Model) -> None:
     for node in _nodes(graph, "FakeQuantize"):
         if any(list(node.get_input_shape(i)) not in ([], [1]) for i in range(1, 5)):
             continue
-        x, times = node.input_value(0), None
+        x, times, limits = node.input_value(0), None, None
+        if _kind(x) == "Clamp" and len(x.get_target_inputs()) == 1:
+            # The largest code of a grid below 8 bits; exchanged as well, like the scale below.
+            limits, x = x.get_node().get_attributes(), x.get_node().input_value(0)
         if _kind(x) == "Multiply" and len(x.get_target_inputs()) == 1:
             # The scale of the time bucket, (1 or B, 1, ...); exchanged as well.
             inner = x.get_node()
@@ -225,6 +228,8 @@ def _quantize_before_moving(graph: ov.Model) -> None:
         if times is not None:
             rows = constant([times.get_shape()[0], *[1] * (len(x.get_shape()) - 1)], np.int64)
             y = ops.multiply(y, ops.reshape(times, rows, False)).output(0)
+        if limits is not None:
+            y = ops.clamp(y, limits["min"], limits["max"]).output(0)
         ranges = [node.input_value(i) for i in range(1, 5)]
         y = ops.fake_quantize(y, *ranges, 256).output(0)
         for move in reversed(moves):

@@ -13,7 +13,7 @@ from quantempo.backends.base import BACKENDS, Kernel, channel_dim, too_many_term
 from quantempo.errors import QuantempoError
 from quantempo.quantizers import QConv2d, QLayer
 
-__all__ = ["SimulatedBackend", "exact_parts", "sum_bound"]
+__all__ = ["SimulatedBackend", "SimulatedKernel", "exact_parts", "sum_bound"]
 
 # Integers up to here, and sums of them, are exact in float32.
 EXACT = 2**24
@@ -66,10 +66,12 @@ class SimulatedBackend:
         reason = self.unsupported(layer)
         if reason is not None:
             raise QuantempoError(f"backend 'simulated' cannot take this layer: {reason}")
-        return _SimulatedKernel(layer)
+        return SimulatedKernel(layer)
 
 
-class _SimulatedKernel:
+class SimulatedKernel:
+    """Run one layer; its sums serve other kernels of the same integers too."""
+
     backend = "simulated"
 
     def __init__(self, layer: QLayer) -> None:
@@ -79,16 +81,16 @@ class _SimulatedKernel:
         self.qmax = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of x."""
         layer, axis = self.layer, channel_dim(self.layer)
-        if not self.parts or self.parts[0][2].device != x.device:
-            self.prepare(x.device)
+        self._here(x.device)
         # (O,) -> the shape that broadcasts over the output.
         rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
         y: Tensor | None = None
         for i, segment in enumerate(x.float().split(layer.segments, axis)):
             scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
             codes = (torch.round(segment / scale) + zero).clamp_min(0).minimum(self.qmax) - zero
-            term = self._sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
+            term = self.sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
             y = term if y is None else y + term
         assert y is not None
         if layer.bias is not None:
@@ -119,9 +121,19 @@ class _SimulatedKernel:
                 parts.append((i, channels, weight))
         self.parts = parts
 
-    def _sums(self, segment: int, codes: Tensor) -> Tensor:
-        """Return sum_k (q_a - z) q_w rounded once to float32; the padding is 0 = z - z."""
+    def _here(self, device: torch.device) -> None:
+        if not self.parts or self.parts[0][2].device != device:
+            self.prepare(device)
+
+    def sums(self, segment: int, codes: Tensor) -> Tensor:
+        """Return sum_k q q_w rounded once to float32; the padding is 0.
+
+        Args:
+            segment: of the layer's input.
+            codes: float32 integers q = q_a - z of that segment, |q| <= 255.
+        """
         layer = self.layer
+        self._here(codes.device)
         sums: list[Tensor] = []
         mine = [(channels, weight) for i, channels, weight in self.parts if i == segment]
         for channels, weight in mine:

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from quantempo.cli import bench, demo, evaluate, inspect, quantize, report, sample, stages, study
+from quantempo.cli import (
+    bench,
+    demo,
+    evaluate,
+    inspect,
+    ladder,
+    quantize,
+    report,
+    sample,
+    sensitivity,
+    stages,
+    study,
+)
 from quantempo.errors import QuantempoError
 
 __all__ = ["app", "main"]
@@ -28,14 +40,17 @@ for _verb in (
     stages.calibrate,
     stages.search,
     stages.round_weights,
+    stages.correct,
     stages.pack,
     sample.sample,
     evaluate.evaluate,
     report.report,
     inspect.inspect,
+    sensitivity.sensitivity,
     bench.bench,
     demo.demo,
     study.study,
+    ladder.ladder,
 ):
     app.command(_verb.__name__.removesuffix("_weights"))(_verb)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,19 +34,34 @@ def quantize(
     class_labels: Labels = None,
     data: Data = None,
     device: Device = "cpu",
+    budget_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Choose bits a layer: bytes of integer weights at most."),
+    ] = None,
+    budget_bops: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a diffusers pipeline: load, trace, calibrate, search, round, pack.
 
-    A killed run resumes. The result is the diffusers folder RUN/packed.
+    A killed run resumes. The result is the diffusers folder RUN/packed. With a budget the bits
+    of every integer layer are chosen by what they cost in the image (see quantempo sensitivity).
+    Bytes count codes and one scale a channel; bit operations are of one image and step.
 
     Example: quantempo quantize models/ddpm-cifar10 --run runs/cifar
     """
-    from quantempo import pipeline, quality
+    from quantempo import pipeline, quality, sensitivity
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
+    budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
+    if limited := any(budgets.values()):
+        resolved = sensitivity.recall(run, resolved, **budgets)
     session = pipeline.load(
         source,
         run,
@@ -57,6 +72,8 @@ def quantize(
         device=device,
         data=data,
     )
+    if limited:
+        sensitivity.choose_bits(session, **budgets)
     packed = pipeline.finish(session)
     summary = quality.summary(session)
     summary["float_layers"] = len(summary["float_layers"])

@@ -21,7 +21,7 @@ from quantempo.cli.common import (
     show,
 )
 
-__all__ = ["calibrate", "pack", "round_weights", "search", "trace"]
+__all__ = ["calibrate", "correct", "pack", "round_weights", "search", "trace"]
 
 Changed = Annotated[str | None, typer.Option("--recipe", help="Another recipe from this stage on.")]
 
@@ -96,6 +96,14 @@ def round_weights(
     Example: quantempo round --run runs/cifar
     """
     _stage("round_weights", run, recipe, force, as_json)
+
+
+def correct(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+    """Fit what the recipe corrects around the network, on the packed model's own trajectories.
+
+    Example: quantempo correct --run runs/cifar
+    """
+    _stage("correct", run, recipe, force, as_json)
 
 
 def pack(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:

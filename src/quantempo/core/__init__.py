@@ -3,6 +3,7 @@
 from quantempo.core.affine import dequantize, fake_quantize, quantize
 from quantempo.core.groups import from_groups, to_groups
 from quantempo.core.packing import (
+    check_codes,
     pack_int4,
     pack_int12,
     unpack_int4,
@@ -17,6 +18,7 @@ __all__ = [
     "WEIGHT",
     "QParams",
     "QuantSpec",
+    "check_codes",
     "dequantize",
     "fake_quantize",
     "from_groups",

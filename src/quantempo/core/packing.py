@@ -7,10 +7,11 @@ from torch import Tensor
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["pack_int4", "pack_int12", "unpack_int4", "unpack_int12", "weight_sums"]
+__all__ = ["check_codes", "pack_int4", "pack_int12", "unpack_int4", "unpack_int12", "weight_sums"]
 
 
-def _check(q: Tensor, low: int, high: int) -> None:
+def check_codes(q: Tensor, low: int, high: int) -> None:
+    """Raise QuantempoError unless q holds integers in [low, high] only."""
     if q.is_floating_point() or (q.numel() and (int(q.min()) < low or int(q.max()) > high)):
         raise QuantempoError(f"got {q.dtype} outside [{low}, {high}]; expected integers inside")
 
@@ -24,7 +25,7 @@ def pack_int4(q: Tensor) -> Tensor:
     Returns:
         (..., ceil(L/2)) uint8.
     """
-    _check(q, -8, 7)
+    check_codes(q, -8, 7)
     nibbles = (q.to(torch.int16) & 0xF).to(torch.uint8)
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
@@ -46,7 +47,7 @@ def pack_int12(q: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         high (..., L) int8 and low (..., ceil(L/2)) uint8: 1.5 bytes a code.
     """
-    _check(q, -2048, 2047)
+    check_codes(q, -2048, 2047)
     wide = q.to(torch.int16)
     low = (wide & 0xF).to(torch.int8)
     return (wide >> 4).to(torch.int8), pack_int4(torch.where(low > 7, low - 16, low))

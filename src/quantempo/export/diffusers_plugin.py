@@ -29,9 +29,12 @@ from quantempo.quantizers import (
     QLayer,
     SiteQuantizer,
     install_clock,
+    install_deltas,
     install_sites,
+    restore_int8_attention,
     swap_layers,
 )
+from quantempo.quantizers.correction import OutputCorrection, find_correction, install_correction
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,7 +48,7 @@ log = logging.getLogger("quantempo")
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits.
 FORMAT_VERSION = 2
-_OURS = (QLayer, Int12Linear, SiteQuantizer)
+_OURS = (QLayer, Int12Linear, SiteQuantizer, OutputCorrection)
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -66,6 +69,10 @@ class QuantempoConfig(QuantizationConfigMixin):
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
         sites: names of quantized sites of the sampler.
+        correction: arguments of the `OutputCorrection` around the network, {} for none.
+        delta: {"bits": name -> bits of changes, "buckets": columns of the rates, "refresh": a whole
+            step every so many}, {} for none.
+        attention: names of the attention blocks whose products are 8-bit integers.
         hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
             model; "recipe".
         format_version: of this layout; a newer one is refused.
@@ -83,6 +90,9 @@ class QuantempoConfig(QuantizationConfigMixin):
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
         sites: list[str] | None = None,
+        correction: dict[str, Any] | None = None,
+        delta: dict[str, Any] | None = None,
+        attention: list[str] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         version: str = "",
@@ -102,6 +112,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.buckets, self.bits = buckets or {}, bits or {}
         self.num_train_timesteps = num_train_timesteps
         self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
+        self.correction = correction or {}
+        self.delta, self.attention = delta or {}, attention or []
         self.format_version, self.version = format_version, version
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +160,11 @@ class QuantempoQuantizer(DiffusersQuantizer):
         clock = install_clock(model, table, config.per_unit)
         swap_layers(model, config.plans(model), clock)
         install_sites(model, config.sites)
+        if config.delta:
+            install_deltas(model, **config.delta)
+        restore_int8_attention(model, config.attention)
+        if config.correction:
+            install_correction(model, OutputCorrection(**config.correction))
         self._ours = set(_quantized_state(model))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +204,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
         for name in sorted(sites & ours):
             log.warning("site %s acts on the scheduler: load with quantempo.open_model", name)
+        for name in set(getattr(find_correction(model), "options", ())) - {"affine"}:
+            log.warning("correction.%s acts on the scheduler: use quantempo.open_model", name)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.backends.engine import attach_lazily
 

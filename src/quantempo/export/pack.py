@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,14 @@ from quantempo.quantizers import (
     LayerPlan,
     QLayer,
     fill,
+    fill_deltas,
     install_clock,
+    install_deltas,
     install_sites,
+    restore_int8_attention,
     swap_layers,
 )
+from quantempo.quantizers.correction import OutputCorrection, install_correction
 from quantempo.recipe import Recipe
 from quantempo.version import __version__
 
@@ -38,6 +43,9 @@ def pack_denoiser(
     sites: Mapping[str, tuple[Tensor, Tensor]],
     recipe: Recipe,
     source_sha256: str,
+    correction: tuple[Sequence[str], Mapping[str, Tensor]] | None = None,
+    rates: Mapping[str, Tensor] | None = None,
+    attention: Sequence[str] = (),
 ) -> None:
     """Replace the planned layers, fill them with integers and scales, and mark for saving.
 
@@ -51,6 +59,9 @@ def pack_denoiser(
         sites: scale () and zero point () of each quantized site of the sampler.
         recipe: written into the checkpoint.
         source_sha256: of the float denoiser.
+        correction: (options, tables) of a fit, see `calibrate.correction`; None for none.
+        rates: `NAME.delta_rate` (S, G) of the plans with `delta_bits`, see `calibrate.deltas`.
+        attention: names of blocks whose products become integers, see `install_int8_attention`.
     """
     floats = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
     swap_layers(denoiser, plans, install_clock(denoiser, bucket_of, per_unit))
@@ -59,6 +70,9 @@ def pack_denoiser(
     for name, quantizer in install_sites(denoiser, list(sites)).items():
         quantizer.scale.copy_(sites[name][0])
         quantizer.zero_point.copy_(sites[name][1])
+    around = {} if correction is None else _install_correction(denoiser, *correction)
+    delta = _install_deltas(denoiser, plans, rates or {}, recipe.delta.refresh)
+    restore_int8_attention(denoiser, attention)
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
         recipe=recipe.to_dict(),
@@ -70,11 +84,37 @@ def pack_denoiser(
         num_train_timesteps=len(bucket_of),
         per_unit=per_unit,
         sites=list(sites),
+        correction=around,
+        delta=delta,
+        attention=list(attention),
         hashes={"recipe": recipe.sha256, "source": source_sha256},
         version=__version__,
     )
     mark_quantized(denoiser, config)
     attach_lazily(denoiser)
+
+
+def _install_correction(
+    denoiser: nn.Module, options: Sequence[str], tables: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Install a fitted correction; return what the configuration says of it."""
+    correction = OutputCorrection.of(options, tables).to(next(denoiser.parameters()).device)
+    install_correction(denoiser, correction)
+    return correction.settings
+
+
+def _install_deltas(
+    denoiser: nn.Module, plans: list[LayerPlan], rates: Mapping[str, Tensor], refresh: int
+) -> dict[str, Any]:
+    """Install the deltas that the plans ask for; return what the configuration says of them."""
+    bits = {p.name: p.delta_bits for p in plans if p.delta_bits}
+    if not bits:
+        return {}
+    tables = {name: rates[f"{name}.delta_rate"] for name in bits if f"{name}.delta_rate" in rates}
+    buckets = max((table.shape[1] for table in tables.values()), default=1)
+    install_deltas(denoiser, bits, buckets, refresh)
+    fill_deltas(denoiser, tables)
+    return {"bits": bits, "buckets": buckets, "refresh": refresh}
 
 
 def _fill(

@@ -68,8 +68,9 @@ INLINE vf clamp(vf x, float lo, float hi) { return at_most(at_least(x, splat(lo)
  * in the low bits of the float. */
 static const float MAGIC = 12582912.0f;
 
-/* Low byte: clamp(round(x) + z, 0, 255), for x already divided by the scale. */
-INLINE vi to_code(vf x, float z) { return (vi)((clamp(x, -z, 255.0f - z) + MAGIC) + z); }
+/* Low byte: clamp(round(x) + z, 0, top + z), for x already divided by the scale; top is the largest
+ * code (255 for 8 bits) less z. */
+INLINE vi to_code(vf x, float z, float top) { return (vi)((clamp(x, -z, top) + MAGIC) + z); }
 
 /* x / (1 + exp(-x)), relative error below 1e-6 + 2^-23 |x|. */
 INLINE vf times_sigmoid(vf x) {
@@ -91,7 +92,7 @@ typedef struct {
     int64_t channels, stride;
     uint8_t *raw;       /* x itself in codes, or NULL */
     float raw_scale;
-    int32_t raw_zero;
+    int32_t raw_zero, raw_qmax; /* codes are 0 to qmax */
 } part_t;
 
 typedef struct {
@@ -107,7 +108,7 @@ typedef struct {
     uint8_t *codes;     /* [n][pixels][channels], or NULL */
     const float *edge;  /* see `edge_pixels`, or NULL; for one part, whose x is then changed */
     float scale;
-    int32_t zero;
+    int32_t zero, qmax;
 } norm_t;
 
 #define TILE 16
@@ -181,15 +182,15 @@ static void affine(const norm_t *k, int64_t sample, int64_t channels, const floa
     }
 }
 
-typedef struct { float inverse, z, raw_scale, raw_z; } grid_t;
+typedef struct { float inverse, z, top, raw_scale, raw_z, raw_top; } grid_t;
 
 INLINE void normalise_lanes(const char *x, const float *a, const float *b, uint8_t *code,
                          uint8_t *raw, float *out, grid_t g, int bf16, int silu) {
     vf v = load(x, bf16);
-    if (raw) put_bytes(raw, to_code(v / g.raw_scale, g.raw_z));
+    if (raw) put_bytes(raw, to_code(v / g.raw_scale, g.raw_z, g.raw_top));
     v = v * load(a, 0) + load(b, 0);
     if (silu) v = times_sigmoid(v);
-    if (code) put_bytes(code, to_code(v * g.inverse, g.z));
+    if (code) put_bytes(code, to_code(v * g.inverse, g.z, g.top));
     else put_float(out, v);
 }
 
@@ -222,7 +223,9 @@ INLINE void normalise(const norm_t *k, const part_t *part, int64_t sample, int64
                       int bf16, int silu) {
     const int64_t begin = sample * k->height * k->width;
     const ptrdiff_t size = bf16 ? 2 : 4;
-    const grid_t g = {1.0f / k->scale, (float)k->zero, part->raw_scale, (float)part->raw_zero};
+    const grid_t g = {1.0f / k->scale, (float)k->zero, (float)(k->qmax - k->zero),
+                      part->raw_scale, (float)part->raw_zero,
+                      (float)(part->raw_qmax - part->raw_zero)};
     for (int64_t p = begin + p0; p < begin + p1; p++)
         normalise_pixel((const char *)part->x + size * p * part->stride, a + first, b + first,
                         part->channels, k->codes ? k->codes + p * channels + first : NULL,
@@ -355,12 +358,12 @@ typedef struct {
     int32_t bf16, repeat; /* each pixel becomes repeat x repeat (nearest upsampling) */
     int64_t top, bottom, left, right;
     float scale;
-    int32_t zero;
+    int32_t zero, qmax; /* codes are 0 to qmax; zero among them */
     uint8_t *codes;     /* [n][top + repeat height + bottom][left + repeat width + right][c] */
 } quantize_t;
 
 INLINE void quantize_row(const quantize_t *k, int64_t row, int bf16) {
-    const float z = (float)k->zero;
+    const float z = (float)k->zero, top = (float)(k->qmax - k->zero);
     const ptrdiff_t size = bf16 ? 2 : 4;
     const int64_t line = (k->left + k->repeat * k->width + k->right) * k->channels;
     const int64_t lines = k->top + k->repeat * k->height + k->bottom;
@@ -374,12 +377,12 @@ INLINE void quantize_row(const quantize_t *k, int64_t row, int bf16) {
         int64_t c = 0;
         /* A true quotient: the same codes as core.quantize, bit for bit. */
         for (; c + LANES <= k->channels; c += LANES)
-            put_bytes(pixel + c, to_code(load(from + size * c, bf16) / k->scale, z));
+            put_bytes(pixel + c, to_code(load(from + size * c, bf16) / k->scale, z, top));
         if (c < k->channels) {
             char in[4 * LANES] = {0};
             uint8_t codes[LANES];
             memcpy(in, from + size * c, size * (size_t)(k->channels - c));
-            put_bytes(codes, to_code(load(in, bf16) / k->scale, z));
+            put_bytes(codes, to_code(load(in, bf16) / k->scale, z, top));
             memcpy(pixel + c, codes, (size_t)(k->channels - c));
         }
         for (int r = 1; r < k->repeat; r++)

@@ -1,6 +1,6 @@
 """Optional compiled passes over channels-last activations (layer L0).
 
-    group_norm: clamp(round(silu(GroupNorm(x + shift)) / s) + z), one pass instead of five
+    group_norm: clamp(round(silu(GroupNorm(x + shift)) / s) + z, 0, qmax), one pass, not five
     quantize:   codes of x, with nearest upsampling and a border of zero points on the way
 
 `fused_cpu.c` is compiled once with the system's C compiler into a cache folder and loaded with
@@ -41,6 +41,7 @@ class _PartStruct(ctypes.Structure):
         ("raw", ctypes.c_void_p),
         ("raw_scale", ctypes.c_float),
         ("raw_zero", ctypes.c_int32),
+        ("raw_qmax", ctypes.c_int32),
     ]
 
 
@@ -64,6 +65,7 @@ class _NormStruct(ctypes.Structure):
         ("edge", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("zero", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
     ]
 
 
@@ -83,6 +85,7 @@ class _QuantizeStruct(ctypes.Structure):
         ("right", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("zero", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
     ]
 
@@ -92,11 +95,11 @@ class Part:
     """One of the one or two tensors that `Library.group_norm` sees as concatenated.
 
     x: float32 or bfloat16 (B, C, H, W), channels_last or a channel slice of such a tensor; raw:
-    (scale, zero_point) to get the codes of x itself too, or None.
+    (scale, zero_point, qmax) to get the codes of x itself too, or None.
     """
 
     x: Tensor
-    raw: tuple[float, int] | None = None
+    raw: tuple[float, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,17 @@ class Library:
         x: Tensor,
         scale: float,
         zero_point: int,
+        qmax: int = 255,
         border: tuple[int, int, int, int] = (0, 0, 0, 0),
         repeat: int = 1,
     ) -> Tensor:
         """Return the codes of x, upsampled `repeat` times (nearest), inside a border of z.
 
-        Bit-equal with clamp(round(x / scale) + zero_point, 0, 255) on finite x.
+        Bit-equal with clamp(round(x / scale) + zero_point, 0, qmax) on finite x.
 
         Args:
             x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor.
+            scale, zero_point, qmax: of the grid; 0 <= zero_point <= qmax <= 255.
             border: pixels added (top, bottom, left, right).
 
         Returns:
@@ -152,12 +157,12 @@ class Library:
         codes = _empty(shape, torch.uint8)
         call = _QuantizeStruct(
             x.data_ptr(), batch, height, width, channels, stride, _bf16(x), repeat,
-            top, bottom, left, right, scale, zero_point, codes.data_ptr(),
+            top, bottom, left, right, scale, zero_point, qmax, codes.data_ptr(),
         )  # fmt: skip
         self._quantize(ctypes.byref(call), _threads(codes))
         return codes
 
-    def quantize_rows(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+    def quantize_rows(self, x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
         """Return the codes of x (R, K), rows contiguous, uint8 (R, K)."""
         rows, width = x.shape
         if x.stride(1) != 1 and width > 1:
@@ -165,7 +170,7 @@ class Library:
         codes = torch.empty((rows, width), dtype=torch.uint8)
         call = _QuantizeStruct(
             x.data_ptr(), 1, rows, 1, width, x.stride(0), _bf16(x), 1,
-            0, 0, 0, 0, scale, zero_point, codes.data_ptr(),
+            0, 0, 0, 0, scale, zero_point, qmax, codes.data_ptr(),
         )  # fmt: skip
         self._quantize(ctypes.byref(call), _threads(codes))
         return codes
@@ -176,7 +181,7 @@ class Library:
         norm: Norm,
         *,
         silu: bool,
-        grid: tuple[float, int] | None,
+        grid: tuple[float, int, int] | None,
         shift: Tensor | None = None,
         edge: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -186,7 +191,7 @@ class Library:
             parts: one or two tensors of one dtype and size; no copy of their union is made.
             norm: of all channels.
             silu: apply SiLU after it.
-            grid: (scale, zero_point) of the codes; None for floats.
+            grid: (scale, zero_point, qmax) of the codes; None for floats.
             shift: float32 (B, C), rows contiguous, added to every pixel before the norm; or None.
             edge: float32 (16, C), added to x itself before all else, see `add`; or None.
 
@@ -214,14 +219,14 @@ class Library:
             if part.raw is not None:
                 raws.append(_empty((batch, part.x.shape[1], height, width), torch.uint8))
                 struct.raw = raws[-1].data_ptr()
-                struct.raw_scale, struct.raw_zero = part.raw
+                struct.raw_scale, struct.raw_zero, struct.raw_qmax = part.raw
         if grid is None:
             out = _empty((batch, channels, height, width), torch.float32)
             call.out = out.data_ptr()
         else:
             out = _empty((batch, channels, height, width), torch.uint8)
             call.codes = out.data_ptr()
-            call.scale, call.zero = grid
+            call.scale, call.zero, call.qmax = grid
         threads = _threads(out)
         chunks = 1 if batch % threads == 0 else threads
         scratch = torch.empty(batch * chunks * 2 * channels)

@@ -34,10 +34,10 @@ def _operator(*names: str) -> Any:
     return None
 
 
-def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Return clamp(round(x / scale) + zero_point, 0, 255), uint8, shape and layout of x."""
+def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+    """Return clamp(round(x / scale) + zero_point, 0, qmax), uint8, shape and layout of x."""
     codes = x.float() / scale
-    return codes.round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+    return codes.round_().add_(zero_point).clamp_(0, qmax).to(torch.uint8)
 
 
 class Int8Conv2d:

@@ -13,18 +13,19 @@ from torch import Tensor
 __all__ = ["conv2d_accumulator", "epilogue", "linear_accumulator", "quantize"]
 
 
-def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Return q = clamp(round(x / scale) + zero_point, 0, 255), uint8, ties to even.
+def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+    """Return q = clamp(round(x / scale) + zero_point, 0, qmax), uint8, ties to even.
 
     Args:
         x: any shape; used as float32, as every kernel does.
         scale: > 0; rounded to float32.
-        zero_point: in [0, 255].
+        zero_point: in [0, qmax].
+        qmax: largest code, 2^bits - 1.
     """
     # A float32 quotient, because that is what the kernels round; a float64 one would disagree
     # about values half way between two integers.
     quotient = x.to(torch.float32) / torch.tensor(scale, dtype=torch.float32)
-    return (torch.round(quotient).double() + zero_point).clamp(0, 255).to(torch.uint8)
+    return (torch.round(quotient).double() + zero_point).clamp(0, qmax).to(torch.uint8)
 
 
 def linear_accumulator(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:

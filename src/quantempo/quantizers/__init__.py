@@ -1,6 +1,25 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place (layer L2)."""
 
+from quantempo.quantizers.attention import (
+    INT8_ATTENTION,
+    Int8Attention,
+    install_int8_attention,
+    int8_attention,
+    int8_attention_blocks,
+    restore_int8_attention,
+)
 from quantempo.quantizers.clock import CLOCK_NAME, StepClock
+from quantempo.quantizers.delta import (
+    DELTA,
+    delta_layers,
+    delta_spec,
+    fill_deltas,
+    install_deltas,
+    limit_deltas,
+    plan_memory,
+    reset_deltas,
+)
+from quantempo.quantizers.features import features_of
 from quantempo.quantizers.layers import Int12Linear, QConv2d, QLayer, QLinear
 from quantempo.quantizers.output_side import install_output_side, output_side_layers
 from quantempo.quantizers.sites import (
@@ -27,7 +46,10 @@ from quantempo.quantizers.swap import (
 
 __all__ = [
     "CLOCK_NAME",
+    "DELTA",
+    "INT8_ATTENTION",
     "SITES",
+    "Int8Attention",
     "Int12Linear",
     "LayerPlan",
     "QConv2d",
@@ -40,15 +62,27 @@ __all__ = [
     "attach_variance_site",
     "bits_of",
     "check_sites",
+    "delta_layers",
+    "delta_spec",
+    "features_of",
     "fill",
+    "fill_deltas",
     "find_clock",
     "find_sites",
     "install_clock",
+    "install_deltas",
+    "install_int8_attention",
     "install_output_side",
     "install_sites",
+    "int8_attention",
+    "int8_attention_blocks",
+    "limit_deltas",
     "measured_sites",
     "output_part",
     "output_side_layers",
+    "plan_memory",
     "quantized_layers",
+    "reset_deltas",
+    "restore_int8_attention",
     "swap_layers",
 ]

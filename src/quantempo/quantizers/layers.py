@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from quantempo.core import (
     QParams,
     QuantSpec,
+    check_codes,
     pack_int4,
     pack_int12,
     quantize,
@@ -39,7 +41,8 @@ class QLayer(nn.Module):
     Buffers: weight_int int8 (O, ...), for weights of at most 4 bits uint8 (O, ceil(K / 2)) with
     two codes a byte; weight_scale float32 (O,); bias float32 (O,) or None; act_scale float32
     (S, G), one row for each input segment, one column for each time bucket; act_zero_point int32
-    (S,). `weight_codes` is the weight as int8 (O, ...), unpacked once: kernels see bytes.
+    (S,); delta_rate float32 (S, G') or None, see `quantizers.delta`. `weight_codes` is the weight
+    as int8 (O, ...), unpacked once: kernels see bytes.
 
     Args:
         weight_shape: shape of the weight, output channels first.
@@ -56,6 +59,7 @@ class QLayer(nn.Module):
     bias: Tensor | None
     act_scale: Tensor
     act_zero_point: Tensor
+    delta_rate: Tensor | None
     clock: StepClock
 
     def __init__(
@@ -88,6 +92,9 @@ class QLayer(nn.Module):
             self.register_buffer("bias", None)
         buffer("act_scale", (parts, buckets), torch.float32)
         buffer("act_zero_point", (parts,), torch.int32)
+        # Both set by `install_deltas`; bits of the changes between steps.
+        self.register_buffer("delta_rate", None)
+        self.delta_bits = 0
         self.segments = tuple(segments)
         # Not registered as a child: the clock belongs to the denoiser, once.
         object.__setattr__(self, "clock", clock)
@@ -108,11 +115,17 @@ class QLayer(nn.Module):
 
     def set_codes(self, codes: Tensor) -> None:
         """Store the integer weight, int8 (O, ...); raises QuantempoError outside its bits."""
+        top = 2 ** (self.weight_bits - 1)
+        check_codes(codes, -top, top - 1)
         if self.weight_int.dtype == torch.int8:
             self.weight_int.copy_(codes)
         else:
             self.weight_int.copy_(pack_int4(codes.flatten(1)))
             self._unpacked = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._unpacked = None
 
     @property
     def act_qmax(self) -> int:
@@ -136,7 +149,8 @@ class QLayer(nn.Module):
         return self.kernel(x)
 
     def _grids(self) -> str:
-        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
+        delta = f", delta={self.delta_bits} bits" if self.delta_bits else ""
+        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}{delta}"
 
     kernel: Kernel | None
 
@@ -293,6 +307,10 @@ class Int12Linear(nn.Module):
             self.bias = layer.bias.detach().float()
         self._unpacked = None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._unpacked = None
 
     @property
     def weight(self) -> Tensor:

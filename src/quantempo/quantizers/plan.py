@@ -44,7 +44,9 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
         else:
             segments = site.segments if settings.split_skips else ()
             weight, activation = _bits(site, recipe)
-            plans.append(LayerPlan(site.name, "int8", segments, 1, None, weight, activation))
+            # With deltas the recipe's bits are those of changes; whole inputs keep 8.
+            grids = (weight, 8, activation) if recipe.delta.enabled else (weight, activation)
+            plans.append(LayerPlan(site.name, "int8", segments, 1, None, *grids))
     return plans
 
 

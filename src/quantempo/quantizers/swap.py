@@ -31,7 +31,8 @@ class LayerPlan:
 
     kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "int12"
     (Int12Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
-    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8.
+    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8; delta_bits: of the
+    changes of its input between steps, 0 for a layer that quantizes the input at every step.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerPlan:
     reason: str | None = None
     weight_bits: int = 8
     act_bits: int = 8
+    delta_bits: int = 0
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0)
     denoiser.add_module(CLOCK_NAME, clock)
 
     def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        clock.set(timestep_of(args, kwargs))
+        # Asked of the module at hand: a copy of the denoiser has a clock of its own.
+        getattr(module, CLOCK_NAME).set(timestep_of(args, kwargs))
 
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
     return clock

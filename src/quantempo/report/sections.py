@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from quantempo.report import plots
+from quantempo.report import plots, sensitivity_plot
+from quantempo.report.bits import bits_facts, bits_label, layer_rows
 from quantempo.report.pictures import compare
 from quantempo.runs import RunFolder
 
@@ -74,7 +75,7 @@ def _listed(value: Any) -> str:
     return "not recorded" if value is None else str(value)
 
 
-def _quality_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
     rows = [
         ("PSNR, mean of images", _metric(metrics, "psnr_db_mean", "{:.2f} dB")),
         ("PSNR, 5th percentile", _metric(metrics, "psnr_db_p05", "{:.2f} dB")),
@@ -86,11 +87,14 @@ def _quality_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         against = f", against {row['reference_images']} {row['reference']}"
         against = against if row["reference"] else ""
         spread = f" ± {row['std']:.3g}" if row.get("std") else ""
-        rows.append((f"{row['name']}, {row['set']}{against}", f"{row['value']:.4g}{spread}"))
+        of = label if row["set"] == "int8" else row["set"]
+        rows.append((f"{row['name']}, {of}{against}", f"{row['value']:.4g}{spread}"))
     ties = {True: "a tie (inside the spread)", False: "differ (outside the spread)"}
     for key, value in metrics.items():
         if key.endswith("_reference_tie") and value is not None:
-            rows.append((key.removesuffix("_reference_tie") + ", float against int8", ties[value]))
+            rows.append(
+                (key.removesuffix("_reference_tie") + f", float against {label}", ties[value])
+            )
     return rows
 
 
@@ -107,7 +111,7 @@ def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def _summary(run: RunFolder) -> list[Block]:
-    metrics = _json(run, "metrics.json", "evaluate")
+    metrics, rows = _json(run, "metrics.json", "evaluate"), layer_rows(run)
     for measured in _times(run).values():
         for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
             if metrics.get(key) is None and measured.get(key) is not None:
@@ -128,13 +132,11 @@ def _summary(run: RunFolder) -> list[Block]:
         ("peak memory", _metric(metrics, "peak_rss_bytes", "{:,.0f} MB", 1e-6)),
         ("layers kept in float", str(len(metrics.get("float_layers", [])) or "none")),
     ]
-    setup = [
-        (key, _listed(metrics.get(key)))
-        for key in ("sampler", "steps", "images", "seeds", "extractor")
-    ]
+    keys, label = ("sampler", "steps", "images", "seeds", "extractor"), bits_label(rows)
+    setup = [(key, _listed(metrics.get(key))) for key in keys]
     groups = [
-        ("Quality: int8 against float, same seeds", _quality_rows(metrics)),
-        ("Cost", cost),
+        (f"Quality: {label} against float, same seeds", _quality_rows(metrics, label)),
+        ("Cost", cost + bits_facts(rows, metrics.get("weight_bits_mean"))),
         ("How it was measured", setup),
     ]
     blocks = [Block("tiles", tiles), Block("facts", groups)]
@@ -151,7 +153,7 @@ def _samples(run: RunFolder) -> list[Block]:
         raise NotRunError("samples/ holds no pairs of images: quantempo evaluate")
     cells, gain, enlarged = compare(run / "samples/float", run / "samples/int8", common)
     bands = [cells[i : i + SEEDS_A_ROW] for i in range(0, len(cells), SEEDS_A_ROW)]
-    labels = ("float", "int8", f"difference × {gain}")
+    labels = ("float", bits_label(layer_rows(run)), f"difference × {gain}")
     side = "Enlarged without smoothing. " if enlarged else ""
     caption = f"{side}{len(cells)} of {len(common)} pairs, by seed."
     return [Block("grid", bands, caption, labels)]
@@ -270,6 +272,17 @@ def _layer_sqnr(run: RunFolder) -> list[Block]:
     return [Block("svg", figure, f"Each layer alone, errors do not add up. Lowest: {named}.")]
 
 
+def _sensitivity(run: RunFolder) -> list[Block]:
+    table = _json(run, "sensitivity.json", "sensitivity")
+    how, choice = table["settings"], table["choice"]
+    caption = f"{how['chains']} chains of {how['steps']} steps, one layer quantized at a time."
+    caption += " Rings: the bits chosen." if choice else ""
+    head, cells = sensitivity_plot.layer_cells(table)
+    blocks = [Block("svg", sensitivity_plot.draw(table), caption)]
+    blocks += [Block("facts", sensitivity_plot.budget_facts(table))] if choice else []
+    return [*blocks, Block("table", cells, "Largest loss first.", head)]
+
+
 def _step_sqnr(run: RunFolder) -> list[Block]:
     curve = _json(run, "metrics.json", "evaluate").get("eps_sqnr_db")
     if not curve or not curve["t"]:
@@ -376,6 +389,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFolder], list[Block]]], ...] = (
     ("activations", "Activations over time", _activations),
     ("scales", "Scales over time", _scales),
     ("layer-sqnr", "Error of each layer", _layer_sqnr),
+    ("sensitivity", "What the bits of each layer cost", _sensitivity),
     ("layers", "Layers", _layers),
     ("recipe", "Recipe", _recipe),
     ("environment", "Where this comes from", _environment),

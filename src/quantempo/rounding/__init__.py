@@ -1,6 +1,19 @@
 """Choose integer weights; only integers leave a rounding (layer L4)."""
 
-from quantempo.rounding.base import ROUNDINGS
+from quantempo.rounding.base import ROUNDINGS, round_by_weights
 from quantempo.rounding.nearest import nearest
 
-__all__ = ["ROUNDINGS", "nearest"]
+# Registered by import, nearest first: it is the default.
+from quantempo.rounding.gptq import gptq  # isort: skip
+from quantempo.rounding.adaround import refine_scales  # isort: skip
+from quantempo.rounding.reconstruct import apply_rounding, round_denoiser  # isort: skip
+
+__all__ = [
+    "ROUNDINGS",
+    "apply_rounding",
+    "gptq",
+    "nearest",
+    "refine_scales",
+    "round_by_weights",
+    "round_denoiser",
+]

@@ -1,20 +1,82 @@
-"""The registry of roundings (layer L4).
+"""The registry of roundings, and what a rounding sees (layer L4).
 
-A rounding is a function (weight (O, ...) float, scale (O,) float32, spec) -> codes (O, ...) int8 in
-[qmin, qmax]. Packing, backends and files never know how the integers were found.
+A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
+packing, backends and files never know how they were found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from quantempo.core import QuantSpec
+from quantempo.errors import QuantempoError
+from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
-__all__ = ["ROUNDINGS", "Rounding"]
+__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "round_by_weights"]
 
-Rounding = Callable[[Tensor, Tensor, QuantSpec], Tensor]
+Needs = Literal["weights", "hessian", "block"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a rounding sees of one block.
+
+    weights: float weight (O, ...) of each integer layer by name, in order of execution; scales:
+    (O,) float32 of each; specs: its signed grid; block: the block and its recorded inputs (a
+    `BlockRun`), None for roundings that need weights alone; settings: of the recipe; notes: what
+    a rounding wants said of this block in the log.
+    """
+
+    weights: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    specs: Mapping[str, QuantSpec]
+    settings: RoundingSettings
+    block: Any = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Rounding(Protocol):
+    """What every rounding offers.
+
+    needs: "weights", or "hessian" (second moments of layer inputs) or "block" (inputs and output
+    of whole blocks): both of these run the network on the trace.
+    """
+
+    needs: Needs
+
+    def __call__(self, unit: Unit) -> dict[str, Tensor]:
+        """Return layer name -> codes, int8, the shape of the weight, in [qmin, qmax]."""
+
 
 ROUNDINGS: Registry[Rounding] = Registry("rounding")
+
+
+def round_by_weights(
+    name: str,
+    weights: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    specs: Mapping[str, QuantSpec],
+) -> dict[str, Tensor]:
+    """Return the codes of layers by a rounding that looks at weights alone.
+
+    Args:
+        name: of a registered rounding.
+        weights: (O, ...) of each layer; scales: (O,), on any device; specs: their grids.
+
+    Raises:
+        QuantempoError: unknown name, or the rounding needs the network's inputs.
+    """
+    rounding = ROUNDINGS.get(name)
+    if rounding.needs != "weights":
+        usable = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs == "weights"]
+        raise QuantempoError(
+            f"rounding '{name}' needs the network's inputs, which are not at hand here; expected "
+            f"one of: {', '.join(usable)}"
+        )
+    near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
+    return rounding(Unit(weights, near, specs, RoundingSettings(name=name)))

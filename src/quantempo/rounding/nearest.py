@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from quantempo.core import QParams, QuantSpec, quantize
-from quantempo.rounding.base import ROUNDINGS
+from quantempo.rounding.base import ROUNDINGS, Needs, Unit
 
-__all__ = ["nearest"]
+__all__ = ["NearestRounding", "nearest"]
 
 
-@ROUNDINGS.register("nearest")
 def nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
 
@@ -24,3 +23,19 @@ def nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """
     grid = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
     return quantize(weight, grid, spec, axis=0).to(torch.int8)
+
+
+class NearestRounding:
+    """Round every layer of a unit by `nearest`."""
+
+    needs: Needs = "weights"
+
+    def __call__(self, unit: Unit) -> dict[str, Tensor]:
+        """Return the nearest codes of each layer."""
+        return {
+            name: nearest(weight, unit.scales[name], unit.specs[name])
+            for name, weight in unit.weights.items()
+        }
+
+
+ROUNDINGS.register("nearest")(NearestRounding())

@@ -20,7 +20,18 @@ from torch import Tensor
 from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
-__all__ = ["DENSITY_METRICS", "METRICS", "Metric", "cosine", "kl", "l1", "lp", "make_metric", "mse"]
+__all__ = [
+    "DENSITY_METRICS",
+    "METRICS",
+    "Metric",
+    "cosine",
+    "kl",
+    "l1",
+    "linf",
+    "lp",
+    "make_metric",
+    "mse",
+]
 
 # Contract: metric(x (..., L), x_hat (..., L), weight (..., L) | None) -> (...). Leading axes
 # broadcast: weight (R, 1, L) with x (L,) and x_hat (P, L) gives (R, P). Values are >= 0 and
@@ -83,6 +94,16 @@ def lp(x: Tensor, x_hat: Tensor, weight: Tensor | None = None, *, p: float = 2.4
     Source: Shang et al., CVPR 2023, Table 4, where p = 2.4 goes by the name "MSE".
     """
     return _mean((x - x_hat).abs_().pow_(p), weight)
+
+
+@METRICS.register("linf")
+def linf(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return max |x - x_hat| over elements of weight > 0.
+
+    From about 6 bits on its best range is that of the values: calibration by minimum and maximum.
+    """
+    error = (x - x_hat).abs_()
+    return error.amax(-1) if weight is None else error.mul(weight > 0).amax(-1)
 
 
 @METRICS.register("cosine")

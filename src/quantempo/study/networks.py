@@ -31,7 +31,7 @@ from quantempo.quantizers import (
 )
 from quantempo.quantizers.plan import plan_layers
 from quantempo.recipe import Recipe
-from quantempo.rounding import ROUNDINGS
+from quantempo.rounding import round_by_weights
 
 __all__ = ["Frontend", "Networks"]
 
@@ -183,29 +183,26 @@ class Networks:
             kernel.prepare(layer.weight_scale.device)
 
     def _codes(self, recipe: Recipe, scales: Mapping[str, LayerScales]) -> dict[str, Tensor]:
-        rounding = ROUNDINGS.get(recipe.rounding.name)
         spec = replace(WEIGHT, bits=recipe.weights.bits)
-        return {
-            name: rounding(
-                weight := self.denoiser.get_submodule(name).weight.detach(),
-                layer.weight_scale.to(weight.device),
-                spec,
-            )
-            for name, layer in scales.items()
-        }
+        return round_by_weights(
+            recipe.rounding.name,
+            {name: self.denoiser.get_submodule(name).weight.detach() for name in scales},
+            {name: layer.weight_scale for name, layer in scales.items()},
+            dict.fromkeys(scales, spec),
+        )
 
     def output_side(self, recipe: Recipe, tensors: Mapping[str, Tensor]) -> Frontend:
         """Return a network as the released program had it: quantizers on outputs, not compiled."""
         twin = copy.deepcopy(self.denoiser)
         weights, outputs = output_side_layers(self.sites)
-        spec = replace(WEIGHT, bits=recipe.weights.bits)
-        rounding = ROUNDINGS.get(recipe.rounding.name)
-        dequantized = {}
-        for name in weights:
-            weight = self.denoiser.get_submodule(name).weight.detach()
-            scale = tensors[f"{name}.weight_scale"].to(weight.device)
-            rows = scale.reshape(-1, *[1] * (weight.ndim - 1))
-            dequantized[name] = rounding(weight, scale, spec).float() * rows
+        floats = {name: self.denoiser.get_submodule(name).weight.detach() for name in weights}
+        scales = {name: tensors[f"{name}.weight_scale"].to(floats[name].device) for name in floats}
+        grids_of = dict.fromkeys(floats, replace(WEIGHT, bits=recipe.weights.bits))
+        codes = round_by_weights(recipe.rounding.name, floats, scales, grids_of)
+        dequantized = {
+            name: code.float() * scales[name].reshape(-1, *[1] * (code.ndim - 1))
+            for name, code in codes.items()
+        }
         grids = {
             name: (tensors[f"{name}.act_scale"][0, 0], tensors[f"{name}.act_zero_point"][0])
             for name in outputs

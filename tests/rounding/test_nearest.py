@@ -9,7 +9,7 @@ import torch
 
 from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
-from quantempo.rounding import ROUNDINGS, nearest
+from quantempo.rounding import ROUNDINGS, nearest, round_by_weights
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -46,6 +46,24 @@ def test_weights_on_the_grid_come_back_exactly() -> None:
 
 
 def test_the_registry_knows_it_and_names_what_it_does_not() -> None:
-    assert ROUNDINGS.get("nearest") is nearest
+    assert ROUNDINGS.names() == ["nearest", "gptq", "adaround"]
+    assert [ROUNDINGS.get(name).needs for name in ROUNDINGS.names()] == [
+        "weights",
+        "hessian",
+        "block",
+    ]
     with pytest.raises(QuantempoError, match=r"nearst.*nearest"):
         ROUNDINGS.get("nearst")
+
+
+def test_by_weights_is_the_plain_function_and_refuses_what_needs_inputs() -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(4, 3, generator=g), "b": torch.randn(2, 3, 1, 1, generator=g)}
+    scales = {"a": torch.full((4,), 0.1), "b": torch.full((2,), 0.7)}
+    specs = {"a": WEIGHT, "b": replace(WEIGHT, bits=2)}
+    codes = round_by_weights("nearest", weights, scales, specs)
+    for name, weight in weights.items():
+        assert torch.equal(codes[name], nearest(weight, scales[name], specs[name]))
+    assert int(codes["b"].abs().max()) == 1
+    with pytest.raises(QuantempoError, match=r"gptq.*expected one of: nearest"):
+        round_by_weights("gptq", weights, scales, specs)

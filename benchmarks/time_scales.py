@@ -1,0 +1,100 @@
+"""Say what scales of time buckets and a correction of the output cost in time.
+
+python benchmarks/time_scales.py --run runs/demo --batch 8
+
+The packed network of a run with one scale a layer, with the buckets it was packed with, with
+buckets in every layer, and with an affine correction per step and channel around it. Correcting
+biases changes numbers that are there anyway: it has no cost to measure. One JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantempo.backends.engine import attach, detach
+from quantempo.bench import interleave, machine, no_grad
+from quantempo.models.family import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.quantizers import quantized_layers
+from quantempo.quantizers.correction import OutputCorrection, install_correction
+from quantempo.version import __version__
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Time all forms in turns; print medians and their ratios to one scale a layer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="run folder with a packed model")
+    parser.add_argument("--engine", default="onednn")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    given = parser.parse_args()
+    packed = denoiser_of(load_pipeline(f"{given.run}/packed"))[1]
+    detach(packed)
+    size = packed.config.sample_size
+    x = torch.randn(given.batch, packed.config.in_channels, size, size)
+    buckets = max(layer.act_scale.shape[1] for _, layer in quantized_layers(packed))
+    own = sum(layer.act_scale.shape[1] > 1 for _, layer in quantized_layers(packed))
+    forms: dict[str, Callable[[nn.Module], None]] = {
+        "one scale": lambda net: _columns(net, 1),
+        "as packed": lambda net: None,
+        "buckets in every layer": lambda net: _columns(net, buckets),
+        "as packed, corrected": _correct,
+    }
+    calls = {}
+    for name, change in forms.items():
+        net: Any = copy.deepcopy(packed)
+        change(net)
+        attach(net, given.engine)
+        calls[name] = no_grad(net, (x, torch.tensor(500)), {})
+    times = interleave(calls, given.rounds, seconds=0.3)
+    base = times["one scale"]
+    report = {
+        "benchmark": "time_scales",
+        "engine": given.engine,
+        "batch": given.batch,
+        "buckets": buckets,
+        "layers_with_buckets": own,
+        "layers": len(list(quantized_layers(packed))),
+        "ms": {name: round(median(values), 3) for name, values in times.items()},
+        "ms_min": {name: round(min(values), 3) for name, values in times.items()},
+        # Of the same round: slow drifts of a shared machine cancel.
+        "ratio": {
+            name: round(median(a / b for a, b in zip(values, base, strict=True)), 4)
+            for name, values in times.items()
+        },
+        "versions": {"quantempo": __version__, "torch": torch.__version__},
+        "machine": machine(),
+    }
+    print(json.dumps(report))
+
+
+def _columns(net: nn.Module, buckets: int) -> None:
+    """Give every layer a scale table of that many columns."""
+    for _, layer in quantized_layers(net):
+        layer.act_scale = layer.act_scale[:, :1].expand(-1, buckets).clone()
+
+
+def _correct(net: Any) -> None:
+    """Install an affine correction of 50 steps that changes numbers a little."""
+    channels = net.config.in_channels
+    correction = OutputCorrection(("affine",), points=50, channels=channels)
+    correction.replace(
+        times=torch.arange(50) * 20.0,
+        gain=torch.full((50, channels), 1.01),
+        shift=torch.full((50, channels), 0.01),
+    )
+    install_correction(net, correction)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""quantempo ladder (layer L6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantempo.cli.common import Device, Json, show
+
+__all__ = ["ladder"]
+
+Only = Annotated[str | None, typer.Option("--only", help="Names of rungs, in this order.")]
+
+
+def ladder(
+    source: Annotated[
+        str | None, typer.Argument(help="Diffusers pipeline (float); the bundled one by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the ladder.")] = Path("runs/ladder"),
+    data: Annotated[str | None, typer.Option("--data", help="Folder of real images.")] = None,
+    only: Only = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Of each rung.")] = 256,
+    images_full: Annotated[
+        int, typer.Option("--images-full", min=2, help="Of shipped recipes, with distances.")
+    ] = 5120,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Of DDIM.")] = 100,
+    device: Device = "cpu",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")] = 64,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile for the large sets.")
+    ] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Float products in TF32.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Start no rung after that.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Climb from the paper's recipe to ours, one idea a rung, on one protocol.
+
+    A killed ladder resumes. The text is OUT/quality.md, the figures OUT/results.json.
+
+    Example: quantempo ladder models/ddpm --data images --out runs/ladder --device cuda
+    """
+    from quantempo.demo import DEMO_MODEL
+    from quantempo.ladder import LadderSettings
+    from quantempo.ladder import ladder as climb
+    from quantempo.models.load import check_device
+
+    check_device(device)
+    settings = LadderSettings(
+        source=source or str(DEMO_MODEL),
+        out=out,
+        data=data,
+        steps=steps,
+        images=images,
+        images_full=max(images, images_full),
+        device=device,
+        batch_size=batch_size,
+        compiled=compiled,
+        tf32=tf32,
+    )
+    names = tuple(name.strip() for name in only.split(",")) if only else ()
+    show({"text": str(climb(settings, names, minutes))}, as_json)

@@ -1,0 +1,64 @@
+"""Say in words which bits a packed model has, from its layer table (layer L1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantempo.runs import RunFolder
+
+__all__ = ["bits_facts", "bits_label", "layer_rows"]
+
+Row = Mapping[str, Any]
+
+
+def layer_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows of `layers.json`, none if it is not there yet."""
+    return run.read_json("layers.json") if run.has("layers.json") else []
+
+
+def _integer(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["kind"] != "matmul" and row["bits_activation"] <= 8]
+
+
+def _span(values: set[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def bits_label(rows: Sequence[Row]) -> str:
+    """Return a name for the packed model: "int8", or "W4A8", or "W4-8A8" where layers differ.
+
+    Args:
+        rows: of `layers.json`; none of them in integers, or no rows: "int8".
+    """
+    layers = _integer(rows)
+    weights = {int(row["bits_weight"]) for row in layers} or {8}
+    activations = {int(row["bits_activation"]) for row in layers} or {8}
+    if weights == activations == {8}:
+        return "int8"
+    return f"W{_span(weights)}A{_span(activations)}"
+
+
+def _stored(row: Row) -> int:
+    """Return the bytes of an integer weight on disk: up to 4 bits two to a byte, else one each."""
+    inputs = math.prod(row["weight_shape"][1:])
+    return int(row["weight_shape"][0] * ((inputs + 1) // 2 if row["bits_weight"] <= 4 else inputs))
+
+
+def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]:
+    """Return (bits, how many layers and bytes have them), fewest bits first, and the mean.
+
+    Args:
+        rows: of `layers.json`.
+        mean: bits a weight of the integer layers has, `weight_bits_mean` of metrics.json.
+    """
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in _integer(rows):
+        groups.setdefault((row["bits_weight"], row["bits_activation"]), []).append(row)
+    facts = [
+        (f"W{w}A{a}", f"{len(group)} layers, {sum(map(_stored, group)) / 1e6:.2f} MB of weights")
+        for (w, a), group in sorted(groups.items())
+    ]
+    return facts if mean is None else [*facts, ("bits a weight, mean", f"{mean:.2f}")]

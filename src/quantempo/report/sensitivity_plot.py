@@ -1,0 +1,110 @@
+"""What `sensitivity.json` says, as a figure and tables of the report (layer L1).
+
+Here: the loss of each layer at each option, and the bits chosen within budgets. Plain values in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantempo.report.plots import (
+    ACCENT,
+    FLOAT,
+    INDIGO,
+    INK,
+    INT8,
+    OCHRE,
+    VARIABLES,
+    bare,
+    legend_above,
+    new_figure,
+)
+
+__all__ = ["HEAD", "budget_facts", "draw", "layer_cells", "options_of", "standalone"]
+
+_COLOURS = (INT8, ACCENT, INDIGO, OCHRE, FLOAT, INK)
+HEAD = ("layer", "role", "weight", "MACs", "bits chosen")
+
+
+def options_of(table: dict[str, Any]) -> list[str]:
+    """Return every option that some layer was measured at, fewest bits first."""
+    return sorted({option for row in table["layers"] for option in row["losses"]})
+
+
+def draw(table: dict[str, Any]) -> str:
+    """Draw one dot a layer and option, loss on a log axis, layers in the order of the network.
+
+    Rings mark the chosen options. A loss of 0 has no place on the axis and is left out.
+    """
+    layers, bits = table["layers"], (table["choice"] or {}).get("bits", {})
+    with new_figure(1, 1, 2.9) as (figure, axes):
+        axis = axes[0, 0]
+        for place, option in enumerate(options_of(table)):
+            points = [
+                (i, row["losses"][option])
+                for i, row in enumerate(layers)
+                if row["losses"].get(option, 0) > 0
+            ]
+            if not points:
+                continue
+            colour = _COLOURS[place % len(_COLOURS)]
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, color=colour, marker=".", markersize=5, linewidth=0.7, label=option)
+            ringed = [(i, v) for i, v in points if bits.get(layers[i]["name"]) == option]
+            if ringed:
+                x, y = zip(*ringed, strict=True)
+                axis.plot(x, y, color=colour, marker="o", markersize=8, fillstyle="none",
+                          linestyle="none", markeredgewidth=0.9)  # fmt: skip
+        axis.set_yscale("log")
+        axis.minorticks_off()
+        axis.set_xlim(-0.8, len(layers) - 0.2)
+        axis.set_xticks([])
+        axis.set_xlabel("layers in the order of the network")
+        axis.set_title("mean squared error of the last latent with this layer alone quantized")
+        if axis.lines:
+            legend_above(axis, 6)
+        bare(axis, "y")
+    return figure.svg
+
+
+def standalone(svg: str) -> str:
+    """Return a figure as a file of its own: colours in place of the page's variables."""
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(f"var(--{variable})", colour)
+    # Readable where the page behind is dark.
+    end = svg.index(">") + 1
+    return svg[:end] + '<rect width="100%" height="100%" fill="#ffffff"/>' + svg[end:]
+
+
+def budget_facts(table: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return groups of facts on the chosen bits: budgets, what is spent, how many layers."""
+    choice = table["choice"]
+    units = {"bytes": "bytes of integer weights", "bops": "bit operations an image and step"}
+    spent = []
+    for name, value in choice["spent"].items():
+        limit = choice["budgets"].get(name)
+        of = f" of {limit:,} ({100 * value / limit:.1f} %)" if limit else ", no budget"
+        spent.append((units[name], f"{value:,}{of}"))
+    spent.append(("bits a weight, with scales", f"{choice['effective_bits']:.2f}"))
+    chosen = list(choice["bits"].values())
+    counts = [(option, f"{chosen.count(option)} layers") for option in choice["options"]]
+    loss = [
+        ("sum of losses", f"{choice['loss']:.3g}"),
+        ("no choice has less than", f"{choice['bound']:.3g}"),
+    ]
+    return [("Budget", spent), ("Layers", counts), ("Loss", loss)]
+
+
+def layer_cells(table: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table, the largest loss first."""
+    options, bits = options_of(table), (table["choice"] or {}).get("bits", {})
+    total = sum(row["macs"] for row in table["layers"]) or 1
+    rows = sorted(table["layers"], key=lambda row: -max(row["losses"].values(), default=0.0))
+    cells = []
+    for row in rows:
+        shape = " × ".join(map(str, row["weight_shape"]))
+        share = f"{100 * row['macs'] / total:.2f} %"
+        losses = (row["losses"].get(option) for option in options)
+        shown = ("–" if loss is None else f"{loss:.2e}" for loss in losses)
+        cells.append((row["name"], row["role"], shape, share, bits.get(row["name"], "–"), *shown))
+    return (*HEAD, *options), cells

@@ -1,0 +1,139 @@
+"""The loop that learns something of a block from the error of its output (layer L4).
+
+    loss = block error / start + 0.8 sum_l layer error_l / start + penalty
+
+Errors are relative to the power of the float output, that of the block at each time-step. Inputs
+are those behind the quantized part of the network, mixed element by element with the float ones
+(QDrop, Wei et al. 2022). The layer term: after EDA-DM (Liu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.calibrate.dataset import flatten, unflatten
+from quantempo.rounding.record import BlockRun
+
+__all__ = ["LAYER_SHARE", "errors", "learn"]
+
+LAYER_SHARE = 0.8
+
+
+class _Outputs(AbstractContextManager["_Outputs"]):
+    """Keep the last output of each layer of a block."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self.last: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Outputs:
+        for name, layer in self.layers.items():
+
+            def see(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                self.last[name] = output
+
+            self.handles.append(layer.register_forward_hook(see))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def learn(
+    block: BlockRun,
+    parameters: list[Tensor],
+    *,
+    powers: list[Tensor],
+    start: tuple[Tensor, Tensor],
+    iterations: int,
+    batch: int,
+    drop: float,
+    rate: float,
+    seed: int,
+    penalty: Callable[[int], Tensor] | None = None,
+) -> None:
+    """Minimise the loss over `parameters` by Adam, in place; nothing waits for the device.
+
+    Args:
+        block: its layers have kernels that depend on the parameters.
+        parameters: leaves with gradients.
+        powers: from `BlockRun.powers`.
+        start: from `errors`, of the integers it starts from.
+        iterations: of `batch` rows each, drawn with repeats.
+        drop: probability that an element of the input is the float block's.
+        rate: of Adam.
+        seed: of the rows and the mixing.
+        penalty: iteration -> term added to the loss, which is 1.8 for the integers at the start.
+    """
+    host = torch.Generator().manual_seed(seed)
+    mixing = torch.Generator(block.device).manual_seed(seed)
+    rows = torch.randint(len(block), (iterations, batch), generator=host).to(block.device)
+    adam = torch.optim.Adam(parameters, lr=rate)
+    floats: dict[str, nn.Module] = dict(block.floats)
+    twins: dict[str, nn.Module] = dict(block.twins)
+    with _Outputs(floats) as exact, _Outputs(twins) as quantized:
+        for iteration in range(iterations):
+            index = rows[iteration]
+            with torch.no_grad():
+                arguments = block.exact.take(index, block.device)
+                wanted = block.call(index, arguments, exact=True)
+                mixed = _mix(block.quantized.take(index, block.device), arguments, drop, mixing)
+            with torch.enable_grad():
+                got = block.call(index, mixed, exact=False)
+                whole = block.error(got, wanted, powers, index)
+                layers = _layer_error(quantized.last, exact.last)
+                loss = whole / start[0] + LAYER_SHARE * layers / start[1]
+                if penalty is not None:
+                    loss = loss + penalty(iteration)
+                # Not backward(): norms between the layers need no gradients.
+                gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            adam.step()
+
+
+@torch.no_grad()
+def errors(block: BlockRun, powers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return () error of the block and () sum of its layers' errors over all rows, as they are."""
+    totals: list[tuple[Tensor, Tensor]] = []
+    floats: dict[str, nn.Module] = dict(block.floats)
+    twins: dict[str, nn.Module] = dict(block.twins)
+    with _Outputs(floats) as exact, _Outputs(twins) as quantized:
+        for index in block.batches():
+            wanted = block.run(index, exact=True)
+            whole = block.error(block.run(index, exact=False), wanted, powers, index)
+            layers = _layer_error(quantized.last, exact.last)
+            totals.append((whole * len(index), layers * len(index)))
+    whole, layers = (torch.stack(column).sum() / len(block) for column in zip(*totals, strict=True))
+    tiny = torch.finfo(torch.float32).tiny
+    return whole.clamp_min(tiny), layers.clamp_min(tiny)
+
+
+def _layer_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    return torch.stack([_relative(got[name], wanted[name]) for name in got]).sum()
+
+
+def _relative(got: Tensor, wanted: Tensor) -> Tensor:
+    power = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (got - wanted).square().mean() / power
+
+
+def _mix(
+    quantized: dict[str, Any], exact: dict[str, Any], drop: float, generator: torch.Generator
+) -> dict[str, Any]:
+    """Return arguments with each element from `exact` with probability `drop`."""
+    if drop == 0:
+        return quantized
+    floats, mixed = flatten(exact), flatten(quantized)
+    for key, value in mixed.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            chance = torch.rand(value.shape, generator=generator, device=value.device)
+            mixed[key] = torch.where(chance < drop, floats[key], value)
+    return unflatten(mixed)

@@ -1,0 +1,271 @@
+"""Round a whole denoiser, block after block in the order in which it runs them (layer L4).
+
+Each block is rounded on the inputs it will really get: those behind the blocks that are quantized
+already. Its target is what the float block makes of the float network's inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quantempo.backends.engine import attach, attach_lazily, detach
+from quantempo.calibrate.dataset import TraceBatch, TraceSet
+from quantempo.calibrate.scales import LayerScales
+from quantempo.core import QuantSpec
+from quantempo.errors import QuantempoError
+from quantempo.models.blocks import Block, blocks
+from quantempo.quantizers import QLayer, find_clock, quantized_layers
+from quantempo.recipe import RoundingSettings
+from quantempo.rounding.adaround import START_KEPT, refine_scales
+from quantempo.rounding.base import ROUNDINGS, Unit
+from quantempo.rounding.bias import correct_bias
+from quantempo.rounding.record import BlockRun, record
+from quantempo.runs import RunFolder, read_tensors
+
+__all__ = ["BUDGET", "apply_rounding", "execution_order", "round_denoiser"]
+
+log = logging.getLogger("quantempo")
+
+# Bytes of one block's recorded inputs, float and quantized each, that stay on the device.
+BUDGET = 4 * 2**30
+
+
+def round_denoiser(
+    denoiser: nn.Module,
+    twin: nn.Module,
+    scales: Mapping[str, LayerScales],
+    specs: Mapping[str, QuantSpec],
+    data: TraceSet,
+    settings: RoundingSettings,
+    *,
+    folder: str | Path | None = None,
+    key: str = "",
+    budget: int = BUDGET,
+) -> dict[str, Tensor]:
+    """Choose the integers of every quantized layer; return the tensors of `rounding.safetensors`.
+
+    For each layer NAME (codes, int8, the shape of the weight); NAME.bias (O,) float32 if
+    `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones.
+
+    Args:
+        denoiser: float, left as it was.
+        twin: the same network packed, on the same device; changed in place: it ends with what is
+            returned in its layers.
+        scales: of each integer layer; specs: its weight grid.
+        data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
+        settings: of the recipe.
+        folder: where finished blocks are kept and found again.
+        key: hash of all else that decides the result (model, trace, scales); needed with `folder`.
+        budget: bytes of a block's inputs kept on the device, see `Inputs`.
+
+    Raises:
+        QuantempoError: unknown rounding; `twin` is not packed; a folder without a key; a layer
+            without scales or grid.
+    """
+    if folder is not None and not key:
+        raise QuantempoError("got a folder for finished blocks without a key; pass key=")
+    job = _Job(denoiser, twin, scales, specs, data, settings, budget)
+    kept = None if folder is None else RunFolder(folder)
+    attach(twin, "simulated")
+    result: dict[str, Tensor] = {}
+    digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
+    try:
+        for number, block in enumerate(tqdm(job.blocks, desc="round", disable=None)):
+            digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
+            name = f"{number:04d}.safetensors"
+            found = None if kept is None else _read(kept, name, digest)
+            if found is None:
+                found = job.round(block)
+                if kept is not None:
+                    kept.write_safetensors(name, found, {"key": digest})
+            else:
+                log.info("%s: rounded before", block.name)
+                job.apply(block, found)
+            result |= {k: v.cpu() for k, v in found.items()}
+        if job.rounding.needs == "block":
+            log.info("%d of %d blocks keep their start", job.kept, len(job.blocks))
+        result |= job.as_packed()
+    finally:
+        detach(twin)
+        attach_lazily(twin)
+    return result
+
+
+@torch.no_grad()
+def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `round_denoiser` returned into the layers of a packed denoiser.
+
+    Layers that `tensors` does not name stay as they are. An engine that was attached before has
+    to be attached again.
+    """
+    for name, layer in quantized_layers(packed):
+        if name in tensors:
+            layer.set_codes(tensors[name].to(layer.weight_int.device))
+        if f"{name}.act_scale" in tensors:
+            layer.act_scale.copy_(tensors[f"{name}.act_scale"])
+        if layer.bias is not None and f"{name}.bias" in tensors:
+            layer.bias.copy_(tensors[f"{name}.bias"])
+
+
+def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None:
+    if not folder.has(name):
+        return None
+    tensors, metadata = read_tensors(folder / name)
+    return tensors if metadata.get("key") == digest else None
+
+
+@torch.no_grad()
+def execution_order(network: nn.Module, names: list[str], call: Callable[[], Any]) -> list[str]:
+    """Return those of the modules `names` that a call of the network runs, in that order."""
+    seen: dict[str, None] = {}
+    handles = []
+    for name in names:
+
+        def see(module: nn.Module, args: Any, name: str = name) -> None:
+            seen.setdefault(name)
+
+        handles.append(network.get_submodule(name).register_forward_pre_hook(see))
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen)
+
+
+@dataclass
+class _Job:
+    """What is the same for every block."""
+
+    denoiser: nn.Module
+    twin: nn.Module
+    scales: Mapping[str, LayerScales]
+    specs: Mapping[str, QuantSpec]
+    data: TraceSet
+    settings: RoundingSettings
+    budget: int
+
+    def __post_init__(self) -> None:
+        clock = find_clock(self.twin)
+        if clock is None:
+            raise QuantempoError("got a twin that is not quantized; pack a copy of the denoiser")
+        self.clock = clock
+        self.device = next(self.denoiser.parameters()).device
+        self.twin.to(self.device)
+        self.rounding = ROUNDINGS.get(self.settings.name)
+        if self.rounding.needs == "block":
+            ROUNDINGS.get(self.settings.start)
+        self.batches = _draw(self.data, self.settings)
+        self.blocks = self._in_order()
+        self.kept = 0
+
+    def _in_order(self) -> list[Block]:
+        """Return the blocks with integer layers, and those layers, as a run meets them."""
+        found = []
+        for block in blocks(self.denoiser):
+            layers = [n for n in block.layers if isinstance(self.twin.get_submodule(n), QLayer)]
+            for name in layers:
+                if name not in self.scales or name not in self.specs:
+                    raise QuantempoError(f"no scales or grid for '{name}'; rerun the search")
+            if layers:
+                found.append(replace(block, layers=tuple(layers)))
+        known = {block.name: block for block in found}
+        names = list(dict.fromkeys([*known, *(n for block in found for n in block.layers)]))
+        order = execution_order(self.denoiser, names, self._call(self.denoiser, self.batches[0]))
+        met = [name for name in order if name in known]
+        if met != [block.name for block in found if block.name in met]:
+            log.warning("blocks run in another order than their structure says; taken as run")
+        idle = sorted({n for block in found for n in block.layers} - set(order))
+        if idle:
+            log.warning("never run by the trace, rounded as packed: %s", ", ".join(idle))
+        result = []
+        for name in met:
+            inside = set(known[name].layers)
+            run = tuple(n for n in order if n in inside)
+            if run:
+                result.append(replace(known[name], layers=run))
+        self.idle = idle
+        return result
+
+    def _call(self, network: nn.Module, batch: TraceBatch) -> Callable[[], Any]:
+        return lambda: self.data.replay(network, batch)
+
+    @torch.no_grad()
+    def round(self, block: Block) -> dict[str, Tensor]:
+        """Round one block; its layers in the twin hold the result."""
+        floats = {name: self.denoiser.get_submodule(name) for name in block.layers}
+        weights: dict[str, Any] = {name: layer.weight for name, layer in floats.items()}
+        scales = {n: self.scales[n].weight_scale.to(self.device) for n in block.layers}
+        unit = Unit(weights, scales, self.specs, self.settings)
+        settings = self.settings
+        if self.rounding.needs == "weights" and not settings.bias and settings.refine == 0:
+            codes = self.rounding(unit)
+            self.apply(block, dict(codes))
+            return dict(codes)
+        run = self._record(block, floats)
+        unit = replace(unit, block=run)
+        powers = run.powers()
+        before = run.loss(powers)
+        codes = self.rounding(unit)
+        for name, value in codes.items():
+            run.assign(name, value)
+        result = dict(codes)
+        if settings.refine > 0 and refine_scales(run, unit):
+            for name, layer in run.twins.items():
+                result[f"{name}.act_scale"] = layer.act_scale.clone()
+        if settings.bias:
+            result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
+        self.kept += any(START_KEPT in note for note in unit.notes)
+        notes = "".join(f"; {note}" for note in unit.notes)
+        log.info("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
+        return result
+
+    def as_packed(self) -> dict[str, Tensor]:
+        """Return the codes of layers that no call runs."""
+        layers: dict[str, Any] = {name: self.twin.get_submodule(name) for name in self.idle}
+        return {name: layer.weight_codes.cpu() for name, layer in layers.items()}
+
+    def apply(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Put the tensors of a finished block into the twin's layers."""
+        apply_rounding(self.twin, tensors)
+        for name in block.layers:
+            layer: Any = self.twin.get_submodule(name)
+            layer.kernel.prepare(self.device)
+
+    def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
+        """Record the inputs of a block in both networks."""
+        twin = self.twin.get_submodule(block.name)
+
+        def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
+            return [(len(b.x_t), self._call(network, b)) for b in self.batches]
+
+        exact = record(block.module, calls(self.denoiser), self.budget)
+        quantized = record(twin, calls(self.twin), self.budget)
+        if exact.halved:
+            log.info("%s: its inputs lie on the host in half precision", block.name)
+        layers: dict[str, Any] = {n: self.twin.get_submodule(n) for n in block.layers}
+        times = torch.cat([b.t for b in self.batches])
+        names = (block.name, block.module, twin, floats, layers)
+        return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
+
+
+def _draw(data: TraceSet, settings: RoundingSettings) -> list[TraceBatch]:
+    """Return the rows to look at, in calls of one row, then `batch` rows each.
+
+    The sizes differ so that what grows with the rows of a call can be told from what does not.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = min(settings.samples, len(data))
+    index = torch.randperm(len(data), generator=generator)[:count].sort().values
+    parts = [index[:1], *index[1:].split(settings.batch)]
+    return [data.rows(part) for part in parts if len(part)]

@@ -1,0 +1,263 @@
+"""Record the inputs of one block of a network, and run the block on them alone (layer L4).
+
+The network is stopped at the block, so a recording costs what comes before it and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.backends.base import BACKENDS
+from quantempo.calibrate.dataset import flatten, unflatten
+from quantempo.errors import QuantempoError
+from quantempo.quantizers import QLayer, StepClock
+
+__all__ = ["BlockRun", "Inputs", "record", "run_until", "tensors_of"]
+
+
+class _StopError(Exception):
+    """Raised by a hook to end a forward early."""
+
+
+def run_until(module: nn.Module, call: Callable[[], Any], see: Callable[..., None]) -> None:
+    """Run `call` until `module` is called; give see(args, kwargs) what it was called with.
+
+    Raises:
+        QuantempoError: `call` never reached the module.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args, kwargs)
+        raise _StopError
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call()
+    except _StopError:
+        return
+    finally:
+        handle.remove()
+    raise QuantempoError("a block was not reached by the network's forward; exclude its layers")
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the floating tensors in the output of a block, in order."""
+    leaves = flatten({"output": output}).values()
+    return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+class Inputs:
+    """The arguments of a block for N rows of the calibration set.
+
+    Tensors whose first dimension grows with the rows of a call are kept for each row; all else is
+    taken to be the same for every call.
+
+    Args:
+        rows: N.
+        budget: bytes kept on the device they come from; what would be more lies on the host, in
+            half precision (values beyond its range are clipped to it).
+    """
+
+    def __init__(self, rows: int, budget: int) -> None:
+        self.rows, self.budget = rows, budget
+        self.halved = False
+        self._parts: list[tuple[int, dict[str, Any]]] = []
+        self._whole: dict[str, Tensor] = {}
+        self._rest: dict[str, Any] = {}
+
+    def add(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Append a call of `count` rows."""
+        leaves = flatten({"args": args, "kwargs": kwargs})
+        if not self._parts:
+            size = sum(v.nbytes for v in leaves.values() if isinstance(v, Tensor))
+            self.halved = size / count * self.rows > self.budget
+        kept = {key: self._keep(value) for key, value in leaves.items()}
+        self._parts.append((count, kept))
+
+    def _keep(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        if self.halved and value.dtype == torch.float32:
+            top = torch.finfo(torch.float16).max
+            return value.clamp(-top, top).half().cpu()
+        return value.cpu() if self.halved else value.clone()
+
+    def close(self) -> None:
+        """Join the calls; nothing can be added afterwards."""
+        first = self._parts[0][1]
+        for key, value in first.items():
+            column = [part[key] for _, part in self._parts]
+            counts = [count for count, _ in self._parts]
+            if isinstance(value, Tensor) and _grows(column, counts):
+                self._whole[key] = torch.cat(column)
+            else:
+                self._rest[key] = value
+        self._parts.clear()
+
+    def take(self, index: Tensor, device: torch.device) -> dict[str, Any]:
+        """Return the arguments {"args": ..., "kwargs": ...} of rows `index` (k,), float32."""
+        leaves = {key: self._at(value, device) for key, value in self._rest.items()}
+        for key, whole in self._whole.items():
+            near = index.to(whole.device, non_blocking=True)
+            picked = whole.unflatten(0, (self.rows, -1)).index_select(0, near)
+            leaves[key] = self._at(picked.flatten(0, 1), device)
+        # The order of the arguments is that of the call.
+        order = list(self._rest) + list(self._whole)
+        return unflatten({key: leaves[key] for key in sorted(order, key=_position)})
+
+    def _at(self, value: Any, device: torch.device) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(device, non_blocking=True)
+        return value.float() if value.dtype == torch.float16 and self.halved else value
+
+
+def _position(key: str) -> tuple[Any, ...]:
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split("."))
+
+
+def _grows(column: list[Any], counts: list[int]) -> bool:
+    """Return whether the first dimensions are a common multiple of the rows of the calls."""
+    if any(not isinstance(v, Tensor) or v.ndim == 0 for v in column):
+        return False
+    each = column[0].shape[0] // counts[0]
+    return each > 0 and all(v.shape[0] == each * n for v, n in zip(column, counts, strict=True))
+
+
+@torch.no_grad()
+def record(module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget: int) -> Inputs:
+    """Return what `module` is called with by each of `calls` = (rows, forward of the network)."""
+    inputs = Inputs(sum(rows for rows, _ in calls), budget)
+    for rows, call in calls:
+
+        def see(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int = rows) -> None:
+            inputs.add(rows, args, kwargs)
+
+        run_until(module, call, see)
+    inputs.close()
+    return inputs
+
+
+class BlockRun:
+    """One block, float and quantized, with the inputs of both.
+
+    Args:
+        name: of the block; module: float; twin: the same with quantized layers.
+        floats, twins: its integer layers by full name, in order of execution.
+        exact, quantized: inputs of the float block, and of the quantized one behind the already
+            quantized part of the network.
+        times: (N,) time-step of each row, as the denoiser receives it.
+        clock: of the quantized denoiser.
+        batch: rows of a call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        twin: nn.Module,
+        floats: Mapping[str, nn.Module],
+        twins: Mapping[str, QLayer],
+        exact: Inputs,
+        quantized: Inputs,
+        times: Tensor,
+        clock: StepClock,
+        batch: int,
+    ) -> None:
+        self.name, self.module, self.twin = name, module, twin
+        self.floats, self.twins = dict(floats), dict(twins)
+        self.exact, self.quantized, self.clock, self.batch = exact, quantized, clock, batch
+        self.device = clock.bucket_of.device
+        self.times = times.to(self.device)
+
+    def __len__(self) -> int:
+        return self.exact.rows
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the numbers of all rows, (k,) int64, a batch at a time."""
+        yield from torch.arange(len(self), device=self.device).split(self.batch)
+
+    def run(self, index: Tensor, *, exact: bool) -> list[Tensor]:
+        """Return the outputs of the block, float or quantized, on its own inputs of some rows."""
+        inputs = self.exact if exact else self.quantized
+        return self.call(index, inputs.take(index, self.device), exact=exact)
+
+    def call(self, index: Tensor, arguments: dict[str, Any], *, exact: bool) -> list[Tensor]:
+        """Return the outputs of the block on given arguments, at the times of rows `index`."""
+        self.clock.set(self.times.index_select(0, index))
+        module = self.module if exact else self.twin
+        return tensors_of(module(*arguments["args"], **arguments["kwargs"]))
+
+    def layer_inputs(self, name: str) -> Iterator[Tensor]:
+        """Yield the input of one quantized layer for all rows, the block's integers as they are.
+
+        The clock stands at the times of what was yielded.
+        """
+        seen: list[Tensor] = []
+
+        def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0])
+
+        for index in self.batches():
+
+            def call(index: Tensor = index) -> None:
+                self.run(index, exact=False)
+
+            run_until(self.twins[name], call, see)
+            yield seen.pop()
+
+    def assign(self, name: str, codes: Tensor) -> None:
+        """Give one quantized layer its integers, and the simulated kernel that reads them."""
+        layer = self.twins[name]
+        layer.set_codes(codes.to(layer.weight_int.device))
+        layer.kernel = BACKENDS.get("simulated").lower(layer)
+
+    def codes(self) -> dict[str, Tensor]:
+        """Return copies of the integers of all layers."""
+        return {name: layer.weight_codes.clone() for name, layer in self.twins.items()}
+
+    @torch.no_grad()
+    def powers(self) -> list[Tensor]:
+        """Return (N,) for each output: mean square of the float block's at the row's time-step."""
+        rows: list[list[Tensor]] = []
+        for index in self.batches():
+            rows.append([_row_mean(y.square(), len(index)) for y in self.run(index, exact=True)])
+        _, group = self.times.unique(return_inverse=True)
+        result = []
+        for parts in zip(*rows, strict=True):
+            power = torch.cat(parts)
+            sums = power.new_zeros(len(power)).index_add_(0, group, power)
+            counts = power.new_zeros(len(power)).index_add_(0, group, torch.ones_like(power))
+            mean = (sums / counts.clamp_min(1)).index_select(0, group)
+            result.append(mean.clamp_min(torch.finfo(torch.float32).tiny * 2**20))
+        return result
+
+    def error(
+        self, got: list[Tensor], wanted: list[Tensor], powers: list[Tensor], index: Tensor
+    ) -> Tensor:
+        """Return () mean over rows and outputs of |got - wanted|^2 / power at the time-step."""
+        terms = [
+            (_row_mean((y - target).square(), len(index)) / power.index_select(0, index)).mean()
+            for y, target, power in zip(got, wanted, powers, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def loss(self, powers: list[Tensor]) -> float:
+        """Return the error of the quantized block over all rows, its integers as they are."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index in self.batches():
+            wanted = self.run(index, exact=True)
+            error = self.error(self.run(index, exact=False), wanted, powers, index)
+            total += error.double() * len(index)
+        return float(total) / len(self)
+
+
+def _row_mean(values: Tensor, rows: int) -> Tensor:
+    """Return (rows,) means of (rows m, ...)."""
+    return values.reshape(rows, -1).mean(1)

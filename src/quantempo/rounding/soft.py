@@ -1,0 +1,130 @@
+"""Differentiable stand-ins for the kernel of a quantized layer (layer L4).
+
+    x_hat = s_a (clamp(round(x / s_a) + z, 0, qmax) - z),   gradient of round taken as 1
+    y = conv(x_hat, w_hat) + bias
+
+Source of the gradient: Bengio et al. 2013 (straight through); of s_a: Esser et al. 2020 (LSQ).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantempo.backends.base import channel_dim
+from quantempo.core import QuantSpec
+from quantempo.quantizers import QConv2d, QLayer
+
+__all__ = ["ScaleKernel", "SoftKernel", "rectified_sigmoid"]
+
+# Of the rectified sigmoid: h reaches 0 and 1 at finite v. Louizos et al. 2018.
+_STRETCH, _SHIFT = 1.2, -0.1
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """Return clamp(1.2 sigmoid(v) - 0.1, 0, 1)."""
+    return (torch.sigmoid(v) * _STRETCH + _SHIFT).clamp(0, 1)
+
+
+class _Kernel:
+    """Run a layer in float arithmetic on fake-quantized input."""
+
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+
+    def weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def scale(self, segment: int, x: Tensor) -> Tensor:
+        return self.layer.scale_now(segment, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, parts = self.layer, []
+        axis, zero = channel_dim(layer), layer.act_zero_point
+        for i, part in enumerate(x.float().split(layer.segments, axis)):
+            scale = self.scale(i, x)
+            codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
+            parts.append(codes * scale)
+        quantized = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        weight = self.weight()
+        if isinstance(layer, QConv2d):
+            how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            return F.conv2d(quantized, weight, layer.bias, *how).to(x.dtype)
+        return F.linear(quantized, weight, layer.bias).to(x.dtype)
+
+
+class SoftKernel(_Kernel):
+    """A layer whose codes are floor + h(v), between two neighbours each; v is learned.
+
+    It starts from given codes c: floor is c or c - 1, so that the float weight lies between or,
+    if c is further away, c is one of the two; h is the fraction of the float weight, kept on the
+    side of c, so that rounding h gives c back.
+
+    Args:
+        layer: gives scales, bias and clock.
+        weight: float, (O, ...).
+        codes: int8, the shape of the weight.
+        spec: the weight grid.
+        spread: distance of h at the start from the given code, 1 for the one described, towards 0
+            for a start near the code itself.
+    """
+
+    def __init__(
+        self, layer: QLayer, weight: Tensor, codes: Tensor, spec: QuantSpec, spread: float = 1.0
+    ) -> None:
+        super().__init__(layer)
+        self.spec = spec
+        self.rows = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
+        ratio, start = weight.detach().float() / self.rows, codes.float()
+        upper = start > ratio
+        self.floor = start - upper.float()
+        h = (ratio - self.floor).clamp(0, 1)
+        h = torch.where(upper, h.clamp_min(0.51), h.clamp_max(0.49))
+        h = upper.float() + spread * (h - upper.float())
+        # Off the ends, where the gradient of the clamp is zero.
+        h = h.clamp(0.01, 0.99)
+        self.v = torch.logit((h - _SHIFT) / _STRETCH).requires_grad_()
+
+    def h(self) -> Tensor:
+        """Return the soft part of the codes, in [0, 1]."""
+        return rectified_sigmoid(self.v)
+
+    def weight(self) -> Tensor:
+        """Return the soft weight, float32."""
+        return self.rows * (self.floor + self.h()).clamp(self.spec.qmin, self.spec.qmax)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Return the codes with h rounded, int8."""
+        hard = self.floor + (self.h() >= 0.5).float()
+        return hard.clamp(self.spec.qmin, self.spec.qmax).to(torch.int8)
+
+
+class ScaleKernel(_Kernel):
+    """A layer with fixed codes whose activation scales are learned, as logarithms (S, G)."""
+
+    def __init__(self, layer: QLayer) -> None:
+        super().__init__(layer)
+        self.fixed = layer.weight
+        self.log_scale = layer.act_scale.detach().log().requires_grad_()
+
+    def weight(self) -> Tensor:
+        """Return the dequantized weight, float32."""
+        return self.fixed
+
+    def scale(self, segment: int, x: Tensor) -> Tensor:
+        """Return the scale of the current time bucket."""
+        return self.layer.clock.rows(self.log_scale[segment].exp(), x)

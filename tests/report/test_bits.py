@@ -1,0 +1,74 @@
+"""What the report says of bits, from made-up layer tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantempo.report import sections
+from quantempo.report.bits import bits_facts, bits_label
+from tests.report.run_folder import make_run
+
+pytest.importorskip("matplotlib", reason="extra 'report'")
+
+
+def row(weight: int, activation: int, *shape: int, kind: str = "Conv2d") -> dict[str, Any]:
+    return {"kind": kind, "bits_weight": weight, "bits_activation": activation,
+            "weight_shape": list(shape)}  # fmt: skip
+
+
+FLOATS = [row(32, 32, 64, 3, 3, 3), row(12, 32, 64, 64), row(0, 32, kind="matmul")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "label"),
+    [
+        ([], "int8"),
+        ([(8, 8), (8, 8)], "int8"),
+        ([(4, 8), (4, 8)], "W4A8"),
+        ([(4, 8), (8, 8)], "W4-8A8"),
+        ([(4, 6), (8, 4)], "W4-8A4-6"),
+        ([(8, 6)], "W8A6"),
+    ],
+)
+def test_the_model_is_named_by_its_bits(bits: list[tuple[int, int]], label: str) -> None:
+    assert bits_label([*FLOATS, *(row(*pair, 4, 4) for pair in bits)]) == label
+
+
+def test_bytes_are_those_of_the_file() -> None:
+    # 4 bits: two to a byte, each row of 27 inputs in 14 bytes; 3 bits take 4, 5 bits take 8.
+    rows = [row(4, 8, 1000, 3, 3, 3), row(3, 8, 1000, 26), row(5, 6, 1000, 27), *FLOATS]
+    assert bits_facts(rows, 4.0) == [
+        ("W3A8", "1 layers, 0.01 MB of weights"),
+        ("W4A8", "1 layers, 0.01 MB of weights"),
+        ("W5A6", "1 layers, 0.03 MB of weights"),
+        ("bits a weight, mean", "4.00"),
+    ]
+    assert bits_facts(FLOATS, None) == []
+
+
+def test_the_page_does_not_call_a_low_bit_model_int8(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", seeds=2, blocks=1)
+    before = {key: dict(section) for key, section in _facts(run).items()}
+    assert "Quality: int8 against float, same seeds" in before
+    rows = run.read_json("layers.json")
+    for layer in rows:
+        if layer["bits_activation"] == 8:
+            layer["bits_weight"] = 4
+    run.write_json("layers.json", rows)
+    metrics = run.read_json("metrics.json") | {"weight_bits_mean": 4.0}
+    run.write_json("metrics.json", metrics)
+    after = {key: dict(section) for key, section in _facts(run).items()}
+    quality = after["Quality: W4A8 against float, same seeds"]
+    assert any(name.startswith("fed_lite0, W4A8") for name in quality)
+    assert not any("int8" in name for name in quality)
+    assert after["Cost"]["bits a weight, mean"] == "4.00"
+    assert after["Cost"]["W4A8"].startswith("4 layers")
+    assert sections._samples(run)[0].head == ("float", "W4A8", sections._samples(run)[0].head[2])
+
+
+def _facts(run: Any) -> dict[str, Any]:
+    blocks = [block for block in sections._summary(run) if block.kind == "facts"]
+    return dict(blocks[0].content)

@@ -1,0 +1,201 @@
+"""Soft codes, the learning loop and the refinement of scales, on one small block."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantempo.core import WEIGHT
+from quantempo.quantizers import LayerPlan, QLayer, fill, install_clock, swap_layers
+from quantempo.recipe import RoundingSettings
+from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
+from quantempo.rounding.base import Unit
+from quantempo.rounding.hessian import dequantized_input
+from quantempo.rounding.record import BlockRun, Inputs
+from quantempo.rounding.soft import ScaleKernel, SoftKernel
+from tests.backends.quantized import make_clock, make_linear
+
+SPEC = replace(WEIGHT, bits=3)
+SETTINGS = RoundingSettings(
+    name="adaround", start="nearest", samples=64, iterations=200, batch=16, refine=100
+)
+
+
+class _Toy(nn.Module):
+    """x + linear(silu(conv(x)) over pixels), a residual block in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(6, 12, 3, padding=1), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.conv(x)).permute(0, 2, 3, 1)
+        return x + self.linear(hidden).permute(0, 3, 1, 2)
+
+
+def _unit(settings: RoundingSettings = SETTINGS, shrink: float = 1.0) -> Unit:
+    """Return the toy with three-bit weights, two time buckets, correlated inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        toy = _Toy().eval()
+        mixing = torch.randn(6, 6)
+        x = torch.einsum("nchw,cd->ndhw", torch.randn(64, 6, 5, 5), mixing)
+    times = torch.arange(64) * 15
+    x = x * (1 + 3 * (times >= 500).float())[:, None, None, None]
+    twin = copy.deepcopy(toy)
+    clock = install_clock(twin, torch.arange(1000) * 2 // 1000)
+    names = ("conv", "linear")
+    swap_layers(twin, [LayerPlan(n, buckets=2, weight_bits=3) for n in names], clock)
+    inputs = {"conv": x, "linear": nn.functional.silu(toy.conv(x)).movedim(1, -1)}
+    scales = {}
+    for name in names:
+        layer, float_layer = twin.get_submodule(name), toy.get_submodule(name)
+        scales[name] = float_layer.weight.detach().flatten(1).abs().amax(1) / 3
+        tops = [inputs[name][times // 500 == bucket].abs().max() for bucket in (0, 1)]
+        act = torch.stack(tops)[None].detach() / 127 * shrink
+        codes = nearest(float_layer.weight.detach(), scales[name], SPEC)
+        zero = torch.tensor([128], dtype=torch.int32)
+        fill(layer, codes, scales[name], float_layer.bias, act, zero)
+    recorded = Inputs(64, 2**30)
+    recorded.add(64, (x, times), {})
+    recorded.close()
+    floats = {n: toy.get_submodule(n) for n in names}
+    twins = {n: twin.get_submodule(n) for n in names}
+    run = BlockRun("toy", toy, twin, floats, twins, recorded, recorded, times, clock, 16)
+    for name in names:
+        run.assign(name, twins[name].weight_codes.clone())
+    weights = {n: layer.weight for n, layer in floats.items()}
+    return Unit(weights, scales, dict.fromkeys(names, SPEC), settings, run)
+
+
+def _layer(bits: int = 3) -> QLayer:
+    layer = make_linear(20, 8, clock=make_clock(2))
+    layer.weight_bits = bits
+    return layer
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 0, 1, 2])
+def test_soft_codes_start_on_the_side_of_the_given_ones(shift: int) -> None:
+    layer = _layer()
+    rows = layer.weight_scale[:, None]
+    g = torch.Generator().manual_seed(1)
+    weight = (torch.rand(8, 20, generator=g) * 8 - 4) * rows
+    codes = (nearest(weight, layer.weight_scale, SPEC) + shift).clamp(-3, 3).to(torch.int8)
+    kernel = SoftKernel(layer, weight, codes, SPEC)
+    assert torch.equal(kernel.codes(), codes)
+    h = kernel.h()
+    assert float(h.detach().min()) >= 0.0099 and float(h.detach().max()) <= 0.9901
+    if shift == 0:
+        # From the nearest codes the soft weight is the float one, but for ends of h and of range.
+        inside = (weight / rows).abs() < 3
+        gap = ((kernel.weight().detach() - weight) / rows).abs()
+        assert float(gap[inside].max()) <= 0.0101
+
+
+def test_kernels_with_fixed_codes_compute_what_the_integers_give() -> None:
+    unit = _unit()
+    for name, layer in unit.block.twins.items():
+        x = next(unit.block.layer_inputs(name))
+        expected = layer.kernel(x)
+        y = ScaleKernel(layer)(x).detach()
+        # Float32 sums of up to 54 terms against exact integers.
+        assert float((y - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_scale_gradients_are_those_of_lsq_and_of_the_batchs_buckets_only() -> None:
+    layer = _layer()
+    layer.weight_int.fill_(0).fill_diagonal_(1)
+    layer.weight_scale.fill_(1)
+    kernel = ScaleKernel(layer)
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(2)) * 3
+    layer.clock.set(torch.tensor([700]))
+    (gradient,) = torch.autograd.grad(kernel(x).sum(), [kernel.log_scale])
+    scale, zero = layer.act_scale[0, 1], layer.act_zero_point[0]
+    ratio = (x / scale)[:, :8]
+    codes = ratio.round() + zero
+    inside = (codes >= 0) & (codes <= 255)
+    # d/ds of s (clamp(round(x / s) + z) - z): round(r) - r inside, the end of the range outside.
+    slope = torch.where(inside, ratio.round() - ratio, codes.clamp(0, 255) - zero)
+    assert not bool(inside.all())
+    assert float(gradient[0, 0]) == 0
+    assert float(gradient[0, 1]) == pytest.approx(float((slope * scale).sum()), rel=1e-4)
+
+
+def test_learning_beats_its_start_and_is_the_same_for_the_same_seed() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        unit = _unit(replace(SETTINGS, seed=seed))
+        with torch.no_grad():
+            powers = unit.block.powers()
+            before = unit.block.loss(powers)
+            codes = ROUNDINGS.get("adaround")(unit)
+            after = unit.block.loss(powers)
+        assert after < 0.6 * before
+        for name, layer in unit.block.twins.items():
+            assert codes[name].dtype == torch.int8 and int(codes[name].abs().max()) <= 3
+            assert torch.equal(layer.weight_codes, codes[name])
+        results.append(codes)
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+    assert any(not torch.equal(results[0][n], results[2][n]) for n in results[0])
+
+
+@pytest.mark.parametrize("start", ["nearest", "gptq"])
+def test_what_is_worse_than_the_start_is_not_kept(start: str, monkeypatch) -> None:
+    unit = _unit(replace(SETTINGS, start=start))
+    monkeypatch.setattr(
+        adaround, "_learn_codes", lambda unit, start, powers: {n: -c for n, c in start.items()}
+    )
+    with torch.no_grad():
+        expected = ROUNDINGS.get(start)(_unit(replace(SETTINGS, start=start)))
+        codes = ROUNDINGS.get("adaround")(unit)
+    assert adaround.START_KEPT in unit.notes[0]
+    for name, layer in unit.block.twins.items():
+        assert torch.equal(codes[name], expected[name])
+        assert torch.equal(layer.weight_codes, expected[name])
+
+
+def test_refined_scales_are_better_or_not_kept() -> None:
+    # Scales that leave half of the codes unused can only gain by shrinking.
+    unit = _unit(replace(SETTINGS, refine=300), shrink=4.0)
+    before = {n: layer.act_scale.clone() for n, layer in unit.block.twins.items()}
+    with torch.no_grad():
+        powers = unit.block.powers()
+        loss = unit.block.loss(powers)
+        assert refine_scales(unit.block, unit)
+        assert unit.block.loss(powers) < loss
+    for name, layer in unit.block.twins.items():
+        assert not torch.equal(layer.act_scale, before[name])
+        assert bool((layer.act_scale > 0).all())
+    # One iteration with a step that ruins them.
+    adaround_rate, adaround.SCALE_RATE = adaround.SCALE_RATE, 5.0
+    try:
+        unit = _unit(replace(SETTINGS, refine=1))
+        before = {n: layer.act_scale.clone() for n, layer in unit.block.twins.items()}
+        with torch.no_grad():
+            assert not refine_scales(unit.block, unit)
+    finally:
+        adaround.SCALE_RATE = adaround_rate
+    for name, layer in unit.block.twins.items():
+        assert torch.equal(layer.act_scale, before[name])
+        x = next(unit.block.layer_inputs(name))
+        assert torch.equal(layer.kernel(x), layer.kernel(x))
+
+
+def test_gptq_of_a_block_uses_the_inputs_behind_its_rounded_layers() -> None:
+    unit = _unit()
+    with torch.no_grad():
+        powers = unit.block.powers()
+        before = unit.block.loss(powers)
+        codes = ROUNDINGS.get("gptq")(unit)
+        assert unit.block.loss(powers) < before
+    x = next(unit.block.layer_inputs("linear"))
+    layer = unit.block.twins["linear"]
+    flat = dequantized_input(layer, x).flatten(0, -2)
+    error = unit.weights["linear"].detach() - layer.weight_scale[:, None] * codes["linear"]
+    plain = nearest(unit.weights["linear"].detach(), layer.weight_scale, SPEC)
+    other = unit.weights["linear"].detach() - layer.weight_scale[:, None] * plain
+    assert float((flat @ error.t()).square().sum()) < float((flat @ other.t()).square().sum())

@@ -1,0 +1,175 @@
+"""The drive over all blocks: integers in range, smaller errors, mean outputs, resuming."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantempo.backends.engine import attach
+from quantempo.errors import QuantempoError
+from quantempo.quantizers import quantized_layers
+from quantempo.recipe import RoundingSettings
+from quantempo.rounding import apply_rounding, nearest, reconstruct, round_denoiser
+from tests.packed import KINDS
+from tests.rounding.networks import Case, case
+
+QUICK = RoundingSettings(samples=16, iterations=60, batch=8)
+
+
+def _round(
+    made: Case, settings: RoundingSettings, **options
+) -> tuple[dict[str, Tensor], nn.Module]:
+    twin = made.twin()
+    parts = (made.denoiser, twin, made.scales, made.specs, made.data, settings)
+    return round_denoiser(*parts, **options), twin
+
+
+@torch.no_grad()
+def _error(made: Case, twin: nn.Module) -> float:
+    """Return the relative error of the packed network's output over the trace."""
+    attach(twin, "simulated")
+    pairs = [
+        (made.data.replay(twin, b).double(), made.data.replay(made.denoiser, b).double())
+        for b in made.data.batches(12)
+    ]
+    error = sum(float((got - wanted).square().sum()) for got, wanted in pairs)
+    return error / sum(float(wanted.square().sum()) for _, wanted in pairs)
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "dit"])
+def test_nearest_is_the_plain_function(kind: str) -> None:
+    made = case(kind)
+    result, twin = _round(made, replace(QUICK, name="nearest"))
+    assert set(result) == set(made.scales)
+    for name, layer in quantized_layers(twin):
+        weight = made.denoiser.get_submodule(name).weight.detach()
+        expected = nearest(weight, made.scales[name].weight_scale, made.specs[name])
+        assert torch.equal(result[name], expected)
+        assert torch.equal(layer.weight_codes, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gptq_lowers_the_error_of_the_network(kind: str) -> None:
+    made = case(kind)
+    plain = _error(made, made.twin())
+    result, twin = _round(made, replace(QUICK, name="gptq"))
+    for name, layer in quantized_layers(twin):
+        assert result[name].dtype == torch.int8 and result[name].shape == layer.weight_shape
+        assert int(result[name].abs().max()) <= made.specs[name].qmax
+        assert torch.equal(layer.weight_codes, result[name])
+    # Random networks have nearly white inputs, where the gain is smallest.
+    assert _error(made, twin) < 0.9 * plain
+
+
+def test_the_float_network_and_the_engine_are_left_as_they_were() -> None:
+    made = case("dit")
+    before = {k: v.clone() for k, v in made.denoiser.state_dict().items()}
+    _, twin = _round(made, replace(QUICK, name="adaround", iterations=3, refine=2, bias=True))
+    after = made.denoiser.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    for network in (made.denoiser, twin):
+        assert all(p.grad is None for p in network.parameters())
+        inner = [m for n, m in network.named_modules() if n]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+    # Attached anew at the first call, as after packing.
+    assert "forward" in twin.__dict__
+    assert all(layer.kernel is None for _, layer in quantized_layers(twin))
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "dit"])
+@torch.no_grad()
+def test_after_bias_correction_mean_outputs_are_the_float_ones(kind: str) -> None:
+    made = case(kind)
+    settings = replace(QUICK, name="nearest", bias=True, samples=len(made.data))
+    result, twin = _round(made, settings)
+    attach(twin, "simulated")
+    names = [name for name, layer in quantized_layers(twin) if layer.bias is not None]
+    assert {f"{name}.bias" for name in names} == {k for k in result if k.endswith(".bias")}
+    means: list[dict[str, list[Tensor]]] = []
+    for network in (made.denoiser, twin):
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        for name in names:
+            layer = network.get_submodule(name)
+            axis = 1 if hasattr(layer, "kernel_size") else -1
+
+            def see(m, args, y, name=name, axis=axis, seen=seen) -> None:
+                seen[name].append(y.movedim(axis, -1).flatten(0, -2).double())
+
+            layer.register_forward_hook(see)
+        for batch in made.data.batches(12):
+            made.data.replay(network, batch)
+        for module in network.modules():
+            module._forward_hooks.clear()
+        means.append(seen)
+    for name in names:
+        wanted, got = (torch.cat(seen[name]).mean(0) for seen in means)
+        spread = torch.cat(means[0][name]).square().mean().sqrt()
+        # Float32 outputs, whose sums are float64: far below a thousandth of the output's size.
+        assert float((got - wanted).abs().max() / spread) < 1e-5, name
+        layer = twin.get_submodule(name)
+        assert torch.equal(layer.bias, result[f"{name}.bias"])
+
+
+def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
+    made = case("dit")
+    settings = replace(QUICK, name="adaround", iterations=2, refine=1, bias=True)
+    first, _ = _round(made, settings, folder=tmp_path, key="k")
+    calls = []
+    plain = reconstruct._Job.round
+
+    def counted(job, block):
+        calls.append(block.name)
+        return plain(job, block)
+
+    monkeypatch.setattr(reconstruct._Job, "round", counted)
+    again, twin = _round(made, settings, folder=tmp_path, key="k")
+    assert not calls
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    other = made.twin()
+    apply_rounding(other, first)
+    for network in (twin, other):
+        for name, layer in quantized_layers(network):
+            assert torch.equal(layer.weight_codes, again[name])
+            assert layer.bias is not None and torch.equal(layer.bias, again[f"{name}.bias"])
+            scale = again.get(f"{name}.act_scale", made.scales[name].act_scale)
+            assert torch.equal(layer.act_scale, scale)
+    assert any(k.endswith(".act_scale") for k in again)
+    # A killed run: the last block is missing. It and no other is done again, to the same bits.
+    last = max(tmp_path.glob("*.safetensors"))
+    last.unlink()
+    third, _ = _round(made, settings, folder=tmp_path, key="k")
+    assert len(calls) == 1
+    assert all(torch.equal(first[k], third[k]) for k in first)
+    _round(made, replace(settings, iterations=0, refine=0), folder=tmp_path, key="k")
+    assert len(calls) == 1 + len(list(tmp_path.glob("*.safetensors")))
+    with pytest.raises(QuantempoError, match="without a key"):
+        _round(made, settings, folder=tmp_path)
+
+
+def test_inputs_beyond_the_budget_are_kept_in_half_precision() -> None:
+    made = case("dit")
+    settings = replace(QUICK, name="gptq")
+    whole, twin = _round(made, settings)
+    halves, other = _round(made, settings, budget=1)
+    moved = sum(int((whole[k] != halves[k]).sum()) for k in whole)
+    # A relative 2^-11 of the inputs: few codes of a three-bit grid are that near a border.
+    assert moved / sum(v.numel() for v in whole.values()) < 0.1
+    assert _error(made, other) == pytest.approx(_error(made, twin), rel=0.2)
+
+
+def test_a_float_twin_and_wrong_names_are_refused() -> None:
+    made = case("unconditional")
+    parts = (made.scales, made.specs, made.data)
+    with pytest.raises(QuantempoError, match="not quantized"):
+        round_denoiser(made.denoiser, made.denoiser, *parts, QUICK)
+    with pytest.raises(QuantempoError, match="gptq"):
+        _round(made, replace(QUICK, name="gtpq"))
+    with pytest.raises(QuantempoError, match=r"rounding\.start = 'adaround'"):
+        _round(made, replace(QUICK, name="adaround", start="adaround"))
+    with pytest.raises(QuantempoError, match="rerun the search"):
+        round_denoiser(made.denoiser, made.twin(), {}, made.specs, made.data, QUICK)
