@@ -15,7 +15,7 @@ from quantempo import pipeline
 from quantempo.recipe import Recipe
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional
 
-__all__ = ["KINDS", "Packed", "packed", "recipe", "saved"]
+__all__ = ["KINDS", "Packed", "packed", "plain", "recipe", "saved"]
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "unconditional": tiny_unconditional,
@@ -50,9 +50,25 @@ def _root() -> Path:
     return root
 
 
+def plain() -> Recipe:
+    """Return w8a8 with integers and scales only, whatever the shipped recipe adds to them.
+
+    Rounded to nearest, float biases as they are, nothing corrected: what a packed layer holds and
+    computes can be said from its float layer alone.
+    """
+    chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
+    chosen = chosen.override("correction", affine=False, absorb=False, stepback=False)
+    return chosen.override("delta", enabled=False).override("attention", bits=16)
+
+
 def recipe(symmetric: bool = True, buckets: int = 2, **layers: Any) -> Recipe:
-    """Return a recipe of seconds; symmetric scales are searched 40 times faster than affine."""
-    tiny = Recipe.load("w8a8").override("trace", steps=4, chains=2, picks=2)
+    """Return a plain recipe of seconds; symmetric scales are searched 40 times faster than affine.
+
+    What costs time where a test switches it on (rounding, correction, deltas) is small as well.
+    """
+    tiny = plain().override("trace", steps=4, chains=2, picks=2)
+    tiny = tiny.override("rounding", samples=8, iterations=10, batch=4)
+    tiny = tiny.override("correction", chains=2).override("delta", chains=2)
     tiny = tiny.override("activations", buckets=buckets, symmetric=symmetric, min_gain=0.0)
     return tiny.override("layers", **layers)
 

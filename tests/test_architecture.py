@@ -26,7 +26,7 @@ ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (5, ("quality", "sensitivity", "speed")),
     (5, ("pipeline",)),
     (5, ("session",)),
-    (5, ("bench", "layer_table")),
+    (5, ("bench", "layer_table", "rungs")),
     (4, ("rounding", "evaluate", "export")),
     (3, ("calibrate", "backends")),
     (2, ("quantizers",)),

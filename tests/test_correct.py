@@ -16,7 +16,6 @@ from quantempo import pipeline, quality
 from quantempo.backends.engine import attach
 from quantempo.calibrate.correction import Fitted, fit_correction, options_of
 from quantempo.errors import QuantempoError
-from quantempo.export.pack import pack_denoiser
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.sampling import call_pipeline, swap_scheduler
@@ -172,21 +171,18 @@ def test_stepback_finds_a_surplus_of_variance() -> None:
 
 @functools.cache
 def corrected(*options: str) -> Path:
-    """Pack the tiny pipeline with a correction; return the packed folder."""
-    source = saved("unconditional")
-    settings = CorrectionSettings(**dict.fromkeys(options, True), chains=2)
-    pipe, other, _ = pipes("unconditional")
-    fitted = fit_correction(pipe, other.unet, settings, steps=4)
-    # A variance that is acted on, whatever the tiny network's error.
-    fitted.tensors["variance"].fill_(0.05 if "stepback" in options else 0.0)
+    """Run the main line of the tiny pipeline with a correction; return the packed folder."""
     run = Path(tempfile.mkdtemp(dir=packed("unconditional").run.parent)) / "run"
-    packing = functools.partial(pack_denoiser, correction=(options_of(settings), fitted.tensors))
-    original, pipeline.pack_denoiser = pipeline.pack_denoiser, packing
-    try:
-        pipeline.quantize(source, run, recipe())
-    finally:
-        pipeline.pack_denoiser = original
-    return run / "packed"
+    chosen = recipe().override("correction", **dict.fromkeys(options, True))
+    session = pipeline.load(saved("unconditional"), run, chosen)
+    for stage in (pipeline.trace, pipeline.calibrate, pipeline.search, pipeline.round_weights):
+        stage(session)
+    pipeline.correct(session)
+    tables = session.run.read_safetensors("correction.safetensors")
+    # A variance that is acted on, whatever the tiny network's error.
+    tables["variance"].fill_(0.05 if "stepback" in options else 0.0)
+    session.run.write_safetensors("correction.safetensors", tables)
+    return pipeline.pack(session)
 
 
 def test_a_correction_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import tomllib
 
 import pytest
 
+from quantempo import pipeline
 from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
 from quantempo.registry import Registry
 
 
-@pytest.mark.parametrize("name", ["w8a8", "ptq4dm"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w6a6", "w4a4", "ptq4dm"])
 def test_shipped_recipes_round_trip(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
@@ -20,7 +22,10 @@ def test_shipped_recipes_round_trip(name):
 
 
 def test_w8a8_is_the_default_and_ptq4dm_is_the_papers():
-    assert Recipe.load("w8a8") == Recipe()
+    for verb in (pipeline.load, pipeline.quantize):
+        assert inspect.signature(verb).parameters["recipe"].default == "w8a8"
+    ours = Recipe.load("w8a8")
+    assert (ours.weights.bits, ours.activations.bits) == (8, 8) and not ours.layers.bits
     paper = Recipe.load("ptq4dm")
     assert paper.activations.symmetric and paper.layers.float_roles == ()
     assert (paper.activations.metric, paper.activations.p) == ("lp", 2.4)

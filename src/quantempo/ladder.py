@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from quantempo import pipeline
-from quantempo.backends.engine import attach
 from quantempo.bench import machine
 from quantempo.errors import QuantempoError
 from quantempo.evaluate import load_images, psnr_db, ssim
@@ -30,15 +29,12 @@ from quantempo.evaluate.features import Features, extract, load_extractor
 from quantempo.evaluate.scores import frechet_distance, spread_over_parts
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
-from quantempo.models.sampling import run_pipeline, swap_scheduler
-from quantempo.quality import summary
-from quantempo.quantizers import attach_scheduler_sites, find_clock
-from quantempo.quantizers.correction import attach_correction
-from quantempo.recipe import Recipe
+from quantempo.models.sampling import run_pipeline
+from quantempo.quality import open_model, summary
 from quantempo.report.quality_page import write_quality
+from quantempo.rungs import Rung, rungs
 from quantempo.runs import RunFolder, atomic_path
 from quantempo.session import ARTEFACTS, Session
-from quantempo.study.networks import Frontend
 
 __all__ = ["LadderSettings", "Rung", "ladder", "rungs"]
 
@@ -47,20 +43,10 @@ log = logging.getLogger("quantempo")
 # First seed of float images that share no noise with those of the rungs.
 OTHER_SEEDS = 500_000_000
 PARTS = 3
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One recipe of the ladder: what it adds to the rung before it (`step`), in which family.
-
-    full: also scored on the larger set of images.
-    """
-
-    name: str
-    family: str
-    idea: str
-    recipe: Recipe
-    full: bool = False
+# What all rungs of one folder have in common; the rest of the settings is about the work.
+PROTOCOL = ("source", "data", "steps", "first_seed", "tf32", "scheduler", "call")
+# What a stage leaves besides its artefact.
+_BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,8 @@ class LadderSettings:
 
     source: the float pipeline; out: folder; data: folder of real images, or None; steps: of DDIM
     while sampling and tracing; images: of each rung; images_full: of rungs with distribution
-    scores; first_seed: of the images; tf32: let float32 products run in TF32.
+    scores; first_seed: of the images; tf32: let float32 products run in TF32; call: further
+    arguments of the pipeline.
     """
 
     source: str
@@ -81,68 +68,18 @@ class LadderSettings:
     first_seed: int = 0
     device: str = "cpu"
     batch_size: int = 64
-    compiled: bool = False
     tf32: bool = False
     scheduler: str = "ddim"
+    call: dict[str, Any] = field(default_factory=dict)
 
-
-def rungs() -> list[Rung]:
-    """Return the ladder: the paper's recipe and plain min-max, then one idea after the other."""
-    paper, found = Recipe.load("ptq4dm"), []
-
-    def add(name: str, family: str, idea: str, recipe: Recipe, full: bool = False) -> Recipe:
-        found.append(Rung(name, family, idea, replace(recipe, name=name), full))
-        return recipe
-
-    plain = paper.override("activations", metric="linf", symmetric=False)
-    add("minmax", "W8A8", "round to nearest, min-max, every layer", plain.override(
-        "weights", metric="linf"), full=True)  # fmt: skip
-    now = add("ptq4dm", "W8A8", "the paper: symmetric, p = 2.4, released law", paper, full=True)
-    now = add("affine", "W8A8", "affine activations", now.override("activations", symmetric=False))
-    final = Recipe.load("w8a8")
-    now = replace(now, trace=final.trace)
-    now = now.override("activations", metric=final.activations.metric)
-    now = add("law", "W8A8", "truncated law, squared error", now)
-    roles = final.layers.float_roles
-    now = now.override("layers", float_roles=roles)
-    now = add("ends", "W8A8", "first, last and time layers in float", now)
-    now = add("split", "W8A8", "shortcuts split in two", now.override("layers", split_skips=True))
-    buckets = {"buckets": final.activations.buckets, "min_gain": final.activations.min_gain}
-    now = add("buckets", "W8A8", "scales per time", now.override("activations", **buckets))
-    now = _towards(now, final, "w8a8", "W8A8", add)
-    for name in ("w4a8", "w6a6", "w4a4"):
-        final, family = Recipe.load(name), name.upper()
-        start = replace(final, rounding=now.rounding, correction=now.correction, delta=now.delta)
-        start = start.override("rounding", name="nearest", bias=False)
-        start = start.override("correction", affine=False).override("delta", enabled=False)
-        start = start.override("layers", bits={})
-        at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
-        if final.layers.bits:
-            at = at.override("layers", bits=final.layers.bits)
-            at = add(f"{name}-wide", family, f"8 bits in {', '.join(final.layers.bits)}", at)
-        _towards(at, final, name, family, add)
-    return found
-
-
-def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> Recipe:
-    """Add the rungs that lead from a recipe with scales to a shipped one: rounding to sampler."""
-    last = None
-    if final.delta.enabled:
-        now = replace(now, delta=final.delta)
-        last = (f"{name}-delta", "changes between steps instead of inputs")
-        now = add(last[0], family, last[1], now)
-    if final.rounding.name in ("gptq", "adaround") and final.rounding.start != "nearest":
-        now = replace(now, rounding=replace(final.rounding, name="gptq", bias=False, refine=0))
-        now = add(f"{name}-gptq", family, "GPTQ", now)
-    if final.rounding.name == "adaround":
-        now = replace(now, rounding=replace(final.rounding, bias=False))
-        now = add(f"{name}-adaround", family, "AdaRound by blocks, QDrop", now)
-    if final.rounding.bias:
-        now = replace(now, rounding=final.rounding)
-        now = add(f"{name}-bias", family, "bias correction", now)
-    idea = "affine correction of the output" if final.correction.affine else "as shipped"
-    add(name, family, idea, final, full=True)
-    return final
+    def __post_init__(self) -> None:
+        # A spread is over three parts; a distance takes two images in each.
+        for name, value, least in (
+            ("images", self.images, PARTS),
+            ("images_full", self.images_full, max(2 * PARTS, self.images)),
+        ):
+            if value < least:
+                raise QuantempoError(f"got {name} = {value}; expected at least {least}")
 
 
 class _Bench:
@@ -158,31 +95,22 @@ class _Bench:
     def identity(self) -> str:
         """Hash of what decides images besides the network."""
         s = self.settings
-        kept = (s.source, s.steps, s.first_seed, s.tf32, s.scheduler)
+        kept = (s.source, s.steps, s.first_seed, s.tf32, s.scheduler, s.call)
         return hashlib.sha256(repr(kept).encode()).hexdigest()[:12]
 
-    def sample(self, source: str | Path, first: int, count: int, compiled: bool) -> np.ndarray:
+    def sample(self, source: str | Path, first: int, count: int) -> np.ndarray:
         """Return (count, H, W, C) uint8 images of a float or packed pipeline."""
         s = self.settings
-        pipe = swap_scheduler(load_pipeline(source), s.scheduler).to(s.device)
-        component, network = denoiser_of(pipe)
-        if find_clock(network) is not None:
-            attach(network, "auto" if s.device == "cpu" else "simulated")
-            attach_scheduler_sites(pipe.scheduler, network)
-            attach_correction(pipe.scheduler, network)
-        fast = torch.compile(network) if compiled and s.compiled else None
-        setattr(pipe, component, Frontend(network.eval(), fast))
-        # A compiled network sees batches of one size.
-        whole = -(-count // s.batch_size) * s.batch_size if fast is not None else count
-        seeds = range(first, first + whole)
-        return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size)[:count]
+        pipe = open_model(source, scheduler=s.scheduler, device=s.device)
+        seeds = range(first, first + count)
+        return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
 
     def float_images(self, first: int, count: int) -> np.ndarray:
         """Return the float model's images, from disk if they were made before."""
         path = self.out / f"images/float-{self.identity}-{first}.npy"
         known = np.load(path) if path.is_file() else None
         if known is None or len(known) < count:
-            known = self.sample(self.settings.source, first, count, compiled=count > 1024)
+            known = self.sample(self.settings.source, first, count)
             _save(path, known)
         return known[:count]
 
@@ -222,20 +150,17 @@ def ladder(
     for name in only:
         if name != "float" and name not in known:
             raise QuantempoError(f"unknown rung '{name}' (known: float, {', '.join(known)})")
+    about = _start(settings)
     bench = _Bench(settings)
-    if bench.out.foreign() and not bench.out.has("ladder.json"):
-        raise QuantempoError(f"{settings.out} is not empty and no ladder; choose another --out")
-    about = {**asdict(settings), "out": settings.out.name, "source": Path(settings.source).name}
-    about["data"] = settings.data and Path(settings.data).name
-    bench.out.write_json("ladder.json", about | {"machine": machine()})
     start, order = time.perf_counter(), only or ("float", *known)
     for name in order:
-        if bench.out.has(f"rungs/{name}.json"):
+        if _done(bench.out, name, known.get(name), about) is not None:
             log.info("%s: done before", name)
             continue
         if minutes is not None and time.perf_counter() - start > 60 * minutes:
             log.warning("%s and what follows it is left: the time is up", name)
             break
+        failed = bench.out / f"rungs/{name}.failed.json"
         try:
             result = _float(bench) if name == "float" else _climb(bench, known[name])
         except Exception as error:  # one rung must not lose the others
@@ -243,7 +168,44 @@ def ladder(
             bench.out.write_json(f"rungs/{name}.failed.json", {"error": str(error)})
             continue
         bench.out.write_json(f"rungs/{name}.json", result)
+        failed.unlink(missing_ok=True)
     return collect(settings.out)
+
+
+def _start(settings: LadderSettings) -> dict[str, Any]:
+    """Check what every rung needs before the first one; return and write `ladder.json`."""
+    out = RunFolder(settings.out)
+    if out.foreign() and not out.has("ladder.json"):
+        raise QuantempoError(f"{settings.out} is not empty and no ladder; choose another --out")
+    about = {**asdict(settings), "out": settings.out.name, "source": Path(settings.source).name}
+    about["data"] = settings.data and Path(settings.data).name
+    before = out.read_json("ladder.json") if out.has("ladder.json") else about
+    for key in PROTOCOL:
+        if before.get(key, {}) != about[key]:
+            raise QuantempoError(
+                f"the ladder in {settings.out} has {key} = {before[key]}, got {about[key]}; choose "
+                "another --out"
+            )
+    denoiser_of(load_pipeline(settings.source))
+    if settings.data is not None:
+        load_images(settings.data, limit=1)
+    out.write_json("ladder.json", about | {"machine": machine()})
+    return about
+
+
+def _done(
+    folder: RunFolder, name: str, rung: Rung | None, about: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return what a rung gave, None if it was not run as it is now (`rung` None: "float")."""
+    if not folder.has(f"rungs/{name}.json"):
+        return None
+    row = folder.read_json(f"rungs/{name}.json")
+    count = about["images_full" if rung is None or rung.full else "images"]
+    recipe = rung and rung.recipe.override("trace", steps=about["steps"]).to_dict()
+    if row["images"] == count and row.get("recipe") == recipe:
+        return dict(row)
+    log.warning("%s was made with another recipe or number of images; it counts as not run", name)
+    return None
 
 
 def _float(bench: _Bench) -> dict[str, Any]:
@@ -275,17 +237,19 @@ def _climb(bench: _Bench, rung: Rung) -> dict[str, Any]:
     """Make one rung: quantize, sample, score."""
     s = bench.settings
     recipe = rung.recipe.override("trace", steps=s.steps)
-    session = pipeline.load(
-        s.source, s.out / rung.name, recipe, scheduler=s.scheduler, device=s.device, force=True
-    )
+    how: dict[str, Any] = {"scheduler": s.scheduler, "call": s.call, "device": s.device}
+    session = pipeline.load(s.source, s.out / rung.name, recipe, force=True, **how)
     _borrow(session, s.out)
     pipeline.finish(session)
     count = s.images_full if rung.full else s.images
     start = time.perf_counter()
-    images = bench.sample(session.run / "packed", s.first_seed, count, compiled=rung.full)
+    images = bench.sample(session.run / "packed", s.first_seed, count)
     seconds = time.perf_counter() - start
     _save(bench.out / f"images/{rung.name}.npy", images)
     result = _pairs(bench, images) | _sizes(session)
+    if count > s.images:
+        # On the images of the other rungs, to be compared with them.
+        result["first"] = _pairs(bench, images[: s.images])
     result |= {"name": rung.name, "family": rung.family, "idea": rung.idea, "full": rung.full}
     result["sampling_seconds"] = round(seconds, 1)
     if rung.full:
@@ -298,21 +262,22 @@ def _climb(bench: _Bench, rung: Rung) -> dict[str, Any]:
 
 
 def _borrow(session: Session, out: Path) -> None:
-    """Take trace and statistics from another rung that was made with equal settings."""
+    """Take what another rung made with equal settings, up to the packed folder."""
     stages = session.run.read_json("manifest.json")["stages"]
-    for stage in ("trace", "calibrate"):
-        if stage in stages:
+    for stage, artefact in ARTEFACTS.items():
+        if stage == "pack" or (stage in stages and not session.stale(stage)):
             continue
         for manifest in sorted(out.glob("*/manifest.json")):
             other = json.loads(manifest.read_text())["stages"].get(stage)
-            source = manifest.parent / ("trace" if stage == "trace" else ARTEFACTS[stage])
-            if other is None or other["key"] != session.key(stage) or not source.exists():
+            sources = [manifest.parent / name for name in (*_BESIDE.get(stage, ()), artefact)]
+            if other is None or other["key"] != session.key(stage):
                 continue
-            target = session.run / source.name
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            else:
-                shutil.copy(source, target)
+            if not all(source.exists() for source in sources):
+                continue
+            for source in sources:
+                with atomic_path(session.run / source.name) as temporary:
+                    copy = shutil.copytree if source.is_dir() else shutil.copy
+                    copy(source, temporary)
             session.run.update_manifest(stages={stage: other})
             break
 
@@ -333,34 +298,32 @@ def _pairs(bench: _Bench, images: np.ndarray) -> dict[str, Any]:
 
 def _sizes(session: Session) -> dict[str, Any]:
     """Return size, share of integers, layers left in float and seconds of every stage."""
-    stages = session.run.read_json("manifest.json")["stages"]
-    recipe = session.recipe.to_dict()
-    return summary(session) | {
-        "stage_seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "recipe": recipe,
-    }
+    more = {"stage_seconds": session.seconds(), "recipe": session.recipe.to_dict()}
+    return summary(session) | more
 
 
 def collect(out: Path) -> Path:
     """Write `results.json`, `quality.md` and plots from the rungs that are done."""
-    folder = RunFolder(out)
-    order = ["float", *(rung.name for rung in rungs())]
-    done = {n: folder.read_json(f"rungs/{n}.json") for n in order if folder.has(f"rungs/{n}.json")}
-    float_scores = done.pop("float", None)
+    folder, known = RunFolder(out), {rung.name: rung for rung in rungs()}
+    about = folder.read_json("ladder.json")
+    found = {name: _done(folder, name, rung, about) for name, rung in known.items()}
+    done = {name: row for name, row in found.items() if row is not None}
+    failed = {n: f"rungs/{n}.failed.json" for n in ("float", *known) if n not in done}
     keys = ["psnr_db_mean", "psnr_db_p05", "fed_lite0_vs_float", "fed_lite0_vs_data"]
     keys += ["calibration_seconds", "bytes_packed", "float_layers"]
     folder.write_json(
         "results.json",
         {
-            "about": folder.read_json("ladder.json"),
-            "float": float_scores,
+            "about": about,
+            "float": _done(folder, "float", None, about),
             "recipes": {
                 name: {key: row[key] for key in keys} | {"images": row["images"]}
                 for name, row in done.items()
                 if row["full"]
             },
             "ladder": [{k: v for k, v in r.items() if k != "float_layers"} for r in done.values()],
-            "not_run": [name for name in order[1:] if name not in done],
+            "not_run": [name for name in known if name not in done],
+            "failed": {n: folder.read_json(f)["error"] for n, f in failed.items() if folder.has(f)},
         },
     )
     return write_quality(out)

@@ -16,7 +16,14 @@ from quantempo.errors import QuantempoError
 from quantempo.models.family import Site, denoiser_of, sites
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS
-from quantempo.quantizers import Int12Linear, LayerPlan, QLayer, find_clock, quantized_layers
+from quantempo.quantizers import (
+    Int12Linear,
+    LayerPlan,
+    QLayer,
+    find_clock,
+    int8_attention_blocks,
+    quantized_layers,
+)
 
 __all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits"]
 
@@ -33,6 +40,9 @@ def layer_rows(
     Args:
         found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
         macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
+
+    `bits_activation` are those of whole inputs, which the first step takes; `bits_delta` those of
+    what changed since the step before, None for a layer that takes whole inputs at every step.
     """
     rows = []
     for site, plan in zip(found, plans, strict=True):
@@ -48,6 +58,7 @@ def layer_rows(
             row |= {
                 "bits_weight": layer.weight_bits,
                 "bits_activation": layer.act_bits,
+                "bits_delta": layer.delta_bits or None,
                 "segments": list(layer.segments),
                 "buckets": layer.act_scale.shape[1],
                 "scale_min": float(layer.act_scale.min()),
@@ -55,27 +66,46 @@ def layer_rows(
                 "zero_point": layer.act_zero_point.tolist(),
             }
         rows.append(row)
-    matmuls = _row(ATTENTION_MATMULS, "matmul", "attention", macs.get(ATTENTION_MATMULS, 0))
-    matmuls["reason"] = "product of two activations: softmax and its neighbours stay in float"
-    return [*rows, matmuls]
+    return [*rows, _matmuls(denoiser, macs.get(ATTENTION_MATMULS, 0))]
+
+
+def _matmuls(denoiser: nn.Module, macs: int) -> dict[str, Any]:
+    """Return the row of the products inside attention: the bits of those blocks that have some.
+
+    Blocks are counted, not their work: `macs` is of all of them.
+    """
+    row = _row(ATTENTION_MATMULS, "matmul", "attention", macs)
+    integer = len(int8_attention_blocks(denoiser))
+    # Also blocks whose products nothing can exchange.
+    of = sum(hasattr(module, "to_q") for module in denoiser.modules())
+    if integer == 0:
+        row["reason"] = "product of two activations: softmax and its neighbours stay in float"
+    elif integer < of:
+        row["reason"] = f"{integer} of {of} blocks take 8-bit products, the others stay in float"
+    row["bits_activation"] = 32 if row["reason"] else 8
+    return row
 
 
 def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
     """Return the row of something that stays in float."""
     empty = ("bits_weight", "buckets", "scale_min", "scale_max", "zero_point", "reason", "sqnr_db")
     row: dict[str, Any] = {"name": name, "kind": kind, "role": role, "macs": macs}
-    row |= {"weight_shape": [], "segments": [], "bits_activation": 32}
+    row |= {"weight_shape": [], "segments": [], "bits_activation": 32, "bits_delta": None}
     return row | dict.fromkeys(empty)
 
 
 def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls."""
+    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls.
+
+    The matmuls count as integers if those of all blocks are.
+    """
+
+    def share(rows: list[dict[str, Any]]) -> float:
+        integer = sum(row["macs"] for row in rows if row["bits_activation"] <= 8)
+        return integer / max(1, sum(row["macs"] for row in rows))
+
     layers = [row for row in rows if row["kind"] != "matmul"]
-    integer = sum(row["macs"] for row in layers if row["bits_activation"] <= 8)
-    return {
-        "int8_mac_share": integer / max(1, sum(row["macs"] for row in layers)),
-        "int8_mac_share_with_attention": integer / max(1, sum(row["macs"] for row in rows)),
-    }
+    return {"int8_mac_share": share(layers), "int8_mac_share_with_attention": share(rows)}
 
 
 def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
@@ -144,10 +174,13 @@ def describe(packed: str | Path) -> list[dict[str, Any]]:
     plans = config.plans(float_twin)
     engine = choose("cpu").name
     backend = BACKENDS.get(engine) if engine in BACKENDS.names() else None
-    rows = layer_rows(found, plans, denoiser, {}, {})[:-1]
+    rows = layer_rows(found, plans, denoiser, {}, {})
     for row in rows:
         row["backend"] = "float"
-        if row["bits_activation"] <= 8:
+        if row["kind"] == "matmul":
+            # Every engine leaves these to the attention block.
+            row["backend"] = "torch" if row["bits_activation"] <= 8 else "float"
+        elif row["bits_activation"] <= 8:
             layer: Any = denoiser.get_submodule(row["name"])
             row["backend"] = engine
             if backend is not None and backend.unsupported(layer) is not None:

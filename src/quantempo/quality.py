@@ -227,7 +227,6 @@ def summary(session: Session) -> dict[str, Any]:
     """Return what the run folder says of size, share of integers and time spent."""
     run = session.run
     rows = run.read_json("layers.json")
-    stages = run.read_json("manifest.json")["stages"]
     component = run.read_json("model.json")["component"]
     files = (run / "packed" / component).glob("*.safetensors")
     share = int8_share(rows)
@@ -236,7 +235,7 @@ def summary(session: Session) -> dict[str, Any]:
         "weight_bits_mean": mean_weight_bits(rows),
         "bytes_float32": 4 * run.read_json("model.json")["parameters"],
         "bytes_packed": sum(file.stat().st_size for file in files),
-        "calibration_seconds": round(sum(stage["seconds"] for stage in stages.values()), 2),
+        "calibration_seconds": round(sum(session.seconds().values()), 2),
         "float_layers": [
             {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
         ],

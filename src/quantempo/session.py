@@ -154,6 +154,28 @@ class Session:
         done = self.run.read_json("manifest.json")["stages"].get(stage)
         return done is not None and done["key"] != self.key(stage)
 
+    def seconds(self) -> dict[str, float]:
+        """Return stage -> seconds of those that made what the run folder holds.
+
+        A stage of another recipe that this one does not have (a correction) is left out.
+        """
+        done = self.run.read_json("manifest.json")["stages"]
+        return {
+            name: entry["seconds"]
+            for name, entry in done.items()
+            if name not in ARTEFACTS or not self.stale(name)
+        }
+
+    def forget(self, stage: str) -> None:
+        """Remove what a stage left that this recipe does not have."""
+        self._undo(stage)
+        (self.run / ARTEFACTS[stage]).unlink(missing_ok=True)
+
+    def _undo(self, stage: str) -> None:
+        manifest = self.run.read_json("manifest.json")
+        if manifest["stages"].pop(stage, None) is not None:
+            self.run.write_json("manifest.json", manifest)
+
     def require_packed(self) -> Path:
         """Return the packed folder.
 
@@ -161,7 +183,7 @@ class Session:
             QuantempoError: nothing is packed yet, or it was made with other settings.
         """
         packed = self.run / "packed"
-        if not packed.is_dir():
+        if not packed.is_dir() or "pack" not in self.run.read_json("manifest.json")["stages"]:
             raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
         if self.stale("pack"):
             raise QuantempoError(_OTHER.format(path=packed))
@@ -184,6 +206,9 @@ class Session:
                 return
             if not self.force:
                 raise QuantempoError(_OTHER.format(path=self.run / artefact))
+        if done:
+            # Not after it: killed on the way, the new artefact would pass for the old one.
+            self._undo(name)
         start = time.perf_counter()
         yield True
         seconds = round(time.perf_counter() - start, 3)

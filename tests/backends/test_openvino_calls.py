@@ -243,7 +243,9 @@ def test_without_openvino_it_says_so(monkeypatch: pytest.MonkeyPatch, unet: nn.M
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     reason = OpenVinoEngine().missing()
     assert reason is not None and "pip install 'quantempo[openvino]'" in reason
-    with pytest.raises(QuantempoError, match="engine 'openvino' cannot run here: OpenVINO is not"):
+    with pytest.raises(
+        QuantempoError, match="'openvino' cannot run this model here: OpenVINO is not"
+    ):
         engines.attach(packed(unet), "openvino")
 
 

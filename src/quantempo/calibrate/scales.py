@@ -98,7 +98,7 @@ def search_scales(
     Args:
         stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
             without them gets a weight scale alone.
-        weights: float weight (O, ...) of each layer.
+        weights: float weight (O, ...) of each layer, searched on its device.
         recipe: metrics, bits and number of buckets.
         known: weight scales (O,) of layers that need no search.
         bits: (weight bits, activation bits) of layers where they are not the recipe's.
@@ -118,7 +118,7 @@ def search_scales(
         if scale is None:
             spec = replace(WEIGHT, bits=bits.get(name, common)[0])
             scale = search_weight(weight, spec, metric=recipe.weights.metric, p=recipe.weights.p)
-        tensors[f"{name}.weight_scale"] = scale
+        tensors[f"{name}.weight_scale"] = scale.cpu()
         if name not in specs:
             continue
         parts = [

@@ -21,6 +21,7 @@ def inspect(
     Example: quantempo inspect runs/cifar/packed
     """
     from quantempo.layer_table import describe
+    from quantempo.report.bits import bits_cell
 
     rows = describe(model / "packed" if (model / "packed").is_dir() else model)
     if as_json:
@@ -28,7 +29,7 @@ def inspect(
         return
     width = max(len(row["name"]) for row in rows)
     typer.echo(
-        f"{'layer':<{width}}  {'role':<9} {'weight':<18} bits   scale over time (buckets)"
+        f"{'layer':<{width}}  {'role':<9} {'weight':<18} bits    scale over time (buckets)"
         "             backend"
     )
     for row in rows:
@@ -37,7 +38,7 @@ def inspect(
         if row["scale_min"] is not None:
             scales = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g} ({row['buckets']})"
         backend = f"{row['backend']}: {row['reason']}" if row["reason"] else row["backend"]
-        bits = f"{row['bits_weight']}/{row['bits_activation']}"
+        bits = bits_cell(row).replace(" / ", "/")
         typer.echo(
-            f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<6} {scales:<37} {backend}"
+            f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<7} {scales:<37} {backend}"
         )

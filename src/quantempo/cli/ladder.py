@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantempo.cli.common import Device, Json, show
+from quantempo.cli.common import Device, Json, Labels, Prompts, call_arguments, show
 
 __all__ = ["ladder"]
 
@@ -21,16 +21,15 @@ def ladder(
     out: Annotated[Path, typer.Option("--out", help="Folder of the ladder.")] = Path("runs/ladder"),
     data: Annotated[str | None, typer.Option("--data", help="Folder of real images.")] = None,
     only: Only = None,
-    images: Annotated[int, typer.Option("--images", min=2, help="Of each rung.")] = 256,
+    images: Annotated[int, typer.Option("--images", min=3, help="Of each rung.")] = 256,
     images_full: Annotated[
-        int, typer.Option("--images-full", min=2, help="Of shipped recipes, with distances.")
+        int, typer.Option("--images-full", min=6, help="Of shipped recipes, with distances.")
     ] = 5120,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Of DDIM.")] = 100,
+    prompts: Prompts = None,
+    class_labels: Labels = None,
     device: Device = "cpu",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")] = 64,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile for the large sets.")
-    ] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="Float products in TF32.")] = False,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="Start no rung after that.")
@@ -58,8 +57,8 @@ def ladder(
         images_full=max(images, images_full),
         device=device,
         batch_size=batch_size,
-        compiled=compiled,
         tf32=tf32,
+        call=call_arguments(prompts, class_labels),
     )
     names = tuple(name.strip() for name in only.split(",")) if only else ()
     show({"text": str(climb(settings, names, minutes))}, as_json)

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantempo.runs import RunFolder
 
-__all__ = ["bits_facts", "bits_label", "layer_rows"]
+__all__ = ["bits_cell", "bits_facts", "bits_label", "layer_cells", "layer_rows"]
 
 Row = Mapping[str, Any]
 
@@ -30,15 +30,27 @@ def _span(values: set[int]) -> str:
 def bits_label(rows: Sequence[Row]) -> str:
     """Return a name for the packed model: "int8", or "W4A8", or "W4-8A8" where layers differ.
 
+    "W4A8Δ4": whole inputs in 8 bits, what changed in them between two steps in 4.
+
     Args:
         rows: of `layers.json`; none of them in integers, or no rows: "int8".
     """
     layers = _integer(rows)
     weights = {int(row["bits_weight"]) for row in layers} or {8}
     activations = {int(row["bits_activation"]) for row in layers} or {8}
-    if weights == activations == {8}:
+    deltas = {int(row["bits_delta"]) for row in layers if row.get("bits_delta")}
+    if weights == activations == {8} and not deltas:
         return "int8"
-    return f"W{_span(weights)}A{_span(activations)}"
+    changes = f"Δ{_span(deltas)}" if deltas else ""
+    return f"W{_span(weights)}A{_span(activations)}{changes}"
+
+
+def bits_cell(row: Row) -> str:
+    """Return the bits of one row: "4 / 8", "4 / 8 Δ4" with deltas, "–" for products in float."""
+    weight, activation, delta = row["bits_weight"], row["bits_activation"], row.get("bits_delta")
+    if weight is None and activation > 8:
+        return "–"
+    return f"{'–' if weight is None else weight} / {activation}" + (f" Δ{delta}" if delta else "")
 
 
 def _stored(row: Row) -> int:
@@ -54,11 +66,43 @@ def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]
         rows: of `layers.json`.
         mean: bits a weight of the integer layers has, `weight_bits_mean` of metrics.json.
     """
-    groups: dict[tuple[int, int], list[Row]] = {}
+    groups: dict[tuple[int, int, int], list[Row]] = {}
     for row in _integer(rows):
-        groups.setdefault((row["bits_weight"], row["bits_activation"]), []).append(row)
+        bits = (row["bits_weight"], row["bits_activation"], row.get("bits_delta") or 0)
+        groups.setdefault(bits, []).append(row)
     facts = [
-        (f"W{w}A{a}", f"{len(group)} layers, {sum(map(_stored, group)) / 1e6:.2f} MB of weights")
-        for (w, a), group in sorted(groups.items())
+        (
+            f"W{w}A{a}" + (f"Δ{d}" if d else ""),
+            f"{len(group)} layers, {sum(map(_stored, group)) / 1e6:.2f} MB of weights",
+        )
+        for (w, a, d), group in sorted(groups.items())
     ]
     return facts if mean is None else [*facts, ("bits a weight, mean", f"{mean:.2f}")]
+
+
+def layer_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Return (head, cells, caption) of the table of all layers."""
+    total = sum(row["macs"] for row in rows) or 1
+    cells: list[tuple[str, ...]] = [
+        (
+            row["name"],
+            row["role"],
+            " × ".join(map(str, row["weight_shape"])) or "–",
+            bits_cell(row),
+            str(max(1, len(row["segments"]))),
+            str(row["buckets"] or "–"),
+            "–" if row["scale_min"] is None else f"{row['scale_min']:.3g} – {row['scale_max']:.3g}",
+            f"{100 * row['macs'] / total:.2f} %",
+            "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            row["reason"] or "",
+        )
+        for row in rows
+    ]
+    head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
+            "SQNR dB", "why in float")  # fmt: skip
+    caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
+    if any(row.get("bits_delta") for row in rows):
+        caption += (
+            " Δ: bits of what changed in an input since the step before; SQNR is of whole ones."
+        )
+    return head, cells, caption

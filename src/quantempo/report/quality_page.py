@@ -19,7 +19,7 @@ SHOWN = ("ptq4dm", "w8a8", "w4a8", "w6a6", "w4a4")
 
 
 def write_quality(folder: str | Path) -> Path:
-    """Write `quality.md`, `ladder.svg` and `pictures.png` of a ladder; return the text.
+    """Write `quality.md` and, in `quality/`, `ladder.svg` and `pictures.png`; return the text.
 
     Args:
         folder: with `results.json`, `ladder.json` and `images/*.npy`.
@@ -29,15 +29,15 @@ def write_quality(folder: str | Path) -> Path:
     """
     run = RunFolder(folder)
     results = run.read_json("results.json")
-    with atomic_path(run / "ladder.svg") as temporary:
+    with atomic_path(run / "quality/ladder.svg") as temporary:
         temporary.write_text(standalone([_plot(results["ladder"])]), encoding="utf-8")
-    _pictures(run)
+    shown = _pictures(run, results)
     with atomic_path(run / "quality.md") as temporary:
-        temporary.write_text(_text(results), encoding="utf-8")
+        temporary.write_text(_text(results, shown), encoding="utf-8")
     return run / "quality.md"
 
 
-def _text(results: dict[str, Any]) -> str:
+def _text(results: dict[str, Any], shown: str) -> str:
     about = results["about"]
     seeds = f"seeds {about['first_seed']}, {about['first_seed'] + 1}, ..."
     lines = [
@@ -52,21 +52,24 @@ def _text(results: dict[str, Any]) -> str:
         "",
         *_recipes(results),
         "",
-        "![float and quantized images of the same seeds, uncurated](quality/pictures.png)",
-        "",
-        "*The first twelve seeds, uncurated: float, then "
-        + ", ".join(name for name in SHOWN if name in results["recipes"])
-        + ".*",
-        "",
+        *([f"![{shown}](quality/pictures.png)", "", f"*{shown}.*", ""] if shown else []),
         "## One idea a rung",
         "",
         "![the ladder](quality/ladder.svg)",
         "",
         *_ladder(results["ladder"]),
+        "",
+        f"All rungs on the first {about['images']} seeds.",
     ]
     if results["not_run"]:
         lines += ["", f"Not run: {', '.join(results['not_run'])}."]
+    lines += [f"\nFailed: {name}: {error}" for name, error in results["failed"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a rung on the images that all rungs have."""
+    return {**row, **row.get("first", {})}
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def _ladder(rows: list[dict[str, Any]]) -> list[str]:
         "| rung | idea | PSNR | p05 | SSIM | images | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in map(_comparable, rows):
         lines.append(
             f"| {row['name']} | {row['idea']} "
             f"| {_number(row['psnr_db_mean'], 2, row['psnr_db_std_of_thirds'])} "
@@ -122,33 +125,37 @@ def _plot(rows: list[dict[str, Any]]) -> str:
     """Draw the PSNR of every rung, families apart, the first rung on top."""
     with plots.new_figure(1, 1, 0.5 + 0.24 * max(1, len(rows))) as (figure, axes):
         axis = axes[0, 0]
-        for place, row in enumerate(rows):
+        for place, row in enumerate(map(_comparable, rows)):
             colour = COLOURS.get(row["family"], plots.FLOAT)
             axis.plot([0, row["psnr_db_mean"]], [place, place], color=colour, linewidth=1)
             axis.plot(row["psnr_db_mean"], place, "o", color=colour, markersize=5)
             axis.text(row["psnr_db_mean"] + 0.5, place, f"{row['psnr_db_mean']:.1f}", va="center")
         axis.set_yticks(range(len(rows)), [f"{r['idea']}   {r['name']}" for r in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xlim(left=0)
+        # Room for the figures behind the dots.
+        axis.set_xlim(0, 1.12 * max((_comparable(r)["psnr_db_mean"] for r in rows), default=1))
         axis.set_xlabel("PSNR to the float images, dB")
         plots.bare(axis, "x")
     return figure.svg
 
 
-def _pictures(run: RunFolder) -> None:
-    """Write the first images of float and shipped recipes, one row each."""
+def _pictures(run: RunFolder, results: dict[str, Any]) -> str:
+    """Draw the first images of float and shipped recipes, a row each; return what is to be seen."""
     from PIL import Image
 
-    floats = sorted((run / "images").glob("float-*-0.npy"))
-    files = [*floats[:1], *((run / f"images/{name}.npy") for name in SHOWN)]
-    rows = [np.load(file, mmap_mode="r")[:COLUMNS] for file in files if file.is_file()]
-    if not rows:
-        return
+    floats = sorted((run / "images").glob(f"float-*-{results['about']['first_seed']}.npy"))
+    files = {"float": floats[0]} if floats else {}
+    files |= {n: run / f"images/{n}.npy" for n in SHOWN if n in results["recipes"]}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if not files:
+        return ""
+    rows = [np.load(file, mmap_mode="r")[:COLUMNS] for file in files.values()]
     count = min(len(row) for row in rows)
     whole = np.concatenate([np.concatenate(list(row[:count]), 1) for row in rows])
     if whole.shape[-1] == 1:
         whole = np.repeat(whole, 3, -1)
     image = Image.fromarray(np.ascontiguousarray(whole))
     size = (image.width * ENLARGED, image.height * ENLARGED)
-    with atomic_path(run / "pictures.png") as temporary:
+    with atomic_path(run / "quality/pictures.png") as temporary:
         image.resize(size, Image.Resampling.NEAREST).save(temporary, "PNG", optimize=True)
+    return f"The first {count} seeds, uncurated: {', '.join(files)}"

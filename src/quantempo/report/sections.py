@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from quantempo.report import plots, sensitivity_plot
-from quantempo.report.bits import bits_facts, bits_label, layer_rows
+from quantempo.report.bits import bits_facts, bits_label, layer_cells, layer_rows
 from quantempo.report.pictures import compare
 from quantempo.runs import RunFolder
 
@@ -315,28 +315,7 @@ def _speed(run: RunFolder) -> list[Block]:
 
 
 def _layers(run: RunFolder) -> list[Block]:
-    rows = _json(run, "layers.json", "pack")
-    total = sum(row["macs"] for row in rows) or 1
-    cells = []
-    for row in rows:
-        bits, low = row["bits_weight"], row["scale_min"]
-        cells.append(
-            (
-                row["name"],
-                row["role"],
-                " × ".join(map(str, row["weight_shape"])) or "–",
-                "–" if bits is None else f"{bits} / {row['bits_activation']}",
-                str(max(1, len(row["segments"]))),
-                str(row["buckets"] or "–"),
-                "–" if low is None else f"{low:.3g} – {row['scale_max']:.3g}",
-                f"{100 * row['macs'] / total:.2f} %",
-                "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
-                row["reason"] or "",
-            )
-        )
-    head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
-            "SQNR dB", "why in float")  # fmt: skip
-    caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
+    head, cells, caption = layer_cells(_json(run, "layers.json", "pack"))
     return [Block("table", cells, caption, head)]
 
 

@@ -42,7 +42,7 @@ def search_weight(
         steps: number of ratios.
 
     Returns:
-        (O,) float32, > 0; 2^-30 for a channel of zeros.
+        (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
 
     Raises:
         QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
@@ -61,7 +61,7 @@ def search_weight(
     rows = weight.detach().flatten(1).float()
     peak = rows.abs().amax(1)
     safe = torch.where(peak > 0, peak, 1)
-    ratios = torch.linspace(1.0, 0.2, steps, dtype=torch.float64)
+    ratios = torch.linspace(1.0, 0.2, steps, dtype=torch.float64, device=rows.device)
     scale = (peak.double()[:, None] * ratios / spec.qmax).float().clamp_min(TINY)
     function = make_metric(metric, p)
     if metric in DENSITY_METRICS:
@@ -95,7 +95,7 @@ def _blocks(rows: int, steps: int, length: int) -> Iterator[tuple[slice, slice]]
 
 def _density_costs(unit: Tensor, ratios: Tensor, metric: Metric, spec: QuantSpec) -> Tensor:
     """Return the (O, steps) metric on the histograms of rows (O, L) scaled to a peak of 1."""
-    x = bin_centers(torch.tensor([-1.0, 1.0]), BINS)
+    x = bin_centers(torch.tensor([-1.0, 1.0]), BINS).to(unit.device)
     step = (ratios / spec.qmax)[:, None]
     x_hat = (x / step).round_().clamp_(spec.qmin, spec.qmax).mul_(step)
     place = ((unit + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)

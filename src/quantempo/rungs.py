@@ -1,0 +1,108 @@
+"""The rungs of the ladder: from the paper's recipe to each shipped one, one idea a rung (layer L5).
+
+Derived from the shipped recipes, so that a change in one of them changes its rungs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantempo.recipe import Recipe
+
+__all__ = ["Rung", "rungs"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One recipe of the ladder.
+
+    family: its bits; idea: what it adds to the rung before it; full: also scored on the larger
+    set of images.
+    """
+
+    name: str
+    family: str
+    idea: str
+    recipe: Recipe
+    full: bool = False
+
+
+def rungs() -> list[Rung]:
+    """Return the ladder: the paper's recipe and plain min-max, then one idea after the other."""
+    paper, found = Recipe.load("ptq4dm"), []
+
+    def add(name: str, family: str, idea: str, recipe: Recipe, full: bool = False) -> Recipe:
+        found.append(Rung(name, family, idea, replace(recipe, name=name), full))
+        return recipe
+
+    plain = paper.override("activations", metric="linf", symmetric=False)
+    add("minmax", "W8A8", "round to nearest, min-max, every layer", plain.override(
+        "weights", metric="linf"), full=True)  # fmt: skip
+    now = add("ptq4dm", "W8A8", "the paper: symmetric, p = 2.4, released law", paper, full=True)
+    now = add("affine", "W8A8", "affine activations", now.override("activations", symmetric=False))
+    final = Recipe.load("w8a8")
+    now = replace(now, trace=final.trace)
+    now = now.override("activations", metric=final.activations.metric)
+    now = add("law", "W8A8", "truncated law, squared error", now)
+    time = now.override("layers", float_roles=("time",))
+    now = add("time", "W8A8", "time embedding exact", time)
+    now = now.override("layers", float_roles=final.layers.float_roles)
+    now = add("ends", "W8A8", "first and last layer in float", now)
+    now = add("split", "W8A8", "shortcuts split in two", now.override("layers", split_skips=True))
+    buckets = {"buckets": final.activations.buckets, "min_gain": final.activations.min_gain}
+    now = add("buckets", "W8A8", "scales per time", now.override("activations", **buckets))
+    corrected = now.override("correction", affine=True)
+    add("corrected", "W8A8", "beside the chain: affine correction of the output", corrected)
+    _towards(now, final, "w8a8", "W8A8", add)
+    integer = final.override("attention", bits=8)
+    add("attention", "W8A8", "beside the chain: w8a8 with integer attention", integer)
+    for name in ("w4a8", "w6a6", "w4a4"):
+        final, family = Recipe.load(name), name.upper()
+        start = replace(final, rounding=plain.rounding, correction=plain.correction)
+        start = replace(start, delta=plain.delta, attention=plain.attention)
+        start = start.override("layers", bits={})
+        at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
+        if final.layers.bits:
+            at = at.override("layers", bits=final.layers.bits)
+            wide = ", ".join(f"{key} at {text}" for key, text in final.layers.bits.items())
+            at = add(f"{name}-wide", family, wide, at)
+        _towards(at, final, name, family, add)
+    learned = Recipe.load("w4a8-adaround")
+    add(learned.name, "W4A8", "beside the chain: AdaRound by blocks, QDrop", learned, full=True)
+    return found
+
+
+def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> None:
+    """Add the rungs that lead from a recipe with scales to a shipped one, the last of them it."""
+    steps: list[tuple[str, str]] = []
+    recipes: list[Recipe] = []
+
+    def step(suffix: str, idea: str, recipe: Recipe) -> None:
+        if replace(recipe, name=now.name) != (recipes[-1] if recipes else now):
+            steps.append((f"{name}-{suffix}", idea))
+            recipes.append(replace(recipe, name=now.name))
+
+    def last() -> Recipe:
+        return recipes[-1] if recipes else now
+
+    scales = replace(now, trace=final.trace, layers=final.layers, activations=final.activations)
+    step("scales", "what else differs in its scales", replace(scales, weights=final.weights))
+    step("delta", "changes between steps instead of inputs", replace(last(), delta=final.delta))
+    chosen = final.rounding
+    learned = chosen.name == "adaround"
+    if chosen.name == "gptq" or (learned and chosen.start == "gptq"):
+        start = replace(chosen, name="gptq", bias=False, refine=0)
+        step("gptq", "GPTQ", replace(last(), rounding=start))
+    if learned:
+        start = replace(chosen, bias=False)
+        step("adaround", "AdaRound by blocks, QDrop", replace(last(), rounding=start))
+    if chosen.bias:
+        step("bias", "bias correction", replace(last(), rounding=chosen))
+    step("attention", "integer products in attention", replace(last(), attention=final.attention))
+    step("final", "affine correction of the output" if final.correction.affine else "as shipped",
+         final)  # fmt: skip
+    # The recipe as it ships has its own name, whatever it adds last.
+    for (rung, idea), recipe in zip(steps[:-1], recipes[:-1], strict=True):
+        add(rung, family, idea, recipe)
+    add(name, family, steps[-1][1] if steps else "as shipped", final, full=True)
