@@ -247,3 +247,32 @@ def test_a_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
             (inputs + 1) // 2 if layer.weight_bits <= 4 else inputs
         )
         assert codes.numel() * codes.element_size() == bytes_wanted, layer_name
+
+
+def test_a_stage_is_not_built_on_what_is_missing_or_stale(run: Path) -> None:
+    (run / "correction.safetensors").unlink()
+    shutil.rmtree(run / "packed")
+    with pytest.raises(QuantempoError, match=r"correct is not done .* before pack"):
+        pipeline.pack(pipeline.reopen(run))
+    other = everything().override("rounding", bias=False)
+    with pytest.raises(QuantempoError, match="run quantempo round --force before correct"):
+        pipeline.correct(pipeline.reopen(run, other, force=True))
+    assert not (run / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("correction", {"absorb": True, "stepback": True}, "switch one of them off"),
+        ("rounding", {"name": "adaround", "start": "adaround"}, "needs a start itself"),
+        ("rounding", {"name": "adaround", "start": "gtpq"}, "did you mean 'gptq'"),
+        ("layers", {"bits": {"shortcutt": "w8a8"}}, "no role .*did you mean 'shortcut'"),
+    ],
+)
+def test_a_recipe_that_cannot_end_well_is_refused_at_the_start(
+    section: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    wrong = tiny("w8a8").override(section, **values)
+    with pytest.raises(QuantempoError, match=message):
+        pipeline.load(saved("unconditional"), tmp_path / "run", wrong)
+    assert not (tmp_path / "run").exists()

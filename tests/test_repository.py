@@ -28,9 +28,9 @@ TEXTS = sorted(
 
 # Files a run, a save or a tool writes: named in texts, not in the repository.
 GENERATED = re.compile(
-    r"^(\.venv|runs|packed|samples|trace|unet|scheduler|build|dist)/|"
-    r"^(manifest|metrics|model|layers|trace|config|model_index)\.json$|"
-    r"^(stats|scales|rounding)\.safetensors$|^report\.html$"
+    r"^(\.venv|runs|packed|samples|trace|blocks|unet|scheduler|build|dist)/|"
+    r"^(manifest|metrics|model|layers|trace|config|correction|attention|sensitivity|model_index)\.json$|"
+    r"^(stats|scales|rounding|correction)\.safetensors$|^report\.html$|^sensitivity\.svg$"
 )
 
 

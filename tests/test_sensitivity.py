@@ -25,8 +25,8 @@ from quantempo.models.sampling import call_pipeline, swap_scheduler
 from quantempo.quantizers import QLayer, find_clock
 from quantempo.recipe import parse_bits
 from quantempo.search.allocate import weight_bytes
-from quantempo.sensitivity import choose, rollout
 from quantempo.sensitivity import losses as losses_module
+from quantempo.sensitivity import rollout
 from quantempo.session import Session
 from tests.packed import CALLS, KINDS, recipe, saved
 from tests.tiny import tiny_unconditional
@@ -288,16 +288,16 @@ def test_the_command_prints_the_largest_loss_first(cli: Any, run: Path) -> None:
     assert code == 2 and out == "" and "expected bits of 2 to 8" in err
 
 
-def test_quantize_with_a_budget_resumes_and_refuses_another(
-    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The command measures as many chains as the verb does; fewer are enough here.
-    real = choose.measure
-    monkeypatch.setattr(choose, "measure", lambda s, options: real(s, options, **SHORT))
+def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: Path) -> None:
     file, run = tmp_path / "small.toml", tmp_path / "run"
     file.write_text(SMALL.to_toml())
     command = ("quantize", saved("unconditional"), "--run", run, "--recipe", file)
-    assert cli(*command, "--budget-bytes", 10)[0] == 2
+    code, _, err = cli(*command, "--budget-bytes", 10)
+    assert code == 2 and "a budget of bytes = 10; the options need at least" in err
+    # Said before the long part.
+    assert not (run / "sensitivity.json").exists()
+    short = ("--chains", SHORT["chains"], "--steps", SHORT["steps"])
+    assert cli("sensitivity", "--run", run, "--options", "w4a8,w8a8", *short)[0] == 0
     layers = table(run)["layers"]
     assert all(set(row["losses"]) == {"w4a8", "w8a8"} for row in layers)
     budget = sum(weight_bytes(row["weight_shape"], 4) for row in layers) * 4 // 3
@@ -313,6 +313,25 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(
     for args in (("--budget-bytes", budget + 10**6), ()):
         code, _, err = cli(*command, *args)
         assert code == 2 and "made with other settings" in err
+
+
+def test_a_choice_that_is_refused_leaves_the_run_as_it_was(run: Path) -> None:
+    pipeline.finish(load(run))
+    before = {name: (run / name).read_bytes() for name in ("manifest.json", "sensitivity.json")}
+    least = sum(weight_bytes(row["weight_shape"], 3) for row in table(run)["layers"])
+    with pytest.raises(QuantempoError, match="made with other settings"):
+        sensitivity.choose_bits(load(run), budget_bytes=least, options=OPTIONS)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    pipeline.reopen(run).require_packed()
+    with pytest.raises(QuantempoError, match="with delta quantization"):
+        changed = SMALL.override("delta", enabled=True)
+        sensitivity.choose_bits(load(run, changed, force=True), budget_bytes=least)
+
+
+def test_bytes_alone_leave_the_activations_of_the_recipe(tmp_path: Path) -> None:
+    session = load(tmp_path / "run", SMALL.override("activations", bits=6))
+    choice = sensitivity.choose_bits(session, budget_bytes=10**9, **SHORT)
+    assert set(choice["bits"].values()) == {"w8a6"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,19 +22,20 @@ import numpy as np
 import torch
 
 from quantempo import pipeline
+from quantempo.backends.engine import attached
 from quantempo.bench import machine
 from quantempo.errors import QuantempoError
 from quantempo.evaluate import load_images, psnr_db, ssim
 from quantempo.evaluate.features import Features, extract, load_extractor
 from quantempo.evaluate.scores import frechet_distance, spread_over_parts
 from quantempo.models.family import denoiser_of
-from quantempo.models.load import load_pipeline
+from quantempo.models.load import load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline
 from quantempo.quality import open_model, summary
 from quantempo.report.quality_page import write_quality
 from quantempo.rungs import Rung, rungs
 from quantempo.runs import RunFolder, atomic_path
-from quantempo.session import ARTEFACTS, Session
+from quantempo.session import ARTEFACTS, BESIDE, Session
 
 __all__ = ["LadderSettings", "Rung", "ladder", "rungs"]
 
@@ -44,9 +45,8 @@ log = logging.getLogger("quantempo")
 OTHER_SEEDS = 500_000_000
 PARTS = 3
 # What all rungs of one folder have in common; the rest of the settings is about the work.
-PROTOCOL = ("source", "data", "steps", "first_seed", "tf32", "scheduler", "call")
-# What a stage leaves besides its artefact.
-_BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
+PROTOCOL = ("source", "model_sha256", "data", "steps", "first_seed", "tf32", "scheduler", "call")
+_ABSENT: dict[str, Any] = {"call": {}}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LadderSettings:
     source: the float pipeline; out: folder; data: folder of real images, or None; steps: of DDIM
     while sampling and tracing; images: of each rung; images_full: of rungs with distribution
     scores; first_seed: of the images; tf32: let float32 products run in TF32; call: further
-    arguments of the pipeline.
+    arguments of the pipeline; engine: of the packed models.
     """
 
     source: str
@@ -70,6 +70,7 @@ class LadderSettings:
     batch_size: int = 64
     tf32: bool = False
     scheduler: str = "ddim"
+    engine: str = "auto"
     call: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,6 +85,8 @@ class LadderSettings:
 
 class _Bench:
     """What all rungs of one process share: float images, features, the float pipeline."""
+
+    engine = "float"
 
     def __init__(self, settings: LadderSettings) -> None:
         self.settings, self.out = settings, RunFolder(settings.out)
@@ -101,7 +104,9 @@ class _Bench:
     def sample(self, source: str | Path, first: int, count: int) -> np.ndarray:
         """Return (count, H, W, C) uint8 images of a float or packed pipeline."""
         s = self.settings
-        pipe = open_model(source, scheduler=s.scheduler, device=s.device)
+        engine = "auto" if Path(source) == Path(s.source) else s.engine
+        pipe = open_model(source, engine=engine, scheduler=s.scheduler, device=s.device)
+        self.engine = attached(denoiser_of(pipe)[1]) or "float"
         seeds = range(first, first + count)
         return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
 
@@ -179,14 +184,16 @@ def _start(settings: LadderSettings) -> dict[str, Any]:
         raise QuantempoError(f"{settings.out} is not empty and no ladder; choose another --out")
     about = {**asdict(settings), "out": settings.out.name, "source": Path(settings.source).name}
     about["data"] = settings.data and Path(settings.data).name
+    # Names of folders tell little: rungs of another model's weights must not be taken for these.
+    about["model_sha256"] = model_digest(denoiser_of(load_pipeline(settings.source))[1])
     before = out.read_json("ladder.json") if out.has("ladder.json") else about
     for key in PROTOCOL:
-        if before.get(key, {}) != about[key]:
+        # A ladder of an earlier version may lack a key.
+        if (known := before.get(key, _ABSENT.get(key, about[key]))) != about[key]:
             raise QuantempoError(
-                f"the ladder in {settings.out} has {key} = {before[key]}, got {about[key]}; choose "
+                f"the ladder in {settings.out} has {key} = {known}, got {about[key]}; choose "
                 "another --out"
             )
-    denoiser_of(load_pipeline(settings.source))
     if settings.data is not None:
         load_images(settings.data, limit=1)
     out.write_json("ladder.json", about | {"machine": machine()})
@@ -244,13 +251,15 @@ def _climb(bench: _Bench, rung: Rung) -> dict[str, Any]:
     count = s.images_full if rung.full else s.images
     start = time.perf_counter()
     images = bench.sample(session.run / "packed", s.first_seed, count)
-    seconds = time.perf_counter() - start
+    seconds, engine = time.perf_counter() - start, bench.engine
     _save(bench.out / f"images/{rung.name}.npy", images)
     result = _pairs(bench, images) | _sizes(session)
     if count > s.images:
         # On the images of the other rungs, to be compared with them.
         result["first"] = _pairs(bench, images[: s.images])
     result |= {"name": rung.name, "family": rung.family, "idea": rung.idea, "full": rung.full}
+    here = machine()
+    result |= {"engine": engine, "machine": here.get("gpu", here["cpu"])}
     result["sampling_seconds"] = round(seconds, 1)
     if rung.full:
         features = bench.features(images)
@@ -269,7 +278,7 @@ def _borrow(session: Session, out: Path) -> None:
             continue
         for manifest in sorted(out.glob("*/manifest.json")):
             other = json.loads(manifest.read_text())["stages"].get(stage)
-            sources = [manifest.parent / name for name in (*_BESIDE.get(stage, ()), artefact)]
+            sources = [manifest.parent / name for name in (*BESIDE.get(stage, ()), artefact)]
             if other is None or other["key"] != session.key(stage):
                 continue
             if not all(source.exists() for source in sources):

@@ -228,7 +228,7 @@ def _assemble(
     for name in scales:
         if f"{name}.bias" in rounding:
             denoiser.get_submodule(name).bias.data.copy_(rounding[f"{name}.bias"])
-    corrected = last and run.has("correction.safetensors") and options_of(recipe.correction)
+    corrected = options_of(recipe.correction) if last else ()
     pack_denoiser(
         denoiser,
         plans,
@@ -252,6 +252,8 @@ def _int8_attention(session: Session, data: TraceSet) -> list[str]:
     """Return the attention blocks whose products may be integers; the others are logged."""
     settings = session.recipe.attention
     if settings.bits != 8:
+        # Of another recipe.
+        (session.run / "attention.json").unlink(missing_ok=True)
         return []
     batch = data.rows(torch.linspace(0, len(data) - 1, min(32, len(data))).long())
     calls = [lambda: data.replay(session.denoiser, batch)]

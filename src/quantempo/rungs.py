@@ -36,15 +36,16 @@ def rungs() -> list[Rung]:
         found.append(Rung(name, family, idea, replace(recipe, name=name), full))
         return recipe
 
-    plain = paper.override("activations", metric="linf", symmetric=False)
-    add("minmax", "W8A8", "round to nearest, min-max, every layer", plain.override(
-        "weights", metric="linf"), full=True)  # fmt: skip
-    now = add("ptq4dm", "W8A8", "the paper: symmetric, p = 2.4, released law", paper, full=True)
-    now = add("affine", "W8A8", "affine activations", now.override("activations", symmetric=False))
     final = Recipe.load("w8a8")
-    now = replace(now, trace=final.trace)
+    plain = replace(paper, trace=final.trace)
+    minmax = plain.override("activations", metric="linf", symmetric=False)
+    minmax = minmax.override("weights", metric="linf")
+    add("minmax", "W8A8", "round to nearest, min-max, every layer", minmax, full=True)
+    add("ptq4dm", "W8A8", "the paper: symmetric, p = 2.4, released law", paper, full=True)
+    now = plain.override("activations", symmetric=False)
+    now = add("affine", "W8A8", "affine activations, truncated law", now)
     now = now.override("activations", metric=final.activations.metric)
-    now = add("law", "W8A8", "truncated law, squared error", now)
+    now = add("metric", "W8A8", "squared error for activations", now)
     time = now.override("layers", float_roles=("time",))
     now = add("time", "W8A8", "time embedding exact", time)
     now = now.override("layers", float_roles=final.layers.float_roles)

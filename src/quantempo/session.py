@@ -21,21 +21,25 @@ from typing import Any
 from torch import nn
 
 from quantempo.bench import machine
+from quantempo.calibrate.correction import options_of
 from quantempo.calibrate.sources import needs_images
 from quantempo.calibrate.timesteps import make_time_sampler
 from quantempo.errors import QuantempoError
 from quantempo.models.family import Site, check_roles, denoiser_of, sites
 from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import swap_scheduler
+from quantempo.models.schedule import check_stepback
 from quantempo.models.variance import variance_grid
 from quantempo.quantizers import check_sites, find_clock, measured_sites
+from quantempo.quantizers.correction import check_options
+from quantempo.quantizers.plan import check_bits
 from quantempo.recipe import Recipe
-from quantempo.rounding import ROUNDINGS
+from quantempo.rounding import ROUNDINGS, check_start
 from quantempo.runs import RunFolder
 from quantempo.search import make_metric
 from quantempo.version import __version__
 
-__all__ = ["ARTEFACTS", "Session", "load", "reopen"]
+__all__ = ["ARTEFACTS", "BESIDE", "Session", "load", "reopen"]
 
 log = logging.getLogger("quantempo")
 
@@ -48,6 +52,8 @@ ARTEFACTS = {
     "correct": "correction.safetensors",
     "pack": "packed",
 }
+# What a stage leaves besides its artefact.
+BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
 _SECTIONS = {
     "calibrate": ("layers", "delta"),
     "search": ("activations", "weights"),
@@ -154,6 +160,30 @@ class Session:
         done = self.run.read_json("manifest.json")["stages"].get(stage)
         return done is not None and done["key"] != self.key(stage)
 
+    def refuse_stale(self) -> None:
+        """Raise QuantempoError if the run folder holds an artefact of other settings."""
+        for stage, artefact in ARTEFACTS.items():
+            if self.run.has(artefact) and self.stale(stage):
+                raise QuantempoError(_OTHER.format(path=self.run / artefact))
+
+    def _check_before(self, name: str) -> None:
+        """Refuse to build a stage on one that is not done, or was done with other settings."""
+        done = self.run.read_json("manifest.json")["stages"]
+        for stage, artefact in ARTEFACTS.items():
+            if stage == name:
+                return
+            if stage == "correct" and not options_of(self.recipe.correction):
+                continue
+            if stage not in done or not self.run.has(artefact):
+                raise QuantempoError(
+                    f"{stage} is not done in {self.run.path}; run quantempo {stage} before {name}"
+                )
+            if self.stale(stage):
+                raise QuantempoError(
+                    f"{self.run / artefact} was made with other settings; run quantempo {stage} "
+                    f"--force before {name}"
+                )
+
     def seconds(self) -> dict[str, float]:
         """Return stage -> seconds of those that made what the run folder holds.
 
@@ -169,7 +199,8 @@ class Session:
     def forget(self, stage: str) -> None:
         """Remove what a stage left that this recipe does not have."""
         self._undo(stage)
-        (self.run / ARTEFACTS[stage]).unlink(missing_ok=True)
+        for name in (ARTEFACTS[stage], *BESIDE.get(stage, ())):
+            (self.run / name).unlink(missing_ok=True)
 
     def _undo(self, stage: str) -> None:
         manifest = self.run.read_json("manifest.json")
@@ -206,6 +237,7 @@ class Session:
                 return
             if not self.force:
                 raise QuantempoError(_OTHER.format(path=self.run / artefact))
+        self._check_before(name)
         if done:
             # Not after it: killed on the way, the new artefact would pass for the old one.
             self._undo(name)
@@ -240,8 +272,8 @@ def load(
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
 
     Raises:
-        QuantempoError: the source is no float diffusers pipeline or holds NaN; the run folder
-            belongs to another model.
+        QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the recipe
+            that nothing has; the run folder belongs to another model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     _check_names(recipe, data)
@@ -254,6 +286,9 @@ def load(
     check_finite(session.denoiser)
     if set(recipe.layers.sites) - set(measured_sites(recipe.layers.sites, session.denoiser)):
         variance_grid(session.pipe.scheduler, recipe.trace.steps)
+    if recipe.correction.stepback:
+        check_stepback(session.pipe.scheduler)
+    check_bits(session.sites, recipe)
     _check_owner(session)
     stages = folder.read_json("manifest.json")["stages"] if folder.has("manifest.json") else {}
     versions = {package: version(package) for package in ("torch", "diffusers")}
@@ -282,7 +317,9 @@ def _check_names(recipe: Recipe, data: str | Path | None) -> None:
     make_time_sampler(recipe.trace.time_sampler, recipe.trace.time_sampler_args)
     make_metric(recipe.activations.metric, recipe.activations.p)
     make_metric(recipe.weights.metric, recipe.weights.p)
-    ROUNDINGS.get(recipe.rounding.name)
+    if ROUNDINGS.get(recipe.rounding.name).needs == "block":
+        check_start(recipe.rounding)
+    check_options(options_of(recipe.correction))
     check_roles(recipe.layers.float_roles)
     check_sites(recipe.layers.sites)
 
@@ -303,9 +340,7 @@ def _check_owner(session: Session) -> None:
                 f"run folder {folder.path} belongs to another model ({before['path']}); choose "
                 "another --run folder, or --force to start it over"
             )
-        for stage, artefact in ARTEFACTS.items():
-            if folder.has(artefact) and session.stale(stage):
-                raise QuantempoError(_OTHER.format(path=folder / artefact))
+        session.refuse_stale()
     elif folder.path.is_file() or folder.foreign():
         raise QuantempoError(f"{folder.path} is not empty and no run folder; choose another --run")
 

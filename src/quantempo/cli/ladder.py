@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantempo.cli.common import Device, Json, Labels, Prompts, call_arguments, show
+from quantempo.cli.common import Device, EngineName, Json, Labels, Prompts, call_arguments, show
 
 __all__ = ["ladder"]
 
@@ -29,6 +29,7 @@ def ladder(
     prompts: Prompts = None,
     class_labels: Labels = None,
     device: Device = "cpu",
+    engine: EngineName = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")] = 64,
     tf32: Annotated[bool, typer.Option("--tf32", help="Float products in TF32.")] = False,
     minutes: Annotated[
@@ -58,6 +59,7 @@ def ladder(
         device=device,
         batch_size=batch_size,
         tf32=tf32,
+        engine=engine,
         call=call_arguments(prompts, class_labels),
     )
     names = tuple(name.strip() for name in only.split(",")) if only else ()

@@ -61,54 +61,82 @@ def trace(
     show({"trace": str(run / "trace"), "rows": rows}, as_json)
 
 
-def _stage(name: str, run: Any, recipe: str | None, force: bool, as_json: bool) -> None:
+def _stage(
+    name: str, run: Any, recipe: str | None, device: str, force: bool, as_json: bool
+) -> None:
     from quantempo import pipeline
 
-    session = pipeline.reopen(run, recipe, force=force)
+    session = pipeline.reopen(run, recipe, force=force, device=device)
     getattr(pipeline, name)(session)
     seconds = session.run.read_json("manifest.json")["stages"]
     show({key: value["seconds"] for key, value in seconds.items()}, as_json)
 
 
 def calibrate(
-    run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False
+    run: Run,
+    recipe: Changed = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Collect the statistics of every layer input over the trace.
 
     Example: quantempo calibrate --run runs/cifar
     """
-    _stage("calibrate", run, recipe, force, as_json)
+    _stage("calibrate", run, recipe, device, force, as_json)
 
 
-def search(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+def search(
+    run: Run,
+    recipe: Changed = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Choose time buckets and scales by the recipe's metrics.
 
     Example: quantempo search --run runs/cifar
     """
-    _stage("search", run, recipe, force, as_json)
+    _stage("search", run, recipe, device, force, as_json)
 
 
 def round_weights(
-    run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False
+    run: Run,
+    recipe: Changed = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Choose the integer weights.
 
     Example: quantempo round --run runs/cifar
     """
-    _stage("round_weights", run, recipe, force, as_json)
+    _stage("round_weights", run, recipe, device, force, as_json)
 
 
-def correct(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+def correct(
+    run: Run,
+    recipe: Changed = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Fit what the recipe corrects around the network, on the packed model's own trajectories.
 
     Example: quantempo correct --run runs/cifar
     """
-    _stage("correct", run, recipe, force, as_json)
+    _stage("correct", run, recipe, device, force, as_json)
 
 
-def pack(run: Run, recipe: Changed = None, force: Force = False, as_json: Json = False) -> None:
+def pack(
+    run: Run,
+    recipe: Changed = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Write the packed diffusers folder and the layer table.
 
     Example: quantempo pack --run runs/cifar
     """
-    _stage("pack", run, recipe, force, as_json)
+    _stage("pack", run, recipe, device, force, as_json)

@@ -6,11 +6,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from quantempo.errors import QuantempoError
 from quantempo.models.family import ROLES, Site, check_roles
 from quantempo.quantizers.swap import LayerPlan
 from quantempo.recipe import Recipe, parse_bits
+from quantempo.registry import nearest
 
-__all__ = ["plan_layers"]
+__all__ = ["check_bits", "plan_layers"]
 
 _REASONS = {
     "input": "input layer: reads x_t itself, a fraction of a percent of the work",
@@ -48,6 +50,16 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
             grids = (weight, 8, activation) if recipe.delta.enabled else (weight, activation)
             plans.append(LayerPlan(site.name, "int8", segments, 1, None, *grids))
     return plans
+
+
+def check_bits(sites: list[Site], recipe: Recipe) -> None:
+    """Raise QuantempoError for a key of `layers.bits` that is no role and matches no layer."""
+    for key in recipe.layers.bits:
+        if key not in ROLES and not any(fnmatchcase(site.name, key) for site in sites):
+            raise QuantempoError(
+                f"layers.bits has '{key}', which is no role and matches no layer of this model"
+                f"{nearest(key, list(ROLES))} (roles: {', '.join(ROLES)})"
+            )
 
 
 def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:

@@ -15,7 +15,7 @@ __all__ = ["write_quality"]
 
 COLUMNS, ENLARGED = 12, 3
 COLOURS = {"W8A8": plots.INT8, "W4A8": plots.ACCENT, "W6A6": plots.INDIGO, "W4A4": plots.OCHRE}
-SHOWN = ("ptq4dm", "w8a8", "w4a8", "w6a6", "w4a4")
+SHOWN = ("ptq4dm", "w8a8", "w4a8", "w4a8-adaround", "w6a6", "w4a4")
 
 
 def write_quality(folder: str | Path) -> Path:
@@ -108,15 +108,16 @@ def _recipes(results: dict[str, Any]) -> list[str]:
 
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| rung | idea | PSNR | p05 | SSIM | images | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| rung | idea | PSNR | p05 | SSIM | images | seconds | engine, machine |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in map(_comparable, rows):
         lines.append(
             f"| {row['name']} | {row['idea']} "
             f"| {_number(row['psnr_db_mean'], 2, row['psnr_db_std_of_thirds'])} "
             f"| {_number(row['psnr_db_p05'])} | {_number(row['ssim_mean'], 4)} "
-            f"| {row['images']} | {row['calibration_seconds']:.0f} |"
+            f"| {row['images']} | {row['calibration_seconds']:.0f} "
+            f"| {row['engine']}, {row['machine']} |"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """Choose integer weights; only integers leave a rounding (layer L4)."""
 
-from quantempo.rounding.base import ROUNDINGS, round_by_weights
+from quantempo.rounding.base import ROUNDINGS, check_start, round_by_weights
 from quantempo.rounding.nearest import nearest
 
 # Registered by import, nearest first: it is the default.
@@ -11,6 +11,7 @@ from quantempo.rounding.reconstruct import apply_rounding, round_denoiser  # iso
 __all__ = [
     "ROUNDINGS",
     "apply_rounding",
+    "check_start",
     "gptq",
     "nearest",
     "refine_scales",

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantempo.errors import QuantempoError
-from quantempo.rounding.base import ROUNDINGS, Needs, Unit
+from quantempo.rounding.base import ROUNDINGS, Needs, Unit, check_start
 from quantempo.rounding.learn import errors, learn
 from quantempo.rounding.record import BlockRun
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
@@ -52,11 +51,7 @@ class AdaroundRounding:
     def __call__(self, unit: Unit) -> dict[str, Tensor]:
         """Return the codes whose block error over all rows is the smaller one."""
         settings, block = unit.settings, unit.block
-        if settings.start == settings.name:
-            raise QuantempoError(
-                "got rounding.start = 'adaround'; expected the rounding it starts from: 'gptq' "
-                "or 'nearest'"
-            )
+        check_start(settings)
         start = ROUNDINGS.get(settings.start)(unit)
         for name, codes in start.items():
             block.assign(name, codes)

@@ -17,7 +17,7 @@ from quantempo.errors import QuantempoError
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
-__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "round_by_weights"]
+__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "round_by_weights"]
 
 Needs = Literal["weights", "hessian", "block"]
 
@@ -54,6 +54,16 @@ class Rounding(Protocol):
 
 
 ROUNDINGS: Registry[Rounding] = Registry("rounding")
+
+
+def check_start(settings: RoundingSettings) -> None:
+    """Raise QuantempoError unless `start` is a rounding that one which learns can start from."""
+    if ROUNDINGS.get(settings.start).needs == "block":
+        known = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs != "block"]
+        raise QuantempoError(
+            f"got rounding.start = '{settings.start}', which needs a start itself; expected one "
+            f"of: {', '.join(known)}"
+        )
 
 
 def round_by_weights(

@@ -27,9 +27,9 @@ from quantempo.models.blocks import Block, blocks
 from quantempo.quantizers import QLayer, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
-from quantempo.rounding.base import ROUNDINGS, Unit
+from quantempo.rounding.base import ROUNDINGS, Unit, check_start
 from quantempo.rounding.bias import correct_bias
-from quantempo.rounding.record import BlockRun, record
+from quantempo.rounding.record import BlockRun, Inputs, record, record_all
 from quantempo.runs import RunFolder, read_tensors
 
 __all__ = ["BUDGET", "apply_rounding", "execution_order", "round_denoiser"]
@@ -164,10 +164,12 @@ class _Job:
         self.twin.to(self.device)
         self.rounding = ROUNDINGS.get(self.settings.name)
         if self.rounding.needs == "block":
-            ROUNDINGS.get(self.settings.start)
+            check_start(self.settings)
         self.batches = _draw(self.data, self.settings)
         self.blocks = self._in_order()
         self.kept = 0
+        # Inputs of the float blocks, from one run for all of them if they fit the budget.
+        self.exact: dict[str, Inputs] | None = None
 
     def _in_order(self) -> list[Block]:
         """Return the blocks with integer layers, and those layers, as a run meets them."""
@@ -249,7 +251,12 @@ class _Job:
         def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
             return [(len(b.x_t), self._call(network, b)) for b in self.batches]
 
-        exact = record(block.module, calls(self.denoiser), self.budget)
+        if self.exact is None:
+            modules = {b.name: b.module for b in self.blocks}
+            self.exact = record_all(modules, calls(self.denoiser), self.budget) or {}
+        exact = self.exact.pop(block.name, None)
+        if exact is None:
+            exact = record(block.module, calls(self.denoiser), self.budget)
         quantized = record(twin, calls(self.twin), self.budget)
         if exact.halved:
             log.info("%s: its inputs lie on the host in half precision", block.name)

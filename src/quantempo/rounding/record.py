@@ -16,7 +16,7 @@ from quantempo.calibrate.dataset import flatten, unflatten
 from quantempo.errors import QuantempoError
 from quantempo.quantizers import QLayer, StepClock
 
-__all__ = ["BlockRun", "Inputs", "record", "run_until", "tensors_of"]
+__all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until", "tensors_of"]
 
 
 class _StopError(Exception):
@@ -87,6 +87,13 @@ class Inputs:
             return value.clamp(-top, top).half().cpu()
         return value.cpu() if self.halved else value.clone()
 
+    @property
+    def expected_bytes(self) -> float:
+        """Bytes that all rows will take, from those of the calls so far."""
+        rows = sum(count for count, _ in self._parts)
+        tensors = [v for _, part in self._parts for v in part.values() if isinstance(v, Tensor)]
+        return sum(v.nbytes for v in tensors) / max(1, rows) * self.rows
+
     def close(self) -> None:
         """Join the calls; nothing can be added afterwards."""
         first = self._parts[0][1]
@@ -103,7 +110,9 @@ class Inputs:
         """Return the arguments {"args": ..., "kwargs": ...} of rows `index` (k,), float32."""
         leaves = {key: self._at(value, device) for key, value in self._rest.items()}
         for key, whole in self._whole.items():
-            near = index.to(whole.device, non_blocking=True)
+            # Waits for the device where rows lie on the host: read while it is on its way, the
+            # index would be garbage.
+            near = index.to(whole.device)
             picked = whole.unflatten(0, (self.rows, -1)).index_select(0, near)
             leaves[key] = self._at(picked.flatten(0, 1), device)
         # The order of the arguments is that of the call.
@@ -141,6 +150,37 @@ def record(module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget
         run_until(module, call, see)
     inputs.close()
     return inputs
+
+
+@torch.no_grad()
+def record_all(
+    modules: Mapping[str, nn.Module], calls: list[tuple[int, Callable[[], Any]]], budget: int
+) -> dict[str, Inputs] | None:
+    """Return what every module is first called with, each call run once; None over the budget."""
+    total = sum(rows for rows, _ in calls)
+    found = {name: Inputs(total, budget) for name in modules}
+    seen: set[str] = set()
+    handles = []
+    for name, module in modules.items():
+
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+            if name not in seen:
+                found[name].add(rows, args, kwargs)
+                seen.add(name)
+
+        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+    try:
+        for rows, call in calls:  # noqa: B007 (the hooks read it)
+            seen.clear()
+            call()
+            if sum(inputs.expected_bytes for inputs in found.values()) > budget:
+                return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    for inputs in found.values():
+        inputs.close()
+    return found
 
 
 class BlockRun:

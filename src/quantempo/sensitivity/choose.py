@@ -16,15 +16,15 @@ from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.runs import RunFolder
 from quantempo.search.allocate import allocate, bit_operations, weight_bytes
-from quantempo.sensitivity.losses import ARTEFACT, OPTIONS, measure, write_plot
+from quantempo.sensitivity.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.session import Session
 
 __all__ = ["choose_bits", "recall"]
 
 log = logging.getLogger("quantempo")
 
-# A budget of bytes alone says nothing of activations.
-_WEIGHT_OPTIONS = ("w4a8", "w8a8")
+# Bits of weights to choose from where a budget of bytes alone says nothing of activations.
+_WEIGHT_BITS = (4, 8)
 
 
 def choose_bits(
@@ -47,24 +47,31 @@ def choose_bits(
             and layers in float are not counted; they do not depend on the choice.
         budget_bops: bit operations of the integer layers for one image and one call of the
             network: MACs * weight bits * activation bits.
-        options: bits to choose from; all of OPTIONS, or those with 8-bit activations if bytes
-            are the only budget.
-        rollout: chains, steps and seed of `measure`.
+        options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
+            activations if bytes are the only budget.
+        rollout: chains, steps and seed of `measure`; by default those of `sensitivity.json` where
+            there is one.
 
     Returns:
         What was chosen and spent, as in `sensitivity.json`.
 
     Raises:
-        QuantempoError: no budget, one that cannot be met, or see `measure`.
+        QuantempoError: no budget, one that cannot be met (before anything is measured), deltas, a
+            run folder with later stages of other bits without `force`, or see `measure`.
     """
-    budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops)
+    budgets = _budgets(budget_bytes, budget_bops)
+    options = _options(options, budget_bops, session.recipe)
+    if not rollout and session.run.has(ARTEFACT):
+        # What was measured before decides; not again with other settings.
+        rollout = session.run.read_json(ARTEFACT)["settings"]
+    _check(outline(session, options, **rollout), budgets, options)
     table = measure(session, options, **rollout)
     base = session.recipe.override("layers", bits={})
     choice = {"request": _request(base, budgets, options), **_choice(table, budgets, options)}
+    _adopt(session, base.override("layers", bits=choice["bits"]))
     table["choice"] = choice
     session.run.write_json(ARTEFACT, table)
     write_plot(session.run, table)
-    _adopt(session, base.override("layers", bits=choice["bits"]))
     chosen = list(choice["bits"].values())
     log.info(
         "bits chosen: %s; %.2f bits a weight with scales, loss %.3g (at least %.3g)",
@@ -80,15 +87,10 @@ def _choice(
     table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]
 ) -> dict[str, Any]:
     """Return the best choice of a whole table within budgets, and what it spends."""
-    rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
-    costs = {
-        "bytes": [[weight_bytes(row["weight_shape"], w) for w, _ in pairs] for row in rows],
-        "bops": [[bit_operations(row["macs"], w, a) for w, a in pairs] for row in rows],
-    }
+    rows, costs = table["layers"], _costs(table, options)
     losses = np.array([[row["losses"][option] for option in options] for row in rows])
     limited = np.array([costs[name] for name in budgets])
-    names = [f"a budget of {name}" for name in budgets]
-    found = allocate(losses, limited, list(budgets.values()), names)
+    found = allocate(losses, limited, list(budgets.values()), _names(budgets))
     spent = {
         name: sum(row[i] for row, i in zip(cost, found.choice, strict=True))
         for name, cost in costs.items()
@@ -103,6 +105,26 @@ def _choice(
         "loss": found.loss,
         "bound": found.bound,
     }
+
+
+def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Return budget -> (L, O) what each layer takes of it at each option."""
+    rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
+    return {
+        "bytes": [[weight_bytes(row["weight_shape"], w) for w, _ in pairs] for row in rows],
+        "bops": [[bit_operations(row["macs"], w, a) for w, a in pairs] for row in rows],
+    }
+
+
+def _names(budgets: dict[str, int]) -> list[str]:
+    return [f"a budget of {name}" for name in budgets]
+
+
+def _check(table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]) -> None:
+    """Refuse budgets that nothing can meet, as `allocate` would once all losses are known."""
+    costs = _costs(table, options)
+    limited = np.array([costs[name] for name in budgets])
+    allocate(np.zeros(limited.shape[1:]), limited, list(budgets.values()), _names(budgets))
 
 
 def recall(
@@ -121,15 +143,26 @@ def recall(
     folder = RunFolder(run)
     choice = folder.read_json(ARTEFACT)["choice"] if folder.has(ARTEFACT) else None
     base = recipe.override("layers", bits={})
-    budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops)
+    budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops, recipe)
     if choice is None or choice["request"] != _request(base, budgets, options):
         return recipe
     return base.override("layers", bits=choice["bits"])
 
 
 def _adopt(session: Session, recipe: Recipe) -> None:
-    """Give a session another recipe, and its manifest too."""
-    session.recipe = recipe
+    """Give a session another recipe, and its manifest too.
+
+    Raises:
+        QuantempoError: stages after the choice were made with other bits, and `force` is off; all
+            is as it was.
+    """
+    before, session.recipe = session.recipe, recipe
+    if not session.force:
+        try:
+            session.refuse_stale()
+        except QuantempoError:
+            session.recipe = before
+            raise
     entries = {"recipe": recipe.to_dict(), "recipe_toml": recipe.to_toml()}
     session.run.update_manifest(**entries, recipe_sha256=recipe.sha256)
 
@@ -142,10 +175,20 @@ def _budgets(budget_bytes: int | None, budget_bops: int | None) -> dict[str, int
     return budgets
 
 
-def _options(options: Sequence[str] | None, budget_bops: int | None) -> tuple[str, ...]:
+def _options(
+    options: Sequence[str] | None, budget_bops: int | None, recipe: Recipe
+) -> tuple[str, ...]:
+    """Return the bits to choose from; refuse a recipe whose losses are not what is measured."""
+    if recipe.delta.enabled:
+        raise QuantempoError(
+            "got a budget for a recipe with delta quantization, but losses are measured on whole "
+            "inputs; switch one of them off, or give bits in layers.bits"
+        )
     if options is not None:
         return tuple(dict.fromkeys(options))
-    return _WEIGHT_OPTIONS if budget_bops is None else OPTIONS
+    if budget_bops is not None:
+        return OPTIONS
+    return tuple(f"w{bits}a{recipe.activations.bits}" for bits in _WEIGHT_BITS)
 
 
 def _request(base: Recipe, budgets: dict[str, int], options: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ from quantempo.search.allocate import weight_bytes
 from quantempo.sensitivity.rollout import Grids, last_latent, one_quantized
 from quantempo.session import Session
 
-__all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "table_rows", "write_plot"]
+__all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
 
 log = logging.getLogger("quantempo")
 
@@ -71,16 +71,8 @@ def measure(
 
     Error: the loss is exact for these chains; its spread over chains is not estimated.
     """
-    for number, name in ((chains, "chains"), (steps, "steps")):
-        if number < 1:
-            raise QuantempoError(f"got {number} {name}; expected at least 1")
+    table = outline(session, options, chains=chains, steps=steps, seed=seed)
     bits = {option: parse_bits(option, "options") for option in options}
-    if not bits:
-        raise QuantempoError(f"got no options; give some like {', '.join(OPTIONS)}")
-    trace(session)
-    calibrate(session)
-    settings = {"chains": chains, "steps": steps, "seed": seed}
-    table = _read(session, settings)
     missing = [
         (row, [option for option in bits if option not in row["losses"]]) for row in table["layers"]
     ]
@@ -92,6 +84,30 @@ def measure(
     if missing or not session.run.has(PLOT):
         write_plot(session.run, table)
     return table
+
+
+def outline(
+    session: Session,
+    options: Sequence[str] = OPTIONS,
+    *,
+    chains: int = 8,
+    steps: int = 10,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """Return the table as far as it is measured, with the size of every layer; writes no losses.
+
+    Trace and calibrate are run if they are not done. Arguments and errors are those of `measure`.
+    """
+    for number, name in ((chains, "chains"), (steps, "steps")):
+        if number < 1:
+            raise QuantempoError(f"got {number} {name}; expected at least 1")
+    if not options:
+        raise QuantempoError(f"got no options; give some like {', '.join(OPTIONS)}")
+    for option in options:
+        parse_bits(option, "options")
+    trace(session)
+    calibrate(session)
+    return _read(session, {"chains": chains, "steps": steps, "seed": seed})
 
 
 def _measure(
