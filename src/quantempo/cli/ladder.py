@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -63,4 +64,8 @@ def ladder(
         call=call_arguments(prompts, class_labels),
     )
     names = tuple(name.strip() for name in only.split(",")) if only else ()
-    show({"text": str(climb(settings, names, minutes))}, as_json)
+    text = climb(settings, names, minutes)
+    failed = json.loads((out / "results.json").read_text())["failed"]
+    show({"text": str(text), "failed": sorted(failed)}, as_json)
+    if failed:
+        raise typer.Exit(1)
