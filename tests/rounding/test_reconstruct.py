@@ -13,7 +13,8 @@ from quantempo.backends.engine import attach
 from quantempo.errors import QuantempoError
 from quantempo.quantizers import quantized_layers
 from quantempo.recipe import RoundingSettings
-from quantempo.rounding import apply_rounding, nearest, reconstruct, round_denoiser
+from quantempo.rounding import nearest, reconstruct, round_denoiser
+from quantempo.rounding.reconstruct import apply_rounding
 from tests.packed import KINDS
 from tests.rounding.networks import Case, case
 

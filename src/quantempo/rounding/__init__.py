@@ -6,11 +6,10 @@ from quantempo.rounding.nearest import nearest
 # Registered by import, nearest first: it is the default.
 from quantempo.rounding.gptq import gptq  # isort: skip
 from quantempo.rounding.adaround import refine_scales  # isort: skip
-from quantempo.rounding.reconstruct import apply_rounding, round_denoiser  # isort: skip
+from quantempo.rounding.reconstruct import round_denoiser  # isort: skip
 
 __all__ = [
     "ROUNDINGS",
-    "apply_rounding",
     "check_start",
     "gptq",
     "nearest",

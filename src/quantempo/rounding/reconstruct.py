@@ -36,7 +36,8 @@ __all__ = ["BUDGET", "apply_rounding", "execution_order", "round_denoiser"]
 
 log = logging.getLogger("quantempo")
 
-# Bytes of one block's recorded inputs, float and quantized each, that stay on the device.
+# Bytes that stay on the device: of the float inputs of all blocks, recorded at once if they fit,
+# and of the inputs of one block.
 BUDGET = 4 * 2**30
 
 
@@ -103,10 +104,11 @@ def round_denoiser(
 
 @torch.no_grad()
 def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `round_denoiser` returned into the layers of a packed denoiser.
+    """Put what `round_denoiser` returned into the layers of a twin.
 
     Layers that `tensors` does not name stay as they are. An engine that was attached before has
-    to be attached again.
+    to be attached again. Not for a denoiser that is to be saved: its hash is taken when it is
+    packed.
     """
     for name, layer in quantized_layers(packed):
         if name in tensors:

@@ -1,0 +1,43 @@
+"""Inputs recorded for all blocks at once are those recorded block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from quantempo.rounding.record import record, record_all
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def calls(network: nn.Module) -> list[tuple[int, Callable[[], torch.Tensor]]]:
+    torch.manual_seed(1)
+    parts = [torch.randn(rows, 4) for rows in (1, 3, 2)]
+    return [(len(x), lambda x=x: network(x)) for x in parts]
+
+
+def test_all_at_once_is_one_by_one_bit_for_bit(network: nn.Sequential) -> None:
+    modules = {"first": network[0], "last": network[2]}
+    found = record_all(modules, calls(network), budget=10**6)
+    assert found is not None
+    rows = torch.arange(6)
+    for name, module in modules.items():
+        alone = record(module, calls(network), budget=10**6)
+        both = (found[name].take(rows, torch.device("cpu")), alone.take(rows, torch.device("cpu")))
+        assert torch.equal(both[0]["args"][0], both[1]["args"][0])
+    assert not network[0]._forward_pre_hooks
+
+
+def test_over_the_budget_nothing_is_kept(network: nn.Sequential) -> None:
+    # 6 rows of 4 + 6 float32: 240 bytes.
+    modules = {"first": network[0], "last": network[2]}
+    assert record_all(modules, calls(network), budget=239) is None
+    assert record_all(modules, calls(network), budget=240) is not None
+    assert not network[0]._forward_pre_hooks
