@@ -18,6 +18,7 @@ from torch import nn
 __all__ = [
     "SPEED_KEYS",
     "Call",
+    "cast_inputs",
     "float_candidates",
     "interleave",
     "machine",
@@ -86,7 +87,7 @@ def float_candidates(
     """
     calls: dict[str, Call] = {}
     for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        args, kwargs = _cast(inputs, dtype)
+        args, kwargs = cast_inputs(inputs, dtype)
         # diffusers' own `to` warns about what a full cast may do to training.
         eager = nn.Module.to(copy.deepcopy(denoiser), dtype).eval()
         last = copy.deepcopy(eager).to(memory_format=torch.channels_last)
@@ -109,9 +110,11 @@ def float_candidates(
     return calls
 
 
-def _cast(
+def cast_inputs(
     inputs: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call in another float dtype; times (one axis) and integers stay."""
+
     def cast(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: cast(item) for key, item in value.items()}

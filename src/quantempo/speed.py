@@ -24,6 +24,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.family import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.session import Session
+from quantempo.timing.workloads import trace_inputs
 
 __all__ = ["bench_run"]
 
@@ -56,7 +57,11 @@ def bench_run(
         QuantempoError: nothing packed yet, or an engine that cannot run here.
     """
     data = TraceSet(session.run / "trace")
-    names = engines or [name for name in ENGINES.names() if ENGINES.get(name).missing() is None]
+    names = engines or [
+        name
+        for name in ENGINES.names()
+        if {"cpu", "any"} & set(ENGINES.get(name).devices) and ENGINES.get(name).missing() is None
+    ]
     for name in names:
         reason = ENGINES.get(name).missing()
         if reason is not None:
@@ -64,7 +69,7 @@ def bench_run(
     default = choose("cpu").name if engines is None else names[0]
     results: dict[str, Any] = {"machine": machine(), "rounds": rounds, "batches": {}}
     for size in batches:
-        inputs = _inputs(data, size)
+        inputs: tuple[Any, dict[str, Any]] = ((), trace_inputs(data, size))
         log.info("bench: batch %d, preparing %s", size, "float, compiled" if compiled else "float")
         calls: dict[str, Call] = float_candidates(session.denoiser, inputs, compiled)
         for name in names:
@@ -74,6 +79,10 @@ def bench_run(
         del calls
         torch._dynamo.reset()
         gc.collect()
+    if session.run.has("bench.json"):
+        # What was timed on a GPU stays.
+        before = session.run.read_json("bench.json")
+        results |= {key: before[key] for key in ("cuda",) if key in before}
     session.run.write_json("bench.json", results)
     if session.run.has("metrics.json"):
         first = results["batches"][str(batches[0])]
@@ -81,14 +90,6 @@ def bench_run(
         metrics |= {key: first[key] for key in SPEED_KEYS}
         session.run.write_json("metrics.json", metrics)
     return results
-
-
-def _inputs(data: TraceSet, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return recorded rows, repeated to the batch size, all at one time-step as in sampling."""
-    index = torch.arange(size) % len(data)
-    batch = data.rows(index)
-    batch = batch._replace(t=batch.t[:1].expand(size).contiguous())
-    return (), data.arguments(batch, batch.x_t)
 
 
 def _engine_call(session: Session, name: str, inputs: tuple[Any, dict[str, Any]]) -> Call:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from quantempo.backends import attach, detach, layerwise
 from quantempo.backends.folded import Folded, TimeShifts
-from quantempo.backends.fused import FusedUpBlock
-from quantempo.backends.layerwise import execution, fuse, unfuse
+from quantempo.backends.fused import BLOCKS
+from quantempo.backends.fusing import FusedUpBlock, fuse, unfuse
+from quantempo.backends.layerwise import execution
 from quantempo.kernels import fused_cpu, onednn, reference
 from quantempo.models.fusion import fusable_parts
 from quantempo.quantizers import quantized_layers
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(fused_cpu.load() is None, reason=str(fused_cpu.missing())),
 ]
 
-BLOCKS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
+KINDS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -58,13 +59,13 @@ def block_calls(network: nn.Module, *arguments) -> dict[str, tuple[tuple, Tensor
             lambda module, args, y, name=name: seen.__setitem__(name, (args, y))
         )
         for name, module in network.named_modules()
-        if type(module).__name__ in BLOCKS
+        if type(module).__name__ in KINDS
     ]
     unfuse(network)
     network(*arguments)
     for hook in hooks:
         hook.remove()
-    fuse(network)
+    fuse(network, BLOCKS)
     return seen
 
 
@@ -73,7 +74,7 @@ def block_calls(network: nn.Module, *arguments) -> dict[str, tuple[tuple, Tensor
 def test_each_block_equals_its_layers(network, batch, steps):
     timestep = torch.tensor([970, 10, 450])[:batch] if steps == "mixed" else torch.tensor(450)
     calls = block_calls(network, noise(batch, 3, 16, 16), timestep)
-    assert {type(network.get_submodule(name)).__name__ for name in calls} == set(BLOCKS)
+    assert {type(network.get_submodule(name)).__name__ for name in calls} == set(KINDS)
     for name, (arguments, expected) in calls.items():
         with torch.no_grad():
             y = network.get_submodule(name)(*arguments)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quantempo.backends import attach, detach
 from quantempo.backends.base import BACKENDS, Grids
-from quantempo.backends.layerwise import execution, unfuse
+from quantempo.backends.fusing import unfuse
+from quantempo.backends.layerwise import execution
 from quantempo.backends.openvino import OpenVinoEngine, kernel_table
 from quantempo.kernels import fused_cpu, onednn
 from quantempo.quantizers import quantized_layers

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from quantempo.backends.base import Kernel, channel_dim
+from quantempo.backends.operands import last
 from quantempo.backends.simulated import SimulatedKernel
+from quantempo.backends.triton import TritonKernel
 from quantempo.errors import QuantempoError
 from quantempo.kernels import onednn
 from quantempo.quantizers import QConv2d, QLayer
@@ -21,7 +23,7 @@ from quantempo.quantizers.clock import writable
 
 __all__ = ["DeltaKernel", "lower_delta"]
 
-# The zero point of a signed change in the unsigned codes that oneDNN takes.
+# The zero point of a signed change in unsigned codes.
 _MIDDLE = 128
 
 
@@ -35,10 +37,12 @@ def lower_delta(layer: QLayer, backend: str) -> Kernel:
         raise QuantempoError("this layer has no rates of change; install_deltas first")
     if backend == "onednn":
         return DeltaKernel(layer, _OneDNNSums(layer), "onednn delta")
+    if backend == "triton":
+        return DeltaKernel(layer, _TritonSums(layer), "triton delta")
     if backend == "simulated":
         return DeltaKernel(layer, _SimulatedSums(layer), "simulated delta")
     raise QuantempoError(
-        f"backend '{backend}' cannot run deltas; expected one of: onednn, simulated"
+        f"backend '{backend}' cannot run deltas; expected one of: onednn, simulated, triton"
     )
 
 
@@ -121,6 +125,27 @@ class _SimulatedSums:
 
     def __call__(self, segment: int, codes: Tensor, starts: Tensor) -> Tensor:
         return self.kernel.sums(segment, codes)
+
+
+class _TritonSums:
+    """Int8 kernels of a GPU; whether a step is a first one stays on the device."""
+
+    def __init__(self, layer: QLayer) -> None:
+        self.kernel = TritonKernel(layer)
+        self.prepare = self.kernel.prepare
+
+    def __call__(self, segment: int, codes: Tensor, starts: Tensor) -> Tensor:
+        operands = self.kernel.here(codes.device)
+        # Stored codes are q - 128: a change has its zero point in the middle, where that is 0.
+        zero = operands.grids[segment].zero_point - _MIDDLE
+        stored = (codes + torch.where(starts, zero, 0)).to(torch.int8)
+        table = torch.where(starts, operands.tables[segment], 0)
+        if isinstance(self.kernel.layer, QConv2d):
+            how = operands.shape
+            return operands.conv(last(stored), torch.int32, segment, table, **how).float()
+        rows = stored.reshape(-1, stored.shape[-1]).contiguous()
+        sums = operands.gemm(rows, torch.int32, segment, table)
+        return sums.reshape(*codes.shape[:-1], -1).float()
 
 
 class _OneDNNSums:

@@ -9,6 +9,7 @@ run one by one up to the order of float operations, which may move a code by one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from quantempo.backends.base import run_per_bucket
 from quantempo.backends.folded import Folded, TimeShifts
+from quantempo.backends.fusing import Kit, same
 from quantempo.backends.onednn import quantize_tokens
 from quantempo.kernels import fused_cpu, onednn
 from quantempo.kernels.fused_cpu import Norm, Part
@@ -25,18 +27,17 @@ from quantempo.models.fusion import (
     DownsampleParts,
     HeadParts,
     ResnetParts,
-    UpBlockParts,
     UpsampleParts,
-    wants_original,
 )
+from quantempo.quantizers import StepClock
 
 __all__ = [
+    "BLOCKS",
     "FusedAttention",
     "FusedDownsample",
     "FusedHead",
     "FusedResnet",
     "FusedStem",
-    "FusedUpBlock",
     "FusedUpsample",
 ]
 
@@ -73,6 +74,8 @@ def _rows(x: Tensor) -> Tensor:
 class FusedResnet:
     """A residual block: two passes that write codes, two convolutions, one sum."""
 
+    takes = staticmethod(_takes)
+
     def __init__(self, parts: ResnetParts, shifts: TimeShifts | None, index: int) -> None:
         self.parts, self.shifts, self.index = parts, shifts, index
         self.norm1, self.norm2 = _norm(parts.norm1), _norm(parts.norm2)
@@ -85,6 +88,9 @@ class FusedResnet:
         if not _takes(x):
             return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
         return self.run(x, None, temb)
+
+    def accept(self, widths: tuple[int, int]) -> None:
+        """Do nothing: weights are packed for the inputs of the first call."""
 
     def run(self, x: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
@@ -228,37 +234,6 @@ class FusedUpsample:
         return self.conv(codes, bucket, x.dtype)
 
 
-class FusedUpBlock:
-    """An up block whose residual blocks read the two halves of their input where they are."""
-
-    def __init__(self, parts: UpBlockParts, resnets: list[FusedResnet]) -> None:
-        self.parts, self.resnets = parts, resnets
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        res_hidden_states_tuple: tuple[Tensor, ...],
-        temb: Tensor | None = None,
-        upsample_size: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run the block; the arguments are diffusers'."""
-        parts, x = self.parts, hidden_states
-        if wants_original(parts) or not _takes(x):
-            module = parts.module
-            return type(module).forward(
-                module, x, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs
-            )
-        for i, resnet in enumerate(self.resnets):
-            x = resnet.run(x, res_hidden_states_tuple[-1 - i], temb)
-            if parts.attentions:
-                x = parts.attentions[i](x)
-        for upsampler in parts.upsamplers:
-            x = upsampler(x, upsample_size)
-        return x
-
-
 class FusedStem:
     """The first convolution, in float, writing channels_last in the type of the stream."""
 
@@ -280,3 +255,34 @@ class FusedHead:
         """Return silu(norm(x)), (B, C, H, W), float32 or the type of the last layer."""
         y, _ = _library().group_norm([Part(_last(x))], self.norm, silu=True, grid=None)
         return y.to(self.parts.out.weight.dtype)
+
+
+def _ends(
+    head: HeadParts, closed: bool, clock: StepClock
+) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds."""
+    dtype = torch.bfloat16 if closed and onednn.native_bfloat16() else torch.float32
+    return [
+        (head.stem, FusedStem(head.stem, dtype)),
+        (head.norm, FusedHead(head)),
+        (head.activation, same),
+    ]
+
+
+def _norm_refusal(norm: nn.GroupNorm) -> str | None:
+    many = norm.num_channels > fused_cpu.MAX_CHANNELS
+    return f"its norm has more than {fused_cpu.MAX_CHANNELS} channels" if many else None
+
+
+BLOCKS = Kit(
+    backend="onednn",
+    missing=lambda: fused_cpu.missing(),
+    eager=False,
+    norm=_norm_refusal,
+    shifts=TimeShifts,
+    resnet=FusedResnet,
+    attention=FusedAttention,
+    downsample=FusedDownsample,
+    upsample=FusedUpsample,
+    ends=_ends,
+)

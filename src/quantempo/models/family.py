@@ -14,7 +14,15 @@ from torch import nn
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["ROLES", "Site", "check_roles", "denoiser_of", "sites", "timestep_of"]
+__all__ = [
+    "ROLES",
+    "Site",
+    "check_roles",
+    "denoiser_of",
+    "sites",
+    "skip_segments",
+    "timestep_of",
+]
 
 ROLES = {
     "input": "first layer, reads x_t itself",
@@ -99,7 +107,7 @@ def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def sites(denoiser: nn.Module) -> list[Site]:
     """Return every Conv2d and Linear (and any other convolution) in module order."""
-    halves = dict(_skip_segments(denoiser))
+    halves = dict(skip_segments(denoiser))
     found = []
     for name, layer in denoiser.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -138,7 +146,7 @@ def _unsupported(layer: nn.Module) -> str | None:
     return None
 
 
-def _skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+def skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield the shortcut convolutions of a U-Net that read torch.cat([hidden, skip]).
 
     The hidden half is as wide as the output of the block before, walking upwards from the middle.

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -30,6 +30,15 @@ __all__ = [
     "fusable_parts",
     "wants_original",
 ]
+
+# Of CrossAttnUpBlock2D after temb, in their order.
+_CROSS_ARGUMENTS = (
+    "encoder_hidden_states",
+    "cross_attention_kwargs",
+    "upsample_size",
+    "attention_mask",
+    "encoder_attention_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,10 @@ class UpsampleParts:
 class UpBlockParts:
     """For each resnet: x = attention(resnet(torch.cat([x, skip], 1), temb)); then upsample.
 
-    Called as module(x, skips, temb, upsample_size=None), the last skip first.
+    Called as module(x, skips, temb, ...), the last skip first.
+
+    more: names of the arguments after temb; cross: the attentions are whole transformers, given
+    all of them but upsample_size.
     """
 
     name: str
@@ -97,6 +109,8 @@ class UpBlockParts:
     resnets: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     upsamplers: tuple[nn.Module, ...]
+    more: tuple[str, ...] = ("upsample_size",)
+    cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,7 @@ def _parts(name: str, module: nn.Module) -> Parts | None:
         Upsample2D: _upsample,
         UpBlock2D: _up_block,
         AttnUpBlock2D: _up_block,
+        CrossAttnUpBlock2D: _up_block,
         UNet2DModel: _head,
         UNet2DConditionModel: _head,
     }.get(type(module))
@@ -216,7 +231,10 @@ def _up_block(name: str, block: Any) -> UpBlockParts | None:
     upsamplers = tuple(block.upsamplers or ())
     if any(type(upsampler) is not Upsample2D for upsampler in upsamplers):
         return None
-    return UpBlockParts(name, block, tuple(block.resnets), attentions, upsamplers)
+    parts = (name, block, tuple(block.resnets), attentions, upsamplers)
+    if type(block) is not CrossAttnUpBlock2D:
+        return UpBlockParts(*parts)
+    return UpBlockParts(*parts, _CROSS_ARGUMENTS, cross=True)
 
 
 def _head(name: str, model: Any) -> HeadParts | None:

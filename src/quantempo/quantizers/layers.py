@@ -123,6 +123,13 @@ class QLayer(nn.Module):
             self.weight_int.copy_(pack_int4(codes.flatten(1)))
             self._unpacked = None
 
+    def relayout(self, codes: Tensor) -> None:
+        """Keep the integer weight as this int8 tensor: equal values, another memory layout."""
+        if self.weight_int.dtype == torch.int8:
+            self.weight_int = codes
+        else:
+            self._unpacked = codes
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._unpacked = None
@@ -317,9 +324,13 @@ class Int12Linear(nn.Module):
         """Return the float32 weight (unpacked once, then kept)."""
         cached = self._unpacked
         if cached is None or cached.device != self.weight_scale.device:
-            codes = unpack_int12(self.weight_high, self.weight_low).float()
-            self._unpacked = cached = codes * self.weight_scale[:, None]
+            self._unpacked = cached = self.unpack()
         return cached
+
+    def unpack(self) -> Tensor:
+        """Return the float32 weight, made anew."""
+        codes = unpack_int12(self.weight_high, self.weight_low).float()
+        return codes * self.weight_scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""

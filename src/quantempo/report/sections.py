@@ -100,8 +100,9 @@ def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
 
 def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Return batch -> measurements of `bench.json`, or else of `metrics.json`."""
-    if run.has("bench.json"):
-        return dict(run.read_json("bench.json")["batches"])
+    # Without "batches" only a GPU was timed, which has a table of its own.
+    if run.has("bench.json") and (timed := run.read_json("bench.json").get("batches")):
+        return dict(timed)
     batches: dict[str, dict[str, Any]] = {}
     metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
     for key, value in (metrics.get("ms_per_forward") or {}).items():

@@ -1,0 +1,6 @@
+"""Triton kernels of the GPU path, one op a module, each with a `launch` (layer L0).
+
+Nothing here is imported by `quantempo.kernels` itself: Triton may be absent.
+"""
+
+__all__: list[str] = []

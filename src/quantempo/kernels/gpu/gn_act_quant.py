@@ -1,0 +1,229 @@
+"""GroupNorm, SiLU and quantization of channels-last maps (Triton kernels, layer L0).
+
+    v = (x - mean_g) rstd_g gamma + beta      a = v / (1 + exp(-v))      q = clamp(rne(a / s) + z)
+
+Here lives the function that launches the kernels of `norm_kernels`; how large a part of the map a
+program takes is decided in `norm_plan`. What the op means on a CPU, and its schema, are elsewhere
+(`quantempo.kernels.ops`).
+
+Two ways. `one_launch`: a program owns all pixels of a slab of whole groups; a small slab stays in
+registers, a larger one is read again, out of the caches, to be normalized. Where that gives too
+few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
+chunk of pixels, and `apply` combines them. Both put partial moments together by Chan's formula,
+and never subtract E[x]^2. A map that is only quantized is `apply` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantempo.kernels.gpu.norm_kernels import apply, channel_moments, one_launch
+from quantempo.kernels.gpu.norm_plan import Plan, make_plan, power_of_two
+
+__all__ = ["launch"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check(
+    x: Tensor,
+    skip: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    groups: int,
+    scales: tuple[Tensor | None, Tensor | None],
+    bucket: Tensor,
+    raw_zero_points: Sequence[int],
+    codes_dtype: torch.dtype,
+) -> None:
+    """Raise ValueError for what the kernels cannot take."""
+    if x.dim() != 4 or x.dtype not in _FLOATS or not _is_dense(x):
+        raise ValueError(
+            f"got x of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}; expected "
+            "(N, C, H, W) float16, bfloat16 or float32; call .contiguous(memory_format="
+            "torch.channels_last)"
+        )
+    channels = x.shape[1]
+    if skip is not None:
+        channels += skip.shape[1]
+        like = (x.shape[0], skip.shape[1], *x.shape[2:])
+        if skip.shape != like or skip.dtype != x.dtype or not _is_dense(skip):
+            raise ValueError(
+                f"got skip of shape {tuple(skip.shape)}, strides {skip.stride()}, {skip.dtype}; "
+                f"expected channels_last {like} of {x.dtype}, as x"
+            )
+    if channels * x.shape[2] * x.shape[3] >= 2**31:
+        raise ValueError(f"got {channels} channels of {tuple(x.shape[2:])}; expected < 2^31 values")
+    for name, tensor in (("gamma", gamma), ("beta", beta)):
+        if tensor is not None and (tensor.shape != (channels,) or tensor.dtype != torch.float32):
+            raise ValueError(
+                f"got {name} of shape {tuple(tensor.shape)}, {tensor.dtype}; expected "
+                f"({channels},) float32"
+            )
+    if (gamma is None) != (beta is None):
+        raise ValueError("got one of gamma and beta; expected both, or none for no norm")
+    if gamma is not None and (groups < 1 or channels % groups):
+        raise ValueError(f"got {groups} groups; expected a divisor of {channels} channels")
+    scale, raw_scales = scales
+    rows = 0 if raw_scales is None else raw_scales.shape[0]
+    if len(raw_zero_points) != rows or rows > 2:
+        raise ValueError(
+            f"got {len(raw_zero_points)} raw zero points and {rows} rows of raw scales; expected "
+            "one of each for x, or two for x and skip"
+        )
+    for name, tensor in (("scale", scale), ("raw_scales", raw_scales)):
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise ValueError(f"got {name} of {tensor.dtype}; expected contiguous float32")
+    if bucket.dtype != torch.int64 or bucket.numel() == 0 or x.shape[0] % bucket.numel():
+        raise ValueError(
+            f"got bucket of shape {tuple(bucket.shape)}, {bucket.dtype} for {x.shape[0]} images; "
+            "expected int64 () or (B,) with B a divisor of the images"
+        )
+    if codes_dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"got codes_dtype={codes_dtype}; expected int8 or float8_e4m3fn")
+    if codes_dtype is torch.float8_e4m3fn and not _has_fp8(x.device):
+        raise ValueError("got codes_dtype=float8_e4m3fn; expected a GPU of sm_89 or newer: int8")
+
+
+def _last(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def launch(
+    x: Tensor,
+    skip: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    zero_point: int,
+    qmax: int,
+    bucket: Tensor,
+    raw_scales: Tensor | None,
+    raw_zero_points: Sequence[int],
+    raw_qmax: int,
+    codes_dtype: torch.dtype,
+    *,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize, activate and quantize torch.cat([x, skip], 1); quantize x and skip as they are.
+
+    Args:
+        x: (N, C1, H, W) float16, bfloat16 or float32, channels_last.
+        skip: (N, C2, H, W) of the same, or None.
+        gamma, beta: (C1 + C2,) float32; None: no norm, and groups and eps mean nothing.
+        groups: a divisor of C1 + C2.
+        eps: added to the biased variance.
+        silu: whether a = v / (1 + exp(-v)) follows.
+        scale: (G,) float32; None: the first result is a itself, in x.dtype.
+        zero_point, qmax: z and the largest code, unsigned; fp8 ignores them.
+        bucket: int64 () or (B,) on the device; image n uses entry n // (N / B), entry 0 if G = 1.
+        raw_scales: (S, G) float32: also return codes of x (row 0) and skip (row S - 1).
+        raw_zero_points, raw_qmax: of those.
+        codes_dtype: int8 (stored q - 128) or float8_e4m3fn (a / s, saturated).
+        plan: tiles other than `make_plan` chooses.
+
+    Returns:
+        (codes (N, C1 + C2, H, W), raw_x (N, C1, H, W), raw_skip (N, C2, H, W)), channels_last;
+        a result not asked for has shape (0,).
+
+    Raises:
+        ValueError: an argument the kernels cannot take.
+
+    Error: with e = 2^-24, a differs from its exact value by at most about
+    16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
+    the exact one, by 1, only where the exact quotient is that near a tie.
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Updating formulae and a pairwise algorithm for
+    computing sample variances, 1979.
+    """
+    scales = (scale, raw_scales)
+    _check(x, skip, gamma, beta, groups, scales, bucket, raw_zero_points, codes_dtype)
+    batch, c1, height, width = x.shape
+    channels = c1 if skip is None else c1 + skip.shape[1]
+    empty = x.new_empty(0)
+    codes = raw_x = raw_skip = empty
+    main = gamma is not None or silu or scale is not None
+    if main:
+        dtype = x.dtype if scale is None else codes_dtype
+        codes = _last((batch, channels, height, width), dtype, x.device)
+    if raw_scales is not None:
+        raw_x = _last(x.shape, codes_dtype, x.device)
+        raw_skip = empty if skip is None else _last(skip.shape, codes_dtype, x.device)
+    results = (codes, raw_x, raw_skip)
+    if x.numel() and (main or raw_scales is not None):
+        norm_groups = groups if gamma is not None else 0
+        if plan is None:
+            plan = make_plan(batch, height * width, channels, norm_groups, x.element_size())
+        quantization = (zero_point, qmax, *(raw_zero_points or (0,)), raw_qmax)
+        norm = (gamma, beta, eps)
+        _run(x, skip, norm, norm_groups, silu, scales, quantization, bucket, results, plan)
+    return results
+
+
+def _run(
+    x: Tensor, skip: Tensor | None, norm: tuple[Tensor | None, Tensor | None, float], groups: int,
+    silu: bool, scales: tuple[Tensor | None, Tensor | None], quantization: tuple[int, ...],
+    bucket: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: Plan,
+) -> None:  # fmt: skip
+    """Launch what `plan` says, into `results`."""
+    batch, c1, height, width = x.shape
+    c2 = 0 if skip is None else skip.shape[1]
+    channels, pixels = c1 + c2, height * width
+    scale, raw_scales = scales
+    zero_point, qmax, *points, raw_qmax = quantization
+
+    def source(part: int) -> int:
+        return 0 if skip is None else 2 if c1 % part else 1
+
+    slabs = -(-channels // plan.width)
+    raw_row = raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
+    tensors = (scale, raw_scales, raw_row, bucket, *results)
+    numbers = (
+        pixels, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0], points[-1], raw_qmax,
+    )  # fmt: skip
+    meta = {
+        "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
+        "EVEN": pixels % plan.block_p == 0, "GROUP": channels // groups if groups else 1,
+        "GROUPS": power_of_two(plan.width * groups // channels) if groups else 1,
+        "SOURCE": source(plan.width), "SILU": silu, "QUANTIZE": scale is not None,
+        "MAIN": results[0].numel() > 0, "RAW": raw_scales is not None,
+        "FP8": torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
+        "MANY": scale is not None and scale.shape[0] > 1,
+        "RAW_MANY": raw_scales is not None and raw_scales.shape[1] > 1,
+        "num_warps": plan.warps,
+    }  # fmt: skip
+    if plan.one_launch:
+        one_launch[(batch * slabs,)](
+            x, skip, *norm, *tensors, slabs, *numbers,
+            HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll, **meta,
+        )  # fmt: skip
+        return
+    moments, stat_chunks = None, 0
+    if groups:
+        stat_chunks, stat_slabs = -(-pixels // plan.stat_p), -(-channels // plan.stat_c)
+        size = (batch, stat_chunks, 2, channels)
+        moments = torch.empty(size, dtype=torch.float32, device=x.device)
+        channel_moments[(batch * stat_chunks * stat_slabs,)](
+            x, skip, moments, stat_slabs, stat_chunks, pixels, c1, c2, BLOCK_P=plan.stat_p,
+            BLOCK_C=plan.stat_c, SOURCE=source(plan.stat_c), num_warps=plan.stat_warps,
+        )  # fmt: skip
+    chunks = -(-pixels // plan.block_p)
+    apply[(batch * chunks * slabs,)](
+        x, skip, *norm, moments, *tensors, slabs, chunks, stat_chunks, *numbers,
+        STAT_P=plan.stat_p, STAT_CHUNKS=power_of_two(stat_chunks or 1), NORM=groups > 0, **meta,
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""What follows the sums of a tile on Hopper: rows of channels, a few pixels at a time (layer L0).
+
+The formula of `epilogue`, in the order of `kernels.ops.qconv2d`. Tiles are [channels, pixels] here.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+__all__ = ["pixel", "prefetch_rows", "scale_of", "write_rows"]
+
+
+@gluon.jit
+def pixel(
+    p, place, images, out_h, out_w, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
+    UPSAMPLE: gl.constexpr,
+):  # fmt: skip
+    """Return (image, row, column, number of the pixel, whether it exists) of pixels p of a tile."""
+    n = place[0] + p // (BLOCK_H * BLOCK_W)
+    h = place[1] + (p // BLOCK_W) % BLOCK_H
+    w = place[2] + p % BLOCK_W
+    if UPSAMPLE:
+        h = 2 * h + place[3]
+        w = 2 * w + place[4]
+    seen = (n < images) & (h < out_h) & (w < out_w)
+    return n, h, w, gl.where(seen, (n * out_h + h) * out_w + w, 0), seen
+
+
+@gluon.jit
+def prefetch_rows(
+    source, place, images, out_h, out_w, outs, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr,
+    BLOCK_O: gl.constexpr, PIXELS: gl.constexpr, UPSAMPLE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Ask for the tile's part of an image (N, H, W, O), so that it lies in L2 when it is read."""
+    LINE: gl.constexpr = 128 // (source.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: gl.constexpr = max(BLOCK_O // LINE, 1)
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, num_warps], [1, 0])
+    p = gl.arange(0, PIXELS, gl.SliceLayout(0, flat))
+    line = gl.arange(0, LINES, gl.SliceLayout(1, flat))
+    row = pixel(p, place, images, out_h, out_w, BLOCK_H, BLOCK_W, UPSAMPLE)[3]
+    o = gl.minimum(place[5] + line * LINE, outs - 1)
+    at = gl.expand_dims(row.to(gl.int64) * outs, 0) + gl.expand_dims(o, 1)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [source + at], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _border(
+    h, w, seen, in_h, in_w, KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr,
+    LEFT: gl.constexpr, UPSAMPLE: gl.constexpr,
+):  # fmt: skip
+    """Return the row of the border table: 4 (above + 2 below) + (left + 2 right)."""
+    if UPSAMPLE:
+        in_h = 2 * in_h
+        in_w = 2 * in_w
+    top = h * STRIDE - TOP
+    left = w * STRIDE - LEFT
+    edge = 4 * ((top < 0).to(gl.int32) + 2 * (top + KERNEL > in_h).to(gl.int32))
+    edge += (left < 0).to(gl.int32) + 2 * (left + KERNEL > in_w).to(gl.int32)
+    return gl.where(seen, edge, 0)
+
+
+@gluon.jit
+def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED: gl.constexpr):
+    """Return the scale of each pixel [1, P], or one for all if the batch is at one time."""
+    if BUCKETS == 1:
+        scale = gl.load(scales)
+    elif MIXED:
+        scale = gl.expand_dims(gl.load(scales + gl.load(bucket + row // rows_per_bucket)), 0)
+    else:
+        scale = gl.load(scales + gl.load(bucket))
+    return scale
+
+
+@gluon.jit
+def _requantize(v, scale, zero, qmax, INT8: gl.constexpr):
+    v = v * gl.div_rn(1.0, scale)
+    if INT8:
+        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        v = gl.minimum(gl.maximum(v, -1024.0), 1024.0)
+        v = (v + 12582912.0) - 12582912.0 + zero
+        q = (gl.minimum(gl.maximum(v, 0.0), qmax * 1.0) - 128.0).to(gl.int8)
+    else:
+        q = gl.minimum(gl.maximum(v, -448.0), 448.0).to(gl.float8e4nv)
+    return q
+
+
+@gluon.jit
+def _halves(x):
+    """Return the two halves of the pixels of a tile; no data moves."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def write_rows(
+    sums, partial, tile, place, y, act_scale, weight_scale, table, bucket, bias, shift, residual,
+    side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h, out_w,
+    outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
+    KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
+    UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BUCKETS: gl.constexpr,
+    SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
+    BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, PIXELS: gl.constexpr,
+    SPLITS: gl.constexpr, FP8: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Scale, correct, add, quantize and store a tile.
+
+    sums: [O, P] integers, or with SIDES > 0 floats that hold all but the border's part; with
+    SPLITS > 1 they lie in `partial` instead and are added here, in a fixed order.
+    """
+    CHUNK: gl.constexpr = min(PIXELS, 32)
+    PIECES: gl.constexpr = PIXELS // CHUNK
+    SLOTS: gl.constexpr = SPLITS + SIDES
+    VEC: gl.constexpr = 8
+    ACROSS: gl.constexpr = min(BLOCK_O // VEC, 32)
+    rows: gl.constexpr = gl.BlockedLayout(
+        [VEC, 1], [ACROSS, 32 // ACROSS], [1, num_warps], [0, 1]
+    )
+    here = gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
+    o = place[5] + here
+    mask_o = o < outs
+    factor = gl.load(weight_scale + o, mask=mask_o, other=0.0)
+    inner = gl.load(table + o, mask=mask_o, other=0)
+    add = gl.full([BLOCK_O], 0.0, gl.float32, gl.SliceLayout(1, rows))
+    if bias is not None:
+        add += gl.load(bias + o, mask=mask_o, other=0.0)
+    if shift is not None and BLOCK_N == 1:
+        # One image, one row of shifts.
+        add += gl.load(shift + place[0] * shift_stride + o, mask=mask_o, other=0.0).to(gl.float32)
+    vectors = (
+        gl.expand_dims(o, 1), gl.expand_dims(mask_o, 1), gl.expand_dims(factor, 1),
+        gl.expand_dims(inner, 1), gl.expand_dims(add, 1),
+    )  # fmt: skip
+    pieces = (sums,)
+    if SPLITS == 1 and PIECES == 2:
+        pieces = _halves(sums)
+    elif SPLITS == 1 and PIECES == 4:
+        low, high = _halves(sums)
+        pieces = _halves(low) + _halves(high)
+    elif SPLITS == 1 and PIECES == 8:
+        low, high = _halves(sums)
+        a, b = _halves(low)
+        c, d = _halves(high)
+        pieces = _halves(a) + _halves(b) + _halves(c) + _halves(d)
+    for i in gl.static_range(PIECES):
+        p = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, rows))
+        at = partial
+        if SPLITS > 1:
+            at = partial + (tile * SLOTS).to(gl.int64) * (BLOCK_O * PIXELS)
+            at = at + (gl.expand_dims(p * BLOCK_O, 0) + gl.expand_dims(here, 1))
+            v = gl.load(at, cache_modifier=".cg")
+            for slot in gl.static_range(1, SPLITS):
+                v += gl.load(at + slot * BLOCK_O * PIXELS, cache_modifier=".cg")
+        else:
+            v = gl.convert_layout(pieces[i], rows)
+        _write_piece(
+            v, at, p, vectors, place, y, act_scale, table, bucket, shift, residual,
+            side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h,
+            out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
+            KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS, OUT_BUCKETS, MIXED,
+            BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O * PIXELS, SPLITS, FP8,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _side_terms(
+    at, o, mask_o, row, side_scales, side_weight_scale, side_table, bucket, outs, rows_per_bucket,
+    SIDES: gl.constexpr, SPLITS: gl.constexpr, SIDE_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
+    AREA: gl.constexpr, FP8: gl.constexpr,
+):  # fmt: skip
+    """Return the sum of the side terms, whose sums lie behind those of the splits at `at`."""
+    factor = gl.load(side_weight_scale + o, mask=mask_o, other=0.0)
+    f = 0.0
+    for side in gl.static_range(SIDES):
+        u = gl.load(at + (SPLITS + side) * AREA, cache_modifier=".cg")
+        if not FP8:
+            u -= gl.load(side_table + side * outs + o, mask=mask_o, other=0)
+        s = scale_of(
+            side_scales + side * SIDE_BUCKETS, bucket, row, rows_per_bucket, SIDE_BUCKETS, MIXED
+        )
+        f += u.to(gl.float32) * (s * factor)
+    return f
+
+
+@gluon.jit
+def _write_piece(
+    v, at, p, vectors, place, y, act_scale, table, bucket, shift, residual,
+    side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h, out_w, outs,
+    rows_per_bucket, shift_stride, out_zero, out_qmax,
+    KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
+    UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BUCKETS: gl.constexpr,
+    SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
+    BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, AREA: gl.constexpr, SPLITS: gl.constexpr,
+    FP8: gl.constexpr,
+):  # fmt: skip
+    """Finish the sums [O, CHUNK] of pixels p."""
+    o, mask_o, factor, inner, add = vectors
+    n, h, w, row, seen = pixel(p, place, images, out_h, out_w, BLOCK_H, BLOCK_W, UPSAMPLE)
+    inside = gl.expand_dims(seen, 0) & mask_o
+    where = gl.expand_dims(row.to(gl.int64) * outs, 0) + o
+    t = inner
+    if BORDER:
+        # Few pixels are at the border: only they read their row of the table, the others 0.
+        edge = _border(h, w, seen, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE)
+        rim = gl.expand_dims(edge > 0, 0) & inside
+        t = gl.load(table + gl.expand_dims(edge * outs, 0) + o, mask=rim, other=0)
+    if RAW:
+        v -= inner
+        if BORDER:
+            v -= t
+        gl.store(y + where, v, mask=inside)
+    else:
+        scale = factor * scale_of(act_scale, bucket, row, rows_per_bucket, BUCKETS, MIXED)
+        if SIDES > 0 and SPLITS == 1:
+            f = v + add
+        elif FP8:
+            f = v * scale + add
+        else:
+            # The constant part in float: one multiply-add a pixel, an error of 2^-24 |acc| s.
+            f = v.to(gl.float32) * scale + (add - inner.to(gl.float32) * scale)
+        if BORDER and not FP8:
+            f -= t.to(gl.float32) * scale
+        if SIDES > 0 and SPLITS > 1:
+            f += _side_terms(
+                at, o, mask_o, row, side_scales, side_weight_scale, side_table, bucket, outs,
+                rows_per_bucket, SIDES, SPLITS, SIDE_BUCKETS, MIXED, AREA, FP8,
+            )  # fmt: skip
+        if shift is not None and BLOCK_N > 1:
+            image = gl.expand_dims(gl.where(seen, n, 0) * shift_stride, 0)
+            f += gl.load(shift + image + o, mask=inside, other=0.0).to(gl.float32)
+        if ACTIVATION == "gelu":
+            f = 0.5 * f * (1.0 + gl.erf(f * 0.7071067811865476))
+        elif ACTIVATION == "silu":
+            f = f / (1.0 + gl.exp(-f))
+        if residual is not None:
+            f += gl.load(residual + where, mask=inside, other=0.0).to(gl.float32)
+        if out_scale is not None:
+            s = scale_of(out_scale, bucket, row, rows_per_bucket, OUT_BUCKETS, MIXED)
+            q = _requantize(f, s, out_zero, out_qmax, not FP8)
+            gl.store(y + where, q, mask=inside)
+        else:
+            gl.store(y + where, f.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,157 @@
+"""Call the contraction: which kernel, which tile, descriptors, grid, workspace (layer L0)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from quantempo.kernels.gpu.contraction import contract
+from quantempo.kernels.gpu.tuning import Problem, Tile, choose_tile, multiprocessors, tile_pixels
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from quantempo.kernels.gpu.hopper import contract_hopper
+except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs
+    contract_hopper = None
+
+__all__ = ["PATHS", "choose_path", "run"]
+
+# "hopper": `hopper.contract_hopper`; "tma": `contraction.contract` on descriptors; "pointers": the
+# same from pointers, on any GPU that has int8 tensor cores.
+PATHS = ("hopper", "tma", "pointers")
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@functools.cache
+def choose_path(device: torch.device) -> str:
+    """Return the path for a device: that of Hopper where it can run, else pointers."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "pointers"
+    return "pointers" if contract_hopper is None else "hopper"
+
+
+def _image(codes: Tensor, stride: int, box: tuple[int, int, int], channels: int) -> tuple[Any, ...]:
+    """(N, C, H, W) channels_last seen as (N, H / s, s, W / s, s C), in boxes of one tap."""
+    n, c, h, w = codes.shape
+    s = stride
+    shape = [n, h // s, s, w // s, s * c]
+    strides = [h * w * c, s * w * c, w * c, s * c, 1]
+    return codes, shape, strides, [box[0], box[1], 1, box[2], channels]
+
+
+def _rows(weight: Tensor, outs: int, channels: int) -> tuple[Any, ...]:
+    """Weights (O, ...) seen as (O, K), in boxes (outs, channels)."""
+    width = weight.numel() // weight.shape[0]
+    return weight, [weight.shape[0], width], [width, 1], [outs, channels]
+
+
+def _describe(path: str, parts: tuple[Any, ...]) -> Any:
+    base, shape, strides, block = parts
+    if path == "tma":
+        return TensorDescriptor(base, shape, strides, block)
+    kind = gl.float8e4nv if base.dtype == torch.float8_e4m3fn else gl.int8
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    return GluonDescriptor(base, shape, strides, block, layout)
+
+
+def _workspace(
+    tiles: int, slots: int, tile: Tile, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return room for the sums that are shared, and zeroed counters, which launches leave zero.
+
+    The counters are those of the current stream: launches of one stream follow each other.
+    """
+    partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _counters.get((device, stream))
+    if known is None or known.numel() < tiles:
+        # Never fewer than any launch asks for: a recorded graph keeps what it was given.
+        known = torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device)
+        _counters[device, stream] = known
+    return partial, known
+
+
+def run(
+    codes: Tensor, weight: Tensor, y: Tensor, tile: Tile | None = None, *,
+    path: str | None = None,
+    act_scale: Tensor, weight_scale: Tensor, table: Tensor, bucket: Tensor,
+    bias: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    side_codes: list[Tensor] | tuple[Tensor, ...] = (),
+    side_weights: list[Tensor] | tuple[Tensor, ...] = (), side_scales: Tensor | None = None,
+    side_weight_scale: Tensor | None = None, side_table: Tensor | None = None,
+    kernel: int = 1, stride: int = 1, border: tuple[int, int] = (0, 0), upsample: bool = False,
+    activation: str = "none",
+    out_scale: Tensor | None = None, out_zero: int = 0, out_qmax: int = 255,
+) -> Tensor:  # fmt: skip
+    """Contract images (N, C, H, W), channels_last, into y (N, O, H', W').
+
+    Arguments as those of `kernels.ops.qconv2d`; border is (top, left). Tile and path are chosen by
+    measured rules unless given.
+    """
+    images, channels, in_h, in_w = codes.shape
+    outs, out_h, out_w = y.shape[1:]
+    if y.numel() == 0:
+        return y
+    path = path or choose_path(codes.device)
+    # Parity as an index needs whole pairs, and no box that reaches over a pair's channels.
+    if path != "pointers" and stride == 2 and (in_h % 2 or in_w % 2 or channels % 64):
+        path = "pointers"
+    across = (in_h, in_w) if upsample else (out_h, out_w)
+    widths = tuple(side.shape[1] for side in side_codes)
+    phases = 4 if upsample else 1
+    tile = tile or choose_tile(
+        Problem(images, *across, phases, outs, channels, kernel, stride, widths),
+        path, multiprocessors(codes.device),
+    )  # fmt: skip
+    box = tile_pixels(tile.pixels, images, *across)
+    tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
+    tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    sides = len(side_codes)
+    slots = tile.splits + sides if tile.splits > 1 else 1
+    partial = counters = None
+    if tile.splits > 1:
+        dtype = torch.float32 if fp8 else torch.int32
+        partial, counters = _workspace(tiles, slots, tile, dtype, codes.device)
+    operands: list[Any] = [codes, weight]
+    for side, side_weight in zip(side_codes, side_weights, strict=True):
+        operands += [side, side_weight]
+    if path != "pointers":
+        for i in range(0, len(operands), 2):
+            by = stride if i == 0 else 1
+            operands[i] = _describe(path, _image(operands[i], by, box, tile.channels))
+            operands[i + 1] = _describe(path, _rows(operands[i + 1], tile.outs, tile.channels))
+    operands += [None] * (6 - len(operands))
+    width0, width1 = (*widths, 0, 0)[:2]
+    args = (
+        *operands, y, partial, counters,
+        act_scale, weight_scale, table, bucket, bias, shift, residual,
+        side_scales, side_weight_scale, side_table, out_scale,
+        images, in_h, in_w, out_h, out_w, channels, width0, width1, outs,
+        images * out_h * out_w // bucket.numel(), 0 if shift is None else shift.stride(0),
+        out_zero, out_qmax,
+    )  # fmt: skip
+    switches = {
+        "KERNEL": kernel, "STRIDE": stride, "TOP": border[0], "LEFT": border[1],
+        "UPSAMPLE": upsample, "SIDES": sides, "BUCKETS": act_scale.shape[0],
+        "SIDE_BUCKETS": 1 if side_scales is None else side_scales.shape[1],
+        "OUT_BUCKETS": 1 if out_scale is None else out_scale.shape[0],
+        "MIXED": bucket.numel() > 1, "BORDER": kernel > 1, "RAW": y.dtype == torch.int32,
+        "ACTIVATION": activation, "BLOCK_N": box[0], "BLOCK_H": box[1], "BLOCK_W": box[2],
+        "BLOCK_O": tile.outs, "BLOCK_C": tile.channels, "STAGES": tile.stages,
+        "SPLITS": tile.splits, "FP8": fp8, "num_warps": tile.warps,
+    }  # fmt: skip
+    if path == "hopper":
+        programs = min(tiles, tile.programs * multiprocessors(codes.device))
+        contract_hopper[(tiles if tile.splits > 1 else programs, slots)](*args, tiles, **switches)
+    else:
+        contract[(tiles, slots)](*args, **switches, TMA=path == "tma", num_stages=tile.stages)
+    return y

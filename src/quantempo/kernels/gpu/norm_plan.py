@@ -1,0 +1,165 @@
+"""How large a part of a map each program of the normalization kernels takes (layer L0).
+
+Plain integers, no Triton: the choice depends on the shape alone, so it is made once a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+__all__ = ["Plan", "make_plan", "power_of_two"]
+
+# Nanoseconds are guesses for an H100; only the order of two plans matters.
+_BYTES_A_NS = 2500.0
+# One program alone: latency of its first bytes, then what its few loads under way can fetch.
+_PROGRAM_NS, _PROGRAM_BYTES_A_NS = 1500.0, 12.0
+_LAUNCH_NS = 3000.0
+# 132 multiprocessors, five programs of 8 warps and 48 registers a thread on each.
+_RESIDENT = 660
+# Enough programs that none of 132 multiprocessors stands idle.
+_FILL = 264
+_SECTOR = 32
+# A map of so many elements a slab stays in the registers of 8 warps, 32 a thread.
+_HELD = 8192
+# A slab that is read twice passes through 8 warps, 8 elements a thread: 48 registers.
+_STREAMED = 2048
+_STREAM_STAGES = 3
+# Wider slabs only where one group is wider.
+_WIDE, _WIDEST = 128, 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a call.
+
+    Attributes:
+        one_launch: a program sees all pixels of its slab; otherwise moments are written first.
+        width: channels of a slab (whole groups where there are groups).
+        block_p: pixels of a tile, a power of two.
+        block_c: `width` rounded up to a power of two.
+        warps: warps of a program.
+        stages, unroll: of the loops over tiles, where a slab is more than one tile: tiles under
+            way at once (1: loads are not moved ahead), and tiles an iteration.
+        stat_p, stat_c, stat_warps: tile of the launch that writes moments.
+    """
+
+    one_launch: bool
+    width: int
+    block_p: int
+    block_c: int
+    warps: int
+    stages: int = 1
+    unroll: int = 1
+    stat_p: int = 0
+    stat_c: int = 0
+    stat_warps: int = 0
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _warps(elements: int, a_thread: int, most: int) -> int:
+    return max(1, min(most, power_of_two(_ceil(elements, 32 * a_thread))))
+
+
+def _cut(width: int, itemsize: int) -> float:
+    """Return sectors touched over sectors needed, of segments of `width` values in a row."""
+    length = width * itemsize
+    return (length + _SECTOR - gcd(length, _SECTOR)) / length
+
+
+def _traffic_ns(elements: int, width: int, itemsize: int, reads: int) -> float:
+    """Return the time of reading `elements` so often and writing one byte for each."""
+    # Neighbouring slabs find the other half of a cut sector in the cache, so a cut costs less.
+    read = reads * itemsize * (1 + 0.5 * (_cut(width, itemsize) - 1))
+    written = 1 + 0.5 * (_cut(width, 1) - 1)
+    padded = power_of_two(width) / width
+    vector = {8: 1.0, 4: 1.1, 2: 1.3, 1: 1.6}[gcd(width, 8)]
+    return elements * (read + written) * vector * (1 + 0.25 * (padded - 1)) / _BYTES_A_NS
+
+
+def _one_launch_ns(images: int, pixels: int, channels: int, width: int, itemsize: int) -> float:
+    programs = images * _ceil(channels, width)
+    # Read again out of the caches, which takes about half as long.
+    alone = _PROGRAM_NS + 1.5 * pixels * power_of_two(width) * itemsize / _PROGRAM_BYTES_A_NS
+    traffic = _traffic_ns(images * pixels * channels, width, itemsize, 1)
+    # A tenth of a program's own time: among equals, the one with the shorter tail.
+    return _LAUNCH_NS + max(traffic, _ceil(programs, _RESIDENT) * alone) + 0.1 * alone
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    images: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    itemsize: int,
+    one_launch: bool | None = None,
+) -> Plan:
+    """Return the tiles for N images of P pixels and C channels.
+
+    Args:
+        images: N >= 1.
+        pixels: P = H W >= 1.
+        channels: C, x and skip together.
+        groups: of the norm, a divisor of C; 0: there is none.
+        itemsize: bytes of an element of x.
+        one_launch: which way; None: the one expected to be faster.
+
+    Raises:
+        ValueError: a group of more channels than a program takes.
+    """
+    if groups == 0:
+        return _pointwise(images, pixels, channels)
+    group = channels // groups
+    if group > _WIDEST:
+        raise ValueError(f"got groups of {group} channels; expected at most {_WIDEST}")
+    widths = [k * group for k in range(1, groups + 1) if k * group <= _WIDE] or [group]
+    single = min(widths, key=lambda w: _one_launch_ns(images, pixels, channels, w, itemsize))
+    double = min(widths, key=lambda w: _traffic_ns(1 << 24, w, itemsize, 1))
+    if one_launch is None:
+        traffic = _traffic_ns(images * pixels * channels, double, itemsize, 2)
+        two_launches_ns = 2 * _LAUNCH_NS + 2 * _PROGRAM_NS + traffic
+        one_launch = _one_launch_ns(images, pixels, channels, single, itemsize) <= two_launches_ns
+    if not one_launch:
+        return _two_launches(images, pixels, channels, double)
+    block_c = power_of_two(single)
+    block_p = power_of_two(pixels)
+    if block_p * block_c <= _HELD:
+        return Plan(True, single, block_p, block_c, _warps(block_p * block_c, 16, 8))
+    return Plan(True, single, max(1, _STREAMED // block_c), block_c, 8, _STREAM_STAGES)
+
+
+def _two_launches(images: int, pixels: int, channels: int, width: int) -> Plan:
+    block_c = power_of_two(width)
+    slabs = _ceil(channels, width)
+    block_p = power_of_two(max(1, min(pixels, 16384 // block_c)))
+    while block_p > 16 and images * slabs * _ceil(pixels, block_p) < _FILL:
+        block_p //= 2
+    stat_c = min(64, power_of_two(channels))
+    stat_p = power_of_two(max(1, min(pixels, 32768 // stat_c)))
+    while stat_p > 64 and images * _ceil(channels, stat_c) * _ceil(pixels, stat_p) < _FILL:
+        stat_p //= 2
+    return Plan(
+        False, width, block_p, block_c, _warps(block_p * block_c, 32, 16),
+        stat_p=stat_p, stat_c=stat_c, stat_warps=_warps(stat_p * stat_c, 64, 16),
+    )  # fmt: skip
+
+
+def _pointwise(images: int, pixels: int, channels: int) -> Plan:
+    block_c = min(128, power_of_two(channels))
+    while block_c > 32 and channels % block_c:
+        block_c //= 2
+    elements = 8192
+    while elements > 1024 and images * pixels * channels < _FILL * elements:
+        elements //= 2
+    block_p = power_of_two(max(1, min(pixels, elements // block_c)))
+    return Plan(False, block_c, block_p, block_c, _warps(block_p * block_c, 32, 8))

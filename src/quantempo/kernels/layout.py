@@ -1,0 +1,105 @@
+"""How codes and weights lie in memory for the GPU operators, and their zero-point tables (L0).
+
+    stored code q' = q - 128    z' = z - 128    sum (q - z) w = sum q' w - z' sum w
+
+The last sum runs over the taps inside the image, so it is a table over the places a window can
+have: 4 classes of rows times 4 of columns, of which an image of more than one row and column has 9.
+Everything here is done once, when a model is packed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "OFFSET",
+    "border_class",
+    "border_table",
+    "conv_weight",
+    "output_size",
+    "row_table",
+    "signed_codes",
+    "unsigned_codes",
+]
+
+OFFSET = 128
+
+
+def signed_codes(codes: Tensor) -> Tensor:
+    """Return q' = q - 128 as int8 for codes q, uint8 of any shape; the memory layout is kept."""
+    # Flipping the top bit subtracts 128 modulo 256.
+    return (codes ^ 128).view(torch.int8)
+
+
+def unsigned_codes(codes: Tensor) -> Tensor:
+    """Return q = q' + 128 as uint8 for stored codes, int8; the inverse of `signed_codes`."""
+    return codes.view(torch.uint8) ^ 128
+
+
+def conv_weight(weight: Tensor) -> Tensor:
+    """Return a convolution weight (O, C, kh, kw) as contiguous (O, kh kw, C), taps row-major."""
+    out, channels = weight.shape[:2]
+    return weight.permute(0, 2, 3, 1).reshape(out, -1, channels).contiguous()
+
+
+def border_table(weight: Tensor, zero_point: int) -> Tensor:
+    """Return z' * sum of w[o] over all taps (row 0), minus those over taps outside the image.
+
+        sum (q - z) w = sum q' w - table[0, o] - (table[4 rc + cc, o] if rc or cc else 0)
+
+    rc = (first tap row above the image) + 2 (last tap row below it), cc likewise for columns. Inside
+    the image only row 0 is needed, and it is the same for all pixels.
+
+    Args:
+        weight: int8 (O, C, kh, kw); float8 codes have no zero point, their table is 0.
+        zero_point: z of the unsigned codes, in [0, 255].
+
+    Returns:
+        int32 (16, O), contiguous.
+    """
+    out, _, kh, kw = weight.shape
+    if weight.dtype != torch.int8:
+        return torch.zeros((16, out), dtype=torch.int32, device=weight.device)
+    taps = weight.sum(1, dtype=torch.int64)
+    table = torch.zeros((16, out), dtype=torch.int64, device=weight.device)
+    for rc in range(4):
+        rows = slice(rc & 1, kh - (rc >> 1))
+        for cc in range(4):
+            columns = slice(cc & 1, kw - (cc >> 1))
+            table[4 * rc + cc] = (zero_point - OFFSET) * taps[:, rows, columns].sum((1, 2))
+    table[1:] -= table[0]
+    return table.to(torch.int32)
+
+
+def row_table(weight: Tensor, zero_point: int) -> Tensor:
+    """Return table[o] = z' * sum_k w[o, k], int32 (O,), of an int8 (or float8: 0) weight (O, K)."""
+    if weight.dtype != torch.int8:
+        return torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+    return ((zero_point - OFFSET) * weight.sum(1, dtype=torch.int64)).to(torch.int32)
+
+
+def output_size(
+    height: int, width: int, kernel: int, stride: int, border: list[int], upsample: bool
+) -> tuple[int, int]:
+    """Return the rows and columns of a convolution's result.
+
+    H' = (repeat H + top + bottom - kernel) // stride + 1, repeat = 2 if `upsample` else 1.
+    """
+    repeat = 2 if upsample else 1
+    top, bottom, left, right = border
+    rows = (repeat * height + top + bottom - kernel) // stride + 1
+    columns = (repeat * width + left + right - kernel) // stride + 1
+    return rows, columns
+
+
+def border_class(size: int, outputs: int, kernel: int, stride: int, before: int) -> Tensor:
+    """Return the class of each window along one axis, int64 (outputs,): (above) + 2 (below).
+
+    Args:
+        size: rows (or columns) of the image, upsampled.
+        outputs: windows along the axis.
+        before: padded rows before the image.
+    """
+    first = torch.arange(outputs) * stride - before
+    return (first < 0).long() + 2 * (first + kernel - 1 >= size).long()
