@@ -58,4 +58,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	exit 1
 	@$(BIN)/python -m pip install -qq -c constraints.txt $(TORCH_ARGS) torch
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRAS)]'
+	@# CPU builds of torch bring no Triton, which the tests of the GPU kernels interpret and compile;
+	@# 3.6.0 is what docs/gpu.md was measured with, and its interpreter needs NumPy before 2.4.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/python -m pip install -qq --no-deps triton==3.6.0
 	@touch $@

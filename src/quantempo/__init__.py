@@ -20,6 +20,7 @@ _PUBLIC = {
     "attach": "quantempo.backends.engine",
     "detach": "quantempo.backends.engine",
     "evaluate": "quantempo.quality",
+    "graphed": "quantempo.backends.graphs",
     "open_model": "quantempo.quality",
     "quantize": "quantempo.pipeline",
     "render": "quantempo.report",

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -213,6 +215,7 @@ class Binary:
         shared: bytes of shared memory a program, as Triton asks for it.
         sass: the machine code, one instruction a line.
         ptx: before the assembler.
+        messages: what the assembler said, if asked to speak.
     """
 
     registers: int
@@ -221,6 +224,7 @@ class Binary:
     shared: int
     sass: str
     ptx: str
+    messages: str = ""
 
     def count(self, pattern: str) -> int:
         """Return the number of instructions whose text contains the regular expression."""
@@ -243,15 +247,40 @@ def variant(launch: Launch, arch: int = 90) -> str:
     return f"{launch.kernel.fn.__name__} {specialization} {options}"
 
 
-def compiled(launch: Launch, arch: int) -> Binary:
-    """Compile a recorded launch for sm_ARCH, specialized exactly as the launch would have been."""
+@contextmanager
+def speaking() -> Iterator[list[str]]:
+    """Compile anew, not from Triton's cache, and collect what the assembler prints."""
+    messages: list[str] = []
+    knobs = triton.knobs
+    before = knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log
+    printed = io.StringIO()
+    try:
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        with redirect_stdout(printed):
+            yield messages
+    finally:
+        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = before
+        messages.append(printed.getvalue())
+
+
+def compiled(launch: Launch, arch: int, messages: bool = False) -> Binary:
+    """Compile a recorded launch for sm_ARCH, specialized exactly as the launch would have been.
+
+    Args:
+        launch: of a Triton or a Gluon kernel; tensor descriptors among its arguments will do.
+        arch: 80, 89, 90, ...
+        messages: compile anew, so that the assembler's messages are there.
+    """
     kernel = launch.kernel
     target, backend, kwargs, arguments, specialization, options = bound(launch, arch)
     options, signature, constants, attributes = kernel._pack_args(
         backend, kwargs, arguments, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    result = triton.compile(source, target=target, options=options.__dict__)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, signature, constants, attributes)
+    said: list[str] = []
+    with speaking() if messages else nullcontext(said) as said:
+        result = triton.compile(source, target=target, options=options.__dict__)
     sass, usage = disassembled(result.asm["cubin"])
     return Binary(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
@@ -260,6 +289,7 @@ def compiled(launch: Launch, arch: int) -> Binary:
         shared=int(result.metadata.shared),
         sass=sass,
         ptx=result.asm["ptx"],
+        messages="".join(said),
     )
 
 

@@ -48,8 +48,8 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
 
         sum (q - z) w = sum q' w - table[0, o] - (table[4 rc + cc, o] if rc or cc else 0)
 
-    rc = (first tap row above the image) + 2 (last tap row below it), cc likewise for columns. Inside
-    the image only row 0 is needed, and it is the same for all pixels.
+    rc = (first tap row above the image) + 2 (last tap row below it), cc likewise for columns.
+    Inside the image only row 0 is needed, and it is the same for all pixels.
 
     Args:
         weight: int8 (O, C, kh, kw); float8 codes have no zero point, their table is 0.

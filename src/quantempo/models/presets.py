@@ -125,7 +125,8 @@ def random_inputs(
     sample = "hidden_states" if kind == "DiTTransformer2DModel" else "sample"
     inputs: dict[str, Any] = {
         sample: normal(batch, config["in_channels"], height, width),
-        "timestep": torch.full((batch,), int(time), device=device),
+        # As pipelines pass it: U-Nets get one number for all rows.
+        "timestep": torch.full((batch,) if "DiT" in kind else (), int(time), device=device),
     }
     if kind == "UNet2DConditionModel":
         inputs["encoder_hidden_states"] = normal(batch, _TEXT_TOKENS, config["cross_attention_dim"])

@@ -50,6 +50,8 @@ def capture(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         graph.replay()
         return output
 
+    # The graph reads the network's weights where they are, and does not keep them alive itself.
+    replay.recorded = forward  # type: ignore[attr-defined]
     return replay
 
 

@@ -6,6 +6,9 @@ Tiles are [pixels, output channels] here, so that every load and store runs alon
 which are contiguous in memory.
 """
 
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
@@ -75,8 +78,8 @@ def requantize(v, scale, zero, qmax, dtype: tl.constexpr):
 
 @triton.jit
 def finish(
-    v, image, row, o, inside, outs, y, bias, shift, shift_stride, residual, out_scale, bucket, rows_per_bucket,
-    out_zero, out_qmax,
+    v, image, row, o, inside, outs, y, bias, shift, shift_stride, residual, out_scale, bucket,
+    rows_per_bucket, out_zero, out_qmax,
     BUCKETS: tl.constexpr, MIXED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Add what there is to add, quantize if asked to, and store [pixels, O]."""

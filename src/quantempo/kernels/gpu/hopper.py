@@ -7,6 +7,9 @@ and the sums are turned to rows of channels a few pixels at a time, so that two 
 multiprocessor and one computes while the other writes.
 """
 
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -44,6 +47,7 @@ def _place(
 
 @gluon.jit
 def _choose(other, here, there):
+    """Return the place `there` if `other`, else `here`."""
     return (
         gl.where(other, there[0], here[0]),
         gl.where(other, there[1], here[1]),
@@ -56,6 +60,7 @@ def _choose(other, here, there):
 
 @gluon.jit
 def _copy(x, weight, from_x, from_w, buffers, stage, some):
+    """Start the copies of a box of x and one of weight into a stage, if `some`."""
     smem_x, smem_w, bars = buffers
     bar = bars.index(stage)
     mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes, pred=some)
@@ -126,9 +131,7 @@ def _sum(
         stage = at % STAGES
         mbarrier.wait(bars.index(stage), (at // STAGES) & 1)
         pixels = smem_x.index(stage).reshape([PIXELS, BLOCK_C]).permute((1, 0))
-        acc = warpgroup_mma(
-            smem_w.index(stage), pixels, acc, use_acc=step > first, is_async=True
-        )
+        acc = warpgroup_mma(smem_w.index(stage), pixels, acc, use_acc=step > first, is_async=True)
         # All but the newest are done, so the stage before this one is free.
         acc = warpgroup_mma_wait(1, deps=[acc])
         ahead = step + STAGES - 1
@@ -181,9 +184,25 @@ def _share(
 
 
 @gluon.jit
+def _after_predecessor():
+    """Wait for the kernel before this one, and let the one after it be put in place.
+
+    Launched early (programmatic dependent launch) a program finds its place and sets up its
+    barriers while the kernel before it ends; it must not touch what that one writes any sooner.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _buffers(x, weight, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr):
     """Return shared memory for the stages and their barriers."""
-    smem_x = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
+    box: gl.constexpr = [STAGES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
+    smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
     smem_w = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_O, BLOCK_C], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -192,7 +211,9 @@ def _buffers(x, weight, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl
     return smem_x, smem_w, bars
 
 
-@gluon.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "tiles", "out_zero", "out_qmax"])
+@gluon.jit(
+    do_not_specialize=["images", "rows_per_bucket", "shift_stride", "tiles", "out_zero", "out_qmax"]
+)
 def contract_hopper(
     x, weight, side0, weight0, side1, weight1, y, partial, counters,
     act_scale, weight_scale, table, bucket, bias, shift, residual,
@@ -205,7 +226,7 @@ def contract_hopper(
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr,
     BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, FP8: gl.constexpr,
-    num_warps: gl.constexpr,
+    EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles of y (or one share of the sums of one); arguments as `contraction.contract`.
 
@@ -240,6 +261,8 @@ def contract_hopper(
             begin = gl.where(slot < SPLITS + 1, begin, steps + steps0)
             last = gl.where(slot < SPLITS + 1, last, end)
         end = last
+    if EARLY:
+        _after_predecessor()
     here = _place(tile, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE)
     for i in gl.static_range(STAGES - 1):
         _load(
@@ -250,7 +273,9 @@ def contract_hopper(
     acc = gl.full([BLOCK_O, PIXELS], 0, ACC, mma)
     while tile < tiles:
         after = tile + gl.num_programs(0)
-        place = _place(tile, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE)
+        place = _place(
+            tile, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE
+        )
         there = _place(
             after, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE
         )

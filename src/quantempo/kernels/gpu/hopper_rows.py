@@ -3,6 +3,9 @@
 The formula of `epilogue`, in the order of `kernels.ops.qconv2d`. Tiles are [channels, pixels] here.
 """
 
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -77,6 +80,7 @@ def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED:
 
 @gluon.jit
 def _requantize(v, scale, zero, qmax, INT8: gl.constexpr):
+    """Return the stored codes of v: int8, or float8 (no zero point)."""
     v = v * gl.div_rn(1.0, scale)
     if INT8:
         # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
@@ -116,9 +120,7 @@ def write_rows(
     SLOTS: gl.constexpr = SPLITS + SIDES
     VEC: gl.constexpr = 8
     ACROSS: gl.constexpr = min(BLOCK_O // VEC, 32)
-    rows: gl.constexpr = gl.BlockedLayout(
-        [VEC, 1], [ACROSS, 32 // ACROSS], [1, num_warps], [0, 1]
-    )
+    rows: gl.constexpr = gl.BlockedLayout([VEC, 1], [ACROSS, 32 // ACROSS], [1, num_warps], [0, 1])
     here = gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
     o = place[5] + here
     mask_o = o < outs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ __all__ = ["PATHS", "choose_path", "run"]
 # same from pointers, on any GPU that has int8 tensor cores.
 PATHS = ("hopper", "tma", "pointers")
 
+# Let kernels be put in place while the one before them ends (programmatic dependent launch).
+EARLY = True
+# Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
+_MOST = 1 << 14
+_RECORDED = -1
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -67,16 +73,29 @@ def _workspace(
 ) -> tuple[Tensor, Tensor]:
     """Return room for the sums that are shared, and zeroed counters, which launches leave zero.
 
-    The counters are those of the current stream: launches of one stream follow each other.
+    Each stream has its own counters, since its launches follow each other, and all recorded graphs
+    share another set: graphs must not be replayed on two streams at once.
     """
     partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = 0
+    if device.type == "cuda":
+        recording = torch.cuda.is_current_stream_capturing()
+        stream = _RECORDED if recording else torch.cuda.current_stream(device).cuda_stream
+        if not recording and (device, _RECORDED) not in _counters:
+            # Made before a recording begins: memory made in one belongs to it.
+            _counters[device, _RECORDED] = torch.zeros(_MOST, dtype=torch.int32, device=device)
     known = _counters.get((device, stream))
-    if known is None or known.numel() < tiles:
-        # Never fewer than any launch asks for: a recorded graph keeps what it was given.
-        known = torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device)
+    if known is None:
+        known = torch.zeros(_MOST, dtype=torch.int32, device=device)
         _counters[device, stream] = known
+    if tiles > _MOST:
+        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
     return partial, known
+
+
+def _has_parity(height: int, width: int, channels: int, sides: Sequence[Tensor]) -> bool:
+    """Return whether an image can be seen as pairs of rows and columns, in boxes of a pair each."""
+    return height % 2 == 0 and width % 2 == 0 and channels % (128 if sides else 64) == 0
 
 
 def run(
@@ -101,8 +120,7 @@ def run(
     if y.numel() == 0:
         return y
     path = path or choose_path(codes.device)
-    # Parity as an index needs whole pairs, and no box that reaches over a pair's channels.
-    if path != "pointers" and stride == 2 and (in_h % 2 or in_w % 2 or channels % 64):
+    if path != "pointers" and stride == 2 and not _has_parity(in_h, in_w, channels, side_codes):
         path = "pointers"
     across = (in_h, in_w) if upsample else (out_h, out_w)
     widths = tuple(side.shape[1] for side in side_codes)
@@ -111,6 +129,11 @@ def run(
         Problem(images, *across, phases, outs, channels, kernel, stride, widths),
         path, multiprocessors(codes.device),
     )  # fmt: skip
+    if path != "pointers" and stride == 2 and channels % tile.channels:
+        raise ValueError(
+            f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
+            "divisor: a box must not reach the next pixel of a pair"
+        )
     box = tile_pixels(tile.pixels, images, *across)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
@@ -151,7 +174,12 @@ def run(
     }  # fmt: skip
     if path == "hopper":
         programs = min(tiles, tile.programs * multiprocessors(codes.device))
-        contract_hopper[(tiles if tile.splits > 1 else programs, slots)](*args, tiles, **switches)
+        # So many programs have room on a multiprocessor with so many registers a thread.
+        room = 65536 // (tile.programs * tile.warps * 32) // 8 * 8
+        contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
+            *args, tiles, **switches, EARLY=EARLY, launch_pdl=EARLY,
+            maxnreg=room if room < 255 else None,
+        )  # fmt: skip
     else:
         contract[(tiles, slots)](*args, **switches, TMA=path == "tma", num_stages=tile.stages)
     return y

@@ -9,25 +9,34 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
-__all__ = ["Plan", "make_plan", "power_of_two"]
+__all__ = ["Plan", "SharedPlan", "make_plan", "make_shared_plan", "power_of_two"]
 
-# Nanoseconds are guesses for an H100; only the order of two plans matters.
+# Nanoseconds of the choice between one launch and two: only their order matters.
 _BYTES_A_NS = 2500.0
 # One program alone: latency of its first bytes, then what its few loads under way can fetch.
 _PROGRAM_NS, _PROGRAM_BYTES_A_NS = 1500.0, 12.0
 _LAUNCH_NS = 3000.0
 # 132 multiprocessors, five programs of 8 warps and 48 registers a thread on each.
 _RESIDENT = 660
-# Enough programs that none of 132 multiprocessors stands idle.
-_FILL = 264
+# Enough programs that 132 multiprocessors do not stand idle, and that two wait on each.
+_ENOUGH, _FILL = 128, 264
 _SECTOR = 32
-# A map of so many elements a slab stays in the registers of 8 warps, 32 a thread.
-_HELD = 8192
-# A slab that is read twice passes through 8 warps, 8 elements a thread: 48 registers.
+# A map of so many elements a slab stays in registers, 64 a thread: on an H200 256 pixels x 32
+# channels took 27 us so where 32 a thread took 37 (N 256).
+_HELD, _HELD_EACH = 8192, 64
+# A slab that is read twice passes through 8 warps, 8 elements a thread with loads moved ahead, or
+# 16 without, where the slab is wide.
 _STREAMED = 2048
 _STREAM_STAGES = 3
-# Wider slabs only where one group is wider.
-_WIDE, _WIDEST = 128, 4096
+# Slabs of 64 bytes; where groups do not add up to that, wider ones of whole sectors.
+_USUAL, _WIDE, _WIDEST = 32, 96, 4096
+
+# Shared memory of a multiprocessor, and what a program takes beside its slab, at most (sm_90).
+_SHARED, _BESIDE = 227 << 10, 7 << 10
+# Of slabs that cost the same, the one nearest to this size; what costs more is left to `Plan`.
+_SHARED_SLAB, _SHARED_WORTH = 32 << 10, 1.6
+# A box of the copy engine has so many rows at most.
+_BOX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,23 @@ class Plan:
     stat_p: int = 0
     stat_c: int = 0
     stat_warps: int = 0
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """The tiles of a call whose slabs stay in shared memory (`norm_hopper`).
+
+    Attributes:
+        width: channels of a slab, whole groups.
+        cols: `width` rounded up to a power of two, at least 8.
+        rows: pixels the copy engine brings at once, a divisor of all.
+        warps: warps of a program; each holds 256 values at a time.
+    """
+
+    width: int
+    cols: int
+    rows: int
+    warps: int
 
 
 def power_of_two(n: int) -> int:
@@ -122,8 +148,8 @@ def make_plan(
     group = channels // groups
     if group > _WIDEST:
         raise ValueError(f"got groups of {group} channels; expected at most {_WIDEST}")
-    widths = [k * group for k in range(1, groups + 1) if k * group <= _WIDE] or [group]
-    single = min(widths, key=lambda w: _one_launch_ns(images, pixels, channels, w, itemsize))
+    widths = [k * group for k in range(1, groups + 1) if k * group <= 128] or [group]
+    single = _slab(images, channels, group, widths)
     double = min(widths, key=lambda w: _traffic_ns(1 << 24, w, itemsize, 1))
     if one_launch is None:
         traffic = _traffic_ns(images * pixels * channels, double, itemsize, 2)
@@ -133,9 +159,28 @@ def make_plan(
         return _two_launches(images, pixels, channels, double)
     block_c = power_of_two(single)
     block_p = power_of_two(pixels)
-    if block_p * block_c <= _HELD:
-        return Plan(True, single, block_p, block_c, _warps(block_p * block_c, 16, 8))
-    return Plan(True, single, max(1, _STREAMED // block_c), block_c, 8, _STREAM_STAGES)
+    elements = block_p * block_c
+    if images * _ceil(channels, single) < _ENOUGH:
+        # Processors stand idle anyway: more threads for each program, which ends sooner.
+        if elements <= 2 * _HELD:
+            return Plan(True, single, block_p, block_c, _warps(elements, 16, 16))
+    elif elements <= _HELD:
+        return Plan(True, single, block_p, block_c, _warps(elements, _HELD_EACH, 8))
+    if block_c <= 64:
+        return Plan(True, single, max(1, _STREAMED // block_c), block_c, 8, _STREAM_STAGES)
+    return Plan(True, single, 2 * _STREAMED // block_c, block_c, 8)
+
+
+def _slab(images: int, channels: int, group: int, widths: list[int]) -> int:
+    """Return how many channels a program of the one launch takes: measured rules."""
+    even = [w for w in widths if w % (_SECTOR // 2) == 0]
+    usual = [w for w in even if w <= _USUAL] or [w for w in even if w <= _WIDE]
+    width = max(usual, default=group)
+    if images * _ceil(channels, width) >= _ENOUGH:
+        return width
+    # Few images: smaller slabs, until there are enough of them or a slab is one group.
+    narrow = [w for w in widths if w < width and images * _ceil(channels, w) >= _ENOUGH]
+    return max(narrow, default=min(group, width))
 
 
 def _two_launches(images: int, pixels: int, channels: int, width: int) -> Plan:
@@ -163,3 +208,51 @@ def _pointwise(images: int, pixels: int, channels: int) -> Plan:
         elements //= 2
     block_p = power_of_two(max(1, min(pixels, elements // block_c)))
     return Plan(False, block_c, block_p, block_c, _warps(block_p * block_c, 32, 8))
+
+
+@lru_cache(maxsize=4096)
+def make_shared_plan(
+    images: int, pixels: int, channels: int, groups: int, always: bool = False
+) -> SharedPlan | None:
+    """Return the tiles for N images of P pixels and C channels of two bytes, in shared memory.
+
+    Args:
+        images, pixels, channels: N, P, C >= 1.
+        groups: of the norm, a divisor of C.
+        always: also where another way is expected to be faster.
+
+    Returns:
+        None where no slab of whole groups fits, or none is worth it.
+    """
+    group = channels // groups
+    best: tuple[float, float, SharedPlan] | None = None
+    for width in (k * group for k in range(1, groups + 1)):
+        if width > 128:
+            break
+        plan = _shared(pixels, width)
+        if plan is None or (images * _ceil(channels, width) < _ENOUGH and not always):
+            continue
+        size = 2 * pixels * plan.cols
+        cost = _ceil(channels, width) * plan.cols / channels * (1 + (_cut(width, 1) - 1) / 4)
+        # Programs of one multiprocessor hide each other's waiting.
+        cost *= {1: 1.6, 2: 1.15}.get(_SHARED // (size + _BESIDE), 1.0)
+        cost *= {8: 1.0, 4: 1.05, 2: 1.1, 1: 1.2}[gcd(width, 8)]
+        apart = max(size / _SHARED_SLAB, _SHARED_SLAB / size)
+        if best is None or (cost, apart) < best[:2]:
+            best = cost, apart, plan
+    return None if best is None or (best[0] > _SHARED_WORTH and not always) else best[2]
+
+
+def _shared(pixels: int, width: int) -> SharedPlan | None:
+    """Return the tiles for a slab of a width; None: it does not fit, or boxes do not."""
+    cols = max(8, power_of_two(width))
+    if 2 * pixels * cols + _BESIDE > _SHARED:
+        return None
+    # 64 values a thread, 128 where the slab is large.
+    warps = min(8, max(1, pixels * cols // 2048))
+    warps = power_of_two(warps + 1) // 2
+    # The copy engine's swizzle repeats after 8 rows: a thread's pieces begin there.
+    piece = 256 * warps // cols
+    most = min(4 * piece, _BOX_ROWS)
+    fitting = [r for r in range(piece, most + 1, piece) if pixels % r == 0 and r & (r - 1) == 0]
+    return SharedPlan(width, cols, fitting[-1], warps) if piece >= 8 and fitting else None

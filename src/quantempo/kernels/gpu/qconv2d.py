@@ -26,9 +26,7 @@ def launch(
         *output_size(height, width, kernel, stride, list(border), upsample),
     )  # fmt: skip
     dtype = out_dtype if out_scale is None else codes.dtype
-    y = torch.empty(
-        shape, dtype=dtype, device=codes.device, memory_format=torch.channels_last
-    )
+    y = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=torch.channels_last)
     return run(
         codes, weight, y, act_scale=act_scale, weight_scale=weight_scale, table=table,
         bucket=bucket, bias=bias, shift=shift, residual=residual, side_codes=side_codes,

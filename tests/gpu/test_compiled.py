@@ -1,0 +1,208 @@
+"""The contraction as machine code, for every tile that is shipped: compiled here, run nowhere.
+
+For Hopper every way in which a layer of `layers.LAYERS` is run is compiled (see `layers.ways`); for
+"tma" and "pointers" on sm_80 a covering choice, which has every tile and every combination of
+stride, upsampling, sides and splitting, but not every product of the two; for "pointers" on sm_89
+and sm_90, the same code for another assembler, one layer for each size of tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import pytest
+
+from quantempo.kernels.gpu import launch
+from quantempo.kernels.gpu.tuning import Tile, choose_tile
+from tests.gpu import harness
+from tests.gpu.layers import PROCESSORS, Layer, call, covering, tensors, ways
+
+# Registers and shared memory (KiB; each program takes one more) of a multiprocessor.
+REGISTERS = 65536
+SHARED = {80: 164, 89: 100, 90: 228}
+
+# What the layers of LAYERS do not ask for, at one size.
+OTHERS = (
+    Layer(16, 256, 16, 256, fp8=True),
+    Layer(16, 256, 16, 256, fp8=True, sides=(256, 256)),
+    Layer(1, 256, 16, 256, fp8=True),
+    Layer(16, 128, 32, 128, mixed=True),
+    Layer(256, 256, 16, 256, mixed=True, sides=(256, 256)),
+    Layer(8192, 320, 1, 1280, kernel=0, requantize=True, activation="gelu"),
+)
+
+
+def others(path: str, arch: int) -> list[tuple[Layer, Tile]]:
+    return [
+        (layer, choose_tile(layer.problem(), path, PROCESSORS[arch]))
+        for layer in OTHERS
+        if arch >= 89 or not layer.fp8
+    ]
+
+
+def one_of_each_size(path: str, arch: int) -> list[tuple[Layer, Tile]]:
+    """Return a layer for each size of tile."""
+    first: dict[tuple[int, int], tuple[Layer, Tile]] = {}
+    for layer, tile in ways(path, arch):
+        first.setdefault((tile.outs, tile.pixels), (layer, tile))
+    return list(first.values())
+
+
+SHIPPED = [
+    (path, arch, layer, tile)
+    for path, arch, choose in (
+        ("hopper", 90, ways),
+        ("hopper", 90, others),
+        ("tma", 90, covering),
+        ("pointers", 80, covering),
+        ("pointers", 89, one_of_each_size),
+        ("pointers", 89, others),
+        ("pointers", 90, one_of_each_size),
+    )
+    for layer, tile in choose(path, arch)
+]
+
+
+def name(value: object) -> str:
+    """Return a short name of a layer or tile for pytest."""
+    if isinstance(value, Tile):
+        return f"{value.outs}x{value.pixels}x{value.channels}w{value.warps}k{value.splits}"
+    if isinstance(value, Layer):
+        marks = "u" * value.upsample + "f" * value.fp8 + "m" * value.mixed + "q" * value.requantize
+        return f"{value.images}x{value.channels}k{value.kernel}s{value.stride}{marks}"
+    return str(value)
+
+
+@functools.cache
+def binary(path: str, arch: int, layer: Layer, tile: Tile) -> harness.Binary:
+    with harness.recorded(launch) as launches:
+        call(launch, layer, tensors(layer), path, tile)
+    (only,) = launches
+    # What was left to save time would be compiled as something else than was asked for.
+    assert only.kernel.fn.__name__ == ("contract_hopper" if path == "hopper" else "contract")
+    return harness.compiled(only, arch, messages=path == "hopper")
+
+
+def ceiling(tile: Tile) -> int:
+    """Return the registers a thread may take so that `programs` fit: 255 for 2 x 128 threads.
+
+    Registers are given to a warp in units of 8 a thread, and no thread has more than 255.
+    """
+    return min(255, REGISTERS // (32 * tile.warps * tile.programs) // 8 * 8)
+
+
+def room(layer: Layer, tile: Tile) -> int:
+    """Return the bytes of stack a thread may use: none, but for three kinds of epilogue.
+
+    With 64 sums a thread and more, those that read other programs' sums, the scale of every pixel,
+    or erf, keep a few values in local memory; the main loop never stores any.
+    """
+    rich = tile.splits > 1 or layer.mixed or layer.activation == "gelu"
+    return 128 if rich and tile.outs * tile.pixels // (32 * tile.warps) >= 64 else 0
+
+
+def loops(layer: Layer, tile: Tile) -> int:
+    """Return the main loops of a Hopper program: a split one has its share of one sum."""
+    return 1 + (len(layer.sides) if tile.splits == 1 else 0)
+
+
+@pytest.mark.parametrize(("path", "arch", "layer", "tile"), SHIPPED, ids=name)
+def test_shipped(path, arch, layer, tile):
+    made = binary(path, arch, layer, tile)
+    assert made.stack <= room(layer, tile)
+    assert made.spills == 0 or made.stack > 0
+    assert made.registers <= ceiling(tile)
+    assert tile.programs * (made.shared + 1024) <= SHARED[arch] * 1024
+    if layer.fp8:
+        instruction = r"\bQGMMA\." if arch == 90 else r"\bQMMA\."
+    else:
+        instruction = r"\bIGMMA\." if arch == 90 else r"\bIMMA\."
+    assert made.count(instruction) > 0
+    if path == "hopper":
+        check_pipeline(made, loops(layer, tile))
+    elif path == "tma":
+        assert made.count("UTMALDG") > 0
+    else:
+        assert made.count("UTMALDG") == 0
+        # Operands come by asynchronous copies, ahead of their use.
+        assert made.count("LDGSTS") > 0
+
+
+KINDS = {
+    "multiply": r"[IQ]GMMA\.",
+    "wait for all but one": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",
+    "meet": r"BAR\.SYNC",
+    "refill": r"UTMALDG",
+    "load matrix": r"LDSM",
+    "spill": r"\bSTL\b",
+}
+
+
+def main_loops(sass: str) -> list[list[str]]:
+    """Return the KINDS of instructions in each loop that multiplies and never waits for all."""
+    code = sass.splitlines()
+    found = []
+    for end, line in enumerate(code):
+        jump = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", line)
+        # Every instruction has 16 bytes.
+        if jump is not None and int(jump[1], 16) // 16 <= end:
+            body = code[int(jump[1], 16) // 16 : end + 1]
+            kinds = [kind for text in body for kind in KINDS if re.search(KINDS[kind], text)]
+            # The loop over the tiles, and the way back from a wait, reach over the last wait.
+            if "multiply" in kinds and not any("DEPBAR.LE gsb0, 0x0" in text for text in body):
+                found.append(kinds)
+    return found
+
+
+def check_pipeline(made: harness.Binary, count: int) -> None:
+    """Assert that matrix instructions stay in flight over the `count` loops of a Hopper kernel."""
+    # "wgmma.mma_async instructions are serialized": ptxas gave up and waits for each of them.
+    assert "Compiling entry function" in made.messages
+    assert not re.search(r"C75\d\d|serialized", made.messages)
+    # One wait in each loop and one behind it, none for each matrix instruction.
+    assert made.count(r"WARPGROUP\.DEPBAR") == 2 * count
+    found = main_loops(made.sass)
+    assert len(found) == count
+    assert made.count(KINDS["multiply"]) == sum(loop.count("multiply") for loop in found)
+    for loop in found:
+        assert "load matrix" not in loop
+        assert "spill" not in loop
+        assert loop.count("wait for all but one") == 1
+        waited = loop.index("wait for all but one")
+        # Multiply, wait, know that every warp has waited, only then refill what all have read.
+        assert "multiply" not in loop[waited:]
+        assert "refill" not in loop[:waited]
+        assert "meet" in loop[waited : loop.index("refill")]
+
+
+def test_every_shipped_tile_is_compiled():
+    compiled = {(path, arch, tile) for path, arch, _, tile in SHIPPED}
+    for layer, tile in itertools.chain(ways("hopper", 90), others("hopper", 90)):
+        assert ("hopper", 90, tile) in compiled, layer
+    assert len(SHIPPED) <= 90
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # ptxas serializes: a wait behind every matrix instruction.
+        (r"([IQ]GMMA.*)", r"\1; WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+        # Nobody waits for the other warps before the refill.
+        (r"(DEPBAR\.LE gsb0, 0x1.*\n(?:.*\n)*?.*)BAR\.SYNC", r"\1NOP"),
+        # An operand passes through registers.
+        (r"IGMMA", "LDSM; IGMMA"),
+    ],
+)  # fmt: skip
+def test_a_slow_or_wrong_kernel_would_be_seen(before, after):
+    layer, tile = next((layer, tile) for layer, tile in ways("hopper", 90) if not layer.sides)
+    made = binary("hopper", 90, layer, tile)
+    (loop,) = main_loops(made.sass)
+    changed = made.sass
+    for _ in range(loop.count("meet")):
+        changed = re.sub(before, after, changed)
+    assert changed != made.sass
+    with pytest.raises(AssertionError):
+        check_pipeline(dataclasses.replace(made, sass=changed), 1)

@@ -1,0 +1,159 @@
+"""The contraction on Triton's interpreter against float64, and on a GPU where there is one.
+
+Sums are compared as integers, which must be equal; the rest to within float32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from quantempo.kernels import layout
+from quantempo.kernels.gpu import launch
+from quantempo.kernels.gpu.tuning import Tile
+from tests.gpu import harness
+from tests.gpu.cases import FP8, Case, Example, check_values
+
+# Triton's interpreter with NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
+
+SMALL = Tile(32, 32, 64, 4, 2)
+SPLIT = dataclasses.replace(SMALL, splits=3)
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+CASES = {
+    "odd": Case(),
+    "one row": Case(n=1, c=32, h=1, w=5, o=16, sides=(32,)),
+    "one column": Case(n=1, c=32, h=5, w=1, o=16, tile=SMALL),
+    "3x5 half": Case(c=80, h=3, w=5, o=80, out=HALF, residual=HALF, tile=SMALL),
+    "4x4 brain": Case(n=3, c=96, h=4, w=4, o=32, out=BRAIN, residual=BRAIN, shift="column"),
+    "5x5 one tap": Case(c=96, h=5, w=5, o=32, kernel=1, border=(0,) * 4, mixed=True),
+    "images share a tile": Case(n=5, c=64, h=3, w=3, o=32, mixed=True, shift="row"),
+    "stride below": Case(c=64, h=8, w=6, o=32, stride=2, border=(0, 1, 0, 1)),
+    "stride around": Case(c=64, h=4, w=4, o=32, stride=2, tile=SPLIT),
+    "stride of odd sides": Case(c=80, h=7, w=5, o=32, stride=2),
+    "borders differ": Case(c=32, h=5, w=6, o=32, border=(1, 0, 0, 1), tile=SMALL),
+    "borders differ, stride": Case(c=64, h=6, w=4, o=32, stride=2, border=(0, 1, 1, 1), tile=SMALL),
+    "larger pixels": Case(c=32, h=3, w=5, o=32, upsample=True),
+    "larger, split": Case(c=32, h=4, w=4, o=48, upsample=True, tile=SPLIT),
+    "one side": Case(c=32, h=5, w=4, o=48, sides=(80,), mixed=True, tile=SMALL),
+    "two sides": Case(c=48, h=4, w=4, o=32, sides=(16, 96), shift="none"),
+    "split": Case(c=80, h=4, w=4, o=32, tile=SPLIT),
+    "split, one side": Case(c=80, h=4, w=4, o=32, sides=(48,), tile=SPLIT),
+    "split, two sides": Case(n=3, c=80, h=4, w=4, o=32, sides=(16, 48), mixed=True, tile=SPLIT),
+    "split finer than the steps": Case(
+        c=16, h=3, w=3, o=16, kernel=1, border=(0,) * 4, tile=SPLIT
+    ),
+    "quantized": Case(c=48, h=5, w=5, requantize=True, mixed=True, tile=SMALL),
+    "quantized, split": Case(c=48, h=4, w=4, o=32, requantize=True, sides=(32,), tile=SPLIT),
+    "gelu": Case(c=48, h=3, w=5, o=32, activation="gelu", shift="none", tile=SMALL),
+    "silu": Case(c=48, h=3, w=5, o=32, activation="silu", residual=None, tile=SMALL),
+    "one scale": Case(c=48, h=3, w=3, o=32, buckets=1, sides=(32,), tile=SMALL),
+    "nothing added": Case(
+        c=48, h=3, w=3, o=32, bias=False, shift="none", residual=None, tile=SMALL
+    ),
+    "float8": Case(c=48, h=5, w=4, o=32, dtype=FP8, sides=(32,), tile=SMALL),
+    "float8, quantized, split": Case(
+        c=64, h=4, w=4, o=32, dtype=FP8, requantize=True, mixed=True, tile=SPLIT
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what torch.empty returns with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@functools.cache
+def example(name: str) -> Example:
+    return Example(CASES[name])
+
+
+def check(module, made: Example, path: str, device: str = "cpu") -> None:
+    if made.case.dtype != FP8:
+        sums = made.run(module, path, device, sums=True)
+        assert sums.dtype == torch.int32
+        assert torch.equal(sums.long(), made.sums().long())
+    made.check(made.run(module, path, device))
+    assert all(not counters.any() for counters in module._counters.values())
+
+
+@pytest.mark.parametrize("path", ["pointers", "tma"])
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name, path):
+    check(harness.interpreted("launch"), example(name), path)
+
+
+def test_split_sums_use_the_counters():
+    module = harness.interpreted("launch")
+    module._counters.clear()
+    check(module, example("split, two sides"), "pointers")
+    (counters,) = module._counters.values()
+    assert counters.numel() >= 1 << 14
+
+
+@pytest.mark.parametrize("name", ["odd", "one side", "stride below", "larger pixels", "quantized"])
+def test_convolution_entry(name):
+    made, case = example(name), CASES[name]
+    launcher = harness.interpreted("qconv2d").launch
+    known = made.arguments() | {"border": list(case.border), "out_dtype": HALF}
+    y = launcher(**known)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    scale = None if made.out_scale is None else made.per_image(made.out_scale)
+    check_values(y, made.exact(), HALF, scale)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("requantize", [False, True])
+def test_linear_entry(activation, requantize):
+    # 22 rows of two images: a row is an image of one pixel to the reference.
+    case = Case(
+        n=22, c=80, h=1, w=1, o=48, kernel=1, border=(0,) * 4, shift="none", mixed=False,
+        activation=activation, requantize=requantize,
+    )  # fmt: skip
+    made = Example(case)
+    made.bucket = torch.tensor([2, 0])
+    same = ("act_scale", "weight_scale", "bucket", "bias", "out_scale", "out_zero", "out_qmax")
+    known = {key: value for key, value in made.arguments().items() if key in same}
+    weight = made.weight.flatten(1)
+    y = harness.interpreted("qgemm").launch(
+        made.codes.flatten(1), weight, table=layout.row_table(weight, case.zero),
+        residual=made.residual.flatten(1), activation=activation, out_dtype=torch.float32, **known,
+    )  # fmt: skip
+    assert y.shape == (22, 48)
+    assert y.is_contiguous()
+    # The scale of each row, for the reference.
+    made.bucket = made.bucket.repeat_interleave(11)
+    scale = made.per_image(made.out_scale) if requantize else None
+    check_values(y[:, :, None, None], made.exact(), torch.float32, scale)
+
+
+def test_without_images_there_is_no_launch():
+    made = Example(Case(n=1, c=16, h=3, w=3, o=16, tile=None))
+    made.case = dataclasses.replace(made.case, n=0)
+    assert made.run(harness.interpreted("launch"), "pointers").shape == (0, 16, 3, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", launch.PATHS)
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_device(name, path):
+    capability = torch.cuda.get_device_capability()
+    if path == "tma" and capability < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+    if path == "hopper" and launch.choose_path(torch.device("cuda")) != "hopper":
+        pytest.skip("needs Hopper")
+    if CASES[name].dtype == FP8 and capability < (8, 9):
+        pytest.skip("float8 needs sm_89")
+    made = example(name)
+    if path == "hopper":
+        # Its matrix instruction has least sizes: the tile is that of the rules.
+        made = Example(dataclasses.replace(CASES[name], tile=None))
+    check(launch, made, path, "cuda")

@@ -1,0 +1,137 @@
+"""The contraction on a GPU at the sizes of real networks: exact integers, the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from quantempo.kernels.gpu import launch
+from quantempo.kernels.gpu.tuning import Tile, choose_tile, multiprocessors
+from tests.gpu.layers import (
+    PROCESSORS,
+    Layer,
+    call,
+    covering,
+    expected,
+    expected_sums,
+    tensors,
+    ways,
+)
+
+RUNS = 20
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def listed() -> list[tuple[str, Layer]]:
+    """Return (path, layer): every way of Hopper, a covering choice of the others."""
+    chosen = {
+        "hopper": [*ways("hopper", 90)],
+        "tma": [*covering("tma", 90)],
+        "pointers": [*covering("pointers", 80), *covering("pointers", 90)],
+    }
+    return [
+        (path, layer)
+        for path, pairs in chosen.items()
+        for layer in dict.fromkeys(layer for layer, _ in pairs)
+    ]
+
+
+def skip_unless(path: str) -> None:
+    if path == "hopper" and launch.choose_path(torch.device("cuda")) != "hopper":
+        pytest.skip("needs Hopper")
+    if path == "tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+
+
+def counters_are_zero() -> bool:
+    return not any(bool(counters.any()) for counters in launch._counters.values())
+
+
+@pytest.mark.parametrize(("path", "layer"), listed())
+def test_sums_are_exact(path, layer):
+    skip_unless(path)
+    known = tensors(layer, "cuda")
+    exact = expected_sums(layer, known)
+    got = call(launch, layer, known, path, None, torch.int32)
+    assert torch.equal(got.long(), exact)
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize(("path", "layer"), listed())
+def test_runs_agree_in_every_bit(path, layer):
+    skip_unless(path)
+    known = tensors(layer, "cuda")
+    exact = expected(known, expected_sums(layer, known))
+    first = call(launch, layer, known, path, None)
+    bound = exact.abs() * 2**-11 + exact.abs().max() * 2**-20
+    assert bool(((first.double() - exact).abs() <= bound).all())
+    del exact, bound
+    for _ in range(RUNS - 1):
+        again = call(launch, layer, known, path, None)
+        assert torch.equal(again.view(torch.int16), first.view(torch.int16))
+        del again
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("splits", [2, 5, 8])
+@pytest.mark.parametrize("path", launch.PATHS)
+@pytest.mark.parametrize("sides", [(), (256,), (256, 128)])
+def test_splitting_leaves_the_sums(path, splits, sides):
+    skip_unless(path)
+    layer = Layer(4, 256, 8, 256, sides=sides)
+    known = tensors(layer, "cuda")
+    exact = expected_sums(layer, known)
+    tile = choose_tile(layer.problem(), path, multiprocessors(torch.device("cuda")))
+    # No stage waits for a load that a share of the steps does not make.
+    tile = dataclasses.replace(tile, splits=splits, stages=2)
+    assert torch.equal(call(launch, layer, known, path, tile, torch.int32).long(), exact)
+    whole = call(launch, layer, known, path, dataclasses.replace(tile, splits=1), torch.float32)
+    parts = call(launch, layer, known, path, tile, torch.float32)
+    assert (parts - whole).abs().max() <= 2**-20 * whole.abs().max()
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("path", launch.PATHS)
+def test_streams_have_counters_of_their_own(path):
+    # Two split launches that overlap in time must not count each other's programs.
+    skip_unless(path)
+    layer = Layer(1, 512, 8, 256)
+    known = tensors(layer, "cuda")
+    exact = expected_sums(layer, known)
+    tile = choose_tile(layer.problem(), path, PROCESSORS[90])
+    tile = dataclasses.replace(tile, splits=4, stages=2)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _, stream in itertools.product(range(RUNS), streams):
+        with torch.cuda.stream(stream):
+            results.append(call(launch, layer, known, path, tile, torch.int32))
+    torch.cuda.synchronize()
+    for result in results:
+        assert torch.equal(result.long(), exact)
+
+
+@pytest.mark.parametrize("path", launch.PATHS)
+def test_a_recorded_graph_computes_the_same(path):
+    skip_unless(path)
+    layer = Layer(2, 256, 16, 256, sides=(128,))
+    known = tensors(layer, "cuda")
+    tile: Tile = choose_tile(layer.problem(), path, multiprocessors(torch.device("cuda")))
+    tile = dataclasses.replace(tile, splits=3, stages=2)
+    first = call(launch, layer, known, path, tile)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(launch, layer, known, path, tile)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            again = call(launch, layer, known, path, tile)
+    for _ in range(RUNS):
+        again.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(again, first)
