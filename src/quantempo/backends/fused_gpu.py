@@ -2,6 +2,7 @@
 
     residual block   gn_act_quant -> qconv2d + bias + time -> gn_act_quant -> qconv2d + skip
     self-attention   gn_act_quant -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
+    transformers     see `fused_transformer`
     samplers         quantize -> qconv2d with stride 2, or reading every pixel four times
 
 A block is fused by setting `forward` on its instance. Nothing waits for the device and nothing
@@ -19,20 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantempo.backends.fused_transformer import FusedTransformer, FusedTransformerBlock
 from quantempo.backends.fusing import Kit, same
 from quantempo.backends.operands import (
     ALIGNED,
-    FLOATS,
     Norm,
     Operands,
+    Prepared,
     Sides,
     constant,
     last,
+    operands_of,
     quantize,
     quantize_rows,
     rows_of,
+    takes_images,
 )
-from quantempo.errors import QuantempoError
 from quantempo.models.fusion import (
     AttentionParts,
     HeadParts,
@@ -53,39 +56,7 @@ __all__ = [
 ]
 
 
-def _takes(x: Tensor) -> bool:
-    return x.dtype in FLOATS and x.ndim == 4
-
-
-def _operands(layer: Any, device: torch.device) -> Operands:
-    """Return the constants of an integer layer, those that its own kernel uses."""
-    operands: Operands = layer.kernel.here(device)
-    return operands
-
-
-class _Prepared:
-    """What all share: constants of one device, made when the engine is attached."""
-
-    device: torch.device | None = None
-
-    def prepare(self, device: torch.device) -> None:
-        """Make the constants (again); outside of any trace."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._prepare(device)
-        self.device = device
-
-    def _prepare(self, device: torch.device) -> None:
-        raise NotImplementedError
-
-    def here(self, x: Tensor) -> None:
-        """Make the constants if they are not on the device of x."""
-        if self.device != x.device:
-            if torch.compiler.is_compiling():
-                raise QuantempoError("the model was moved; attach the engine, then compile")
-            self.prepare(x.device)
-
-
-class SharedShifts(_Prepared):
+class SharedShifts(Prepared):
     """What the time embedding adds to each residual block, of all blocks in one matmul.
 
     The first block of a forward computes them for all, the last one lets go of them; each is read
@@ -125,10 +96,10 @@ class SharedShifts(_Prepared):
         return value[:, self._start[index] : self._start[index + 1]]
 
 
-class FusedResnet(_Prepared):
+class FusedResnet(Prepared):
     """A residual block: two passes that write codes, two convolutions that add all the rest."""
 
-    takes = staticmethod(_takes)
+    takes = staticmethod(takes_images)
 
     def __init__(self, parts: ResnetParts, shifts: SharedShifts | None, index: int) -> None:
         self.parts, self.shifts, self.index = parts, shifts, index
@@ -142,7 +113,7 @@ class FusedResnet(_Prepared):
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.norm1, self.norm2 = Norm(parts.norm1), Norm(parts.norm2)
-        self.conv1, self.conv2 = _operands(parts.conv1, device), _operands(parts.conv2, device)
+        self.conv1, self.conv2 = operands_of(parts.conv1, device), operands_of(parts.conv2, device)
         if self.shifts is None and isinstance(parts.time, Int12Linear):
             torch._dynamo.mark_static_address(parts.time.weight)
         if self.shifts is not None and self.shifts.device != device:
@@ -163,7 +134,7 @@ class FusedResnet(_Prepared):
 
     def __call__(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        if not _takes(x):
+        if not takes_images(x):
             return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
         return self.run(x, None, temb)
 
@@ -202,7 +173,7 @@ class FusedResnet(_Prepared):
         return shift.expand(x.shape[0], -1)
 
 
-class FusedAttention(_Prepared):
+class FusedAttention(Prepared):
     """Self-attention over pixels: one pass that writes codes for q, k and v."""
 
     def __init__(self, parts: AttentionParts) -> None:
@@ -211,15 +182,14 @@ class FusedAttention(_Prepared):
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm, self.out = Norm(parts.norm), _operands(parts.out, device)
-        layers = [_operands(layer, device) for layer in (parts.q, parts.k, parts.v)]
-        together = all(layers[0].grids[0].same(layer.grids[0]) for layer in layers)
-        self.projections = [Operands.joined(layers)] if together else layers
+        self.norm, self.out = Norm(parts.norm), operands_of(parts.out, device)
+        layers = [operands_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
+        self.projections = Operands.together(layers)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on x (B, C, H, W)."""
         plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
-        if not plain or not _takes(x):
+        if not plain or not takes_images(x):
             return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
         self.here(x)
         x = last(x)
@@ -242,14 +212,14 @@ class FusedAttention(_Prepared):
         return results
 
 
-class _Sampler(_Prepared):
+class _Sampler(Prepared):
     """Quantize, then one convolution that reads another grid of pixels than it writes."""
 
     def __init__(self, parts: Any) -> None:
         self.parts = parts
 
     def _prepare(self, device: torch.device) -> None:
-        self.conv = _operands(self.parts.conv, device)
+        self.conv = operands_of(self.parts.conv, device)
 
     def _run(self, x: Tensor, **how: Any) -> Tensor:
         self.here(x)
@@ -262,7 +232,7 @@ class FusedDownsample(_Sampler):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        if not _takes(x):
+        if not takes_images(x):
             return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
         kernel, stride = self.parts.conv.kernel_size[0], self.parts.conv.stride[0]
         return self._run(x, kernel=kernel, stride=stride, border=self.parts.border)
@@ -275,13 +245,13 @@ class FusedUpsample(_Sampler):
         self, x: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        if output_size is not None or not _takes(x):
+        if output_size is not None or not takes_images(x):
             module = self.parts.module
             return type(module).forward(module, x, output_size, *args, **kwargs)
         return self._run(x, upsample=True)
 
 
-class _End(_Prepared):
+class _End(Prepared):
     """A float convolution at an end of the network, in the type of the stream.
 
     Args:
@@ -321,7 +291,7 @@ class FusedOut(_End):
         return self._run(x).to(self.conv.weight.dtype)
 
 
-class FusedHead(_Prepared):
+class FusedHead(Prepared):
     """The last GroupNorm and SiLU in one pass, in the type of the stream."""
 
     def __init__(self, parts: HeadParts, clock: StepClock) -> None:
@@ -366,4 +336,6 @@ BLOCKS = Kit(
     downsample=FusedDownsample,
     upsample=FusedUpsample,
     ends=_ends,
+    transformer_block=FusedTransformerBlock,
+    transformer=FusedTransformer,
 )

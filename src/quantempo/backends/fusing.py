@@ -24,9 +24,10 @@ from quantempo.models.fusion import (
     fusable_parts,
     wants_original,
 )
+from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
 from quantempo.quantizers import Int12Linear, QConv2d, QLayer, QLinear, StepClock, find_clock
 
-__all__ = ["FusedUpBlock", "Kit", "fuse", "fused_modules", "same", "unfuse"]
+__all__ = ["FusedUpBlock", "Kit", "fuse", "fused_layers", "fused_modules", "same", "unfuse"]
 
 _FUSED = "_quantempo_fused"
 
@@ -45,7 +46,12 @@ class Kit:
     None; shifts: made of the float layers that read the time embedding; resnet(parts, shifts or
     None, index) -> forward with `takes(x)`, `run(x, skip, temb)` and `accept((C1, C2))`, told of
     the two inputs of an up block; attention, downsample, upsample: parts -> forward; ends(head,
-    closed, clock) -> [(module, forward)], closed if fused blocks alone stand between stem and head.
+    closed, clock) -> [(module, forward)], closed if fused blocks alone stand between stem and head;
+    transformer_block: parts -> forward, transformer: parts, the forwards of its blocks (None where
+    not fused) -> forward; None: the engine has no such blocks.
+
+    A forward that only calls other blocks for a part of its module names the children that it runs
+    itself in `own`.
     """
 
     backend: str
@@ -58,10 +64,14 @@ class Kit:
     downsample: Callable[[DownsampleParts], Forward]
     upsample: Callable[[UpsampleParts], Forward]
     ends: Callable[[HeadParts, bool, StepClock], list[tuple[nn.Module, Forward]]]
+    transformer_block: Callable[[TransformerBlockParts], Any] | None = None
+    transformer: Callable[[TransformerParts, list[Any]], Forward] | None = None
 
 
 class FusedUpBlock:
     """An up block whose residual blocks read the two halves of their input where they are."""
+
+    own: tuple[str, ...] = ()
 
     def __init__(self, parts: UpBlockParts, resnets: list[Any]) -> None:
         self.parts, self.resnets = parts, resnets
@@ -126,12 +136,27 @@ def fused_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def fused_layers(denoiser: nn.Module) -> list[str]:
+    """Return the names of the modules whose layers all run inside a fused forward."""
+    found = fused_modules(denoiser)
+    return _whole({name: (module, module.forward) for name, module in found.items()})
+
+
+def _whole(forwards: Forwards) -> list[str]:
+    return [
+        f"{name}.{child}" if child else name
+        for name, (_, forward) in forwards.items()
+        for child in getattr(forward, "own", ("",))
+    ]
+
+
 def _inner(denoiser: nn.Module, parts: list[Parts], kit: Kit) -> Forwards:
     """Return the forwards of all blocks between the ends of the network."""
     timed = [p for p in parts if isinstance(p, ResnetParts) and _is_float(p.time)]
     shifts = kit.shifts([p.time for p in timed]) if timed else None
     halves = dict(skip_segments(denoiser))
     resnets: dict[int, Any] = {}
+    layers: dict[int, Any] = {}
     forwards: Forwards = {}
     for part in parts:
         forward: Any
@@ -147,6 +172,12 @@ def _inner(denoiser: nn.Module, parts: list[Parts], kit: Kit) -> Forwards:
             forward = FusedUpBlock(part, [resnets[id(resnet)] for resnet in part.resnets])
         elif isinstance(part, AttentionParts):
             forward = kit.attention(part)
+        elif isinstance(part, TransformerBlockParts):
+            assert kit.transformer_block is not None
+            forward = layers[id(part.module)] = kit.transformer_block(part)
+        elif isinstance(part, TransformerParts):
+            assert kit.transformer is not None
+            forward = kit.transformer(part, [layers.get(id(block)) for block in part.blocks])
         elif isinstance(part, DownsampleParts):
             forward = kit.downsample(part)
         elif isinstance(part, UpsampleParts):
@@ -161,8 +192,7 @@ def _closed(head: HeadParts, names: dict[int, str], inner: Forwards) -> bool:
     """Return whether every layer between stem and head is inside a fused block."""
     ends = (names[id(module)] for module in (head.stem, head.norm, head.out))
     prefix = f"{head.name}." if head.name else ""
-    whole = [name for name, (_, forward) in inner.items() if not isinstance(forward, FusedUpBlock)]
-    known = (*whole, *ends, *(prefix + name for name in head.apart))
+    known = (*_whole(inner), *ends, *(prefix + name for name in head.apart))
     passed = [
         name
         for name, module in head.module.named_modules(prefix=head.name)
@@ -186,6 +216,16 @@ def _refusal(parts: Parts, kit: Kit) -> str | None:
     if isinstance(parts, AttentionParts):
         layers = (parts.q, parts.k, parts.v, parts.out)
         return _first([_linear(layer, backend) for layer in layers] + [_norm(parts.norm, kit)])
+    if isinstance(parts, TransformerBlockParts):
+        if kit.transformer_block is None:
+            return "the engine has no fused transformers"
+        inside = [layer for a in parts.attentions for layer in (a.q, a.k, a.v, a.out)]
+        return _first([_linear(layer, backend) for layer in (*inside, parts.up, parts.down)])
+    if isinstance(parts, TransformerParts):
+        if kit.transformer is None:
+            return "the engine has no fused transformers"
+        ends = (parts.proj_in, parts.proj_out)
+        return _first([_rows(layer, backend) for layer in ends] + [_norm(parts.norm, kit)])
     if isinstance(parts, ResnetParts):
         shortcut = parts.shortcut
         return _first(
@@ -238,6 +278,12 @@ def _linear(layer: nn.Module, backend: str) -> str | None:
         return "a projection in it is in float"
     plain = len(layer.segments) == 1 and getattr(layer.kernel, "backend", None) == backend
     return None if plain else "a projection in it is not a plain linear layer"
+
+
+def _rows(layer: nn.Module, backend: str) -> str | None:
+    """Return why a layer does not multiply each pixel by one matrix, or None."""
+    one = isinstance(layer, QConv2d)
+    return _conv(layer, backend, (1, 1)) if one else _linear(layer, backend)
 
 
 def _norm(norm: nn.GroupNorm, kit: Kit) -> str | None:

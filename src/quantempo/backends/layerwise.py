@@ -16,7 +16,7 @@ from quantempo.backends import fused, fused_gpu
 from quantempo.backends.base import BACKENDS
 from quantempo.backends.delta import lower_delta
 from quantempo.backends.engine import ENGINES
-from quantempo.backends.fusing import FusedUpBlock, Kit, fuse, fused_modules, unfuse
+from quantempo.backends.fusing import Kit, fuse, fused_layers, fused_modules, unfuse
 from quantempo.quantizers import (
     DELTA,
     INT8_ATTENTION,
@@ -93,8 +93,9 @@ class LayerwiseEngine:
         unfuse(denoiser)
         for _, layer in quantized_layers(denoiser):
             layer.kernel = None
-            if not layer.weight_codes.is_contiguous():
-                layer.relayout(layer.weight_codes.contiguous())
+            codes = layer.weight_codes
+            if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
+                layer.relayout(codes.clone(memory_format=torch.contiguous_format))
 
 
 def _prepare(denoiser: nn.Module) -> None:
@@ -105,9 +106,10 @@ def _prepare(denoiser: nn.Module) -> None:
     for part in (*kernels, *(module.forward for module in blocks.values())):
         if hasattr(part, "prepare"):
             part.prepare(device)
+    whole = fused_layers(denoiser)
     for name, layer in denoiser.named_modules():
         # Unpacked at their first call otherwise; fused blocks keep the sum of theirs.
-        inside = any(name.startswith(f"{block}.") for block in blocks)
+        inside = any(name.startswith(f"{block}.") for block in whole)
         if isinstance(layer, Int12Linear) and not inside:
             with torch.inference_mode(False), torch.no_grad():
                 torch._dynamo.mark_static_address(layer.weight)
@@ -124,15 +126,10 @@ def _log_unfused(denoiser: nn.Module) -> None:
 
 def execution(denoiser: nn.Module) -> dict[str, str]:
     """Return for each integer layer what runs it: "onednn, fused", "onednn" or "simulated"."""
-    # An up block only hands its input to the blocks inside, fused or not.
-    inner = [
-        block
-        for block, module in fused_modules(denoiser).items()
-        if not isinstance(module.forward, FusedUpBlock)
-    ]
+    inner = fused_layers(denoiser)
     table = {}
     for name, layer in quantized_layers(denoiser):
-        inside = any(name.startswith(f"{block}.") for block in inner)
+        inside = any(f"{name}.".startswith(f"{block}.") for block in inner)
         table[name] = getattr(layer.kernel, "backend", "none") + (", fused" if inside else "")
     return table
 

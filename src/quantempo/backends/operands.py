@@ -20,12 +20,15 @@ __all__ = [
     "Grid",
     "Norm",
     "Operands",
+    "Prepared",
     "Sides",
     "constant",
     "last",
+    "operands_of",
     "quantize",
     "quantize_rows",
     "rows_of",
+    "takes_images",
 ]
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -239,11 +242,39 @@ class Operands:
         """Return linear layers that read the same codes as one, their outputs side by side."""
         whole, first = copy.copy(layers[0]), layers[0].grids[0]
         weight = constant(torch.cat([o.weights[0] for o in layers]))
-        zeros = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
-        whole.weights, whole.bias = [weight], constant(torch.cat(zeros))
+        parts = weight.split([len(o.weight_scale) for o in layers])
+        for operands, part in zip(layers, parts, strict=True):
+            # One copy in memory serves both: the layer's own is now a view of ours.
+            operands.weights = [constant(part)]
+            operands.layer.relayout(operands.weights[0])
+        biases = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
+        none = all(o.bias is None for o in layers)
+        whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))
         whole.tables = [constant(layout.row_table(weight, first.zero_point))]
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
         return whole
+
+    @classmethod
+    def together(cls, layers: list[Operands]) -> list[Operands]:
+        """Return linear layers that read the same input, joined if they share its codes.
+
+        Waits for the device.
+        """
+        alike = all(layers[0].grids[0].same(layer.grids[0]) for layer in layers[1:])
+        return [cls.joined(layers)] if alike else layers
+
+    def pixelwise(self) -> Operands:
+        """Return the linear layer that does what this layer does to each pixel or token.
+
+        The layer is linear, or a 1x1 convolution of one segment, stride 1; nothing is copied.
+        """
+        if not isinstance(self.layer, QConv2d):
+            return self
+        rows = copy.copy(self)
+        rows.weights = [constant(self.weights[0].flatten(1))]
+        # Every pixel is inside the image, where the first row of the table holds.
+        rows.tables = [constant(self.tables[0][0])]
+        return rows
 
     def conv(
         self,
@@ -274,9 +305,15 @@ class Operands:
         dtype: torch.dtype,
         part: int = 0,
         table: Tensor | None = None,
+        grid: Grid | None = None,
         **how: Any,
     ) -> Tensor:
-        """Return the product (M, O) of one segment's codes (M, K_i); else as `conv`."""
+        """Return the product (M, O) of one segment's codes (M, K_i); else as `conv`.
+
+        grid: to get its int8 codes on this grid instead.
+        """
+        if grid is not None:
+            how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
         return ops.qgemm(
             codes,
             self.weights[part],
@@ -287,3 +324,36 @@ class Operands:
             out_dtype=dtype,
             **how,
         )
+
+
+def takes_images(x: Tensor) -> bool:
+    """Return whether x is one or more images of a type that the operators read."""
+    return x.dtype in FLOATS and x.ndim == 4
+
+
+def operands_of(layer: Any, device: torch.device) -> Operands:
+    """Return the constants of an integer layer, those that its own kernel uses."""
+    operands: Operands = layer.kernel.here(device)
+    return operands
+
+
+class Prepared:
+    """What all share: constants of one device, made when the engine is attached."""
+
+    device: torch.device | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the constants (again); outside of any trace."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepare(device)
+        self.device = device
+
+    def _prepare(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def here(self, x: Tensor) -> None:
+        """Make the constants if they are not on the device of x."""
+        if self.device != x.device:
+            if torch.compiler.is_compiling():
+                raise QuantempoError("the model was moved; attach the engine, then compile")
+            self.prepare(x.device)

@@ -10,14 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+
+from quantempo.models.fusion_transformer import (
+    TransformerBlockParts,
+    TransformerParts,
+    transformer,
+    transformer_block,
+)
 
 __all__ = [
     "AttentionParts",
@@ -129,7 +138,16 @@ class HeadParts:
     apart: tuple[str, ...]
 
 
-Parts = ResnetParts | AttentionParts | DownsampleParts | UpsampleParts | UpBlockParts | HeadParts
+Parts = (
+    ResnetParts
+    | AttentionParts
+    | TransformerBlockParts
+    | TransformerParts
+    | DownsampleParts
+    | UpsampleParts
+    | UpBlockParts
+    | HeadParts
+)
 
 
 def fusable_parts(denoiser: nn.Module) -> Iterator[Parts]:
@@ -148,6 +166,8 @@ def _parts(name: str, module: nn.Module) -> Parts | None:
     build: Any = {
         ResnetBlock2D: _resnet,
         Attention: _attention,
+        BasicTransformerBlock: transformer_block,
+        Transformer2DModel: transformer,
         Downsample2D: _downsample,
         Upsample2D: _upsample,
         UpBlock2D: _up_block,
@@ -247,5 +267,12 @@ def _head(name: str, model: Any) -> HeadParts | None:
         model.conv_norm_out,
         model.conv_act,
         model.conv_out,
-        ("time_proj", "time_embedding", "class_embedding"),
+        (
+            "time_proj",
+            "time_embedding",
+            "class_embedding",
+            "add_time_proj",
+            "add_embedding",
+            "encoder_hid_proj",
+        ),
     )

@@ -11,6 +11,8 @@ registers, a larger one is read again, out of the caches, to be normalized. Wher
 few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
 chunk of pixels, and `apply` combines them. Both put partial moments together by Chan's formula,
 and never subtract E[x]^2. A map that is only quantized is `apply` alone.
+
+On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
 """
 
 from __future__ import annotations
@@ -22,9 +24,23 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.gpu.norm_kernels import apply, channel_moments, one_launch
-from quantempo.kernels.gpu.norm_plan import Plan, make_plan, power_of_two
+from quantempo.kernels.gpu.norm_plan import (
+    Plan,
+    SharedPlan,
+    make_plan,
+    make_shared_plan,
+    power_of_two,
+)
 
-__all__ = ["launch"]
+try:
+    from quantempo.kernels.gpu import norm_hopper
+except ImportError:  # a Triton without Gluon, or with another one: the portable kernels run
+    norm_hopper = None  # type: ignore[assignment]
+
+__all__ = ["PATHS", "launch"]
+
+# "hopper": `norm_hopper.normalize_slab`; "triton": the kernels of `norm_kernels`, on any GPU.
+PATHS = ("hopper", "triton")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,6 +48,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 @cache
 def _has_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -119,7 +140,8 @@ def launch(
     raw_qmax: int,
     codes_dtype: torch.dtype,
     *,
-    plan: Plan | None = None,
+    plan: Plan | SharedPlan | None = None,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize, activate and quantize torch.cat([x, skip], 1); quantize x and skip as they are.
 
@@ -136,14 +158,15 @@ def launch(
         raw_scales: (S, G) float32: also return codes of x (row 0) and skip (row S - 1).
         raw_zero_points, raw_qmax: of those.
         codes_dtype: int8 (stored q - 128) or float8_e4m3fn (a / s, saturated).
-        plan: tiles other than `make_plan` chooses.
+        plan: tiles other than `make_plan` or `make_shared_plan` chooses; it decides the path.
+        path: one of PATHS; None: "hopper" where it can run and is expected to be faster.
 
     Returns:
         (codes (N, C1 + C2, H, W), raw_x (N, C1, H, W), raw_skip (N, C2, H, W)), channels_last;
         a result not asked for has shape (0,).
 
     Raises:
-        ValueError: an argument the kernels cannot take.
+        ValueError: an argument the kernels cannot take, or those of a path asked for.
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
@@ -168,11 +191,42 @@ def launch(
     if x.numel() and (main or raw_scales is not None):
         norm_groups = groups if gamma is not None else 0
         if plan is None:
-            plan = make_plan(batch, height * width, channels, norm_groups, x.element_size())
+            plan = _choose(x, skip, norm_groups, path)
         quantization = (zero_point, qmax, *(raw_zero_points or (0,)), raw_qmax)
         norm = (gamma, beta, eps)
-        _run(x, skip, norm, norm_groups, silu, scales, quantization, bucket, results, plan)
+        arguments = (x, skip, norm, norm_groups, silu, scales, quantization, bucket, results)
+        if isinstance(plan, SharedPlan):
+            norm_hopper.run(*arguments, plan)
+        else:
+            _run(*arguments, plan)
     return results
+
+
+def _choose(x: Tensor, skip: Tensor | None, groups: int, path: str | None) -> Plan | SharedPlan:
+    """Return the tiles of a call: of which kind decides the path."""
+    if path not in (None, *PATHS):
+        raise ValueError(f"got path={path!r}; expected one of {PATHS}, or None for the faster")
+    batch, _, height, width = x.shape
+    images = [x] if skip is None else [x, skip]
+    channels = sum(image.shape[1] for image in images)
+    pixels = height * width
+    if path == "hopper" or (path is None and groups and _is_hopper(x.device)):
+        # The copy engine wants rows and bases of whole 16 bytes, and indexes rows with 32 bits.
+        able = norm_hopper is not None and groups > 0 and x.element_size() == 2
+        able = able and batch * pixels < 2**31
+        able = able and not any(i.shape[1] % 8 or i.data_ptr() % 16 for i in images)
+        plan = None
+        if able:
+            plan = make_shared_plan(batch, pixels, channels, groups, path == "hopper")
+        if plan is not None:
+            return plan
+        if path == "hopper":
+            raise ValueError(
+                f"got path='hopper', {channels} channels in {groups} groups, {pixels} pixels, "
+                f"{x.dtype}; expected a norm, 16-bit floats, channels of x and of skip multiples "
+                "of 8, and a slab of whole groups that fits into shared memory: path='triton'"
+            )
+    return make_plan(batch, pixels, channels, groups, x.element_size())
 
 
 def _run(

@@ -32,11 +32,11 @@ _STREAM_STAGES = 3
 _USUAL, _WIDE, _WIDEST = 32, 96, 4096
 
 # Shared memory of a multiprocessor, and what a program takes beside its slab, at most (sm_90).
-_SHARED, _BESIDE = 227 << 10, 7 << 10
-# Of slabs that cost the same, the one nearest to this size; what costs more is left to `Plan`.
-_SHARED_SLAB, _SHARED_WORTH = 32 << 10, 1.6
-# A box of the copy engine has so many rows at most.
-_BOX_ROWS = 256
+_SHARED, _BESIDE = 227 << 10, 9 << 10
+# Of slabs that cost the same, the one nearest to this size; costlier or small ones are for `Plan`.
+_SHARED_SLAB, _SHARED_LEAST, _SHARED_WORTH = 32 << 10, 8 << 10, 1.7
+# A box of the copy engine has so many rows at most, and a slab so many boxes: each has a barrier.
+_BOX_ROWS, _BOXES = 256, 16
 
 
 @dataclass(frozen=True)
@@ -225,22 +225,23 @@ def make_shared_plan(
         None where no slab of whole groups fits, or none is worth it.
     """
     group = channels // groups
-    best: tuple[float, float, SharedPlan] | None = None
-    for width in (k * group for k in range(1, groups + 1)):
-        if width > 128:
-            break
+    best: tuple[tuple[bool, float, float], SharedPlan] | None = None
+    for width in range(group, min(128, channels) + 1, group):
         plan = _shared(pixels, width)
-        if plan is None or (images * _ceil(channels, width) < _ENOUGH and not always):
+        if plan is None:
             continue
         size = 2 * pixels * plan.cols
+        few = images * _ceil(channels, width) < _ENOUGH or size < _SHARED_LEAST
         cost = _ceil(channels, width) * plan.cols / channels * (1 + (_cut(width, 1) - 1) / 4)
         # Programs of one multiprocessor hide each other's waiting.
         cost *= {1: 1.6, 2: 1.15}.get(_SHARED // (size + _BESIDE), 1.0)
         cost *= {8: 1.0, 4: 1.05, 2: 1.1, 1: 1.2}[gcd(width, 8)]
-        apart = max(size / _SHARED_SLAB, _SHARED_SLAB / size)
-        if best is None or (cost, apart) < best[:2]:
-            best = cost, apart, plan
-    return None if best is None or (best[0] > _SHARED_WORTH and not always) else best[2]
+        rank = few, cost, max(size / _SHARED_SLAB, _SHARED_SLAB / size)
+        if best is None or rank < best[0]:
+            best = rank, plan
+    if best is None or (not always and (best[0][0] or best[0][1] > _SHARED_WORTH)):
+        return None
+    return best[1]
 
 
 def _shared(pixels: int, width: int) -> SharedPlan | None:
@@ -255,4 +256,6 @@ def _shared(pixels: int, width: int) -> SharedPlan | None:
     piece = 256 * warps // cols
     most = min(4 * piece, _BOX_ROWS)
     fitting = [r for r in range(piece, most + 1, piece) if pixels % r == 0 and r & (r - 1) == 0]
-    return SharedPlan(width, cols, fitting[-1], warps) if piece >= 8 and fitting else None
+    if piece < 8 or not fitting or pixels > _BOXES * fitting[-1]:
+        return None
+    return SharedPlan(width, cols, fitting[-1], warps)
