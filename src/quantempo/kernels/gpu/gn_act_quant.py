@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.norm_kernels import apply, channel_moments, one_launch
 from quantempo.kernels.gpu.norm_plan import (
     Plan,
@@ -261,10 +262,11 @@ def _run(
         "RAW_MANY": raw_scales is not None and raw_scales.shape[1] > 1,
         "num_warps": plan.warps,
     }  # fmt: skip
+    placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
     if plan.one_launch:
         one_launch[(batch * slabs,)](
             x, skip, *norm, *tensors, slabs, *numbers,
-            HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll, **meta,
+            HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll, **meta, **placed,
         )  # fmt: skip
         return
     moments, stat_chunks = None, 0
@@ -275,9 +277,11 @@ def _run(
         channel_moments[(batch * stat_chunks * stat_slabs,)](
             x, skip, moments, stat_slabs, stat_chunks, pixels, c1, c2, BLOCK_P=plan.stat_p,
             BLOCK_C=plan.stat_c, SOURCE=source(plan.stat_c), num_warps=plan.stat_warps,
+            **placed,
         )  # fmt: skip
     chunks = -(-pixels // plan.block_p)
     apply[(batch * chunks * slabs,)](
         x, skip, *norm, moments, *tensors, slabs, chunks, stat_chunks, *numbers,
         STAT_P=plan.stat_p, STAT_CHUNKS=power_of_two(stat_chunks or 1), NORM=groups > 0, **meta,
+        **placed,
     )  # fmt: skip

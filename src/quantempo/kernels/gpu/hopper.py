@@ -22,7 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from quantempo.kernels.gpu.hopper_rows import pixel, prefetch_rows, scale_of, write_rows
+from quantempo.kernels.gpu.hopper_rows import (
+    after_predecessor,
+    pixel,
+    prefetch_rows,
+    scale_of,
+    write_rows,
+)
 
 __all__ = ["contract_hopper"]
 
@@ -184,21 +190,6 @@ def _share(
 
 
 @gluon.jit
-def _after_predecessor():
-    """Wait for the kernel before this one, and let the one after it be put in place.
-
-    Launched early (programmatic dependent launch) a program finds its place and sets up its
-    barriers while the kernel before it ends; it must not touch what that one writes any sooner.
-    """
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _buffers(x, weight, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr):
     """Return shared memory for the stages and their barriers."""
     box: gl.constexpr = [STAGES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
@@ -262,7 +253,7 @@ def contract_hopper(
             last = gl.where(slot < SPLITS + 1, last, end)
         end = last
     if EARLY:
-        _after_predecessor()
+        after_predecessor()
     here = _place(tile, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE)
     for i in gl.static_range(STAGES - 1):
         _load(

@@ -11,7 +11,22 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["pixel", "prefetch_rows", "scale_of", "write_rows"]
+__all__ = ["after_predecessor", "pixel", "prefetch_rows", "scale_of", "write_rows"]
+
+
+@gluon.jit
+def after_predecessor():
+    """Wait for the kernel before this one, and let the one after it be put in place.
+
+    Launched early (programmatic dependent launch) a program finds its place and sets up its
+    barriers while the kernel before it ends; it must not touch what that one writes any sooner.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantempo.kernels.gpu.contraction import contract
+from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.tuning import Problem, Tile, choose_tile, multiprocessors, tile_pixels
 
 try:
@@ -28,8 +29,6 @@ __all__ = ["PATHS", "choose_path", "run"]
 # same from pointers, on any GPU that has int8 tensor cores.
 PATHS = ("hopper", "tma", "pointers")
 
-# Let kernels be put in place while the one before them ends (programmatic dependent launch).
-EARLY = True
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 14
 _RECORDED = -1
@@ -174,10 +173,11 @@ def run(
     }  # fmt: skip
     if path == "hopper":
         programs = min(tiles, tile.programs * multiprocessors(codes.device))
+        soon = early(codes.device)
         # So many programs have room on a multiprocessor with so many registers a thread.
         room = 65536 // (tile.programs * tile.warps * 32) // 8 * 8
         contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
-            *args, tiles, **switches, EARLY=EARLY, launch_pdl=EARLY,
+            *args, tiles, **switches, EARLY=soon, launch_pdl=soon,
             maxnreg=room if room < 255 else None,
         )  # fmt: skip
     else:

@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quantempo.kernels.gpu.early import early
+from quantempo.kernels.gpu.hopper_rows import after_predecessor
 from quantempo.kernels.gpu.norm_plan import SharedPlan
 
 __all__ = ["normalize_slab", "run"]
@@ -186,7 +188,8 @@ def normalize_slab(
     PIXELS: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr, ROWS: gl.constexpr,
     GROUP: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SILU: gl.constexpr,
     QUANTIZE: gl.constexpr, RAW: gl.constexpr, FP8: gl.constexpr, MANY: gl.constexpr,
-    RAW_MANY: gl.constexpr, ALL: gl.constexpr, RAW_ALL: gl.constexpr, num_warps: gl.constexpr,
+    RAW_MANY: gl.constexpr, ALL: gl.constexpr, RAW_ALL: gl.constexpr,
+    EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Normalize one (image, slab of WIDTH channels, whole groups), padded to COLS.
 
@@ -207,6 +210,8 @@ def normalize_slab(
     for i in gl.static_range(BOXES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
+    if EARLY:
+        after_predecessor()
     image = gl.program_id(0) // slabs
     first = (gl.program_id(0) % slabs) * WIDTH
     row = image * PIXELS
@@ -307,7 +312,7 @@ def run(
         wide = image.shape[1]
         return TensorDescriptor(image, [batch * pixels, wide], [wide, 1], box, layout)
 
-    slabs = -(-channels // plan.width)
+    slabs, soon = -(-channels // plan.width), early(x.device)
     raw_row = raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
     normalize_slab[(batch * slabs,)](
         describe(x), None if skip is None else describe(skip), x, skip, *norm,
@@ -320,5 +325,6 @@ def run(
         FP8=torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
         MANY=scale is not None and scale.shape[0] > 1,
         RAW_MANY=raw_scales is not None and raw_scales.shape[1] > 1,
-        ALL=qmax == 255, RAW_ALL=raw_qmax == 255, num_warps=plan.warps,
+        ALL=qmax == 255, RAW_ALL=raw_qmax == 255, EARLY=soon, num_warps=plan.warps,
+        launch_pdl=soon,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["apply", "channel_moments", "one_launch"]
 
@@ -147,6 +148,13 @@ def _affine(
     return a[None, :], b[None, :]
 
 
+@triton.jit
+def _after_predecessor():
+    """Wait for the kernel before this one, and let the one after it be put in place."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def one_launch(
     x, skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
@@ -155,7 +163,7 @@ def one_launch(
     EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr,
     SILU: tl.constexpr, QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
     FP8: tl.constexpr, MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Normalize one (image, slab of whole groups), BLOCK_P pixels at a time.
 
@@ -163,6 +171,8 @@ def one_launch(
     normalized, out of the caches. Each of the BLOCK_P x BLOCK_C places keeps mean and M2 of the
     pixels it saw (Welford); Chan's formula puts the places together.
     """
+    if EARLY:
+        _after_predecessor()
     program = tl.program_id(0)
     image = program // slabs
     first = (program % slabs) * WIDTH
@@ -240,11 +250,14 @@ def one_launch(
 def channel_moments(
     x, skip, moments, slabs, chunks, pixels, C1, C2,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SOURCE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Write mean and M2 of each channel of one (image, chunk of BLOCK_P pixels, BLOCK_C channels).
 
     moments: float32 (N, chunks, 2, C).
     """
+    if EARLY:
+        _after_predecessor()
     program = tl.program_id(0)
     first = (program % slabs) * BLOCK_C
     part = program // slabs
@@ -273,9 +286,11 @@ def apply(
     STAT_P: tl.constexpr, STAT_CHUNKS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
     QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr,
-    MANY: tl.constexpr, RAW_MANY: tl.constexpr,
+    MANY: tl.constexpr, RAW_MANY: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Normalize (NORM) and quantize one (image, chunk of pixels, slab of whole groups)."""
+    if EARLY:
+        _after_predecessor()
     program = tl.program_id(0)
     first = (program % slabs) * WIDTH
     part = program // slabs
