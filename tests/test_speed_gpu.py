@@ -106,7 +106,7 @@ def test_a_run_folder_is_timed_and_keeps_its_other_results(tmp_path: Path) -> No
     assert written["batches"]["8"] and written["cuda"] == json.loads(json.dumps(results))
     assert _times(folder) == written["batches"]
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["speedup_vs_best_bf16"] == {"unconditional@2": 2.0}
+    assert record["speedup_vs_best_bf16"] == {"unconditional_b2": 2.0}
     # Scales of a run folder are those of its recipe, by time bucket.
     workload = run_workload(pipeline.reopen(run))
     assert workload.scales == "run folder"
@@ -162,7 +162,9 @@ def test_the_record_and_the_table_say_everything() -> None:
     }  # fmt: skip
     results = {"models": [{"model": "m", "batches": {"16": row}}], "ops": kernels, "machine": {}}
     record = results_of(results)
-    assert record["speedup_vs_best_bf16"] == {"m@16": 2.0} and record["machine"] == {}
+    assert (
+        record["speedup_vs_best_bf16"] == {"m_b16": 2.0, "qgemm": 2.0} and record["machine"] == {}
+    )
     kinds = [entry["kind"] for entry in record["rows"]]
     assert kinds == ["forward"] * 3 + ["images_per_second", "limits", "op", "op"]
     assert record["rows"][2]["failed"] == "torchao is not installed"

@@ -50,7 +50,7 @@ CASES = {
     "groups of 10": square(32, 320),
     "groups of 10, all of shared memory": square(64, 320, n=1),
     "groups of 60": square(16, 1280, 640),
-    "the last slab is narrower": square(16, 320, groups=4),
+    "the last slab is narrower": square(16, 120, groups=5),
     "concat, apart": square(32, 128, 128),
     "concat, raw": square(16, 128, 128, raw_rows=2),
     "concat, raw, one row": square(8, 64, 32, groups=12, raw_rows=1),

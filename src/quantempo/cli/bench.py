@@ -26,7 +26,7 @@ def bench(
     device: Device = "cpu",
     model: Annotated[
         str | None,
-        typer.Option(help="GPU: sd15, ddpm-cifar10 or a diffusers folder, quantized without data."),
+        typer.Option(help="GPU: sd15, ddpm35m or a diffusers folder, quantized without data."),
     ] = None,
     candidate: Annotated[
         list[str] | None, typer.Option(help="GPU: pattern like 'ours/*'; repeat for more.")

@@ -38,7 +38,9 @@ Prompts = Annotated[
 Labels = Annotated[
     str | None, typer.Option("--class-labels", help="Comma-separated labels, for class models.")
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, onednn or simulated.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="auto, openvino, onednn, triton (GPU) or simulated.")
+]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
 Data = Annotated[
     str | None, typer.Option("--data", help="Image folder, for recipes with source raw or mimic.")

@@ -44,7 +44,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # The DDPM of CIFAR-10: 35.7 M parameters.
-    "ddpm-cifar10": (
+    "ddpm35m": (
         "UNet2DModel",
         {
             "sample_size": 32,

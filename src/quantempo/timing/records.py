@@ -16,8 +16,8 @@ def results_of(*found: dict[str, Any]) -> dict[str, Any]:
     """Return one record of what `bench_cuda` (or its parts) found, for `docs/gpu/results.json`.
 
     Returns:
-        {"speedup_vs_best_bf16": {"MODEL@BATCH": ratio}, "rows": one flat dictionary for each
-        candidate, kernel and limit, with a "kind", "machine"}.
+        {"speedup_vs_best_bf16": {"MODEL_bBATCH": ratio, "OPERATOR": ratio}, "rows": one flat
+        dictionary for each candidate, kernel and limit, with a "kind", "machine"}.
     """
     record: dict[str, Any] = {"speedup_vs_best_bf16": {}, "rows": []}
     for results in found:
@@ -25,14 +25,24 @@ def results_of(*found: dict[str, Any]) -> dict[str, Any]:
             record["machine"] = results["machine"]
         for model in results.get("models", ()):
             for batch, row in model["batches"].items():
-                key = f"{model['model']}@{batch}"
+                key = f"{model['model']}_b{batch}"
                 record["speedup_vs_best_bf16"][key] = row["speedup_vs_best_bf16"]
                 record["rows"] += _model_rows(model, int(batch), row)
         kernels = results.get("ops")
         if kernels:
             record["rows"].append({"kind": "limits", **kernels["limits"]})
             record["rows"] += [{"kind": "op", **row} for row in kernels["rows"]]
+            record["speedup_vs_best_bf16"] |= _slowest(kernels["rows"])
     return record
+
+
+def _slowest(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the smaller speed-up over bfloat16 of the first two shapes of each product."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if "speedup_vs_bf16" in row:
+            found.setdefault(row["op"], []).append(row["speedup_vs_bf16"])
+    return {op: min(ratios[:2]) for op, ratios in found.items()}
 
 
 def _model_rows(model: dict[str, Any], batch: int, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,7 +33,10 @@ _FP8_MAX = gl.constexpr(448.0)
 
 @gluon.jit
 def _pooled(mean_a, var_a, mean_b, var_b):
-    """Return mean and variance of two samples of one size, put together (Chan)."""
+    """Return mean and variance of two samples of one size, put together (Chan).
+
+    For reductions across threads only, which are balanced trees.
+    """
     off = mean_b - mean_a
     return 0.5 * (mean_a + mean_b), 0.5 * (var_a + var_b) + 0.25 * off * off
 
@@ -110,13 +113,19 @@ def _group(mean, var, eps, GROUP: gl.constexpr, tile: gl.constexpr):
     """
     COLS: gl.constexpr = mean.shape[1]
     if COLS % GROUP == 0:
-        # Over the channels first, which a thread holds itself: few values go between threads.
+        # Over the channels first, which a thread holds itself: few values go between threads. By
+        # sums, in any order: a thread adds up its values one by one, not in pairs of equal weight.
         cut: gl.constexpr = [mean.shape[0], COLS // GROUP, GROUP]
-        mean, var = gl.reduce((mean.reshape(cut), var.reshape(cut)), 2, _pooled)
-        mean, var = gl.reduce((mean, var), 0, _pooled)
+        share: gl.constexpr = 1.0 / (mean.shape[0] * GROUP)
+        mean = mean.reshape(cut)
+        centre = gl.sum(gl.sum(mean, axis=2), axis=0) * share
+        centre = gl.expand_dims(gl.expand_dims(centre, 0), 2)
+        off = mean - centre
+        var = gl.sum(gl.sum(var.reshape(cut) + off * off, axis=2), axis=0) * share
+        rstd = gl.expand_dims(gl.expand_dims(gl.rsqrt(var + eps), 0), 2)
         blank = gl.full([1, COLS], 0.0, gl.float32, tile).reshape([1, COLS // GROUP, GROUP])
-        centre = gl.expand_dims(gl.expand_dims(mean, 0), 2) + blank
-        rstd = gl.expand_dims(gl.expand_dims(gl.rsqrt(var + eps), 0), 2) + blank
+        centre += blank
+        rstd += blank
         centre = gl.convert_layout(centre.reshape([1, COLS]), tile)
         rstd = gl.convert_layout(rstd.reshape([1, COLS]), tile)
     else:

@@ -35,6 +35,9 @@ _USUAL, _WIDE, _WIDEST = 32, 96, 4096
 _SHARED, _BESIDE = 227 << 10, 9 << 10
 # Of slabs that cost the same, the one nearest to this size; costlier or small ones are for `Plan`.
 _SHARED_SLAB, _SHARED_LEAST, _SHARED_WORTH = 32 << 10, 8 << 10, 1.7
+# Rows of 128 bytes at most, what one pattern of the copy engine spans: the only run with wider ones
+# ended with an illegal instruction.
+_SHARED_WIDE = 64
 # A box of the copy engine has so many rows at most, and a slab so many boxes: each has a barrier.
 _BOX_ROWS, _BOXES = 256, 16
 
@@ -226,7 +229,7 @@ def make_shared_plan(
     """
     group = channels // groups
     best: tuple[tuple[bool, float, float], SharedPlan] | None = None
-    for width in range(group, min(128, channels) + 1, group):
+    for width in range(group, min(_SHARED_WIDE, channels) + 1, group):
         plan = _shared(pixels, width)
         if plan is None:
             continue
