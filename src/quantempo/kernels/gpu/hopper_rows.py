@@ -130,7 +130,9 @@ def write_rows(
     sums: [O, P] integers, or with SIDES > 0 floats that hold all but the border's part; with
     SPLITS > 1 they lie in `partial` instead and are added here, in a fixed order.
     """
-    CHUNK: gl.constexpr = min(PIXELS, 32)
+    # Half as many at once where two programs of 8 warps are to fit: 128 registers a thread.
+    HALF: gl.constexpr = num_warps == 8 and PIXELS == 128 and SIDES == 0
+    CHUNK: gl.constexpr = min(PIXELS, 16 if HALF else 32)
     PIECES: gl.constexpr = PIXELS // CHUNK
     SLOTS: gl.constexpr = SPLITS + SIDES
     VEC: gl.constexpr = 8
