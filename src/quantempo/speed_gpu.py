@@ -300,6 +300,9 @@ def bench_cuda(
             `bench_model` refuses.
     """
     check_request(session is not None, model, ops, settings.get("candidates", ()))
+    if out is not None and Path(out).is_dir():
+        # It would be replaced by the file.
+        raise QuantempoError(f"{out} is a folder; expected a file to write to")
     check_device(device)
     results: dict[str, Any] = {"machine": gpu_machine()}
     if session is not None or model is not None:

@@ -156,3 +156,17 @@ def test_other_kernels_drop_the_recordings(as_if_cuda):
         network.layer.kernel = object()
         wrapped(torch.ones(2), 3)
     assert wrapped.recorded == 2 and len(wrapped._recordings) == 1
+
+
+def test_a_move_of_the_network_drops_the_recordings(as_if_cuda):
+    network = nn.Linear(2, 2)
+    wrapped = OnFakeGraphs(network)
+    with torch.no_grad():
+        for expected in (1, 1):
+            wrapped(torch.ones(3, 2))
+            assert wrapped.recorded == expected
+        # As a move there and back does: the same module, its weights elsewhere in memory.
+        held = network.weight.data
+        network.weight.data = held.clone()
+        wrapped(torch.ones(3, 2))
+    assert wrapped.recorded == 2 and len(wrapped._recordings) == 1

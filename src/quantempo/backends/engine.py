@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from quantempo.errors import QuantempoError
@@ -139,6 +140,11 @@ class _AtFirstCall:
         self.denoiser, self.engine = denoiser, engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise QuantempoError(
+                "the engine is attached by the first call, which a compiler cannot follow; call "
+                "quantempo.attach(denoiser) before torch.compile"
+            )
         attach(self.denoiser, self.engine)
         return self.denoiser.forward(*args, **kwargs)
 

@@ -76,6 +76,8 @@ class Graphed(nn.Module):
     are: after moving the model or attaching an engine, recordings are dropped by themselves; after
     any other change call `clear`. Attributes are those of the denoiser.
 
+    Replays of all networks of a process follow each other, on one stream: they share memory.
+
     A network with delta layers keeps one recording, that of the last signature: its state is kept
     for one shape.
     """
@@ -86,7 +88,8 @@ class Graphed(nn.Module):
         self.warmup = max(1, warmup)
         self._recordings: dict[Any, _Recording | None] = {}
         self._pool: Any = None
-        self._kernel: Any = None
+        self._watched: Any = None
+        self._seen: Any = None
         self._told: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -134,13 +137,19 @@ class Graphed(nn.Module):
         return tree_map_only(Tensor, torch.clone, recording.output)
 
     def _check(self) -> None:
-        """Drop what was recorded with other kernels than the present ones."""
-        if isinstance(self.denoiser, nn.Module):
-            layer = next((layer for _, layer in quantized_layers(self.denoiser)), None)
-            kernel = None if layer is None else layer.kernel
-            if kernel is not self._kernel:
-                self.clear()
-            object.__setattr__(self, "_kernel", kernel)
+        """Drop what was recorded with other kernels, or with weights elsewhere in memory."""
+        if not isinstance(self.denoiser, nn.Module):
+            return
+        if self._watched is None:
+            object.__setattr__(self, "_watched", _sample(self.denoiser))
+        layer, places = self._watched
+        now = (
+            None if layer is None else layer.kernel,
+            tuple(getattr(module, name).data_ptr() for module, name in places),
+        )
+        if self._seen is not None and (now[0] is not self._seen[0] or now[1] != self._seen[1]):
+            self.clear()
+        object.__setattr__(self, "_seen", now)
 
     def _record(self, args: Any, kwargs: Any, device: torch.device) -> _Recording | None:
         """Return a recording of this call, or None if it cannot be captured."""
@@ -180,6 +189,21 @@ class Graphed(nn.Module):
         if reason not in self._told:
             log.warning("no CUDA graph of the denoiser, it runs eagerly: %s", reason)
             self._told.add(reason)
+
+
+def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
+    """Return an integer layer, and a few tensors by which a move of the network is noticed.
+
+    Looking at all of them would take longer than replaying a small graph.
+    """
+    layer = next((layer for _, layer in quantized_layers(denoiser)), None)
+    owned = [
+        (module, name)
+        for module in denoiser.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    ]
+    return layer, owned[:: max(1, len(owned) // 8)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

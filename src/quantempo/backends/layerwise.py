@@ -17,6 +17,7 @@ from quantempo.backends.base import BACKENDS
 from quantempo.backends.delta import lower_delta
 from quantempo.backends.engine import ENGINES
 from quantempo.backends.fusing import Kit, fuse, fused_layers, fused_modules, unfuse
+from quantempo.kernels import ops
 from quantempo.quantizers import (
     DELTA,
     INT8_ATTENTION,
@@ -103,6 +104,7 @@ def _prepare(denoiser: nn.Module) -> None:
     kernels = [layer.kernel for _, layer in quantized_layers(denoiser)]
     blocks = fused_modules(denoiser)
     device = next(denoiser.parameters()).device
+    ops.reserve(device)
     for part in (*kernels, *(module.forward for module in blocks.values())):
         if hasattr(part, "prepare"):
             part.prepare(device)

@@ -83,7 +83,8 @@ class Grid:
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return int8 codes (B, C, H, W), channels_last; x floating, any layout.
 
-    The same integers whether traced or not: clamp(rne(x (1 / s)) + z, 0, qmax) - 128.
+    clamp(rne(x (1 / s)) + z, 0, qmax) - 128, whether traced or not; on a GPU both may differ, by 1,
+    where the quotient is next to a tie.
     """
     if torch.compiler.is_compiling():
         return last(grid.traced(x))

@@ -8,6 +8,7 @@ what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from quantempo.quantizers import QConv2d, QLayer
 __all__ = ["TritonBackend", "TritonKernel"]
 
 _CAPABILITY = (8, 0)
+# The first with all that the kernels import; 3.6 is what they were measured with.
+_TRITON = (3, 4)
 
 
 class TritonBackend:
@@ -31,11 +34,16 @@ class TritonBackend:
         """Return why the kernels cannot be used here, or None."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
+        found = metadata.version("triton")
+        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+            return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        found = torch.cuda.get_device_capability()
-        if found < _CAPABILITY:
-            return f"the GPU has compute capability {found[0]}.{found[1]}; 8.0 is needed"
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < _CAPABILITY:
+            return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
         return None
 
     def unsupported(self, layer: QLayer) -> str | None:

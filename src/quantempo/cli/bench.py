@@ -88,13 +88,16 @@ def _on_gpu(
     as_json: bool,
     **what: Any,
 ) -> None:
+    from quantempo.backends.engine import ENGINES
     from quantempo.models.load import check_device
     from quantempo.speed_gpu import bench_cuda, check_request, text_table
 
     check_request(run is not None, what["model"], what["ops"], settings["candidates"])
-    check_device(device)
     if engines is not None and len(engines) > 1:
         raise QuantempoError(f"got {len(engines)} engines; on a GPU bench times one, give one")
+    for name in engines or ():
+        ENGINES.get(name)
+    check_device(device)
     session = None
     if run is not None:
         from quantempo.session import reopen

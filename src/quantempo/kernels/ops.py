@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quantempo.kernels import ops_checks, ops_cpu
 
-__all__ = ["gn_act_quant", "qconv2d", "qgemm"]
+__all__ = ["gn_act_quant", "qconv2d", "qgemm", "reserve"]
 
 _SCHEMAS = {
     "gn_act_quant": (
@@ -73,7 +73,10 @@ def _norm_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, skip, scale, raw_scales, dtype = args[0], args[1], args[7], args[11], args[14]
     count, channels, height, width = x.shape
     both = channels if skip is None else channels + skip.shape[1]
-    codes = _image((count, both, height, width), x.dtype if scale is None else dtype, x.device)
+    kind = x.dtype if scale is None else dtype
+    codes = torch.empty(0, dtype=kind, device=x.device)
+    if args[2] is not None or args[6] or scale is not None:
+        codes = _image((count, both, height, width), kind, x.device)
     raws = [
         torch.empty(0, dtype=dtype, device=x.device)
         if raw_scales is None or part is None
@@ -107,7 +110,12 @@ def _register(
 
     def cuda(*args: Any) -> Any:
         check(*args, strides=True)
-        return _launcher(name)(*args)
+        device = args[0].device
+        if device.index == torch.cuda.current_device():
+            return _launcher(name)(*args)
+        # Triton launches on the current device.
+        with torch.cuda.device(device):
+            return _launcher(name)(*args)
 
     _library.define(name + _SCHEMAS[name], tags=_tags())
     _library.impl(name, cpu, "CPU")
@@ -123,6 +131,12 @@ _register("qgemm", ops_checks.check_gemm, ops_cpu.qgemm, _gemm_fake)
 _gn_act_quant = torch.ops.quantempo.gn_act_quant.default
 _qconv2d = torch.ops.quantempo.qconv2d.default
 _qgemm = torch.ops.quantempo.qgemm.default
+
+
+def reserve(device: torch.device) -> None:
+    """Make what the operators keep on a GPU between calls, before a graph is recorded there."""
+    if device.type == "cuda":
+        importlib.import_module("quantempo.kernels.gpu.launch").reserve(device)
 
 
 def gn_act_quant(
@@ -163,8 +177,8 @@ def gn_act_quant(
     Raises:
         ValueError: on shapes, types or strides other than these.
 
-    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's; the
-        codes of x and `skip` themselves do not differ.
+    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's; so do
+        those of x and `skip` themselves, where a quotient is next to a tie.
     """
     return _gn_act_quant(
         x, skip, gamma, beta, groups, eps, silu, scale, zero_point, qmax, bucket,

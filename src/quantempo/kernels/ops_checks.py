@@ -101,6 +101,7 @@ def check_convolution(
     _member("codes", codes.dtype, _CODES)
     _member("kernel", kernel, (1, 3))
     _member("stride", stride, (1, 2))
+    _expect(stride == 1 or not upsample, "stride", stride, "1 with upsample")
     pads = len(border) == 4 and all(pad in (0, 1) for pad in border)
     _expect(pads, "border", border, "(top, bottom, left, right), each 0 or 1")
     _expect(kernel == 3 or not any(border), "border", border, "zeros for a 1x1 kernel")

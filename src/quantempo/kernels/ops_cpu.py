@@ -75,6 +75,8 @@ def gn_act_quant(
         for i, part in enumerate([x] if skip is None else [x, skip]):
             row = min(i, raw_scales.shape[0] - 1)
             raws[i] = codes(part, raw_scales[row], raw_zero_points[row], raw_qmax)
+    if gamma is None and not silu and scale is None:
+        return torch.empty(0, dtype=x.dtype), raws[0], raws[1]
     value = (x if skip is None else torch.cat([x, skip], 1)).double()
     if gamma is not None and beta is not None and value.numel():
         # (N, groups, elements)

@@ -36,13 +36,20 @@ def results_of(*found: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _slowest(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the smaller speed-up over bfloat16 of the first two shapes of each product."""
-    found: dict[str, list[float]] = {}
+def _slowest(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the smaller speed-up over bfloat16 of the first two shapes of each product.
+
+    None where one of the two was not timed: another shape does not stand in for it.
+    """
+    found: dict[str, list[float | None]] = {}
     for row in rows:
-        if "speedup_vs_bf16" in row:
-            found.setdefault(row["op"], []).append(row["speedup_vs_bf16"])
-    return {op: min(ratios[:2]) for op, ratios in found.items()}
+        found.setdefault(row["op"], []).append(row.get("speedup_vs_bf16"))
+    least: dict[str, float | None] = {}
+    for op, ratios in found.items():
+        if any(ratio is not None for ratio in ratios):
+            first = [ratio for ratio in ratios[:2] if ratio is not None]
+            least[op] = min(first) if len(first) == len(ratios[:2]) else None
+    return least
 
 
 def _model_rows(model: dict[str, Any], batch: int, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -180,15 +180,16 @@ def launch(
     _check(x, skip, gamma, beta, groups, scales, bucket, raw_zero_points, codes_dtype)
     batch, c1, height, width = x.shape
     channels = c1 if skip is None else c1 + skip.shape[1]
-    empty = x.new_empty(0)
-    codes = raw_x = raw_skip = empty
+    codes = x.new_empty(0, dtype=x.dtype if scale is None else codes_dtype)
+    raw_x, raw_skip = (x.new_empty(0, dtype=codes_dtype) for _ in range(2))
     main = gamma is not None or silu or scale is not None
     if main:
         dtype = x.dtype if scale is None else codes_dtype
         codes = _last((batch, channels, height, width), dtype, x.device)
     if raw_scales is not None:
         raw_x = _last(x.shape, codes_dtype, x.device)
-        raw_skip = empty if skip is None else _last(skip.shape, codes_dtype, x.device)
+        if skip is not None:
+            raw_skip = _last(skip.shape, codes_dtype, x.device)
     results = (codes, raw_x, raw_skip)
     if x.numel() and (main or raw_scales is not None):
         norm_groups = groups if gamma is not None else 0

@@ -23,7 +23,7 @@ try:
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs
     contract_hopper = None
 
-__all__ = ["PATHS", "choose_path", "run"]
+__all__ = ["PATHS", "choose_path", "reserve", "run"]
 
 # "hopper": `hopper.contract_hopper`; "tma": `contraction.contract` on descriptors; "pointers": the
 # same from pointers, on any GPU that has int8 tensor cores.
@@ -31,8 +31,19 @@ PATHS = ("hopper", "tma", "pointers")
 
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 14
-_RECORDED = -1
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+# Streams that have counters of their own, and the first set for all recorded graphs.
+_STREAMS = 32
+_counters: dict[torch.device, Tensor] = {}
+_sets: dict[tuple[torch.device, int], int] = {}
+
+
+def reserve(device: torch.device) -> None:
+    """Make the counters of a device, once; before anything is recorded, whose memory is its own."""
+    if device not in _counters:
+        recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if recording:
+            raise RuntimeError("the first call is being recorded; make one call before that")
+        _counters[device] = torch.zeros((_STREAMS, _MOST), dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -75,18 +86,13 @@ def _workspace(
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
     share another set: graphs must not be replayed on two streams at once.
     """
+    reserve(device)
     partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
-    stream = 0
-    if device.type == "cuda":
-        recording = torch.cuda.is_current_stream_capturing()
-        stream = _RECORDED if recording else torch.cuda.current_stream(device).cuda_stream
-        if not recording and (device, _RECORDED) not in _counters:
-            # Made before a recording begins: memory made in one belongs to it.
-            _counters[device, _RECORDED] = torch.zeros(_MOST, dtype=torch.int32, device=device)
-    known = _counters.get((device, stream))
-    if known is None:
-        known = torch.zeros(_MOST, dtype=torch.int32, device=device)
-        _counters[device, stream] = known
+    chosen = 0
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(device).cuda_stream
+        chosen = _sets.setdefault((device, stream), len(_sets) % (_STREAMS - 1) + 1)
+    known = _counters[device][chosen]
     if tiles > _MOST:
         raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
     return partial, known
