@@ -12,7 +12,7 @@ few programs (few images, large maps), `channel_moments` writes mean and M2 of e
 chunk of pixels, and `apply` combines them. Both put partial moments together by Chan's formula,
 and never subtract E[x]^2. A map that is only quantized is `apply` alone.
 
-On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
+On Hopper a third, `norm_hopper`, if asked for: the slab of a program stays in shared memory.
 """
 
 from __future__ import annotations

@@ -30,11 +30,12 @@ __all__ = ["PATHS", "choose_path", "reserve", "run"]
 PATHS = ("hopper", "tma", "pointers")
 
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
-_MOST = 1 << 14
-# Streams that have counters of their own, and the first set for all recorded graphs.
-_STREAMS = 32
+_MOST = 1 << 12
+# Streams that have counters of their own (more than torch hands out of a device), the first set
+# being that of all recorded graphs.
+_STREAMS = 256
 _counters: dict[torch.device, Tensor] = {}
-_sets: dict[tuple[torch.device, int], int] = {}
+_sets: dict[torch.device, dict[int, int]] = {}
 
 
 def reserve(device: torch.device) -> None:
@@ -86,16 +87,18 @@ def _workspace(
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
     share another set: graphs must not be replayed on two streams at once.
     """
+    if tiles > _MOST:
+        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
     reserve(device)
     partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
     chosen = 0
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         stream = torch.cuda.current_stream(device).cuda_stream
-        chosen = _sets.setdefault((device, stream), len(_sets) % (_STREAMS - 1) + 1)
-    known = _counters[device][chosen]
-    if tiles > _MOST:
-        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
-    return partial, known
+        sets = _sets.setdefault(device, {})
+        chosen = sets.setdefault(stream, len(sets) + 1)
+        if chosen >= _STREAMS:
+            raise RuntimeError(f"got work on {chosen} streams; expected {_STREAMS - 1} at most")
+    return partial, _counters[device][chosen]
 
 
 def _has_parity(height: int, width: int, channels: int, sides: Sequence[Tensor]) -> bool:

@@ -12,6 +12,7 @@ worst.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,7 +55,7 @@ class Problem:
     sides: tuple[int, ...] = ()
 
     def steps(self, block: int) -> int:
-        """Return the steps of the main loop, and those of the sides, with `block` channels each."""
+        """Return the steps of the main loop, `block` channels of one tap each."""
         return self.kernel**2 * -(-self.channels // block)
 
     def all_steps(self, block: int) -> int:
@@ -100,9 +101,9 @@ def tile_pixels(pixels: int, images: int, height: int, width: int) -> tuple[int,
 
 
 # (outs, pixels, channels, warps, programs): start, shared, finish, alone, join, side, wide. `side`
-# is added to `finish` for each side segment, None where registers would spill; `wide` to `shared`
-# for 3x3 kernels on images of 64 columns and more.
-_MEASURED: dict[tuple[int, ...], tuple[float | None, ...]] = {
+# is added to `finish` for each side segment, infinite where registers would spill; `wide` to
+# `shared` for 3x3 kernels on images of 64 columns and more.
+_MEASURED: dict[tuple[int, ...], tuple[float, ...]] = {
     (64, 16, 128, 4, 3): (2.5, 0.0575, 0.613, 0.171, 0.231, 0.03, 0.0),
     (64, 32, 128, 4, 3): (2.77, 0.0405, 0.454, 0.2, 0.39, 0.08, 0.0),
     (64, 64, 128, 4, 3): (3.47, 0.081, 0.312, 0.163, 0.416, 0.557, 0.0),
@@ -110,11 +111,11 @@ _MEASURED: dict[tuple[int, ...], tuple[float | None, ...]] = {
     (128, 16, 128, 4, 2): (2.43, 0.0985, 0.561, 0.178, 0.379, 0.0489, 0.0),
     (128, 32, 128, 4, 2): (2.81, 0.0848, 0.568, 0.185, 0.576, 0.446, 0.0),
     (128, 64, 128, 4, 2): (3.17, 0.0916, 0.859, 0.194, 0.783, 0.389, 0.0947),
-    (128, 128, 64, 4, 2): (3.72, 0.101, 1.58, 0.147, 1.35, None, 0.0639),
-    (128, 128, 128, 4, 2): (2.89, 0.242, 1.65, 0.12, 1.75, None, 0.108),
+    (128, 128, 64, 4, 2): (3.72, 0.101, 1.58, 0.147, 1.35, math.inf, 0.0639),
+    (128, 128, 128, 4, 2): (2.89, 0.242, 1.65, 0.12, 1.75, math.inf, 0.108),
     (128, 128, 128, 8, 1): (3.74, 0.383, 4.05, 0.0, 0.729, 0.49, 0.127),
-    (128, 256, 64, 8, 1): (2.54, 0.407, 3.68, 0.0, 2.57, None, 0.0178),
-    (128, 256, 128, 8, 1): (2.32, 0.679, 4.05, 0.0, 2.36, None, 0.0),
+    (128, 256, 64, 8, 1): (2.54, 0.407, 3.68, 0.0, 2.57, math.inf, 0.0178),
+    (128, 256, 128, 8, 1): (2.32, 0.679, 4.05, 0.0, 2.36, math.inf, 0.0),
 }
 _SPLITS = (1, 2, 4, 8)
 # Stages of 128 channels that fit twice (or thrice) on a multiprocessor beside the output.
@@ -125,14 +126,10 @@ def _stages(outs: int, pixels: int, channels: int, warps: int) -> int:
     return _STAGES.get((outs, pixels, warps), 4) * (128 // channels)
 
 
-def predict(problem: Problem, tile: Tile, processors: int) -> float | None:
-    """Return the microseconds that a tile is expected to take, None if it cannot be used."""
+def predict(problem: Problem, tile: Tile, processors: int) -> float:
+    """Return the microseconds that a tile is expected to take, infinite if it cannot be used."""
     key = (tile.outs, tile.pixels, tile.channels, tile.warps, tile.programs)
     start, shared, finish, alone, join, side, wide = _MEASURED[key]
-    if start is None or shared is None or finish is None or alone is None:
-        return None
-    if join is None or wide is None or (problem.sides and side is None):
-        return None
     slots = tile.splits + len(problem.sides) if tile.splits > 1 else 1
     work = problem.tiles(tile) * slots
     rounds = -(-work // (processors * tile.programs))
@@ -145,7 +142,8 @@ def predict(problem: Problem, tile: Tile, processors: int) -> float | None:
     broad = tile_pixels(tile.pixels, problem.images, problem.height, problem.width)[2] >= 64
     if problem.kernel == 3 and broad:
         shared += wide
-    finish += len(problem.sides) * (side or 0.0)
+    if problem.sides:
+        finish += len(problem.sides) * side
     each = resident * (shared * steps + finish) + alone * steps
     return start + rounds * each + (join * slots if slots > 1 else 0.0)
 
@@ -172,19 +170,16 @@ def choose_tile(problem: Problem, path: str, processors: int) -> Tile:
         wide = Tile(128, 128, 64, 8, 3, programs=1)
         small = problem.outs <= 64 or problem.tiles(wide) < processors or bool(problem.sides)
         return Tile(64, 64, 64, 4, 3, programs=1) if small else wide
-    best: tuple[float, Tile] | None = None
+    best, tile = math.inf, None
     for outs, pixels, channels, warps, programs in _MEASURED:
         if problem.stride == 2 and problem.channels % channels:
             continue
         for splits in _SPLITS:
-            tile = Tile(outs, pixels, channels, warps, 2, splits, programs)
-            if not _measured(problem, tile, processors):
-                continue
-            time = predict(problem, tile, processors)
-            if time is not None and (best is None or time < best[0]):
-                best = time, tile
-    assert best is not None
-    tile = best[1]
+            one = Tile(outs, pixels, channels, warps, 2, splits, programs)
+            if _measured(problem, one, processors):
+                time = predict(problem, one, processors)
+                best, tile = (time, one) if time < best else (best, tile)
+    assert tile is not None
     # A program looks STAGES - 1 steps ahead, and never further than one tile.
     most = problem.all_steps(tile.channels) + 1
     stages = _stages(tile.outs, tile.pixels, tile.channels, tile.warps)
