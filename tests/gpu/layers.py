@@ -49,12 +49,12 @@ class Layer:
     def problem(self) -> Problem:
         """Return what `choose_tile` is asked, as `launch.run` puts it."""
         if self.kernel == 0:
-            return Problem(1, 1, self.images, 1, self.outs, self.channels, 1, 1)
+            return Problem(1, 1, self.images, 1, self.outs, self.channels, 1, 1, residual=True)
         across = self.size if self.upsample else self.out_size
         phases = 4 if self.upsample else 1
         return Problem(
             self.images, across, across, phases, self.outs, self.channels, self.kernel, self.stride,
-            self.sides,
+            self.sides, self.stride == 1 and not self.upsample and not self.sides,
         )  # fmt: skip
 
     def path(self, path: str) -> str:

@@ -12,7 +12,7 @@ few programs (few images, large maps), `channel_moments` writes mean and M2 of e
 chunk of pixels, and `apply` combines them. Both put partial moments together by Chan's formula,
 and never subtract E[x]^2. A map that is only quantized is `apply` alone.
 
-On Hopper a third, `norm_hopper`, if asked for: the slab of a program stays in shared memory.
+On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
 """
 
 from __future__ import annotations
@@ -160,8 +160,7 @@ def launch(
         raw_zero_points, raw_qmax: of those.
         codes_dtype: int8 (stored q - 128) or float8_e4m3fn (a / s, saturated).
         plan: tiles other than `make_plan` or `make_shared_plan` chooses; it decides the path.
-        path: one of PATHS; None: "triton". "hopper" is the faster one, and not the default yet: a
-            fault found on a GPU was mended since, and it has not run there again.
+        path: one of PATHS; None: the faster one, by measured rules.
 
     Returns:
         (codes (N, C1 + C2, H, W), raw_x (N, C1, H, W), raw_skip (N, C2, H, W)), channels_last;
@@ -213,7 +212,7 @@ def _choose(x: Tensor, skip: Tensor | None, groups: int, path: str | None) -> Pl
     images = [x] if skip is None else [x, skip]
     channels = sum(image.shape[1] for image in images)
     pixels = height * width
-    if path == "hopper":
+    if path == "hopper" or (path is None and groups and _is_hopper(x.device)):
         # The copy engine wants rows and bases of whole 16 bytes, and indexes rows with 32 bits.
         able = norm_hopper is not None and groups > 0 and x.element_size() == 2
         able = able and (x.device.type != "cuda" or _is_hopper(x.device))

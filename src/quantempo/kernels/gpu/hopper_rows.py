@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["after_predecessor", "pixel", "prefetch_rows", "scale_of", "write_rows"]
+__all__ = ["after_predecessor", "pixel", "prefetch_rows", "read_vectors", "scale_of", "write_rows"]
 
 
 @gluon.jit
@@ -94,9 +94,8 @@ def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED:
 
 
 @gluon.jit
-def _requantize(v, scale, zero, qmax, INT8: gl.constexpr):
-    """Return the stored codes of v: int8, or float8 (no zero point)."""
-    v = v * gl.div_rn(1.0, scale)
+def _requantize(v, zero, qmax, INT8: gl.constexpr):
+    """Return the stored codes of v, which is in units of the scale: int8, or float8 (no zero)."""
     if INT8:
         # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
         v = gl.minimum(gl.maximum(v, -1024.0), 1024.0)
@@ -113,11 +112,42 @@ def _halves(x):
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
+@gluon.constexpr_function
+def rows_layout(BLOCK_O, num_warps):
+    """Return the layout of what is written: 8 channels of a pixel a thread."""
+    across = min(BLOCK_O // 8, 32)
+    return gl.BlockedLayout([8, 1], [across, 32 // across], [1, num_warps], [0, 1])
+
+
+@gluon.jit
+def read_vectors(
+    place, weight_scale, table, bias, shift, outs, shift_stride, BLOCK_N: gl.constexpr,
+    BLOCK_O: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Return what each channel of a tile has: weight scale, inner correction, bias, time shift.
+
+    Asked for before the sums are made, so that nothing waits for it after.
+    """
+    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps)
+    o = place[5] + gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
+    known = o < outs
+    factor = gl.load(weight_scale + o, mask=known, other=0.0)
+    inner = gl.load(table + o, mask=known, other=0)
+    add = factor
+    if bias is not None:
+        add = gl.load(bias + o, mask=known, other=0.0)
+    late = factor
+    if shift is not None and BLOCK_N == 1:
+        # One image, one row of shifts.
+        late = gl.load(shift + place[0] * shift_stride + o, mask=known, other=0.0)
+    return factor, inner, add, late
+
+
 @gluon.jit
 def write_rows(
-    sums, partial, tile, place, y, act_scale, weight_scale, table, bucket, bias, shift, residual,
-    side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h, out_w,
-    outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
+    sums, held, partial, tile, place, vectors, scale, inverse, y, act_scale, table, bucket, bias,
+    shift, residual, side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w,
+    out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
     UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BUCKETS: gl.constexpr,
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
@@ -129,29 +159,28 @@ def write_rows(
 
     sums: [O, P] integers, or with SIDES > 0 floats that hold all but the border's part; with
     SPLITS > 1 they lie in `partial` instead and are added here, in a fixed order.
+    held: the residual in shared memory, both halves of the pixels [P / 2, O], or nothing.
+    vectors: of `read_vectors`; scale, inverse: s and 1 / s_y, if the batch is at one time.
     """
-    # Half as many at once where two programs of 8 warps are to fit: 128 registers a thread.
-    HALF: gl.constexpr = num_warps == 8 and PIXELS == 128 and SIDES == 0
-    CHUNK: gl.constexpr = min(PIXELS, 16 if HALF else 32)
+    CHUNK: gl.constexpr = min(PIXELS, 32)
     PIECES: gl.constexpr = PIXELS // CHUNK
     SLOTS: gl.constexpr = SPLITS + SIDES
-    VEC: gl.constexpr = 8
-    ACROSS: gl.constexpr = min(BLOCK_O // VEC, 32)
-    rows: gl.constexpr = gl.BlockedLayout([VEC, 1], [ACROSS, 32 // ACROSS], [1, num_warps], [0, 1])
-    here = gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
-    o = place[5] + here
-    mask_o = o < outs
-    factor = gl.load(weight_scale + o, mask=mask_o, other=0.0)
-    inner = gl.load(table + o, mask=mask_o, other=0)
+    WHOLE: gl.constexpr = SIDES == 0 or SPLITS > 1
+    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps)
+    here = gl.expand_dims(gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows)), 1)
+    mask_o = place[5] + here < outs
+    factor, inner, bias_o, shift_o = vectors
     add = gl.full([BLOCK_O], 0.0, gl.float32, gl.SliceLayout(1, rows))
     if bias is not None:
-        add += gl.load(bias + o, mask=mask_o, other=0.0)
+        add += bias_o
     if shift is not None and BLOCK_N == 1:
-        # One image, one row of shifts.
-        add += gl.load(shift + place[0] * shift_stride + o, mask=mask_o, other=0.0).to(gl.float32)
-    vectors = (
-        gl.expand_dims(o, 1), gl.expand_dims(mask_o, 1), gl.expand_dims(factor, 1),
-        gl.expand_dims(inner, 1), gl.expand_dims(add, 1),
+        add += shift_o.to(gl.float32)
+    gain = factor * scale
+    if not MIXED and WHOLE and not FP8:
+        # The constant part in float: one multiply-add a pixel, an error of 2^-24 |acc| s.
+        add -= inner.to(gl.float32) * gain
+    terms = (
+        here, mask_o, gl.expand_dims(gain, 1), gl.expand_dims(inner, 1), gl.expand_dims(add, 1),
     )  # fmt: skip
     pieces = (sums,)
     if SPLITS == 1 and PIECES == 2:
@@ -169,18 +198,23 @@ def write_rows(
         at = partial
         if SPLITS > 1:
             at = partial + (tile * SLOTS).to(gl.int64) * (BLOCK_O * PIXELS)
-            at = at + (gl.expand_dims(p * BLOCK_O, 0) + gl.expand_dims(here, 1))
+            at = at + (gl.expand_dims(p * BLOCK_O, 0) + here)
             v = gl.load(at, cache_modifier=".cg")
             for slot in gl.static_range(1, SPLITS):
                 v += gl.load(at + slot * BLOCK_O * PIXELS, cache_modifier=".cg")
         else:
             v = gl.convert_layout(pieces[i], rows)
+        r = inner
+        if len(held) > 0:
+            half = held[i // (PIECES // 2)]
+            r = half.slice(i % (PIECES // 2) * CHUNK, CHUNK).permute((1, 0)).load(rows)
         _write_piece(
-            v, at, p, vectors, place, y, act_scale, table, bucket, shift, residual,
+            v, r, at, p, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
             side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h,
             out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
             KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS, OUT_BUCKETS, MIXED,
             BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O * PIXELS, SPLITS, FP8,
+            len(held) > 0,
         )  # fmt: skip
 
 
@@ -205,8 +239,27 @@ def _side_terms(
 
 
 @gluon.jit
+def _unknown_zero():
+    """Return 0 in a way that the compiler does not see through, nor move out of a loop."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _corner(place, out_h, out_w, outs, UPSAMPLE: gl.constexpr):
+    """Return how far the first value of a tile is from that of an image (N, H, W, O)."""
+    h = place[1]
+    w = place[2]
+    if UPSAMPLE:
+        h = 2 * h + place[3]
+        w = 2 * w + place[4]
+    return ((place[0] * out_h + h) * out_w + w).to(gl.int64) * outs + place[5]
+
+
+@gluon.jit
 def _write_piece(
-    v, at, p, vectors, place, y, act_scale, table, bucket, shift, residual,
+    v, r, at, p, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
     side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h, out_w, outs,
     rows_per_bucket, shift_stride, out_zero, out_qmax,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
@@ -214,35 +267,42 @@ def _write_piece(
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, AREA: gl.constexpr, SPLITS: gl.constexpr,
-    FP8: gl.constexpr,
+    FP8: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """Finish the sums [O, CHUNK] of pixels p."""
-    o, mask_o, factor, inner, add = vectors
+    """Finish the sums [O, CHUNK] of pixels p; r: their residual if HELD."""
+    here, mask_o, gain, inner, add = terms
+    WHOLE: gl.constexpr = SIDES == 0 or SPLITS > 1
+    STEP: gl.constexpr = 2 if UPSAMPLE else 1
+    o = place[5] + here
     n, h, w, row, seen = pixel(p, place, images, out_h, out_w, BLOCK_H, BLOCK_W, UPSAMPLE)
     inside = gl.expand_dims(seen, 0) & mask_o
-    where = gl.expand_dims(row.to(gl.int64) * outs, 0) + o
+    # From the corner of the tile: 32 bits do. The same for all tiles, but not kept in registers.
+    hidden = _unknown_zero()
+    away = p // (BLOCK_H * BLOCK_W) * out_h + (p // BLOCK_W) % BLOCK_H * STEP + hidden
+    away = (away * out_w + (p % BLOCK_W + hidden) * STEP) * outs
+    where = gl.expand_dims(away, 0) + here
+    corner = _corner(place, out_h, out_w, outs, UPSAMPLE)
     t = inner
     if BORDER:
         # Few pixels are at the border: only they read their row of the table, the others 0.
         edge = _border(h, w, seen, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE)
         rim = gl.expand_dims(edge > 0, 0) & inside
         t = gl.load(table + gl.expand_dims(edge * outs, 0) + o, mask=rim, other=0)
-    if RAW:
-        v -= inner
-        if BORDER:
+        if WHOLE and not FP8:
             v -= t
-        gl.store(y + where, v, mask=inside)
+    if RAW:
+        gl.store(y + corner + where, v - inner, mask=inside)
     else:
-        scale = factor * scale_of(act_scale, bucket, row, rows_per_bucket, BUCKETS, MIXED)
-        if SIDES > 0 and SPLITS == 1:
+        if MIXED:
+            gain = gain * scale_of(act_scale, bucket, row, rows_per_bucket, BUCKETS, True)
+            if WHOLE and not FP8:
+                v -= inner
+        if not WHOLE:
             f = v + add
-        elif FP8:
-            f = v * scale + add
+            if BORDER and not FP8:
+                f -= t.to(gl.float32) * gain
         else:
-            # The constant part in float: one multiply-add a pixel, an error of 2^-24 |acc| s.
-            f = v.to(gl.float32) * scale + (add - inner.to(gl.float32) * scale)
-        if BORDER and not FP8:
-            f -= t.to(gl.float32) * scale
+            f = v.to(gl.float32) * gain + add
         if SIDES > 0 and SPLITS > 1:
             f += _side_terms(
                 at, o, mask_o, row, side_scales, side_weight_scale, side_table, bucket, outs,
@@ -255,11 +315,17 @@ def _write_piece(
             f = 0.5 * f * (1.0 + gl.erf(f * 0.7071067811865476))
         elif ACTIVATION == "silu":
             f = f / (1.0 + gl.exp(-f))
+        if HELD:
+            f += r.to(gl.float32)
         if residual is not None:
-            f += gl.load(residual + where, mask=inside, other=0.0).to(gl.float32)
+            f += gl.load(residual + corner + where, mask=inside, other=0.0).to(gl.float32)
         if out_scale is not None:
-            s = scale_of(out_scale, bucket, row, rows_per_bucket, OUT_BUCKETS, MIXED)
-            q = _requantize(f, s, out_zero, out_qmax, not FP8)
-            gl.store(y + where, q, mask=inside)
+            if MIXED:
+                s = scale_of(out_scale, bucket, row, rows_per_bucket, OUT_BUCKETS, True)
+                inverse = gl.div_rn(1.0, s)
+            gl.store(
+                y + corner + where, _requantize(f * inverse, out_zero, out_qmax, not FP8),
+                mask=inside,
+            )  # fmt: skip
         else:
-            gl.store(y + where, f.to(y.dtype.element_ty), mask=inside)
+            gl.store(y + corner + where, f.to(y.dtype.element_ty), mask=inside)

@@ -29,6 +29,10 @@ __all__ = ["PATHS", "choose_path", "reserve", "run"]
 # same from pointers, on any GPU that has int8 tensor cores.
 PATHS = ("hopper", "tma", "pointers")
 
+_GLUON = {
+    torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}  # fmt: skip
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 12
 # Streams that have counters of their own (more than torch hands out of a device), the first set
@@ -74,9 +78,22 @@ def _describe(path: str, parts: tuple[Any, ...]) -> Any:
     base, shape, strides, block = parts
     if path == "tma":
         return TensorDescriptor(base, shape, strides, block)
-    kind = gl.float8e4nv if base.dtype == torch.float8_e4m3fn else gl.int8
+    kind = getattr(gl, _GLUON[base.dtype])
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return GluonDescriptor(base, shape, strides, block, layout)
+
+
+def _half_tiles(residual: Tensor | None, tile: Tile, box: tuple[int, int, int], plain: bool) -> Any:
+    """Return the descriptor of a residual that is brought like operands are, None if it is not.
+
+    It takes the place of one step, so a tile of it must be as large: 128 x 128 values of two bytes.
+    """
+    whole = (tile.outs, tile.pixels, tile.channels, tile.splits) == (128, 128, 128, 1)
+    if residual is None or not plain or not whole or residual.element_size() != 2:
+        return None
+    n, h, w = box
+    half = (n // 2, h, w) if n > 1 else (n, h // 2, w) if h > 1 else (n, h, w // 2)
+    return _describe("hopper", _image(residual, 1, half, tile.outs))
 
 
 def _workspace(
@@ -134,7 +151,9 @@ def run(
     widths = tuple(side.shape[1] for side in side_codes)
     phases = 4 if upsample else 1
     tile = tile or choose_tile(
-        Problem(images, *across, phases, outs, channels, kernel, stride, widths),
+        Problem(
+            images, *across, phases, outs, channels, kernel, stride, widths, residual is not None
+        ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
     if path != "pointers" and stride == 2 and channels % tile.channels:
@@ -183,12 +202,16 @@ def run(
     if path == "hopper":
         programs = min(tiles, tile.programs * multiprocessors(codes.device))
         soon = early(codes.device)
-        # So many programs have room on a multiprocessor with so many registers a thread.
-        room = 65536 // (tile.programs * tile.warps * 32) // 8 * 8
+        rows = _half_tiles(residual, tile, box, not upsample and y.dtype != torch.int32)
+        args = (*operands, rows, *args[len(operands) :])
+        if rows is not None:
+            args = tuple(None if arg is residual else arg for arg in args)
+        # So many programs have room on a multiprocessor with so many registers a thread. The warp
+        # that brings operands counts as four, which give what they do not need to the others.
+        room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
         contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
-            *args, tiles, **switches, EARLY=soon, launch_pdl=soon,
-            maxnreg=room if room < 255 else None,
-        )  # fmt: skip
+            *args, tiles, **switches, EARLY=soon, launch_pdl=soon, maxnreg=min(room, 168)
+        )
     else:
         contract[(tiles, slots)](*args, **switches, TMA=path == "tma", num_stages=tile.stages)
     return y

@@ -33,11 +33,14 @@ _USUAL, _WIDE, _WIDEST = 32, 96, 4096
 
 # Shared memory of a multiprocessor, and what a program takes beside its slab, at most (sm_90).
 _SHARED, _BESIDE = 227 << 10, 9 << 10
-# Of slabs that cost the same, the one nearest to this size; costlier or small ones are for `Plan`.
-_SHARED_SLAB, _SHARED_LEAST, _SHARED_WORTH = 32 << 10, 8 << 10, 1.7
-# Rows of 128 bytes at most, what one pattern of the copy engine spans: the only run with wider ones
-# ended with an illegal instruction.
-_SHARED_WIDE = 64
+# Of slabs that cost the same, the one nearest to this size, and no smaller than that.
+_SHARED_SLAB, _SHARED_LEAST = 32 << 10, 8 << 10
+# Measured on 60 layer shapes: with so many programs it was faster (1.06 to 1.75 times), but for
+# maps larger than L2 whose slabs are padded by more than a quarter.
+_SHARED_PROGRAMS, _SHARED_PADDED, _SHARED_CACHE = 64, 1.25, 64 << 20
+# Rows of 128 bytes at most, what one pattern of the copy engine spans. They begin at whole 16 bytes
+# (8 channels): from others the copy engine ends with an illegal instruction.
+_SHARED_WIDE, _SHARED_STEP = 64, 8
 # A box of the copy engine has so many rows at most, and a slab so many boxes: each has a barrier.
 _BOX_ROWS, _BOXES = 256, 16
 
@@ -231,7 +234,7 @@ def make_shared_plan(
     best: tuple[tuple[bool, float, float], SharedPlan] | None = None
     for width in range(group, min(_SHARED_WIDE, channels) + 1, group):
         plan = _shared(pixels, width)
-        if plan is None:
+        if plan is None or (width < channels and width % _SHARED_STEP):
             continue
         size = 2 * pixels * plan.cols
         few = images * _ceil(channels, width) < _ENOUGH or size < _SHARED_LEAST
@@ -242,9 +245,14 @@ def make_shared_plan(
         rank = few, cost, max(size / _SHARED_SLAB, _SHARED_SLAB / size)
         if best is None or rank < best[0]:
             best = rank, plan
-    if best is None or (not always and (best[0][0] or best[0][1] > _SHARED_WORTH)):
+    if best is None:
         return None
-    return best[1]
+    plan = best[1]
+    slabs = _ceil(channels, plan.width)
+    padded = slabs * plan.cols > _SHARED_PADDED * channels
+    worth = images * slabs >= _SHARED_PROGRAMS
+    worth = worth and not (padded and 2 * images * pixels * channels > _SHARED_CACHE)
+    return plan if worth or always else None
 
 
 def _shared(pixels: int, width: int) -> SharedPlan | None:
