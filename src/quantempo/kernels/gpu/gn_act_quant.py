@@ -9,8 +9,8 @@ program takes is decided in `norm_plan`. What the op means on a CPU, and its sch
 Two ways. `one_launch`: a program owns all pixels of a slab of whole groups; a small slab stays in
 registers, a larger one is read again, out of the caches, to be normalized. Where that gives too
 few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
-chunk of pixels, and `apply` combines them. Both put partial moments together by Chan's formula,
-and never subtract E[x]^2. A map that is only quantized is `apply` alone.
+chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. Both ways put
+partial moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized is `apply` alone.
 
 On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.gpu.early import early
-from quantempo.kernels.gpu.norm_kernels import apply, channel_moments, one_launch
+from quantempo.kernels.gpu.norm_kernels import apply, channel_affine, channel_moments, one_launch
 from quantempo.kernels.gpu.norm_plan import (
     Plan,
     SharedPlan,
@@ -271,7 +271,9 @@ def _run(
             HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll, **meta, **placed,
         )  # fmt: skip
         return
-    moments, stat_chunks = None, 0
+    meta["NORM"], affine = groups > 0, None
+    for name in ("GROUP", "GROUPS"):
+        del meta[name]
     if groups:
         stat_chunks, stat_slabs = -(-pixels // plan.stat_p), -(-channels // plan.stat_c)
         size = (batch, stat_chunks, 2, channels)
@@ -281,9 +283,17 @@ def _run(
             BLOCK_C=plan.stat_c, SOURCE=source(plan.stat_c), num_warps=plan.stat_warps,
             **placed,
         )  # fmt: skip
+        affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
+        whole = plan.group_c
+        parts, block_c = -(-channels // whole), power_of_two(whole)
+        block_s = max(1, min(power_of_two(stat_chunks), 2048 // block_c))
+        channel_affine[(batch * parts,)](
+            moments, *norm, affine, parts, stat_chunks, pixels, channels, WIDTH=whole,
+            BLOCK_C=block_c, BLOCK_S=block_s, STAT_P=plan.stat_p, GROUP=channels // groups,
+            GROUPS=power_of_two(whole * groups // channels), SILU=silu,
+            num_warps=4, **placed,
+        )  # fmt: skip
     chunks = -(-pixels // plan.block_p)
     apply[(batch * chunks * slabs,)](
-        x, skip, *norm, moments, *tensors, slabs, chunks, stat_chunks, *numbers,
-        STAT_P=plan.stat_p, STAT_CHUNKS=power_of_two(stat_chunks or 1), NORM=groups > 0, **meta,
-        **placed,
-    )  # fmt: skip
+        x, skip, affine, *tensors, slabs, chunks, *numbers, **meta, **placed
+    )

@@ -278,17 +278,56 @@ def channel_moments(
     tl.store(target + (C1 + C2), m2, mask=known)
 
 
+@triton.jit(do_not_specialize=_VARYING[:3])
+def channel_affine(
+    moments, gamma, beta, eps, affine, slabs, stat_chunks, pixels, C,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STAT_P: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Write a and b of each channel of one (image, slab of whole groups): norm(x) = a x + b.
+
+    Puts the moments of all chunks together, BLOCK_S at a time; affine: float32 (N, 2, C).
+    """
+    if EARLY:
+        _after_predecessor()
+    program = tl.program_id(0)
+    image = program // slabs
+    lane = tl.arange(0, BLOCK_C)
+    column = (program % slabs) * WIDTH + lane
+    known = (lane < WIDTH) & (column < C)
+    here = moments + image.to(tl.int64) * stat_chunks * (2 * C) + column[None, :]
+    line = tl.arange(0, BLOCK_S)[:, None]
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in tl.range(0, stat_chunks, BLOCK_S):
+        chunk = start + line
+        seen = (chunk < stat_chunks) & known[None, :]
+        count = tl.maximum(tl.minimum(pixels - chunk * STAT_P, STAT_P), 0).to(tl.float32)
+        total += tl.sum(tl.load(here + chunk * (2 * C), mask=seen, other=0.0) * count, axis=0)
+    mean = total / pixels
+    m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in tl.range(0, stat_chunks, BLOCK_S):
+        chunk = start + line
+        seen = (chunk < stat_chunks) & known[None, :]
+        count = tl.maximum(tl.minimum(pixels - chunk * STAT_P, STAT_P), 0).to(tl.float32)
+        off = tl.load(here + chunk * (2 * C), mask=seen, other=0.0) - mean[None, :]
+        m2s = tl.load(here + chunk * (2 * C) + C, mask=seen, other=0.0)
+        m2 += tl.sum(m2s + off * off * count, axis=0)
+    a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
+    target = affine + image.to(tl.int64) * (2 * C) + column[None, :]
+    tl.store(target, a, mask=known[None, :])
+    tl.store(target + C, b, mask=known[None, :])
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def apply(
-    x, skip, gamma, beta, eps, moments, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
-    slabs, chunks, stat_chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
+    x, skip, affine, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
+    slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
     raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAT_P: tl.constexpr, STAT_CHUNKS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
+    EVEN: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
     QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr,
     MANY: tl.constexpr, RAW_MANY: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Normalize (NORM) and quantize one (image, chunk of pixels, slab of whole groups)."""
+    """Map (NORM: by `affine`), activate and quantize one (image, chunk of pixels, slab)."""
     if EARLY:
         _after_predecessor()
     program = tl.program_id(0)
@@ -301,7 +340,6 @@ def apply(
     pixel = (part % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     known = (lane < WIDTH) & (column < C1 + C2)
     inside = ((pixel < pixels) | EVEN) & known[None, :]
-    # Asked for first: the moments arrive while the tile is under way.
     place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
     tile = tl.load(place, mask=inside, other=0.0)
     inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
@@ -315,16 +353,9 @@ def apply(
     a = 0.0
     b = 0.0
     if NORM:
-        chunk = tl.arange(0, STAT_CHUNKS)[:, None]
-        seen = (chunk < stat_chunks) & known[None, :]
-        where = moments + (image * stat_chunks + chunk).to(tl.int64) * (2 * (C1 + C2)) + channel
-        means = tl.load(where, mask=seen, other=0.0)
-        m2s = tl.load(where + (C1 + C2), mask=seen, other=0.0)
-        count = tl.maximum(tl.minimum(pixels - chunk * STAT_P, STAT_P), 0).to(tl.float32)
-        mean = tl.sum(means * count, axis=0) / pixels
-        off = means - mean[None, :]
-        m2 = tl.sum(m2s + off * off * count, axis=0)
-        a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
+        where = affine + image.to(tl.int64) * (2 * (C1 + C2)) + channel
+        a = tl.load(where, mask=known[None, :], other=0.0)
+        b = tl.load(where + (C1 + C2), mask=known[None, :], other=0.0)
     if MAIN:
         _write(
             tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,

@@ -5,17 +5,19 @@ Plain integers, no Triton: the choice depends on the shape alone, so it is made 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
 __all__ = ["Plan", "SharedPlan", "make_plan", "make_shared_plan", "power_of_two"]
 
-# Nanoseconds of the choice between one launch and two: only their order matters.
+# Nanoseconds of the choice between one launch and three: only their order matters.
 _BYTES_A_NS = 2500.0
 # One program alone: latency of its first bytes, then what its few loads under way can fetch.
 _PROGRAM_NS, _PROGRAM_BYTES_A_NS = 1500.0, 12.0
-_LAUNCH_NS = 3000.0
+_LAUNCH_NS = 2000.0
+# Of the second read of a slab; the L2 of an H200 has 50 MiB, which others use too.
+_CACHE = 32 << 20
 # 132 multiprocessors, five programs of 8 warps and 48 registers a thread on each.
 _RESIDENT = 660
 # Enough programs that 132 multiprocessors do not stand idle, and that two wait on each.
@@ -50,14 +52,16 @@ class Plan:
     """The tiles of a call.
 
     Attributes:
-        one_launch: a program sees all pixels of its slab; otherwise moments are written first.
-        width: channels of a slab (whole groups where there are groups).
+        one_launch: a program sees all pixels of its slab; otherwise moments are written first, and
+            put together, and then applied.
+        width: channels of a slab (whole groups with one launch).
         block_p: pixels of a tile, a power of two.
         block_c: `width` rounded up to a power of two.
         warps: warps of a program.
         stages, unroll: of the loops over tiles, where a slab is more than one tile: tiles under
             way at once (1: loads are not moved ahead), and tiles an iteration.
         stat_p, stat_c, stat_warps: tile of the launch that writes moments.
+        group_c: channels, whole groups, of a program that puts moments together.
     """
 
     one_launch: bool
@@ -70,6 +74,7 @@ class Plan:
     stat_p: int = 0
     stat_c: int = 0
     stat_warps: int = 0
+    group_c: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ def _one_launch_ns(images: int, pixels: int, channels: int, width: int, itemsize
     programs = images * _ceil(channels, width)
     # Read again out of the caches, which takes about half as long.
     alone = _PROGRAM_NS + 1.5 * pixels * power_of_two(width) * itemsize / _PROGRAM_BYTES_A_NS
-    traffic = _traffic_ns(images * pixels * channels, width, itemsize, 1)
+    # Slabs of all programs at work that do not fit into the cache come from memory twice.
+    reads = 1 + (min(programs, _RESIDENT) * pixels * width * itemsize > _CACHE)
+    traffic = _traffic_ns(images * pixels * channels, width, itemsize, reads)
     # A tenth of a program's own time: among equals, the one with the shorter tail.
     return _LAUNCH_NS + max(traffic, _ceil(programs, _RESIDENT) * alone) + 0.1 * alone
 
@@ -159,10 +166,11 @@ def make_plan(
     double = min(widths, key=lambda w: _traffic_ns(1 << 24, w, itemsize, 1))
     if one_launch is None:
         traffic = _traffic_ns(images * pixels * channels, double, itemsize, 2)
-        two_launches_ns = 2 * _LAUNCH_NS + 2 * _PROGRAM_NS + traffic
-        one_launch = _one_launch_ns(images, pixels, channels, single, itemsize) <= two_launches_ns
+        three_ns = 3 * _LAUNCH_NS + 2 * _PROGRAM_NS + traffic
+        one_launch = _one_launch_ns(images, pixels, channels, single, itemsize) <= three_ns
     if not one_launch:
-        return _two_launches(images, pixels, channels, double)
+        few = min((w for w in widths if w >= _USUAL), default=max(widths))
+        return _three_launches(images, pixels, channels, few)
     block_c = power_of_two(single)
     block_p = power_of_two(pixels)
     elements = block_p * block_c
@@ -189,19 +197,14 @@ def _slab(images: int, channels: int, group: int, widths: list[int]) -> int:
     return max(narrow, default=min(group, width))
 
 
-def _two_launches(images: int, pixels: int, channels: int, width: int) -> Plan:
-    block_c = power_of_two(width)
-    slabs = _ceil(channels, width)
-    block_p = power_of_two(max(1, min(pixels, 16384 // block_c)))
-    while block_p > 16 and images * slabs * _ceil(pixels, block_p) < _FILL:
-        block_p //= 2
+def _three_launches(images: int, pixels: int, channels: int, width: int) -> Plan:
     stat_c = min(64, power_of_two(channels))
     stat_p = power_of_two(max(1, min(pixels, 32768 // stat_c)))
     while stat_p > 64 and images * _ceil(channels, stat_c) * _ceil(pixels, stat_p) < _FILL:
         stat_p //= 2
-    return Plan(
-        False, width, block_p, block_c, _warps(block_p * block_c, 32, 16),
-        stat_p=stat_p, stat_c=stat_c, stat_warps=_warps(stat_p * stat_c, 64, 16),
+    return replace(
+        _pointwise(images, pixels, channels),
+        stat_p=stat_p, stat_c=stat_c, stat_warps=_warps(stat_p * stat_c, 64, 16), group_c=width,
     )  # fmt: skip
 
 
