@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantempo.backends import ENGINES, attach
+from quantempo.backends import ENGINES, attach, triton
 from quantempo.backends.base import BACKENDS, MAX_TERMS
 from quantempo.backends.delta import lower_delta
 from quantempo.backends.operands import Grid, quantize, quantize_rows
@@ -250,6 +250,18 @@ def test_a_copied_layer_runs_on_its_own(backend):
     assert not torch.equal(other(x), y)
     other.weight_int.zero_()
     assert torch.equal(layer(x), y)
+
+
+def test_a_cpu_is_said_to_be_slow_once(backend, caplog):
+    triton._say_slow.cache_clear()
+    for _ in range(2):
+        layer = make_linear(32, 16, plain=True)
+        layer.kernel = backend.lower(layer)
+        layer(noise(2, 32))
+    assert [record.message for record in caplog.records if "slow" in record.message] == [
+        "engine triton is attached and the model is on a cpu: the exact definition of its operators "
+        "runs, which is slow; attach an engine of that device"
+    ]
 
 
 def test_a_layer_without_data_is_refused(backend):

@@ -14,6 +14,7 @@ import itertools
 import re
 
 import pytest
+import torch
 
 from quantempo.kernels.gpu import launch
 from quantempo.kernels.gpu.tuning import Tile, choose_tile
@@ -86,12 +87,14 @@ def binary(path: str, arch: int, layer: Layer, tile: Tile) -> harness.Binary:
     return harness.compiled(only, arch, messages=path == "hopper")
 
 
-def ceiling(tile: Tile) -> int:
-    """Return the registers a thread may take so that `programs` fit: 255 for 2 x 128 threads.
+def ceiling(path: str, tile: Tile) -> int:
+    """Return the registers a thread may take so that `programs` fit.
 
-    Registers are given to a warp in units of 8 a thread, and no thread has more than 255.
+    Registers are given to a warp in units of 8 a thread, and no thread has more than 255. On Hopper
+    four warps more are launched, of which one brings operands.
     """
-    return min(255, REGISTERS // (32 * tile.warps * tile.programs) // 8 * 8)
+    warps = tile.warps + (4 if path == "hopper" else 0)
+    return min(255, REGISTERS // (32 * warps * tile.programs) // 8 * 8)
 
 
 def room(layer: Layer, tile: Tile) -> int:
@@ -114,7 +117,7 @@ def test_shipped(path, arch, layer, tile):
     made = binary(path, arch, layer, tile)
     assert made.stack <= room(layer, tile)
     assert made.spills == 0 or made.stack > 0
-    assert made.registers <= ceiling(tile)
+    assert made.registers <= ceiling(path, tile)
     assert tile.programs * (made.shared + 1024) <= SHARED[arch] * 1024
     if layer.fp8:
         instruction = r"\bQGMMA\." if arch == 90 else r"\bQMMA\."
@@ -143,7 +146,15 @@ KINDS = {
 
 
 def main_loops(sass: str) -> list[list[str]]:
-    """Return the KINDS of instructions in each loop that multiplies and never waits for all."""
+    """Return the KINDS of instructions in each of `bodies`."""
+    return [
+        [kind for text in body for kind in KINDS if re.search(KINDS[kind], text)]
+        for body in bodies(sass)
+    ]
+
+
+def bodies(sass: str) -> list[list[str]]:
+    """Return the instructions of each loop that multiplies and never waits for all."""
     code = sass.splitlines()
     found = []
     for end, line in enumerate(code):
@@ -151,10 +162,10 @@ def main_loops(sass: str) -> list[list[str]]:
         # Every instruction has 16 bytes.
         if jump is not None and int(jump[1], 16) // 16 <= end:
             body = code[int(jump[1], 16) // 16 : end + 1]
-            kinds = [kind for text in body for kind in KINDS if re.search(KINDS[kind], text)]
+            multiplies = any(re.search(KINDS["multiply"], text) for text in body)
             # The loop over the tiles, and the way back from a wait, reach over the last wait.
-            if "multiply" in kinds and not any("DEPBAR.LE gsb0, 0x0" in text for text in body):
-                found.append(kinds)
+            if multiplies and not any("DEPBAR.LE gsb0, 0x0" in text for text in body):
+                found.append(body)
     return found
 
 
@@ -178,6 +189,10 @@ def check_pipeline(made: harness.Binary, count: int) -> None:
         assert "multiply" not in loop[waited:]
         assert "give back" not in loop[:waited] and "refill" not in loop
         assert "meet" in loop[waited : loop.index("give back")]
+    for body in bodies(made.sass):
+        # Another stage each time: a step that always gave back the first made all wait for ever.
+        (given,) = (m[1] for m in (re.search(r"SYNCS\.ARRIVE.*\[(UR\d+)", t) for t in body) if m)
+        assert any(re.match(rf"(?:@\S+\s+)?[A-Z][\w.]*\s+{given}\b", text) for text in body)
 
 
 def test_every_shipped_tile_is_compiled():
@@ -208,3 +223,40 @@ def test_a_slow_or_wrong_kernel_would_be_seen(before, after):
     assert changed != made.sass
     with pytest.raises(AssertionError):
         check_pipeline(dataclasses.replace(made, sass=changed), 1)
+
+
+def descriptor_and_pointer(layer: Layer, tile: Tile, **others) -> tuple[object, object]:
+    """Return how the residual of a layer is handed over on Hopper: as boxes, as a pointer."""
+    known = tensors(layer) | others
+    with harness.recorded(launch) as launches:
+        call(launch, layer, known, "hopper", tile)
+    names = launches[0].kernel.arg_names
+    given = dict(zip(names, launches[0].args, strict=False))
+    return given["rows"], given["residual"]
+
+
+def test_a_residual_is_brought_as_a_step_where_it_is_as_large():
+    layer = Layer(256, 128, 32, 128)
+    tile = Tile(128, 128, 128, 4, 3)
+    rows, pointer = descriptor_and_pointer(layer, tile)
+    # Half a tile of 4 x 32 pixels.
+    assert rows.block_shape == [1, 2, 1, 32, 128] and pointer is None
+    # Values of four bytes are twice as large; a tile of fewer pixels is smaller.
+    wide = torch.empty(256, 32, 32, 128, device="meta").permute(0, 3, 1, 2)
+    rows, pointer = descriptor_and_pointer(layer, tile, residual=wide)
+    assert rows is None and pointer is wide
+    rows, pointer = descriptor_and_pointer(layer, Tile(128, 64, 128, 4, 4))
+    assert rows is None and pointer is not None
+
+
+def test_more_splits_than_steps_are_refused():
+    layer = Layer(2, 16, 16, 16, kernel=1)
+    with pytest.raises(ValueError, match="2 splits of 1 steps"):
+        call(launch, layer, tensors(layer), "hopper", Tile(64, 16, 128, 4, 4, splits=2))
+
+
+def test_a_tile_that_reaches_too_far_is_refused():
+    layer = Layer(2, 16, 16384, 16)
+    tile = Tile(64, 64, 128, 4, 4, programs=3)
+    with pytest.raises(ValueError, match="path='pointers'"):
+        call(launch, layer, tensors(layer), "hopper", tile)

@@ -7,7 +7,9 @@ what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from importlib import metadata
 
 import torch
@@ -19,6 +21,8 @@ from quantempo.errors import QuantempoError
 from quantempo.quantizers import QConv2d, QLayer
 
 __all__ = ["TritonBackend", "TritonKernel"]
+
+log = logging.getLogger("quantempo")
 
 _CAPABILITY = (8, 0)
 # The first with all that the kernels import; 3.6 is what they were measured with.
@@ -81,6 +85,15 @@ def _unsupported_shape(layer: QConv2d) -> str | None:
     return None
 
 
+@functools.cache
+def _say_slow(kind: str) -> None:
+    log.warning(
+        "engine triton is attached and the model is on a %s: the exact definition of its operators "
+        "runs, which is slow; attach an engine of that device",
+        kind,
+    )
+
+
 class TritonKernel:
     """Run one layer; `operands` are made by `prepare`, or by the first call.
 
@@ -101,6 +114,8 @@ class TritonKernel:
                 f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
                 "move the model"
             )
+        if device.type == "cpu":
+            _say_slow(device.type)
         self.operands = Operands.of(self.layer)
 
     def here(self, device: torch.device) -> Operands:

@@ -10,7 +10,8 @@ Two ways. `one_launch`: a program owns all pixels of a slab of whole groups; a s
 registers, a larger one is read again, out of the caches, to be normalized. Where that gives too
 few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
 chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. Both ways put
-partial moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized is `apply` alone.
+partial moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized
+is `apply` alone.
 
 On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
 """
@@ -43,8 +44,6 @@ __all__ = ["PATHS", "launch"]
 # "hopper": `norm_hopper.normalize_slab`; "triton": the kernels of `norm_kernels`, on any GPU.
 PATHS = ("hopper", "triton")
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
 
 @cache
 def _has_fp8(device: torch.device) -> bool:
@@ -56,66 +55,10 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _check(
-    x: Tensor,
-    skip: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    groups: int,
-    scales: tuple[Tensor | None, Tensor | None],
-    bucket: Tensor,
-    raw_zero_points: Sequence[int],
-    codes_dtype: torch.dtype,
-) -> None:
-    """Raise ValueError for what the kernels cannot take."""
-    if x.dim() != 4 or x.dtype not in _FLOATS or not _is_dense(x):
-        raise ValueError(
-            f"got x of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}; expected "
-            "(N, C, H, W) float16, bfloat16 or float32; call .contiguous(memory_format="
-            "torch.channels_last)"
-        )
-    channels = x.shape[1]
-    if skip is not None:
-        channels += skip.shape[1]
-        like = (x.shape[0], skip.shape[1], *x.shape[2:])
-        if skip.shape != like or skip.dtype != x.dtype or not _is_dense(skip):
-            raise ValueError(
-                f"got skip of shape {tuple(skip.shape)}, strides {skip.stride()}, {skip.dtype}; "
-                f"expected channels_last {like} of {x.dtype}, as x"
-            )
+def _check(x: Tensor, channels: int, codes_dtype: torch.dtype) -> None:
+    """Raise ValueError for what these kernels cannot take, of what `ops_checks.check_norm` can."""
     if channels * x.shape[2] * x.shape[3] >= 2**31:
         raise ValueError(f"got {channels} channels of {tuple(x.shape[2:])}; expected < 2^31 values")
-    for name, tensor in (("gamma", gamma), ("beta", beta)):
-        if tensor is not None and (tensor.shape != (channels,) or tensor.dtype != torch.float32):
-            raise ValueError(
-                f"got {name} of shape {tuple(tensor.shape)}, {tensor.dtype}; expected "
-                f"({channels},) float32"
-            )
-    if (gamma is None) != (beta is None):
-        raise ValueError("got one of gamma and beta; expected both, or none for no norm")
-    if gamma is not None and (groups < 1 or channels % groups):
-        raise ValueError(f"got {groups} groups; expected a divisor of {channels} channels")
-    scale, raw_scales = scales
-    rows = 0 if raw_scales is None else raw_scales.shape[0]
-    if len(raw_zero_points) != rows or rows > 2:
-        raise ValueError(
-            f"got {len(raw_zero_points)} raw zero points and {rows} rows of raw scales; expected "
-            "one of each for x, or two for x and skip"
-        )
-    for name, tensor in (("scale", scale), ("raw_scales", raw_scales)):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise ValueError(f"got {name} of {tensor.dtype}; expected contiguous float32")
-    if bucket.dtype != torch.int64 or bucket.numel() == 0 or x.shape[0] % bucket.numel():
-        raise ValueError(
-            f"got bucket of shape {tuple(bucket.shape)}, {bucket.dtype} for {x.shape[0]} images; "
-            "expected int64 () or (B,) with B a divisor of the images"
-        )
-    if codes_dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"got codes_dtype={codes_dtype}; expected int8 or float8_e4m3fn")
     if codes_dtype is torch.float8_e4m3fn and not _has_fp8(x.device):
         raise ValueError("got codes_dtype=float8_e4m3fn; expected a GPU of sm_89 or newer: int8")
 
@@ -167,7 +110,8 @@ def launch(
         a result not asked for has shape (0,).
 
     Raises:
-        ValueError: an argument the kernels cannot take, or those of a path asked for.
+        ValueError: a map of 2^31 values, fp8 on an older GPU, or what a path asked for cannot take.
+            The rest was checked by `ops_checks.check_norm`.
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
@@ -176,9 +120,9 @@ def launch(
     computing sample variances, 1979.
     """
     scales = (scale, raw_scales)
-    _check(x, skip, gamma, beta, groups, scales, bucket, raw_zero_points, codes_dtype)
     batch, c1, height, width = x.shape
     channels = c1 if skip is None else c1 + skip.shape[1]
+    _check(x, channels, codes_dtype)
     codes = x.new_empty(0, dtype=x.dtype if scale is None else codes_dtype)
     raw_x, raw_skip = (x.new_empty(0, dtype=codes_dtype) for _ in range(2))
     main = gamma is not None or silu or scale is not None

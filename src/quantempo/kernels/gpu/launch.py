@@ -91,6 +91,8 @@ def _half_tiles(residual: Tensor | None, tile: Tile, box: tuple[int, int, int], 
     whole = (tile.outs, tile.pixels, tile.channels, tile.splits) == (128, 128, 128, 1)
     if residual is None or not plain or not whole or residual.element_size() != 2:
         return None
+    if residual.data_ptr() % 16 or residual.shape[1] % 8:
+        return None
     n, h, w = box
     half = (n // 2, h, w) if n > 1 else (n, h // 2, w) if h > 1 else (n, h, w // 2)
     return _describe("hopper", _image(residual, 1, half, tile.outs))
@@ -161,6 +163,9 @@ def run(
             f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
             "divisor: a box must not reach the next pixel of a pair"
         )
+    steps = kernel**2 * triton.cdiv(channels, tile.channels)
+    if tile.splits > steps:
+        raise ValueError(f"got {tile.splits} splits of {steps} steps; expected a step for each")
     box = tile_pixels(tile.pixels, images, *across)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
@@ -180,6 +185,15 @@ def run(
             operands[i] = _describe(path, _image(operands[i], by, box, tile.channels))
             operands[i + 1] = _describe(path, _rows(operands[i + 1], tile.outs, tile.channels))
     operands += [None] * (6 - len(operands))
+    if path == "hopper":
+        if box[0] * out_h * out_w * outs >= 2**31:
+            raise ValueError(
+                f"got {box[0]} images of {out_h} x {out_w} x {outs} in a tile; expected fewer than "
+                "2^31 values, which it counts with 32 bits: path='pointers'"
+            )
+        plain = not upsample and y.dtype != torch.int32
+        operands.append(_half_tiles(residual, tile, box, plain))
+        residual = None if operands[-1] is not None else residual
     width0, width1 = (*widths, 0, 0)[:2]
     args = (
         *operands, y, partial, counters,
@@ -202,10 +216,6 @@ def run(
     if path == "hopper":
         programs = min(tiles, tile.programs * multiprocessors(codes.device))
         soon = early(codes.device)
-        rows = _half_tiles(residual, tile, box, not upsample and y.dtype != torch.int32)
-        args = (*operands, rows, *args[len(operands) :])
-        if rows is not None:
-            args = tuple(None if arg is residual else arg for arg in args)
         # So many programs have room on a multiprocessor with so many registers a thread. The warp
         # that brings operands counts as four, which give what they do not need to the others.
         room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
