@@ -258,10 +258,8 @@ def test_a_cpu_is_said_to_be_slow_once(backend, caplog):
         layer = make_linear(32, 16, plain=True)
         layer.kernel = backend.lower(layer)
         layer(noise(2, 32))
-    assert [record.message for record in caplog.records if "slow" in record.message] == [
-        "engine triton is attached and the model is on a cpu: the exact definition of its operators "
-        "runs, which is slow; attach an engine of that device"
-    ]
+    (said,) = (record.message for record in caplog.records if "slow" in record.message)
+    assert "triton is attached and the model is on a cpu" in said and "attach an engine" in said
 
 
 def test_a_layer_without_data_is_refused(backend):
