@@ -249,12 +249,6 @@ def test_a_residual_is_brought_as_a_step_where_it_is_as_large():
     assert rows is None and pointer is not None
 
 
-def test_more_splits_than_steps_are_refused():
-    layer = Layer(2, 16, 16, 16, kernel=1)
-    with pytest.raises(ValueError, match="2 splits of 1 steps"):
-        call(launch, layer, tensors(layer), "hopper", Tile(64, 16, 128, 4, 4, splits=2))
-
-
 def test_a_tile_that_reaches_too_far_is_refused():
     layer = Layer(2, 16, 16384, 16)
     tile = Tile(64, 64, 128, 4, 4, programs=3)

@@ -45,9 +45,10 @@ def _sum(
     acc, buffers, stage, phase, count, PIXELS: gl.constexpr, BLOCK_C: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Return the sum of `count` steps, at least one, and the stage and phase of the next.
+    """Return the sum of `count` steps, and the stage and phase of the next.
 
-    What acc held is dropped by the first instruction: setting it to zero with others would make the
+    None are left to a program where a sum is split finer than its steps: acc is still zero there,
+    and the stage that is given back unused nobody waits for. What acc held is dropped by the first instruction: setting it to zero with others would make the
     compiler wait for each matrix instruction.
     """
     smem_x, smem_w, ready, free = buffers

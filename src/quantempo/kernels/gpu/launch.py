@@ -163,9 +163,6 @@ def run(
             f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
             "divisor: a box must not reach the next pixel of a pair"
         )
-    steps = kernel**2 * triton.cdiv(channels, tile.channels)
-    if tile.splits > steps:
-        raise ValueError(f"got {tile.splits} splits of {steps} steps; expected a step for each")
     box = tile_pixels(tile.pixels, images, *across)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
