@@ -47,9 +47,9 @@ def _sum(
 ):  # fmt: skip
     """Return the sum of `count` steps, and the stage and phase of the next.
 
-    None are left to a program where a sum is split finer than its steps: acc is still zero there,
-    and the stage that is given back unused nobody waits for. What acc held is dropped by the first instruction: setting it to zero with others would make the
-    compiler wait for each matrix instruction.
+    What acc held is dropped by the first instruction: setting it to zero with others would make the
+    compiler wait for each matrix instruction. Where a sum is split finer than its steps a program
+    has none: acc is still zero there, and nobody waits for the stage it gives back unused.
     """
     smem_x, smem_w, ready, free = buffers
     for step in range(count):
