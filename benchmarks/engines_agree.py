@@ -39,7 +39,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def changed(pipe: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Let `change` be applied to what every integer layer returns."""
+    """Let `change` be applied to what every integer layer returns, the same in every run."""
+    torch.manual_seed(0)
     net = denoiser_of(pipe)[1]
     for name in execution(net):
         net.get_submodule(name).register_forward_hook(lambda layer, given, y: change(y))
@@ -58,8 +59,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--engines", nargs="+", help="by default all that run on the device")
     given = parser.parse_args()
+    if given.images < 2:
+        parser.error(f"got --images {given.images}; expected 2 at least, for a standard error")
     session = reopen(given.run, device=given.device)
-    kinds = {given.device, "any"}
+    kinds = {torch.device(given.device).type, "any"}
     names = given.engines or [
         name
         for name in ENGINES.names()

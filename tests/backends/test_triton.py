@@ -259,7 +259,7 @@ def test_a_cpu_is_said_to_be_slow_once(backend, caplog):
         layer.kernel = backend.lower(layer)
         layer(noise(2, 32))
     (said,) = (record.message for record in caplog.records if "slow" in record.message)
-    assert "triton is attached and the model is on a cpu" in said and "attach an engine" in said
+    assert "triton is attached and the model is on a CPU" in said and "attach an engine" in said
 
 
 def test_a_layer_without_data_is_refused(backend):

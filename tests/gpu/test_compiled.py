@@ -250,7 +250,13 @@ def test_a_residual_is_brought_as_a_step_where_it_is_as_large():
 
 
 def test_a_tile_that_reaches_too_far_is_refused():
-    layer = Layer(2, 16, 16384, 16)
-    tile = Tile(64, 64, 128, 4, 4, programs=3)
-    with pytest.raises(ValueError, match="path='pointers'"):
+    tile = Tile(64, 32, 128, 4, 4, programs=3)
+    # A pixel of each of 32 images, since rows of odd length waste wider tiles.
+    layer = Layer(32, 16, 4099, 16)
+    with pytest.raises(ValueError, match="32 images of 4099 x 4099"):
         call(launch, layer, tensors(layer), "hopper", tile)
+    # 2^31 values and more in all, and each tile within a row of them.
+    for layer in (Layer(2, 16, 16384, 16), Layer(2**22, 16, 1, 1024, kernel=0)):
+        with harness.recorded(launch) as launches:
+            call(launch, layer, tensors(layer), "hopper", tile)
+        assert len(launches) == 1

@@ -77,6 +77,34 @@ def test_runs_agree_in_every_bit(path, layer):
     assert counters_are_zero()
 
 
+# Halved by columns, by images, by rows; none a multiple of the tile.
+BROUGHT = {
+    "rows of a product": Layer(333, 256, 1, 144, kernel=0),
+    "small images": Layer(5, 128, 8, 144),
+    "large images": Layer(3, 64, 20, 272),
+    "beside a shortcut": Layer(3, 128, 16, 144, sides=(64,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BROUGHT)
+def test_residuals_brought_as_a_step(name, dtype):
+    skip_unless("hopper")
+    layer = BROUGHT[name]
+    known = tensors(layer, "cuda")
+    if "residual" not in known:
+        shape = (layer.images, layer.out_size, layer.out_size, layer.outs)
+        known["residual"] = torch.randn(shape, device="cuda").permute(0, 3, 1, 2)
+    known["residual"] = known["residual"].to(dtype)
+    exact = expected(known, expected_sums(layer, known))
+    # Two sums in registers need twice the threads.
+    tile = Tile(128, 128, 128, 8, 3, programs=1) if layer.sides else Tile(128, 128, 128, 4, 3)
+    y = call(launch, layer, known, "hopper", tile, dtype)
+    half_unit = 2**-11 if dtype == torch.float16 else 2**-8
+    bound = exact.abs() * half_unit + exact.abs().max() * 2**-20
+    assert bool(((y.double() - exact).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("splits", [2, 5, 8])
 @pytest.mark.parametrize("path", launch.PATHS)
 @pytest.mark.parametrize("sides", [(), (256,), (256, 128)])

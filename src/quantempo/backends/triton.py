@@ -86,11 +86,10 @@ def _unsupported_shape(layer: QConv2d) -> str | None:
 
 
 @functools.cache
-def _say_slow(kind: str) -> None:
+def _say_slow() -> None:
     log.warning(
-        "engine triton is attached and the model is on a %s: the exact definition of its operators "
-        "runs, which is slow; attach an engine of that device",
-        kind,
+        "engine triton is attached and the model is on a CPU: the exact definition of its "
+        "operators runs, which is slow; attach an engine for CPUs"
     )
 
 
@@ -115,7 +114,7 @@ class TritonKernel:
                 "move the model"
             )
         if device.type == "cpu":
-            _say_slow(device.type)
+            _say_slow()
         self.operands = Operands.of(self.layer)
 
     def here(self, device: torch.device) -> Operands:

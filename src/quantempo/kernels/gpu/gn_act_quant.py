@@ -199,8 +199,7 @@ def _run(
     )  # fmt: skip
     meta = {
         "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
-        "EVEN": pixels % plan.block_p == 0, "GROUP": channels // groups if groups else 1,
-        "GROUPS": power_of_two(plan.width * groups // channels) if groups else 1,
+        "EVEN": pixels % plan.block_p == 0,
         "SOURCE": source(plan.width), "SILU": silu, "QUANTIZE": scale is not None,
         "MAIN": results[0].numel() > 0, "RAW": raw_scales is not None,
         "FP8": torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
@@ -212,12 +211,12 @@ def _run(
     if plan.one_launch:
         one_launch[(batch * slabs,)](
             x, skip, *norm, *tensors, slabs, *numbers,
-            HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll, **meta, **placed,
+            HELD=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll,
+            GROUP=channels // groups, GROUPS=power_of_two(plan.width * groups // channels),
+            **meta, **placed,
         )  # fmt: skip
         return
-    meta["NORM"], affine = groups > 0, None
-    for name in ("GROUP", "GROUPS"):
-        del meta[name]
+    affine = None
     if groups:
         stat_chunks, stat_slabs = -(-pixels // plan.stat_p), -(-channels // plan.stat_c)
         size = (batch, stat_chunks, 2, channels)
@@ -239,5 +238,5 @@ def _run(
         )  # fmt: skip
     chunks = -(-pixels // plan.block_p)
     apply[(batch * chunks * slabs,)](
-        x, skip, affine, *tensors, slabs, chunks, *numbers, **meta, **placed
+        x, skip, affine, *tensors, slabs, chunks, *numbers, NORM=groups > 0, **meta, **placed
     )

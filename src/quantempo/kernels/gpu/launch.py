@@ -183,10 +183,12 @@ def run(
             operands[i + 1] = _describe(path, _rows(operands[i + 1], tile.outs, tile.channels))
     operands += [None] * (6 - len(operands))
     if path == "hopper":
-        if box[0] * out_h * out_w * outs >= 2**31:
+        apart = 2 if upsample else 1
+        reach = (box[0] - 1) * out_h + (box[1] - 1) * apart
+        if (reach * out_w + (box[2] - 1) * apart + 1) * outs >= 2**31:
             raise ValueError(
-                f"got {box[0]} images of {out_h} x {out_w} x {outs} in a tile; expected fewer than "
-                "2^31 values, which it counts with 32 bits: path='pointers'"
+                f"got a tile of {box[0]} images of {out_h} x {out_w} x {outs}; expected fewer than "
+                "2^31 values from its first to its last"
             )
         plain = not upsample and y.dtype != torch.int32
         operands.append(_half_tiles(residual, tile, box, plain))
