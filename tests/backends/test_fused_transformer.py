@@ -171,8 +171,11 @@ def test_all_layers_are_listed_as_fused(network, kind):
     assert sum(isinstance(f, FusedTransformer) for f in forwards) == 4
     for block in blocks:
         own, cross = block.attentions
-        assert (len(own.of_tokens), len(own.of_context)) == (1, 0)
-        assert (len(cross.of_tokens), len(cross.of_context)) == (1, 1)
+        assert (len(own.of_tokens), own.contexts) == (1, None)
+        assert len(cross.of_tokens) == len(cross.contexts.groups) == 1
+    shared = [block.attentions[1].contexts for block in blocks]
+    assert all(contexts is shared[0] for contexts in shared)
+    assert sorted(block.attentions[1].index for block in blocks) == list(range(len(blocks)))
     # All are fused: what is between them is in half precision.
     assert network.conv_in.forward.dtype == torch.float16
     unfuse(network)
@@ -184,6 +187,7 @@ class Count(TorchDispatchMode):
 
     views = frozenset({
         "view", "_unsafe_view", "transpose", "permute", "unbind", "split", "slice", "select",
+        "split_with_sizes",
         "unsqueeze", "detach", "expand", "alias", "t", "as_strided", "empty_like", "chunk",
     })  # fmt: skip
 
@@ -210,10 +214,31 @@ def test_nothing_is_copied_added_or_read_twice(packed):
     attention = {name: seen.pop(name) for name in list(seen) if "attention" in name}
     assert sum(attention.values()) == 2
     # Projections of the transformer 2, of attentions 2 + 3, of the feed-forward 2; quantized are
-    # the image, three norms, the context, two attentions and one gate.
-    assert seen == {
-        "gn_act_quant": 8, "qgemm": 9, "native_layer_norm": 3, "gelu": 1, "mul": 1,
-    }  # fmt: skip
+    # the image, three norms, the context and two attentions.
+    assert seen == {"gn_act_quant": 7, "qgemm": 9, "native_layer_norm": 3}
+
+
+@torch.no_grad()
+def test_a_context_is_multiplied_once_for_all_layers(packed):
+    network = copy.deepcopy(packed["conv"])
+    x, t, text = call(2)
+    ENGINE.attach(network)
+    with Count() as fused:
+        first = network(x, t, text).sample
+    # Four transformers: 8 products each but those of the context, and one of the context.
+    assert fused.seen["qgemm"] == 4 * 8 + 1
+    contexts = network.mid_block.attentions[0].transformer_blocks[0].forward.attentions[1].contexts
+    assert contexts._value is None and contexts._given is None
+    # Broken off in between, changed in place: nothing is left of before.
+    network.down_blocks[1].attentions[0](first.new_zeros(2, 32, 8, 8), text, return_dict=False)
+    assert contexts._value is not None
+    text.mul_(2)
+    doubled = network(x, t, text).sample
+    assert contexts._value is None
+    assert not torch.equal(doubled, first)
+    assert torch.equal(doubled, network(x, t, text.clone()).sample)
+    with pytest.raises(ValueError, match="got a context of 7 channels; expected"):
+        network(x, t, text[..., :7])
 
 
 @torch.no_grad()
@@ -226,7 +251,9 @@ def test_projections_of_other_grids_are_quantized_apart(packed, other):
     ENGINE.attach(network)
     own, cross = block.forward.attentions
     assert len(own.of_tokens) == (3 if "attn1" in other else 1)
-    assert len(cross.of_context) == (2 if "attn2" in other else 1)
+    # One layer of all that read the context.
+    sizes = sorted(len(group) for _, group in cross.contexts.groups)
+    assert sizes == ([1, 7] if "attn2" in other else [8])
     found = sorted(errors(network, calls(network, *call(2))))
     assert found[-1] <= 8e-3 and found[len(found) // 4] <= 2e-6, found
 

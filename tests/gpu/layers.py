@@ -49,7 +49,9 @@ class Layer:
     def problem(self) -> Problem:
         """Return what `choose_tile` is asked, as `launch.run` puts it."""
         if self.kernel == 0:
-            return Problem(1, 1, self.images, 1, self.outs, self.channels, 1, 1, residual=True)
+            gated = self.activation == "geglu"
+            size = (1, 1, self.images, 1, self.outs, self.channels, 1, 1)
+            return Problem(*size, residual=not gated, gated=gated)
         across = self.size if self.upsample else self.out_size
         phases = 4 if self.upsample else 1
         return Problem(
@@ -59,7 +61,8 @@ class Layer:
 
     def path(self, path: str) -> str:
         """Return the path that `launch.run` takes when asked for this one."""
-        return "pointers" if self.stride == 2 and self.channels % 64 else path
+        odd = self.stride == 2 and self.channels % 64
+        return "pointers" if odd or (path == "tma" and self.activation == "geglu") else path
 
 
 def _cifar(batch: int) -> Iterator[Layer]:
@@ -101,8 +104,10 @@ def _stable(batch: int) -> Iterator[Layer]:
     for channels, size, sides in joined:
         yield Layer(batch, channels, size, channels, sides=sides)
     for channels, rows in ((320, 4096), (640, 1024), (1280, 256)):
-        for inner, outs in ((1, 1), (1, 3), (1, 8), (4, 1)):
+        for inner, outs in ((1, 1), (1, 3), (4, 1)):
             yield Layer(batch * rows, inner * channels, 1, outs * channels, kernel=0)
+        how: dict[str, Any] = {"kernel": 0, "activation": "geglu", "requantize": True}
+        yield Layer(batch * rows, channels, 1, 8 * channels, **how)
         yield Layer(batch * 77, 768, 1, channels, kernel=0)
 
 
@@ -115,14 +120,15 @@ LAYERS = tuple(
 
 
 def mode(layer: Layer) -> tuple[Any, ...]:
-    return layer.stride, layer.upsample, len(layer.sides)
+    return layer.stride, layer.upsample, len(layer.sides), layer.activation == "geglu"
 
 
 def ways(path: str, arch: int) -> list[tuple[Layer, Tile]]:
     """Return a layer of LAYERS for each way in which `choose_tile` has one run, sizes aside.
 
-    A way: tile, stride, upsampling, number of sides. Of ways that differ in `splits` alone those
-    with 1 and with most remain, and of linear layers and convolutions the latter, which do more.
+    A way: tile, stride, upsampling, number of sides, gates. Of ways that differ in `splits` alone
+    those with 1 and with most remain, and of linear layers and convolutions the latter, which do
+    more.
     """
     found: dict[tuple[Any, ...], tuple[Layer, Tile]] = {}
     for layer in LAYERS:
@@ -201,9 +207,9 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
             "side_weight_scale": floats(outs, spread=0.01),
             "side_table": torch.zeros(count, outs, device=device, dtype=torch.int32),
         }
-    elif linear:
+    elif linear and layer.activation != "geglu":
         known["residual"] = _image(floats(layer.images, outs).half())
-    elif layer.stride == 1 and not layer.upsample:
+    elif not linear and layer.stride == 1 and not layer.upsample:
         size = layer.out_size
         known["shift"] = floats(n, outs)
         known["residual"] = floats(n, size, size, outs).half().permute(0, 3, 1, 2)
@@ -220,7 +226,9 @@ def call(
 ) -> Tensor:  # fmt: skip
     """Return y of `launch.run`; int32: the sums alone, without the sides."""
     codes, outs = known["codes"], layer.outs
-    kind = codes.dtype if layer.requantize else dtype
+    if layer.activation == "geglu" and dtype != torch.int32:
+        outs //= 2
+    kind = codes.dtype if layer.requantize and dtype != torch.int32 else dtype
     if layer.kernel == 0:
         y = _image(torch.empty(layer.images, outs, device=codes.device, dtype=kind))
     else:
@@ -268,6 +276,9 @@ def expected(known: dict[str, Any], sums: Tensor) -> Tensor:
         factor = known["side_weight_scale"].double().view(column)
         y += part * factor * known["side_scales"][i, 0].double()
     y += known["bias"].double().view(column)
+    if known.get("activation") == "geglu":
+        value, gate = y.chunk(2, 1)
+        return value * F.gelu(gate)
     if "shift" in known:
         y += known["shift"].double()[:, :, None, None]
     return y + known["residual"].double() if "residual" in known else y

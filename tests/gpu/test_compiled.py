@@ -33,6 +33,8 @@ OTHERS = (
     Layer(16, 128, 32, 128, mixed=True),
     Layer(256, 256, 16, 256, mixed=True, sides=(256, 256)),
     Layer(8192, 320, 1, 1280, kernel=0, requantize=True, activation="gelu"),
+    Layer(8192, 320, 1, 2560, kernel=0, activation="geglu", mixed=True),
+    Layer(8192, 320, 1, 2560, kernel=0, requantize=True, activation="geglu", fp8=True),
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quantempo.kernels import layout
-from quantempo.kernels.gpu import launch
+from quantempo.kernels.gpu import launch, qgemm
 from quantempo.kernels.gpu.tuning import Tile
 from tests.gpu import harness
 from tests.gpu.cases import FP8, Case, Example, check_values
@@ -135,6 +135,42 @@ def test_linear_entry(activation, requantize):
     check_values(y[:, :, None, None], made.exact(), torch.float32, scale)
 
 
+# (rows, channels, values, whether each half of the rows has a time of its own), odd for any tile.
+GATED = {"many times": (22, 80, 48, True), "one time": (37, 48, 80, False)}
+
+
+def check_gated(launcher, name: str, device: str, quantized: bool, float8: bool = False) -> None:
+    rows, width, outs, many = GATED[name]
+    g = torch.Generator().manual_seed(7)
+    codes, weight = (
+        torch.randint(-8, 9, (n, width), generator=g).to(FP8 if float8 else torch.int8)
+        for n in (rows, 2 * outs)
+    )
+    weight_scale, bias = (torch.rand(2 * outs, generator=g) * k for k in (0.1, 4.0))
+    scales, steps = torch.tensor([0.02, 0.05]), torch.tensor([0.03, 0.04])
+    bucket = torch.tensor([1, 0]) if many else torch.tensor(1)
+    table = layout.row_table(weight, 130)
+    now = bucket.repeat_interleave(rows // 2) if many else bucket.expand(rows)
+    sums = codes.double() @ weight.double().T - table.double()
+    y = sums * scales[now].double()[:, None] * weight_scale.double() + bias.double() - 2
+    exact = y[:, :outs] * torch.nn.functional.gelu(y[:, outs:])
+    how = {"out_scale": steps.to(device), "out_zero": 70, "out_qmax": 255} if quantized else {}
+    got = launcher(
+        *(part.to(device) for part in (codes, weight, scales, weight_scale, table, bucket)),
+        (bias - 2).to(device), None, "geglu", torch.float32,
+        how.get("out_scale"), how.get("out_zero", 0), how.get("out_qmax", 255),
+    ).cpu()  # fmt: skip
+    assert got.shape == (rows, outs) and got.is_contiguous()
+    scale = steps[now].double()[:, None, None, None] if quantized else None
+    check_values(got[:, :, None, None], exact[:, :, None, None], torch.float32, scale)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", GATED)
+def test_gates_interpreted(name, quantized):
+    check_gated(harness.interpreted("qgemm").launch, name, "cpu", quantized)
+
+
 def test_without_images_there_is_no_launch():
     made = Example(Case(n=1, c=16, h=3, w=3, o=16, tile=None))
     made.case = dataclasses.replace(made.case, n=0)
@@ -157,3 +193,13 @@ def test_on_a_device(name, path):
         # Its matrix instruction has least sizes: the tile is that of the rules.
         made = Example(dataclasses.replace(CASES[name], tile=None))
     check(launch, made, path, "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", GATED)
+def test_gates_on_a_device(name, quantized, float8):
+    if float8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs sm_89")
+    check_gated(qgemm.launch, name, "cuda", quantized, float8)

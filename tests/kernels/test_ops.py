@@ -275,6 +275,21 @@ def test_gemm_epilogue(activation, dtype):
         assert torch.equal(layout.unsigned_codes(got[m]), expected_codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gated_gemm(dtype):
+    q, w = codes(6, 32), weights(96, 32)
+    rows, bias = scales(96, seed=4), floats(96)
+    sums = reference.linear_accumulator(q, w, 40).double() * 0.01 * rows.double() + bias.double()
+    expected = sums[:, :48] * F.gelu(sums[:, 48:])
+    arguments = (layout.signed_codes(q), w, torch.tensor([0.01]), rows, layout.row_table(w, 40))
+    common = {"bucket": NOW, "bias": bias, "activation": "geglu"}
+    y = ops.qgemm(*arguments, **common, out_dtype=dtype)
+    unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-20
+    torch.testing.assert_close(y.double(), expected, rtol=unit, atol=1e-9)
+    got = ops.qgemm(*arguments, **common, out_scale=torch.tensor([0.25]), out_zero=130)
+    assert torch.equal(layout.unsigned_codes(got), reference.quantize(expected, 0.25, 130))
+
+
 # --- gn_act_quant ---------------------------------------------------------------------------------
 
 

@@ -60,6 +60,11 @@ def gemm(rows: int = 6) -> dict[str, object]:
     }
 
 
+def gated() -> dict[str, object]:
+    wide = {"weight": int8(32, 32), "weight_scale": torch.rand(32), "activation": "geglu"}
+    return gemm() | wide | {"table": torch.zeros(32, dtype=torch.int32)}
+
+
 def norm(count: int = 2, size: tuple[int, int] = (4, 5)) -> dict[str, object]:
     return {
         "x": floats(count, 16, *size),
@@ -82,6 +87,8 @@ CALLS = [
     (ops.qconv2d, convolution(4) | {"out_scale": torch.rand(3), "bucket": torch.tensor([0, 2])}),
     (ops.qgemm, gemm() | {"activation": "gelu", "residual": floats(6, 16)}),
     (ops.qgemm, gemm() | {"out_scale": torch.rand(1), "out_zero": 7}),
+    (ops.qgemm, gated() | {"out_scale": torch.rand(1)}),
+    (ops.qgemm, gated()),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
     (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None, "codes_dtype": FLOAT8}),
@@ -235,7 +242,10 @@ REFUSED = [
     (ops.qconv2d, convolution() | sides(2, 4, 4), r"side_codes: got int8 \(2, 32, 4, 4\)"),
     (ops.qconv2d, convolution() | sides(2, 4, 5) | {"side_table": None}, "all three"),
     (ops.qconv2d, convolution() | sides(2, 4, 5) | {"side_weights": []}, "side_weights: got 0"),
-    (ops.qgemm, gemm() | {"activation": "relu"}, "expected one of none, gelu, silu"),
+    (ops.qgemm, gemm() | {"activation": "relu"}, "expected one of none, gelu, silu, geglu"),
+    (ops.qgemm, gemm() | {"activation": "geglu"}, "a multiple of 32 rows for geglu"),
+    (ops.qgemm, gated() | {"residual": floats(6, 16)}, "residual: got one; expected none"),
+    (ops.qgemm, gated() | {"out_dtype": torch.int32}, "a float type with geglu"),
     (ops.qgemm, gemm() | {"codes": int8(32, 6).t()}, "codes: got strides"),
     (ops.qgemm, gemm() | {"weight": int8(16, 48)}, r"expected int8 \(16, 32\)"),
     (ops.qgemm, gemm() | {"table": torch.zeros(16)}, "table: got float32"),

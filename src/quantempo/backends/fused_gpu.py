@@ -36,6 +36,7 @@ from quantempo.backends.operands import (
     rows_of,
     takes_images,
 )
+from quantempo.backends.shared import SharedContext, SharedShifts
 from quantempo.models.fusion import (
     AttentionParts,
     HeadParts,
@@ -52,48 +53,12 @@ __all__ = [
     "FusedResnet",
     "FusedStem",
     "FusedUpsample",
-    "SharedShifts",
 ]
 
 
-class SharedShifts(Prepared):
-    """What the time embedding adds to each residual block, of all blocks in one matmul.
-
-    The first block of a forward computes them for all, the last one lets go of them; each is read
-    once. Blocks run alone, or a forward that was broken off, leave nothing that another would use.
-
-    Args:
-        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
-    """
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        sizes = [len(layer.bias) for layer in layers]
-        self._start = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        self._all = (1 << len(layers)) - 1
-        self._unread = 0
-        self._temb: Tensor | None = None
-        self._value: Tensor | None = None
-
-    def _prepare(self, device: torch.device) -> None:
-        weights = [
-            layer.unpack() if isinstance(layer, Int12Linear) else layer.weight.float()
-            for layer in self.layers
-        ]
-        self.weight = constant(torch.cat(weights))
-        self.bias = constant(torch.cat([layer.bias.float() for layer in self.layers]))
-
-    def __call__(self, index: int, temb: Tensor) -> Tensor:
-        """Return float32 (B, C_index), rows not contiguous; temb (B, E)."""
-        self.here(temb)
-        bit, value = 1 << index, self._value
-        if value is None or self._temb is not temb or not self._unread & bit:
-            value = F.linear(F.silu(temb.float()), self.weight, self.bias)
-            self._temb, self._value, self._unread = temb, value, self._all
-        self._unread &= ~bit
-        if not self._unread:
-            self._temb = self._value = None
-        return value[:, self._start[index] : self._start[index + 1]]
+# Codes for the norm's convolution and for the shortcut are written together, unless the images are
+# of more bytes: both would be the peak of the memory.
+_LARGE = 128 << 20
 
 
 class FusedResnet(Prepared):
@@ -145,9 +110,13 @@ class FusedResnet(Prepared):
         shift, (conv1, conv2), dtype = self._shift(x, temb), (self.conv1, self.conv2), x.dtype
         bucket = self.clock.bucket
         how: dict[str, Any] = {"bucket": bucket, "silu": True}
-        codes, raws = self.norm1(x, skip, grid=conv1.grids[0], sides=sides, **how)
+        values = x.numel() + (0 if skip is None else skip.numel())
+        first = None if values * dtype.itemsize > _LARGE else sides
+        codes, raws = self.norm1(x, skip, grid=conv1.grids[0], sides=first, **how)
         hidden = conv1.conv(codes, dtype, bias=conv1.bias, shift=shift)
         codes, _ = self.norm2(hidden, grid=conv2.grids[0], **how)
+        if sides is not None and first is None:
+            raws = sides.codes_of(x, skip, bucket)
         added = {"residual": x} if sides is None else sides.arguments(raws)
         return conv2.conv(codes, dtype, bias=self.bias, **added)
 
@@ -336,6 +305,7 @@ BLOCKS = Kit(
     downsample=FusedDownsample,
     upsample=FusedUpsample,
     ends=_ends,
+    contexts=SharedContext,
     transformer_block=FusedTransformerBlock,
     transformer=FusedTransformer,
 )

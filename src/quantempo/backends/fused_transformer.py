@@ -2,8 +2,8 @@
 
     transformer   gn_act_quant -> qgemm of pixel rows -> blocks -> qgemm + x
     attention     LayerNorm, quantize -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
-    on a context  q alone; k and v of the context in one qgemm
-    feed-forward  LayerNorm, quantize -> qgemm -> value * gelu(gate), quantize -> qgemm + x
+    on a context  q alone; k and v of the context, of all layers in one qgemm, see `shared`
+    feed-forward  LayerNorm, quantize -> qgemm, value * gelu(gate), codes -> qgemm + x
 
 Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
 The last product of the last block writes the codes that the output projection reads. What is
@@ -31,6 +31,7 @@ from quantempo.backends.operands import (
     rows_of,
     takes_images,
 )
+from quantempo.backends.shared import SharedContext
 from quantempo.models.fusion_transformer import (
     TokenAttentionParts,
     TransformerBlockParts,
@@ -61,35 +62,42 @@ def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class _TokenAttention(Prepared):
     """x + attention(norm(x)) on tokens."""
 
-    def __init__(self, parts: TokenAttentionParts) -> None:
+    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext | None) -> None:
         self.parts = parts
+        self.contexts, self.index = None, 0
+        if contexts is not None and parts.cross:
+            self.contexts = contexts
+            self.index = next(i for i, a in enumerate(contexts.attentions) if a is parts)
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.norm, self.out = _LayerNorm(parts.norm), operands_of(parts.out, device)
         q, k, v = (operands_of(layer, device) for layer in (parts.q, parts.k, parts.v))
         self.of_tokens = [q] if parts.cross else Operands.together([q, k, v])
-        self.of_context = Operands.together([k, v]) if parts.cross else []
+        if self.contexts is not None and self.contexts.device != device:
+            self.contexts.prepare(device)
 
     def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return (B, T, C); x alike, context (B, S, C') where the layer reads one."""
-        parts = self._heads(self.of_tokens, self.norm(x), x.dtype)
-        if context is not None:
-            parts += self._heads(self.of_context, context, x.dtype)
-        q, k, v = parts
+        parts = self._project(self.norm(x), x.dtype)
+        if self.contexts is not None and context is not None:
+            parts += [self._heads(y) for y in self.contexts(self.index, context, x.dtype)]
+        q, k, v = (part.transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return _add(self.out, quantize_rows(y, self.out.grids[0]), x)
 
-    def _heads(self, layers: list[Operands], x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Return each of the projections of x (B, T, C) as (B, heads, T, dim)."""
-        batch, tokens, _ = x.shape
-        dim = self.parts.q.out_features // self.parts.heads
-        shape, found = (batch, tokens, -1, self.parts.heads, dim), []
-        for layer in layers:
+    def _project(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the projections of the tokens x (B, T, C), each (B, T, heads, dim)."""
+        found: list[Tensor] = []
+        for layer in self.of_tokens:
             codes = quantize_rows(x, layer.grids[0])
             y = layer.gemm(codes, dtype, bias=layer.bias)
-            found += [part.transpose(1, 2) for part in y.view(shape).unbind(2)]
+            parts = y.view(*x.shape[:2], -1, self.parts.q.out_features).unbind(2)
+            found += [self._heads(part) for part in parts]
         return found
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.parts.heads, -1))
 
 
 def _add(layer: Operands, codes: Tensor, x: Tensor) -> Tensor:
@@ -101,9 +109,9 @@ def _add(layer: Operands, codes: Tensor, x: Tensor) -> Tensor:
 class FusedTransformerBlock(Prepared):
     """Attention layers and a gated feed-forward layer, each added to its input as it is written."""
 
-    def __init__(self, parts: TransformerBlockParts) -> None:
+    def __init__(self, parts: TransformerBlockParts, contexts: SharedContext | None) -> None:
         self.parts = parts
-        self.attentions = [_TokenAttention(attention) for attention in parts.attentions]
+        self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
         self.cross = any(attention.cross for attention in parts.attentions)
 
     def _prepare(self, device: torch.device) -> None:
@@ -142,9 +150,8 @@ class FusedTransformerBlock(Prepared):
         for attention in self.attentions:
             x = attention(x, context if attention.parts.cross else None)
         up, down = self.up, self.down
-        y = up.gemm(quantize_rows(self.norm(x), up.grids[0]), x.dtype, bias=up.bias)
-        value, gate = y.view(*x.shape[:2], -1).chunk(2, -1)
-        codes = quantize_rows(value * F.gelu(gate), down.grids[0])
+        codes = quantize_rows(self.norm(x), up.grids[0])
+        codes = up.gemm(codes, x.dtype, bias=up.bias, activation="geglu", grid=down.grids[0])
         if grid is None:
             return _add(down, codes, x)
         return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)

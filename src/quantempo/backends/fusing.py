@@ -24,7 +24,11 @@ from quantempo.models.fusion import (
     fusable_parts,
     wants_original,
 )
-from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
+from quantempo.models.fusion_transformer import (
+    TokenAttentionParts,
+    TransformerBlockParts,
+    TransformerParts,
+)
 from quantempo.quantizers import Int12Linear, QConv2d, QLayer, QLinear, StepClock, find_clock
 
 __all__ = ["FusedUpBlock", "Kit", "fuse", "fused_layers", "fused_modules", "same", "unfuse"]
@@ -47,8 +51,9 @@ class Kit:
     None, index) -> forward with `takes(x)`, `run(x, skip, temb)` and `accept((C1, C2))`, told of
     the two inputs of an up block; attention, downsample, upsample: parts -> forward; ends(head,
     closed, clock) -> [(module, forward)], closed if fused blocks alone stand between stem and head;
-    transformer_block: parts -> forward, transformer: parts, the forwards of its blocks (None where
-    not fused) -> forward; None: the engine has no such blocks.
+    contexts: of all attention layers that read a context -> what transformer blocks share;
+    transformer_block: parts, that or None -> forward, transformer: parts, the forwards of its
+    blocks (None where not fused) -> forward; None: the engine has no such blocks.
 
     A forward that only calls other blocks for a part of its module names the children that it runs
     itself in `own`.
@@ -64,7 +69,8 @@ class Kit:
     downsample: Callable[[DownsampleParts], Forward]
     upsample: Callable[[UpsampleParts], Forward]
     ends: Callable[[HeadParts, bool, StepClock], list[tuple[nn.Module, Forward]]]
-    transformer_block: Callable[[TransformerBlockParts], Any] | None = None
+    contexts: Callable[[list[TokenAttentionParts]], Any] | None = None
+    transformer_block: Callable[[TransformerBlockParts, Any], Any] | None = None
     transformer: Callable[[TransformerParts, list[Any]], Forward] | None = None
 
 
@@ -154,6 +160,9 @@ def _inner(denoiser: nn.Module, parts: list[Parts], kit: Kit) -> Forwards:
     """Return the forwards of all blocks between the ends of the network."""
     timed = [p for p in parts if isinstance(p, ResnetParts) and _is_float(p.time)]
     shifts = kit.shifts([p.time for p in timed]) if timed else None
+    blocks = [p for p in parts if isinstance(p, TransformerBlockParts)]
+    crossed = [a for block in blocks for a in block.attentions if a.cross]
+    contexts = kit.contexts(crossed) if crossed and kit.contexts is not None else None
     halves = dict(skip_segments(denoiser))
     resnets: dict[int, Any] = {}
     layers: dict[int, Any] = {}
@@ -174,7 +183,7 @@ def _inner(denoiser: nn.Module, parts: list[Parts], kit: Kit) -> Forwards:
             forward = kit.attention(part)
         elif isinstance(part, TransformerBlockParts):
             assert kit.transformer_block is not None
-            forward = layers[id(part.module)] = kit.transformer_block(part)
+            forward = layers[id(part.module)] = kit.transformer_block(part, contexts)
         elif isinstance(part, TransformerParts):
             assert kit.transformer is not None
             forward = kit.transformer(part, [layers.get(id(block)) for block in part.blocks])

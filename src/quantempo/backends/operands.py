@@ -170,6 +170,14 @@ class Sides:
         self.table = constant(torch.stack(tables))
         self.weight_scale = constant(layer.weight_scale)
 
+    def codes_of(self, x: Tensor, skip: Tensor | None, bucket: Tensor) -> list[Tensor]:
+        """Return the codes of the images alone, as `Norm` returns them beside its own."""
+        _, *raws = ops.gn_act_quant(
+            x, skip, bucket=bucket, raw_scales=self.scales, raw_zero_points=self.zero_points,
+            raw_qmax=self.qmax,
+        )  # fmt: skip
+        return raws[: len(self.weights)]
+
     def arguments(self, codes: list[Tensor]) -> dict[str, Any]:
         """Return what `ops.qconv2d` is given of the codes (B, C_i, H, W) of each image."""
         return {
@@ -255,13 +263,21 @@ class Operands:
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
         return whole
 
+    def reads_the_same(self, other: Operands) -> bool:
+        """Return whether another layer, of one segment too, takes the same codes.
+
+        Waits for the device.
+        """
+        same_width = self.weights[0].shape[-1] == other.weights[0].shape[-1]
+        return same_width and self.grids[0].same(other.grids[0])
+
     @classmethod
     def together(cls, layers: list[Operands]) -> list[Operands]:
         """Return linear layers that read the same input, joined if they share its codes.
 
         Waits for the device.
         """
-        alike = all(layers[0].grids[0].same(layer.grids[0]) for layer in layers[1:])
+        alike = all(layers[0].reads_the_same(layer) for layer in layers[1:])
         return [cls.joined(layers)] if alike else layers
 
     def pixelwise(self) -> Operands:

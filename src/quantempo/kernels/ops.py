@@ -93,10 +93,9 @@ def _convolution_fake(*args: Any) -> Tensor:
 
 
 def _gemm_fake(*args: Any) -> Tensor:
-    ops_checks.check_gemm(*args, strides=False)
-    codes, weight, out_dtype, out_scale = args[0], args[1], args[9], args[10]
-    dtype = out_dtype if out_scale is None else codes.dtype
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+    shape = ops_checks.check_gemm(*args, strides=False)
+    codes, out_dtype, out_scale = args[0], args[9], args[10]
+    return codes.new_empty(shape, dtype=out_dtype if out_scale is None else codes.dtype)
 
 
 def _register(
@@ -280,11 +279,12 @@ def qgemm(
         table: int32 (O,): `layout.row_table`.
         bucket: see the module; row m uses entry m // (M / B).
         bias: (O,) float32; `residual`: (M, O) any float, contiguous.
-        activation: "none", "gelu" (by erf) or "silu".
+        activation: "none", "gelu" (by erf), "silu", or "geglu": columns j of the first half times
+            gelu of columns O / 2 + j, no residual, O a multiple of 32.
         out_dtype, out_scale, out_zero, out_qmax: as in `qconv2d`.
 
     Returns:
-        (M, O).
+        (M, O), (M, O / 2) of "geglu".
 
     Raises:
         ValueError: on shapes, types or strides other than these.

@@ -14,7 +14,7 @@ __all__ = ["check_convolution", "check_gemm", "check_norm"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _CODES = (torch.int8, torch.float8_e4m3fn)
-ACTIVATIONS = ("none", "gelu", "silu")
+ACTIVATIONS = ("none", "gelu", "silu", "geglu")
 
 
 def check_norm(
@@ -151,8 +151,8 @@ def check_gemm(
     out_qmax: int,
     *,
     strides: bool,
-) -> None:
-    """Check the arguments of qgemm; see `check_norm`."""
+) -> tuple[int, int]:
+    """Check the arguments of qgemm and return the shape of its result; see `check_norm`."""
     _expect(codes.ndim == 2, "codes", codes.shape, "(M, K)")
     _member("codes", codes.dtype, _CODES)
     _member("activation", activation, ACTIVATIONS)
@@ -163,6 +163,12 @@ def check_gemm(
     _bucket(bucket, count)
     _scales(act_scale, weight_scale, bias, features)
     _shaped("table", table, (features,), (torch.int32,))
+    gated = activation == "geglu"
+    if gated:
+        _expect(features % 32 == 0, "weight", weight.shape, "a multiple of 32 rows for geglu")
+        _expect(residual is None, "residual", "one", "none with geglu")
+        _expect(out_dtype != torch.int32, "out_dtype", out_dtype, "a float type with geglu")
+        features //= 2
     _shaped("residual", residual, (count, features), _FLOATS)
     _output(codes.dtype, out_dtype, out_scale, out_zero, out_qmax)
     if strides:
@@ -170,6 +176,7 @@ def check_gemm(
         _dense(device, codes=codes, weight=weight, act_scale=act_scale, weight_scale=weight_scale)
         _dense(device, table=table, bucket=bucket, bias=bias, out_scale=out_scale)
         _dense(device, residual=residual)
+    return count, features
 
 
 def _expect(fine: bool, name: str, got: object, wanted: str) -> None:

@@ -168,6 +168,9 @@ def qgemm(
         y = F.gelu(y)
     elif activation == "silu":
         y = y / (1 + torch.exp(-y))
+    elif activation == "geglu":
+        value, gate = y.chunk(2, 1)
+        y = value * F.gelu(gate)
     if residual is not None:
         y += residual.double()
     if out_scale is None:

@@ -215,6 +215,10 @@ def contract(
     )  # fmt: skip
     n, h, w = _pixels(n0, h0, w0, phase_h, phase_w, BLOCK_N, BLOCK_H, BLOCK_W, UPSAMPLE)
     o = o0 + tl.arange(0, BLOCK_O)
+    if ACTIVATION == "geglu":
+        # Values, and as many gates, which are the second half of all channels.
+        half = tl.arange(0, BLOCK_O) // (BLOCK_O // 2)
+        o = (o0 + half * (outs - BLOCK_O)) // 2 + tl.arange(0, BLOCK_O)
     zeros = tl.zeros((BLOCK_O, PIXELS), tl.float32 if FP8 else tl.int32)
     steps = KERNEL * KERNEL * tl.cdiv(channels, BLOCK_C)
     steps0 = tl.cdiv(channels0, BLOCK_C)

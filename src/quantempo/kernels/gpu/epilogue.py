@@ -77,6 +77,12 @@ def requantize(v, scale, zero, qmax, dtype: tl.constexpr):
 
 
 @triton.jit
+def _halves(v):
+    """Return the two halves of the columns of v."""
+    return tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, v.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def finish(
     v, image, row, o, inside, outs, y, bias, shift, shift_stride, residual, out_scale, bucket,
     rows_per_bucket, out_zero, out_qmax,
@@ -92,7 +98,15 @@ def finish(
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == "silu":
         v = v / (1.0 + tl.exp(-v))
-    where = row[:, None].to(tl.int64) * outs + o[None, :]
+    if ACTIVATION == "geglu":
+        v, gate = _halves(v)
+        v = 0.5 * v * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        o = _halves(o[None, :])[0]
+        outs = outs // 2
+        inside = _halves(inside.to(tl.int1))[0] & (o < outs)
+    else:
+        o = o[None, :]
+    where = row[:, None].to(tl.int64) * outs + o
     if residual is not None:
         v += tl.load(residual + where, mask=inside, other=0.0).to(tl.float32)
     if out_scale is not None:

@@ -158,8 +158,9 @@ def _compute(
                 UPSAMPLE, num_warps,
             )  # fmt: skip
         vectors = read_vectors(
-            place, weight_scale, table, bias, shift, outs, shift_stride, BLOCK_N, BLOCK_O, num_warps
-        )
+            place, weight_scale, table, bias, shift, outs, shift_stride, ACTIVATION, BLOCK_N,
+            BLOCK_O, num_warps,
+        )  # fmt: skip
         acc, stage, phase = _sum(acc, buffers, stage, phase, count, PIXELS, BLOCK_C, STAGES)
         ours = True
         v = acc
@@ -270,7 +271,7 @@ def contract_hopper(
                 bring,
                 (
                     operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps,
-                    steps0, channels,
+                    steps0, channels, outs // 2,
                     KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BLOCK_N, BLOCK_H, BLOCK_W,
                     BLOCK_O, BLOCK_C, STAGES,
                 ),

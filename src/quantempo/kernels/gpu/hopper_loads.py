@@ -35,13 +35,21 @@ def place_of(
 
 
 @gluon.jit
-def _copy(x, weight, from_x, from_w, buffers, stage, some):
-    """Start the copies of a box of x and one of weight into a stage, if `some`."""
+def _copy(x, weight, from_x, from_o, from_c, apart, buffers, stage, some):
+    """Start the copies of a box of x and one of weight into a stage, if `some`.
+
+    Or of two boxes of weight, half as high: of values and, `apart` rows on, of their gates.
+    """
     smem_x, smem_w, ready, _free = buffers
+    ROWS: gl.constexpr = weight.block_type.shape[0]
+    BOXES: gl.constexpr = smem_w.shape[1] // ROWS
     bar = ready.index(stage)
-    mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes, pred=some)
+    mbarrier.expect(bar, x.block_type.nbytes + BOXES * weight.block_type.nbytes, pred=some)
     tma.async_copy_global_to_shared(x, from_x, bar, smem_x.index(stage), pred=some)
-    tma.async_copy_global_to_shared(weight, from_w, bar, smem_w.index(stage), pred=some)
+    for i in gl.static_range(BOXES):
+        there = smem_w.index(stage).slice(i * ROWS, ROWS)
+        from_w = [from_o // BOXES + i * apart, from_c]
+        tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
 
 
 @gluon.jit
@@ -62,7 +70,7 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load(
-    operands, buffers, stage, step, tap, c, steps, steps0, channels, place,
+    operands, buffers, stage, step, tap, c, steps, steps0, channels, apart, place,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
     UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
@@ -83,17 +91,20 @@ def _load(
     if SIDES > 0:
         mine = step < steps
     from_x = [n0, h0 + h, odd, w0 + w, from_c]
-    _copy(operands[0], operands[1], from_x, [o0, tap * channels + c], buffers, stage, mine)
+    from_w = tap * channels + c
+    _copy(operands[0], operands[1], from_x, o0, from_w, apart, buffers, stage, mine)
     if SIDES > 0:
         c = (step - steps) * BLOCK_C
         mine = step >= steps
         if SIDES > 1:
             mine = mine & (step < steps + steps0)
-        _copy(operands[2], operands[3], [n0, h0, 0, w0, c], [o0, c], buffers, stage, mine)
+        from_x = [n0, h0, 0, w0, c]
+        _copy(operands[2], operands[3], from_x, o0, c, apart, buffers, stage, mine)
     if SIDES > 1:
         c = (step - steps - steps0) * BLOCK_C
         mine = step >= steps + steps0
-        _copy(operands[4], operands[5], [n0, h0, 0, w0, c], [o0, c], buffers, stage, mine)
+        from_x = [n0, h0, 0, w0, c]
+        _copy(operands[4], operands[5], from_x, o0, c, apart, buffers, stage, mine)
 
 
 @gluon.jit
@@ -129,6 +140,7 @@ def _load_rows(
 @gluon.jit
 def bring(
     operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps, steps0, channels,
+    apart,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
     UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
     BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
@@ -149,7 +161,7 @@ def bring(
             # Of a barrier that none has arrived at yet, phase 1 counts as over.
             mbarrier.wait(free.index(stage), phase ^ 1)
             _load(
-                operands, buffers, stage, step, tap, c, steps, steps0, channels, place,
+                operands, buffers, stage, step, tap, c, steps, steps0, channels, apart, place,
                 KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BLOCK_C,
             )  # fmt: skip
             stage, phase = next_stage(stage, phase, STAGES)

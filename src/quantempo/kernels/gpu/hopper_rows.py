@@ -97,10 +97,12 @@ def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED:
 def _requantize(v, zero, qmax, INT8: gl.constexpr):
     """Return the stored codes of v, which is in units of the scale: int8, or float8 (no zero)."""
     if INT8:
-        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        v = gl.minimum(gl.maximum(v, -1024.0), 1024.0)
-        v = (v + 12582912.0) - 12582912.0 + zero
-        q = (gl.minimum(gl.maximum(v, 0.0), qmax * 1.0) - 128.0).to(gl.int8)
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits of the sum.
+        # Where it holds no integers exactly it is still monotone: clamping after it is right.
+        low = (0 - zero).to(gl.float32) + 12582912.0
+        high = (qmax - zero).to(gl.float32) + 12582912.0
+        v = gl.minimum(gl.maximum(v + 12582912.0, low), high)
+        q = (v.to(gl.int32, bitcast=True) + (zero - 128)).to(gl.int8)
     else:
         q = gl.minimum(gl.maximum(v, -448.0), 448.0).to(gl.float8e4nv)
     return q
@@ -113,23 +115,36 @@ def _halves(x):
 
 
 @gluon.constexpr_function
-def rows_layout(BLOCK_O, num_warps):
-    """Return the layout of what is written: 8 channels of a pixel a thread."""
-    across = min(BLOCK_O // 8, 32)
+def rows_layout(BLOCK_O, num_warps, ACTIVATION):
+    """Return the layout of what is written: 8 channels of a pixel a thread, or 8 and 8 gates."""
+    across = min(BLOCK_O // (16 if ACTIVATION == "geglu" else 8), 32)
     return gl.BlockedLayout([8, 1], [across, 32 // across], [1, num_warps], [0, 1])
 
 
 @gluon.jit
+def _channels(here, place, outs, BLOCK_O: gl.constexpr, ACTIVATION: gl.constexpr):
+    """Return the channels of rows `here` of a tile, whose second half are gates with geglu."""
+    if ACTIVATION == "geglu":
+        # All gates follow all values.
+        gates = (here >= BLOCK_O // 2).to(gl.int32)
+        o = (place[5] + gates * (outs - BLOCK_O)) // 2 + here
+    else:
+        o = place[5] + here
+    return o
+
+
+@gluon.jit
 def read_vectors(
-    place, weight_scale, table, bias, shift, outs, shift_stride, BLOCK_N: gl.constexpr,
-    BLOCK_O: gl.constexpr, num_warps: gl.constexpr,
+    place, weight_scale, table, bias, shift, outs, shift_stride, ACTIVATION: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_O: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Return what each channel of a tile has: weight scale, inner correction, bias, time shift.
 
     Asked for before the sums are made, so that nothing waits for it after.
     """
-    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps)
-    o = place[5] + gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
+    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps, ACTIVATION)
+    here = gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows))
+    o = _channels(here, place, outs, BLOCK_O, ACTIVATION)
     known = o < outs
     factor = gl.load(weight_scale + o, mask=known, other=0.0)
     inner = gl.load(table + o, mask=known, other=0)
@@ -166,9 +181,9 @@ def write_rows(
     PIECES: gl.constexpr = PIXELS // CHUNK
     SLOTS: gl.constexpr = SPLITS + SIDES
     WHOLE: gl.constexpr = SIDES == 0 or SPLITS > 1
-    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps)
+    rows: gl.constexpr = rows_layout(BLOCK_O, num_warps, ACTIVATION)
     here = gl.expand_dims(gl.arange(0, BLOCK_O, gl.SliceLayout(1, rows)), 1)
-    mask_o = place[5] + here < outs
+    mask_o = _channels(here, place, outs, BLOCK_O, ACTIVATION) < outs
     factor, inner, bias_o, shift_o = vectors
     add = gl.full([BLOCK_O], 0.0, gl.float32, gl.SliceLayout(1, rows))
     if bias is not None:
@@ -247,14 +262,40 @@ def _unknown_zero():
 
 
 @gluon.jit
-def _corner(place, out_h, out_w, outs, UPSAMPLE: gl.constexpr):
+def _with_gates(x):
+    """Return the values and the gates of a tile, in the same layout; no data moves."""
+    value, gate = x.reshape([2, x.shape[0] // 2, x.shape[1]]).permute((1, 2, 0)).split()
+    return (
+        gl.convert_layout(value, x.type.layout, assert_trivial=True),
+        gl.convert_layout(gate, x.type.layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _gelu(x):
+    """Return x Phi(x), to 1e-7 |x|, without erf's divisions and branches.
+
+    Phi(-a) = P(t) exp(-a^2 / 2), t = 1 / (1 + p a): Abramowitz and Stegun, 7.1.26.
+    """
+    a = gl.abs(x)
+    # A square root for the quotient: the chip's approximate one needs no guard instructions.
+    root = gl.rsqrt(a * 0.23164189 + 1.0)
+    t = root * root
+    tail = (
+        (((0.530702715 * t - 0.726576013) * t + 0.710706871) * t - 0.142248368) * t + 0.127414796
+    ) * t
+    return gl.maximum(x, 0.0) - a * tail * gl.exp2(a * a * -0.72134752)
+
+
+@gluon.jit
+def _corner(place, first, out_h, out_w, outs, UPSAMPLE: gl.constexpr):
     """Return how far the first value of a tile is from that of an image (N, H, W, O)."""
     h = place[1]
     w = place[2]
     if UPSAMPLE:
         h = 2 * h + place[3]
         w = 2 * w + place[4]
-    return ((place[0] * out_h + h) * out_w + w).to(gl.int64) * outs + place[5]
+    return ((place[0] * out_h + h) * out_w + w).to(gl.int64) * outs + first
 
 
 @gluon.jit
@@ -276,12 +317,22 @@ def _write_piece(
     o = place[5] + here
     n, h, w, row, seen = pixel(p, place, images, out_h, out_w, BLOCK_H, BLOCK_W, UPSAMPLE)
     inside = gl.expand_dims(seen, 0) & mask_o
+    first = place[5]
+    width = outs
+    if ACTIVATION == "geglu":
+        # What is written has half as many channels: those of the values.
+        first = first // 2
+        width = outs // 2
+        layout: gl.constexpr = here.type.layout
+        here = gl.arange(0, here.shape[0] // 2, gl.SliceLayout(1, layout))
+        here = gl.expand_dims(here, 1)
+        inside = gl.expand_dims(seen, 0) & (first + here < width)
     # From the corner of the tile: 32 bits do. The same for all tiles, but not kept in registers.
     hidden = _unknown_zero()
     away = p // (BLOCK_H * BLOCK_W) * out_h + (p // BLOCK_W) % BLOCK_H * STEP + hidden
-    away = (away * out_w + (p % BLOCK_W + hidden) * STEP) * outs
+    away = (away * out_w + (p % BLOCK_W + hidden) * STEP) * width
     where = gl.expand_dims(away, 0) + here
-    corner = _corner(place, out_h, out_w, outs, UPSAMPLE)
+    corner = _corner(place, first, out_h, out_w, width, UPSAMPLE)
     t = inner
     if BORDER:
         # Few pixels are at the border: only they read their row of the table, the others 0.
@@ -312,9 +363,12 @@ def _write_piece(
             image = gl.expand_dims(gl.where(seen, n, 0) * shift_stride, 0)
             f += gl.load(shift + image + o, mask=inside, other=0.0).to(gl.float32)
         if ACTIVATION == "gelu":
-            f = 0.5 * f * (1.0 + gl.erf(f * 0.7071067811865476))
+            f = _gelu(f)
         elif ACTIVATION == "silu":
             f = f / (1.0 + gl.exp(-f))
+        elif ACTIVATION == "geglu":
+            value, gate = _with_gates(f)
+            f = value * _gelu(gate)
         if HELD:
             f += r.to(gl.float32)
         if residual is not None:

@@ -120,6 +120,12 @@ def _workspace(
     return partial, _counters[device][chosen]
 
 
+def _path(path: str | None, device: torch.device, gated: bool, odd: bool) -> str:
+    """Return the path of a call: odd ones of stride 2, and gates from boxes, are not had by all."""
+    path = path or choose_path(device)
+    return "pointers" if odd or (gated and path == "tma") else path
+
+
 def _has_parity(height: int, width: int, channels: int, sides: Sequence[Tensor]) -> bool:
     """Return whether an image can be seen as pairs of rows and columns, in boxes of a pair each."""
     return height % 2 == 0 and width % 2 == 0 and channels % (128 if sides else 64) == 0
@@ -143,18 +149,18 @@ def run(
     measured rules unless given.
     """
     images, channels, in_h, in_w = codes.shape
-    outs, out_h, out_w = y.shape[1:]
+    outs, (out_h, out_w), gated = weight.shape[0], y.shape[2:], activation == "geglu"
     if y.numel() == 0:
         return y
-    path = path or choose_path(codes.device)
-    if path != "pointers" and stride == 2 and not _has_parity(in_h, in_w, channels, side_codes):
-        path = "pointers"
+    odd = stride == 2 and not _has_parity(in_h, in_w, channels, side_codes)
+    path = _path(path, codes.device, gated, odd)
     across = (in_h, in_w) if upsample else (out_h, out_w)
     widths = tuple(side.shape[1] for side in side_codes)
     phases = 4 if upsample else 1
     tile = tile or choose_tile(
         Problem(
-            images, *across, phases, outs, channels, kernel, stride, widths, residual is not None
+            images, *across, phases, outs, channels, kernel, stride, widths, residual is not None,
+            gated,
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
@@ -180,7 +186,9 @@ def run(
         for i in range(0, len(operands), 2):
             by = stride if i == 0 else 1
             operands[i] = _describe(path, _image(operands[i], by, box, tile.channels))
-            operands[i + 1] = _describe(path, _rows(operands[i + 1], tile.outs, tile.channels))
+            # Values and gates are two boxes, half as high.
+            rows = tile.outs // 2 if gated else tile.outs
+            operands[i + 1] = _describe(path, _rows(operands[i + 1], rows, tile.channels))
     operands += [None] * (6 - len(operands))
     if path == "hopper":
         apart = 2 if upsample else 1

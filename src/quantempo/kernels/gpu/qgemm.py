@@ -53,7 +53,8 @@ def launch(
     if _is_plain_float8(codes, bucket, residual, activation, out_dtype, out_scale):
         return _scaled(codes, weight, act_scale, weight_scale, bucket, bias)
     dtype = out_dtype if out_scale is None else codes.dtype
-    y = torch.empty((codes.shape[0], weight.shape[0]), dtype=dtype, device=codes.device)
+    width = weight.shape[0] // 2 if activation == "geglu" else weight.shape[0]
+    y = torch.empty((codes.shape[0], width), dtype=dtype, device=codes.device)
     run(
         _line(codes), weight, _line(y), act_scale=act_scale, weight_scale=weight_scale,
         table=table, bucket=bucket, bias=bias,

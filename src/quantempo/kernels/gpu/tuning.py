@@ -41,7 +41,8 @@ class Tile:
 class Problem:
     """One contraction: `phases` times images x height x width pixels, `outs` channels of result.
 
-    sides: input channels of the 1x1 segments; residual: whether an image is added.
+    sides: input channels of the 1x1 segments; residual: whether an image is added; gated: whether
+    one half of the channels is the gate of the other.
     """
 
     images: int
@@ -54,6 +55,7 @@ class Problem:
     stride: int
     sides: tuple[int, ...] = ()
     residual: bool = False
+    gated: bool = False
 
     def steps(self, block: int) -> int:
         """Return the steps of the main loop, `block` channels of one tap each."""
@@ -155,6 +157,9 @@ def _measured(problem: Problem, tile: Tile, processors: int) -> bool:
     if tile.outs == 64 and problem.sides:
         return False
     if (tile.outs, tile.pixels, tile.warps) == (128, 128, 8) and not problem.sides:
+        return False
+    if problem.gated and (tile.outs, tile.warps, tile.splits) != (128, 4, 1):
+        # Each of four warps holds as many gates as values.
         return False
     tiles = problem.tiles(tile)
     if tile.splits > 1:
