@@ -2,12 +2,13 @@
 
 python benchmarks/engines_agree.py --run runs/demo --images 16
 python benchmarks/engines_agree.py --run runs/demo --engines simulated --images 64
-python benchmarks/engines_agree.py --run runs/35m --device cuda --images 1024 --batch 256
+python benchmarks/engines_agree.py --run runs/35m --device cuda --images 1024 --batch 256 --plain
 
 Beside each engine stands by how much its PSNR to float differs from that of `simulated`, image by
 image, with the standard error of the mean. Two rows say what such a difference means: `simulated`
 with the output of every integer layer off by 1e-6 of itself, and rounded to float16. Values near a
-tie round the other way there, and the trajectories part.
+tie round the other way there, and the trajectories part. On a GPU a row more is `triton` with its
+network in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quantempo.backends.engine import ENGINES
+from quantempo.backends.graphs import graphed
 from quantempo.backends.layerwise import execution
 from quantempo.evaluate import psnr_db
 from quantempo.models.family import denoiser_of
@@ -47,6 +49,13 @@ def changed(pipe: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return pipe
 
 
+def recorded(pipe: Any) -> Any:
+    """Put the denoiser into CUDA graphs."""
+    name, net = denoiser_of(pipe)
+    setattr(pipe, name, graphed(net))
+    return pipe
+
+
 def main() -> None:
     """Sample the same seeds on every engine that can run here; print mean PSNR in dB."""
     parser = argparse.ArgumentParser(
@@ -58,9 +67,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--engines", nargs="+", help="by default all that run on the device")
+    parser.add_argument("--plain", action="store_true", help="without the two changed rows")
     given = parser.parse_args()
     if given.images < 2:
         parser.error(f"got --images {given.images}; expected 2 at least, for a standard error")
+    # The float images are the yardstick: no 10-bit products in them.
+    torch.backends.cudnn.allow_tf32 = False
     session = reopen(given.run, device=given.device)
     kinds = {torch.device(given.device).type, "any"}
     names = given.engines or [
@@ -78,7 +90,9 @@ def main() -> None:
         return open_model(session.run / "packed", engine=engine, device=given.device)
 
     images = {name: sampled(packed(name)) for name in names}
-    for name, change in CHANGES.items():
+    if "triton" in names and torch.cuda.is_available():
+        images["triton, graph"] = sampled(recorded(packed("triton")))
+    for name, change in ({} if given.plain else CHANGES).items():
         images[name] = sampled(changed(packed("simulated"), change))
     images["float"] = sampled(session.pipe)
     to_float = {name: psnr_db(images[name], images["float"]) for name in images if name != "float"}

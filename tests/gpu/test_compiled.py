@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from quantempo.kernels.gpu import launch
-from quantempo.kernels.gpu.tuning import Tile, choose_tile
+from quantempo.kernels.gpu.tuning import Tile, choose_tile, tile_pixels
 from tests.gpu import harness
 from tests.gpu.layers import PROCESSORS, Layer, call, covering, tensors, ways
 
@@ -72,7 +72,8 @@ SHIPPED = [
 def name(value: object) -> str:
     """Return a short name of a layer or tile for pytest."""
     if isinstance(value, Tile):
-        return f"{value.outs}x{value.pixels}x{value.channels}w{value.warps}k{value.splits}"
+        taps = "t" * value.taps
+        return f"{value.outs}x{value.pixels}x{value.channels}w{value.warps}k{value.splits}{taps}"
     if isinstance(value, Layer):
         marks = "u" * value.upsample + "f" * value.fp8 + "m" * value.mixed + "q" * value.requantize
         return f"{value.images}x{value.channels}k{value.kernel}s{value.stride}{marks}"
@@ -100,13 +101,19 @@ def ceiling(path: str, tile: Tile) -> int:
 
 
 def room(layer: Layer, tile: Tile) -> int:
-    """Return the bytes of stack a thread may use: none, but for three kinds of epilogue.
+    """Return the bytes of stack a thread may use: none, but for some kinds of epilogue.
 
-    With 32 sums a thread and more, those that read other programs' sums, the scale of every pixel,
-    or erf, keep a few values in local memory; the main loop never stores any.
+    With 32 sums a thread and more, those that read other programs' sums or the scale of every pixel
+    keep a few values in local memory; with 128 those of several images, and those whose taps share
+    pixels, keep fewer. The main loop never stores any.
     """
-    rich = tile.splits > 1 or layer.mixed or layer.activation == "gelu"
-    return 128 if rich and tile.outs * tile.pixels // (32 * tile.warps) >= 32 else 0
+    rich = tile.splits > 1 or layer.mixed
+    sums = tile.outs * tile.pixels // (32 * tile.warps)
+    problem = layer.problem()
+    size = (problem.images, problem.height, problem.width)
+    several = tile_pixels(tile.pixels, *size, tile.taps)[0] > 1
+    few = (several or tile.taps) and sums >= 128
+    return 128 if rich and sums >= 32 else 32 if few else 0
 
 
 def loops(layer: Layer, tile: Tile) -> int:
@@ -127,7 +134,7 @@ def test_shipped(path, arch, layer, tile):
         instruction = r"\bIGMMA\." if arch == 90 else r"\bIMMA\."
     assert made.count(instruction) > 0
     if path == "hopper":
-        check_pipeline(made, loops(layer, tile))
+        check_pipeline(made, loops(layer, tile), 3 if tile.taps else 1)
     elif path == "tma":
         assert made.count("UTMALDG") > 0
     else:
@@ -171,30 +178,39 @@ def bodies(sass: str) -> list[list[str]]:
     return found
 
 
-def check_pipeline(made: harness.Binary, count: int) -> None:
-    """Assert that matrix instructions stay in flight over the `count` loops of a Hopper kernel."""
+def check_pipeline(made: harness.Binary, count: int, steps: int) -> None:
+    """Assert that matrix instructions stay in flight over the `count` loops of a Hopper kernel.
+
+    steps: that one turn of a loop makes.
+    """
     # "wgmma.mma_async instructions are serialized": ptxas gave up and waits for each of them.
     assert "Compiling entry function" in made.messages
     assert not re.search(r"C75\d\d|serialized", made.messages)
-    # One wait in each loop and one behind it, none for each matrix instruction.
-    assert made.count(r"WARPGROUP\.DEPBAR") == 2 * count
+    # One wait in each step and one behind the loop, none for each matrix instruction.
+    assert made.count(r"WARPGROUP\.DEPBAR") == (steps + 1) * count
     found = main_loops(made.sass)
     assert len(found) == count
     assert made.count(KINDS["multiply"]) == sum(loop.count("multiply") for loop in found)
     for loop in found:
         assert "load matrix" not in loop
         assert "spill" not in loop
-        assert loop.count("wait for all but one") == 1
-        waited = loop.index("wait for all but one")
+        waits = [i for i, kind in enumerate(loop) if kind == "wait for all but one"]
+        assert len(waits) == steps
         # Multiply, wait, know that every warp has waited, only then give back what all have read
         # to the warp that refills it.
-        assert "multiply" not in loop[waited:]
-        assert "give back" not in loop[:waited] and "refill" not in loop
-        assert "meet" in loop[waited : loop.index("give back")]
+        assert "multiply" in loop[: waits[0]] and "multiply" not in loop[waits[-1] :]
+        assert "give back" not in loop[: waits[0]] and "refill" not in loop
+        for begin, end in itertools.pairwise([*waits, len(loop)]):
+            behind = loop[begin:end]
+            assert "meet" in behind[: behind.index("give back")]
+            last = len(behind) - behind[::-1].index("give back")
+            assert "multiply" not in behind[:last]
     for body in bodies(made.sass):
         # Another stage each time: a step that always gave back the first made all wait for ever.
-        (given,) = (m[1] for m in (re.search(r"SYNCS\.ARRIVE.*\[(UR\d+)", t) for t in body) if m)
-        assert any(re.match(rf"(?:@\S+\s+)?[A-Z][\w.]*\s+{given}\b", text) for text in body)
+        found = [m[1] for m in (re.search(r"SYNCS\.ARRIVE.*\[(UR\d+)", t) for t in body) if m]
+        assert len(found) >= steps
+        for given in found:
+            assert any(re.match(rf"(?:@\S+\s+)?[A-Z][\w.]*\s+{given}\b", text) for text in body)
 
 
 def test_every_shipped_tile_is_compiled():
@@ -215,8 +231,11 @@ def test_every_shipped_tile_is_compiled():
         (r"IGMMA", "LDSM; IGMMA"),
     ],
 )  # fmt: skip
-def test_a_slow_or_wrong_kernel_would_be_seen(before, after):
-    layer, tile = next((layer, tile) for layer, tile in ways("hopper", 90) if not layer.sides)
+@pytest.mark.parametrize("taps", [False, True])
+def test_a_slow_or_wrong_kernel_would_be_seen(before, after, taps):
+    layer, tile = next(
+        (layer, tile) for layer, tile in ways("hopper", 90) if not layer.sides and tile.taps == taps
+    )
     made = binary("hopper", 90, layer, tile)
     (loop,) = main_loops(made.sass)
     changed = made.sass
@@ -224,7 +243,7 @@ def test_a_slow_or_wrong_kernel_would_be_seen(before, after):
         changed = re.sub(before, after, changed)
     assert changed != made.sass
     with pytest.raises(AssertionError):
-        check_pipeline(dataclasses.replace(made, sass=changed), 1)
+        check_pipeline(dataclasses.replace(made, sass=changed), 1, 3 if taps else 1)
 
 
 def descriptor_and_pointer(layer: Layer, tile: Tile, **others) -> tuple[object, object]:
@@ -241,8 +260,8 @@ def test_a_residual_is_brought_as_a_step_where_it_is_as_large():
     layer = Layer(256, 128, 32, 128)
     tile = Tile(128, 128, 128, 4, 3)
     rows, pointer = descriptor_and_pointer(layer, tile)
-    # Half a tile of 4 x 32 pixels.
-    assert rows.block_shape == [1, 2, 1, 32, 128] and pointer is None
+    # Half a tile of 4 x 32 pixels; the pointer is for asking for it before that.
+    assert rows.block_shape == [1, 2, 1, 32, 128] and pointer is not None
     # Values of four bytes are twice as large; a tile of fewer pixels is smaller.
     wide = torch.empty(256, 32, 32, 128, device="meta").permute(0, 3, 1, 2)
     rows, pointer = descriptor_and_pointer(layer, tile, residual=wide)

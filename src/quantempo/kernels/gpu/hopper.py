@@ -36,6 +36,7 @@ from quantempo.kernels.gpu.hopper_rows import (
     scale_of,
     write_rows,
 )
+from quantempo.kernels.gpu.hopper_taps import bring_taps, halves_taps, sum_taps, tap_buffers
 
 __all__ = ["contract_hopper"]
 
@@ -129,7 +130,7 @@ def _compute(
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr,
     BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, FP8: gl.constexpr,
-    num_warps: gl.constexpr,
+    TAPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """What the other warps do: sum the stages of a tile, `count` of its main loop, and write it."""
     PIXELS: gl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -137,7 +138,10 @@ def _compute(
     WIDE: gl.constexpr = min(256 if FP8 else 128, PIXELS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDE, 32])
     acc = gl.full([BLOCK_O, PIXELS], 0, ACC, mma)
-    _smem_x, _smem_w, ready, free = buffers
+    if TAPS:
+        _smem_x, _smem_w, ready, free, _ready_x, _free_x = buffers
+    else:
+        _smem_x, _smem_w, ready, free = buffers
     # The batch is at one time: one scale for all pixels, and the inverse of one.
     scale = 1.0
     inverse = 1.0
@@ -147,6 +151,8 @@ def _compute(
             inverse = gl.div_rn(1.0, scale_of(out_scale, bucket, 0, 1, OUT_BUCKETS, False))
     stage = 0
     phase = 0
+    box = 0
+    turn = 0
     tile = gl.program_id(0)
     while tile < tiles:
         place = place_of(
@@ -161,7 +167,12 @@ def _compute(
             place, weight_scale, table, bias, shift, outs, shift_stride, ACTIVATION, BLOCK_N,
             BLOCK_O, num_warps,
         )  # fmt: skip
-        acc, stage, phase = _sum(acc, buffers, stage, phase, count, PIXELS, BLOCK_C, STAGES)
+        if TAPS:
+            acc, stage, phase, box, turn = sum_taps(
+                acc, buffers, stage, phase, box, turn, count, BLOCK_H, PIXELS, BLOCK_C, STAGES
+            )
+        else:
+            acc, stage, phase = _sum(acc, buffers, stage, phase, count, PIXELS, BLOCK_C, STAGES)
         ours = True
         v = acc
         if SPLITS > 1:
@@ -184,7 +195,12 @@ def _compute(
         held = ()
         if rows is not None:
             mbarrier.wait(ready.index(stage), phase)
-            low, high = halves(rows, buffers, stage)
+            if TAPS:
+                after, later = next_stage(stage, phase, STAGES)
+                mbarrier.wait(ready.index(after), later)
+                low, high = halves_taps(rows, buffers, stage, STAGES)
+            else:
+                low, high = halves(rows, buffers, stage)
             held = (low.reshape([PIXELS // 2, BLOCK_O]), high.reshape([PIXELS // 2, BLOCK_O]))
         if ours:
             write_rows(
@@ -199,7 +215,33 @@ def _compute(
         if rows is not None:
             mbarrier.arrive(free.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
+            if TAPS:
+                mbarrier.arrive(free.index(stage))
+                stage, phase = next_stage(stage, phase, STAGES)
         tile += gl.num_programs(0)
+
+
+@gluon.jit
+def _bring(
+    operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps, steps0, channels,
+    apart,
+    KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
+    UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
+    BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+    TAPS: gl.constexpr,
+):  # fmt: skip
+    """What one warp does."""
+    if TAPS:
+        bring_taps(
+            operands[0], operands[1], rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end,
+            channels, TOP, LEFT, BLOCK_H, BLOCK_W, BLOCK_O, BLOCK_C, STAGES,
+        )  # fmt: skip
+    else:
+        bring(
+            operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps, steps0,
+            channels, apart, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BLOCK_N, BLOCK_H,
+            BLOCK_W, BLOCK_O, BLOCK_C, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit(
@@ -217,18 +259,23 @@ def contract_hopper(
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr,
     BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, FP8: gl.constexpr,
-    EARLY: gl.constexpr, num_warps: gl.constexpr,
+    TAPS: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles of y (or one share of the sums of one); arguments as `contraction.contract`.
 
     x, weight, side*, weight*: tensor descriptors. partial: (tiles, SPLITS + SIDES, P, O). rows: one
-    of the residual, in boxes of half a tile, if it is brought as operands are.
+    of the residual, in boxes of half a tile, if it is brought as operands are. TAPS: as in
+    `hopper_taps`; x is in boxes of a row of a tile then.
     """
     tiles_h = gl.cdiv(in_h if UPSAMPLE else out_h, BLOCK_H)
     tiles_w = gl.cdiv(in_w if UPSAMPLE else out_w, BLOCK_W)
     tiles_o = gl.cdiv(outs, BLOCK_O)
-    buffers = _buffers(x, weight, BLOCK_O, BLOCK_C, STAGES)
-    steps = KERNEL * KERNEL * gl.cdiv(channels, BLOCK_C)
+    if TAPS:
+        buffers = tap_buffers(x, weight, BLOCK_H, BLOCK_O, BLOCK_C, STAGES)
+        steps = KERNEL * gl.cdiv(channels, BLOCK_C)
+    else:
+        buffers = _buffers(x, weight, BLOCK_O, BLOCK_C, STAGES)
+        steps = KERNEL * KERNEL * gl.cdiv(channels, BLOCK_C)
     steps0 = gl.cdiv(channels0, BLOCK_C)
     steps1 = gl.cdiv(channels1, BLOCK_C)
     begin = 0
@@ -264,16 +311,16 @@ def contract_hopper(
                     out_zero, out_qmax, tiles,
                     KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS,
                     OUT_BUCKETS, MIXED, BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W,
-                    BLOCK_O, BLOCK_C, STAGES, SPLITS, FP8, num_warps,
+                    BLOCK_O, BLOCK_C, STAGES, SPLITS, FP8, TAPS, num_warps,
                 ),
             ),
             (
-                bring,
+                _bring,
                 (
                     operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps,
                     steps0, channels, outs // 2,
                     KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BLOCK_N, BLOCK_H, BLOCK_W,
-                    BLOCK_O, BLOCK_C, STAGES,
+                    BLOCK_O, BLOCK_C, STAGES, TAPS,
                 ),
             ),
         ],

@@ -210,6 +210,7 @@ def write_rows(
         pieces = _halves(a) + _halves(b) + _halves(c) + _halves(d)
     for i in gl.static_range(PIECES):
         p = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, rows))
+        image = place[0] + i * CHUNK // (BLOCK_H * BLOCK_W)
         at = partial
         if SPLITS > 1:
             at = partial + (tile * SLOTS).to(gl.int64) * (BLOCK_O * PIXELS)
@@ -224,7 +225,7 @@ def write_rows(
             half = held[i // (PIECES // 2)]
             r = half.slice(i % (PIECES // 2) * CHUNK, CHUNK).permute((1, 0)).load(rows)
         _write_piece(
-            v, r, at, p, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
+            v, r, at, p, image, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
             side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h,
             out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
             KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS, OUT_BUCKETS, MIXED,
@@ -300,7 +301,7 @@ def _corner(place, first, out_h, out_w, outs, UPSAMPLE: gl.constexpr):
 
 @gluon.jit
 def _write_piece(
-    v, r, at, p, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
+    v, r, at, p, image, terms, place, inverse, y, act_scale, table, bucket, shift, residual,
     side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h, out_w, outs,
     rows_per_bucket, shift_stride, out_zero, out_qmax,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
@@ -310,7 +311,10 @@ def _write_piece(
     BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, AREA: gl.constexpr, SPLITS: gl.constexpr,
     FP8: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """Finish the sums [O, CHUNK] of pixels p; r: their residual if HELD."""
+    """Finish the sums [O, CHUNK] of pixels p, the first of which is of `image`.
+
+    r: their residual if HELD.
+    """
     here, mask_o, gain, inner, add = terms
     WHOLE: gl.constexpr = SIDES == 0 or SPLITS > 1
     STEP: gl.constexpr = 2 if UPSAMPLE else 1
@@ -360,8 +364,13 @@ def _write_piece(
                 rows_per_bucket, SIDES, SPLITS, SIDE_BUCKETS, MIXED, AREA, FP8,
             )  # fmt: skip
         if shift is not None and BLOCK_N > 1:
-            image = gl.expand_dims(gl.where(seen, n, 0) * shift_stride, 0)
-            f += gl.load(shift + image + o, mask=inside, other=0.0).to(gl.float32)
+            if BLOCK_H * BLOCK_W % p.shape[0] == 0:
+                # All these pixels are of one image.
+                at_image = gl.minimum(image, images - 1) * shift_stride
+                f += gl.load(shift + at_image + o, mask=mask_o, other=0.0).to(gl.float32)
+            else:
+                each = gl.expand_dims(gl.where(seen, n, 0) * shift_stride, 0)
+                f += gl.load(shift + each + o, mask=inside, other=0.0).to(gl.float32)
         if ACTIVATION == "gelu":
             f = _gelu(f)
         elif ACTIVATION == "silu":
@@ -371,7 +380,7 @@ def _write_piece(
             f = value * _gelu(gate)
         if HELD:
             f += r.to(gl.float32)
-        if residual is not None:
+        elif residual is not None:
             f += gl.load(residual + corner + where, mask=inside, other=0.0).to(gl.float32)
         if out_scale is not None:
             if MIXED:

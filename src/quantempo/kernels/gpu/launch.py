@@ -23,7 +23,7 @@ try:
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs
     contract_hopper = None
 
-__all__ = ["PATHS", "choose_path", "reserve", "run"]
+__all__ = ["PATHS", "choose_path", "reserve", "run", "stream_counters"]
 
 # "hopper": `hopper.contract_hopper`; "tma": `contraction.contract` on descriptors; "pointers": the
 # same from pointers, on any GPU that has int8 tensor cores.
@@ -101,15 +101,20 @@ def _half_tiles(residual: Tensor | None, tile: Tile, box: tuple[int, int, int], 
 def _workspace(
     tiles: int, slots: int, tile: Tile, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return room for the sums that are shared, and zeroed counters, which launches leave zero.
+    """Return room for the sums that are shared, and counters for `tiles` tiles."""
+    if tiles > _MOST:
+        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
+    partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
+    return partial, stream_counters(device)
+
+
+def stream_counters(device: torch.device) -> Tensor:
+    """Return the zeroed counters (4096,), int32, of the current stream, which launches leave zero.
 
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
     share another set: graphs must not be replayed on two streams at once.
     """
-    if tiles > _MOST:
-        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
     reserve(device)
-    partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
     chosen = 0
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -117,7 +122,7 @@ def _workspace(
         chosen = sets.setdefault(stream, len(sets) + 1)
         if chosen >= _STREAMS:
             raise RuntimeError(f"got work on {chosen} streams; expected {_STREAMS - 1} at most")
-    return partial, _counters[device][chosen]
+    return _counters[device][chosen]
 
 
 def _path(path: str | None, device: torch.device, gated: bool, odd: bool) -> str:
@@ -169,7 +174,7 @@ def run(
             f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
             "divisor: a box must not reach the next pixel of a pair"
         )
-    box = tile_pixels(tile.pixels, images, *across)
+    box = tile_pixels(tile.pixels, images, *across, tile.taps)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
     fp8 = codes.dtype == torch.float8_e4m3fn
@@ -185,7 +190,8 @@ def run(
     if path != "pointers":
         for i in range(0, len(operands), 2):
             by = stride if i == 0 else 1
-            operands[i] = _describe(path, _image(operands[i], by, box, tile.channels))
+            part = (1, 1, box[2]) if tile.taps else box
+            operands[i] = _describe(path, _image(operands[i], by, part, tile.channels))
             # Values and gates are two boxes, half as high.
             rows = tile.outs // 2 if gated else tile.outs
             operands[i + 1] = _describe(path, _rows(operands[i + 1], rows, tile.channels))
@@ -200,7 +206,6 @@ def run(
             )
         plain = not upsample and y.dtype != torch.int32
         operands.append(_half_tiles(residual, tile, box, plain))
-        residual = None if operands[-1] is not None else residual
     width0, width1 = (*widths, 0, 0)[:2]
     args = (
         *operands, y, partial, counters,
@@ -227,8 +232,9 @@ def run(
         # that brings operands counts as four, which give what they do not need to the others.
         room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
         contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
-            *args, tiles, **switches, EARLY=soon, launch_pdl=soon, maxnreg=min(room, 168)
-        )
+            *args, tiles, **switches, TAPS=tile.taps, EARLY=soon, launch_pdl=soon,
+            maxnreg=min(room, 168),
+        )  # fmt: skip
     else:
         contract[(tiles, slots)](*args, **switches, TMA=path == "tma", num_stages=tile.stages)
     return y
