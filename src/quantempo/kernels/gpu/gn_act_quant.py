@@ -9,11 +9,13 @@ program takes is decided in `norm_plan`. What the op means on a CPU, and its sch
 Two ways. `one_launch`: a program owns all pixels of a slab of whole groups; a small slab stays in
 registers, a larger one is read again, out of the caches, to be normalized. Where that gives too
 few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
-chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. Both ways put
+chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. All ways put
 partial moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized
 is `apply` alone.
 
-On Hopper a third, `norm_hopper`: the slab of a program stays in shared memory.
+A third, `norm_cooperative`: few large maps of 16-bit values that the registers of the GPU hold all
+at once are read once, in one launch. On Hopper a fourth, `norm_hopper`: the slab of a program
+stays in shared memory.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantempo.kernels.gpu import norm_cooperative
 from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.norm_kernels import apply, channel_affine, channel_moments, one_launch
 from quantempo.kernels.gpu.norm_plan import (
+    CooperativePlan,
     Plan,
     SharedPlan,
+    make_cooperative_plan,
     make_plan,
     make_shared_plan,
     power_of_two,
 )
+from quantempo.kernels.gpu.tuning import multiprocessors
 
 try:
     from quantempo.kernels.gpu import norm_hopper
@@ -41,8 +47,11 @@ except ImportError:  # a Triton without Gluon, or with another one: the portable
 
 __all__ = ["PATHS", "launch"]
 
-# "hopper": `norm_hopper.normalize_slab`; "triton": the kernels of `norm_kernels`, on any GPU.
-PATHS = ("hopper", "triton")
+# "hopper": `norm_hopper.normalize_slab`; "cooperative": `norm_cooperative.normalize_held`;
+# "triton": the kernels of `norm_kernels`; the last two on any GPU.
+PATHS = ("hopper", "cooperative", "triton")
+# Multiprocessors, where there is no GPU to ask.
+_PROCESSORS = 132
 
 
 @cache
@@ -53,6 +62,11 @@ def _has_fp8(device: torch.device) -> bool:
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def _meets(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check(x: Tensor, channels: int, codes_dtype: torch.dtype) -> None:
@@ -84,7 +98,7 @@ def launch(
     raw_qmax: int,
     codes_dtype: torch.dtype,
     *,
-    plan: Plan | SharedPlan | None = None,
+    plan: Plan | SharedPlan | CooperativePlan | None = None,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize, activate and quantize torch.cat([x, skip], 1); quantize x and skip as they are.
@@ -102,7 +116,7 @@ def launch(
         raw_scales: (S, G) float32: also return codes of x (row 0) and skip (row S - 1).
         raw_zero_points, raw_qmax: of those.
         codes_dtype: int8 (stored q - 128) or float8_e4m3fn (a / s, saturated).
-        plan: tiles other than `make_plan` or `make_shared_plan` chooses; it decides the path.
+        plan: tiles other than those of `norm_plan`; which kind it is decides the path.
         path: one of PATHS; None: the faster one, by measured rules.
 
     Returns:
@@ -112,6 +126,7 @@ def launch(
     Raises:
         ValueError: a map of 2^31 values, fp8 on an older GPU, or what a path asked for cannot take.
             The rest was checked by `ops_checks.check_norm`.
+        RuntimeError: the first call on a device is being recorded (see `launch.reserve`).
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
@@ -143,12 +158,16 @@ def launch(
         arguments = (x, skip, norm, norm_groups, silu, scales, quantization, bucket, results)
         if isinstance(plan, SharedPlan):
             norm_hopper.run(*arguments, plan)
+        elif isinstance(plan, CooperativePlan):
+            norm_cooperative.run(*arguments, plan)
         else:
             _run(*arguments, plan)
     return results
 
 
-def _choose(x: Tensor, skip: Tensor | None, groups: int, path: str | None) -> Plan | SharedPlan:
+def _choose(
+    x: Tensor, skip: Tensor | None, groups: int, path: str | None
+) -> Plan | SharedPlan | CooperativePlan:
     """Return the tiles of a call: of which kind decides the path."""
     if path not in (None, *PATHS):
         raise ValueError(f"got path={path!r}; expected one of {PATHS}, or None for the faster")
@@ -173,7 +192,22 @@ def _choose(x: Tensor, skip: Tensor | None, groups: int, path: str | None) -> Pl
                 f"{x.dtype}; expected a norm, 16-bit floats, channels of x and of skip multiples "
                 "of 8, and a slab of whole groups that fits into shared memory: path='triton'"
             )
-    return make_plan(batch, pixels, channels, groups, x.element_size())
+    portable = make_plan(batch, pixels, channels, groups, x.element_size())
+    # In place of three launches, never of one.
+    if path == "cooperative" or (path is None and not portable.one_launch and _meets(x.device)):
+        held = None
+        if groups and x.element_size() == 2:
+            processors = multiprocessors(x.device) if x.device.type == "cuda" else _PROCESSORS
+            held = make_cooperative_plan(batch, pixels, channels, groups, processors)
+        if held is not None:
+            return held
+        if path == "cooperative":
+            raise ValueError(
+                f"got path='cooperative', {batch} images of {channels} channels in {groups} "
+                f"groups, {pixels} pixels, {x.dtype}; expected a norm, 16-bit floats, and a map "
+                "that the registers of the GPU hold: path='triton'"
+            )
+    return portable
 
 
 def _run(

@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
-__all__ = ["Plan", "SharedPlan", "make_plan", "make_shared_plan", "power_of_two"]
+__all__ = [
+    "APART",
+    "CooperativePlan",
+    "Plan",
+    "SharedPlan",
+    "make_cooperative_plan",
+    "make_plan",
+    "make_shared_plan",
+    "power_of_two",
+]
 
 # Nanoseconds of the choice between one launch and three: only their order matters.
 _BYTES_A_NS = 2500.0
@@ -45,6 +54,20 @@ _SHARED_PROGRAMS, _SHARED_PADDED, _SHARED_CACHE = 64, 1.25, 64 << 20
 _SHARED_WIDE, _SHARED_STEP = 64, 8
 # A box of the copy engine has so many rows at most, and a slab so many boxes: each has a barrier.
 _BOX_ROWS, _BOXES = 256, 16
+
+# Programs that meet: 8 warps, a thread holds so many values of two bytes at most, or so many where
+# the map would not fit otherwise: half of the registers it has when two programs share a
+# multiprocessor. Where one would do, another has room beside it: of the kernel that follows.
+_MEET_WARPS, _MEET_HELD, _MEET_MOST = 8, 96, 128
+_MEET_BESIDE, _MEET_REGISTERS = 2, 128
+# Slabs of so many channels, and programs of a meeting, at most.
+_MEET_WIDEST, _MEET_CHUNKS = 512, 64
+# Groups times what is put together for them, units of channels or chunks, at most.
+_MEET_TABLE = 4096
+# The sums across threads of one program take as long as so many values more.
+_MEET_SUMS = 4096
+# Counters lie so far apart, each in a line of its own, and there are 4096 (`launch`).
+APART, _MEETINGS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,26 @@ class SharedPlan:
     cols: int
     rows: int
     warps: int
+
+
+@dataclass(frozen=True)
+class CooperativePlan:
+    """The tiles of a call whose programs hold the whole map and meet (`norm_cooperative`).
+
+    Attributes:
+        width: channels of a slab, whole groups.
+        block_p: pixels of a program, a power of two.
+        block_c, rest: powers of two, or no rest; together at least `width`.
+        warps: warps of a program.
+        registers: of a thread at most: so all programs are at work at once.
+    """
+
+    width: int
+    block_p: int
+    block_c: int
+    rest: int
+    warps: int
+    registers: int
 
 
 def power_of_two(n: int) -> int:
@@ -273,3 +316,56 @@ def _shared(pixels: int, width: int) -> SharedPlan | None:
     if piece < 8 or not fitting or pixels > _BOXES * fitting[-1]:
         return None
     return SharedPlan(width, cols, fitting[-1], warps)
+
+
+@lru_cache(maxsize=4096)
+def make_cooperative_plan(
+    images: int, pixels: int, channels: int, groups: int, processors: int
+) -> CooperativePlan | None:
+    """Return the tiles for N images of P pixels and C channels of two bytes, all held at once.
+
+    Args:
+        images, pixels, channels: N, P, C >= 1.
+        groups: of the norm, a divisor of C.
+        processors: multiprocessors of the GPU.
+
+    Returns:
+        None where the registers of the GPU do not hold the map.
+    """
+    group = channels // groups
+    for most in (_MEET_HELD, _MEET_MOST):
+        best: tuple[float, CooperativePlan] | None = None
+        for width in range(group, min(_MEET_WIDEST, channels) + 1, group):
+            slabs = _ceil(channels, width)
+            block_c, rest = _parts(width)
+            block_p = power_of_two(_ceil(pixels, _MEET_CHUNKS))
+            while images * slabs <= _MEETINGS:
+                held = block_p * (block_c + rest)
+                if held > 32 * _MEET_WARPS * most:
+                    break
+                chunks = _ceil(pixels, block_p)
+                beside = _ceil(images * slabs * chunks, processors)
+                table = power_of_two(width // group) * max(block_c // gcd(group, 8), 2 * chunks)
+                if beside <= _MEET_BESIDE and table <= _MEET_TABLE:
+                    cost = beside * (held + _MEET_SUMS) * (1 + 0.5 * (_cut(width, 2) - 1))
+                    cost *= {8: 1.0, 4: 1.1, 2: 1.3, 1: 1.6}[gcd(width, 8)] * (1 + 4 / width)
+                    # What all chunks wrote is read by each of them.
+                    cost += 4 * chunks * width // group
+                    tiles = (width, block_p, block_c, rest)
+                    plan = CooperativePlan(*tiles, _MEET_WARPS, _MEET_REGISTERS)
+                    if best is None or cost < best[0]:
+                        best = cost, plan
+                if block_p >= pixels:
+                    break
+                block_p *= 2
+        if best is not None:
+            return best[1]
+    return None
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Return one power of two for a slab, or two, where one would be padded by a ninth or more."""
+    whole = power_of_two(width)
+    if 9 * whole <= 10 * width or width < 2 * _SECTOR:
+        return whole, 0
+    return whole // 2, max(8, power_of_two(width - whole // 2))

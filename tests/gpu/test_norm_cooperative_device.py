@@ -1,0 +1,132 @@
+"""The norm whose programs meet, on a GPU: against float64, three launches, graphs and streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantempo.kernels.gpu import gn_act_quant
+from quantempo.kernels.gpu import launch as launches_of
+from quantempo.kernels.gpu.norm_plan import CooperativePlan, make_cooperative_plan
+from tests.gpu.test_gn_act_quant import FP8, Case, check
+from tests.gpu.test_norm_cooperative import CASES, launch
+
+RUNS = 20
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what torch.empty returns with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+ON_DEVICE = [
+    (2, 64, 320, 0), (2, 64, 320, 320), (2, 64, 640, 320), (2, 32, 640, 0), (2, 32, 1280, 640),
+    (1, 63, 320, 0),
+]  # fmt: skip
+
+
+def sized(shape: tuple[int, int, int, int]) -> Case:
+    n, side, c1, c2 = shape
+    rows = 2 if c2 else 1
+    return Case(
+        n=n, h=side, w=side, c1=c1, c2=c2, groups=32, dtype=torch.float16, raw_rows=rows,
+        buckets=4, bucket_batch=n,
+    )  # fmt: skip
+
+
+def skip_unless_held(case: Case) -> None:
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    if make_cooperative_plan(case.n, case.h * case.w, case.c1 + case.c2, 32, processors) is None:
+        pytest.skip("the registers of this GPU do not hold it")
+
+
+def counters_are_zero() -> bool:
+    every = launches_of._counters.values()
+    return not any(bool(counters.any()) for counters in every if counters.device.type == "cuda")
+
+
+def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_agrees_with_float64(name: str) -> None:
+    if CASES[name].codes_dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs sm_89")
+    check(CASES[name], launch, "cuda")
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("shape", ON_DEVICE, ids=str)
+def test_runs_agree_in_every_bit_and_with_three_launches(shape) -> None:
+    case = sized(shape)
+    skip_unless_held(case)
+    arguments = case.arguments("cuda")
+    check(case, launch, "cuda")
+    first = launch(*arguments)
+    several = gn_act_quant.launch(*arguments, path="triton")
+    for ours, theirs in zip(first, several, strict=True):
+        off = (ours.int() - theirs.int()).abs()
+        # Chance of a quotient so near a tie that float32 sums in another order matter: 1e-3.
+        assert off.numel() == 0 or (off.max() <= 1 and (off > 0).float().mean() < 1e-3)
+    for _ in range(RUNS - 1):
+        assert same(launch(*arguments), first)
+    assert counters_are_zero()
+
+
+def test_it_is_the_default_in_place_of_three_launches() -> None:
+    case = sized(ON_DEVICE[0])
+    skip_unless_held(case)
+    arguments = case.arguments("cuda")
+    chosen = gn_act_quant._choose(arguments[0], arguments[1], 32, None)
+    assert isinstance(chosen, CooperativePlan)
+    assert same(gn_act_quant.launch(*arguments), launch(*arguments))
+
+
+@pytest.mark.parametrize("shape", [ON_DEVICE[0], ON_DEVICE[2]], ids=str)
+def test_a_recorded_graph_computes_the_same(shape) -> None:
+    case = sized(shape)
+    skip_unless_held(case)
+    arguments = case.arguments("cuda")
+    first = launch(*arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            # Two that follow each other share counters.
+            launch(*arguments)
+            again = launch(*arguments)
+    for _ in range(RUNS):
+        for result in again:
+            result.fill_(77)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(again, first)
+    assert counters_are_zero()
+
+
+def test_streams_do_not_wait_for_each_other_for_ever() -> None:
+    # Launches that overlap in time, each of which fills the GPU.
+    case = sized(ON_DEVICE[2])
+    skip_unless_held(case)
+    arguments = case.arguments("cuda")
+    first = launch(*arguments)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(RUNS):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(launch(*arguments))
+    torch.cuda.synchronize()
+    assert all(same(result, first) for result in results)
+    assert counters_are_zero()
