@@ -220,7 +220,7 @@ def bench_ops(
     *,
     device: str = "cuda",
     rounds: int = 5,
-    seconds: float = 0.05,
+    seconds: float = 0.25,
     timer: Timer | None = None,
     size: int = 8192,
     copy: int = 1 << 30,
@@ -230,7 +230,8 @@ def bench_ops(
     Args:
         cases: see `timing.op_cases`; all by default.
         device: where.
-        rounds, seconds: samples of each, and of one.
+        rounds, seconds: samples of each, and of one: so long that the GPU's power control settles.
+            In shorter turns each kernel has the clock that the one before it left.
         timer: what measures; by default that of the device.
         size, copy: see `measure_limits`.
 

@@ -173,7 +173,7 @@ def time_op(
     limits: Limits,
     *,
     rounds: int = 5,
-    seconds: float = 0.05,
+    seconds: float = 0.25,
 ) -> dict[str, Any]:
     """Return the row of one case.
 

@@ -30,6 +30,8 @@ from quantempo.kernels.gpu import norm_cooperative
 from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.norm_kernels import apply, channel_affine, channel_moments, one_launch
 from quantempo.kernels.gpu.norm_plan import (
+    FEW_IMAGES,
+    LARGE_MAP,
     CooperativePlan,
     Plan,
     SharedPlan,
@@ -175,6 +177,22 @@ def _choose(
     images = [x] if skip is None else [x, skip]
     channels = sum(image.shape[1] for image in images)
     pixels = height * width
+    portable = make_plan(batch, pixels, channels, groups, x.element_size())
+    large = x.element_size() * batch * pixels * channels >= LARGE_MAP
+    pays = batch <= FEW_IMAGES and (large or not portable.one_launch)
+    if path == "cooperative" or (path is None and pays and _meets(x.device)):
+        held = None
+        if groups and x.element_size() == 2:
+            processors = multiprocessors(x.device) if x.device.type == "cuda" else _PROCESSORS
+            held = make_cooperative_plan(batch, pixels, channels, groups, processors)
+        if held is not None:
+            return held
+        if path == "cooperative":
+            raise ValueError(
+                f"got path='cooperative', {batch} images of {channels} channels in {groups} "
+                f"groups, {pixels} pixels, {x.dtype}; expected a norm, 16-bit floats, and a map "
+                "that the registers of the GPU hold: path='triton'"
+            )
     if path == "hopper" or (path is None and groups and _is_hopper(x.device)):
         # The copy engine wants rows and bases of whole 16 bytes, and indexes rows with 32 bits.
         able = norm_hopper is not None and groups > 0 and x.element_size() == 2
@@ -191,21 +209,6 @@ def _choose(
                 f"got path='hopper', {channels} channels in {groups} groups, {pixels} pixels, "
                 f"{x.dtype}; expected a norm, 16-bit floats, channels of x and of skip multiples "
                 "of 8, and a slab of whole groups that fits into shared memory: path='triton'"
-            )
-    portable = make_plan(batch, pixels, channels, groups, x.element_size())
-    # In place of three launches, never of one.
-    if path == "cooperative" or (path is None and not portable.one_launch and _meets(x.device)):
-        held = None
-        if groups and x.element_size() == 2:
-            processors = multiprocessors(x.device) if x.device.type == "cuda" else _PROCESSORS
-            held = make_cooperative_plan(batch, pixels, channels, groups, processors)
-        if held is not None:
-            return held
-        if path == "cooperative":
-            raise ValueError(
-                f"got path='cooperative', {batch} images of {channels} channels in {groups} "
-                f"groups, {pixels} pixels, {x.dtype}; expected a norm, 16-bit floats, and a map "
-                "that the registers of the GPU hold: path='triton'"
             )
     return portable
 

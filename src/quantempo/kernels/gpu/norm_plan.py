@@ -11,6 +11,8 @@ from math import gcd
 
 __all__ = [
     "APART",
+    "FEW_IMAGES",
+    "LARGE_MAP",
     "CooperativePlan",
     "Plan",
     "SharedPlan",
@@ -66,6 +68,9 @@ _MEET_WIDEST, _MEET_CHUNKS = 512, 64
 _MEET_TABLE = 4096
 # The sums across threads of one program take as long as so many values more.
 _MEET_SUMS = 4096
+# Measured on 12 shapes of 2 and 8 images, 1 to 16 MB: 1.06 to 1.8 times as fast as the best other
+# way. Smaller maps take as long as the meeting.
+FEW_IMAGES, LARGE_MAP = 8, 1 << 20
 # Counters lie so far apart, each in a line of its own, and there are 4096 (`launch`).
 APART, _MEETINGS = 32, 128
 
