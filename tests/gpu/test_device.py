@@ -110,6 +110,30 @@ def test_residuals_brought_as_a_step(name, dtype):
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
+# Images that no box divides, channels that no step divides, boxes of a tile's every shape.
+SHARED = {
+    "odd images": (Layer(3, 80, 20, 144), Tile(128, 128, 128, 4, 3, taps=True)),
+    "few rows": (Layer(2, 64, 11, 272), Tile(128, 64, 128, 4, 4, taps=True)),
+    "steps of 64": (Layer(2, 320, 33, 320), Tile(128, 256, 64, 8, 8, programs=1, taps=True)),
+    "split": (Layer(2, 256, 16, 144), Tile(128, 64, 128, 4, 4, 2, taps=True)),
+    "mixed times": (Layer(5, 96, 24, 144, mixed=True), Tile(128, 128, 128, 4, 3, taps=True)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_taps_that_share_their_pixels(name):
+    skip_unless("hopper")
+    layer, tile = SHARED[name]
+    known = tensors(layer, "cuda")
+    sums = expected_sums(layer, known)
+    assert torch.equal(call(launch, layer, known, "hopper", tile, torch.int32).long(), sums)
+    exact = expected(known, sums)
+    y = call(launch, layer, known, "hopper", tile)
+    bound = exact.abs() * 2**-11 + exact.abs().max() * 2**-20
+    assert bool(((y.double() - exact).abs() <= bound).all())
+    assert counters_are_zero()
+
+
 @pytest.mark.parametrize("splits", [2, 5, 8])
 @pytest.mark.parametrize("path", launch.PATHS)
 @pytest.mark.parametrize("sides", [(), (256,), (256, 128)])
