@@ -90,7 +90,7 @@ def main() -> None:
         return open_model(session.run / "packed", engine=engine, device=given.device)
 
     images = {name: sampled(packed(name)) for name in names}
-    if "triton" in names and torch.cuda.is_available():
+    if "triton" in names and "cuda" in kinds:
         images["triton, graph"] = sampled(recorded(packed("triton")))
     for name, change in ({} if given.plain else CHANGES).items():
         images[name] = sampled(changed(packed("simulated"), change))

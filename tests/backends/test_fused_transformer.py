@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.backends import ENGINES, attach
@@ -229,9 +230,15 @@ def test_a_context_is_multiplied_once_for_all_layers(packed):
     assert fused.seen["qgemm"] == 4 * 8 + 1
     contexts = network.mid_block.attentions[0].transformer_blocks[0].forward.attentions[1].contexts
     assert contexts._value is None and contexts._given is None
-    # Broken off in between, changed in place: nothing is left of before.
-    network.down_blocks[1].attentions[0](first.new_zeros(2, 32, 8, 8), text, return_dict=False)
-    assert contexts._value is not None
+    # A block alone, at a time of its own, and the text changed in place: nothing is left of that.
+    for block in (network.mid_block.attentions[0], network.down_blocks[1].attentions[0]):
+        block(first.new_zeros(2, 32, 8, 8), text, return_dict=False)
+        assert contexts._value is not None
+        for time in (torch.tensor(20), t):
+            expected = network(x, time, text.clone()).sample
+            block(first.new_zeros(2, 32, 8, 8), text, return_dict=False)
+            assert torch.equal(network(x, time, text).sample, expected)
+    network.mid_block.attentions[0](first.new_zeros(2, 32, 8, 8), text, return_dict=False)
     text.mul_(2)
     doubled = network(x, t, text).sample
     assert contexts._value is None
@@ -263,12 +270,20 @@ def test_a_network_compiles_whole_and_once(packed):
     network = copy.deepcopy(packed["conv"])
     ENGINE.attach(network)
     torch._dynamo.reset()
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    products: list[str] = []
+
+    def backend(graph, inputs):
+        products.extend(str(n.target) for n in graph.graph.nodes if "qgemm" in str(n.target))
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
     x, _, text = call(2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for t in (450, 10, 999):
             step = torch.tensor(t)
             assert torch.equal(compiled(x, step, text).sample, network(x, step, text).sample)
+    # Traced too, the text is multiplied once.
+    assert len(products) == 4 * 8 + 1
 
 
 @torch.no_grad()

@@ -77,7 +77,9 @@ def test_runs_agree_in_every_bit(path, layer):
     del exact
     for _ in range(RUNS - 1):
         again = call(launch, layer, known, path, None)
-        assert torch.equal(again, first)
+        # Of floats the bits: -0 equals 0.
+        kind = first.dtype if layer.requantize else torch.int16
+        assert torch.equal(again.view(kind), first.view(kind))
         del again
     assert counters_are_zero()
 

@@ -264,7 +264,7 @@ def test_zero_points_and_map_sizes_share_a_binary() -> None:
 
 
 @pytest.mark.parametrize("processors", [1, 24, 108, 132])
-@pytest.mark.parametrize("channels", [32, 96, 320, 384, 640, 960, 1280, 1920, 2560])
+@pytest.mark.parametrize("channels", [32, 96, 320, 384, 448, 640, 896, 960, 1280, 1920, 2560])
 def test_plans_fit(channels: int, processors: int) -> None:
     for images in (1, 2, 3, 8, 64):
         for pixels in (1, 35, 256, 1024, 4096, 5000, 16384):
@@ -277,14 +277,8 @@ def test_plans_fit(channels: int, processors: int) -> None:
             held = plan.block_p * (plan.block_c + plan.rest)
             assert plan.width % (channels // 32) == 0
             assert plan.width <= plan.block_c + plan.rest
-            assert plan.rest < plan.block_c < 2 * plan.width and plan.rest in (
-                0,
-                8,
-                16,
-                32,
-                64,
-                128,
-            )
+            assert plan.rest < plan.block_c < 2 * plan.width
+            assert plan.rest in (0, 8, 16, 32, 64, 128)
             # A part of no channel, or of half a unit, would be summed up wrongly.
             assert plan.rest == 0 or plan.width > plan.block_c >= 8
             assert beside * threads * plan.registers <= REGISTERS
@@ -319,3 +313,28 @@ def test_what_cannot_be_held_is_refused_if_asked_for() -> None:
     rest = (None, None, None, 0, 0.0, True, None, 0, 255, torch.tensor(0), None, [], 255)
     with pytest.raises(ValueError, match="expected a norm"):
         gn_act_quant.launch(x, *rest, torch.int8, path="cooperative")
+
+
+# (images, side, channels of x, of skip, groups) -> whether it is the default on Hopper.
+CHOSEN = {
+    (2, 64, 320, 0, 32): True,
+    (2, 32, 640, 320, 32): True,
+    (8, 32, 640, 0, 32): True,
+    # Many images, a small map, no whole vectors, odd groups.
+    (16, 32, 320, 0, 32): False,
+    (2, 16, 640, 0, 32): False,
+    (2, 64, 540, 180, 24): False,
+    (2, 48, 544, 0, 32): False,
+}
+
+
+@pytest.mark.parametrize(("shape", "wanted"), CHOSEN.items(), ids=str)
+def test_it_is_chosen_where_it_was_faster(shape, wanted: bool, monkeypatch) -> None:
+    images, side, c1, c2, groups = shape
+    parts = [torch.empty(images, c, side, side, dtype=torch.float16) for c in (c1, c2) if c]
+    parts = [part.contiguous(memory_format=LAST) for part in parts]
+    both = (*parts, None)[:2]
+    assert not isinstance(gn_act_quant._choose(*both, groups, None), CooperativePlan)
+    monkeypatch.setattr(gn_act_quant, "_is_hopper", lambda device: True)
+    chosen = gn_act_quant._choose(*both, groups, None)
+    assert isinstance(chosen, CooperativePlan) == wanted

@@ -1,7 +1,8 @@
 """What every block of a forward reads, computed once for all of them on a GPU (layer L3).
 
 The first block to ask computes it for all, the last one lets go of it; each reads its part once.
-Blocks run alone, or a forward that was broken off, leave nothing that another would use.
+Blocks run alone, or a forward that was broken off, leave nothing that a forward would use: it is at
+a time of its own.
 """
 
 from __future__ import annotations
@@ -26,18 +27,23 @@ class _Shared(Prepared):
         self._all = (1 << readers) - 1
         self._unread = 0
         self._given: Tensor | None = None
+        self._now: Tensor | None = None
         self._value: Any = None
 
-    def _of(self, index: int, given: Tensor, *how: Any) -> Any:
-        """Return the value for reader `index`, made now unless it was for the same input."""
+    def _of(self, index: int, given: Tensor, now: Tensor | None, *how: Any) -> Any:
+        """Return the value for reader `index`, made now unless it was for this input and time.
+
+        now: the time bucket, another tensor in each forward.
+        """
         self.here(given)
         bit, value = 1 << index, self._value
-        if value is None or self._given is not given or not self._unread & bit:
+        old = value is None or self._given is not given or self._now is not now
+        if old or not self._unread & bit:
             value = self._make(given, *how)
-            self._given, self._value, self._unread = given, value, self._all
+            self._given, self._now, self._value, self._unread = given, now, value, self._all
         self._unread &= ~bit
         if not self._unread:
-            self._given = self._value = None
+            self._given = self._now = self._value = None
         return value
 
     def _make(self, given: Tensor, *how: Any) -> Any:
@@ -49,8 +55,9 @@ class SharedShifts(_Shared):
 
     Args:
         layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
-        dtype: of the product, whatever the model was loaded in. What it is added to is rounded to
-            16 bits right after, where float16 has an eighth of the error of bfloat16.
+        dtype: of the product, whatever the model was loaded in: float16 has an eighth of the error
+            of bfloat16. Where a float32 model has a block that cannot be fused, and its stream is
+            float32 therefore, shifts have these 11 bits all the same.
     """
 
     def __init__(self, layers: list[Any], dtype: torch.dtype = torch.float16) -> None:
@@ -72,7 +79,8 @@ class SharedShifts(_Shared):
 
     def __call__(self, index: int, temb: Tensor) -> Tensor:
         """Return (B, C_index) in `dtype`, rows not contiguous; temb (B, E)."""
-        value: Tensor = self._of(index, temb)
+        # An embedding is made anew in each forward: no other sign of the time is needed.
+        value: Tensor = self._of(index, temb, None)
         return value[:, self._start[index] : self._start[index + 1]]
 
 
@@ -116,7 +124,7 @@ class SharedContext(_Shared):
 
     def __call__(self, index: int, context: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return k (B, S, C) and v of the attention `index`, in `dtype`; context (B, S, C')."""
-        found = self._of(index, context, dtype)
+        found = self._of(index, context, self.attentions[index].k.clock.bucket, dtype)
         if 2 * index not in found:
             raise ValueError(
                 f"got a context of {context.shape[2]} channels; expected "

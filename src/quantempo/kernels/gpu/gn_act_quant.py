@@ -66,11 +66,6 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-@cache
-def _meets(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _check(x: Tensor, channels: int, codes_dtype: torch.dtype) -> None:
     """Raise ValueError for what these kernels cannot take, of what `ops_checks.check_norm` can."""
     if channels * x.shape[2] * x.shape[3] >= 2**31:
@@ -179,13 +174,17 @@ def _choose(
     pixels = height * width
     portable = make_plan(batch, pixels, channels, groups, x.element_size())
     large = x.element_size() * batch * pixels * channels >= LARGE_MAP
-    pays = batch <= FEW_IMAGES and (large or not portable.one_launch)
-    if path == "cooperative" or (path is None and pays and _meets(x.device)):
+    # Measured there alone, on channels that load in whole vectors.
+    pays = batch <= FEW_IMAGES and (large or not portable.one_launch) and _is_hopper(x.device)
+    pays = pays and not any(i.shape[1] % 8 for i in images)
+    if path == "cooperative" or (path is None and pays):
         held = None
         if groups and x.element_size() == 2:
             processors = multiprocessors(x.device) if x.device.type == "cuda" else _PROCESSORS
             held = make_cooperative_plan(batch, pixels, channels, groups, processors)
-        if held is not None:
+        # Slabs of odd groups, or of no whole vectors, spill.
+        smooth = held is not None and held.width % 8 == 0 and channels // groups % 2 == 0
+        if held is not None and (path is not None or smooth):
             return held
         if path == "cooperative":
             raise ValueError(

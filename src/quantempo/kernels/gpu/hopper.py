@@ -230,7 +230,7 @@ def _bring(
     BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
     TAPS: gl.constexpr,
 ):  # fmt: skip
-    """What one warp does."""
+    """What one warp does: fill one ring of stages, or with TAPS two."""
     if TAPS:
         bring_taps(
             operands[0], operands[1], rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _MOST = 1 << 12
 _STREAMS = 256
 _counters: dict[torch.device, Tensor] = {}
 _sets: dict[torch.device, dict[int, int]] = {}
+_lock = threading.Lock()
 
 
 def reserve(device: torch.device) -> None:
@@ -112,14 +114,16 @@ def stream_counters(device: torch.device) -> Tensor:
     """Return the zeroed counters (4096,), int32, of the current stream, which launches leave zero.
 
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
-    share another set: graphs must not be replayed on two streams at once.
+    share another set: graphs must not be replayed on two streams at once, nor fork into branches. A
+    norm whose programs meet would wait for ever.
     """
     reserve(device)
     chosen = 0
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         stream = torch.cuda.current_stream(device).cuda_stream
-        sets = _sets.setdefault(device, {})
-        chosen = sets.setdefault(stream, len(sets) + 1)
+        with _lock:
+            sets = _sets.setdefault(device, {})
+            chosen = sets.setdefault(stream, len(sets) + 1)
         if chosen >= _STREAMS:
             raise RuntimeError(f"got work on {chosen} streams; expected {_STREAMS - 1} at most")
     return _counters[device][chosen]

@@ -373,4 +373,6 @@ def _parts(width: int) -> tuple[int, int]:
     whole = power_of_two(width)
     if 9 * whole <= 10 * width or width < 2 * _SECTOR:
         return whole, 0
-    return whole // 2, max(8, power_of_two(width - whole // 2))
+    rest = max(8, power_of_two(width - whole // 2))
+    # Two halves hold as much as the whole.
+    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
