@@ -26,6 +26,7 @@ from torch import Tensor
 from quantempo.backends.engine import ENGINES
 from quantempo.backends.graphs import graphed
 from quantempo.backends.layerwise import execution
+from quantempo.errors import QuantempoError
 from quantempo.evaluate import psnr_db
 from quantempo.models.family import denoiser_of
 from quantempo.models.sampling import run_pipeline
@@ -73,7 +74,10 @@ def main() -> None:
         parser.error(f"got --images {given.images}; expected 2 at least, for a standard error")
     # The float images are the yardstick: no 10-bit products in them.
     torch.backends.cudnn.allow_tf32 = False
-    session = reopen(given.run, device=given.device)
+    try:
+        session = reopen(given.run, device=given.device)
+    except QuantempoError as error:
+        parser.error(str(error))
     kinds = {torch.device(given.device).type, "any"}
     names = given.engines or [
         name
