@@ -76,8 +76,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     try:
         session = reopen(given.run, device=given.device)
-    except QuantempoError as error:
-        parser.error(str(error))
+    except QuantempoError as refusal:
+        parser.error(str(refusal))
     kinds = {torch.device(given.device).type, "any"}
     names = given.engines or [
         name
