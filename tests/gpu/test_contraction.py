@@ -18,7 +18,10 @@ from tests.gpu import harness
 from tests.gpu.cases import FP8, Case, Example, check_values
 
 # Triton's interpreter with NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+]
 
 SMALL = Tile(32, 32, 64, 4, 2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
@@ -60,15 +63,6 @@ CASES = {
         c=64, h=4, w=4, o=32, dtype=FP8, requantize=True, mixed=True, tile=SPLIT
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @functools.cache

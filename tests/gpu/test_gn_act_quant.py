@@ -18,19 +18,12 @@ from quantempo.kernels.gpu import gn_act_quant, norm_kernels
 from quantempo.kernels.gpu.norm_plan import Plan, make_plan
 from tests.gpu import harness
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 LAST = torch.channels_last
 TIE = 1e-3
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 HALF_ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @dataclasses.dataclass(frozen=True)

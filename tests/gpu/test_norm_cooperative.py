@@ -26,14 +26,7 @@ from tests.gpu.layers import PROCESSORS
 from tests.gpu.test_compiled import REGISTERS, SHARED
 from tests.gpu.test_gn_act_quant import FP8, LAST, Case, check, exact
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def launch(*arguments, plan: object = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,16 +14,10 @@ from tests.gpu.test_norm_cooperative import CASES, launch
 
 RUNS = 20
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 ON_DEVICE = [

@@ -16,17 +16,10 @@ from quantempo.kernels.gpu.norm_plan import SharedPlan, make_shared_plan
 from tests.gpu import harness
 from tests.gpu.test_gn_act_quant import FP8, LAST, Case, check, exact
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def launch(*arguments, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quantempo.kernels.gpu import norm_cooperative
 from quantempo.kernels.gpu.early import early
+from quantempo.kernels.gpu.norm_call import last_row, source, switches
 from quantempo.kernels.gpu.norm_kernels import apply, channel_affine, channel_moments, one_launch
 from quantempo.kernels.gpu.norm_plan import (
     FEW_IMAGES,
@@ -221,27 +222,18 @@ def _run(
     batch, c1, height, width = x.shape
     c2 = 0 if skip is None else skip.shape[1]
     channels, pixels = c1 + c2, height * width
-    scale, raw_scales = scales
     zero_point, qmax, *points, raw_qmax = quantization
 
-    def source(part: int) -> int:
-        return 0 if skip is None else 2 if c1 % part else 1
-
     slabs = -(-channels // plan.width)
-    raw_row = raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
-    tensors = (scale, raw_scales, raw_row, bucket, *results)
+    tensors = (*scales, last_row(scales[1], skip), bucket, *results)
     numbers = (
         pixels, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0], points[-1], raw_qmax,
     )  # fmt: skip
     meta = {
         "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
         "EVEN": pixels % plan.block_p == 0,
-        "SOURCE": source(plan.width), "SILU": silu, "QUANTIZE": scale is not None,
-        "MAIN": results[0].numel() > 0, "RAW": raw_scales is not None,
-        "FP8": torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
-        "MANY": scale is not None and scale.shape[0] > 1,
-        "RAW_MANY": raw_scales is not None and raw_scales.shape[1] > 1,
-        "num_warps": plan.warps,
+        "SOURCE": source(c1, skip, plan.width), "MAIN": results[0].numel() > 0,
+        "num_warps": plan.warps, **switches(silu, scales, results),
     }  # fmt: skip
     placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
     if plan.one_launch:
@@ -259,7 +251,7 @@ def _run(
         moments = torch.empty(size, dtype=torch.float32, device=x.device)
         channel_moments[(batch * stat_chunks * stat_slabs,)](
             x, skip, moments, stat_slabs, stat_chunks, pixels, c1, c2, BLOCK_P=plan.stat_p,
-            BLOCK_C=plan.stat_c, SOURCE=source(plan.stat_c), num_warps=plan.stat_warps,
+            BLOCK_C=plan.stat_c, SOURCE=source(c1, skip, plan.stat_c), num_warps=plan.stat_warps,
             **placed,
         )  # fmt: skip
         affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)

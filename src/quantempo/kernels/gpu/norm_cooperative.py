@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.launch import stream_counters
+from quantempo.kernels.gpu.norm_call import last_row, source, switches
 from quantempo.kernels.gpu.norm_kernels import (
     _LOG2E,
     _VARYING,
@@ -368,7 +369,6 @@ def run(
     batch, c1, height, width = x.shape
     c2 = 0 if skip is None else skip.shape[1]
     channels, pixels = c1 + c2, height * width
-    scale, raw_scales = scales
     zero_point, qmax, *points, raw_qmax = quantization
     slabs, chunks = -(-channels // plan.width), -(-pixels // plan.block_p)
     group = channels // groups
@@ -378,20 +378,16 @@ def run(
     parts = 2 if plan.rest else 1
     size = (batch, slabs, 2, lines, parts, power_of_two(chunks))
     partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    raw_row = raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
     soon = EARLY and early(x.device)
     for phase in PHASES:
         normalize_held[(batch * slabs * chunks,)](
-            x, skip, *norm, scale, raw_scales, raw_row, bucket, *results, partial, counters,
+            x, skip, *norm, *scales, last_row(scales[1], skip), bucket, *results, partial, counters,
             0, slabs, chunks, pixels, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0],
             points[-1], raw_qmax,
             WIDTH=plan.width, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, REST=plan.rest,
             CHUNKS=power_of_two(chunks), EVEN=pixels % plan.block_p == 0, UNIT=gcd(group, 8),
-            GROUP=group, GROUPS=lines, SOURCE=0 if skip is None else 2 if c1 % plan.width else 1,
-            SILU=silu, QUANTIZE=scale is not None, RAW=raw_scales is not None,
-            FP8=torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
-            MANY=scale is not None and scale.shape[0] > 1,
-            RAW_MANY=raw_scales is not None and raw_scales.shape[1] > 1,
+            GROUP=group, GROUPS=lines, SOURCE=source(c1, skip, plan.width),
+            **switches(silu, scales, results),
             PIECES=2 if plan.block_p * plan.block_c > _WHOLE * 32 * plan.warps else 1,
             APART=APART, PHASE=phase, EARLY=soon, num_warps=plan.warps, maxnreg=plan.registers,
             launch_cooperative_grid=True, launch_pdl=soon,

@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantempo.kernels.gpu.early import early
 from quantempo.kernels.gpu.hopper_rows import after_predecessor
+from quantempo.kernels.gpu.norm_call import last_row, source, switches
 from quantempo.kernels.gpu.norm_plan import SharedPlan
 
 __all__ = ["normalize_slab", "run"]
@@ -311,7 +312,6 @@ def run(
     batch, c1, height, width = x.shape
     c2 = 0 if skip is None else skip.shape[1]
     channels, pixels = c1 + c2, height * width
-    scale, raw_scales = scales
     zero_point, qmax, *points, raw_qmax = quantization
     box = [plan.rows, plan.cols]
     kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
@@ -322,18 +322,14 @@ def run(
         return TensorDescriptor(image, [batch * pixels, wide], [wide, 1], box, layout)
 
     slabs, soon = -(-channels // plan.width), early(x.device)
-    raw_row = raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
     normalize_slab[(batch * slabs,)](
         describe(x), None if skip is None else describe(skip), x, skip, *norm,
-        scale, raw_scales, raw_row, bucket, *results,
+        *scales, last_row(scales[1], skip), bucket, *results,
         slabs, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0], points[-1], raw_qmax,
         PIXELS=pixels, WIDTH=plan.width, COLS=plan.cols, ROWS=plan.rows, GROUP=channels // groups,
-        SOURCE=0 if skip is None else 2 if c1 % plan.width else 1,
-        EVEN=plan.width == plan.cols and channels % plan.width == 0, SILU=silu,
-        QUANTIZE=scale is not None, RAW=raw_scales is not None,
-        FP8=torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
-        MANY=scale is not None and scale.shape[0] > 1,
-        RAW_MANY=raw_scales is not None and raw_scales.shape[1] > 1,
+        SOURCE=source(c1, skip, plan.width),
+        EVEN=plan.width == plan.cols and channels % plan.width == 0,
+        **switches(silu, scales, results),
         ALL=qmax == 255, RAW_ALL=raw_qmax == 255, EARLY=soon, num_warps=plan.warps,
         launch_pdl=soon,
     )  # fmt: skip
