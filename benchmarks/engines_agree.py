@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantempo.backends.engine import ENGINES
-from quantempo.backends.graphs import graphed
-from quantempo.backends.layerwise import execution
+from quantempo.engines.cuda.graphs import graphed
+from quantempo.engines.layerwise import execution
+from quantempo.engines.select import ENGINES
 from quantempo.errors import QuantempoError
-from quantempo.evaluate import psnr_db
-from quantempo.models.family import denoiser_of
+from quantempo.evaluation import psnr_db
+from quantempo.models.layers import denoiser_of
 from quantempo.models.sampling import run_pipeline
-from quantempo.quality import open_model
-from quantempo.session import reopen
+from quantempo.pipeline.quality import open_model
+from quantempo.pipeline.session import reopen
 
 __all__ = ["main"]
 

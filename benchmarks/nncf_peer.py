@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.backends.engine import attach
-from quantempo.bench import interleave, machine, no_grad
-from quantempo.calibrate.dataset import TraceSet
-from quantempo.evaluate import psnr_db
-from quantempo.models.family import denoiser_of
+from quantempo.bench.cpu import interleave, no_grad
+from quantempo.calibration.dataset import TraceSet
+from quantempo.core.machine import machine
+from quantempo.engines.select import attach
+from quantempo.evaluation import psnr_db
+from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.sampling import run_pipeline
-from quantempo.session import Session, reopen
+from quantempo.pipeline.session import Session, reopen
 
 __all__ = ["main"]
 

@@ -17,15 +17,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from quantempo.version import __version__
 from torch import nn
 
-from quantempo.backends.engine import attach, detach
-from quantempo.bench import interleave, machine, no_grad
-from quantempo.models.family import denoiser_of
+from quantempo.bench.cpu import interleave, no_grad
+from quantempo.core.machine import machine
+from quantempo.engines.select import attach, detach
+from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
-from quantempo.quantizers import quantized_layers
-from quantempo.quantizers.correction import OutputCorrection, install_correction
-from quantempo.version import __version__
+from quantempo.quantized import quantized_layers
+from quantempo.quantized.correction import OutputCorrection, install_correction
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantempo import pipeline
+from quantempo.pipeline import stages as pipeline
 from quantempo.recipe import Recipe
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional
 

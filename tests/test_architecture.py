@@ -17,36 +17,42 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "quantempo"
 
-# From the top down; a unit imports only units of the rows below its own. The number is the layer
-# that docstrings name. Within L5 the rows stand on each other in this order.
-ROWS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (6, ("cli",)),
-    (5, ("ladder",)),
-    (5, ("demo", "study")),
-    (5, ("quality", "sensitivity", "speed", "speed_gpu")),
-    (5, ("pipeline",)),
-    (5, ("session",)),
-    (5, ("timing",)),
-    (5, ("bench", "layer_table", "rungs")),
-    (4, ("rounding", "evaluate", "export")),
-    (3, ("calibrate", "backends")),
-    (2, ("quantizers",)),
-    (1, ("search", "models", "report")),
-    (0, ("core", "kernels", "recipe", "runs")),
-    (0, ("registry", "version")),
-    (0, ("errors",)),
+# From the top down: a unit imports only units of the rows below its own. With one line a unit, from
+# which the diagram in CONTRIBUTING.md is generated (`python tests/test_architecture.py --write`).
+ROWS: tuple[dict[str, str], ...] = (
+    {"cli": "parse, call one library function, print"},
+    {"ladder": "ablation", "study": "the paper's tables"},
+    {"bench": "time networks and kernels", "mixed_precision": "bits by layer"},
+    {"pipeline": "the main line, its stages and its cache"},
+    {"rungs": "ablation rungs"},
+    {"rounding": "fit integer weights", "checkpoint": "write and load packed folders"},
+    {
+        "calibration": "run data through a model",
+        "engines": "execute integer layers",
+        "evaluation": "score images",
+    },
+    {"quantized": "quantized layers, the step clock, replacing layers"},
+    {"scales": "choose scales"},
+    {"models": "know architectures", "report": "read a run folder, draw one page"},
+    {
+        "core": "grids, formats, packing",
+        "kernels": "operators on plain tensors",
+        "recipe": "settings as TOML",
+        "run_folder": "artefacts, whole or not at all",
+    },
+    {"registry": "names of interchangeable parts"},
+    {"errors": "one type for a user's mistake"},
 )
-ROW_OF = {unit: row for row, (_, units) in enumerate(ROWS) for unit in units}
-LAYER_OF = {unit: layer for layer, units in ROWS for unit in units}
+ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}
 
 # What a unit may see of the project, where that is less than the rows below it.
 ONLY = {
     "kernels": {"kernels"},
-    "report": {"report", "errors", "runs", "registry"},
+    "report": {"report", "errors", "run_folder", "registry"},
 }
-NEVER = {"evaluate": {"quantizers", "models", "calibrate", "backends"}}
+NEVER = {"evaluation": {"quantized", "models", "calibration", "engines"}}
 THIRD_PARTY_ONLY = {"kernels": {"torch", "numpy", "triton"}}
-DIFFUSERS_AT = ("models/", "export/diffusers_plugin.py")
+DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 MAX_FILE = 400
 MAX_FUNCTION = 60
@@ -91,7 +97,7 @@ def refusal(unit: str, where: str, name: str) -> str | None:
             return f"{unit} imports only {sorted(allowed)} and the standard library"
         return None
     target = rest.partition(".")[0]
-    # A unit without a row is the business of `test_every_unit_has_a_layer`.
+    # A unit without a row is the business of `test_every_unit_has_a_row`.
     if target == unit or target == "__version__" or unit not in ROW_OF:
         return None
     if target not in ROW_OF:
@@ -99,7 +105,7 @@ def refusal(unit: str, where: str, name: str) -> str | None:
     if target not in ONLY.get(unit, ROW_OF) or target in NEVER.get(unit, ()):
         return f"{unit} must not see {target}"
     if ROW_OF[target] <= ROW_OF[unit]:
-        return f"{unit} (L{LAYER_OF[unit]}) must not import {target} (L{LAYER_OF[target]})"
+        return f"{unit} must not import {target}: it stands in a row above or beside"
     return None
 
 
@@ -120,7 +126,7 @@ def lines_per_unit() -> dict[str, tuple[int, int]]:
     return table
 
 
-def test_every_unit_has_a_layer() -> None:
+def test_every_unit_has_a_row() -> None:
     unknown = {unit_of(path) for path in MODULES} - set(ROW_OF) - {""}
     assert not unknown, f"give {sorted(unknown)} a row in ROWS"
 
@@ -139,20 +145,20 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        ("core/affine.py", "quantempo.models.family"),
-        ("core/affine.py", "quantempo.runs"),
-        ("search/scale.py", "quantempo.models.family"),
-        ("calibrate/trace.py", "quantempo.backends.base"),
+        ("core/affine.py", "quantempo.models.layers"),
+        ("core/affine.py", "quantempo.run_folder"),
+        ("models/layers.py", "quantempo.scales.activation"),
+        ("calibration/trace.py", "quantempo.engines.base"),
         ("kernels/reference.py", "quantempo.core.spec"),
         ("kernels/reference.py", "diffusers"),
         ("kernels/reference.py", "scipy.stats"),
-        ("evaluate/fidelity.py", "quantempo.quantizers"),
-        ("evaluate/fidelity.py", "quantempo.models.family"),
+        ("evaluation/fidelity.py", "quantempo.quantized"),
+        ("evaluation/fidelity.py", "quantempo.models.layers"),
         ("report/html.py", "quantempo.core"),
-        ("backends/base.py", "diffusers.models"),
+        ("engines/base.py", "diffusers.models"),
         ("export/checkpoint.py", "diffusers"),
-        ("pipeline.py", "quantempo.demo"),
-        ("pipeline.py", "quantempo.Recipe"),
+        ("pipeline/stages.py", "quantempo.cli.run_demo"),
+        ("pipeline/stages.py", "quantempo.Recipe"),
     ],
 )
 def test_the_rule_refuses(where: str, name: str) -> None:
@@ -164,12 +170,12 @@ def test_the_rule_refuses(where: str, name: str) -> None:
     [
         ("core/affine.py", "quantempo.errors"),
         ("kernels/reference.py", "torch.nn.functional"),
-        ("report/html.py", "quantempo.runs"),
-        ("models/family.py", "diffusers"),
-        ("export/diffusers_plugin.py", "diffusers.quantizers"),
-        ("demo.py", "quantempo.pipeline"),
-        ("cli/__init__.py", "quantempo.bench"),
-        ("__init__.py", "quantempo.pipeline"),
+        ("report/html.py", "quantempo.run_folder"),
+        ("models/layers.py", "diffusers"),
+        ("checkpoint/diffusers_plugin.py", "diffusers.quantizers"),
+        ("cli/run_demo.py", "quantempo.pipeline.stages"),
+        ("cli/__init__.py", "quantempo.bench.cpu"),
+        ("__init__.py", "quantempo.pipeline.stages"),
     ],
 )
 def test_the_rule_allows(where: str, name: str) -> None:
@@ -182,16 +188,16 @@ def test_imports_are_found_wherever_they_stand() -> None:
         "def f():\n"
         "    from quantempo import core\n"
         "    from . import spec\n"
-        "    from ..search.scale import s\n"
-        "    import_module('quantempo.export')\n"
+        "    from ..scales.activation import s\n"
+        "    import_module('quantempo.checkpoint')\n"
     )
     names = [name for _, name in imported(PACKAGE / "core" / "x.py", ast.parse(code))]
     assert names == [
         "a.b",
         "quantempo.core",
         "quantempo.core.spec",
-        "quantempo.search.scale.s",
-        "quantempo.export",
+        "quantempo.scales.activation.s",
+        "quantempo.checkpoint",
     ]
 
 
@@ -217,11 +223,8 @@ def test_modules_say_what_they_are() -> None:
     for path in MODULES:
         where, tree = path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
         text = ast.get_docstring(tree) or ""
-        if len(text) < 20:
+        if len(text) < 10:
             broken.append(f"{where}: no module docstring worth the name")
-        for layer in re.findall(r"layer L(\d)", text):
-            if LAYER_OF.get(unit_of(path), int(layer)) != int(layer):
-                broken.append(f"{where}: says layer L{layer}, is in L{LAYER_OF[unit_of(path)]}")
         targets = [
             target
             for node in tree.body
@@ -255,9 +258,28 @@ def test_heavy_packages_are_imported_late(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "added []"
 
 
+def diagram() -> str:
+    """Return the rows as text, one line a unit."""
+    lines = []
+    for row in ROWS:
+        lines += [f"{unit:16} {text}" for unit, text in row.items()] + [""]
+    return "\n".join(lines[:-1])
+
+
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+DIAGRAM = re.compile(r"(?<=<!-- rows -->\n```\n).*?(?=\n```)", re.S)
+
+
+def test_the_diagram_of_contributing_is_the_rows() -> None:
+    found = DIAGRAM.search(CONTRIBUTING.read_text())
+    assert found and found[0] == diagram(), "run python tests/test_architecture.py --write"
+
+
 if __name__ == "__main__":
+    if "--write" in sys.argv:
+        CONTRIBUTING.write_text(DIAGRAM.sub(lambda _: diagram(), CONTRIBUTING.read_text()))
     units = lines_per_unit()
     for name in ["quantempo", *ROW_OF]:
         if name in units:
-            print("{:12} {:3} files {:6} lines".format(name, *units[name]))
-    print(f"{'all':12} {len(MODULES):3} files {sum(n for _, n in units.values()):6} lines")
+            print("{:16} {:3} files {:6} lines".format(name, *units[name]))
+    print(f"{'all':16} {len(MODULES):3} files {sum(n for _, n in units.values()):6} lines")

@@ -188,7 +188,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
 
             patch.setattr(diffusers.DDIMPipeline, "save_pretrained", full)
         else:
-            from quantempo import runs
+            from quantempo import run_folder as runs
 
             save = runs.save_file
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from quantempo import ladder as module
-from quantempo import pipeline
 from quantempo.errors import QuantempoError
 from quantempo.ladder import LadderSettings, ladder
+from quantempo.pipeline import stages as pipeline
 from quantempo.recipe import Recipe
 from quantempo.rungs import Rung, rungs
 from tests.packed import recipe, saved

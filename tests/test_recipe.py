@@ -7,8 +7,8 @@ import tomllib
 
 import pytest
 
-from quantempo import pipeline
 from quantempo.errors import QuantempoError
+from quantempo.pipeline import stages as pipeline
 from quantempo.recipe import Recipe
 from quantempo.registry import Registry
 

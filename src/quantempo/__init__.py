@@ -11,21 +11,21 @@ import importlib.util
 import sys
 from typing import Any
 
-from quantempo.version import __version__
+__version__ = "0.1.0"
 
 # Name -> module that has it; imported when first used, so that `import quantempo` is quick.
 _PUBLIC = {
     "QuantempoError": "quantempo.errors",
     "Recipe": "quantempo.recipe",
-    "attach": "quantempo.backends.engine",
-    "detach": "quantempo.backends.engine",
-    "evaluate": "quantempo.quality",
-    "graphed": "quantempo.backends.graphs",
-    "open_model": "quantempo.quality",
-    "quantize": "quantempo.pipeline",
+    "attach": "quantempo.engines.select",
+    "detach": "quantempo.engines.select",
+    "evaluate": "quantempo.pipeline.quality",
+    "graphed": "quantempo.engines.cuda.graphs",
+    "open_model": "quantempo.pipeline.quality",
+    "quantize": "quantempo.pipeline.stages",
     "render": "quantempo.report",
-    "reopen": "quantempo.pipeline",
-    "sample": "quantempo.quality",
+    "reopen": "quantempo.pipeline.stages",
+    "sample": "quantempo.pipeline.quality",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 def _register() -> None:
     # The plug-in registers itself; it may be what imports diffusers just now.
-    importlib.import_module("quantempo.export.diffusers_plugin")
+    importlib.import_module("quantempo.checkpoint.diffusers_plugin")
 
 
 class _Registrar(importlib.abc.MetaPathFinder):

@@ -1,4 +1,4 @@
-"""Run the command line as `python -m quantempo` (layer L6)."""
+"""Run the command line as `python -m quantempo`."""
 
 from quantempo.cli import main
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on (layer L0; everything may import this)."""
+"""Errors a user can act on; everything may import this."""
 
 from __future__ import annotations
 

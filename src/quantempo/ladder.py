@@ -1,4 +1,4 @@
-"""The ladder of recipes: from the paper's to ours, one rung an idea, on one protocol (layer L5).
+"""The ladder of recipes: from the paper's to ours, one rung an idea, on one protocol.
 
 Every rung is a run folder made by the main line; its images start from the seeds of the float
 model's. What is written: `rungs/NAME.json` for each rung and, from all of them, `results.json`,
@@ -21,21 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantempo import pipeline
-from quantempo.backends.engine import attached
-from quantempo.bench import machine
+from quantempo.core.machine import machine
+from quantempo.engines.select import attached
 from quantempo.errors import QuantempoError
-from quantempo.evaluate import load_images, psnr_db, ssim
-from quantempo.evaluate.features import Features, extract, load_extractor
-from quantempo.evaluate.scores import frechet_distance, spread_over_parts
-from quantempo.models.family import denoiser_of
+from quantempo.evaluation import load_images, psnr_db, ssim
+from quantempo.evaluation.features import Features, extract, load_extractor
+from quantempo.evaluation.scores import frechet_distance, spread_over_parts
+from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline
-from quantempo.quality import open_model, summary
+from quantempo.pipeline import stages as pipeline
+from quantempo.pipeline.quality import open_model, summary
+from quantempo.pipeline.session import ARTEFACTS, BESIDE, Session
 from quantempo.report.quality_page import write_quality
+from quantempo.run_folder import RunFolder, atomic_path
 from quantempo.rungs import Rung, rungs
-from quantempo.runs import RunFolder, atomic_path
-from quantempo.session import ARTEFACTS, BESIDE, Session
 
 __all__ = ["LadderSettings", "Rung", "ladder", "rungs"]
 

@@ -1,4 +1,4 @@
-"""A recipe: what to do, as frozen settings that round-trip through a small TOML file (layer L0).
+"""A recipe: what to do, as frozen settings that round-trip through a small TOML file.
 
 Names in a recipe (time_sampler, metric, rounding) refer to registries; they are resolved by the
 stage that uses them, so this module imports none of those.

@@ -1,4 +1,4 @@
-"""One explicit name -> object table per kind of plug-in (layer L0)."""
+"""One explicit name -> object table per kind of plug-in."""
 
 from __future__ import annotations
 

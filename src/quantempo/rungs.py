@@ -1,4 +1,4 @@
-"""The rungs of the ladder: from the paper's recipe to each shipped one, one idea a rung (layer L5).
+"""The rungs of the ladder: from the paper's recipe to each shipped one, one idea a rung.
 
 Derived from the shipped recipes, so that a change in one of them changes its rungs.
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.kernels import layout
-from quantempo.kernels.gpu.tuning import Tile
+from quantempo.kernels.gpu.contraction.tiles import Tile
 
 __all__ = ["FP8", "INT8", "Case", "Example", "check_values"]
 

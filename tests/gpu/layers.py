@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.kernels import layout
-from quantempo.kernels.gpu.tuning import Problem, Tile, choose_tile
+from quantempo.kernels.gpu.contraction.tiles import Problem, Tile, choose_tile
 
 __all__ = ["LAYERS", "Layer", "call", "covering", "expected", "expected_sums", "tensors", "ways"]
 

@@ -18,8 +18,8 @@ import torch
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from quantempo.kernels.gpu import launch
-from quantempo.kernels.gpu.tuning import Tile
+from quantempo.kernels.gpu.contraction import launch
+from quantempo.kernels.gpu.contraction.tiles import Tile
 from tests.gpu.layers import Layer, call, expected, expected_sums, tensors, ways
 
 __all__ = ["main", "small"]

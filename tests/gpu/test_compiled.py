@@ -16,8 +16,8 @@ import re
 import pytest
 import torch
 
-from quantempo.kernels.gpu import launch
-from quantempo.kernels.gpu.tuning import Tile, choose_tile, tile_pixels
+from quantempo.kernels.gpu.contraction import launch
+from quantempo.kernels.gpu.contraction.tiles import Tile, choose_tile, tile_pixels
 from tests.gpu import harness
 from tests.gpu.layers import PROCESSORS, Layer, call, covering, tensors, ways
 

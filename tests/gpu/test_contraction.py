@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from quantempo.kernels import layout
-from quantempo.kernels.gpu import launch, qgemm
-from quantempo.kernels.gpu.tuning import Tile
+from quantempo.kernels.gpu import qgemm
+from quantempo.kernels.gpu.contraction import launch
+from quantempo.kernels.gpu.contraction.tiles import Tile
 from tests.gpu import harness
 from tests.gpu.cases import FP8, Case, Example, check_values
 
@@ -82,11 +83,11 @@ def check(module, made: Example, path: str, device: str = "cpu") -> None:
 @pytest.mark.parametrize("path", ["pointers", "tma"])
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, path):
-    check(harness.interpreted("launch"), example(name), path)
+    check(harness.interpreted("contraction.launch"), example(name), path)
 
 
 def test_split_sums_use_the_counters():
-    module = harness.interpreted("launch")
+    module = harness.interpreted("contraction.launch")
     module._counters.clear()
     check(module, example("split, two sides"), "pointers")
     (counters,) = module._counters.values()
@@ -168,7 +169,7 @@ def test_gates_interpreted(name, quantized):
 def test_without_images_there_is_no_launch():
     made = Example(Case(n=1, c=16, h=3, w=3, o=16, tile=None))
     made.case = dataclasses.replace(made.case, n=0)
-    assert made.run(harness.interpreted("launch"), "pointers").shape == (0, 16, 3, 3)
+    assert made.run(harness.interpreted("contraction.launch"), "pointers").shape == (0, 16, 3, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

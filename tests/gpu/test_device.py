@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 
-from quantempo.kernels.gpu import launch
-from quantempo.kernels.gpu.tuning import Tile, choose_tile, multiprocessors
+from quantempo.kernels.gpu.contraction import launch
+from quantempo.kernels.gpu.contraction.tiles import Tile, choose_tile, multiprocessors
 from tests.gpu.cases import check_values
 from tests.gpu.layers import (
     PROCESSORS,

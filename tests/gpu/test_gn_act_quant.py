@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from quantempo.kernels.gpu import gn_act_quant, norm_kernels
-from quantempo.kernels.gpu.norm_plan import Plan, make_plan
+from quantempo.kernels.gpu import gn_act_quant
+from quantempo.kernels.gpu.group_norm import portable as norm_kernels
+from quantempo.kernels.gpu.group_norm.plan import Plan, make_plan
 from tests.gpu import harness
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu import gn_act_quant, norm_cooperative
-from quantempo.kernels.gpu import launch as launches_of
-from quantempo.kernels.gpu.norm_plan import (
+from quantempo.kernels.gpu import gn_act_quant
+from quantempo.kernels.gpu.contraction import launch as launches_of
+from quantempo.kernels.gpu.group_norm import cooperative as norm_cooperative
+from quantempo.kernels.gpu.group_norm.plan import (
     APART,
     CooperativePlan,
     make_cooperative_plan,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.gpu import gn_act_quant
-from quantempo.kernels.gpu import launch as launches_of
-from quantempo.kernels.gpu.norm_plan import CooperativePlan, make_cooperative_plan
+from quantempo.kernels.gpu.contraction import launch as launches_of
+from quantempo.kernels.gpu.group_norm.plan import CooperativePlan, make_cooperative_plan
 from tests.gpu.test_gn_act_quant import FP8, Case, check
 from tests.gpu.test_norm_cooperative import CASES, launch
 

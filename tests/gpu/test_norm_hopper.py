@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu import gn_act_quant, norm_hopper
-from quantempo.kernels.gpu.norm_plan import SharedPlan, make_shared_plan
+from quantempo.kernels.gpu import gn_act_quant
+from quantempo.kernels.gpu.group_norm import hopper as norm_hopper
+from quantempo.kernels.gpu.group_norm.plan import SharedPlan, make_shared_plan
 from tests.gpu import harness
 from tests.gpu.test_gn_act_quant import FP8, LAST, Case, check, exact
 

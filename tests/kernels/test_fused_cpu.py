@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quantempo.kernels import fused_cpu, onednn, reference
-from quantempo.kernels.fused_cpu import Norm, Part
+from quantempo.kernels import reference
+from quantempo.kernels.cpu import fused as fused_cpu
+from quantempo.kernels.cpu import onednn
+from quantempo.kernels.cpu.fused import Norm, Part
 
 LIBRARY = fused_cpu.load()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=str(fused_cpu.missing()))

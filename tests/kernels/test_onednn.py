@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from quantempo.kernels import onednn, reference
+from quantempo.kernels import reference
+from quantempo.kernels.cpu import onednn
 
 pytestmark = pytest.mark.skipif(onednn.missing() is not None, reason=str(onednn.missing()))
 

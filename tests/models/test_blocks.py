@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transf
 from torch import nn
 
 from quantempo.models.blocks import blocks
-from quantempo.models.family import sites
+from quantempo.models.layers import sites
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, tiny_dit, tiny_text, tiny_unet
 
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.family import ROLES, check_roles, denoiser_of, sites, timestep_of
+from quantempo.models.layers import ROLES, check_roles, denoiser_of, sites, timestep_of
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
 
 

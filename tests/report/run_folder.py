@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from quantempo.recipe import Recipe
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 
 STEPS, CHAINS, PICKS, T, BINS, TIME_BINS = 20, 8, 8, 1000, 256, 16
 BUCKETS = 4

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 
 SEEDS, IMAGES, STEPS, T = 3, 192, 50, 1000
 

@@ -21,7 +21,7 @@ from quantempo.errors import QuantempoError
 from quantempo.report import study_page, study_plots
 from quantempo.report.study_page import render_study
 from quantempo.report.study_plots import grouped, item_plots, standalone, write_plots
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 from tests.report.study_folder import SEEDS, T, float_row, make_study, study_row
 
 pytest.importorskip("matplotlib", reason="extra 'report'")

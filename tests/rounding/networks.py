@@ -12,16 +12,16 @@ from pathlib import Path
 
 from torch import nn
 
-from quantempo import pipeline
-from quantempo.calibrate.dataset import TraceSet
-from quantempo.calibrate.scales import LayerScales
+from quantempo.calibration.dataset import TraceSet
+from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import WEIGHT, QuantSpec
-from quantempo.export.pack import pack_denoiser
-from quantempo.quantizers import bits_of
-from quantempo.quantizers.plan import plan_layers
+from quantempo.pipeline import stages as pipeline
+from quantempo.pipeline.session import Session
+from quantempo.quantized import bits_of
+from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import nearest
-from quantempo.session import Session
+from quantempo.scales.search import LayerScales
 from tests.packed import recipe as tiny_recipe
 from tests.packed import saved
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core import WEIGHT
-from quantempo.quantizers import LayerPlan, QLayer, fill, install_clock, swap_layers
+from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
 from quantempo.rounding.base import Unit
 from quantempo.rounding.hessian import dequantized_input
 from quantempo.rounding.record import BlockRun, Inputs
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
-from tests.backends.quantized import make_clock, make_linear
+from tests.engines.quantized import make_clock, make_linear
 
 SPEC = replace(WEIGHT, bits=3)
 SETTINGS = RoundingSettings(

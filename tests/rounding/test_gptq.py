@@ -14,7 +14,7 @@ from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
 from quantempo.rounding import gptq, nearest
 from quantempo.rounding.hessian import dequantized_input, moments
-from tests.backends.quantized import make_clock, make_conv, make_linear
+from tests.engines.quantized import make_clock, make_conv, make_linear
 
 BITS = (2, 4, 8)
 

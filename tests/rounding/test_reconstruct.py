@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantempo.backends.engine import attach
+from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
-from quantempo.quantizers import quantized_layers
+from quantempo.quantized import quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import nearest, reconstruct, round_denoiser
 from quantempo.rounding.reconstruct import apply_rounding

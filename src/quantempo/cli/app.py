@@ -1,4 +1,4 @@
-"""The typer application, and the border where user mistakes become exit code 2 (layer L6)."""
+"""The typer application, and the border where user mistakes become exit code 2."""
 
 from __future__ import annotations
 

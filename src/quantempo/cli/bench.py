@@ -1,4 +1,4 @@
-"""quantempo bench (layer L6)."""
+"""quantempo bench."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def bench(
 def _on_cpu(run: Path | None, batches: list[int], engines: Any, rounds: int, *how: bool) -> None:
     if run is None:
         raise QuantempoError("nothing to time: give --run RUN")
-    from quantempo import pipeline
-    from quantempo.speed import bench_run
+    from quantempo.bench.run import bench_run
+    from quantempo.pipeline import stages as pipeline
 
     compiled, as_json = how
     results = bench_run(
@@ -88,9 +88,9 @@ def _on_gpu(
     as_json: bool,
     **what: Any,
 ) -> None:
-    from quantempo.backends.engine import ENGINES
+    from quantempo.bench.cuda import bench_cuda, check_request, text_table
+    from quantempo.engines.select import ENGINES
     from quantempo.models.load import check_device
-    from quantempo.speed_gpu import bench_cuda, check_request, text_table
 
     check_request(run is not None, what["model"], what["ops"], settings["candidates"])
     if engines is not None and len(engines) > 1:
@@ -100,7 +100,7 @@ def _on_gpu(
     check_device(device)
     session = None
     if run is not None:
-        from quantempo.session import reopen
+        from quantempo.pipeline.session import reopen
 
         session = reopen(run, device=device)
     if engines:

@@ -1,4 +1,4 @@
-"""What the verbs share: options, printing, reading prompts (layer L6)."""
+"""What the verbs share: options, printing, reading prompts."""
 
 from __future__ import annotations
 

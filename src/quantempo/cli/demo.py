@@ -1,4 +1,4 @@
-"""quantempo demo (layer L6)."""
+"""quantempo demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def demo(
 
     Example: quantempo demo
     """
-    from quantempo.demo import run_demo
+    from quantempo.cli.run_demo import run_demo
 
     metrics = run_demo(run, images=images, force=force)
     keys = (

@@ -1,4 +1,4 @@
-"""quantempo evaluate (layer L6)."""
+"""quantempo evaluate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def evaluate(
 
     Example: quantempo evaluate --run runs/cifar --images 64
     """
-    from quantempo import pipeline, quality
+    from quantempo.pipeline import quality
+    from quantempo.pipeline import stages as pipeline
 
     session = pipeline.reopen(run, force=force)
     metrics = quality.evaluate(

@@ -1,4 +1,4 @@
-"""quantempo inspect (layer L6)."""
+"""quantempo inspect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inspect(
 
     Example: quantempo inspect runs/cifar/packed
     """
-    from quantempo.layer_table import describe
+    from quantempo.pipeline.layer_table import describe
     from quantempo.report.bits import bits_cell
 
     rows = describe(model / "packed" if (model / "packed").is_dir() else model)

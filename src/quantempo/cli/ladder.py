@@ -1,4 +1,4 @@
-"""quantempo ladder (layer L6)."""
+"""quantempo ladder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ladder(
 
     Example: quantempo ladder models/ddpm --data images --out runs/ladder --device cuda
     """
-    from quantempo.demo import DEMO_MODEL
+    from quantempo.cli.run_demo import DEMO_MODEL
     from quantempo.ladder import LadderSettings
     from quantempo.ladder import ladder as climb
     from quantempo.models.load import check_device

@@ -1,4 +1,4 @@
-"""quantempo quantize (layer L6)."""
+"""quantempo quantize."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def quantize(
 
     Example: quantempo quantize models/ddpm-cifar10 --run runs/cifar
     """
-    from quantempo import pipeline, quality, sensitivity
+    from quantempo import mixed_precision as sensitivity
+    from quantempo.pipeline import quality
+    from quantempo.pipeline import stages as pipeline
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)

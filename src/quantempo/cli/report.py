@@ -1,4 +1,4 @@
-"""quantempo report (layer L6)."""
+"""quantempo report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quantempo sample (layer L6)."""
+"""quantempo sample."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def sample(
 
     Example: quantempo sample runs/cifar/packed --out images --images 16
     """
-    from quantempo import quality
-    from quantempo.backends.engine import attached
-    from quantempo.models.family import denoiser_of
+    from quantempo.engines.select import attached
+    from quantempo.models.layers import denoiser_of
     from quantempo.models.load import model_digest
+    from quantempo.pipeline import quality
 
     pipe = quality.open_model(model, engine=engine, scheduler=scheduler, device=device)
     denoiser = denoiser_of(pipe)[1]

@@ -1,4 +1,4 @@
-"""quantempo sensitivity (layer L6)."""
+"""quantempo sensitivity."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sensitivity(
 
     Example: quantempo sensitivity --run runs/cifar
     """
-    from quantempo import pipeline
-    from quantempo import sensitivity as library
+    from quantempo import mixed_precision as library
+    from quantempo.pipeline import stages as pipeline
 
     session = pipeline.reopen(run, force=force, device=device)
     chosen = list(dict.fromkeys(part.strip() for part in options.split(",") if part.strip()))

@@ -1,4 +1,4 @@
-"""quantempo trace, calibrate, search, round, pack: the stages one by one (layer L6)."""
+"""quantempo trace, calibrate, search, round, pack: the stages one by one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trace(
 
     Example: quantempo trace models/ddpm-cifar10 --run runs/cifar
     """
-    from quantempo import pipeline
+    from quantempo.pipeline import stages as pipeline
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
@@ -64,7 +64,7 @@ def trace(
 def _stage(
     name: str, run: Any, recipe: str | None, device: str, force: bool, as_json: bool
 ) -> None:
-    from quantempo import pipeline
+    from quantempo.pipeline import stages as pipeline
 
     session = pipeline.reopen(run, recipe, force=force, device=device)
     getattr(pipeline, name)(session)

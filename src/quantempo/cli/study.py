@@ -1,4 +1,4 @@
-"""quantempo study (layer L6)."""
+"""quantempo study."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def study(
 
     Example: quantempo study models/ddpm --data images --out runs/study --only T3 --device cuda
     """
-    from quantempo.demo import DEMO_MODEL
+    from quantempo.cli.run_demo import DEMO_MODEL
     from quantempo.study import Settings, make_plan, run_study
 
     _check(device, workers, small and steps is not None)

@@ -1,4 +1,4 @@
-"""Core numerics: integer grids, grouping, packing, seeds (layer L0)."""
+"""Core numerics: integer grids, grouping, packing, seeds."""
 
 from quantempo.core.affine import dequantize, fake_quantize, quantize
 from quantempo.core.groups import from_groups, to_groups

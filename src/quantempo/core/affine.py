@@ -1,4 +1,4 @@
-"""Affine quantization, elementwise (layer L0).
+"""Affine quantization, elementwise.
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)        x_hat = scale * (q - zero_point)
 

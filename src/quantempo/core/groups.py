@@ -1,4 +1,4 @@
-"""Reshape any tensor so that one row holds what shares one scale (layer L0)."""
+"""Reshape any tensor so that one row holds what shares one scale."""
 
 from __future__ import annotations
 

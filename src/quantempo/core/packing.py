@@ -1,4 +1,4 @@
-"""Bit packing of integer weights, and the sums that fold a zero point away (layer L0)."""
+"""Bit packing of integer weights, and the sums that fold a zero point away."""
 
 from __future__ import annotations
 

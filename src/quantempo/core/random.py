@@ -1,4 +1,4 @@
-"""One random generator an image: image i depends on seed i only (layer L0)."""
+"""One random generator an image: image i depends on seed i only."""
 
 from __future__ import annotations
 

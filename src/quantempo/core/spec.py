@@ -1,4 +1,4 @@
-"""What a grid of integers is: `QuantSpec` and `QParams` (layer L0)."""
+"""What a grid of integers is: `QuantSpec` and `QParams`."""
 
 from __future__ import annotations
 

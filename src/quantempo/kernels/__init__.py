@@ -1,3 +1,3 @@
-"""Integer kernels on plain tensors, and their slow exact reference (layer L0)."""
+"""Integer kernels on plain tensors, and their slow exact reference."""
 
 __all__: list[str] = []

@@ -135,7 +135,7 @@ _qgemm = torch.ops.quantempo.qgemm.default
 def reserve(device: torch.device) -> None:
     """Make what the operators keep on a GPU between calls, before a graph is recorded there."""
     if device.type == "cuda":
-        importlib.import_module("quantempo.kernels.gpu.launch").reserve(device)
+        importlib.import_module("quantempo.kernels.gpu.contraction.launch").reserve(device)
 
 
 def gn_act_quant(

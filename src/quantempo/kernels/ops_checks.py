@@ -1,4 +1,4 @@
-"""What the GPU operators accept: one ValueError sentence for anything else (layer L0).
+"""What the GPU operators accept: one ValueError sentence for anything else.
 
 They look at shapes, types, strides and devices only, never at values: nothing here waits for a GPU.
 """

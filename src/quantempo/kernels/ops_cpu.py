@@ -1,4 +1,4 @@
-"""The GPU operators on a CPU: the definition of their results, in float64 (layer L0).
+"""The GPU operators on a CPU: the definition of their results, in float64.
 
     y = s_a s_w[o] (sum q' w - zero-point table) + shortcuts + bias + shift + residual
 

@@ -1,4 +1,4 @@
-"""Slow exact truth for every integer kernel: int64 sums in plain torch (layer L0).
+"""Slow exact truth for every integer kernel: int64 sums in plain torch.
 
     acc[o] = sum_k q_a q_w - z * sum_k q_w        y = s_a * s_w[o] * acc + bias[o]
 

@@ -1,3 +1,3 @@
-"""What diffusers models look like, how to load and to run them (layer L1)."""
+"""What diffusers models look like, how to load and to run them."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Exchange the two matrix products inside attention blocks (layer L1).
+"""Exchange the two matrix products inside attention blocks.
 
 Names of the parts of diffusers' `Attention` live here; what computes the products instead is given
 by the caller. A block is listed only if it runs diffusers' plain processor, whose result is

@@ -1,4 +1,4 @@
-"""Units of reconstruction: parts of a denoiser that are rounded together (layer L1).
+"""Units of reconstruction: parts of a denoiser that are rounded together.
 
 A residual block, a self-attention block or a transformer block is one unit; every other Conv2d or
 Linear is a unit of its own. Their order is that of execution, known by structure and name.

@@ -1,4 +1,4 @@
-"""Parts of diffusers' transformers inside U-Nets that one fused pass can run (layer L1).
+"""Parts of diffusers' transformers inside U-Nets that one fused pass can run.
 
 See `fusion`, which lists them with all others.
 """

@@ -1,4 +1,4 @@
-"""What a denoiser is called with: x_t, the time-step and the rest (layer L1).
+"""What a denoiser is called with: x_t, the time-step and the rest.
 
 The names that diffusers gives to the arguments of its denoisers live here and nowhere else.
 """

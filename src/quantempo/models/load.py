@@ -1,4 +1,4 @@
-"""Open a diffusers pipeline from disk, and say plainly what is wrong with it (layer L1)."""
+"""Open a diffusers pipeline from disk, and say plainly what is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.family import denoiser_of
+from quantempo.models.layers import denoiser_of
 
 __all__ = ["check_device", "check_finite", "load_pipeline", "model_digest"]
 

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a denoiser's forward (layer L1)."""
+"""Count the multiply-accumulates of a denoiser's forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of well-known shapes with random weights, and random inputs for any denoiser (layer L1).
+"""Networks of well-known shapes with random weights, and random inputs for any denoiser.
 
 For measuring speed where no checkpoint is at hand: shapes decide the time, weights do not.
 """

@@ -1,4 +1,4 @@
-"""Run a diffusers pipeline from one seed an image, with any scheduler (layer L1).
+"""Run a diffusers pipeline from one seed an image, with any scheduler.
 
 The pipeline itself is called; nothing here re-implements a sampler. Tracing, image generation and
 timing share these functions. `unconditional` holds the one pipeline that diffusers lacks.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
-from quantempo.models.family import denoiser_of
+from quantempo.models.layers import denoiser_of
 from quantempo.registry import nearest
 
 __all__ = ["SCHEDULERS", "call_pipeline", "run_pipeline", "schedule_times", "swap_scheduler"]

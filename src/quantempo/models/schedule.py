@@ -1,4 +1,4 @@
-"""What a scheduler does with the network's output: coefficients, noise, times (layer L1).
+"""What a scheduler does with the network's output: coefficients, noise, times.
 
 Numbers of the schedule, for corrections around the network (`quantizers.correction`): how a change
 of the output or of x_t reaches the next sample, how much noise is added, and which earlier

@@ -1,4 +1,4 @@
-"""A pixel-space pipeline without conditioning that works with any scheduler (layer L1).
+"""A pixel-space pipeline without conditioning that works with any scheduler.
 
 The stock ones do not: DDIMPipeline turns every scheduler it is given into DDIM, and DDPMPipeline
 neither scales the network's input nor x_T, which is silently wrong for Euler-type schedulers and

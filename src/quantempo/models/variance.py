@@ -1,4 +1,4 @@
-"""The variance of a sampler whose network does not predict one (layer L1).
+"""The variance of a sampler whose network does not predict one.
 
 DDPM adds noise of variance beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t) at each step, DDIM
 noise of variance eta^2 sigma_t^2: numbers of the schedule, not of the network. Here they are listed

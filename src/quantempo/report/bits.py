@@ -1,4 +1,4 @@
-"""Say in words which bits a packed model has, from its layer table (layer L1)."""
+"""Say in words which bits a packed model has, from its layer table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 
 __all__ = ["bits_cell", "bits_facts", "bits_label", "layer_cells", "layer_rows"]
 

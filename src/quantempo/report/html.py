@@ -1,6 +1,6 @@
 """Write `report.html`: one page, everything inlined, no script, nothing fetched.
 
-What the sections show is in `sections`, how they look in `report.html.j2`. Layer L1; a pure reader
+What the sections show is in `sections`, how they look in `report.html.j2`. A pure reader
 of the files of a run folder.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from quantempo.errors import QuantempoError
 from quantempo.report.pictures import write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["load_template", "render"]
 

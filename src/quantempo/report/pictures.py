@@ -1,6 +1,5 @@
 """Pictures of the report: pairs of samples side by side with their difference, as data addresses.
-
-Layer L1; reads PNG files, knows nothing of models.
+Reads png files, knows nothing of models.
 """
 
 from __future__ import annotations

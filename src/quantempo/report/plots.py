@@ -1,6 +1,6 @@
 """Figures of the report: plain arrays in, one inline SVG out, one style for all.
 
-Not here: where the arrays come from (`html`). Layer L1; matplotlib is imported by the functions.
+Not here: where the arrays come from (`html`). Matplotlib is imported by the functions.
 """
 
 from __future__ import annotations

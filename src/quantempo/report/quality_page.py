@@ -1,4 +1,4 @@
-"""The text, plot and pictures of a ladder of recipes, from its files alone (layer L1)."""
+"""The text, plot and pictures of a ladder of recipes, from its files alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from quantempo.report import plots
 from quantempo.report.study_plots import standalone
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["write_quality"]
 

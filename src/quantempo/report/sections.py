@@ -1,7 +1,7 @@
 """What each section of the report shows, from the files of a run folder.
 
 Here: one function a section, files in, blocks out. Not here: the page (`html`), the drawing
-(`plots`). Layer L1; a pure reader.
+(`plots`). A pure reader.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from quantempo.report import plots, sensitivity_plot
 from quantempo.report.bits import bits_facts, bits_label, layer_cells, layer_rows
 from quantempo.report.pictures import compare
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 
 __all__ = ["SECTIONS", "Block", "NotRunError"]
 

@@ -1,4 +1,4 @@
-"""What `sensitivity.json` says, as a figure and tables of the report (layer L1).
+"""What `sensitivity.json` says, as a figure and tables of the report.
 
 Here: the loss of each layer at each option, and the bits chosen within budgets. Plain values in.
 """

@@ -1,7 +1,7 @@
 """Write `study.html`: one page on a whole study, everything inlined, no script, nothing fetched.
 
 Here: what the page says, from `study.json`, `items/NAME.json` and `pictures/`. Not here: the
-figures (`study_plots`), how it looks (`study.html.j2`), any computation of scores. Layer L1; reads
+figures (`study_plots`), how it looks (`study.html.j2`), any computation of scores. Reads
 nothing but the study's folder.
 """
 
@@ -25,7 +25,7 @@ from quantempo.report.study_plots import (
     score_names,
     spread_of,
 )
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["render_study"]
 

@@ -1,7 +1,7 @@
 """Figures of a study: scores as dots, errors over time, laws as bars, activations as boxes.
 
 Here: what the figures of one item show, `write_plots` and what it reads. Not here: the page
-(`study_page`), the style of figures (`plots`). Layer L1; reads nothing but the study's folder.
+(`study_page`), the style of figures (`plots`). Reads nothing but the study's folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from quantempo.errors import QuantempoError
 from quantempo.report import plots
 from quantempo.report.plots import ACCENT, FLOAT, INDIGO, INK, INT8, MUTED, OCHRE, RULE
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = [
     "Plot",

@@ -1,4 +1,4 @@
-"""Choose integer weights; only integers leave a rounding (layer L4)."""
+"""Choose integer weights; only integers leave a rounding."""
 
 from quantempo.rounding.base import ROUNDINGS, check_start, round_by_weights
 from quantempo.rounding.nearest import nearest

@@ -1,4 +1,4 @@
-"""Learn for every weight whether to round up or down, a block at a time (layer L4).
+"""Learn for every weight whether to round up or down, a block at a time.
 
     w_hat = s clamp(floor + h(v), qmin, qmax),   penalty sum (1 - |2 h - 1|^beta)
 

@@ -1,4 +1,4 @@
-"""The registry of roundings, and what a rounding sees (layer L4).
+"""The registry of roundings, and what a rounding sees.
 
 A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
 packing, backends and files never know how they were found.

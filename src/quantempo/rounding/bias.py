@@ -1,4 +1,4 @@
-"""Make the mean output of every layer that of the float layer (layer L4).
+"""Make the mean output of every layer that of the float layer.
 
     bias[o] += mean over rows and positions of (y_float - y_quantized)[o]
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.quantizers import QConv2d
+from quantempo.quantized import QConv2d
 from quantempo.rounding.record import BlockRun
 
 __all__ = ["correct_bias"]

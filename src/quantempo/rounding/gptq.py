@@ -1,4 +1,4 @@
-"""Round column by column and let later columns make up for the error of earlier ones (layer L4).
+"""Round column by column and let later columns make up for the error of earlier ones.
 
     minimise ||(W - s q) X||^2 over integers q, greedily, given H = X X^T
 

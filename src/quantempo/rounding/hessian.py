@@ -1,4 +1,4 @@
-"""Second moments of the quantized input of a layer (layer L4)."""
+"""Second moments of the quantized input of a layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.backends.base import channel_dim
-from quantempo.quantizers import QConv2d, QLayer
+from quantempo.engines.base import channel_dim
+from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.record import BlockRun
 
 __all__ = ["dequantized_input", "input_hessian", "moments"]

@@ -1,4 +1,4 @@
-"""The loop that learns something of a block from the error of its output (layer L4).
+"""The loop that learns something of a block from the error of its output.
 
     loss = block error / start + 0.8 sum_l layer error_l / start + penalty
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibrate.dataset import flatten, unflatten
+from quantempo.calibration.dataset import flatten, unflatten
 from quantempo.rounding.record import BlockRun
 
 __all__ = ["LAYER_SHARE", "errors", "learn"]

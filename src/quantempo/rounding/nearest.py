@@ -1,4 +1,4 @@
-"""Round each weight to the nearest code (layer L4)."""
+"""Round each weight to the nearest code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Round a whole denoiser, block after block in the order in which it runs them (layer L4).
+"""Round a whole denoiser, block after block in the order in which it runs them.
 
 Each block is rounded on the inputs it will really get: those behind the blocks that are quantized
 already. Its target is what the float block makes of the float network's inputs.
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantempo.backends.engine import attach, attach_lazily, detach
-from quantempo.calibrate.dataset import TraceBatch, TraceSet
-from quantempo.calibrate.scales import LayerScales
+from quantempo.calibration.dataset import TraceBatch, TraceSet
 from quantempo.core import QuantSpec
+from quantempo.engines.select import attach, attach_lazily, detach
 from quantempo.errors import QuantempoError
 from quantempo.models.blocks import Block, blocks
-from quantempo.quantizers import QLayer, find_clock, quantized_layers
+from quantempo.quantized import QLayer, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, Unit, check_start
 from quantempo.rounding.bias import correct_bias
 from quantempo.rounding.record import BlockRun, Inputs, record, record_all
-from quantempo.runs import RunFolder, read_tensors
+from quantempo.run_folder import RunFolder, read_tensors
+from quantempo.scales.search import LayerScales
 
 __all__ = ["BUDGET", "apply_rounding", "execution_order", "round_denoiser"]
 

@@ -1,4 +1,4 @@
-"""Record the inputs of one block of a network, and run the block on them alone (layer L4).
+"""Record the inputs of one block of a network, and run the block on them alone.
 
 The network is stopped at the block, so a recording costs what comes before it and no more.
 """
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.backends.base import BACKENDS
-from quantempo.calibrate.dataset import flatten, unflatten
+from quantempo.calibration.dataset import flatten, unflatten
+from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.quantizers import QLayer, StepClock
+from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until", "tensors_of"]
 

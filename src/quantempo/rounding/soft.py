@@ -1,4 +1,4 @@
-"""Differentiable stand-ins for the kernel of a quantized layer (layer L4).
+"""Differentiable stand-ins for the kernel of a quantized layer.
 
     x_hat = s_a (clamp(round(x / s_a) + z, 0, qmax) - z),   gradient of round taken as 1
     y = conv(x_hat, w_hat) + bias
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.backends.base import channel_dim
 from quantempo.core import QuantSpec
-from quantempo.quantizers import QConv2d, QLayer
+from quantempo.engines.base import channel_dim
+from quantempo.quantized import QConv2d, QLayer
 
 __all__ = ["ScaleKernel", "SoftKernel", "rectified_sigmoid"]
 

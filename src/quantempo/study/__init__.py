@@ -1,4 +1,4 @@
-"""The paper's tables and figures as independent, repeatable jobs: `quantempo study` (layer L5).
+"""The paper's tables and figures as independent, repeatable jobs: `quantempo study`.
 
 `items/` says what to compare, `run_cell` how one comparison is made, `runner` who runs which,
 `results` what follows from it. Not here: how it is drawn (`report`).

@@ -1,4 +1,4 @@
-"""What one study of the paper says of itself: rows to run, claims to judge (layer L5).
+"""What one study of the paper says of itself: rows to run, claims to judge.
 
 A study is one file in `items/`: a class with a title, the paper's own table, `rows` and `claims`.
 Running the rows is the business of `runner`, statistics that of `results`.

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibrate.collect import collect_statistics, state_tensors, time_bin_edges
-from quantempo.calibrate.dataset import TraceSet
-from quantempo.calibrate.scales import schedule_scales, search_scales
-from quantempo.calibrate.sources import needs_images
-from quantempo.calibrate.timesteps import make_time_sampler
-from quantempo.calibrate.trace import trace
-from quantempo.models.family import denoiser_of, sites
-from quantempo.pipeline import per_unit
-from quantempo.quantizers import measured_sites, output_side_layers
-from quantempo.quantizers.plan import plan_layers
+from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.sources import needs_images
+from quantempo.calibration.statistics import collect_statistics, state_tensors, time_bin_edges
+from quantempo.calibration.timesteps import make_time_sampler
+from quantempo.calibration.trace import trace
+from quantempo.models.layers import denoiser_of, sites
+from quantempo.pipeline.stages import per_unit
+from quantempo.quantized import measured_sites, output_side_layers
+from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
+from quantempo.scales.search import schedule_scales, search_scales
 
 __all__ = ["Calibrator"]
 

@@ -1,4 +1,4 @@
-"""What a study is made of: samplers, rows of a table, and their cells, which are jobs (layer L5).
+"""What a study is made of: samplers, rows of a table, and their cells, which are jobs.
 
 A row is what a table prints in one line; a cell is one of its repetitions with its own calibration
 seed and image seeds. Cells hold settings only, and equal settings are one cell whichever table

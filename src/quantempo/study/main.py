@@ -1,4 +1,4 @@
-"""A whole study: plan, run, summarize, write tables, page and text (layer L5)."""
+"""A whole study: plan, run, summarize, write tables, page and text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantempo.bench import machine
+from quantempo import __version__
+from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
 from quantempo.report.study_page import render_study
 from quantempo.report.study_plots import write_plots
-from quantempo.runs import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path
 from quantempo.study import items as _items  # noqa: F401  (registers the studies)
 from quantempo.study.base import STUDIES, Plan
 from quantempo.study.cells import Row, Sampler
@@ -25,7 +26,6 @@ from quantempo.study.run_cell import pooled
 from quantempo.study.runner import World, run_cells
 from quantempo.study.text import study_text
 from quantempo.study.tools import Settings, Tools
-from quantempo.version import __version__
 
 __all__ = ["make_plan", "run_study"]
 

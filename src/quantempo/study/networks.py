@@ -1,4 +1,4 @@
-"""The networks that cells run: the float one, and quantized twins that are refilled (layer L5).
+"""The networks that cells run: the float one, and quantized twins that are refilled.
 
 A twin is built once for every structure and afterwards only refilled with another calibration's
 integers and scales, so that a compiled network is compiled once for a whole study.
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.backends.engine import attach
-from quantempo.calibrate.scales import LayerScales
+from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import WEIGHT
-from quantempo.export.pack import pack_denoiser
-from quantempo.models.family import sites
-from quantempo.quantizers import (
+from quantempo.engines.select import attach
+from quantempo.models.layers import sites
+from quantempo.quantized import (
     Int12Linear,
     LayerPlan,
     fill,
@@ -29,9 +28,10 @@ from quantempo.quantizers import (
     output_side_layers,
     quantized_layers,
 )
-from quantempo.quantizers.plan import plan_layers
+from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import round_by_weights
+from quantempo.scales.search import LayerScales
 
 __all__ = ["Frontend", "Networks"]
 

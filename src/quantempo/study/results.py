@@ -1,4 +1,4 @@
-"""Turn the cells of a study into rows with spreads, and claims into verdicts (layer L5).
+"""Turn the cells of a study into rows with spreads, and claims into verdicts.
 
 Seeds pair: repetition r of every row has the same calibration seed and image seeds, so two rows
 are compared by the differences of their repetitions, in which what a seed brings to both cancels.

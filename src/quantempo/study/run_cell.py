@@ -1,4 +1,4 @@
-"""Run one cell: calibrate, sample, measure (layer L5)."""
+"""Run one cell: calibrate, sample, measure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quantempo.evaluate import compare_sets, eps_sqnr, psnr_db, ssim
-from quantempo.evaluate.features import Features
-from quantempo.evaluate.fidelity import SQNR_CAP_DB
-from quantempo.evaluate.scores import frechet_distance, score_set
-from quantempo.quantizers import attach_scheduler_sites
-from quantempo.quantizers.plan import plan_layers
-from quantempo.runs import atomic_path, read_tensors
+from quantempo.evaluation import compare_sets, eps_sqnr, psnr_db, ssim
+from quantempo.evaluation.features import Features
+from quantempo.evaluation.fidelity import SQNR_CAP_DB
+from quantempo.evaluation.scores import frechet_distance, score_set
+from quantempo.quantized import attach_scheduler_sites
+from quantempo.quantized.plan import plan_layers
+from quantempo.run_folder import atomic_path, read_tensors
 from quantempo.study.cells import Cell
 from quantempo.study.networks import Frontend
 from quantempo.study.tools import IMAGES, STRIDE, Tools

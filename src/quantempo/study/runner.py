@@ -1,4 +1,4 @@
-"""Run the cells of a study as independent jobs, alone or shared among processes (layer L5).
+"""Run the cells of a study as independent jobs, alone or shared among processes.
 
 A finished cell is a file and is not run again; a failed one leaves its error and the others go on.
 Cells with one calibration stay together; which process gets which depends on their costs only, and
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 from quantempo.study.base import Plan
 from quantempo.study.cells import Cell, Row
 from quantempo.study.run_cell import run_cell

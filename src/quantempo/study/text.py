@@ -1,11 +1,11 @@
-"""The text of a study in Markdown, from its files (layer L5)."""
+"""The text of a study in Markdown, from its files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from quantempo.runs import RunFolder
+from quantempo.run_folder import RunFolder
 
 __all__ = ["study_text"]
 

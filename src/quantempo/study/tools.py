@@ -1,4 +1,4 @@
-"""What all cells of one process share: pipeline, networks, float images, references (layer L5)."""
+"""What all cells of one process share: pipeline, networks, float images, references."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantempo.calibrate.dataset import TraceSet
-from quantempo.calibrate.timesteps import make_time_sampler
-from quantempo.calibrate.trace import trace
+from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.timesteps import make_time_sampler
+from quantempo.calibration.trace import trace
 from quantempo.errors import QuantempoError
-from quantempo.evaluate import load_images
-from quantempo.evaluate.features import Extractor, Features, extract, load_extractor
-from quantempo.models.family import denoiser_of
+from quantempo.evaluation import load_images
+from quantempo.evaluation.features import Extractor, Features, extract, load_extractor
+from quantempo.models.layers import denoiser_of
 from quantempo.models.load import check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline, swap_scheduler
-from quantempo.pipeline import per_unit
-from quantempo.quantizers import find_clock
-from quantempo.runs import atomic_path
+from quantempo.pipeline.stages import per_unit
+from quantempo.quantized import find_clock
+from quantempo.run_folder import atomic_path
 from quantempo.study.calibrations import Calibrator
 from quantempo.study.cells import Cell, Sampler
 from quantempo.study.networks import Frontend, Networks

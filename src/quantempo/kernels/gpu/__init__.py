@@ -1,4 +1,4 @@
-"""Triton kernels of the GPU path, one op a module, each with a `launch` (layer L0).
+"""Triton kernels of the GPU path, one op a module, each with a `launch`.
 
 Nothing here is imported by `quantempo.kernels` itself: Triton may be absent.
 """

@@ -1,4 +1,4 @@
-"""GroupNorm, SiLU and quantization of channels-last maps (Triton kernels, layer L0).
+"""GroupNorm, SiLU and quantization of channels-last maps (Triton kernels).
 
     v = (x - mean_g) rstd_g gamma + beta      a = v / (1 + exp(-v))      q = clamp(rne(a / s) + z)
 
@@ -26,11 +26,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu import norm_cooperative
-from quantempo.kernels.gpu.early import early
-from quantempo.kernels.gpu.norm_call import last_row, source, switches
-from quantempo.kernels.gpu.norm_kernels import apply, channel_affine, channel_moments, one_launch
-from quantempo.kernels.gpu.norm_plan import (
+from quantempo.kernels.gpu.contraction.tiles import multiprocessors
+from quantempo.kernels.gpu.dependent_launch import early
+from quantempo.kernels.gpu.group_norm import cooperative as norm_cooperative
+from quantempo.kernels.gpu.group_norm.arguments import last_row, source, switches
+from quantempo.kernels.gpu.group_norm.plan import (
     FEW_IMAGES,
     LARGE_MAP,
     CooperativePlan,
@@ -41,10 +41,15 @@ from quantempo.kernels.gpu.norm_plan import (
     make_shared_plan,
     power_of_two,
 )
-from quantempo.kernels.gpu.tuning import multiprocessors
+from quantempo.kernels.gpu.group_norm.portable import (
+    apply,
+    channel_affine,
+    channel_moments,
+    one_launch,
+)
 
 try:
-    from quantempo.kernels.gpu import norm_hopper
+    from quantempo.kernels.gpu.group_norm import hopper as norm_hopper
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernels run
     norm_hopper = None  # type: ignore[assignment]
 

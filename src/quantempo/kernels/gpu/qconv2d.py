@@ -1,11 +1,11 @@
-"""Integer convolution with its whole epilogue, on a GPU (layer L0); see `kernels.ops.qconv2d`."""
+"""Integer convolution with its whole epilogue, on a GPU; see `kernels.ops.qconv2d`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu.launch import run
+from quantempo.kernels.gpu.contraction.launch import run
 from quantempo.kernels.layout import output_size
 
 __all__ = ["launch"]

@@ -1,4 +1,4 @@
-"""Integer matrix product with its whole epilogue, on a GPU (layer L0); see `kernels.ops.qgemm`.
+"""Integer matrix product with its whole epilogue, on a GPU; see `kernels.ops.qgemm`.
 
 Rows are the pixels of one image of one row: the kernel is that of the convolution.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu.launch import run
+from quantempo.kernels.gpu.contraction.launch import run
 
 __all__ = ["launch"]
 

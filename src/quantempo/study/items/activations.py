@@ -1,4 +1,4 @@
-"""Figure 3: how activations move over time (layer L5)."""
+"""Figure 3: how activations move over time."""
 
 from __future__ import annotations
 

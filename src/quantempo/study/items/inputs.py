@@ -1,4 +1,4 @@
-"""Table 2: what the calibration inputs are (layer L5)."""
+"""Table 2: what the calibration inputs are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 3, figures 5 and 6: the law of time-steps (layer L5)."""
+"""Table 3, figures 5 and 6: the law of time-steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quantempo.calibrate.timesteps import make_time_sampler
+from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.study.base import Paper, Plan, Study, study
 from quantempo.study.cells import Row
 from quantempo.study.results import Found

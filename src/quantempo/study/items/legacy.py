@@ -1,4 +1,4 @@
-"""What the released program did, beside what the paper says (layer L5)."""
+"""What the released program did, beside what the paper says."""
 
 from __future__ import annotations
 

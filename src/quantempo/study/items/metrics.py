@@ -1,4 +1,4 @@
-"""Table 4: which metric chooses the scales (layer L5)."""
+"""Table 4: which metric chooses the scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 1: which operations may be quantized (layer L5)."""
+"""Table 1: which operations may be quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figure 4: calibration at one time-step only (layer L5)."""
+"""Figure 4: calibration at one time-step only."""
 
 from __future__ import annotations
 

@@ -1,0 +1,144 @@
+"""Milliseconds of calls that take turns, by CUDA events or by the wall clock."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from quantempo.bench.cpu import Call
+
+__all__ = [
+    "CudaTimer",
+    "Timer",
+    "WallTimer",
+    "reason_of",
+    "take_turns",
+    "time_limit",
+    "timer_for",
+]
+
+log = logging.getLogger("quantempo")
+
+
+class Timer(Protocol):
+    """What measures: `sample(call, count)` returns milliseconds per call of `count` in a row."""
+
+    def sample(self, call: Call, count: int) -> float:
+        """Return milliseconds per call."""
+
+
+class CudaTimer:
+    """Two CUDA events around `count` calls: the time of the device, gaps between kernels included.
+
+    So a call that the host cannot launch fast enough is charged for the waiting.
+    """
+
+    def sample(self, call: Call, count: int) -> float:
+        """Return milliseconds per call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / count
+
+
+class WallTimer:
+    """The wall clock, for devices whose calls return when they are done."""
+
+    def sample(self, call: Call, count: int) -> float:
+        """Return milliseconds per call."""
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return 1000 * (time.perf_counter() - start) / count
+
+
+def timer_for(device: torch.device | str) -> Timer:
+    """Return the timer of a device type."""
+    return CudaTimer() if torch.device(device).type == "cuda" else WallTimer()
+
+
+def take_turns(
+    calls: Mapping[str, Call],
+    timer: Timer,
+    *,
+    rounds: int = 9,
+    seconds: float = 0.25,
+    failed: dict[str, str] | None = None,
+) -> dict[str, list[float]]:
+    """Return `rounds` samples in milliseconds per call of each call; they take turns.
+
+    One sample repeats the call for about `seconds`; the number of repeats comes from two samples
+    taken before. The order is forwards, then backwards, so that clocks and drifts are shared.
+
+    Args:
+        calls: by name, warm or not.
+        timer: what measures.
+        rounds: samples of each.
+        seconds: of one sample.
+        failed: takes name -> reason of calls that raise; without it they raise here.
+    """
+    counts: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def sample(name: str, count: int) -> float | None:
+        try:
+            return timer.sample(calls[name], count)
+        # Whatever it was belongs in the table, beside the candidates that ran.
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = f"while timing: {reason_of(error)}"
+            times.pop(name)
+            return None
+
+    for name in calls:
+        if sample(name, 2) is not None and (once := sample(name, 2)) is not None:
+            counts[name] = max(1, min(10_000, round(1000 * seconds / max(once, 1e-4))))
+    for i in range(rounds):
+        order = [name for name in calls if name in times]
+        for name in order if i % 2 == 0 else reversed(order):
+            found = sample(name, counts[name])
+            if found is not None:
+                times[name].append(found)
+    return times
+
+
+def reason_of(error: BaseException) -> str:
+    """Return one line that says what went wrong, at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError when the body takes longer (compilers honour it between their steps).
+
+    Only the main thread can be interrupted: elsewhere, and for None, there is no limit.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        if seconds is not None:
+            log.warning("no time limit of %g s here: not in the main thread", seconds)
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"gave up after {seconds:g} s, the limit of a candidate (--budget)")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,3 +1,0 @@
-"""Trace a pipeline, collect statistics, choose scales (layer L3)."""
-
-__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Trace a pipeline, collect statistics, choose scales."""
+
+__all__: list[str] = []

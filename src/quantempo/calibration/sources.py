@@ -1,0 +1,187 @@
+"""Where the x_t of a calibration set comes from: the trajectory, or what a paper put there
+instead. A source replaces x_t of recorded rows before they are written; t and the conditioning
+stay those of the traced run. `trace` calls it, `timesteps` chooses the times.
+
+trajectory x_t as the network received it mimic x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
+the input of training raw x_t = x_0 whatever t noise x_t = eps whatever t
+
+x_0 is an image of a data set in [-1, 1], eps ~ N(0, I). Source: PTQ4DM, eq. 4 and table 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.registry import Registry
+
+__all__ = ["SOURCES", "Source", "check_source", "image_digest", "needs_images", "replace_rows"]
+
+SOURCES: Registry[Source] = Registry("source of x_t")
+_OWN = 0x1A7E_5EED
+# Parts of a pipeline that make x_t something else than an image.
+_AUTOENCODERS = ("vae", "vqvae", "movq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Say how x_t is made.
+
+    make: (x_0 (n, ...), eps (n, ...), abar (n, 1, ...)) -> x_t (n, ...), all float32, or None to
+    keep what was received; needs_images: reads x_0; needs_schedule: reads abar.
+    """
+
+    make: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    needs_images: bool = False
+    needs_schedule: bool = False
+
+
+def _mimic(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+
+
+SOURCES.register("trajectory")(Source(None))
+SOURCES.register("mimic")(Source(_mimic, needs_images=True, needs_schedule=True))
+SOURCES.register("raw")(Source(lambda x_0, eps, abar: x_0, needs_images=True))
+SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
+
+
+def needs_images(source: str) -> bool:
+    """Return whether a source reads images.
+
+    Raises:
+        QuantempoError: unknown name.
+    """
+    return SOURCES.get(source).needs_images
+
+
+def check_source(
+    source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None, legacy_pairing: bool
+) -> None:
+    """Refuse a source that does not fit, before the pipeline runs.
+
+    Raises:
+        QuantempoError: unknown name, images missing or of the wrong shape, a pipeline whose x_t
+            is no image, a scheduler without abar_t, or a source beside the legacy pairing.
+    """
+    chosen = SOURCES.get(source)
+    if legacy_pairing and chosen.make is not None:
+        raise QuantempoError(
+            f"got legacy_pairing with source '{source}'; the legacy pairing is one of a "
+            "trajectory, leave out one of the two"
+        )
+    if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
+        raise QuantempoError(
+            f"source '{source}' needs abar_t, which {type(pipe.scheduler).__name__} does not "
+            "have; expected a noise-predicting model with a DDPM schedule"
+        )
+    if not chosen.needs_images:
+        return
+    if any(getattr(pipe, name, None) is not None for name in _AUTOENCODERS):
+        raise QuantempoError(
+            f"source '{source}' puts images in place of x_t, but {type(pipe).__name__} denoises "
+            "latents; use source 'trajectory' or 'noise'"
+        )
+    if images is None:
+        raise QuantempoError(f"source '{source}' needs images; pass a folder of them (--data)")
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise QuantempoError(
+            f"got images {images.dtype} of shape {images.shape}; expected uint8 (n, H, W, C)"
+        )
+    config = getattr(denoiser, "config", None)
+    size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
+    if size is not None and channels is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        _check_shape(images, (channels, height, width))
+
+
+def _check_shape(images: np.ndarray, shape: tuple[int, ...]) -> None:
+    height, width, channels = images.shape[1:]
+    if (channels, height, width) != shape:
+        raise QuantempoError(
+            f"got images of shape {(channels, height, width)} (C, H, W) for x_t of shape {shape}; "
+            "resize them, or use a data set with these channels"
+        )
+
+
+def image_digest(source: str, images: np.ndarray | None) -> str | None:
+    """Return the SHA-256 over shape and bytes of the images, or None if the source reads none."""
+    if images is None or not needs_images(source):
+        return None
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
+
+
+def replace_rows(
+    source: str,
+    rows: Mapping[str, Tensor],
+    alphas_cumprod: Tensor | None,
+    per_unit: float,
+    images: np.ndarray | None,
+    seed: int,
+) -> Tensor:
+    """Return the x_t (n, ...) float32 that a source puts in place of the recorded ones.
+
+    Both halves of guidance get the same x_t. Images are dealt without repetition as long as they
+    last; a fractional t takes abar from its two neighbours, linearly.
+
+    Args:
+        source: a name in `SOURCES`.
+        rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
+        alphas_cumprod: (T,) abar of each training time-step.
+        per_unit: training time-steps in one unit of t.
+        images: (m, H, W, C) uint8.
+        seed: of the trace; the same seed and chain give the same bits.
+
+    Raises:
+        QuantempoError: images of another shape than x_t.
+    """
+    chosen, x_t = SOURCES.get(source), rows["x_t"]
+    if chosen.make is None:
+        return x_t
+    first = (rows["half"] == 0).nonzero()[:, 0]
+    chain, pick = rows["chain"][first].tolist(), rows["pick"][first].tolist()
+    halves = len(x_t) // len(first)
+    # Every chain has numbers of its own, so that it does not matter how many run together; not
+    # its generator, whose numbers became its noise.
+    shape = x_t.shape[1:]
+    own = {c: Generator().manual_seed((seed + c) ^ _OWN) for c in chain}
+    eps = torch.stack([torch.randn(shape, generator=own[c]) for c in chain])
+    x_0 = torch.zeros_like(eps)
+    if chosen.needs_images:
+        assert images is not None
+        _check_shape(images, tuple(x_t.shape[1:]))
+        picks = max(pick) + 1
+        places = torch.tensor([c * picks + p for c, p in zip(chain, pick, strict=True)])
+        x_0 = _draw(images, places, Generator().manual_seed(seed ^ _OWN))
+    abar = torch.zeros(len(x_t))
+    if chosen.needs_schedule:
+        assert alphas_cumprod is not None
+        abar = _abar(alphas_cumprod, rows["t"].double() * per_unit)
+    abar = abar.float().view(-1, *[1] * (x_t.ndim - 1))
+    x_0, eps = (value.repeat_interleave(halves, 0) for value in (x_0, eps))
+    return chosen.make(x_0, eps, abar).contiguous()
+
+
+def _draw(images: np.ndarray, places: Tensor, generator: Generator) -> Tensor:
+    """Return (n, C, H, W) float32 images in [-1, 1], 255 -> 1; every image once a round."""
+    order = torch.randperm(len(images), generator=generator)
+    picked = torch.from_numpy(images[order[places % len(images)].numpy()])
+    return picked.float().movedim(-1, 1) / 127.5 - 1
+
+
+def _abar(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
+    """Return abar (n,) float64 at t (n,), linear between training time-steps, ends held."""
+    table = alphas_cumprod.detach().cpu().double()
+    t = t.clamp(0, len(table) - 1)
+    low = t.floor().long()
+    high = (low + 1).clamp(max=len(table) - 1)
+    return torch.lerp(table[low], table[high], t - low)

@@ -1,0 +1,304 @@
+"""Record the inputs a denoiser receives while its pipeline samples.
+
+The pipeline is called as a user would call it and a hook on the denoiser keeps what arrives: x_t,
+the time-step as received, the conditioning. No sampler is re-implemented, so x_t and t cannot be
+paired wrongly. `timesteps` says which steps to keep, `dataset` reads the result.
+
+A chain is one image being denoised. Before anything runs, `picks` step indices of the law are
+dealt to every chain. Index i stands for the i-th smallest of the K distinct times of the schedule
+(for i < steps = K; in general number floor((i + 1/2) K / steps)), expressed in the unit the
+denoiser receives: that is the target time. During the run each target keeps the call whose
+received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one
+is chosen with equal chances. Memory holds the kept rows only, never a trajectory.
+
+For studies, `sources` may replace x_t before a chunk is written, and `legacy` may pair x_t and t as
+a released program did; everything else stays as it was received.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from quantempo.calibration.dataset import TraceSet, index_of
+from quantempo.calibration.legacy import legacy_indices, pair_as_released
+from quantempo.calibration.recorder import CHANGES, Recorder
+from quantempo.calibration.sources import check_source, image_digest, replace_rows
+from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler
+from quantempo.errors import QuantempoError
+from quantempo.models.load import model_digest
+from quantempo.models.sampling import call_pipeline
+from quantempo.run_folder import RunFolder, read_tensors
+
+__all__ = ["deal_targets", "trace"]
+
+_FORMAT = 1
+_METADATA = "quantempo_trace"
+
+
+def trace(
+    pipe: Any,
+    denoiser: nn.Module,
+    folder: str | Path,
+    *,
+    steps: int,
+    chains: int,
+    picks: int,
+    time_sampler: TimeSampler,
+    seed: int,
+    batch_size: int = 16,
+    num_train_timesteps: int | None = None,
+    call: Mapping[str, Any] | None = None,
+    source: str = "trajectory",
+    images: np.ndarray | None = None,
+    legacy_pairing: bool = False,
+    model_hash: str | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+) -> TraceSet:
+    """Record a calibration set into `folder`, one chunk file for each call of the pipeline.
+
+    A rerun with the same settings keeps the files that are whole and gives the same bits as an
+    uninterrupted run.
+
+    Args:
+        pipe: a diffusers pipeline; its scheduler is the one that is traced.
+        denoiser: the network of `pipe` whose inputs are kept.
+        folder: where the chunks go; their index is the JSON file of the same name beside it.
+        steps: num_inference_steps.
+        chains: number of images; chain c starts from seed + c.
+        picks: calls kept of each chain (each gives one row, or one for each half of guidance).
+        time_sampler: the law of the kept steps (`make_time_sampler`).
+        seed: of the first chain, and of the draw of the steps.
+        batch_size: chains in one call of the pipeline.
+        num_train_timesteps: T of the model; None: as its scheduler says.
+        call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
+        source: where x_t comes from, a name in `calibrate.sources.SOURCES`.
+        images: (n, H, W, C) uint8 for the sources that need them.
+        legacy_pairing: pair x_t and t as the released program did, see `calibrate.legacy`.
+        model_hash: identifies the weights; None: computed.
+        force: replace a trace with other settings instead of refusing.
+        progress: draw a bar on stderr; None: only on a terminal.
+
+    Raises:
+        QuantempoError: the folder holds a trace with other settings or of another model, the
+            denoiser is called in a way that cannot be recorded, or the source does not fit the
+            pipeline, the images or the pairing.
+    """
+    call = dict(call or {})
+    check_source(source, pipe, denoiser, images, legacy_pairing)
+    settings = _identity(pipe, denoiser, call, model_hash, num_train_timesteps)
+    settings |= {"time_sampler": _law(time_sampler), "legacy_pairing": legacy_pairing}
+    settings |= {"source": source, "images": image_digest(source, images), "batch_size": batch_size}
+    settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
+    targets = deal_targets(time_sampler, chains, picks, steps, seed)
+    run = _Run(pipe, denoiser, settings, call, images)
+    files = _fill(run, RunFolder(folder), targets, force, progress)
+    _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
+    return TraceSet(folder)
+
+
+class _Run(NamedTuple):
+    """What every chunk is made with."""
+
+    pipe: Any
+    denoiser: nn.Module
+    settings: dict[str, Any]
+    call: dict[str, Any]
+    images: np.ndarray | None
+
+
+def _fill(
+    run: _Run, store: RunFolder, targets: Tensor, force: bool, progress: bool | None
+) -> list[str]:
+    """Write the chunks that are not there yet; return the names of all."""
+    settings = run.settings
+    size, steps = settings["batch_size"], settings["steps"]
+    files = {_file(first, size): first for first in range(0, len(targets), size)}
+    missing = [name for name in files if not _is_whole(store, name, settings, force)]
+    if missing:
+        # From here on the index would promise more than the folder holds.
+        index_of(store.path).unlink(missing_ok=True)
+    hidden = None if progress is None else not progress
+    with tqdm(total=steps * len(missing), desc="trace", unit="call", disable=hidden) as bar:
+        for name in missing:
+            first = files[name]
+            batch = targets[first : first + size]
+            tensors, details = _record(run, batch, first, bar)
+            store.write_safetensors(name, tensors, details)
+    return list(files)
+
+
+def _file(first: int, batch_size: int) -> str:
+    return f"chunk-{first // batch_size:05d}.safetensors"
+
+
+def _record(
+    run: _Run, targets: Tensor, first: int, bar: tqdm
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Run one batch of chains; return the chunk's tensors and metadata."""
+    pipe, settings = run.pipe, run.settings
+    steps, seed = settings["steps"], settings["seed"] + first
+    indices = legacy_indices(targets, steps) if settings["legacy_pairing"] else targets
+    recorder = Recorder(pipe, indices, first, steps, seed, bar)
+    with recorder.listening(run.denoiser):
+        seeds = range(seed, seed + len(targets))
+        final = call_pipeline(
+            pipe, seeds, first=first, steps=steps, output_type="latent", **run.call
+        )
+    tensors, details = recorder.result()
+    if settings["legacy_pairing"]:
+        tensors = pair_as_released(tensors, targets, first, steps, final, recorder.calls)
+    else:
+        schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
+        tensors["x_t"] = replace_rows(
+            settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
+        )
+    details |= {"rows": len(tensors["t"]), "sha256": _digest(tensors), "settings": settings}
+    # One entry: safetensors writes several in random order, and equal traces should be equal files.
+    return tensors, {_METADATA: _json(details)}
+
+
+def deal_targets(law: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
+    """Draw chains * picks step indices from the law and deal them to the chains.
+
+    The draws are sorted and dealt like cards: each chain gets times from all over the law, and
+    the same index twice only if more than `chains` draws fell on it.
+
+    Returns:
+        (chains, picks) int64 in [0, steps), ascending along picks.
+    """
+    # Not the generator of chain 0, whose numbers become its noise.
+    generator = Generator().manual_seed(seed ^ 0x5EED_7157)
+    drawn = law.sample(chains * picks, steps, generator)
+    return drawn.sort().values.view(picks, chains).T.contiguous()
+
+
+def _identity(
+    pipe: Any,
+    denoiser: nn.Module,
+    call: dict[str, Any],
+    model_hash: str | None,
+    num_train_timesteps: int | None,
+) -> dict[str, Any]:
+    """Describe what is traced, in JSON types."""
+    return {
+        "format": _FORMAT,
+        "model": model_hash or model_digest(denoiser),
+        "dtype": str(next(denoiser.parameters()).dtype),
+        "pipeline": type(pipe).__name__,
+        "scheduler": _plain({"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}),
+        "arguments": _plain(call),
+        "num_train_timesteps": num_train_timesteps
+        or int(pipe.scheduler.config.num_train_timesteps),
+    }
+
+
+def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool) -> bool:
+    """Return whether a chunk is there and undamaged; refuse one with other settings."""
+    if not store.has(name):
+        return False
+    try:
+        tensors, metadata = read_tensors(store / name)
+        details = json.loads(metadata[_METADATA])
+    except (QuantempoError, KeyError, json.JSONDecodeError):
+        # Torn, or not ours: made again; the progress bar shows it.
+        return False
+    old = details["settings"]
+    differing = [key for key in settings if _json(old.get(key)) != _json(settings[key])]
+    if differing and not force:
+        changes = "; ".join(
+            f"{key} {_short(old.get(key))}, now {_short(settings[key])}" for key in differing
+        )
+        raise QuantempoError(
+            f"{store.path} holds a trace with other settings ({changes}); "
+            "choose another folder, delete this one, or force"
+        )
+    return not differing and details["sha256"] == _digest(tensors)
+
+
+def _finish(
+    store: RunFolder,
+    names: Sequence[str],
+    settings: dict[str, Any],
+    targets: Tensor,
+    density: Tensor,
+) -> None:
+    """Write the index, whose presence means that the trace is complete."""
+    chunks, found = [], []
+    for name in names:
+        with safe_open(store / name, framework="pt") as stream:
+            details = json.loads(stream.metadata()[_METADATA])
+            details["tensors"] = sorted(stream.keys())
+        chunks.append({"file": name, "rows": details["rows"], "sha256": details["sha256"]})
+        common = ("sample_name", "timestep_name", "constants", "tensors")
+        found.append({key: details[key] for key in common})
+        if found[-1] != found[0]:
+            raise QuantempoError(CHANGES.format(name="between batches"))
+    info = {
+        "settings": settings,
+        "seeds": [settings["seed"] + chain for chain in range(settings["chains"])],
+        "target_steps": targets.tolist(),
+        "density": density.tolist(),
+        **found[0],
+        "chunks": chunks,
+    }
+    index = index_of(store.path)
+    RunFolder(index.parent).write_json(index.name, info)
+    # A forced rerun with larger batches leaves chunks of the old trace behind.
+    for file in store.path.glob("chunk-*.safetensors"):
+        if file.name not in names:
+            file.unlink()
+
+
+def _law(law: Any) -> dict[str, Any]:
+    names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
+    if type(law) not in names:
+        raise QuantempoError(f"{type(law).__name__} is not a registered time sampler; register it")
+    return {"name": names[type(law)], **asdict(law)}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        # numpy knows no bfloat16, but bytes of any dtype.
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Describe settings in JSON types: tensors by their hash, private keys of configs left out."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(item) for k, item in value.items() if not str(k).startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return f"tensor {_digest({'': value})}"
+    # JSON has no infinity (lambda_min_clipped of DPM-Solver).
+    finite = isinstance(value, float) and math.isfinite(value)
+    if finite or value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    text = _json(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,3 @@
+"""Write packed models as diffusers folders and load them again."""
+
+__all__: list[str] = []

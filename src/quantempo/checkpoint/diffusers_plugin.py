@@ -1,0 +1,283 @@
+"""Register quantempo with diffusers, so that `from_pretrained` just loads.
+
+On disk a quantized model is an ordinary diffusers folder: safetensors plus `quantization_config`
+in the component's config.json. Two public dictionaries of diffusers are extended at import; no
+class is patched. This file and `models/` are the only ones that import diffusers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import sites
+from quantempo.models.variance import has_learned_variance
+from quantempo.quantized import (
+    CLOCK_NAME,
+    Int12Linear,
+    LayerPlan,
+    QLayer,
+    SiteQuantizer,
+    install_clock,
+    install_deltas,
+    install_sites,
+    restore_int8_attention,
+    swap_layers,
+)
+from quantempo.quantized.correction import OutputCorrection, find_correction, install_correction
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QuantempoConfig",
+    "QuantempoQuantizer",
+    "mark_quantized",
+    "register",
+]
+
+log = logging.getLogger("quantempo")
+
+# 2: weights of at most 4 bits two to a byte, activations below 8 bits.
+FORMAT_VERSION = 2
+_OURS = (QLayer, Int12Linear, SiteQuantizer, OutputCorrection)
+
+
+class _Method(str, Enum):  # noqa: UP042
+    # diffusers reads `.value` of a quantization method; a plain string would not do.
+    QUANTEMPO = "quantempo"
+
+
+class QuantempoConfig(QuantizationConfigMixin):
+    """What `quantization_config` in config.json holds; JSON types only.
+
+    Args:
+        recipe: the resolved recipe.
+        int12: name -> reason of float layers whose weights are stored in 12 bits.
+        float_layers: name -> reason of layers left in float.
+        segments: name -> input channels of each segment, where there is more than one.
+        buckets: name -> number of time buckets, where there is more than one.
+        bits: name -> [weight bits, activation bits], where they are not [8, 8].
+        num_train_timesteps: length T of the clock's table.
+        per_unit: training time-steps in one unit of the network's time.
+        sites: names of quantized sites of the sampler.
+        correction: arguments of the `OutputCorrection` around the network, {} for none.
+        delta: {"bits": name -> bits of changes, "buckets": columns of the rates, "refresh": a whole
+            step every so many}, {} for none.
+        attention: names of the attention blocks whose products are 8-bit integers.
+        hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
+            model; "recipe".
+        format_version: of this layout; a newer one is refused.
+        version: of the library that wrote it.
+    """
+
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        int12: dict[str, str] | None = None,
+        float_layers: dict[str, str] | None = None,
+        segments: dict[str, list[int]] | None = None,
+        buckets: dict[str, int] | None = None,
+        bits: dict[str, list[int]] | None = None,
+        num_train_timesteps: int = 1000,
+        per_unit: float = 1.0,
+        sites: list[str] | None = None,
+        correction: dict[str, Any] | None = None,
+        delta: dict[str, Any] | None = None,
+        attention: list[str] | None = None,
+        hashes: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        version: str = "",
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = _Method.QUANTEMPO
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise QuantempoError(
+                f"this checkpoint has format_version {format_version}; this quantempo reads up to "
+                f"{FORMAT_VERSION}; upgrade quantempo"
+            )
+        unknown.pop("quant_method", None)
+        if unknown:
+            warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
+        self.recipe, self.int12 = recipe or {}, int12 or {}
+        self.float_layers, self.segments = float_layers or {}, segments or {}
+        self.buckets, self.bits = buckets or {}, bits or {}
+        self.num_train_timesteps = num_train_timesteps
+        self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
+        self.correction = correction or {}
+        self.delta, self.attention = delta or {}, attention or []
+        self.format_version, self.version = format_version, version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON types."""
+        return {**self.__dict__, "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same as `to_dict`; diffusers logs it."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"QuantempoConfig(format_version={self.format_version}, recipe={self.recipe})"
+
+    def plans(self, denoiser: nn.Module) -> list[LayerPlan]:
+        """Return what each layer of the (float, maybe meta) denoiser becomes."""
+        plans = []
+        for site in sites(denoiser):
+            if site.name in self.float_layers:
+                plans.append(LayerPlan(site.name, "float", reason=self.float_layers[site.name]))
+            elif site.name in self.int12:
+                plans.append(LayerPlan(site.name, "int12", reason=self.int12[site.name]))
+            else:
+                segments = tuple(self.segments.get(site.name, ()))
+                buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
+                plans.append(LayerPlan(site.name, "int8", segments, buckets, None, *bits))
+        return plans
+
+
+class QuantempoQuantizer(DiffusersQuantizer):
+    """Rebuild the quantized modules of a saved denoiser while diffusers loads it."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._exact: dict[str, Tensor] = {}
+        self._ours: set[str] = set()
+        self._digests: dict[str, str] = {}
+        self._dtypes: set[torch.dtype] = set()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
+        clock = install_clock(model, table, config.per_unit)
+        swap_layers(model, config.plans(model), clock)
+        install_sites(model, config.sites)
+        if config.delta:
+            install_deltas(model, **config.delta)
+        restore_int8_attention(model, config.attention)
+        if config.correction:
+            install_correction(model, OutputCorrection(**config.correction))
+        self._ours = set(_quantized_state(model))
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep our tensors of one file (a shard or the whole) as they are on disk."""
+        # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
+        for name, tensor in state_dict.items():
+            self._digests[name] = _digest(tensor)
+            self._dtypes.add(tensor.dtype)
+            if name in self._ours:
+                self._exact[name] = tensor
+        return state_dict
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Left alone, diffusers fills what is missing with random numbers and logs a warning.
+        missing = sorted(set(model.state_dict()) - set(self._digests))
+        if missing:
+            raise QuantempoError(
+                f"the checkpoint lacks {len(missing)} tensors, the first is '{missing[0]}'; "
+                "it is damaged: save or fetch it again"
+            )
+        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        for name, tensor in self._exact.items():
+            owner, _, leaf = name.rpartition(".")
+            # A copy, so that the file is not kept mapped and may be overwritten.
+            model.get_submodule(owner)._buffers[leaf] = tensor.to(device).clone()
+        self._exact.clear()
+        if self.quantization_config.hashes.get("tensors") != _joined(self._digests):
+            raise QuantempoError(
+                "the tensors do not match the hash in config.json; the checkpoint is damaged or "
+                "was edited: save or fetch it again"
+            )
+        state = model.state_dict()
+        if {value.dtype for value in state.values()} != self._dtypes:
+            # Loaded in another precision: what a later save writes, its configuration first.
+            self.quantization_config.hashes["tensors"] = _state_digest(state)
+        sites = set(self.quantization_config.sites)
+        ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
+        for name in sorted(sites & ours):
+            log.warning("site %s acts on the scheduler: load with quantempo.open_model", name)
+        for name in set(getattr(find_correction(model), "options", ())) - {"affine"}:
+            log.warning("correction.%s acts on the scheduler: use quantempo.open_model", name)
+        # Not above: this module is imported while diffusers itself is, and engines know its models.
+        from quantempo.engines.select import attach_lazily
+
+        attach_lazily(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Add nothing to the header of a file; config.json holds all there is to say."""
+        # No entry of ours in the header: safetensors writes several (diffusers has one) in random
+        # order, and equal models should be equal files.
+        return state_dict, {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        raise QuantempoError("dequantize is not supported; load the float checkpoint instead")
+
+    @property
+    def is_serializable(self) -> bool:
+        """Saving keeps the integers."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integers take no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Layers are plain modules with buffers."""
+        return True
+
+
+def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the named buffers that belong to quantized modules and the clock."""
+    state = {f"{CLOCK_NAME}.bucket_of": model.get_buffer(f"{CLOCK_NAME}.bucket_of")}
+    for prefix, module in model.named_modules():
+        if isinstance(module, _OURS):
+            for name, value in module.named_buffers(recurse=False):
+                state[f"{prefix}.{name}"] = value
+    return state
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _joined(digests: dict[str, str]) -> str:
+    text = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _state_digest(state: dict[str, Tensor]) -> str:
+    return _joined({name: _digest(value) for name, value in state.items()})
+
+
+def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
+    """Make `save_pretrained` write the configuration beside the weights."""
+    config.hashes["tensors"] = _state_digest(denoiser.state_dict())
+    denoiser.is_quantized = True
+    denoiser.quantization_method = config.quant_method
+    denoiser.hf_quantizer = QuantempoQuantizer(config)
+    denoiser.register_to_config(quantization_config=config.to_dict())
+
+
+def register() -> None:
+    """Add quantempo to the quantizers diffusers knows; safe to call again."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("quantempo", QuantempoConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault("quantempo", QuantempoQuantizer)
+
+
+register()

@@ -1,0 +1,60 @@
+"""The whole main line on the bundled model, as `quantempo demo` and `make demo` run it.
+
+load -> trace -> calibrate -> search -> round -> pack -> run -> evaluate -> report, with every
+number it claims measured on the spot and written to `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from quantempo.bench.run import bench_run
+from quantempo.pipeline import quality
+from quantempo.pipeline import stages as pipeline
+from quantempo.report import render
+
+__all__ = ["DEMO_MODEL", "run_demo"]
+
+log = logging.getLogger("quantempo")
+
+DEMO_MODEL = Path(str(files("quantempo"))) / "data" / "ddpm-cifar10-9m"
+
+
+def run_demo(run: str | Path = "runs/demo", *, images: int = 64, force: bool = False) -> dict:
+    """Quantize, sample, score, time and report the bundled model; return the metrics.
+
+    Args:
+        run: run folder; a killed demo resumes in it.
+        images: pairs of images, DDIM 50 steps.
+        force: redo what other settings made.
+    """
+    start = time.perf_counter()
+    session = pipeline.load(DEMO_MODEL, run, "w8a8", force=force)
+    pipeline.finish(session)
+    metrics = quality.evaluate(session, images=images)
+    log.info(
+        "PSNR of int8 against float: %.1f dB mean, %.1f dB p05 (%d images, engine %s)",
+        metrics["psnr_db_mean"],
+        metrics["psnr_db_p05"],
+        images,
+        metrics["engine"],
+    )
+    bench_run(session, batches=[8], rounds=7)
+    metrics = session.run.read_json("metrics.json")
+    metrics["total_seconds"] = round(time.perf_counter() - start, 1)
+    metrics["peak_rss_bytes"] = peak_rss_bytes()
+    session.run.write_json("metrics.json", metrics)
+    log.info("report: %s", render(session.run.path))
+    return metrics
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024

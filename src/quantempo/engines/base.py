@@ -1,0 +1,170 @@
+"""Backends: what turns one quantized layer into a callable on tensors.
+
+    y = s_a[t] * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
+    q_a = clamp(round(x / s_a) + z, 0, qmax)        qmax = 255, or less below 8 bits
+
+A backend sees one layer; an engine (`engine.py`) attaches backends, or something larger, to a whole
+denoiser. The integer sums of all backends are equal; only the float epilogue has a tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from quantempo.errors import QuantempoError
+from quantempo.quantized import QConv2d, QLayer, StepClock
+from quantempo.registry import Registry
+
+__all__ = [
+    "BACKENDS",
+    "MAX_TERMS",
+    "Backend",
+    "Grids",
+    "Kernel",
+    "bucket_rows",
+    "channel_dim",
+    "run_per_bucket",
+    "too_many_terms",
+]
+
+Kernel = Callable[[Tensor], Tensor]
+
+# Terms that an int32 holds whatever they are: |q_a - z| <= 255, |q_w| <= 127.
+MAX_TERMS = (2**31 - 1) // (255 * 127)
+
+
+class Backend(Protocol):
+    """What every backend offers.
+
+    A kernel reads the layer's integers and scales once, at its first call: lower the layer again
+    after changing them.
+    """
+
+    name: str
+
+    def missing(self) -> str | None:
+        """Return why it cannot run here (one clause), or None."""
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer (one clause), or None."""
+
+    def lower(self, layer: QLayer) -> Kernel:
+        """Return a callable from the layer's float input to its output, same dtype.
+
+        Raises:
+            QuantempoError: `missing` or `unsupported` has a reason.
+        """
+
+
+BACKENDS: Registry[Backend] = Registry("backend")
+
+
+def too_many_terms(layer: QLayer) -> str | None:
+    """Return a reason if the sums of a layer could leave int32: more than 66,311 terms."""
+    terms = layer.weight_codes[0].numel()
+    if terms > MAX_TERMS:
+        return f"{terms} products in a sum may overflow int32; at most {MAX_TERMS} are safe"
+    return None
+
+
+def channel_dim(layer: QLayer) -> int:
+    """Return the dimension of a layer's input that holds the channels."""
+    return 1 if isinstance(layer, QConv2d) else -1
+
+
+class Grids:
+    """The activation grids of a layer as Python numbers, because oneDNN takes them as such.
+
+    Args:
+        layer: its act_scale (S, G) and act_zero_point (S,) are read once, here.
+    """
+
+    def __init__(self, layer: QLayer) -> None:
+        self.clock = layer.clock
+        self.segments = layer.segments
+        self.scales: list[list[float]] = layer.act_scale.tolist()
+        self.zero_points: list[int] = layer.act_zero_point.tolist()
+        self.buckets = layer.act_scale.shape[1]
+        self.qmax = layer.act_qmax
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Grids)
+            and self.scales == other.scales
+            and self.zero_points == other.zero_points
+            and self.qmax == other.qmax
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def column(self, bucket: int) -> int:
+        """Return the column of the scale table for a time bucket."""
+        return bucket if self.buckets > 1 else 0
+
+    def of(self, bucket: int, segment: int) -> tuple[float, int, int]:
+        """Return (scale, zero_point, qmax) of a segment in a time bucket."""
+        return self.scales[segment][self.column(bucket)], self.zero_points[segment], self.qmax
+
+
+_rows: WeakKeyDictionary[StepClock, tuple[Tensor, int, dict[int, Tensor]]] = WeakKeyDictionary()
+
+
+def bucket_rows(clock: StepClock) -> int | dict[int, Tensor]:
+    """Return the current time bucket, or bucket -> (n,) rows of it when the batch mixes several.
+
+    Worked out once for each forward: every layer asks.
+    """
+    bucket = clock.bucket
+    known = _rows.get(clock)
+    if known is None or known[0] is not bucket:
+        values = sorted(set(bucket.reshape(-1).tolist()))
+        mixed = {} if len(values) == 1 else {v: (bucket == v).nonzero()[:, 0] for v in values}
+        known = _rows[clock] = (bucket, values[0], mixed)
+    return known[2] or known[1]
+
+
+def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Return run(bucket, *inputs), called once for each time bucket in the batch.
+
+    Args:
+        clock: of the denoiser.
+        run: its inputs and output have the batch first.
+        inputs: (B', ...), B' a multiple of the clock's batch; None is passed on.
+
+    Raises:
+        QuantempoError: B' is no such multiple.
+    """
+    buckets = bucket_rows(clock)
+    if isinstance(buckets, int):
+        return run(buckets, *inputs)
+    first = next(x for x in inputs if x is not None)
+    repeat, rest = divmod(first.shape[0], clock.bucket.shape[0])
+    if rest:
+        raise QuantempoError(
+            f"got {len(clock.bucket)} time-steps for a layer input of {len(first)} rows; "
+            "expected a multiple"
+        )
+    output: Tensor | None = None
+    for bucket, rows in buckets.items():
+        # Row i of the clock stands for rows i * repeat ... of the layer's input.
+        index = (rows[:, None] * repeat + torch.arange(repeat)).reshape(-1)
+        part = run(bucket, *(None if x is None else _take(x, index) for x in inputs))
+        if output is None:
+            output = part.new_empty((first.shape[0], *part.shape[1:]))
+            if part.ndim == 4:
+                output = output.contiguous(memory_format=torch.channels_last)
+        output[index] = part
+    assert output is not None
+    return output
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Return x[rows] in the layout of x."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)

@@ -1,0 +1,256 @@
+"""Record a denoiser as CUDA graphs, one for each shape of its inputs.
+
+A forward of a U-Net is hundreds of launches; for small batches the CPU cannot make them as fast as
+the GPU runs them. A graph is one launch. It holds the whole call, the hook that sets the step clock
+included, so every time-step is served by the same graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from quantempo.models.layers import timestep_of
+from quantempo.quantized import DELTA, features_of, quantized_layers
+
+__all__ = ["Graphed", "graphed", "signature"]
+
+log = logging.getLogger("quantempo")
+
+# Eager calls before a recording: lazily made constants, autotuning, libraries that load.
+_WARMUP = 2
+
+
+def graphed(denoiser: Callable[..., Any], warmup: int = _WARMUP) -> Graphed:
+    """Return a module that calls a denoiser through CUDA graphs.
+
+    Args:
+        denoiser: a denoiser with its engine attached, compiled or not, or any function of tensors
+            that waits for no value of theirs.
+        warmup: eager calls before each recording, at least 1.
+    """
+    return Graphed(denoiser, warmup)
+
+
+def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
+    """Return what a recording depends on: structure, shapes, dtypes, devices, other values.
+
+    Args:
+        value: arguments, nested in tuples, lists and dicts.
+        tensors: gets the tensors in it, in order.
+
+    Returns:
+        Something hashable, if all values that are no tensors are.
+    """
+    if isinstance(value, Tensor):
+        if tensors is not None:
+            tensors.append(value)
+        return Tensor, tuple(value.shape), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return type(value), tuple(signature(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return dict, tuple((key, signature(item, tensors)) for key, item in value.items())
+    # The type too: 1, 1.0 and True are equal.
+    return type(value), value
+
+
+@dataclass(frozen=True)
+class _Recording:
+    graph: Any
+    inputs: list[Tensor]
+    output: Any
+
+
+class Graphed(nn.Module):
+    """Replay a denoiser's calls on a GPU; on other devices, or with gradients, call it.
+
+    The first call of a signature (`signature` of the arguments) runs eagerly, then is recorded;
+    later ones copy their inputs in, replay, and copy the outputs out. Weights are read where they
+    are: after moving the model or attaching an engine, recordings are dropped by themselves; after
+    any other change call `clear`. Attributes are those of the denoiser.
+
+    Replays of all networks of a process follow each other, on one stream: they share memory.
+
+    A network with delta layers keeps one recording, that of the last signature: its state is kept
+    for one shape.
+    """
+
+    def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.warmup = max(1, warmup)
+        self._recordings: dict[Any, _Recording | None] = {}
+        self._pool: Any = None
+        self._watched: Any = None
+        self._seen: Any = None
+        self._told: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "denoiser":
+                raise
+            return getattr(self.denoiser, name)
+
+    def clear(self) -> None:
+        """Drop all recordings."""
+        self._recordings, self._pool = {}, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphed:
+        # Recordings stay with the tensors that they read.
+        return Graphed(copy.deepcopy(self.denoiser, memo), self.warmup)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the denoiser returns."""
+        device = _cuda_device((args, kwargs))
+        if device is None or torch.compiler.is_compiling():
+            return self.denoiser(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._tell("it was called with gradients enabled; use torch.no_grad()")
+            return self.denoiser(*args, **kwargs)
+        args, kwargs = _with_timestep(args, kwargs, device)
+        tensors: list[Tensor] = []
+        key = (signature((args, kwargs), tensors), _mode())
+        self._check()
+        try:
+            known = key in self._recordings
+        except TypeError as error:
+            self._tell(f"an argument cannot be compared ({error})")
+            return self.denoiser(*args, **kwargs)
+        if not known:
+            self._recordings[key] = self._record(args, kwargs, device)
+        recording = self._recordings[key]
+        if recording is None:
+            return self.denoiser(*args, **kwargs)
+        for static, tensor in zip(recording.inputs, tensors, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        recording.graph.replay()
+        # The next replay writes where this one did.
+        return tree_map_only(Tensor, torch.clone, recording.output)
+
+    def _check(self) -> None:
+        """Drop what was recorded with other kernels, or with weights elsewhere in memory."""
+        if not isinstance(self.denoiser, nn.Module):
+            return
+        if self._watched is None:
+            object.__setattr__(self, "_watched", _sample(self.denoiser))
+        layer, places = self._watched
+        now = (
+            None if layer is None else layer.kernel,
+            tuple(getattr(module, name).data_ptr() for module, name in places),
+        )
+        if self._seen is not None and (now[0] is not self._seen[0] or now[1] != self._seen[1]):
+            self.clear()
+        object.__setattr__(self, "_seen", now)
+
+    def _record(self, args: Any, kwargs: Any, device: torch.device) -> _Recording | None:
+        """Return a recording of this call, or None if it cannot be captured."""
+        if isinstance(self.denoiser, nn.Module) and DELTA in features_of(self.denoiser):
+            # Another shape replaces the state that the graphs before read.
+            self.clear()
+        inputs: list[Tensor] = []
+        with torch.inference_mode(False):
+            args, kwargs = _copied((args, kwargs), inputs)
+        try:
+            with torch.cuda.device(device):
+                graph, output = self._capture(args, kwargs)
+        except RuntimeError as error:
+            # Of several lines, the first says what it was.
+            self._tell(f"it cannot be captured: {(str(error).splitlines() or ['no reason'])[0]}")
+            return None
+        return _Recording(graph, inputs, output)
+
+    def _capture(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the graph of a call and what the call returned, after calls to warm up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.warmup):
+                self.denoiser(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            # One for all: a replay has no use for what another left.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = self.denoiser(*args, **kwargs)
+        return graph, output
+
+    def _tell(self, reason: str) -> None:
+        """Warn once about each reason for which calls run eagerly."""
+        if reason not in self._told:
+            log.warning("no CUDA graph of the denoiser, it runs eagerly: %s", reason)
+            self._told.add(reason)
+
+
+def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
+    """Return an integer layer, and a few tensors by which a move of the network is noticed.
+
+    Looking at all of them would take longer than replaying a small graph.
+    """
+    layer = next((layer for _, layer in quantized_layers(denoiser)), None)
+    owned = [
+        (module, name)
+        for module in denoiser.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    ]
+    return layer, owned[:: max(1, len(owned) // 8)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    signature(value, found)
+    yield from found
+
+
+def _cuda_device(arguments: Any) -> torch.device | None:
+    """Return the device of the first tensor on a GPU, or None."""
+    return next((t.device for t in _tensors(arguments) if t.device.type == "cuda"), None)
+
+
+def _mode() -> tuple[Any, ...]:
+    """Return what else a recording depends on: a forward may compute in another type under it."""
+    autocast = torch.is_autocast_enabled("cuda")
+    return autocast, torch.get_autocast_dtype("cuda") if autocast else None
+
+
+def _with_timestep(args: Any, kwargs: Any, device: torch.device) -> tuple[Any, Any]:
+    """Return the arguments with the time-step as a tensor on the device.
+
+    A number would be part of the recording; from the CPU it would be copied during one.
+    """
+    if "timestep" not in kwargs and len(args) < 2:
+        return args, kwargs
+    timestep = timestep_of(args, kwargs)
+    if isinstance(timestep, Tensor) and timestep.device.type == "cpu" and timestep.ndim == 0:
+        timestep = timestep.item()
+    if isinstance(timestep, int | float) and not isinstance(timestep, bool):
+        dtype = torch.float32 if isinstance(timestep, float) else torch.int64
+        # Filled by a launch: nothing waits, as it would for a copy.
+        timestep = torch.full((), timestep, dtype=dtype, device=device)
+    elif isinstance(timestep, Tensor):
+        timestep = timestep.to(device)
+    if "timestep" in kwargs:
+        return args, {**kwargs, "timestep": timestep}
+    return (args[0], timestep, *args[2:]), kwargs
+
+
+def _copied(value: Any, inputs: list[Tensor]) -> Any:
+    """Return the arguments with copies of the tensors, and list these."""
+    if isinstance(value, Tensor):
+        inputs.append(value.detach().clone())
+        return inputs[-1]
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item, inputs) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item, inputs) for key, item in value.items()}
+    return value

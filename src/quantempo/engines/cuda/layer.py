@@ -1,0 +1,167 @@
+"""Int8 layers on a GPU through the operators of `kernels.ops`.
+
+One layer at a time; `fused_gpu` joins them. Eagerly a layer is two launches: quantize, multiply.
+Inside a compiled network its input is quantized by plain operations, which the compiler joins with
+what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from quantempo.engines.base import BACKENDS, Kernel, too_many_terms
+from quantempo.engines.cuda.operands import ALIGNED, FLOATS, Operands, quantize, quantize_rows
+from quantempo.errors import QuantempoError
+from quantempo.quantized import QConv2d, QLayer
+
+__all__ = ["TritonBackend", "TritonKernel"]
+
+log = logging.getLogger("quantempo")
+
+_CAPABILITY = (8, 0)
+# The first with all that the kernels import; 3.6 is what they were measured with.
+_TRITON = (3, 4)
+
+
+class TritonBackend:
+    """Run each layer as one int8 kernel on NVIDIA GPUs from compute capability 8.0 on."""
+
+    name = "triton"
+
+    def missing(self) -> str | None:
+        """Return why the kernels cannot be used here, or None."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        found = metadata.version("triton")
+        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+            return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < _CAPABILITY:
+            return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
+        return None
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer, or None."""
+        out = layer.weight_shape[0]
+        for channels in (*layer.segments, out):
+            if channels % ALIGNED:
+                what = "output" if channels == out else "input"
+                return f"{channels} {what} channels are no multiple of {ALIGNED}"
+        shape = _unsupported_shape(layer) if isinstance(layer, QConv2d) else None
+        return shape or too_many_terms(layer)
+
+    def lower(self, layer: QLayer) -> Kernel:
+        """Return the layer's kernel; see `Backend`."""
+        reason = self.missing() or self.unsupported(layer)
+        if reason is not None:
+            raise QuantempoError(f"backend 'triton' cannot take this layer: {reason}")
+        return TritonKernel(layer)
+
+
+def _unsupported_shape(layer: QConv2d) -> str | None:
+    """Return why the operators have no such convolution, or None."""
+    kernel = layer.kernel_size
+    if kernel not in ((1, 1), (3, 3)):
+        return f"its kernel is {kernel[0]}x{kernel[1]}; 1x1 and 3x3 can be run"
+    if layer.groups != 1:
+        return f"it has {layer.groups} groups; 1 can be run"
+    if layer.dilation != (1, 1):
+        return f"its dilation is {layer.dilation}; 1 can be run"
+    if layer.stride not in ((1, 1), (2, 2)):
+        return f"its stride is {layer.stride}; 1 and 2 can be run"
+    most = kernel[0] // 2
+    if max(layer.padding) > most:
+        return f"its border is {layer.padding} pixels; at most {most} can be run"
+    return None
+
+
+@functools.cache
+def _say_slow() -> None:
+    log.warning(
+        "engine triton is attached and the model is on a CPU: the exact definition of its "
+        "operators runs, which is slow; attach an engine for CPUs"
+    )
+
+
+class TritonKernel:
+    """Run one layer; `operands` are made by `prepare`, or by the first call.
+
+    A layer of several segments is one launch where it is a 1x1 convolution (the others at the
+    side of the first), else one launch for each segment, added up in float32.
+    """
+
+    backend = "triton"
+
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+        self.operands: Operands | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Read the layer's integers and scales (again); outside of any trace."""
+        if self.layer.weight_scale.device != device:
+            raise QuantempoError(
+                f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
+                "move the model"
+            )
+        if device.type == "cpu":
+            _say_slow()
+        self.operands = Operands.of(self.layer)
+
+    def here(self, device: torch.device) -> Operands:
+        """Return the constants on this device.
+
+        Raises:
+            QuantempoError: they are not, inside a trace, which could not keep them.
+        """
+        if self.operands is None or self.operands.device != device:
+            if torch.compiler.is_compiling():
+                raise QuantempoError("the model was moved; attach the engine, then compile")
+            self.prepare(device)
+        assert self.operands is not None
+        return self.operands
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of x."""
+        operands = self.here(x.device)
+        dtype = x.dtype if x.dtype in FLOATS else torch.float32
+        if isinstance(self.layer, QConv2d):
+            y = _convolve(self.layer, operands, x, dtype)
+        else:
+            y = _multiply(operands, x, dtype).reshape(*x.shape[:-1], -1)
+        return y.to(x.dtype)
+
+
+def _convolve(layer: QConv2d, operands: Operands, x: Tensor, dtype: torch.dtype) -> Tensor:
+    sides = operands.sides
+    parts = zip(x.split(layer.segments, 1), operands.grids, strict=True)
+    codes = [quantize(part, grid) for part, grid in parts]
+    how = operands.shape | ({} if sides is None else sides.arguments(codes[1:]))
+    launches = codes if sides is None else codes[:1]
+    y: Tensor | None = None
+    for i, main in enumerate(launches[:-1]):
+        y = operands.conv(main, torch.float32, i, residual=y, **how)
+    final = len(launches) - 1
+    return operands.conv(launches[-1], dtype, final, residual=y, bias=operands.bias, **how)
+
+
+def _multiply(operands: Operands, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (M, O)."""
+    parts = zip(x.split(operands.layer.segments, -1), operands.grids, strict=True)
+    codes = [quantize_rows(part, grid) for part, grid in parts]
+    y: Tensor | None = None
+    for i, main in enumerate(codes[:-1]):
+        y = operands.gemm(main, torch.float32, i, residual=y)
+    return operands.gemm(codes[-1], dtype, len(codes) - 1, residual=y, bias=operands.bias)
+
+
+BACKENDS.register("triton")(TritonBackend())

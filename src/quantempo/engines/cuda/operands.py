@@ -1,0 +1,376 @@
+"""Integer layers as constants of the GPU operators, and quantization of their inputs.
+
+Everything that does not change between calls is made once for a device, outside of any trace, and
+kept as plain tensors: a compiler and a CUDA graph see constants at fixed addresses.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.kernels import layout, ops
+from quantempo.quantized import QConv2d, QLayer, StepClock
+
+__all__ = [
+    "Grid",
+    "Norm",
+    "Operands",
+    "Prepared",
+    "Sides",
+    "constant",
+    "last",
+    "operands_of",
+    "quantize",
+    "quantize_rows",
+    "rows_of",
+    "takes_images",
+]
+
+# Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
+ALIGNED = 16
+# Operands that a convolution takes at its side.
+MOST_SIDES = 2
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def constant(value: Tensor) -> Tensor:
+    """Return a tensor that compiled code may take to stay where it is, contiguous and detached."""
+    value = value.detach().contiguous()
+    # Else each replay of a graph that a compiler recorded would copy it, as it copies inputs.
+    torch._dynamo.mark_static_address(value)
+    return value
+
+
+def last(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) in channels_last memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return (B H W, C) of x (B, C, H, W) channels_last, a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class Grid:
+    """One activation grid, the operators' way.
+
+    Attributes:
+        scale, inverse: float32 (G,), and 1 / scale.
+        zero_point, qmax: of the unsigned codes.
+    """
+
+    def __init__(self, clock: StepClock, scale: Tensor, zero_point: int, qmax: int) -> None:
+        self.clock, self.zero_point, self.qmax = clock, zero_point, qmax
+        self.scale = constant(scale.clone())
+        self.inverse = constant(self.scale.reciprocal())
+
+    def same(self, other: Grid) -> bool:
+        """Return whether both give the same codes at all times; waits for the device."""
+        alike = self.zero_point == other.zero_point and self.qmax == other.qmax
+        return alike and torch.equal(self.scale, other.scale)
+
+    def traced(self, x: Tensor) -> Tensor:
+        """Return the int8 codes of x in operations that a compiler joins with those before."""
+        codes = torch.round(x.float() * self.clock.rows(self.inverse, x)) + self.zero_point
+        return (codes.clamp(0, self.qmax) - layout.OFFSET).to(torch.int8)
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Return int8 codes (B, C, H, W), channels_last; x floating, any layout.
+
+    clamp(rne(x (1 / s)) + z, 0, qmax) - 128, whether traced or not; on a GPU both may differ, by 1,
+    where the quotient is next to a tie.
+    """
+    if torch.compiler.is_compiling():
+        return last(grid.traced(x))
+    x = last(x if x.dtype in FLOATS else x.float())
+    codes, _, _ = ops.gn_act_quant(
+        x,
+        bucket=grid.clock.bucket,
+        scale=grid.scale,
+        zero_point=grid.zero_point,
+        qmax=grid.qmax,
+    )
+    return codes
+
+
+def quantize_rows(x: Tensor, grid: Grid) -> Tensor:
+    """Return int8 codes (M, K), contiguous, of x (..., K) floating; see `quantize`."""
+    width = x.shape[-1]
+    if torch.compiler.is_compiling():
+        return grid.traced(x).reshape(-1, width).contiguous()
+    # As images one pixel wide, so that rows find their time bucket: (B, K, rows, 1).
+    images = x.reshape(1 if x.ndim == 1 else x.shape[0], -1, 1, width).permute(0, 3, 1, 2)
+    return rows_of(quantize(images, grid))
+
+
+class Norm:
+    """An affine group normalisation; gamma, beta float32 (C,)."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.gamma, self.beta = constant(norm.weight.float()), constant(norm.bias.float())
+
+    def __call__(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        *,
+        bucket: Tensor,
+        silu: bool,
+        grid: Grid | None = None,
+        sides: Sides | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the codes (floats without a grid) of the normalised torch.cat([x, skip], 1).
+
+        And the codes of x and skip themselves, as `sides` reads them. All (B, C, H, W).
+        """
+        how: dict[str, Any] = {}
+        if grid is not None:
+            how = {"scale": grid.scale, "zero_point": grid.zero_point, "qmax": grid.qmax}
+        if sides is not None:
+            how["raw_scales"] = sides.scales
+            how |= {"raw_zero_points": sides.zero_points, "raw_qmax": sides.qmax}
+        y, *raws = ops.gn_act_quant(
+            x,
+            skip,
+            bucket=bucket,
+            gamma=self.gamma,
+            beta=self.beta,
+            groups=self.groups,
+            eps=self.eps,
+            silu=silu,
+            **how,
+        )
+        return y, raws[: 0 if sides is None else len(sides.weights)]
+
+
+class Sides:
+    """A 1x1 convolution of one or two images, added to the sums of another convolution.
+
+    Args:
+        layer: its first segment serves every image if it has only one.
+        widths: channels of each image.
+        skip: images at the front that are not part of it.
+    """
+
+    def __init__(self, layer: QConv2d, widths: tuple[int, ...], skip: int = 0) -> None:
+        rows = [min(i, len(layer.segments) - 1) for i in range(len(widths))][skip:]
+        zero_points: list[int] = layer.act_zero_point.tolist()
+        self.zero_points = [zero_points[row] for row in rows]
+        self.qmax, self.scales = layer.act_qmax, constant(layer.act_scale[rows])
+        parts = layer.weight_codes.flatten(1).split(widths, 1)[skip:]
+        self.weights = [constant(part) for part in parts]
+        tables = [layout.row_table(*pair) for pair in zip(parts, self.zero_points, strict=True)]
+        self.table = constant(torch.stack(tables))
+        self.weight_scale = constant(layer.weight_scale)
+
+    def codes_of(self, x: Tensor, skip: Tensor | None, bucket: Tensor) -> list[Tensor]:
+        """Return the codes of the images alone, as `Norm` returns them beside its own."""
+        _, *raws = ops.gn_act_quant(
+            x, skip, bucket=bucket, raw_scales=self.scales, raw_zero_points=self.zero_points,
+            raw_qmax=self.qmax,
+        )  # fmt: skip
+        return raws[: len(self.weights)]
+
+    def arguments(self, codes: list[Tensor]) -> dict[str, Any]:
+        """Return what `ops.qconv2d` is given of the codes (B, C_i, H, W) of each image."""
+        return {
+            "side_codes": codes,
+            "side_weights": self.weights,
+            "side_scales": self.scales,
+            "side_weight_scale": self.weight_scale,
+            "side_table": self.table,
+        }
+
+
+class Operands:
+    """What the operators are given of one layer, an operand for each segment of its input.
+
+    Attributes:
+        weights: int8, (O, taps, C_i) of convolutions, (O, K_i) of linear layers.
+        tables: int32 (16, O) or (O,).
+        grids: one for each segment.
+        weight_scale, bias: float32 (O,); bias may be None.
+        sides: all segments but the first, of a 1x1 convolution of several; else None.
+    """
+
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+        self.device = layer.weight_scale.device
+        if self.device.type == "meta":
+            raise QuantempoError("got a layer without data; load its weights, then attach")
+        zero_points: list[int] = layer.act_zero_point.tolist()
+        self.grids = [
+            Grid(layer.clock, scale, zero, layer.act_qmax)
+            for scale, zero in zip(layer.act_scale, zero_points, strict=True)
+        ]
+        codes = layer.weight_codes
+        width = layer.segments if len(layer.segments) > 1 else (codes.shape[1],)
+        parts = codes.split(width, 1)
+        if isinstance(layer, QConv2d):
+            self.weights = [constant(layout.conv_weight(part)) for part in parts]
+            tables = [layout.border_table(*pair) for pair in zip(parts, zero_points, strict=True)]
+            if len(parts) == 1 and layer.kernel_size != (1, 1):
+                # One copy in memory serves both: the layer's own is now a view of ours.
+                shape = (len(codes), *layer.kernel_size, -1)
+                layer.relayout(self.weights[0].view(shape).permute(0, 3, 1, 2))
+        else:
+            self.weights = [constant(part) for part in parts]
+            tables = [layout.row_table(*pair) for pair in zip(parts, zero_points, strict=True)]
+        self.tables = [constant(table) for table in tables]
+        self.weight_scale = constant(layer.weight_scale)
+        self.bias = None if layer.bias is None else constant(layer.bias)
+        self.sides: Sides | None = None
+        plain = isinstance(layer, QConv2d) and layer.kernel_size == layer.stride == (1, 1)
+        if plain and 1 < len(parts) <= 1 + MOST_SIDES:
+            self.sides = Sides(layer, layer.segments, skip=1)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What `conv` has to know of a convolution's own kernel, stride and border."""
+        layer = self.layer
+        assert isinstance(layer, QConv2d)
+        (top, left), kernel = layer.padding, layer.kernel_size[0]
+        return {"kernel": kernel, "stride": layer.stride[0], "border": (top, top, left, left)}
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: QLayer) -> Operands:
+        """Make the constants; never inference tensors, whoever calls first."""
+        with torch.inference_mode(False):
+            return cls(layer)
+
+    @classmethod
+    def joined(cls, layers: list[Operands]) -> Operands:
+        """Return linear layers that read the same codes as one, their outputs side by side."""
+        whole, first = copy.copy(layers[0]), layers[0].grids[0]
+        weight = constant(torch.cat([o.weights[0] for o in layers]))
+        parts = weight.split([len(o.weight_scale) for o in layers])
+        for operands, part in zip(layers, parts, strict=True):
+            # One copy in memory serves both: the layer's own is now a view of ours.
+            operands.weights = [constant(part)]
+            operands.layer.relayout(operands.weights[0])
+        biases = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
+        none = all(o.bias is None for o in layers)
+        whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))
+        whole.tables = [constant(layout.row_table(weight, first.zero_point))]
+        whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
+        return whole
+
+    def reads_the_same(self, other: Operands) -> bool:
+        """Return whether another layer, of one segment too, takes the same codes.
+
+        Waits for the device.
+        """
+        same_width = self.weights[0].shape[-1] == other.weights[0].shape[-1]
+        return same_width and self.grids[0].same(other.grids[0])
+
+    @classmethod
+    def together(cls, layers: list[Operands]) -> list[Operands]:
+        """Return linear layers that read the same input, joined if they share its codes.
+
+        Waits for the device.
+        """
+        alike = all(layers[0].reads_the_same(layer) for layer in layers[1:])
+        return [cls.joined(layers)] if alike else layers
+
+    def pixelwise(self) -> Operands:
+        """Return the linear layer that does what this layer does to each pixel or token.
+
+        The layer is linear, or a 1x1 convolution of one segment, stride 1; nothing is copied.
+        """
+        if not isinstance(self.layer, QConv2d):
+            return self
+        rows = copy.copy(self)
+        rows.weights = [constant(self.weights[0].flatten(1))]
+        # Every pixel is inside the image, where the first row of the table holds.
+        rows.tables = [constant(self.tables[0][0])]
+        return rows
+
+    def conv(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        part: int = 0,
+        table: Tensor | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """Return the convolution of one segment's codes, (B, O, H', W').
+
+        table: of another zero point than the segment's; `how`: of `ops.qconv2d`.
+        """
+        return ops.qconv2d(
+            codes,
+            self.weights[part],
+            self.grids[part].scale,
+            self.weight_scale,
+            self.tables[part] if table is None else table,
+            bucket=self.layer.clock.bucket,
+            out_dtype=dtype,
+            **how,
+        )
+
+    def gemm(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        part: int = 0,
+        table: Tensor | None = None,
+        grid: Grid | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """Return the product (M, O) of one segment's codes (M, K_i); else as `conv`.
+
+        grid: to get its int8 codes on this grid instead.
+        """
+        if grid is not None:
+            how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
+        return ops.qgemm(
+            codes,
+            self.weights[part],
+            self.grids[part].scale,
+            self.weight_scale,
+            self.tables[part] if table is None else table,
+            bucket=self.layer.clock.bucket,
+            out_dtype=dtype,
+            **how,
+        )
+
+
+def takes_images(x: Tensor) -> bool:
+    """Return whether x is one or more images of a type that the operators read."""
+    return x.dtype in FLOATS and x.ndim == 4
+
+
+def operands_of(layer: Any, device: torch.device) -> Operands:
+    """Return the constants of an integer layer, those that its own kernel uses."""
+    operands: Operands = layer.kernel.here(device)
+    return operands
+
+
+class Prepared:
+    """What all share: constants of one device, made when the engine is attached."""
+
+    device: torch.device | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the constants (again); outside of any trace."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepare(device)
+        self.device = device
+
+    def _prepare(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def here(self, x: Tensor) -> None:
+        """Make the constants if they are not on the device of x."""
+        if self.device != x.device:
+            if torch.compiler.is_compiling():
+                raise QuantempoError("the model was moved; attach the engine, then compile")
+            self.prepare(x.device)

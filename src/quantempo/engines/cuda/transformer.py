@@ -1,0 +1,225 @@
+"""Transformers inside a U-Net as few launches on a GPU, around int8 products.
+
+    transformer   gn_act_quant -> qgemm of pixel rows -> blocks -> qgemm + x
+    attention     LayerNorm, quantize -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
+    on a context  q alone; k and v of the context, of all layers in one qgemm, see `shared`
+    feed-forward  LayerNorm, quantize -> qgemm, value * gelu(gate), codes -> qgemm + x
+
+Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
+The last product of the last block writes the codes that the output projection reads. What is
+quantized in between is plain operations where a compiler joins them, see `operands.quantize`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantempo.engines.cuda.operands import (
+    FLOATS,
+    Grid,
+    Norm,
+    Operands,
+    Prepared,
+    constant,
+    last,
+    operands_of,
+    quantize_rows,
+    rows_of,
+    takes_images,
+)
+from quantempo.engines.cuda.per_forward import SharedContext
+from quantempo.models.fusion_transformer import (
+    TokenAttentionParts,
+    TransformerBlockParts,
+    TransformerParts,
+    plain_transformer,
+)
+
+__all__ = ["FusedTransformer", "FusedTransformerBlock"]
+
+
+class _LayerNorm:
+    """A LayerNorm in the type of its input, whatever that is: weights are kept in all of them."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.weights = {dtype: _as(norm.weight, dtype) for dtype in FLOATS}
+        self.biases = {dtype: _as(norm.bias, dtype) for dtype in FLOATS}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.weights[x.dtype], self.biases[x.dtype]
+        return F.layer_norm(x, self.shape, weight, bias, self.eps)
+
+
+def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else constant(value.to(dtype))
+
+
+class _TokenAttention(Prepared):
+    """x + attention(norm(x)) on tokens."""
+
+    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext | None) -> None:
+        self.parts = parts
+        self.contexts, self.index = None, 0
+        if contexts is not None and parts.cross:
+            self.contexts = contexts
+            self.index = next(i for i, a in enumerate(contexts.attentions) if a is parts)
+
+    def _prepare(self, device: torch.device) -> None:
+        parts = self.parts
+        self.norm, self.out = _LayerNorm(parts.norm), operands_of(parts.out, device)
+        q, k, v = (operands_of(layer, device) for layer in (parts.q, parts.k, parts.v))
+        self.of_tokens = [q] if parts.cross else Operands.together([q, k, v])
+        if self.contexts is not None and self.contexts.device != device:
+            self.contexts.prepare(device)
+
+    def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return (B, T, C); x alike, context (B, S, C') where the layer reads one."""
+        parts = self._project(self.norm(x), x.dtype)
+        if self.contexts is not None and context is not None:
+            parts += [self._heads(y) for y in self.contexts(self.index, context, x.dtype)]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return _add(self.out, quantize_rows(y, self.out.grids[0]), x)
+
+    def _project(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the projections of the tokens x (B, T, C), each (B, T, heads, dim)."""
+        found: list[Tensor] = []
+        for layer in self.of_tokens:
+            codes = quantize_rows(x, layer.grids[0])
+            y = layer.gemm(codes, dtype, bias=layer.bias)
+            parts = y.view(*x.shape[:2], -1, self.parts.q.out_features).unbind(2)
+            found += [self._heads(part) for part in parts]
+        return found
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.parts.heads, -1))
+
+
+def _add(layer: Operands, codes: Tensor, x: Tensor) -> Tensor:
+    """Return x + layer(codes), (B, T, C); codes (B T, K)."""
+    y = layer.gemm(codes, x.dtype, bias=layer.bias, residual=x.reshape(len(codes), -1))
+    return y.view(x.shape)
+
+
+class FusedTransformerBlock(Prepared):
+    """Attention layers and a gated feed-forward layer, each added to its input as it is written."""
+
+    def __init__(self, parts: TransformerBlockParts, contexts: SharedContext | None) -> None:
+        self.parts = parts
+        self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
+        self.cross = any(attention.cross for attention in parts.attentions)
+
+    def _prepare(self, device: torch.device) -> None:
+        for attention in self.attentions:
+            attention.prepare(device)
+        self.norm = _LayerNorm(self.parts.norm)
+        self.up, self.down = (operands_of(p, device) for p in (self.parts.up, self.parts.down))
+
+    def takes(self, x: Tensor, context: Any) -> bool:
+        """Return whether `run` can be given these."""
+        # A tuple holds the images of an adapter; a block for a context that gets none reads x.
+        fits = isinstance(context, Tensor) and context.ndim == 3 if self.cross else True
+        return x.dtype in FLOATS and x.ndim == 3 and fits
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the block on (B, T, C); the arguments are diffusers'."""
+        x, context = hidden_states, encoder_hidden_states
+        arguments = {"attention_mask": attention_mask, **kwargs}
+        if plain_transformer(arguments) and self.takes(x, context):
+            return self.run(x, context)
+        module = self.parts.module
+        arguments["encoder_hidden_states"] = context
+        y: Tensor = type(module).forward(module, _like(x, self.parts.norm.weight), **arguments)
+        return y.to(x.dtype)
+
+    def run(self, x: Tensor, context: Any, grid: Grid | None = None) -> Tensor:
+        """Return (B, T, C), or its codes on a grid, (B T, C) int8."""
+        self.here(x)
+        x = x.contiguous()
+        for attention in self.attentions:
+            x = attention(x, context if attention.parts.cross else None)
+        up, down = self.up, self.down
+        codes = quantize_rows(self.norm(x), up.grids[0])
+        codes = up.gemm(codes, x.dtype, bias=up.bias, activation="geglu", grid=down.grids[0])
+        if grid is None:
+            return _add(down, codes, x)
+        return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)
+
+
+def _like(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return x in the type of the network, which the stream between fused blocks need not have."""
+    return x if weight is None else x.to(weight.dtype)
+
+
+class FusedTransformer(Prepared):
+    """A transformer over the pixels of an image, whose projections read and write pixel rows.
+
+    Args:
+        blocks: the fused forward of each block, None where it is not fused.
+    """
+
+    # The blocks inside are fused, or not, on their own.
+    own = ("norm", "proj_in", "proj_out")
+
+    def __init__(self, parts: TransformerParts, blocks: list[Any]) -> None:
+        self.parts, self.blocks = parts, blocks
+
+    def _prepare(self, device: torch.device) -> None:
+        parts = self.parts
+        self.norm = Norm(parts.norm)
+        self.proj_in = operands_of(parts.proj_in, device).pixelwise()
+        self.proj_out = operands_of(parts.proj_out, device).pixelwise()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        timestep: Tensor | None = None,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the transformer on (B, C, H, W); the arguments are diffusers'."""
+        x, context = hidden_states, encoder_hidden_states
+        if args or not plain_transformer(kwargs) or not takes_images(x):
+            module, parts = self.parts.module, self.parts
+            given = (_like(x, parts.norm.weight), context, timestep, *args)
+            result = type(module).forward(module, *given, return_dict=False, **kwargs)
+            y = result[0].to(x.dtype)
+        else:
+            y = self.run(x, context, {"timestep": timestep, **kwargs})
+        return self.parts.output(sample=y) if return_dict else (y,)
+
+    def run(self, x: Tensor, context: Any, arguments: dict[str, Any]) -> Tensor:
+        """Return (B, C, H, W), channels_last; arguments: of blocks that are not fused."""
+        self.here(x)
+        x = last(x)
+        batch, _, height, width = x.shape
+        first, final = self.proj_in, self.proj_out
+        bucket = first.layer.clock.bucket
+        codes, _ = self.norm(x, bucket=bucket, silu=False, grid=first.grids[0])
+        tokens = first.gemm(rows_of(codes), x.dtype, bias=first.bias)
+        tokens = tokens.view(batch, height * width, -1)
+        rows: Tensor | None = None
+        for i, (module, block) in enumerate(zip(self.parts.blocks, self.blocks, strict=True)):
+            if block is None or not block.takes(tokens, context):
+                tokens = module(tokens, encoder_hidden_states=context, **arguments)
+            elif i + 1 < len(self.blocks):
+                tokens = block.run(tokens, context)
+            else:
+                rows = block.run(tokens, context, final.grids[0])
+        if rows is None:
+            rows = quantize_rows(tokens, final.grids[0])
+        y = final.gemm(rows, x.dtype, bias=final.bias, residual=rows_of(x))
+        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,307 @@
+"""Blocks of a network as few launches on a GPU, around int8 convolutions.
+
+    residual block   gn_act_quant -> qconv2d + bias + time -> gn_act_quant -> qconv2d + skip
+    self-attention   gn_act_quant -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
+    transformers     see `fused_transformer`
+    samplers         quantize -> qconv2d with stride 2, or reading every pixel four times
+
+A block is fused by setting `forward` on its instance. Nothing waits for the device and nothing
+depends on the value of a time-step: a block works eagerly, inside torch.compile and in a CUDA
+graph, for any batch, mixed time-steps included. The result equals the layers run one by one up to
+the order of float operations, which may move a code by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantempo.engines.cuda.operands import (
+    ALIGNED,
+    Norm,
+    Operands,
+    Prepared,
+    Sides,
+    constant,
+    last,
+    operands_of,
+    quantize,
+    quantize_rows,
+    rows_of,
+    takes_images,
+)
+from quantempo.engines.cuda.per_forward import SharedContext, SharedShifts
+from quantempo.engines.cuda.transformer import FusedTransformer, FusedTransformerBlock
+from quantempo.engines.fusion import Kit, same
+from quantempo.models.fusion_unet import AttentionParts, HeadParts, ResnetParts
+from quantempo.quantized import Int12Linear, StepClock
+
+__all__ = [
+    "BLOCKS",
+    "FusedAttention",
+    "FusedDownsample",
+    "FusedHead",
+    "FusedOut",
+    "FusedResnet",
+    "FusedStem",
+    "FusedUpsample",
+]
+
+
+# Codes for the norm's convolution and for the shortcut are written together, unless the images are
+# of more bytes: both would be the peak of the memory.
+_LARGE = 128 << 20
+
+
+class FusedResnet(Prepared):
+    """A residual block: two passes that write codes, two convolutions that add all the rest."""
+
+    takes = staticmethod(takes_images)
+
+    def __init__(self, parts: ResnetParts, shifts: SharedShifts | None, index: int) -> None:
+        self.parts, self.shifts, self.index = parts, shifts, index
+        self.clock = parts.conv1.clock
+        # Of a shortcut: channels of each input -> its operands.
+        self.sides: dict[tuple[int, ...], Sides] = {}
+        self.widths: set[tuple[int, ...]] = set()
+        if parts.shortcut is not None:
+            self.widths.add(parts.shortcut.segments)
+
+    def _prepare(self, device: torch.device) -> None:
+        parts = self.parts
+        self.norm1, self.norm2 = Norm(parts.norm1), Norm(parts.norm2)
+        self.conv1, self.conv2 = operands_of(parts.conv1, device), operands_of(parts.conv2, device)
+        if self.shifts is None and isinstance(parts.time, Int12Linear):
+            torch._dynamo.mark_static_address(parts.time.weight)
+        if self.shifts is not None and self.shifts.device != device:
+            self.shifts.prepare(device)
+        shortcut: Any = parts.shortcut
+        self.bias = self.conv2.bias
+        self.sides = {widths: Sides(shortcut, widths) for widths in self.widths}
+        if shortcut is not None and shortcut.bias is not None:
+            own = torch.zeros_like(shortcut.bias) if self.bias is None else self.bias
+            self.bias = constant(own + shortcut.bias)
+
+    def accept(self, widths: tuple[int, int]) -> None:
+        """Prepare for two inputs of these channels, as an up block will hand them over."""
+        shortcut = self.parts.shortcut
+        aligned = all(width % ALIGNED == 0 for width in widths)
+        if shortcut is not None and aligned and len(shortcut.segments) == 1:
+            self.widths.add(widths)
+
+    def __call__(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if not takes_images(x):
+            return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
+        return self.run(x, None, temb)
+
+    def run(self, x: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+        """Run the block on torch.cat([x, skip], 1), without making it."""
+        self.here(x)
+        x, skip, sides = self._inputs(x, skip)
+        shift, (conv1, conv2), dtype = self._shift(x, temb), (self.conv1, self.conv2), x.dtype
+        bucket = self.clock.bucket
+        how: dict[str, Any] = {"bucket": bucket, "silu": True}
+        values = x.numel() + (0 if skip is None else skip.numel())
+        first = None if values * dtype.itemsize > _LARGE else sides
+        codes, raws = self.norm1(x, skip, grid=conv1.grids[0], sides=first, **how)
+        hidden = conv1.conv(codes, dtype, bias=conv1.bias, shift=shift)
+        codes, _ = self.norm2(hidden, grid=conv2.grids[0], **how)
+        if sides is not None and first is None:
+            raws = sides.codes_of(x, skip, bucket)
+        added = {"residual": x} if sides is None else sides.arguments(raws)
+        return conv2.conv(codes, dtype, bias=self.bias, **added)
+
+    def _inputs(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Sides | None]:
+        """Return the one or two images to read, and the shortcut that takes them."""
+        shortcut = self.parts.shortcut
+        if shortcut is None:
+            return last(x if skip is None else torch.cat([x, skip], 1)), None, None
+        widths = (x.shape[1],) if skip is None else (x.shape[1], skip.shape[1])
+        if widths not in self.sides:
+            # Cut otherwise than its scales are: only where an up block runs diffusers' own code.
+            whole = x if skip is None else torch.cat([x, skip], 1)
+            x, *rest = whole.split(shortcut.segments, 1)
+            skip, widths = rest[0] if rest else None, shortcut.segments
+        # A control network may have added to it in another type.
+        return last(x), None if skip is None else last(skip.to(x.dtype)), self.sides[widths]
+
+    def _shift(self, x: Tensor, temb: Tensor | None) -> Tensor | None:
+        time = self.parts.time
+        if temb is None or time is None:
+            return None
+        shift = time(F.silu(temb)) if self.shifts is None else self.shifts(self.index, temb)
+        return shift.expand(x.shape[0], -1)
+
+
+class FusedAttention(Prepared):
+    """Self-attention over pixels: one pass that writes codes for q, k and v."""
+
+    def __init__(self, parts: AttentionParts) -> None:
+        self.parts, self.clock = parts, parts.q.clock
+        self.dim = parts.q.out_features // parts.heads
+
+    def _prepare(self, device: torch.device) -> None:
+        parts = self.parts
+        self.norm, self.out = Norm(parts.norm), operands_of(parts.out, device)
+        layers = [operands_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
+        self.projections = Operands.together(layers)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
+        if not plain or not takes_images(x):
+            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
+        self.here(x)
+        x = last(x)
+        batch, _, height, width = x.shape
+        # (B, tokens, 3, heads, dim), then each (B, heads, tokens, dim)
+        parts = (batch, height * width, -1, self.parts.heads, self.dim)
+        every = [part for y in self._project(x) for part in y.view(parts).unbind(2)]
+        q, k, v = (y.transpose(1, 2) for y in every)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        codes = quantize_rows(y, self.out.grids[0])
+        rows = self.out.gemm(codes, x.dtype, bias=self.out.bias, residual=rows_of(x))
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Return q, k and v together (B tokens, 3 C), or each of them (B tokens, C)."""
+        bucket, results = self.clock.bucket, []
+        for layer in self.projections:
+            codes, _ = self.norm(x, bucket=bucket, silu=False, grid=layer.grids[0])
+            results.append(layer.gemm(rows_of(codes), x.dtype, bias=layer.bias))
+        return results
+
+
+class _Sampler(Prepared):
+    """Quantize, then one convolution that reads another grid of pixels than it writes."""
+
+    def __init__(self, parts: Any) -> None:
+        self.parts = parts
+
+    def _prepare(self, device: torch.device) -> None:
+        self.conv = operands_of(self.parts.conv, device)
+
+    def _run(self, x: Tensor, **how: Any) -> Tensor:
+        self.here(x)
+        codes = quantize(x, self.conv.grids[0])
+        return self.conv.conv(codes, x.dtype, bias=self.conv.bias, **how)
+
+
+class FusedDownsample(_Sampler):
+    """The strided convolution, its border never written."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if not takes_images(x):
+            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
+        kernel, stride = self.parts.conv.kernel_size[0], self.parts.conv.stride[0]
+        return self._run(x, kernel=kernel, stride=stride, border=self.parts.border)
+
+
+class FusedUpsample(_Sampler):
+    """The convolution of an image four times as large, which is never made."""
+
+    def __call__(
+        self, x: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the block on x (B, C, H, W)."""
+        if output_size is not None or not takes_images(x):
+            module = self.parts.module
+            return type(module).forward(module, x, output_size, *args, **kwargs)
+        return self._run(x, upsample=True)
+
+
+class _End(Prepared):
+    """A float convolution at an end of the network, in the type of the stream.
+
+    Args:
+        dtype: of the stream, or None for that of x.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype | None) -> None:
+        self.conv, self.dtype = conv, dtype
+
+    def _prepare(self, device: torch.device) -> None:
+        conv, dtype = self.conv, self.dtype or self.conv.weight.dtype
+        self.weight = last(conv.weight.detach().to(dtype))
+        torch._dynamo.mark_static_address(self.weight)
+        self.bias = None if conv.bias is None else constant(conv.bias.to(dtype))
+
+    def _run(self, x: Tensor) -> Tensor:
+        self.here(x)
+        # Of the class: its own padding mode, with our weight.
+        x = last(x).to(self.weight.dtype)
+        y: Tensor = type(self.conv)._conv_forward(self.conv, x, self.weight, self.bias)
+        return y
+
+
+class FusedStem(_End):
+    """The first convolution, writing channels_last in the type of the stream."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W), channels_last."""
+        return last(self._run(x))
+
+
+class FusedOut(_End):
+    """The last convolution, from the type of the stream to that of the model."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W)."""
+        return self._run(x).to(self.conv.weight.dtype)
+
+
+class FusedHead(Prepared):
+    """The last GroupNorm and SiLU in one pass, in the type of the stream."""
+
+    def __init__(self, parts: HeadParts, clock: StepClock) -> None:
+        self.parts, self.clock = parts, clock
+
+    def _prepare(self, device: torch.device) -> None:
+        self.norm = Norm(self.parts.norm)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return silu(norm(x)), (B, C, H, W)."""
+        self.here(x)
+        y, _ = self.norm(last(x), bucket=self.clock.bucket, silu=True)
+        return y
+
+
+def _ends(
+    head: HeadParts, closed: bool, clock: StepClock
+) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Between stem and head the activations are in half precision if nothing there minds.
+
+    In float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.
+    """
+    dtype = torch.float16 if closed else None
+    if head.stem.weight.dtype in (torch.float16, torch.bfloat16):
+        dtype = None
+    return [
+        (head.stem, FusedStem(head.stem, dtype)),
+        (head.norm, FusedHead(head, clock)),
+        (head.activation, same),
+        (head.out, FusedOut(head.out, dtype)),
+    ]
+
+
+BLOCKS = Kit(
+    backend="triton",
+    missing=lambda: None,
+    eager=True,
+    norm=lambda norm: None,
+    shifts=SharedShifts,
+    resnet=FusedResnet,
+    attention=FusedAttention,
+    downsample=FusedDownsample,
+    upsample=FusedUpsample,
+    ends=_ends,
+    contexts=SharedContext,
+    transformer_block=FusedTransformerBlock,
+    transformer=FusedTransformer,
+)

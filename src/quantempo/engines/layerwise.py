@@ -1,0 +1,142 @@
+"""Engines that keep the denoiser a torch module and run it layer by layer.
+
+`onednn` (CPU) and `triton` (NVIDIA GPUs) lower each layer to an int8 kernel and fuse the blocks
+around them; `simulated` runs anywhere. A layer that the first backend cannot take is run by
+`simulated`: logged, counted, and listed by `execution`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from quantempo.engines.base import BACKENDS
+from quantempo.engines.cuda import unet as fused_gpu
+from quantempo.engines.delta import lower_delta
+from quantempo.engines.fusion import Kit, fuse, fused_layers, fused_modules, unfuse
+from quantempo.engines.onednn import blocks as fused
+from quantempo.engines.select import ENGINES
+from quantempo.kernels import ops
+from quantempo.quantized import (
+    DELTA,
+    INT8_ATTENTION,
+    Int12Linear,
+    delta_layers,
+    int8_attention_blocks,
+    quantized_layers,
+)
+
+__all__ = ["LayerwiseEngine", "execution"]
+
+log = logging.getLogger("quantempo")
+
+
+class LayerwiseEngine:
+    """Run every integer layer with one backend, and what is around them fused if asked for.
+
+    Args:
+        name: of the engine and of its backend.
+        devices: torch device types, or ("any",).
+        kit: the fused blocks, where they can be had; None to leave the network's own.
+    """
+
+    def __init__(self, name: str, devices: tuple[str, ...], kit: Kit | None) -> None:
+        self.name, self.devices, self.kit = name, devices, kit
+        self.features: tuple[str, ...] = (DELTA, INT8_ATTENTION)
+
+    def missing(self) -> str | None:
+        """Return why it cannot run here, or None."""
+        return BACKENDS.get(self.name).missing()
+
+    def handicap(self) -> str | None:
+        """Return why it is slower than it should be here, or None."""
+        if self.name == "simulated":
+            return "it computes the integers in float arithmetic"
+        return None if self.kit is None else self.kit.missing()
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Give every integer layer its kernel, then fuse."""
+        self._lower(denoiser)
+        if self.kit is None:
+            return
+        _log_unfused(denoiser)
+        reason = self.kit.missing()
+        if reason is None:
+            fuse(denoiser, self.kit)
+        else:
+            log.warning("no fused kernels, torch operations instead (slower): %s", reason)
+        if self.kit.eager:
+            _prepare(denoiser)
+
+    def _lower(self, denoiser: nn.Module) -> None:
+        """Lower every layer; say which ones the backend cannot take, and how many these are."""
+        backend, fallback = BACKENDS.get(self.name), BACKENDS.get("simulated")
+        layers, left = list(quantized_layers(denoiser)), 0
+        for name, layer in layers:
+            reason = backend.unsupported(layer)
+            if reason is not None:
+                log.warning("%s runs on 'simulated': %s", name, reason)
+                left += 1
+            chosen = backend if reason is None else fallback
+            if layer.delta_rate is None:
+                layer.kernel = chosen.lower(layer)
+            else:
+                layer.kernel = lower_delta(layer, chosen.name)
+        if left:
+            log.warning(
+                "%d of %d integer layers cannot run on '%s'; they run in float arithmetic",
+                left, len(layers), self.name,
+            )  # fmt: skip
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Remove kernels and fused blocks."""
+        unfuse(denoiser)
+        for _, layer in quantized_layers(denoiser):
+            layer.kernel = None
+            codes = layer.weight_codes
+            if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
+                layer.relayout(codes.clone(memory_format=torch.contiguous_format))
+
+
+def _prepare(denoiser: nn.Module) -> None:
+    """Make all constants now: a compiled network and a CUDA graph read them, and make none."""
+    kernels = [layer.kernel for _, layer in quantized_layers(denoiser)]
+    blocks = fused_modules(denoiser)
+    device = next(denoiser.parameters()).device
+    ops.reserve(device)
+    for part in (*kernels, *(module.forward for module in blocks.values())):
+        if hasattr(part, "prepare"):
+            part.prepare(device)
+    whole = fused_layers(denoiser)
+    for name, layer in denoiser.named_modules():
+        # Unpacked at their first call otherwise; fused blocks keep the sum of theirs.
+        inside = any(name.startswith(f"{block}.") for block in whole)
+        if isinstance(layer, Int12Linear) and not inside:
+            with torch.inference_mode(False), torch.no_grad():
+                torch._dynamo.mark_static_address(layer.weight)
+
+
+def _log_unfused(denoiser: nn.Module) -> None:
+    """Say which layers the fused blocks do without, because of what they keep or compute."""
+    blocks, layers = int8_attention_blocks(denoiser), list(delta_layers(denoiser))
+    if blocks:
+        log.info("%d attention blocks are not fused: their products are integers", len(blocks))
+    if layers:
+        log.info("blocks of %d layers are not fused: these quantize changes", len(layers))
+
+
+def execution(denoiser: nn.Module) -> dict[str, str]:
+    """Return for each integer layer what runs it: "onednn, fused", "onednn" or "simulated"."""
+    inner = fused_layers(denoiser)
+    table = {}
+    for name, layer in quantized_layers(denoiser):
+        inside = any(f"{name}.".startswith(f"{block}.") for block in inner)
+        table[name] = getattr(layer.kernel, "backend", "none") + (", fused" if inside else "")
+    return table
+
+
+ENGINES.register("onednn")(LayerwiseEngine("onednn", ("cpu",), fused.BLOCKS))
+ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), fused_gpu.BLOCKS))
+ENGINES.register("simulated")(LayerwiseEngine("simulated", ("any",), None))

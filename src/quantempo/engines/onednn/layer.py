@@ -1,0 +1,143 @@
+"""Int8 layers on the CPU through oneDNN. One layer at a time; `fused` joins them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantempo.engines.base import BACKENDS, Grids, Kernel, run_per_bucket, too_many_terms
+from quantempo.errors import QuantempoError
+from quantempo.kernels.cpu import fused as fused_cpu
+from quantempo.kernels.cpu import onednn
+from quantempo.quantized import QConv2d, QLayer
+
+__all__ = ["OneDNNBackend", "quantize_image", "quantize_tokens"]
+
+
+class OneDNNBackend:
+    """Run each layer as one int8 kernel of oneDNN, a scale row a time bucket."""
+
+    name = "onednn"
+
+    def missing(self) -> str | None:
+        """Return why the kernels cannot be used here, or None."""
+        return onednn.missing()
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer, or None."""
+        if layer.weight_scale.device.type != "cpu":
+            return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
+        if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
+            return "a grouped convolution cannot have one scale for each half of its input"
+        return too_many_terms(layer)
+
+    def lower(self, layer: QLayer) -> Kernel:
+        """Return the layer's kernel; see `Backend`. Weights are packed at its first call."""
+        reason = self.missing() or self.unsupported(layer)
+        if reason is not None:
+            raise QuantempoError(f"backend 'onednn' cannot take this layer: {reason}")
+        return _ConvKernel(layer) if isinstance(layer, QConv2d) else _LinearKernel(layer)
+
+
+def quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+    """Return uint8 codes (B, C, H, W), channels_last; x floating, any layout."""
+    library = fused_cpu.load()
+    if library is None or x.dtype not in (torch.float32, torch.bfloat16):
+        codes = onednn.quantize(x, scale, zero_point, qmax)
+        return codes.contiguous(memory_format=torch.channels_last)
+    try:
+        return library.quantize(x, scale, zero_point, qmax)
+    except ValueError:
+        # Not channels_last, nor a channel slice of such a tensor.
+        x = x.contiguous(memory_format=torch.channels_last)
+        return library.quantize(x, scale, zero_point, qmax)
+
+
+def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+    """Return uint8 codes (R, K) of x (..., K) floating."""
+    rows = x.reshape(-1, x.shape[-1])
+    library = fused_cpu.load()
+    if library is None or x.dtype not in (torch.float32, torch.bfloat16):
+        return onednn.quantize(rows, scale, zero_point, qmax).contiguous()
+    return library.quantize_rows(rows, scale, zero_point, qmax)
+
+
+def _sum_dtype(x: Tensor, parts: int) -> torch.dtype:
+    # Parts are added up in float32; half precision is left to a last cast.
+    half = x.dtype == torch.bfloat16 and parts == 1 and onednn.native_bfloat16()
+    return torch.bfloat16 if half else torch.float32
+
+
+class _Int8Kernel:
+    """What both kinds share: one packed operator for each segment, grids as numbers."""
+
+    backend = "onednn"
+
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+        self.grids: Grids | None = None
+        self.parts: list[Any] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.grids is None:
+            self._prepare()
+        assert self.grids is not None
+        if self.grids.buckets == 1:
+            return self._run(0, x)
+        return run_per_bucket(self.grids.clock, self._run, x)
+
+    def _prepare(self) -> None:
+        layer = self.layer
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
+        self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
+        self.grids = Grids(layer)
+
+    def _pack(self, weight: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _ConvKernel(_Int8Kernel):
+    layer: QConv2d
+
+    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d:
+        layer = self.layer
+        return onednn.Int8Conv2d(
+            weight, layer.weight_scale, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        grids, bias = self.grids, self.layer.bias
+        assert grids is not None
+        y: Tensor | None = None
+        for i, part in enumerate(x.split(grids.segments, 1)):
+            scale, zero, qmax = grids.of(bucket, i)
+            codes = quantize_image(part, scale, zero, qmax)
+            term = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)))
+            y, bias = (term if y is None else y.add_(term)), None
+        assert y is not None
+        return y.to(x.dtype)
+
+
+class _LinearKernel(_Int8Kernel):
+    def _pack(self, weight: Tensor) -> onednn.Int8Linear:
+        return onednn.Int8Linear(weight, self.layer.weight_scale)
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        grids, bias = self.grids, self.layer.bias
+        assert grids is not None
+        y: Tensor | None = None
+        for i, part in enumerate(x.split(grids.segments, -1)):
+            scale, zero, qmax = grids.of(bucket, i)
+            codes = quantize_tokens(part, scale, zero, qmax)
+            y = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)), into=y)
+            bias = None
+        assert y is not None
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+BACKENDS.register("onednn")(OneDNNBackend())

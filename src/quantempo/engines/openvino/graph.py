@@ -1,0 +1,339 @@
+"""From a packed denoiser to an OpenVINO graph with the same integers and scales.
+
+The denoiser is traced once; every integer layer becomes one node of its own, which is then spelled
+out for OpenVINO's low-precision transformations:
+
+    x * (s_ref / s[bucket]) -> FakeQuantize(constant range of s_ref, z)
+      -> Convolution or MatMul with int8 constants * s_w -> * (s[bucket] / s_ref) + bias
+
+Quantizers with a range that changes at run time would leave int8 behind; a multiplication before a
+constant one does not. It needs one zero point for all buckets of a layer. With a single bucket
+nothing is multiplied. Quantizers have 256 levels; a grid of fewer bits is the lower part of one,
+its input clamped to (qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as ops
+from openvino._offline_transformations import apply_moc_transformations
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch import ConversionExtension
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch import Tensor, nn
+
+from quantempo.quantized import QConv2d, QLayer, quantized_layers
+
+__all__ = ["LayerCall", "build_graph", "constant", "extreme_sums"]
+
+_OP = "packed_layer"
+# 8 bits; low-precision transformations know no other number.
+_LEVELS = 256
+_LIBRARY = torch.library.Library("quantempo", "FRAGMENT")
+_LIBRARY.define(f"{_OP}(Tensor x, Tensor bucket, int index, int[] shape) -> Tensor")
+# Tracing needs the shape of the output, not its values.
+_LIBRARY.impl(_OP, lambda x, bucket, index, shape: x.new_zeros(shape), "CPU")
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One use of an integer layer in the forward pass.
+
+    name: in the denoiser; shape, out_shape: of its input and output.
+    """
+
+    name: str
+    layer: QLayer
+    shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of this call."""
+        return int(np.prod(self.out_shape)) * self.layer.weight_codes[0].numel()
+
+
+def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
+    """Return a constant node."""
+    return ops.constant(np.asarray(value, dtype))
+
+
+def build_graph(
+    denoiser: nn.Module, run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[ov.Model, list[LayerCall]]:
+    """Trace `run(*tensors)`, which calls the denoiser, and return its graph for these shapes.
+
+    Args:
+        denoiser: quantized in place; its integer layers are replaced while this runs.
+        run: from `inputs[1:]` to the output tensors.
+        inputs: the bucket, int64 (1,) or (B,), then the tensors; floating ones float32.
+
+    Returns:
+        The graph (inputs in the given order, shapes fixed) and the integer layers it uses. The
+        node that does the sums of layer `name` and segment i is called "name/i".
+    """
+    calls: list[LayerCall] = []
+    with torch.no_grad(), _float32(denoiser), _recorded(denoiser, calls) as bucket:
+        program = _Program(denoiser, run, bucket)
+        with warnings.catch_warnings():
+            # Values that the network turns into Python numbers are constants for fixed shapes.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(program, tuple(inputs), strict=False, check_trace=False)
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        converter = _LayerConverter(calls, inputs[0].shape[0])
+        frontend.add_extension(ConversionExtension(f"quantempo::{_OP}", converter))
+        decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))
+        graph = frontend.convert(frontend.load(decoder))
+    for parameter, example in zip(graph.get_parameters(), inputs, strict=True):
+        parameter.set_partial_shape(ov.PartialShape(list(example.shape)))
+        parameter.set_element_type(ov.Type(example.numpy().dtype))
+    graph.validate_nodes_and_infer_types()
+    apply_moc_transformations(graph, cf=False)
+    # Only now: what removes an operation that does nothing gives its name to the one before it.
+    for name, node in converter.sums.items():
+        node.set_friendly_name(name)
+    return graph, calls
+
+
+def extreme_sums() -> tuple[float, float, str]:
+    """Sum the largest products that 8 bits allow in a convolution.
+
+    Returns:
+        The sum expected, the one found, and the precision of the input of the kernel that ran.
+    """
+    # 255 * 127 * 288 < 2^24: exact in float32 as well.
+    channels, kernel = 32, 3
+    x = ops.parameter([1, channels, 4, 4], np.float32)
+    ends = [constant(v) for v in (0.0, 255.0, 0.0, 255.0)]
+    codes = ops.fake_quantize(x, *ends, _LEVELS).output(0)
+    integers = constant(np.full((channels, channels, kernel, kernel), 127), np.int8)
+    weight = ops.multiply(ops.convert(integers, "f32"), constant(np.ones((channels, 1, 1, 1))))
+    y = ops.convolution(codes, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    model = ov.Model([ops.result(y)], [x])
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([np.full(list(x.get_shape()), 255.0, np.float32)])[0]
+    worst = found.min() if abs(found.min()) < abs(found.max()) else found.max()
+    kinds = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    precision = next(
+        info["runtimePrecision"].astype(str)
+        for info in kinds
+        if info["layerType"].astype(str) == "Convolution"
+    )
+    return 255.0 * 127 * channels * kernel**2, float(worst), precision
+
+
+class _Program(nn.Module):
+    """Make `run` a module, so that tracing finds the parameters of the denoiser."""
+
+    def __init__(
+        self, denoiser: nn.Module, run: Callable[..., Sequence[Tensor]], bucket: list[Tensor]
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.run, self.bucket = denoiser, run, bucket
+
+    def forward(self, bucket: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.bucket[:] = [bucket]
+        return tuple(self.run(*tensors))
+
+
+class _Recorder(nn.Module):
+    """Stand where an integer layer stands while tracing: one opaque node, and a line in `calls`."""
+
+    def __init__(
+        self, name: str, layer: QLayer, calls: list[LayerCall], bucket: list[Tensor]
+    ) -> None:
+        super().__init__()
+        # Not a child: tracing reads every attribute of a module, also costly properties.
+        object.__setattr__(self, "layer", layer)
+        self.name, self.calls, self.bucket = name, calls, bucket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.__dict__["layer"]
+        call = LayerCall(self.name, layer, tuple(map(int, x.shape)), _out_shape(layer, x))
+        self.calls.append(call)
+        op = getattr(torch.ops.quantempo, _OP)
+        return op(x, self.bucket[0], len(self.calls) - 1, list(call.out_shape))
+
+
+@contextmanager
+def _recorded(denoiser: nn.Module, calls: list[LayerCall]) -> Iterator[list[Tensor]]:
+    """Put recorders in the places of all integer layers; yields the holder of the bucket."""
+    bucket: list[Tensor] = []
+    layers = list(quantized_layers(denoiser))
+
+    def place(name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        denoiser.get_submodule(parent)._modules[leaf] = module
+
+    for name, layer in layers:
+        place(name, _Recorder(name, layer, calls, bucket))
+    try:
+        yield bucket
+    finally:
+        for name, layer in layers:
+            place(name, layer)
+
+
+@contextmanager
+def _float32(denoiser: nn.Module) -> Iterator[None]:
+    """Make half-precision weights float32 (exactly) while tracing, then put them back."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    halves = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, data in halves:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in halves:
+            tensor.data = data
+
+
+def _out_shape(layer: QLayer, x: Tensor) -> tuple[int, ...]:
+    out = layer.weight_codes.shape[0]
+    if not isinstance(layer, QConv2d):
+        return (*map(int, x.shape[:-1]), out)
+    sizes = (
+        (int(size) + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:],
+            layer.padding,
+            layer.dilation,
+            layer.kernel_size,
+            layer.stride,
+            strict=True,
+        )
+    )
+    return (int(x.shape[0]), out, *sizes)
+
+
+@dataclass
+class _LayerConverter:
+    """Spell out the nodes of integer layers.
+
+    Args:
+        calls: filled by tracing; the node's `index` points into it.
+        rows: 1 when the whole batch is in one bucket, else B.
+    """
+
+    calls: list[LayerCall]
+    rows: int
+    # Layers that read the same tensor on the same grid (q, k, v) share one quantizer.
+    shared: dict[Any, ov.Output] = field(default_factory=dict)
+    # The convolution or matmul of each "layer name/segment".
+    sums: dict[str, ov.Node] = field(default_factory=dict)
+
+    def __call__(self, context: Any) -> list[ov.Output]:
+        x, bucket = context.get_input(0), context.get_input(1)
+        call = self.calls[int(np.reshape(context.get_values_from_const_input(2), ()))]
+        layer = call.layer
+        axis = 1 if isinstance(layer, QConv2d) else len(call.shape) - 1
+        bias_shape = [1 if i != axis else -1 for i in range(len(call.shape))]
+        bias = None if layer.bias is None else _numpy(layer.bias).reshape(bias_shape)
+        terms, start = [], 0
+        for i, width in enumerate(layer.segments):
+            codes = self._quantized(call, i, bucket, _part(x, call, axis, start, width))
+            y = self._sum(call, i, codes, slice(start, start + width))
+            start += width
+            back = self._table(call, i, bucket, inverse=False)
+            joined = len(layer.segments) == 1 and isinstance(layer, QConv2d)
+            if back is not None and bias is not None and joined:
+                # A constant bias right behind a convolution is free, and keeps the (constant)
+                # scale of its sums there too: (y + b) r + b (1 - r) = y r + b.
+                y, bias = ops.add(y, constant(bias)), self._leftover(call, bias, bucket)
+            terms.append(y if back is None else ops.multiply(y, back))
+        if bias is not None:
+            terms.append(bias if isinstance(bias, ov.Node) else constant(bias))
+        return [reduce(ops.add, terms).output(0)]
+
+    def _quantized(self, call: LayerCall, i: int, bucket: ov.Output, x: ov.Output) -> ov.Output:
+        """Return the tensor on its grid (still float): s_ref * (clamp(round(x/s) + z) - z)."""
+        layer = call.layer
+        scale, zero = _reference(layer, i), int(layer.act_zero_point[i])
+        node = x.get_node()
+        scales = _numpy(layer.act_scale[i]).tobytes()
+        key = (node.get_name(), x.get_index(), zero, layer.act_qmax, scales)
+        if key not in self.shared:
+            to = self._table(call, i, bucket, inverse=True)
+            scaled = x if to is None else ops.multiply(x, to)
+            low = constant(-zero * scale)
+            high = constant((_LEVELS - 1 - zero) * scale)
+            if layer.act_qmax < _LEVELS - 1:
+                # Of its own: low-precision transformations know quantizers of 256 levels only.
+                scaled = ops.clamp(scaled, -zero * scale, (layer.act_qmax - zero) * scale)
+            self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, _LEVELS).output(0)
+        return self.shared[key]
+
+    def _sum(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
+        layer = call.layer
+        integers = (
+            layer.weight_codes if len(layer.segments) == 1 else layer.weight_codes[:, columns]
+        )
+        integers = np.ascontiguousarray(_numpy(integers))
+        scale = _numpy(layer.weight_scale).reshape(-1, *[1] * (integers.ndim - 1))
+        if isinstance(layer, QConv2d) and layer.groups > 1:
+            # (groups, O / groups, ...)
+            integers = integers.reshape(layer.groups, -1, *integers.shape[1:])
+            scale = scale.reshape(layer.groups, -1, *scale.shape[1:])
+        as_float = ops.convert(constant(integers, np.int8), "f32")
+        weight = ops.multiply(as_float, constant(scale))
+        if isinstance(layer, QConv2d):
+            convolution = ops.convolution if layer.groups == 1 else ops.group_convolution
+            pads, strides = list(layer.padding), list(layer.stride)
+            y = convolution(codes, weight, strides, pads, pads, list(layer.dilation))
+        else:
+            y = ops.matmul(codes, weight, False, True)
+        self.sums[f"{call.name}/{i}"] = y
+        return y
+
+    def _table(
+        self, call: LayerCall, i: int, bucket: ov.Output, *, inverse: bool
+    ) -> ov.Node | None:
+        """Return s_ref / s[bucket] (inverse) or s[bucket] / s_ref, or None with one bucket."""
+        scales = _numpy(call.layer.act_scale[i])
+        if len(scales) == 1:
+            return None
+        reference = np.float32(_reference(call.layer, i))
+        values = reference / scales if inverse else scales / reference
+        return self._lookup(call, values.reshape(-1, *[1] * (len(call.shape) - 1)), bucket)
+
+    def _leftover(self, call: LayerCall, bias: np.ndarray, bucket: ov.Output) -> ov.Node:
+        scales = _numpy(call.layer.act_scale[0])
+        back = scales / np.float32(_reference(call.layer, 0))
+        return self._lookup(call, bias * (1 - back).reshape(-1, 1, 1, 1), bucket)
+
+    def _lookup(self, call: LayerCall, values: np.ndarray, bucket: ov.Output) -> ov.Node:
+        index: Any = bucket
+        if self.rows > 1 and call.shape[0] != self.rows:
+            # Row i of the batch stands for `repeat` rows of this layer's input.
+            repeat = call.shape[0] // self.rows
+            places = np.repeat(np.arange(self.rows), repeat)
+            index = ops.gather(bucket, constant(places, np.int64), constant(0, np.int64))
+        return ops.gather(constant(values), index, constant(0, np.int64))
+
+
+def _part(x: ov.Output, call: LayerCall, axis: int, start: int, width: int) -> ov.Output:
+    if len(call.layer.segments) == 1:
+        return x
+    ends = ([start], [start + width], [1], [axis])
+    return ops.slice(x, *(constant(v, np.int64) for v in ends)).output(0)
+
+
+def _reference(layer: QLayer, segment: int) -> float:
+    """Return the scale of the constant quantizer, the largest of all buckets."""
+    return float(layer.act_scale[segment].max())
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

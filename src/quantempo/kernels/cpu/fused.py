@@ -1,0 +1,357 @@
+"""Optional compiled passes over channels-last activations.
+
+    group_norm: clamp(round(silu(GroupNorm(x + shift)) / s) + z, 0, qmax), one pass, not five
+    quantize:   codes of x, with nearest upsampling and a border of zero points on the way
+
+`fused.c` is compiled once with the system's C compiler into a cache folder and loaded with
+ctypes. Nothing requires it: `load()` says why it is not there and callers use torch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_CHANNELS", "Library", "Norm", "Part", "load", "missing"]
+
+_SOURCE = Path(__file__).with_name("fused.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-fopenmp", "-fPIC")
+# Per-channel rows of one sample live on the stack of each thread.
+MAX_CHANNELS = 16384
+# About 10 microseconds of work.
+_PARALLEL_FROM = 16384
+
+
+class _PartStruct(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("channels", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("raw", ctypes.c_void_p),
+        ("raw_scale", ctypes.c_float),
+        ("raw_zero", ctypes.c_int32),
+        ("raw_qmax", ctypes.c_int32),
+    ]
+
+
+class _NormStruct(ctypes.Structure):
+    _fields_ = [
+        ("part", _PartStruct * 2),
+        ("parts", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("silu", ctypes.c_int32),
+        ("gamma", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("shift_stride", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("out", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("edge", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
+    ]
+
+
+class _QuantizeStruct(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("repeat", ctypes.c_int32),
+        ("top", ctypes.c_int64),
+        ("bottom", ctypes.c_int64),
+        ("left", ctypes.c_int64),
+        ("right", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
+        ("codes", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the one or two tensors that `Library.group_norm` sees as concatenated.
+
+    x: float32 or bfloat16 (B, C, H, W), channels_last or a channel slice of such a tensor; raw:
+    (scale, zero_point, qmax) to get the codes of x itself too, or None.
+    """
+
+    x: Tensor
+    raw: tuple[float, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An affine group normalisation: weight and bias float32 (C,), contiguous."""
+
+    groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Library:
+    """The compiled kernels, on tensors. All activations are channels_last, (B, C, H, W)."""
+
+    def __init__(self, path: Path) -> None:
+        handle = ctypes.CDLL(str(path))
+        handle.quantempo_layout.restype = ctypes.c_int
+        sizes = ctypes.sizeof(_NormStruct) * 1000 + ctypes.sizeof(_QuantizeStruct)
+        if handle.quantempo_layout() != sizes:
+            raise OSError(f"{path} was compiled from another version of its source")
+        self._norm, self._quantize = handle.quantempo_norm, handle.quantempo_quantize
+        self._add = handle.quantempo_add
+        self._norm.restype = self._quantize.restype = self._add.restype = None
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self._add.argtypes = [pointer] * 3 + [size] * 4 + [number] * 2
+        self._norm.argtypes = [pointer, pointer, size, number]
+        self._quantize.argtypes = [pointer, number]
+
+    def quantize(
+        self,
+        x: Tensor,
+        scale: float,
+        zero_point: int,
+        qmax: int = 255,
+        border: tuple[int, int, int, int] = (0, 0, 0, 0),
+        repeat: int = 1,
+    ) -> Tensor:
+        """Return the codes of x, upsampled `repeat` times (nearest), inside a border of z.
+
+        Bit-equal with clamp(round(x / scale) + zero_point, 0, qmax) on finite x.
+
+        Args:
+            x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor.
+            scale, zero_point, qmax: of the grid; 0 <= zero_point <= qmax <= 255.
+            border: pixels added (top, bottom, left, right).
+
+        Returns:
+            uint8 (B, C, top + repeat H + bottom, left + repeat W + right), channels_last.
+        """
+        batch, channels, height, width = x.shape
+        stride = _pixel_stride(x)
+        top, bottom, left, right = border
+        shape = (batch, channels, top + repeat * height + bottom, left + repeat * width + right)
+        codes = _empty(shape, torch.uint8)
+        call = _QuantizeStruct(
+            x.data_ptr(), batch, height, width, channels, stride, _bf16(x), repeat,
+            top, bottom, left, right, scale, zero_point, qmax, codes.data_ptr(),
+        )  # fmt: skip
+        self._quantize(ctypes.byref(call), _threads(codes))
+        return codes
+
+    def quantize_rows(self, x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+        """Return the codes of x (R, K), rows contiguous, uint8 (R, K)."""
+        rows, width = x.shape
+        if x.stride(1) != 1 and width > 1:
+            x = x.contiguous()
+        codes = torch.empty((rows, width), dtype=torch.uint8)
+        call = _QuantizeStruct(
+            x.data_ptr(), 1, rows, 1, width, x.stride(0), _bf16(x), 1,
+            0, 0, 0, 0, scale, zero_point, qmax, codes.data_ptr(),
+        )  # fmt: skip
+        self._quantize(ctypes.byref(call), _threads(codes))
+        return codes
+
+    def group_norm(
+        self,
+        parts: list[Part],
+        norm: Norm,
+        *,
+        silu: bool,
+        grid: tuple[float, int, int] | None,
+        shift: Tensor | None = None,
+        edge: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Normalise torch.cat(parts, 1) + shift, apply SiLU, and quantize.
+
+        Args:
+            parts: one or two tensors of one dtype and size; no copy of their union is made.
+            norm: of all channels.
+            silu: apply SiLU after it.
+            grid: (scale, zero_point, qmax) of the codes; None for floats.
+            shift: float32 (B, C), rows contiguous, added to every pixel before the norm; or None.
+            edge: float32 (16, C), added to x itself before all else, see `add`; or None.
+
+        Returns:
+            uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
+            bit-equal with `quantize`.
+
+        Error: codes differ by at most 1 from those of torch's own float32 passes.
+        """
+        x = parts[0].x
+        batch, _, height, width = x.shape
+        channels = sum(part.x.shape[1] for part in parts)
+        call = _NormStruct(
+            parts=len(parts), n=batch, height=height, width=width, groups=norm.groups,
+            bf16=_bf16(x), silu=silu, gamma=norm.weight.data_ptr(), beta=norm.bias.data_ptr(),
+            eps=norm.eps, scale=1.0, edge=None if edge is None else edge.data_ptr(),
+        )  # fmt: skip
+        if shift is not None:
+            call.shift, call.shift_stride = shift.data_ptr(), shift.stride(0)
+        raws: list[Tensor] = []
+        for i, part in enumerate(parts):
+            struct = call.part[i]
+            struct.x, struct.channels = part.x.data_ptr(), part.x.shape[1]
+            struct.stride = _pixel_stride(part.x)
+            if part.raw is not None:
+                raws.append(_empty((batch, part.x.shape[1], height, width), torch.uint8))
+                struct.raw = raws[-1].data_ptr()
+                struct.raw_scale, struct.raw_zero, struct.raw_qmax = part.raw
+        if grid is None:
+            out = _empty((batch, channels, height, width), torch.float32)
+            call.out = out.data_ptr()
+        else:
+            out = _empty((batch, channels, height, width), torch.uint8)
+            call.codes = out.data_ptr()
+            call.scale, call.zero, call.qmax = grid
+        threads = _threads(out)
+        chunks = 1 if batch % threads == 0 else threads
+        scratch = torch.empty(batch * chunks * 2 * channels)
+        self._norm(ctypes.byref(call), scratch.data_ptr(), chunks, threads)
+        return out, raws
+
+    def add(self, x: Tensor, y: Tensor | None, edge: Tensor | None) -> Tensor:
+        """Add y to x in place, and to the pixels on the border of the image a row of `edge`.
+
+        Args:
+            x: float32 or bfloat16 (B, C, H, W), channels_last; returned.
+            y: like x, or None.
+            edge: float32 (16, C), or None; row 1 a + 2 b + 4 c + 8 d is for pixels in the first row
+                (a), the last row (b), the first column (c), the last column (d).
+        """
+        batch, channels, height, width = x.shape
+        for tensor in (x, y):
+            if tensor is not None and _pixel_stride(tensor) != channels:
+                raise ValueError(f"got strides {tensor.stride()}; expected channels_last")
+        self._add(
+            x.data_ptr(),
+            None if y is None else y.data_ptr(),
+            None if edge is None else edge.data_ptr(),
+            *(batch, height, width, channels, _bf16(x), _threads(x)),
+        )
+        return x
+
+
+def _threads(x: Tensor) -> int:
+    """Return torch's number of threads, or 1 if waking others costs more than the work."""
+    return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+
+
+def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _bf16(x: Tensor) -> int:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"got {x.dtype}; expected float32 or bfloat16")
+    return int(x.dtype == torch.bfloat16)
+
+
+def _pixel_stride(x: Tensor) -> int:
+    """Return the elements from one pixel to the next; ValueError if that is not constant."""
+    _, _, height, width = x.shape
+    stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
+    expected = (height * width * stride, 1, width * stride, stride)
+    for size, got, want in zip(x.shape, x.stride(), expected, strict=True):
+        if size > 1 and got != want:
+            raise ValueError(f"got strides {x.stride()}; expected channels_last")
+    return stride
+
+
+def load() -> Library | None:
+    """Return the compiled kernels (compiled at the first call on a machine), or None."""
+    found = _load()
+    return found if isinstance(found, Library) else None
+
+
+def missing() -> str | None:
+    """Return why there are no compiled kernels, or None."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _load() -> Library | str:
+    if platform.system() != "Linux":
+        return f"they are built on Linux only, this is {platform.system()}"
+    if not _resolve_openmp():
+        return "torch has loaded no GNU-compatible OpenMP runtime to share"
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return "there is no C compiler (gcc or cc) on the path"
+    try:
+        path = _cached(compiler)
+        try:
+            return Library(path)
+        except OSError:
+            # A damaged file in the cache: build it once more, then give up.
+            path.unlink()
+            return Library(_cached(compiler))
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines() or ["no message"]
+        return f"{compiler} failed: {lines[0]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"they could not be built: {error}"
+
+
+def _resolve_openmp() -> bool:
+    """Make the OpenMP runtime that torch loaded visible to the library, and never another one.
+
+    Two runtimes would mean two pools of spinning threads on the same cores.
+    """
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return True
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loaded = {line.split()[-1] for line in maps if "omp" in line.rpartition("/")[2]}
+    for name in sorted(loaded):
+        if hasattr(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL), "GOMP_parallel"):
+            return True
+    return False
+
+
+def _cached(compiler: str) -> Path:
+    """Return the compiled library, from the cache if its source, compiler and CPU are the same."""
+    version = _run(compiler, "--version")
+    cpu = (platform.machine(), sorted(torch.cpu.get_capabilities().items()))
+    key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, version, cpu)).encode()).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache) / "quantempo"
+    path = folder / f"fused_cpu-{key[:16]}.so"
+    if path.is_file():
+        return path
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "fused_cpu"
+        # Linked by itself, without -fopenmp: that would load the compiler's own OpenMP runtime.
+        _run(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o")
+        _run(compiler, "-shared", f"{made}.o", "-lm", "-o", f"{made}.so")
+        os.replace(f"{made}.so", path)
+    return path
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout

@@ -1,0 +1,206 @@
+"""Int8 convolution and linear through the oneDNN operators that ship in torch.
+
+    y = scale * weight_scale[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
+
+Thin wrappers on tensors. The operators are not public API of torch, so they are looked up by name
+and compared with the reference once; `missing()` says what is wrong. Activations are uint8:
+signed ones run a reference kernel thousands of times slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantempo.kernels import reference
+
+__all__ = ["Int8Conv2d", "Int8Linear", "missing", "native_bfloat16", "quantize"]
+
+_CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")
+_OTHERS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
+
+
+def _operator(*names: str) -> Any:
+    """Return the first of these oneDNN operators that this torch has, or None."""
+    for name in names:
+        try:
+            return getattr(torch.ops.onednn, name)
+        except AttributeError:
+            continue
+    return None
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+    """Return clamp(round(x / scale) + zero_point, 0, qmax), uint8, shape and layout of x."""
+    codes = x.float() / scale
+    return codes.round_().add_(zero_point).clamp_(0, qmax).to(torch.uint8)
+
+
+class Int8Conv2d:
+    """A convolution with packed int8 weights.
+
+    Args:
+        weight: int8 (O, C / groups, kh, kw).
+        weight_scale: float32 (O,).
+        stride, padding, dilation: (vertical, horizontal).
+        groups: as in torch.
+
+    Raises (when called):
+        RuntimeError: what oneDNN says of shapes it cannot take.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        self.weight, self.weight_scale = weight, weight_scale.float()
+        self._given = (stride, padding, dilation, groups)
+        self._geometry = (list(stride), list(padding), list(dilation), groups)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._packed: Tensor | None = None
+        self._packed_for: tuple[int, ...] = ()
+        self._run = _operator(*_CONVOLUTIONS)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Conv2d:
+        # Packed weights are opaque and cannot be copied; a copy packs its own.
+        return Int8Conv2d(self.weight, self.weight_scale, *self._given)
+
+    def __call__(
+        self,
+        x: Tensor,
+        scale: float,
+        zero_point: int,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return y (B, O, H', W'), channels_last; padding pads the zero point.
+
+        Args:
+            x: uint8 (B, C, H, W).
+            scale, zero_point: of x.
+            bias: float32 (O,).
+            dtype: of y, float32 or bfloat16.
+        """
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self._packed is None or self._packed_for != x.shape[2:]:
+            # Packed without the shape, some kernels re-order the weight at every call.
+            self._packed = torch.ops.onednn.qconv_prepack(
+                self.weight, self.weight_scale, 1.0, zero_point, *self._geometry, list(x.shape)
+            )
+            self._packed_for = x.shape[2:]
+        return self._run(
+            x, scale, zero_point, self._packed, self.weight_scale, self._zeros, bias,
+            *self._geometry, 1.0, 0, dtype, "none", [], "",
+        )  # fmt: skip
+
+
+class Int8Linear:
+    """A linear layer with packed int8 weights: weight (O, K) int8, weight_scale (O,) float32."""
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+        self.weight, self.weight_scale = weight, weight_scale.float()
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._packed: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+        return Int8Linear(self.weight, self.weight_scale)
+
+    def __call__(
+        self,
+        x: Tensor,
+        scale: float,
+        zero_point: int,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        add: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Return y (R, O), plus `add` (R, O) of the same dtype; or add y to `into` in place.
+
+        Args:
+            x: uint8 (R, K), contiguous.
+            scale, zero_point: of x.
+            bias: float32 (O,).
+            dtype: of y, float32 or bfloat16.
+        """
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight, list(x.shape))
+        fixed = (self._packed, self.weight_scale, self._zeros)
+        if add is None and into is None:
+            return torch.ops.onednn.qlinear_pointwise(
+                x, scale, zero_point, *fixed, bias, 1.0, 0, dtype, "none", [], ""
+            )
+        other, kind = (add, "add") if into is None else (into, "sum")
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            x, scale, zero_point, *fixed, other, bias,
+            1.0, 0, dtype, 1.0, 0, kind, 1.0, "none", [], "",
+        )  # fmt: skip
+
+
+def _capabilities() -> dict[str, Any]:
+    """Return what the CPU can do, or nothing where torch does not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def native_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16; others emulate it, slower than float32."""
+    capabilities = _capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return why the int8 kernels cannot be used here (one clause), or None.
+
+    Runs one small convolution and one linear layer whose sums of two products leave 16 bits, and
+    compares them with the reference: CPUs without VNNI saturate such sums.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if _operator(*_CONVOLUTIONS) is None or any(_operator(name) is None for name in _OTHERS):
+        return f"torch {torch.__version__} no longer has the int8 oneDNN operators it relies on"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"its int8 kernels are made for x86-64, this is {platform.machine()}"
+    capabilities = _capabilities()
+    vnni = ("avx512_vnni", "avx_vnni")
+    if capabilities and not any(capabilities.get(name) for name in vnni):
+        return (
+            "this CPU has no VNNI instructions, so sums of 8-bit products would saturate; "
+            "use the simulated or the openvino engine"
+        )
+    return _self_test()
+
+
+def _self_test() -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(250, 256, (1, 32, 5, 5), generator=generator, dtype=torch.uint8)
+    # Of one sign and large, so that two products need more than 16 bits.
+    weight = torch.randint(120, 128, (16, 32, 3, 3), generator=generator, dtype=torch.int8)
+    weight[::2] *= -1
+    one = torch.ones(16)
+    y = Int8Conv2d(weight, one, padding=(1, 1))(x, 1.0, 7, None)
+    expected = reference.conv2d_accumulator(x, weight, 7, padding=(1, 1))
+    rows = x.permute(0, 2, 3, 1).reshape(25, 32)
+    flat = weight[:, :, 1, 1].contiguous()
+    y_rows = Int8Linear(flat, one)(rows.contiguous(), 1.0, 7, None)
+    off = max(
+        int((y.double() - expected).abs().max()),
+        int((y_rows.double() - reference.linear_accumulator(rows, flat, 7)).abs().max()),
+    )
+    if off == 0:
+        return None
+    return (
+        f"its self-test failed, sums are off by up to {off} (saturated by kernels without VNNI? "
+        "see ONEDNN_MAX_CPU_ISA); use the simulated or the openvino engine"
+    )

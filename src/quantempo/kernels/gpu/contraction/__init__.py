@@ -1,0 +1,3 @@
+"""Int8 convolution and product on GPUs."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""GroupNorm, activation and quantization in one operator on GPUs."""
+
+__all__: list[str] = []

@@ -1,0 +1,367 @@
+"""The Triton kernels behind `gn_act_quant.launch`.
+
+Names: N images of P pixels and C1 + C2 channels in channels_last memory; a program owns one image,
+a slab of WIDTH channels, whole groups, padded to BLOCK_C, and sees BLOCK_P pixels at a time.
+SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both.
+"""
+
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["apply", "channel_moments", "one_launch"]
+
+# 1.5 * 2^23: float32 of this size hold integers only, so adding it rounds, ties to even.
+_MAGIC = tl.constexpr(12582912.0)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_FP8_MAX = tl.constexpr(448.0)
+
+
+_VARYING = [
+    "slabs", "chunks", "pixels", "per_entry", "zero_point", "qmax", "raw_zero_x", "raw_zero_skip",
+    "raw_qmax",
+]  # fmt: skip
+
+
+@triton.jit
+def _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE: tl.constexpr):
+    """Return where the (P, C) tile of torch.cat([x, skip]) is, each channel in its own tensor."""
+    base = image.to(tl.int64) * pixels
+    if SOURCE == 1:
+        # One pointer for the slab, chosen once: a branch around the load would keep the compiler
+        # from moving loads ahead.
+        right = first >= C1
+        stride = tl.where(right, C2, C1)
+        place = tl.where(right, skip + base * C2 - C1, x + base * C1) + (pixel * stride + channel)
+    else:
+        place = x + base * C1 + (pixel * C1 + channel)
+        if SOURCE == 2:
+            there = skip + base * C2 + (pixel * C2 + (channel - C1))
+            place = tl.where(channel < C1, place, there)
+    return place
+
+
+@triton.jit
+def _stored(scaled, zero_point, qmax, FP8: tl.constexpr):
+    """Return the codes of a / scale: int8 clamp(rne + z, 0, qmax) - 128, or float8 saturated."""
+    if FP8:
+        codes = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX).to(tl.float8e4nv)
+    else:
+        # Beyond the integers that the sum holds exactly it is still monotone, so clamping after
+        # rounding is right, and multiplication, rounding and zero point are two instructions.
+        low = (0 - zero_point).to(tl.float32) + _MAGIC
+        high = (qmax - zero_point).to(tl.float32) + _MAGIC
+        rounded = tl.minimum(tl.maximum(scaled + _MAGIC, low), high)
+        codes = (rounded.to(tl.int32, bitcast=True) + (zero_point - 128)).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def _own(of_x, of_skip, channel, first, C1, SOURCE: tl.constexpr):
+    """Return the one of two numbers that belongs to the tensor a channel lies in."""
+    own = of_x
+    if SOURCE == 1:
+        own = tl.where(first < C1, of_x, of_skip)
+    if SOURCE == 2:
+        own = tl.where(channel < C1, of_x, of_skip)
+    return own
+
+
+@triton.jit
+def _write(
+    tile, a, b, inverse, image, pixel, channel, inside, pixels, C, codes, zero_point, qmax,
+    NORM: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Write act(v), v = a tile + b, quantized or not; with SILU, a and b give -log2(e) v."""
+    value = tile.to(tl.float32)
+    if NORM:
+        value = value * a + b
+    elif SILU:
+        value = value * -_LOG2E
+    if SILU:
+        # v / (1 + exp(-v)) with a square root: the chip's approximate one needs no guard
+        # instructions, its approximate division needs three.
+        root = tl.rsqrt(1.0 + tl.exp2(value))
+        value = (value * (-_LN2 * inverse)) * root * root
+    elif QUANTIZE:
+        value = value * inverse
+    target = codes + image.to(tl.int64) * pixels * C + pixel * C + channel
+    if QUANTIZE:
+        tl.store(target, _stored(value, zero_point, qmax, FP8), mask=inside)
+    else:
+        tl.store(target, value.to(codes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inverse(scale, bucket, image, per_entry, ON: tl.constexpr, MANY: tl.constexpr):
+    """Return 1 / scale of an image; 1 without a scale."""
+    inverse = 1.0
+    if ON:
+        entry = 0
+        if MANY:
+            entry = tl.load(bucket + image // per_entry)
+        inverse = 1.0 / tl.load(scale + entry)
+    return inverse
+
+
+@triton.jit
+def _affine(
+    mean, m2, channel, known, gamma, beta, eps, pixels, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """Return (a, b) (1, C) of a slab of whole groups from its channels' means and M2.
+
+    v = a x + b; with SILU, both times -log2(e), the exponent that SiLU wants.
+
+    Chan's formula over the channels of a group: M2_g = sum_c M2_c + P (mean_c - mean_g)^2.
+    """
+    if channel.shape[0] == GROUP * GROUPS:
+        # (C,) is (groups, channels of a group): a third fewer registers than with masks (sm_90).
+        grouped = tl.reshape(mean, (GROUPS, GROUP))
+        mean_g = (tl.sum(grouped, axis=1) / GROUP)[:, None]
+        off = grouped - mean_g
+        spread = tl.reshape(m2, (GROUPS, GROUP)) + off * off * pixels
+        m2_g = tl.sum(spread, axis=1)[:, None]
+        rstd_g = tl.rsqrt(m2_g / (pixels * GROUP).to(tl.float32) + eps)
+        centre = tl.reshape(tl.broadcast_to(mean_g, (GROUPS, GROUP)), (GROUPS * GROUP,))
+        rstd = tl.reshape(tl.broadcast_to(rstd_g, (GROUPS, GROUP)), (GROUPS * GROUP,))
+    else:
+        group = tl.arange(0, GROUPS)
+        member = (tl.arange(0, channel.shape[0]) // GROUP)[:, None] == group[None, :]
+        mean_g = tl.sum(tl.where(member, mean[:, None], 0.0), axis=0) / GROUP
+        centre = tl.sum(tl.where(member, mean_g[None, :], 0.0), axis=1)
+        spread = m2 + (mean - centre) * (mean - centre) * pixels
+        m2_g = tl.sum(tl.where(member, spread[:, None], 0.0), axis=0)
+        rstd_g = tl.rsqrt(m2_g / (pixels * GROUP).to(tl.float32) + eps)
+        rstd = tl.sum(tl.where(member, rstd_g[None, :], 0.0), axis=1)
+    a = rstd * tl.load(gamma + channel, mask=known, other=0.0)
+    b = tl.load(beta + channel, mask=known, other=0.0) - centre * a
+    if SILU:
+        a = a * -_LOG2E
+        b = b * -_LOG2E
+    return a[None, :], b[None, :]
+
+
+@triton.jit
+def _after_predecessor():
+    """Wait for the kernel before this one, and let the one after it be put in place."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def one_launch(
+    x, skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
+    slabs, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr,
+    SILU: tl.constexpr, QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
+    FP8: tl.constexpr, MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Normalize one (image, slab of whole groups), BLOCK_P pixels at a time.
+
+    HELD: these are all pixels, and stay in registers. Otherwise the slab is read again to be
+    normalized, out of the caches. Each of the BLOCK_P x BLOCK_C places keeps mean and M2 of the
+    pixels it saw (Welford); Chan's formula puts the places together.
+    """
+    if EARLY:
+        _after_predecessor()
+    program = tl.program_id(0)
+    image = program // slabs
+    first = (program % slabs) * WIDTH
+    lane = tl.arange(0, BLOCK_C)
+    column = first + lane
+    channel = column[None, :]
+    row = tl.arange(0, BLOCK_P)[:, None]
+    known = (lane < WIDTH) & (column < C1 + C2)
+    inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
+    if RAW:
+        raw_inverse = _inverse(raw_scale, bucket, image, per_entry, RAW, RAW_MANY)
+        raw_zero = raw_zero_x
+        if SOURCE != 0:
+            of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
+            raw_inverse = _own(raw_inverse, of_skip, channel, first, C1, SOURCE)
+            raw_zero = _own(raw_zero_x, raw_zero_skip, channel, first, C1, SOURCE)
+    if HELD:
+        inside = (row < pixels) & known[None, :]
+        place = _place(x, skip, image, row, channel, first, pixels, C1, C2, SOURCE)
+        tile = tl.load(place, mask=inside, other=0.0)
+        mean = tl.sum(tile.to(tl.float32), axis=0) / pixels
+        centred = tile.to(tl.float32) - mean[None, :]
+        if not EVEN:
+            centred = tl.where(inside, centred, 0.0)
+        m2 = tl.sum(centred * centred, axis=0)
+    else:
+        means = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        m2s = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        seen = 0.0
+        for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            pixel = start + row
+            inside = ((pixel < pixels) | EVEN) & known[None, :]
+            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+            value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            seen += 1.0
+            delta = value - means
+            if not EVEN:
+                delta = tl.where(inside, delta, 0.0)
+            means += delta * (1.0 / seen)
+            m2s += delta * (value - means)
+        count = ((pixels - row + (BLOCK_P - 1)) // BLOCK_P).to(tl.float32)
+        mean = tl.sum(means * count, axis=0) / pixels
+        off = means - mean[None, :]
+        m2 = tl.sum(m2s + off * off * count, axis=0)
+    a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
+    if HELD:
+        if MAIN:
+            _write(
+                tile, a, b, inverse, image, row, channel, inside, pixels, C1 + C2, codes,
+                zero_point, qmax, True, SILU, QUANTIZE, FP8,
+            )  # fmt: skip
+        if RAW:
+            place = _place(raw_x, raw_skip, image, row, channel, first, pixels, C1, C2, SOURCE)
+            q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+            tl.store(place, q, mask=inside)
+    else:
+        for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            pixel = start + row
+            inside = ((pixel < pixels) | EVEN) & known[None, :]
+            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+            tile = tl.load(place, mask=inside, other=0.0)
+            _write(
+                tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
+                zero_point, qmax, True, SILU, QUANTIZE, FP8,
+            )  # fmt: skip
+            if RAW:
+                place = _place(
+                    raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE
+                )
+                q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+                tl.store(place, q, mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARYING[:3])
+def channel_moments(
+    x, skip, moments, slabs, chunks, pixels, C1, C2,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SOURCE: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Write mean and M2 of each channel of one (image, chunk of BLOCK_P pixels, BLOCK_C channels).
+
+    moments: float32 (N, chunks, 2, C).
+    """
+    if EARLY:
+        _after_predecessor()
+    program = tl.program_id(0)
+    first = (program % slabs) * BLOCK_C
+    part = program // slabs
+    chunk = part % chunks
+    image = part // chunks
+    channel = first + tl.arange(0, BLOCK_C)
+    pixel = chunk * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    known = channel < C1 + C2
+    inside = (pixel < pixels) & known[None, :]
+    place = _place(x, skip, image, pixel, channel[None, :], first, pixels, C1, C2, SOURCE)
+    tile = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(pixels - chunk * BLOCK_P, BLOCK_P)
+    mean = tl.sum(tile, axis=0) / count
+    centred = tl.where(inside, tile - mean[None, :], 0.0)
+    m2 = tl.sum(centred * centred, axis=0)
+    target = moments + part.to(tl.int64) * 2 * (C1 + C2) + channel
+    tl.store(target, mean, mask=known)
+    tl.store(target + (C1 + C2), m2, mask=known)
+
+
+@triton.jit(do_not_specialize=["slabs", "stat_chunks", "pixels"])
+def channel_affine(
+    moments, gamma, beta, eps, affine, slabs, stat_chunks, pixels, C,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STAT_P: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Write a and b of each channel of one (image, slab of whole groups): norm(x) = a x + b.
+
+    Puts the moments of all chunks together, BLOCK_S at a time; affine: float32 (N, 2, C).
+    """
+    if EARLY:
+        _after_predecessor()
+    program = tl.program_id(0)
+    image = program // slabs
+    lane = tl.arange(0, BLOCK_C)
+    column = (program % slabs) * WIDTH + lane
+    known = (lane < WIDTH) & (column < C)
+    here = moments + image.to(tl.int64) * stat_chunks * (2 * C) + column[None, :]
+    line = tl.arange(0, BLOCK_S)[:, None]
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in tl.range(0, stat_chunks, BLOCK_S):
+        chunk = start + line
+        seen = (chunk < stat_chunks) & known[None, :]
+        count = tl.maximum(tl.minimum(pixels - chunk * STAT_P, STAT_P), 0).to(tl.float32)
+        total += tl.sum(tl.load(here + chunk * (2 * C), mask=seen, other=0.0) * count, axis=0)
+    mean = total / pixels
+    m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in tl.range(0, stat_chunks, BLOCK_S):
+        chunk = start + line
+        seen = (chunk < stat_chunks) & known[None, :]
+        count = tl.maximum(tl.minimum(pixels - chunk * STAT_P, STAT_P), 0).to(tl.float32)
+        off = tl.load(here + chunk * (2 * C), mask=seen, other=0.0) - mean[None, :]
+        m2s = tl.load(here + chunk * (2 * C) + C, mask=seen, other=0.0)
+        m2 += tl.sum(m2s + off * off * count, axis=0)
+    a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
+    target = affine + image.to(tl.int64) * (2 * C) + column[None, :]
+    tl.store(target, a, mask=known[None, :])
+    tl.store(target + C, b, mask=known[None, :])
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def apply(
+    x, skip, affine, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
+    slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
+    raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
+    QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr,
+    MANY: tl.constexpr, RAW_MANY: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Map (NORM: by `affine`), activate and quantize one (image, chunk of pixels, slab)."""
+    if EARLY:
+        _after_predecessor()
+    program = tl.program_id(0)
+    first = (program % slabs) * WIDTH
+    part = program // slabs
+    image = part // chunks
+    lane = tl.arange(0, BLOCK_C)
+    column = first + lane
+    channel = column[None, :]
+    pixel = (part % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    known = (lane < WIDTH) & (column < C1 + C2)
+    inside = ((pixel < pixels) | EVEN) & known[None, :]
+    place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+    tile = tl.load(place, mask=inside, other=0.0)
+    inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
+    if RAW:
+        raw_inverse = _inverse(raw_scale, bucket, image, per_entry, RAW, RAW_MANY)
+        raw_zero = raw_zero_x
+        if SOURCE != 0:
+            of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
+            raw_inverse = _own(raw_inverse, of_skip, channel, first, C1, SOURCE)
+            raw_zero = _own(raw_zero_x, raw_zero_skip, channel, first, C1, SOURCE)
+    a = 0.0
+    b = 0.0
+    if NORM:
+        where = affine + image.to(tl.int64) * (2 * (C1 + C2)) + channel
+        a = tl.load(where, mask=known[None, :], other=0.0)
+        b = tl.load(where + (C1 + C2), mask=known[None, :], other=0.0)
+    if MAIN:
+        _write(
+            tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
+            zero_point, qmax, NORM, SILU, QUANTIZE, FP8,
+        )  # fmt: skip
+    if RAW:
+        place = _place(raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+        q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+        tl.store(place, q, mask=inside)

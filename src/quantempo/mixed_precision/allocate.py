@@ -1,0 +1,198 @@
+"""Choose an option for each layer so that the sum of losses is small within budgets.
+
+    minimise sum_l loss[l, choice_l]   subject to   sum_l cost[m, l, choice_l] <= budget[m]
+
+Numbers in, indices out: what an option is, and how its loss was measured, is not known here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["Allocation", "allocate", "bit_operations", "weight_bytes"]
+
+# Mixtures of two budgets that are tried; each is a sweep over all prices.
+_MIXTURES = 65
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Say what was chosen.
+
+    choice: (L,) int64 option of each layer; loss: their sum; bound: no choice within the budgets
+    has less; spent: (M,) float64 of each budget.
+    """
+
+    choice: np.ndarray
+    loss: float
+    bound: float
+    spent: np.ndarray
+
+
+def weight_bytes(shape: Sequence[int], bits: int) -> int:
+    """Return the bytes of an integer weight as stored: codes and one float32 scale a channel.
+
+    Codes of at most 4 bits stand two to a byte, row by row; wider ones take a byte each.
+
+    Args:
+        shape: (O, ...) of the weight.
+        bits: of its codes, 2 to 8.
+    """
+    terms = math.prod(shape[1:])
+    return shape[0] * ((terms + 1) // 2 if bits <= 4 else terms) + 4 * shape[0]
+
+
+def bit_operations(macs: int, weight_bits: int, act_bits: int) -> int:
+    """Return the bit operations of a layer: MACs * weight bits * activation bits.
+
+    Source: Uniq, Baskin et al. 2018, in the form used for mixed precision since; a nominal
+    figure, since the kernels here multiply bytes whatever the bits.
+    """
+    return macs * weight_bits * act_bits
+
+
+def allocate(
+    losses: np.ndarray,
+    costs: np.ndarray,
+    budgets: Sequence[float] | float,
+    names: Sequence[str] = (),
+) -> Allocation:
+    """Choose one option a layer with the least sum of losses that every budget allows.
+
+    For one budget: the options on each layer's lower convex hull are taken in the order of loss
+    saved per cost, which is the sweep over the Lagrangian price at all its break points; from the
+    first that does not fit, those that still do fill the rest. For several budgets the cost is a
+    mixture of costs / budgets, and the best of 65 mixtures is taken.
+
+    Args:
+        losses: (L, O) finite.
+        costs: (L, O), or (M, L, O) for M = 1 or 2 budgets; >= 0.
+        budgets: one for each.
+        names: of the budgets, for the error.
+
+    Raises:
+        QuantempoError: shapes or values that make no sense; a budget below the least possible,
+            which is named; or two budgets that no mixture meets together.
+
+    Error: with one budget the loss is above the least possible by less than the largest step of
+    one layer along its hull, and never grows with the budget. With two neither is certain;
+    `Allocation.bound` says how far the choice can be from the best.
+
+    Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
+    """
+    losses, costs = np.asarray(losses, np.float64), np.asarray(costs, np.float64)
+    costs = costs[None] if costs.ndim == 2 else costs
+    limits = np.atleast_1d(np.asarray(budgets, np.float64))
+    _check(losses, costs, limits, names)
+    shares = np.linspace(0, 1, _MIXTURES) if len(limits) > 1 else np.ones(1)
+    best: tuple[float, np.ndarray] | None = None
+    bound = float(losses.min(1).sum())
+    for share in shares:
+        mixture = np.array([share, 1 - share])[: len(limits)] / limits
+        choice, price = _sweep(losses, costs, limits, mixture)
+        prices = price * mixture
+        priced = losses + np.tensordot(prices, costs, 1)
+        bound = max(bound, float(priced.min(1).sum() - prices @ limits))
+        if choice is None:
+            continue
+        loss = float(_pick(losses, choice).sum())
+        if best is None or loss < best[0]:
+            best = loss, choice
+    if best is None:
+        raise QuantempoError(
+            f"found no choice that meets {' and '.join(_named(names, limits))} together, though "
+            "each can be met alone; raise one of them, or add options with fewer bits of both"
+        )
+    loss, choice = best
+    # Rounding of the sums must not put the bound above what was reached.
+    return Allocation(choice, loss, min(bound, loss), _spent(costs, choice))
+
+
+def _sweep(
+    losses: np.ndarray, costs: np.ndarray, limits: np.ndarray, mixture: np.ndarray
+) -> tuple[np.ndarray | None, float]:
+    """Return (the choice along one mixture of the costs or None, the price where it first stopped).
+
+    The price is 0 if nothing had to be left out.
+    """
+    mixed = np.tensordot(mixture, costs, 1)
+    hulls = [_hull(loss, cost) for loss, cost in zip(losses, mixed, strict=True)]
+    choice = np.array([hull[0] for hull in hulls])
+    spent = _spent(costs, choice)
+    moves = []
+    for layer, hull in enumerate(hulls):
+        for place, (a, b) in enumerate(itertools.pairwise(hull)):
+            saved = losses[layer, a] - losses[layer, b]
+            moves.append((-saved / (mixed[layer, b] - mixed[layer, a]), layer, place, b))
+    moves.sort()
+    if (spent > limits).any():
+        return None, -moves[0][0] if moves else 0.0
+    price, closed = 0.0, set[int]()
+    for slope, layer, _, option in moves:
+        if layer in closed:
+            continue
+        after = spent + costs[:, layer, option] - costs[:, layer, choice[layer]]
+        if (after <= limits).all():
+            choice[layer], spent = option, after
+        else:
+            # Later moves of this layer start where this one would have ended.
+            closed.add(layer)
+            price = price or -slope
+    return choice, price
+
+
+def _hull(loss: np.ndarray, cost: np.ndarray) -> list[int]:
+    """Return the options on the lower convex hull, cheapest first, each of less loss."""
+    hull: list[int] = []
+    for option in np.lexsort((loss, cost)):
+        if hull and loss[option] >= loss[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            # b above the line from a to this option: never the best at any price.
+            left = (loss[a] - loss[b]) * (cost[option] - cost[a])
+            if left > (loss[a] - loss[option]) * (cost[b] - cost[a]):
+                break
+            hull.pop()
+        hull.append(int(option))
+    return hull
+
+
+def _pick(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """Return (..., L): the chosen option's entry of (..., L, O)."""
+    return values[..., np.arange(len(choice)), choice]
+
+
+def _spent(costs: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    return _pick(costs, choice).sum(-1)
+
+
+def _named(names: Sequence[str], limits: np.ndarray) -> list[str]:
+    known = [*names, *(f"budget {i}" for i in range(len(names), len(limits)))]
+    return [f"{name} = {limit:,.0f}" for name, limit in zip(known, limits, strict=False)]
+
+
+def _check(losses: np.ndarray, costs: np.ndarray, limits: np.ndarray, names: Sequence[str]) -> None:
+    """Raise QuantempoError for inputs that make no sense or a budget nothing can meet."""
+    if losses.ndim != 2 or not losses.size or costs.shape[1:] != losses.shape:
+        raise QuantempoError(
+            f"got losses {losses.shape} and costs {costs.shape}; expected (L, O) and (M, L, O)"
+        )
+    if limits.shape != costs.shape[:1] or not 1 <= len(limits) <= 2:
+        raise QuantempoError(f"got {len(limits)} budgets for {len(costs)} costs; expected 1 or 2")
+    if not np.isfinite(losses).all() or not np.isfinite(costs).all() or (costs < 0).any():
+        raise QuantempoError("got a loss that is not finite or a cost that is not at least 0")
+    least = costs.min(-1).sum(-1)
+    for text, limit, low in zip(_named(names, limits), limits, least, strict=True):
+        if not limit > 0 or limit < low:
+            raise QuantempoError(
+                f"got {text}; the options need at least {low:,.0f}: raise the budget, or add "
+                "options with fewer bits"
+            )

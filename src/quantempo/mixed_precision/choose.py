@@ -1,0 +1,197 @@
+"""Choose the bits of each layer within budgets by what they cost in the image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantempo.errors import QuantempoError
+from quantempo.mixed_precision.allocate import allocate, bit_operations, weight_bytes
+from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
+from quantempo.pipeline.session import Session
+from quantempo.recipe import Recipe, parse_bits
+from quantempo.run_folder import RunFolder
+
+__all__ = ["choose_bits", "recall"]
+
+log = logging.getLogger("quantempo")
+
+# Bits of weights to choose from where a budget of bytes alone says nothing of activations.
+_WEIGHT_BITS = (4, 8)
+
+
+def choose_bits(
+    session: Session,
+    *,
+    budget_bytes: int | None = None,
+    budget_bops: int | None = None,
+    options: Sequence[str] | None = None,
+    **rollout: int,
+) -> dict[str, Any]:
+    """Choose bits for every integer layer within budgets and put them into the session's recipe.
+
+    They replace `layers.bits`, so the manifest, the packed model and the report name them; the
+    choice stands in `sensitivity.json`. To be called before `pipeline.finish`.
+
+    Args:
+        session: changed: its recipe gets the bits.
+        budget_bytes: of the integer weights as stored: codes (two to a byte up to 4 bits, else a
+            byte each) and one float32 scale for each output channel. Biases, activation scales
+            and layers in float are not counted; they do not depend on the choice.
+        budget_bops: bit operations of the integer layers for one image and one call of the
+            network: MACs * weight bits * activation bits.
+        options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
+            activations if bytes are the only budget.
+        rollout: chains, steps and seed of `measure`; by default those of `sensitivity.json` where
+            there is one.
+
+    Returns:
+        What was chosen and spent, as in `sensitivity.json`.
+
+    Raises:
+        QuantempoError: no budget, one that cannot be met (before anything is measured), deltas, a
+            run folder with later stages of other bits without `force`, or see `measure`.
+    """
+    budgets = _budgets(budget_bytes, budget_bops)
+    options = _options(options, budget_bops, session.recipe)
+    if not rollout and session.run.has(ARTEFACT):
+        # What was measured before decides; not again with other settings.
+        rollout = session.run.read_json(ARTEFACT)["settings"]
+    _check(outline(session, options, **rollout), budgets, options)
+    table = measure(session, options, **rollout)
+    base = session.recipe.override("layers", bits={})
+    choice = {"request": _request(base, budgets, options), **_choice(table, budgets, options)}
+    _adopt(session, base.override("layers", bits=choice["bits"]))
+    table["choice"] = choice
+    session.run.write_json(ARTEFACT, table)
+    write_plot(session.run, table)
+    chosen = list(choice["bits"].values())
+    log.info(
+        "bits chosen: %s; %.2f bits a weight with scales, loss %.3g (at least %.3g)",
+        ", ".join(f"{chosen.count(option)} at {option}" for option in options),
+        choice["effective_bits"],
+        choice["loss"],
+        choice["bound"],
+    )
+    return choice
+
+
+def _choice(
+    table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]
+) -> dict[str, Any]:
+    """Return the best choice of a whole table within budgets, and what it spends."""
+    rows, costs = table["layers"], _costs(table, options)
+    losses = np.array([[row["losses"][option] for option in options] for row in rows])
+    limited = np.array([costs[name] for name in budgets])
+    found = allocate(losses, limited, list(budgets.values()), _names(budgets))
+    spent = {
+        name: sum(row[i] for row, i in zip(cost, found.choice, strict=True))
+        for name, cost in costs.items()
+    }
+    weights = sum(math.prod(row["weight_shape"]) for row in rows)
+    return {
+        "budgets": budgets,
+        "options": list(options),
+        "bits": {row["name"]: options[i] for row, i in zip(rows, found.choice, strict=True)},
+        "spent": spent,
+        "effective_bits": 8 * spent["bytes"] / weights,
+        "loss": found.loss,
+        "bound": found.bound,
+    }
+
+
+def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Return budget -> (L, O) what each layer takes of it at each option."""
+    rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
+    return {
+        "bytes": [[weight_bytes(row["weight_shape"], w) for w, _ in pairs] for row in rows],
+        "bops": [[bit_operations(row["macs"], w, a) for w, a in pairs] for row in rows],
+    }
+
+
+def _names(budgets: dict[str, int]) -> list[str]:
+    return [f"a budget of {name}" for name in budgets]
+
+
+def _check(table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]) -> None:
+    """Refuse budgets that nothing can meet, as `allocate` would once all losses are known."""
+    costs = _costs(table, options)
+    limited = np.array([costs[name] for name in budgets])
+    allocate(np.zeros(limited.shape[1:]), limited, list(budgets.values()), _names(budgets))
+
+
+def recall(
+    run: str | Path,
+    recipe: Recipe,
+    *,
+    budget_bytes: int | None = None,
+    budget_bops: int | None = None,
+    options: Sequence[str] | None = None,
+) -> Recipe:
+    """Return the recipe with the bits that the same request chose before in a run folder.
+
+    So that a killed run resumes: stages after the choice were made with those bits. Without such a
+    choice the recipe comes back as it is.
+    """
+    folder = RunFolder(run)
+    choice = folder.read_json(ARTEFACT)["choice"] if folder.has(ARTEFACT) else None
+    base = recipe.override("layers", bits={})
+    budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops, recipe)
+    if choice is None or choice["request"] != _request(base, budgets, options):
+        return recipe
+    return base.override("layers", bits=choice["bits"])
+
+
+def _adopt(session: Session, recipe: Recipe) -> None:
+    """Give a session another recipe, and its manifest too.
+
+    Raises:
+        QuantempoError: stages after the choice were made with other bits, and `force` is off; all
+            is as it was.
+    """
+    before, session.recipe = session.recipe, recipe
+    if not session.force:
+        try:
+            session.refuse_stale()
+        except QuantempoError:
+            session.recipe = before
+            raise
+    entries = {"recipe": recipe.to_dict(), "recipe_toml": recipe.to_toml()}
+    session.run.update_manifest(**entries, recipe_sha256=recipe.sha256)
+
+
+def _budgets(budget_bytes: int | None, budget_bops: int | None) -> dict[str, int]:
+    given = {"bytes": budget_bytes, "bops": budget_bops}
+    budgets = {name: value for name, value in given.items() if value is not None}
+    if not budgets:
+        raise QuantempoError("got no budget; give bytes, bit operations or both")
+    return budgets
+
+
+def _options(
+    options: Sequence[str] | None, budget_bops: int | None, recipe: Recipe
+) -> tuple[str, ...]:
+    """Return the bits to choose from; refuse a recipe whose losses are not what is measured."""
+    if recipe.delta.enabled:
+        raise QuantempoError(
+            "got a budget for a recipe with delta quantization, but losses are measured on whole "
+            "inputs; switch one of them off, or give bits in layers.bits"
+        )
+    if options is not None:
+        return tuple(dict.fromkeys(options))
+    if budget_bops is not None:
+        return OPTIONS
+    return tuple(f"w{bits}a{recipe.activations.bits}" for bits in _WEIGHT_BITS)
+
+
+def _request(base: Recipe, budgets: dict[str, int], options: Sequence[str]) -> str:
+    """Return a hash of what was asked for."""
+    text = json.dumps([base.sha256, budgets, list(options)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,221 @@
+"""Measure what each layer costs in the image at each number of bits.
+
+    loss[l, o] = mean (x_0 with only layer l at option o - x_0 in float)^2, same seeds and noise
+
+over short trajectories of the float pipeline, on which the error of a step changes all later ones.
+Losses of several layers are added as if they did not meet: good enough to rank, no forecast.
+Source: after MixDQ (Zhao et al., ECCV 2024), with the error of the latent in place of SSIM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quantempo.calibration.dataset import TraceSet
+from quantempo.errors import QuantempoError
+from quantempo.mixed_precision.allocate import weight_bytes
+from quantempo.mixed_precision.rollout import Grids, last_latent, one_quantized
+from quantempo.models.macs import count_macs
+from quantempo.pipeline.session import Session
+from quantempo.pipeline.stages import calibrate, per_unit, trace
+from quantempo.quantized.plan import plan_layers
+from quantempo.recipe import parse_bits
+from quantempo.report.sensitivity_plot import draw, standalone
+from quantempo.run_folder import RunFolder, atomic_path
+
+__all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
+
+log = logging.getLogger("quantempo")
+
+ARTEFACT, PLOT = "sensitivity.json", "sensitivity.svg"
+OPTIONS = ("w4a4", "w4a8", "w8a4", "w8a8")
+# Seeds of their own: scales were chosen on those of the trace.
+SEED = 3_000_000
+
+
+def measure(
+    session: Session,
+    options: Sequence[str] = OPTIONS,
+    *,
+    chains: int = 8,
+    steps: int = 10,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """Measure every integer layer at every option and write `sensitivity.json`; return it.
+
+    Trace and calibrate are run if they are not done. Losses measured before with the same
+    settings are kept, so a killed run resumes and further options can be added.
+
+    Args:
+        session: its recipe says which layers are integer, and how scales are searched; its bits
+            do not matter.
+        options: bits like "w4a8".
+        chains: trajectories, in one batch.
+        steps: of each.
+        seed: of the first.
+
+    Raises:
+        QuantempoError: an option that is none, no integer layer, a file of other settings without
+            `force`, or a loss that is not finite.
+
+    Error: the loss is exact for these chains; its spread over chains is not estimated.
+    """
+    table = outline(session, options, chains=chains, steps=steps, seed=seed)
+    bits = {option: parse_bits(option, "options") for option in options}
+    missing = [
+        (row, [option for option in bits if option not in row["losses"]]) for row in table["layers"]
+    ]
+    missing = [(row, todo) for row, todo in missing if todo]
+    if missing:
+        _measure(session, table, missing, bits)
+    else:
+        log.info("sensitivity: done before (%s)", ARTEFACT)
+    if missing or not session.run.has(PLOT):
+        write_plot(session.run, table)
+    return table
+
+
+def outline(
+    session: Session,
+    options: Sequence[str] = OPTIONS,
+    *,
+    chains: int = 8,
+    steps: int = 10,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """Return the table as far as it is measured, with the size of every layer; writes no losses.
+
+    Trace and calibrate are run if they are not done. Arguments and errors are those of `measure`.
+    """
+    for number, name in ((chains, "chains"), (steps, "steps")):
+        if number < 1:
+            raise QuantempoError(f"got {number} {name}; expected at least 1")
+    if not options:
+        raise QuantempoError(f"got no options; give some like {', '.join(OPTIONS)}")
+    for option in options:
+        parse_bits(option, "options")
+    trace(session)
+    calibrate(session)
+    return _read(session, {"chains": chains, "steps": steps, "seed": seed})
+
+
+def _measure(
+    session: Session,
+    table: dict[str, Any],
+    missing: list[tuple[dict[str, Any], list[str]]],
+    bits: Mapping[str, tuple[int, int]],
+) -> None:
+    """Fill in the missing losses of a table; written after every layer."""
+    settings, before, start = table["settings"], table["seconds"], time.perf_counter()
+    seeds = range(settings["seed"], settings["seed"] + settings["chains"])
+
+    def rollout() -> Tensor:
+        return last_latent(session.pipe, seeds, settings["steps"], session.call)
+
+    stats = session.run.read_safetensors("stats.safetensors")
+    plans = {plan.name: plan for plan in plan_layers(session.sites, session.recipe)}
+    unit = per_unit(TraceSet(session.run / "trace"), session.num_train_timesteps)
+    target = rollout()
+    table["signal"] = float(target.square().mean())
+    count = sum(len(todo) for _, todo in missing)
+    with tqdm(total=count, desc="sensitivity", unit="rollout", disable=None) as bar:
+        for done, (row, todo) in enumerate(missing, 1):
+            name = row["name"]
+            grids = Grids(stats, session.denoiser.get_submodule(name), name, session.recipe)
+            for option in todo:
+                plan = replace(plans[name], weight_bits=bits[option][0], act_bits=bits[option][1])
+                with one_quantized(session.denoiser, plan, *grids.at(*bits[option]), unit):
+                    loss = float((rollout() - target).square().mean())
+                if not math.isfinite(loss):
+                    raise QuantempoError(
+                        f"the image is not finite with '{name}' at {option}; leave the option "
+                        "out, or keep the layer in float (layers.exclude)"
+                    )
+                row["losses"][option] = loss
+                bar.update()
+            seconds = time.perf_counter() - start
+            table["seconds"] = round(before + seconds, 3)
+            session.run.write_json(ARTEFACT, table)
+            if bar.disable:
+                left = seconds / done * (len(missing) - done)
+                log.info("sensitivity: %d of %d, %s; %.0f s left", done, len(missing), name, left)
+    entry = {"key": table["key"], "seconds": table["seconds"]}
+    session.run.update_manifest(stages={"sensitivity": entry})
+    log.info("sensitivity: %.1f s -> %s", table["seconds"], ARTEFACT)
+
+
+def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of a run folder as far as it is, or an empty one.
+
+    Raises:
+        QuantempoError: it is of other settings and `force` is off, or there are no integer layers.
+    """
+    chosen = {name: getattr(session.recipe, name) for name in ("activations", "weights")}
+    # `bits` are what is varied here.
+    text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
+    text |= {"inputs": session.key("calibrate"), "settings": settings}
+    key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    if session.run.has(ARTEFACT):
+        table = session.run.read_json(ARTEFACT)
+        if table["key"] == key:
+            return table
+        if not session.force:
+            raise QuantempoError(
+                f"{session.run / ARTEFACT} was made with other settings; use another --run "
+                "folder, or --force to redo it"
+            )
+    plans = [p for p in plan_layers(session.sites, session.recipe) if p.kind == "int8"]
+    if not plans:
+        raise QuantempoError("the recipe keeps every layer in float; nothing to measure")
+    data = TraceSet(session.run / "trace")
+    batch = data.rows(torch.zeros(1, dtype=torch.long))
+    macs = count_macs(session.denoiser, lambda: data.replay(session.denoiser, batch), 1)
+    roles = {site.name: site.role for site in session.sites}
+    layers = []
+    for plan in plans:
+        weight: Any = session.denoiser.get_submodule(plan.name).weight
+        row = {"name": plan.name, "role": roles[plan.name], "macs": macs.get(plan.name, 0)}
+        layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
+    empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
+    return {**empty, "layers": layers, "choice": None}
+
+
+def table_rows(table: dict[str, Any], options: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the layers of a table, the largest loss first, with bytes for each weight width.
+
+    Args:
+        table: of `measure`.
+        options: those to show.
+    """
+    widths = sorted({parse_bits(option, "options")[0] for option in options})
+    rows = [
+        {
+            **{key: row[key] for key in ("name", "role", "macs")},
+            "bytes": {f"w{bits}": weight_bytes(row["weight_shape"], bits) for bits in widths},
+            "losses": {option: row["losses"][option] for option in options},
+        }
+        for row in table["layers"]
+    ]
+    return sorted(rows, key=lambda row: -max(row["losses"].values()))
+
+
+def write_plot(run: RunFolder, table: dict[str, Any]) -> None:
+    """Write `sensitivity.svg`; a missing matplotlib is said, not fatal: the numbers are there."""
+    try:
+        picture = standalone(draw(table))
+    except QuantempoError as error:
+        log.warning("no %s: %s", PLOT, error)
+        return
+    with atomic_path(run / PLOT) as temporary:
+        temporary.write_text(picture, encoding="utf-8")

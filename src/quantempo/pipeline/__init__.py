@@ -1,0 +1,3 @@
+"""The main line and its run folder."""
+
+__all__: list[str] = []

@@ -1,0 +1,188 @@
+"""The layer table: what every Conv2d and Linear became, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.engines.base import BACKENDS
+from quantempo.engines.select import choose
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import Site, denoiser_of, sites
+from quantempo.models.load import load_pipeline
+from quantempo.models.macs import ATTENTION_MATMULS
+from quantempo.quantized import (
+    Int12Linear,
+    LayerPlan,
+    QLayer,
+    find_clock,
+    int8_attention_blocks,
+    quantized_layers,
+)
+
+__all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits"]
+
+
+def layer_rows(
+    found: list[Site],
+    plans: list[LayerPlan],
+    denoiser: nn.Module,
+    macs: Mapping[str, int],
+    sqnr_db: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Return one row for each site, and one for the attention matmuls.
+
+    Args:
+        found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
+        macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
+
+    `bits_activation` are those of whole inputs, which the first step takes; `bits_delta` those of
+    what changed since the step before, None for a layer that takes whole inputs at every step.
+    """
+    rows = []
+    for site, plan in zip(found, plans, strict=True):
+        layer = denoiser.get_submodule(site.name)
+        row = _row(site.name, type(site.layer).__name__, site.role, macs.get(site.name, 0))
+        row |= {
+            "weight_shape": list(site.layer.weight.shape),
+            "bits_weight": 12 if isinstance(layer, Int12Linear) else 32,
+            "reason": plan.reason,
+            "sqnr_db": sqnr_db.get(site.name),
+        }
+        if isinstance(layer, QLayer):
+            row |= {
+                "bits_weight": layer.weight_bits,
+                "bits_activation": layer.act_bits,
+                "bits_delta": layer.delta_bits or None,
+                "segments": list(layer.segments),
+                "buckets": layer.act_scale.shape[1],
+                "scale_min": float(layer.act_scale.min()),
+                "scale_max": float(layer.act_scale.max()),
+                "zero_point": layer.act_zero_point.tolist(),
+            }
+        rows.append(row)
+    return [*rows, _matmuls(denoiser, macs.get(ATTENTION_MATMULS, 0))]
+
+
+def _matmuls(denoiser: nn.Module, macs: int) -> dict[str, Any]:
+    """Return the row of the products inside attention: the bits of those blocks that have some.
+
+    Blocks are counted, not their work: `macs` is of all of them.
+    """
+    row = _row(ATTENTION_MATMULS, "matmul", "attention", macs)
+    integer = len(int8_attention_blocks(denoiser))
+    # Also blocks whose products nothing can exchange.
+    of = sum(hasattr(module, "to_q") for module in denoiser.modules())
+    if integer == 0:
+        row["reason"] = "product of two activations: softmax and its neighbours stay in float"
+    elif integer < of:
+        row["reason"] = f"{integer} of {of} blocks take 8-bit products, the others stay in float"
+    row["bits_activation"] = 32 if row["reason"] else 8
+    return row
+
+
+def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
+    """Return the row of something that stays in float."""
+    empty = ("bits_weight", "buckets", "scale_min", "scale_max", "zero_point", "reason", "sqnr_db")
+    row: dict[str, Any] = {"name": name, "kind": kind, "role": role, "macs": macs}
+    row |= {"weight_shape": [], "segments": [], "bits_activation": 32, "bits_delta": None}
+    return row | dict.fromkeys(empty)
+
+
+def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls.
+
+    The matmuls count as integers if those of all blocks are.
+    """
+
+    def share(rows: list[dict[str, Any]]) -> float:
+        integer = sum(row["macs"] for row in rows if row["bits_activation"] <= 8)
+        return integer / max(1, sum(row["macs"] for row in rows))
+
+    layers = [row for row in rows if row["kind"] != "matmul"]
+    return {"int8_mac_share": share(layers), "int8_mac_share_with_attention": share(rows)}
+
+
+def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
+    """Return the bits a weight of the integer layers has on average, None without such layers."""
+    layers = [row for row in rows if row["kind"] != "matmul" and row["bits_activation"] <= 8]
+    sizes = [math.prod(row["weight_shape"]) for row in layers]
+    bits = sum(row["bits_weight"] * size for row, size in zip(layers, sizes, strict=True))
+    return bits / sum(sizes) if layers else None
+
+
+@torch.no_grad()
+def layer_sqnr(
+    float_denoiser: nn.Module, packed: nn.Module, timestep: Tensor, call: Callable[[], Any]
+) -> dict[str, float]:
+    """Return 10 log10(sum y^2 / sum (y - y_q)^2) of each integer layer on the float model's input.
+
+    Args:
+        float_denoiser: runs; packed: gives the integer layers, executed by `simulated`.
+        timestep: (B,) of that batch.
+        call: runs one forward of `float_denoiser`.
+    """
+    clock, simulated = find_clock(packed), BACKENDS.get("simulated")
+    assert clock is not None
+    # Both on one device; the packed model may have been built on another.
+    packed.to(next(float_denoiser.parameters()).device)
+    clock.set(timestep)
+    result: dict[str, float] = {}
+
+    def compare(name: str, kernel: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            error = (kernel(args[0]) - output).double().square().sum()
+            signal = output.double().square().sum()
+            result[name] = float(10 * torch.log10(signal / error.clamp_min(1e-300)))
+
+        return hook
+
+    handles = [
+        float_denoiser.get_submodule(name).register_forward_hook(
+            compare(name, simulated.lower(layer))
+        )
+        for name, layer in quantized_layers(packed)
+    ]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def describe(packed: str | Path) -> list[dict[str, Any]]:
+    """Return the layer table of a packed folder from its files alone, with what runs each layer.
+
+    Raises:
+        QuantempoError: not a packed pipeline.
+    """
+    pipe = load_pipeline(packed)
+    denoiser = denoiser_of(pipe)[1]
+    if find_clock(denoiser) is None:
+        raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
+    config = denoiser.hf_quantizer.quantization_config
+    settings = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
+    with torch.device("meta"):
+        float_twin = type(denoiser).from_config(settings)
+    found = sites(float_twin)
+    plans = config.plans(float_twin)
+    engine = choose("cpu").name
+    backend = BACKENDS.get(engine) if engine in BACKENDS.names() else None
+    rows = layer_rows(found, plans, denoiser, {}, {})
+    for row in rows:
+        row["backend"] = "float"
+        if row["kind"] == "matmul":
+            # Every engine leaves these to the attention block.
+            row["backend"] = "torch" if row["bits_activation"] <= 8 else "float"
+        elif row["bits_activation"] <= 8:
+            layer: Any = denoiser.get_submodule(row["name"])
+            row["backend"] = engine
+            if backend is not None and backend.unsupported(layer) is not None:
+                row["backend"] = "simulated"
+    return rows

@@ -1,0 +1,348 @@
+"""The main line: load -> trace -> calibrate -> search -> round -> pack -> run.
+
+One verb is one function here, one command and one artefact in the run folder. Each stage reads the
+artefacts before it, so any can be run again from the file before it, and a killed run resumes: a
+stage whose artefact was made from the same model and settings is not repeated. Evaluate and report
+have files of their own (`quantempo.pipeline.quality`, `quantempo.report`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantempo.calibration.correction import fit_correction, options_of
+from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.deltas import collect_deltas, delta_sizes, search_deltas
+from quantempo.calibration.sources import needs_images
+from quantempo.calibration.statistics import collect_statistics, state_tensors, time_bin_edges
+from quantempo.calibration.timesteps import make_time_sampler
+from quantempo.calibration.trace import trace as trace_pipeline
+from quantempo.checkpoint.pack import pack_denoiser
+from quantempo.core import WEIGHT
+from quantempo.engines.select import attach
+from quantempo.evaluation import load_images
+from quantempo.models.attention import attention_blocks, set_products
+from quantempo.models.layers import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.models.macs import count_macs
+from quantempo.pipeline.layer_table import layer_rows, layer_sqnr
+from quantempo.pipeline.session import Session, load, reopen
+from quantempo.quantized import LayerPlan, bits_of, measured_sites
+from quantempo.quantized.attention import install_int8_attention
+from quantempo.quantized.delta import limit_deltas, plan_memory
+from quantempo.quantized.plan import plan_layers
+from quantempo.recipe import Recipe
+from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
+from quantempo.run_folder import atomic_path
+from quantempo.scales.search import LayerScales, schedule_scales, search_scales, site_scales
+
+log = logging.getLogger("quantempo")
+
+__all__ = [
+    "Session",
+    "calibrate",
+    "correct",
+    "finish",
+    "load",
+    "pack",
+    "quantize",
+    "reopen",
+    "round_weights",
+    "search",
+    "trace",
+]
+
+
+def trace(session: Session) -> TraceSet:
+    """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
+    settings = session.recipe.trace
+    folder = session.run / "trace"
+    with session.stage("trace") as needed:
+        if needed:
+            trace_pipeline(
+                session.pipe,
+                session.denoiser,
+                folder,
+                steps=settings.steps,
+                chains=settings.chains,
+                picks=settings.picks,
+                time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
+                seed=settings.seed,
+                num_train_timesteps=session.num_train_timesteps,
+                call=session.call,
+                source=settings.source,
+                images=_source_images(session),
+                legacy_pairing=settings.legacy_pairing,
+                force=session.force,
+                model_hash=session.model["sha256"],
+            )
+    return TraceSet(session.run / "trace")
+
+
+def _source_images(session: Session) -> np.ndarray | None:
+    """Return (n, H, W, 3) uint8 images of the size of x_t, or None if the source reads none."""
+    if not needs_images(session.recipe.trace.source) or session.data is None:
+        return None
+    size = getattr(session.denoiser.config, "sample_size", None)
+    size = (size, size) if isinstance(size, int) else size
+    return load_images(session.data, size, limit=10_000).images
+
+
+def calibrate(session: Session) -> None:
+    """Collect the statistics of every layer input over the trace; writes `stats.safetensors`.
+
+    With `recipe.delta` also those of what changed between the steps of the sampler.
+    """
+    data = TraceSet(session.run / "trace")
+    with session.stage("calibrate") as needed:
+        if not needed:
+            return
+        recipe = session.recipe
+        plans = plan_layers(session.sites, recipe)
+        inputs = {p.name: p.segments for p in plans if p.kind == "int8"}
+        edges = time_bin_edges(session.num_train_timesteps)
+        unit = per_unit(data, session.num_train_timesteps)
+        sites = measured_sites(recipe.layers.sites, session.denoiser)
+        statistics = collect_statistics(
+            session.denoiser, inputs, data, edges, sites=sites, per_unit=unit
+        )
+        tensors = state_tensors(edges, statistics)
+        if recipe.delta.enabled:
+            tensors |= collect_deltas(
+                session.pipe,
+                session.denoiser,
+                inputs,
+                edges,
+                steps=recipe.trace.steps,
+                chains=recipe.delta.chains,
+                seed=recipe.trace.seed,
+                per_unit=unit,
+                # The last inputs of all layers are kept: 25 MB an image of the 9m model.
+                batch_size=4 if session.device == "cpu" else 64,
+                call=session.call,
+            )
+        session.run.write_safetensors("stats.safetensors", tensors)
+
+
+def per_unit(data: TraceSet, num_train_timesteps: int) -> float:
+    """Return the training time-steps in one unit of the recorded time: 1, or T for t in [0, 1]."""
+    t = data.timesteps
+    return float(num_train_timesteps) if t.is_floating_point() and float(t.max()) <= 1 else 1.0
+
+
+def search(session: Session) -> None:
+    """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
+    with session.stage("search") as needed:
+        if not needed:
+            return
+        stats = session.run.read_safetensors("stats.safetensors")
+        plans = _plans(session, stats)
+        bits = bits_of(plans)
+        weights = {name: session.denoiser.get_submodule(name).weight.detach() for name in bits}
+        chosen = session.recipe.layers.sites
+        measured = measured_sites(chosen, session.denoiser)
+        recipe = session.recipe.override("layers", sites=measured)
+        tensors = search_scales(stats, weights, recipe, bits=bits)
+        given = set(chosen) - set(measured)
+        tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
+        deltas = {plan.name: plan.delta_bits for plan in plans if plan.delta_bits}
+        edges = stats["time_bin_edges"]
+        tensors |= search_deltas(stats, deltas, tensors["bucket_of"], edges, recipe.activations)
+        session.run.write_safetensors("scales.safetensors", tensors)
+
+
+def _plans(session: Session, stats: Mapping[str, Tensor] | None = None) -> list[LayerPlan]:
+    """Return what each layer becomes; with deltas, as far as their state may take memory."""
+    plans, delta = plan_layers(session.sites, session.recipe), session.recipe.delta
+    if not delta.enabled:
+        return plans
+    sizes = delta_sizes(stats or session.run.read_safetensors("stats.safetensors"))
+    return limit_deltas(plans, plan_memory(*sizes, delta.megabytes))
+
+
+def round_weights(session: Session) -> None:
+    """Choose the integer weights; writes `rounding.safetensors`."""
+    with session.stage("round") as needed:
+        if not needed:
+            return
+        run, settings = session.run, session.recipe.rounding
+        scales = LayerScales.read(run.read_safetensors("scales.safetensors"))
+        bits = bits_of(plan_layers(session.sites, session.recipe))
+        specs = {name: replace(WEIGHT, bits=bits[name][0]) for name in scales}
+        weights = {n: session.denoiser.get_submodule(n).weight.detach().cpu() for n in scales}
+        by_weights = settings.name if ROUNDINGS.get(settings.name).needs == "weights" else "nearest"
+        codes = round_by_weights(
+            by_weights, weights, {n: s.weight_scale for n, s in scales.items()}, specs
+        )
+        if by_weights != settings.name or settings.bias or settings.refine:
+            # Deltas have a state: blocks are rounded on whole 8-bit inputs.
+            twin = _assemble(session, codes, deltas=False)[1].to(session.device)
+            codes = round_denoiser(
+                session.denoiser,
+                twin,
+                scales,
+                specs,
+                TraceSet(run / "trace"),
+                settings,
+                folder=run / "blocks",
+                key=session.key("round"),
+            )
+        run.write_safetensors("rounding.safetensors", codes)
+
+
+def _assemble(
+    session: Session, rounding: Mapping[str, Tensor], *, deltas: bool = True, last: bool = False
+) -> tuple[Any, nn.Module, list[LayerPlan]]:
+    """Return a fresh pipeline, its denoiser packed from the artefacts, and the plans.
+
+    Args:
+        rounding: codes of each layer, and what a rounding changed besides (bias, scales).
+        deltas: quantize changes where the recipe does; last: with correction and attention.
+    """
+    run, recipe = session.run, session.recipe
+    data, tensors = TraceSet(run / "trace"), run.read_safetensors("scales.safetensors")
+    scales = {
+        name: replace(found, act_scale=rounding.get(f"{name}.act_scale", found.act_scale))
+        for name, found in LayerScales.read(tensors).items()
+    }
+    plans = [
+        replace(
+            p,
+            buckets=scales[p.name].act_scale.shape[1],
+            delta_bits=p.delta_bits if deltas else 0,
+        )
+        if p.kind == "int8"
+        else p
+        for p in _plans(session)
+    ]
+    pipe = load_pipeline(session.source)
+    denoiser = denoiser_of(pipe)[1]
+    for name in scales:
+        if f"{name}.bias" in rounding:
+            denoiser.get_submodule(name).bias.data.copy_(rounding[f"{name}.bias"])
+    corrected = options_of(recipe.correction) if last else ()
+    pack_denoiser(
+        denoiser,
+        plans,
+        scales,
+        {name: rounding[name] for name in scales},
+        bucket_of=tensors["bucket_of"],
+        per_unit=per_unit(data, session.num_train_timesteps),
+        sites=site_scales(tensors),
+        recipe=recipe,
+        source_sha256=session.model["sha256"],
+        correction=(corrected, run.read_safetensors("correction.safetensors"))
+        if corrected
+        else None,
+        rates=tensors,
+        attention=_int8_attention(session, data) if deltas else (),
+    )
+    return pipe, denoiser, plans
+
+
+def _int8_attention(session: Session, data: TraceSet) -> list[str]:
+    """Return the attention blocks whose products may be integers; the others are logged."""
+    settings = session.recipe.attention
+    if settings.bits != 8:
+        # Of another recipe.
+        (session.run / "attention.json").unlink(missing_ok=True)
+        return []
+    batch = data.rows(torch.linspace(0, len(data) - 1, min(32, len(data))).long())
+    calls = [lambda: data.replay(session.denoiser, batch)]
+    found = install_int8_attention(session.denoiser, calls, settings.min_cosine)
+    # The float denoiser was only looked at.
+    for _, block in attention_blocks(session.denoiser):
+        set_products(block, None)
+    session.run.write_json("attention.json", asdict(found))
+    return found.names
+
+
+def correct(session: Session) -> None:
+    """Fit what is corrected around the network; writes `correction.safetensors` and `.json`."""
+    if not options_of(session.recipe.correction):
+        # Left in place it would be of other settings for whoever opens the folder next.
+        session.forget("correct")
+        return
+    with session.stage("correct") as needed:
+        if needed:
+            rounding = session.run.read_safetensors("rounding.safetensors")
+            packed = _assemble(session, rounding)[1].to(session.device)
+            attach(packed, "auto" if session.device == "cpu" else "simulated")
+            fitted = fit_correction(
+                session.pipe,
+                packed,
+                session.recipe.correction,
+                steps=session.recipe.trace.steps,
+                call=session.call,
+            )
+            session.run.write_json("correction.json", fitted.report)
+            session.run.write_safetensors("correction.safetensors", fitted.tensors)
+
+
+def pack(session: Session) -> Path:
+    """Replace the layers, write the diffusers folder `packed/` and the table `layers.json`."""
+    run = session.run
+    with session.stage("pack") as needed:
+        if needed:
+            rounding = run.read_safetensors("rounding.safetensors")
+            pipe, denoiser, plans = _assemble(session, rounding, last=True)
+            data = TraceSet(run / "trace")
+            run.write_json("layers.json", _layer_table(session, plans, denoiser, data))
+            if type(session.pipe) is type(pipe):
+                pipe.scheduler = session.pipe.scheduler
+            elif session.scheduler:
+                log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
+            denoiser.cpu()
+            with atomic_path(run / "packed") as temporary:
+                pipe.save_pretrained(temporary)
+    return run / "packed"
+
+
+def _layer_table(
+    session: Session, plans: list[LayerPlan], packed: nn.Module, data: TraceSet
+) -> list[dict[str, Any]]:
+    # Rows spread evenly over the set, so that every part of time is in the figures.
+    batch = data.rows(torch.linspace(0, len(data) - 1, min(16, len(data))).long())
+
+    def forward() -> Tensor:
+        return data.replay(session.denoiser, batch)
+
+    macs = count_macs(session.denoiser, forward, len(batch.x_t))
+    sqnr = layer_sqnr(session.denoiser, packed, batch.t, forward)
+    return layer_rows(session.sites, plans, packed, macs, sqnr)
+
+
+def quantize(
+    source: str | Path,
+    run: str | Path,
+    recipe: str | Recipe = "w8a8",
+    **options: Any,
+) -> Path:
+    """Run load to pack and return the packed diffusers folder; options as for `load`.
+
+    Raises:
+        QuantempoError: see the stages.
+    """
+    return finish(load(source, run, recipe, **options))
+
+
+def finish(session: Session) -> Path:
+    """Run every stage that is not done yet, trace to pack, and return the packed folder."""
+    stages: tuple[Callable[[Session], Any], ...] = (
+        trace,
+        calibrate,
+        search,
+        round_weights,
+        correct,
+    )
+    for stage in stages:
+        stage(session)
+    return pack(session)

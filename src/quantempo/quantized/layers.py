@@ -1,0 +1,337 @@
+"""Quantized layers: plain modules that hold integers and scales in buffers.
+
+    y = s_a * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
+    q_a = clamp(round(x / s_a) + z, 0, 2^act_bits - 1)
+
+They replace Conv2d and Linear in place under the same name. What executes them is a plain callable
+`kernel` that a backend attaches; saving and loading never depend on it. Source: PTQ4DM section
+3.1 with quantizers moved to layer inputs, where integer kernels need them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.core import (
+    QParams,
+    QuantSpec,
+    check_codes,
+    pack_int4,
+    pack_int12,
+    quantize,
+    unpack_int4,
+    unpack_int12,
+)
+from quantempo.errors import QuantempoError
+from quantempo.quantized.clock import StepClock
+
+__all__ = ["Int12Linear", "QConv2d", "QLayer", "QLinear"]
+
+Kernel = Callable[[Tensor], Tensor]
+
+
+class QLayer(nn.Module):
+    """Hold what `QConv2d` and `QLinear` share.
+
+    Buffers: weight_int int8 (O, ...), for weights of at most 4 bits uint8 (O, ceil(K / 2)) with
+    two codes a byte; weight_scale float32 (O,); bias float32 (O,) or None; act_scale float32
+    (S, G), one row for each input segment, one column for each time bucket; act_zero_point int32
+    (S,); delta_rate float32 (S, G') or None, see `quantizers.delta`. `weight_codes` is the weight
+    as int8 (O, ...), unpacked once: kernels see bytes.
+
+    Args:
+        weight_shape: shape of the weight, output channels first.
+        bias: whether there is one.
+        clock: the denoiser's clock.
+        segments: input channels of each segment with a scale of its own; sums to C_in.
+        buckets: G, 1 for one scale at all times.
+        weight_bits, act_bits: of the grids, 2 to 8.
+        device: where the (uninitialised) buffers are made.
+    """
+
+    weight_int: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    act_scale: Tensor
+    act_zero_point: Tensor
+    delta_rate: Tensor | None
+    clock: StepClock
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        *,
+        weight_bits: int = 8,
+        act_bits: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        out, parts = weight_shape[0], len(segments)
+        self.weight_shape, self.weight_bits, self.act_bits = weight_shape, weight_bits, act_bits
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+        if weight_bits <= 4:
+            buffer("weight_int", (out, (math.prod(weight_shape[1:]) + 1) // 2), torch.uint8)
+        else:
+            buffer("weight_int", weight_shape, torch.int8)
+        buffer("weight_scale", (out,), torch.float32)
+        if bias:
+            buffer("bias", (out,), torch.float32)
+        else:
+            self.register_buffer("bias", None)
+        buffer("act_scale", (parts, buckets), torch.float32)
+        buffer("act_zero_point", (parts,), torch.int32)
+        # Both set by `install_deltas`; bits of the changes between steps.
+        self.register_buffer("delta_rate", None)
+        self.delta_bits = 0
+        self.segments = tuple(segments)
+        # Not registered as a child: the clock belongs to the denoiser, once.
+        object.__setattr__(self, "clock", clock)
+        object.__setattr__(self, "kernel", None)
+        self._unpacked: Tensor | None = None
+
+    @property
+    def weight_codes(self) -> Tensor:
+        """Return the integer weight, int8 (O, ...)."""
+        packed = self.weight_int
+        if packed.dtype == torch.int8:
+            return packed
+        known = self._unpacked
+        if known is None or known.device != packed.device:
+            length = math.prod(self.weight_shape[1:])
+            self._unpacked = known = unpack_int4(packed, length).reshape(self.weight_shape)
+        return known
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Store the integer weight, int8 (O, ...); raises QuantempoError outside its bits."""
+        top = 2 ** (self.weight_bits - 1)
+        check_codes(codes, -top, top - 1)
+        if self.weight_int.dtype == torch.int8:
+            self.weight_int.copy_(codes)
+        else:
+            self.weight_int.copy_(pack_int4(codes.flatten(1)))
+            self._unpacked = None
+
+    def relayout(self, codes: Tensor) -> None:
+        """Keep the integer weight as this int8 tensor: equal values, another memory layout."""
+        if self.weight_int.dtype == torch.int8:
+            self.weight_int = codes
+        else:
+            self._unpacked = codes
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._unpacked = None
+
+    @property
+    def act_qmax(self) -> int:
+        """Largest code of an activation."""
+        return 2**self.act_bits - 1
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the dequantized weight, float32 (made anew at each access)."""
+        codes = self.weight_codes
+        return codes.float() * self.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
+
+    def scale_now(self, segment: int, x: Tensor) -> Tensor:
+        """Return the activation scale of the current time bucket: () or (B, 1, ...) like x."""
+        return self.clock.rows(self.act_scale[segment], x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the attached kernel; raises QuantempoError when no backend was attached."""
+        if self.kernel is None:
+            raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
+        return self.kernel(x)
+
+    def _grids(self) -> str:
+        delta = f", delta={self.delta_bits} bits" if self.delta_bits else ""
+        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}{delta}"
+
+    kernel: Kernel | None
+
+
+class QConv2d(QLayer):
+    """Quantized 2-D convolution with zero padding; weight_int (O, C_in/groups, kh, kw)."""
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
+        super().__init__(weight_shape, bias, clock, segments, buckets, **bits, device=device)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
+        self.kernel_size = tuple(weight_shape[2:])
+
+    @classmethod
+    def like(
+        cls,
+        layer: nn.Conv2d,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
+    ) -> QConv2d:
+        """Return an empty quantized twin of a float convolution, on its device."""
+        return cls(
+            tuple(layer.weight.shape),
+            layer.bias is not None,
+            clock,
+            segments or (layer.in_channels,),
+            buckets,
+            stride=tuple(layer.stride),
+            padding=tuple(layer.padding),
+            dilation=tuple(layer.dilation),
+            groups=layer.groups,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            device=layer.weight.device,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, segments={self.segments}, "
+            f"{self._grids()}"
+        )
+
+
+class QLinear(QLayer):
+    """Quantized linear layer; weight_int (O, C_in), input (..., C_in)."""
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.weight_shape[0]
+
+    @classmethod
+    def like(
+        cls,
+        layer: nn.Linear,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
+    ) -> QLinear:
+        """Return an empty quantized twin of a float linear layer, on its device."""
+        return cls(
+            tuple(layer.weight.shape),
+            layer.bias is not None,
+            clock,
+            segments or (layer.in_features,),
+            buckets,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            device=layer.weight.device,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {self._grids()}"
+
+
+class Int12Linear(nn.Module):
+    """Linear layer computed in float whose weight is stored in 12 bits.
+
+    W_hat = scale[o] * q, q in [-2047, 2047], scale[o] = max|W[o]| / 2047. For the layers of the
+    time embedding, which act on t alone: they need float accuracy but not two bytes a weight.
+
+    Error: |W - W_hat| <= scale / 2, that is 2.5e-4 of the channel's largest weight (half
+    precision: up to 4.9e-4 of each weight).
+    """
+
+    weight_high: Tensor
+    weight_low: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+        buffer("weight_high", (out_features, in_features), torch.int8)
+        buffer("weight_low", (out_features, (in_features + 1) // 2), torch.uint8)
+        buffer("weight_scale", (out_features,), torch.float32)
+        if bias:
+            buffer("bias", (out_features,), torch.float32)
+        else:
+            self.register_buffer("bias", None)
+        self._unpacked: Tensor | None = None
+
+    @classmethod
+    def like(cls, layer: nn.Linear) -> Int12Linear:
+        """Return an empty twin of a float linear layer, on its device."""
+        return cls(
+            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.device
+        )
+
+    def fill(self, layer: nn.Linear) -> Int12Linear:
+        """Store the weight and bias of a float layer; return self."""
+        weight = layer.weight.detach().float()
+        spec = QuantSpec(bits=12, signed=True, symmetric=True, narrow=True)
+        scale = (weight.abs().amax(1) / spec.qmax).clamp_min(torch.finfo(torch.float32).tiny)
+        grid = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+        self.weight_high, self.weight_low = pack_int12(quantize(weight, grid, spec, axis=0))
+        self.weight_scale = scale
+        if layer.bias is not None:
+            self.bias = layer.bias.detach().float()
+        self._unpacked = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._unpacked = None
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the float32 weight (unpacked once, then kept)."""
+        cached = self._unpacked
+        if cached is None or cached.device != self.weight_scale.device:
+            self._unpacked = cached = self.unpack()
+        return cached
+
+    def unpack(self) -> Tensor:
+        """Return the float32 weight, made anew."""
+        codes = unpack_int12(self.weight_high, self.weight_low).float()
+        return codes * self.weight_scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
+        return nn.functional.linear(x.float(), self.weight, self.bias).to(x.dtype)

@@ -1,0 +1,148 @@
+"""Replace layers of a denoiser in place, and list them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import timestep_of
+from quantempo.quantized.clock import CLOCK_NAME, StepClock
+from quantempo.quantized.layers import Int12Linear, QConv2d, QLayer, QLinear
+
+__all__ = [
+    "LayerPlan",
+    "bits_of",
+    "fill",
+    "find_clock",
+    "install_clock",
+    "quantized_layers",
+    "swap_layers",
+]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Say what one layer becomes.
+
+    kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "int12"
+    (Int12Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
+    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8; delta_bits: of the
+    changes of its input between steps, 0 for a layer that quantizes the input at every step.
+    """
+
+    name: str
+    kind: str = "int8"
+    segments: tuple[int, ...] = ()
+    buckets: int = 1
+    reason: str | None = None
+    weight_bits: int = 8
+    act_bits: int = 8
+    delta_bits: int = 0
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What a quantized layer is built with, besides the float layer and the clock."""
+        return {
+            "segments": self.segments,
+            "buckets": self.buckets,
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+        }
+
+
+def bits_of(plans: list[LayerPlan]) -> dict[str, tuple[int, int]]:
+    """Return (weight bits, activation bits) of each integer layer."""
+    return {p.name: (p.weight_bits, p.act_bits) for p in plans if p.kind == "int8"}
+
+
+def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0) -> StepClock:
+    """Add the clock as a child of the denoiser, set by a pre-hook at every call; return it.
+
+    Args:
+        bucket_of: (T,) bucket of each training time-step.
+        per_unit: training time-steps in one unit of the time the denoiser receives.
+
+    Raises:
+        QuantempoError: the denoiser has a clock already.
+    """
+    if find_clock(denoiser) is not None:
+        raise QuantempoError("this denoiser is quantized already; start from the float model")
+    clock = StepClock(bucket_of, per_unit)
+    denoiser.add_module(CLOCK_NAME, clock)
+
+    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Asked of the module at hand: a copy of the denoiser has a clock of its own.
+        getattr(module, CLOCK_NAME).set(timestep_of(args, kwargs))
+
+    denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
+    return clock
+
+
+def find_clock(denoiser: nn.Module) -> StepClock | None:
+    """Return the denoiser's clock, or None if it is not quantized."""
+    return getattr(denoiser, CLOCK_NAME, None)
+
+
+def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -> None:
+    """Put an empty quantized twin in the place of every planned layer.
+
+    Works on the meta device too (loading). Buffers are uninitialised until filled.
+
+    Raises:
+        QuantempoError: a plan names a layer the model does not have, or one of another type.
+    """
+    for plan in plans:
+        if plan.kind == "float":
+            continue
+        parent_name, _, leaf = plan.name.rpartition(".")
+        try:
+            parent = denoiser.get_submodule(parent_name)
+            layer: Any = denoiser.get_submodule(plan.name)
+        except AttributeError as error:
+            raise QuantempoError(
+                f"the checkpoint names a layer '{plan.name}' that this model does not have; "
+                "it belongs to another model"
+            ) from error
+        twin: nn.Module
+        if plan.kind == "int12" and isinstance(layer, nn.Linear):
+            twin = Int12Linear.like(layer)
+        elif isinstance(layer, nn.Conv2d):
+            twin = QConv2d.like(layer, clock, **plan.shape)
+        elif isinstance(layer, nn.Linear):
+            twin = QLinear.like(layer, clock, **plan.shape)
+        else:
+            raise QuantempoError(
+                f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected Conv2d or Linear"
+            )
+        twin.train(layer.training)
+        setattr(parent, leaf, twin)
+
+
+@torch.no_grad()
+def fill(
+    layer: QLayer,
+    weight_int: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+) -> None:
+    """Copy integers and scales into a layer; shapes and dtypes are those of its buffers."""
+    layer.set_codes(weight_int)
+    layer.weight_scale.copy_(weight_scale)
+    layer.act_scale.copy_(act_scale)
+    layer.act_zero_point.copy_(act_zero_point)
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
+
+
+def quantized_layers(denoiser: nn.Module) -> Iterator[tuple[str, QLayer]]:
+    """Yield (name, layer) for each integer layer in the order of the module tree."""
+    for name, module in denoiser.named_modules():
+        if isinstance(module, QLayer):
+            yield name, module

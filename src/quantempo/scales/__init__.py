@@ -1,0 +1,36 @@
+"""Scale search: metrics, whole-set histograms, scales of activations and weights.
+
+Reads tensors and counts, returns scales. Running data through a model is `calibrate`'s business,
+and holding scales in a layer that of `quantizers`.
+"""
+
+from quantempo.scales.activation import (
+    ActivationScale,
+    CostTable,
+    Grid,
+    bucket_gain,
+    cost_table,
+    search_activation,
+)
+from quantempo.scales.histogram import Histogram, MinMax, bin_centers
+from quantempo.scales.metrics import METRICS, make_metric
+from quantempo.scales.time_groups import bucket_of_bin, segment_costs, segment_time
+from quantempo.scales.weight import search_weight
+
+__all__ = [
+    "METRICS",
+    "ActivationScale",
+    "CostTable",
+    "Grid",
+    "Histogram",
+    "MinMax",
+    "bin_centers",
+    "bucket_gain",
+    "bucket_of_bin",
+    "cost_table",
+    "make_metric",
+    "search_activation",
+    "search_weight",
+    "segment_costs",
+    "segment_time",
+]

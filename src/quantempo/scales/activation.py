@@ -1,0 +1,296 @@
+"""Choose the scales of activations from their histograms.
+
+A search tries every candidate of a grid and keeps the one of the smallest metric, so that brute
+force can check it. What the buckets of time are is decided in `segment`, how an error is measured
+in `metrics`; weights have `weight`.
+
+Every tensor operation here stays below the size from which torch uses threads: layers are
+independent, so a caller who wants both cores runs two layers at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantempo.core.spec import ACTIVATION, QParams, QuantSpec
+from quantempo.errors import QuantempoError
+from quantempo.scales.histogram import bin_centers
+from quantempo.scales.metrics import make_metric
+
+__all__ = [
+    "ActivationScale",
+    "CostTable",
+    "Grid",
+    "bucket_gain",
+    "cost_table",
+    "search_activation",
+]
+
+TINY = torch.finfo(torch.float32).tiny
+# The scale of what was zero throughout: any would do, but a product of two stays a normal number.
+EMPTY_SCALE = 2.0**-30
+# Fine where most layers have their best range, and down to a range that one outlier filled.
+SHRINK = (*(round(1 - 0.05 * i, 2) for i in range(15)), 0.2, 0.14, 0.1, 0.07, 0.05, 0.03, 0.015)
+# Elements of one chunk of candidates: its temporaries stay in cache, and torch spreads operations
+# over threads from 2^15 elements on.
+CHUNK = (1 << 15) - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Say which (scale, zero point) an activation search tries.
+
+    Each zero point gets `steps` scales in equal ratios, from the one whose range just covers the
+    data down to `floor` times that. The zero points are those of the ranges [lo f, hi] and
+    [lo, hi f] for f in `shrink` (the zero point of [lo a, hi b] depends on a/b only).
+    """
+
+    steps: int = 80
+    floor: float = 1 / 64
+    shrink: tuple[float, ...] = SHRINK
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.floor <= 1 or not all(0 < f <= 1 for f in self.shrink):
+            raise QuantempoError(f"got {self}; expected steps >= 1, floor and shrink in (0, 1]")
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Hold the metric of every candidate on every histogram row.
+
+    scale: (P,) float64, values exact in float32; zero_point: (P,) int64; cost: (R, P) float64;
+    mass: (R,) float64, the share of the data in each row, sums to one. The cost of a row without
+    data is 0. The error of the whole is sum_r mass_r cost_rp: exactly the metric of all data for
+    mse, l1 and lp; for cosine and kl, which are no sums over data, this mean over rows is what
+    the total means.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    cost: Tensor
+    mass: Tensor
+
+    def weighted(self, smooth: float = 0.0) -> Tensor:
+        """Return (R, P) contributions mass * cost, plus what leaving the common scale costs.
+
+        The penalty is smooth * E * mass_r * |log(scale_p / scale_c)|, c the best candidate in
+        common and E its error: at smooth = 0.01 a scale twice as small has to save 0.7 % of E.
+        It stays a sum over rows, so a segmentation of time by the same table is still exact.
+        """
+        contribution = self.cost * self.mass[:, None]
+        if smooth == 0:
+            return contribution
+        total = contribution.sum(0)
+        common = int(total.argmin())
+        away = (self.scale / self.scale[common]).log().abs()
+        return contribution + smooth * total[common] * self.mass[:, None] * away
+
+    def at_best_zero_point(self) -> CostTable:
+        """Return the candidates of the zero point that suits rows with scales of their own best."""
+        index = _choose(self.weighted(), self.zero_point)
+        members = self.zero_point == self.zero_point[index[0]]
+        return CostTable(
+            self.scale[members], self.zero_point[members], self.cost[:, members], self.mass
+        )
+
+
+@dataclass(frozen=True)
+class ActivationScale:
+    """Hold the grids of one activation: G scales, one zero point.
+
+    scale: (G,) float32; cost: mean metric over buckets by mass; min_max_cost: the same for one
+    min-max scale, never smaller; gain: `bucket_gain`, measured before a layer fell back to one
+    scale.
+    """
+
+    scale: Tensor
+    zero_point: int
+    cost: float
+    min_max_cost: float
+    gain: float
+
+    @property
+    def qparams(self) -> QParams:
+        """Return the G grids, with the zero point repeated."""
+        return QParams(self.scale, torch.full_like(self.scale, self.zero_point, dtype=torch.int32))
+
+
+def _candidates(lo: float, hi: float, spec: QuantSpec, grid: Grid) -> list[tuple[float, int]]:
+    """Return (scale, zero point) pairs, min-max first; zero is exact in each of them."""
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
+    qmin, qmax = spec.qmin, spec.qmax
+    if lo == hi:
+        return [(EMPTY_SCALE, spec.symmetric_zero_point if spec.symmetric else qmin)]
+
+    def zero_point(low: float, high: float) -> int:
+        return min(max(round(qmin - low * (qmax - qmin) / (high - low)), qmin), qmax)
+
+    if spec.symmetric:
+        zeros = [spec.symmetric_zero_point]
+        min_max = max(-lo, hi) / (qmax - zeros[0])
+    else:
+        ranges = [
+            (lo, hi),
+            *((lo * f, hi) for f in grid.shrink),
+            *((lo, hi * f) for f in grid.shrink),
+        ]
+        zeros = list(dict.fromkeys(zero_point(low, high) for low, high in ranges))
+        min_max = (hi - lo) / (qmax - qmin)
+    pairs = [(min_max, zeros[0])]
+    for z in zeros:
+        # A side without codes cannot be covered; the other one always has some.
+        top = max(hi / (qmax - z) if qmax > z else 0.0, -lo / (z - qmin) if z > qmin else 0.0)
+        ratio = grid.floor ** (1 / max(grid.steps - 1, 1))
+        pairs += [(top * ratio**j, z) for j in range(grid.steps)]
+    return pairs
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return x_hat (P, L) of x (L,) under P grids, in float64."""
+    least, most = (spec.qmin - zero_point)[:, None], (spec.qmax - zero_point)[:, None]
+    codes = (x / scale[:, None]).round_()
+    return codes.clamp_(least, most).mul_(scale[:, None])
+
+
+def cost_table(
+    hist: Tensor,
+    edges: Tensor,
+    spec: QuantSpec = ACTIVATION,
+    *,
+    metric: str = "mse",
+    p: float = 2.4,
+    grid: Grid | None = None,
+) -> CostTable:
+    """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
+
+    Args:
+        hist: (R, N) counts in equal bins.
+        edges: (2,) [lo, hi] of the bins.
+        spec: the integer grid.
+        metric, p: a name in `METRICS`, and the exponent if it has one.
+        grid: which candidates; None for the default.
+
+    Raises:
+        QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
+
+    Error: a value stands for its bin, see `Histogram`. Temporaries: below 10 MB.
+    """
+    if hist.ndim != 2 or edges.shape != (2,) or not bool(edges.isfinite().all()):
+        raise QuantempoError(
+            f"got hist {tuple(hist.shape)} and edges {edges.tolist()}; "
+            "expected (R, N) and two finite numbers"
+        )
+    counts = hist.to(torch.float64)
+    mass = counts.sum(1)
+    if not bool((counts >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
+        raise QuantempoError("got a histogram without data or with negative counts; recalibrate")
+    lo, hi = edges.tolist()
+    pairs = _candidates(lo, hi, spec, grid or Grid())
+    scale = torch.tensor([pair[0] for pair in pairs], dtype=torch.float64)
+    # Judged with the digits it will be stored with.
+    scale = scale.to(torch.float32).clamp_min(TINY).to(torch.float64)
+    zeros = torch.tensor([pair[1] for pair in pairs])
+    function, x = make_metric(metric, p), bin_centers(edges, hist.shape[1])
+    chunk = max(1, CHUNK // hist.shape[1])
+    cost = [
+        function(x, _fake_quantize(x, s, z, spec), counts[:, None])
+        for s, z in zip(scale.split(chunk), zeros.split(chunk), strict=True)
+    ]
+    return CostTable(scale, zeros, torch.cat(cost, 1), mass / mass.sum())
+
+
+def _choose(contribution: Tensor, zero_point: Tensor) -> Tensor:
+    """Return (R,) candidates, each row's own scale under the one zero point best for their sum."""
+    best, chosen = math.inf, torch.zeros(len(contribution), dtype=torch.int64)
+    for z in dict.fromkeys(zero_point.tolist()):
+        members = (zero_point == z).nonzero()[:, 0]
+        value, index = contribution[:, members].min(1)
+        if float(value.sum()) < best:
+            best, chosen = float(value.sum()), members[index]
+    return chosen
+
+
+def bucket_gain(table: CostTable, smooth: float = 0.0) -> float:
+    """Return 1 - (error with a scale for each row) / (error with one), in [0, 1].
+
+    Both at their best, with one zero point; the errors are sums of mass_r cost_rp.
+    """
+    contribution = table.weighted(smooth)
+    one = float(table.weighted().sum(0).min())
+    index = _choose(contribution, table.zero_point)
+    own = float(contribution.gather(1, index[:, None]).sum())
+    return max(0.0, 1 - own / one) if one > 0 else 0.0
+
+
+def _merge_rows(hist: Tensor, buckets: Tensor | None) -> Tensor:
+    """Add the (K, N) fine rows of each bucket: (G, N)."""
+    if buckets is None:
+        return hist.sum(0, keepdim=True)
+    if buckets.shape != hist.shape[:1] or buckets.is_floating_point() or int(buckets.min()) < 0:
+        raise QuantempoError(
+            f"got buckets {buckets.tolist()} for {len(hist)} time bins; "
+            "expected one index >= 0 for each"
+        )
+    # Before any arithmetic in float, so that one bucket is the static search bit for bit.
+    return torch.stack([hist[buckets == g].sum(0) for g in range(int(buckets.max()) + 1)])
+
+
+def search_activation(
+    hist: Tensor,
+    edges: Tensor,
+    spec: QuantSpec = ACTIVATION,
+    *,
+    metric: str = "mse",
+    p: float = 2.4,
+    buckets: Tensor | None = None,
+    min_gain: float = 0.0,
+    smooth: float = 0.0,
+    grid: Grid | None = None,
+) -> ActivationScale:
+    """Choose a scale for each time bucket and one zero point for all of them.
+
+    argmin over z of sum_g mass_g min over s of metric(x, Q(x; s, z)) on the histogram of bucket g.
+    The first candidate is min-max and ties keep the first, so the result is never worse by the
+    metric than min-max. A bucket without data takes the scale of the nearest one with data, the
+    earlier of two.
+
+    Args:
+        hist: (K, N) counts of K fine time bins.
+        edges: (2,) [lo, hi] of the bins; zero may lie outside.
+        spec: the integer grid; symmetric fixes the zero point.
+        metric, p: a name in `METRICS`, and the exponent if it has one.
+        buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
+        min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
+        smooth: see `CostTable.weighted`.
+        grid: which candidates; None for the default.
+
+    Raises:
+        QuantempoError: see `cost_table`; buckets that do not fit.
+
+    Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
+
+    Source: Shang et al., CVPR 2023, eq. 11-13, with the argmin over the whole set instead of a
+    running mean over batches.
+    """
+    merged = _merge_rows(hist, buckets)
+    table = cost_table(merged, edges, spec, metric=metric, p=p, grid=grid)
+    gain = bucket_gain(table, smooth)
+    if len(merged) > 1 and gain < min_gain:
+        one = search_activation(hist, edges, spec, metric=metric, p=p, grid=grid)
+        return ActivationScale(one.scale, one.zero_point, one.cost, one.min_max_cost, gain)
+    index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
+    contribution = table.weighted()
+    filled = table.mass.nonzero()[:, 0]
+    away = (torch.arange(len(merged))[:, None] - filled).abs()
+    source = filled[away.argmin(1)]
+    return ActivationScale(
+        scale=table.scale[index[source]].to(torch.float32),
+        zero_point=int(table.zero_point[index[0]]),
+        cost=float(contribution.gather(1, index[:, None]).sum()),
+        min_max_cost=float(contribution[:, 0].sum()),
+        gain=gain,
+    )

@@ -1,0 +1,267 @@
+"""Streaming statistics of one activation: `MinMax`, then `Histogram` over its range.
+
+Both hold one row per input-channel segment and fine time bin, and both are sums or extremes of
+integers or single values: the order of batches, their size and how a set is split over
+accumulators that are merged later do not change a bit. Nothing here chooses a scale.
+
+S segments, K fine time bins; which time-step belongs to which bin is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from quantempo.errors import QuantempoError
+
+__all__ = ["Histogram", "MinMax", "bin_centers"]
+
+# Small enough for the temporaries of a piece to stay in cache (3 times faster), and for torch not
+# to spread a piece over threads.
+CPU_PIECE = 1 << 14
+DEVICE_PIECE = 1 << 24
+
+
+def bin_centers(edges: Tensor, bins: int) -> Tensor:
+    """Return the (..., bins) float64 centres of equal bins over edges (..., 2) = [lo, hi]."""
+    lo, hi = edges.to(torch.float64).split(1, -1)
+    steps = (torch.arange(bins, dtype=torch.float64, device=edges.device) + 0.5) / bins
+    return lo + (hi - lo) * steps
+
+
+def _rows(x: Tensor, time_bin: int | Tensor, time_bins: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (k, samples in time bin k), sample by sample where a batch mixes time bins."""
+    each = _numbers(x, time_bin, time_bins)
+    if x.numel():
+        yield from zip(each, x if len(set(each)) > 1 else [x], strict=False)
+
+
+def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
+    """Return the time bin of every sample, or one for all."""
+    if isinstance(time_bin, Tensor) and time_bin.ndim == 1 and len(time_bin) > 1:
+        if len(time_bin) != len(x):
+            raise QuantempoError(
+                f"got {len(time_bin)} time bins for a batch of {len(x)}; expected one a sample"
+            )
+        each = [int(k) for k in time_bin]
+    else:
+        each = [int(time_bin)]
+    if not all(0 <= k < time_bins for k in each):
+        raise QuantempoError(f"got time bins {sorted(set(each))}; expected 0 to {time_bins - 1}")
+    return each
+
+
+def _check_same(ours: object, theirs: object, what: str) -> None:
+    if ours != theirs:
+        raise QuantempoError(f"got statistics over {what} {theirs} to merge into {ours}")
+
+
+class MinMax:
+    """Keep the smallest and largest value of every segment and time bin.
+
+    Args:
+        segments: S.
+        time_bins: K.
+
+    Attributes:
+        range: (S, K, 2) float32, (+inf, -inf) where nothing was seen.
+    """
+
+    def __init__(self, segments: int = 1, time_bins: int = 1) -> None:
+        self.range = torch.tensor([torch.inf, -torch.inf]).repeat(segments, time_bins, 1)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
+        """Take in a batch.
+
+        Args:
+            x: (B, ...) floating: the part of the activation that belongs to `segment`.
+            time_bin: the fine time bin of the batch, or (B,) int64 when it mixes time-steps.
+            segment: 0 <= segment < S.
+
+        Raises:
+            QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
+        """
+        if not _on_host(x) and x.numel():
+            # One wait for the device, not one a sample.
+            each = _numbers(x, time_bin, self.range.shape[1])
+            found = torch.stack(x.flatten(1).aminmax(dim=1), 1).float().cpu()
+            for k in set(each):
+                mine = found if len(each) == 1 else found[[i for i, j in enumerate(each) if j == k]]
+                self._widen(segment, k, torch.stack([mine[:, 0].min(), mine[:, 1].max()]))
+            return
+        for k, values in _rows(x, time_bin, self.range.shape[1]):
+            ends = torch.stack([torch.stack(piece.aminmax()) for piece in _pieces(values)])
+            self._widen(segment, k, torch.stack([ends[:, 0].min(), ends[:, 1].max()]).float())
+
+    def _widen(self, segment: int, k: int, seen: Tensor) -> None:
+        """Take the smallest and largest value (2,) of some samples into a row."""
+        if not bool(seen.isfinite().all()):
+            raise QuantempoError(
+                "got NaN or infinity in an activation; the float model must run without them"
+            )
+        row = self.range[segment, k]
+        row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
+
+    def merge(self, other: MinMax) -> None:
+        """Take in what another accumulator of the same shape saw."""
+        _check_same(self.range.shape, other.range.shape, "shape")
+        self.range[..., 0] = torch.minimum(self.range[..., 0], other.range[..., 0])
+        self.range[..., 1] = torch.maximum(self.range[..., 1], other.range[..., 1])
+
+    def edges(self) -> Tensor:
+        """Return (S, 2) float32: [lo, hi] of each segment over all time.
+
+        Raises:
+            QuantempoError: a segment that saw nothing.
+        """
+        edges = torch.stack([self.range[..., 0].amin(1), self.range[..., 1].amax(1)], -1)
+        if not bool(edges.isfinite().all()):
+            raise QuantempoError("got no data for an activation; calibrate with at least one input")
+        return edges
+
+    def state(self) -> dict[str, Tensor]:
+        """Return plain tensors: {"range": (S, K, 2) float32}."""
+        return {"range": self.range}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> MinMax:
+        """Undo `state`."""
+        new = cls(*state["range"].shape[:2])
+        new.range = state["range"].to(torch.float32).clone()
+        return new
+
+
+class Histogram:
+    """Count the values of every segment and time bin in equal bins over a fixed range.
+
+    All time bins of a segment share the range, so their rows add up to the histogram of the whole
+    set. Standing for a value by the centre of its bin moves it by at most w/2, w = (hi-lo)/bins
+    (and a rounding of float32). The distance to the nearest level is 1-Lipschitz, so the L_p norm
+    of the quantization error, mse^(1/2) and lp^(1/p) among them, is off by at most w/2 too, for
+    every scale; the scale that is best for the histogram is within w of the best for the data.
+
+    Args:
+        edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data.
+        time_bins: K.
+        bins: N.
+
+    Attributes:
+        counts: (S, K, N) int64. edges: as given.
+    """
+
+    def __init__(self, edges: Tensor, time_bins: int = 1, bins: int = 2048) -> None:
+        edges = edges.to(torch.float32)
+        if edges.ndim != 2 or edges.shape[1] != 2 or not bool(edges.isfinite().all()):
+            raise QuantempoError(f"got edges {edges.tolist()}; expected finite (S, 2) [lo, hi]")
+        if bool((edges[:, 0] > edges[:, 1]).any()) or bins < 1:
+            raise QuantempoError(f"got edges {edges.tolist()} and {bins} bins; expected lo <= hi")
+        self.edges = edges.clone()
+        self.counts = torch.zeros(len(edges), time_bins, bins, dtype=torch.int64)
+
+    @property
+    def centers(self) -> Tensor:
+        """Centres of the bins, (S, N) float64."""
+        return bin_centers(self.edges, self.counts.shape[-1])
+
+    @torch.no_grad()
+    def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
+        """Count a batch; arguments as for `MinMax.update`.
+
+        Values outside the range by less than a bin (a forward pass repeated in another batch
+        size differs in the last digits) count in the end bin.
+
+        Raises:
+            QuantempoError: NaN, values further outside, a time bin out of range.
+        """
+        time_bins, bins = self.counts.shape[1:]
+        lo, hi = self.edges[segment].tolist()
+        each = _numbers(x, time_bin, time_bins)
+        if not _on_host(x) and len(set(each)) > 1:
+            # One wait for the device, not one a sample: every time bin gets bins of its own.
+            first = torch.tensor(each, dtype=torch.int32, device=x.device)[:, None] * bins
+            counts = _count(x.flatten(1), lo, hi, bins, first, time_bins)
+            self.counts[segment] += counts.reshape(time_bins, bins)
+            return
+        for k, values in _rows(x, time_bin, self.counts.shape[1]):
+            self.counts[segment, k] += _count(values, lo, hi, bins)
+
+    def merge(self, other: Histogram) -> None:
+        """Add what another accumulator with the same edges, K and N counted."""
+        _check_same(self.counts.shape, other.counts.shape, "shape")
+        _check_same(self.edges.tolist(), other.edges.tolist(), "edges")
+        self.counts += other.counts
+
+    def state(self) -> dict[str, Tensor]:
+        """Return plain tensors: {"hist": (S, K, N) int64, "edges": (S, 2) float32}."""
+        return {"hist": self.counts, "edges": self.edges}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Histogram:
+        """Undo `state`."""
+        counts = state["hist"]
+        new = cls(state["edges"], counts.shape[1], counts.shape[2])
+        new.counts = counts.to(torch.int64).clone()
+        return new
+
+
+def _on_host(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Yield all elements in flat pieces, in an order that costs no copy of the whole."""
+    if not _on_host(values):
+        yield from values.flatten().split(DEVICE_PIECE)
+        return
+    # The order does not matter, so walk along memory (channels_last, transposed inputs).
+    values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))
+    if values.is_contiguous() or values.ndim < 2:
+        yield from values.flatten().split(CPU_PIECE)
+        return
+    for part in values.split(max(1, CPU_PIECE * len(values) // values.numel())):
+        yield from part.flatten().split(CPU_PIECE)
+
+
+def _count(
+    values: Tensor,
+    lo: float,
+    hi: float,
+    bins: int,
+    first: Tensor | None = None,
+    tables: int = 1,
+) -> Tensor:
+    """Return (tables * bins,) int64 counts: bin floor((v - lo) * bins / (hi - lo)), plus `first`.
+
+    Args:
+        values: any shape; (B, n) with `first`.
+        first: (B, 1) int32 first bin of each row's own table, None for one table.
+    """
+    counts = torch.zeros(tables * bins, dtype=torch.int64, device=values.device)
+    slack = (hi - lo) / bins + 1e-6 * max(abs(lo), abs(hi))
+    # In float32 the factor or the difference would overflow for the extreme ranges.
+    dtype = torch.float32 if 1e-30 < hi - lo < 1e38 else torch.float64
+    factor = bins / (hi - lo) if hi > lo else 0.0
+    pairs: Iterator[tuple[Tensor, Tensor | None]]
+    if first is None:
+        pairs = ((piece, None) for piece in _pieces(values))
+    else:
+        rows = max(1, DEVICE_PIECE * len(values) // max(1, values.numel()))
+        pairs = zip(values.split(rows), first.split(rows), strict=True)
+    for piece, start in pairs:
+        least, most = (float(v) for v in piece.aminmax())
+        # Written so that NaN is refused as well.
+        if not (least >= lo - slack and most <= hi + slack):
+            raise QuantempoError(
+                f"got values in [{least:g}, {most:g}] for a histogram over [{lo:g}, {hi:g}]; "
+                "run the min-max pass over the same data first"
+            )
+        place = piece.to(dtype).sub(lo).mul_(factor).clamp_(0, bins - 1)
+        # int32: the narrowest type that holds any number of bins; int64 is slower to count.
+        index = place.to(torch.int32)
+        if start is not None:
+            index = index.add_(start).flatten()
+        counts += torch.bincount(index, minlength=len(counts))
+    return counts.cpu()

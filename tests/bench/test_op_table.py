@@ -1,0 +1,149 @@
+"""Operators: their checks find wrong kernels, costs are counted right, rows hold the arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quantempo.bench.cuda import bench_ops
+from quantempo.bench.op_cases import CONVOLUTIONS, NORMS, PRODUCTS, ConvCase, GemmCase, NormCase
+from quantempo.bench.op_table import all_cases, check, measure_limits, rivals, rotated, time_op
+from quantempo.bench.roofline import Limits, tbytes, tflops
+from quantempo.errors import QuantempoError
+from quantempo.kernels import ops
+
+CPU = torch.device("cpu")
+SMALL = (ConvCase(3, 6, 32, 48), GemmCase(150, 48, 64), NormCase(2, 4, 64), NormCase(2, 4, 64, 32))
+
+
+class Steady:
+    """A timer that calls once and says two milliseconds."""
+
+    def sample(self, call: Any, count: int) -> float:
+        call()
+        return 2.0
+
+
+def test_costs_by_hand() -> None:
+    conv = CONVOLUTIONS[0]
+    assert conv.name == "N256 32x32 128->128"
+    # As the knowledge of the shape says: 77.3 GFLOP each of the two convolutions of a block.
+    assert conv.operations == 2 * 9 * 128 * 128 * 256 * 1024 == pytest.approx(77.3e9, rel=1e-3)
+    assert conv.moved == 256 * 1024 * (128 + 2 * 128 + 2 * 128) + 9 * 128 * 128
+    gemm = PRODUCTS[0]
+    assert gemm.name == "8192x4608x1152" and gemm.operations == 2 * 8192 * 4608 * 1152
+    assert gemm.moved == 8192 * 1152 + 4608 * 1152 + 2 * 8192 * 4608
+    norm, both = NORMS[0], NORMS[2]
+    assert norm.moved == 3 * 256 * 1024 * 128 and both.moved == 4 * 256 * 1024 * (256 + 128)
+    assert len(all_cases()) == 17
+
+
+def test_the_roofline_takes_the_slower_limit() -> None:
+    limits = Limits(bf16_tflops=800.0, copy_tbytes=3.0)
+    assert limits.int8_tflops == 1600
+    assert limits.floor_ms(1.6e12, 1.5e9) == pytest.approx(1.0)
+    assert limits.floor_ms(1.6e12, 6.0e9) == pytest.approx(2.0)
+    assert limits.fraction(1.6e12, 6.0e9, 4.0) == pytest.approx(0.5)
+    assert tflops(8e11, 1.0) == pytest.approx(800) and tbytes(3e9, 1.0) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_the_definition_passes_its_check(case: Any) -> None:
+    torch.manual_seed(0)
+    check(case, case.make(CPU))
+
+
+@pytest.mark.parametrize(
+    ("case", "what", "message"),
+    [
+        (SMALL[0], "border", "integer sums differ"),
+        (SMALL[0], "shift", "epilogue"),
+        (SMALL[0], "chance", "repeated runs"),
+        (SMALL[1], "sum", "integer sums differ"),
+        (SMALL[1], "bias", "epilogue"),
+        (SMALL[2], "code", "steps from its value"),
+        (SMALL[3], "raw", "steps from its value"),
+    ],
+)
+def test_wrong_kernels_are_refused(
+    case: Any, what: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    true, calls = getattr(ops, case.op), [0]
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if what == "border":
+            # The zero point is missing in one corner class.
+            table = kwargs["table"].clone()
+            table[0b0101] = table[0]
+            kwargs["table"] = table
+        elif what in ("shift", "bias") and kwargs.get(what) is not None:
+            kwargs[what] = kwargs[what] * 1.1
+        found = true(*args, **kwargs)
+        if what == "chance":
+            found[0, 0, 0, 0] = calls[0]
+        elif what == "sum" and found.dtype == torch.int32:
+            found[-1, -1] += 1
+        elif what == "code":
+            found[0][-1, 0, 0, 0] ^= 2
+        elif what == "raw":
+            found[2].add_(1)
+        return found
+
+    monkeypatch.setattr(ops, case.op, wrong)
+    with pytest.raises(QuantempoError, match=message):
+        check(case, case.make(CPU))
+
+
+def test_rows_hold_the_arithmetic() -> None:
+    limits = Limits(bf16_tflops=1e-3, copy_tbytes=1e-3)
+    row = time_op(SMALL[1], CPU, Steady(), limits, rounds=3)
+    assert row["checked"] and row["failed"] == {} and row["copies"] == 1
+    assert set(row["ms"]) == {"ours", "bf16", "_int_mm", "fp8 rowwise"}
+    assert row["speedup_vs_bf16"] == row["speedup_vs__int_mm"] == 1.0
+    floor = max(2 * 150 * 48 * 64 / 2e6, SMALL[1].moved / 1e6)
+    assert row["roofline_fraction"] == round(floor / 2.0, 3)
+
+
+def test_a_wrong_kernel_is_a_row_without_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "qgemm", lambda **kw: torch.zeros(150, 48, dtype=torch.int32))
+    row = time_op(SMALL[1], CPU, Steady(), Limits(1.0, 1.0), rounds=2)
+    assert "integer sums differ" in row["failed"]["ours"] and "ours" not in row["ms"]
+    assert "bf16" in row["ms"] and "checked" not in row and "tflops" not in row
+
+
+def test_a_rival_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("needs sm_89")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    row = time_op(SMALL[1], CPU, Steady(), Limits(1.0, 1.0), rounds=2)
+    assert row["failed"] == {"fp8 rowwise": "while timing: RuntimeError: needs sm_89"}
+    assert "ours" in row["ms"]
+
+
+def test_rivals_compute_the_same_shapes() -> None:
+    conv, gemm = SMALL[0], SMALL[1]
+    assert rivals(conv)["bf16"](CPU)().shape == conv.run(conv.make(CPU)).shape
+    for maker in rivals(gemm).values():
+        assert maker(CPU)().shape == (150, 48)
+    assert rivals(SMALL[2]) == {}
+    calls, copies = rotated(rivals(gemm), CPU, gemm.moved)
+    assert copies == 1 and set(calls) == {"bf16", "_int_mm", "fp8 rowwise"}
+
+
+def test_limits_are_of_the_best_product_and_of_both_ways_of_a_copy() -> None:
+    limits = measure_limits(CPU, Steady(), rounds=2, size=64, copy=1000)
+    assert limits.bf16_tflops == pytest.approx(2 * 64**3 / 2e9)
+    assert limits.copy_tbytes == pytest.approx(2 * 1000 / 2e9)
+
+
+def test_the_table_of_some_cases() -> None:
+    found = bench_ops(
+        SMALL[:2], device="cpu", rounds=2, seconds=0.0, timer=Steady(), size=32, copy=100
+    )
+    assert [row["op"] for row in found["rows"]] == ["qconv2d", "qgemm"]
+    assert found["limits"]["int8_tflops"] == pytest.approx(2 * found["limits"]["bf16_tflops"], 1)

@@ -1,0 +1,211 @@
+"""Saving and loading through diffusers: bit for bit, in any dtype, in shards; damage is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantempo.checkpoint.diffusers_plugin import QuantempoConfig
+from quantempo.cli.run_demo import DEMO_MODEL
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.pipeline import stages as pipeline
+from quantempo.quantized import CLOCK_NAME, Int12Linear, QLayer
+from tests.packed import KINDS, packed, recipe
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def component(folder: Path, kind: str) -> Path:
+    return folder / ("transformer" if kind == "dit" else "unet")
+
+
+def ours(net: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the quantized tensors of a network by name."""
+    found = {f"{CLOCK_NAME}.bucket_of": net.get_buffer(f"{CLOCK_NAME}.bucket_of")}
+    for name, module in net.named_modules():
+        if isinstance(module, QLayer | Int12Linear):
+            found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A packed folder that a test may damage."""
+    folder = tmp_path / "packed"
+    shutil.copytree(packed("unconditional").folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_integers_and_scales_survive_any_dtype(kind: str, dtype: torch.dtype) -> None:
+    folder = packed(kind).folder
+    stored = load_file(component(folder, kind) / WEIGHTS)
+    net = denoiser_of(DiffusionPipeline.from_pretrained(folder, dtype=dtype))[1]
+    quantized = ours(net)
+    for name, value in quantized.items():
+        assert value.dtype == stored[name].dtype and torch.equal(value, stored[name]), name
+        assert value.dtype in (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float32)
+    for name, value in net.state_dict().items():
+        if name not in quantized:
+            assert value.dtype == dtype and torch.equal(value, stored[name].to(dtype)), name
+
+
+def test_a_network_alone_loads_too() -> None:
+    net = UNet2DModel.from_pretrained(packed("unconditional").folder / "unet")
+    stored = load_file(packed("unconditional").folder / "unet" / WEIGHTS)
+    assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_again_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    load_pipeline(packed(kind).folder).save_pretrained(tmp_path / "again")
+    first, second = component(packed(kind).folder, kind), component(tmp_path / "again", kind)
+    assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    for config in configs:
+        # Where it was loaded from is all that may differ.
+        config.pop("_name_or_path", None)
+    assert configs[0] == configs[1]
+
+
+def test_shards_hold_the_same_model(tmp_path: Path) -> None:
+    pipe = load_pipeline(packed("unconditional").folder)
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards/unet").glob("*.safetensors"))) > 3
+    again = load_pipeline(tmp_path / "shards")
+    state = again.unet.state_dict()
+    assert state.keys() == pipe.unet.state_dict().keys()
+    assert all(torch.equal(state[name], v) for name, v in pipe.unet.state_dict().items())
+    half = DiffusionPipeline.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
+    wanted = ours(pipe.unet)
+    assert all(torch.equal(value, wanted[name]) for name, value in ours(half.unet).items())
+
+
+def test_a_model_saved_in_half_precision_loads_again(tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(packed("unconditional").folder, dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "half")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    state = again.unet.state_dict()
+    assert all(torch.equal(state[name], v) for name, v in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_but_tensors_and_text_is_saved(kind: str) -> None:
+    files = [file for file in packed(kind).folder.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
+    for file in files:
+        if file.suffix != ".safetensors":
+            file.read_text()
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    file = folder / "unet/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= values
+    file.write_text(json.dumps(config))
+
+
+def test_a_newer_format_is_refused(copy: Path) -> None:
+    edit_config(copy, format_version=3)
+    with pytest.raises(QuantempoError, match="format_version 3; this quantempo reads up to 2"):
+        load_pipeline(copy)
+    with pytest.raises(QuantempoError, match="upgrade quantempo"):
+        UNet2DModel.from_pretrained(copy / "unet")
+
+
+def test_an_unknown_key_warns_and_loads(copy: Path) -> None:
+    edit_config(copy, colour="blue")
+    with pytest.warns(UserWarning, match=r"ignores unknown keys \['colour'\]"):
+        pipe = load_pipeline(copy)
+    assert ours(pipe.unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QuantempoConfig(**QuantempoConfig().to_dict())
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip(tensor: str) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        raw = bytearray(file.read_bytes())
+        (length,) = struct.unpack("<Q", raw[:8])
+        offset = json.loads(raw[8 : 8 + length])[tensor]["data_offsets"][0]
+        raw[8 + length + offset] ^= 1
+        file.write_bytes(raw)
+
+    return damage
+
+
+def drop(tensor: str) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        tensors = load_file(file)
+        # Mapped from the file about to be written over.
+        kept = {name: value.clone() for name, value in tensors.items() if name != tensor}
+        assert len(kept) == len(tensors) - 1
+        save_file(kept, file)
+
+    return damage
+
+
+LAYER = "mid_block.resnets.0.conv1"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "damaged or truncated"),
+        (flip(f"{LAYER}.weight_int"), "do not match the hash"),
+        (flip(f"{LAYER}.weight_scale"), "do not match the hash"),
+        (flip(f"{LAYER}.act_scale"), "do not match the hash"),
+        (flip(f"{LAYER}.act_zero_point"), "do not match the hash"),
+        (flip(f"{LAYER}.bias"), "do not match the hash"),
+        (flip("quantempo_clock.bucket_of"), "do not match the hash"),
+        (flip("time_embedding.linear_1.weight_low"), "do not match the hash"),
+        (drop(f"{LAYER}.weight_int"), rf"lacks 1 tensors, the first is '{LAYER}\.weight_int'"),
+        (drop(f"{LAYER}.act_scale"), "lacks 1 tensors"),
+        (drop("conv_in.weight"), r"lacks 1 tensors, the first is 'conv_in\.weight'"),
+        (flip("conv_in.weight"), "do not match the hash"),
+        (flip("mid_block.resnets.0.norm1.weight"), "do not match the hash"),
+    ],
+    ids=lambda value: None,
+)
+def test_damage_is_one_sentence(copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    load_pipeline(copy)
+    damage(copy / "unet" / WEIGHTS)
+    with pytest.raises(QuantempoError, match=message) as caught:
+        load_pipeline(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_of_another_model_is_refused(copy: Path) -> None:
+    file = copy / "unet/config.json"
+    config = json.loads(file.read_text())
+    config["layers_per_block"] = 2
+    file.write_text(json.dumps(config))
+    with pytest.raises(QuantempoError):
+        load_pipeline(copy)
+
+
+def test_the_bundled_model_packs_into_27_percent(tmp_path: Path) -> None:
+    small = recipe(buckets=1).override("trace", steps=2)
+    folder = pipeline.quantize(DEMO_MODEL, tmp_path / "run", small)
+    packed_bytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    parameters = sum(p.numel() for p in load_pipeline(DEMO_MODEL).unet.parameters())
+    assert packed_bytes <= 0.27 * 4 * parameters
+    # Nothing is lost to be so small: every parameter is there in some form.
+    assert packed_bytes >= parameters

@@ -1,0 +1,174 @@
+"""Quantize a tiny network with min-max scales of random inputs, for tests of what executes it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from quantempo.models.layers import sites
+from quantempo.quantized import (
+    LayerPlan,
+    QConv2d,
+    QLinear,
+    StepClock,
+    fill,
+    install_clock,
+    swap_layers,
+)
+from quantempo.quantized.plan import plan_layers
+from quantempo.recipe import LayerSettings, Recipe
+
+__all__ = ["make_clock", "make_conv", "make_linear", "quantize_network"]
+
+STEPS = 1000
+
+
+def make_clock(buckets: int = 1) -> StepClock:
+    """Make a clock with equal intervals of time."""
+    return StepClock(torch.arange(STEPS) * buckets // STEPS)
+
+
+def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(shape: torch.Size, low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+    top = 2 ** (layer.weight_bits - 1) - 1
+    weight = torch.randint(-top, top + 1, layer.weight_shape, generator=generator)
+    scale, bias = layer.weight_scale, layer.bias
+    assert bias is not None
+    fill(
+        layer,
+        weight,
+        torch.ones_like(scale) if plain else uniform(scale.shape, 1e-3, 2e-3),
+        torch.zeros_like(bias) if plain else torch.randn(bias.shape, generator=generator),
+        torch.ones_like(layer.act_scale) if plain else uniform(layer.act_scale.shape, 0.01, 0.03),
+        torch.randint(0, layer.act_qmax + 1, layer.act_zero_point.shape, generator=generator),
+    )
+
+
+def make_conv(
+    channels: int,
+    out: int,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    segments: tuple[int, ...] = (),
+    clock: StepClock | None = None,
+    seed: int = 0,
+    plain: bool = False,
+    bits: tuple[int, int] = (8, 8),
+) -> QConv2d:
+    """Make a convolution of random integers; `plain`: all scales 1, no bias.
+
+    `bits`: of weights and activations.
+    """
+    clock = clock or make_clock()
+    layer = QConv2d(
+        (out, channels // groups, *kernel), True, clock, segments or (channels,),
+        clock.num_buckets, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        weight_bits=bits[0], act_bits=bits[1],
+    )  # fmt: skip
+    _fill(layer, seed, plain)
+    return layer
+
+
+def make_linear(
+    channels: int,
+    out: int,
+    segments: tuple[int, ...] = (),
+    clock: StepClock | None = None,
+    seed: int = 0,
+    plain: bool = False,
+    bits: tuple[int, int] = (8, 8),
+) -> QLinear:
+    """Make a linear layer of random integers; `plain`: all scales 1, no bias.
+
+    `bits`: of weights and activations.
+    """
+    clock = clock or make_clock()
+    layer = QLinear(
+        (out, channels), True, clock, segments or (channels,), clock.num_buckets,
+        weight_bits=bits[0], act_bits=bits[1],
+    )  # fmt: skip
+    _fill(layer, seed, plain)
+    return layer
+
+
+@torch.no_grad()
+def quantize_network(
+    network: nn.Module,
+    inputs: list[tuple],
+    buckets: int = 3,
+    exclude: tuple[str, ...] = (),
+    bits: dict[str, str] | None = None,
+) -> nn.Module:
+    """Return an integer copy of a denoiser, scales from the range of each layer's input.
+
+    Args:
+        network: float.
+        inputs: arguments of calls to take the ranges from.
+        buckets: time buckets; their scales differ by a few percent.
+        exclude: name patterns of layers left in float.
+        bits: role or name pattern -> "w8a8", as in a recipe.
+    """
+    found, settings = sites(network), LayerSettings(exclude=exclude, bits=bits or {})
+    plans = [
+        replace(plan, buckets=buckets if plan.kind == "int8" else 1)
+        for plan in plan_layers(found, Recipe(layers=settings))
+    ]
+    ranges: dict[tuple[str, int], tuple[float, float]] = {}
+    hooks = []
+    for site, plan in zip(found, plans, strict=True):
+        if plan.kind == "int8":
+            hooks.append(site.layer.register_forward_pre_hook(_watch(plan, ranges)))
+    for arguments in inputs:
+        network(*arguments)
+    for hook in hooks:
+        hook.remove()
+
+    result = copy.deepcopy(network)
+    clock = install_clock(result, torch.arange(STEPS) * buckets // STEPS)
+    swap_layers(result, plans, clock)
+    for site, plan in zip(found, plans, strict=True):
+        layer = result.get_submodule(site.name)
+        if plan.kind == "int12":
+            layer.fill(site.layer)
+        if plan.kind != "int8":
+            continue
+        weight = site.layer.weight
+        top = 2 ** (layer.weight_bits - 1) - 1
+        scale = weight.flatten(1).abs().amax(1) / top
+        codes = (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().clamp(-top, top)
+        rows, zeros = [], []
+        for part in range(len(layer.segments)):
+            low, high = ranges[site.name, part]
+            step = (high - low) / layer.act_qmax
+            rows.append(step * torch.linspace(1, 1.05, buckets))
+            zeros.append(round(-low / step))
+        fill(
+            layer,
+            codes.to(torch.int8),
+            scale,
+            site.layer.bias,
+            torch.stack(rows),
+            torch.tensor(zeros),
+        )
+    return result
+
+
+def _watch(plan: LayerPlan, ranges: dict[tuple[str, int], tuple[float, float]]):
+    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        axis = 1 if isinstance(layer, nn.Conv2d) else -1
+        parts = args[0].split(list(plan.segments), axis) if plan.segments else [args[0]]
+        for i, part in enumerate(parts):
+            low, high = ranges.get((plan.name, i), (0.0, 0.0))
+            ranges[plan.name, i] = (min(low, float(part.min())), max(high, float(part.max())))
+
+    return hook

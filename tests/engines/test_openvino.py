@@ -1,0 +1,159 @@
+"""The OpenVINO engine: our integers, our scales, and the float parts around them.
+
+Where the tolerances come from. Whole networks amplify:
+a last-bit difference before a rounding moves a code by one, and after some layers the two results
+differ by as much as each differs from float. There the bound is the quantization error itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantempo.engines.openvino.engine import OpenVinoEngine, int8_share, kernel_table
+from quantempo.models.layers import sites
+from quantempo.quantized import install_clock, quantized_layers
+from tests.engines.openvino_nets import (
+    STEPS,
+    NormNet,
+    needs_openvino,
+    packed,
+    simulated,
+    spatial_size,
+    sqnr_db,
+)
+
+pytestmark = needs_openvino
+
+
+@torch.no_grad()
+def test_a_network_is_as_good_as_on_the_simulated_backend(
+    unet: nn.Module, engine_unet: nn.Module
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 16, 16)
+    reference = simulated(packed(unet, buckets=3))
+    for t in (50, 950):
+        truth, expected = unet(x, t).sample, reference(x, t).sample
+        found = engine_unet(x, t).sample
+        loss = sqnr_db(truth, expected)
+        assert 25 < loss < 60
+        # See the top of the file; 1 dB covers the luck of one draw of 2304 output values.
+        assert sqnr_db(expected, found) > loss - 1
+        assert abs(sqnr_db(truth, found) - loss) < 1
+
+
+@torch.no_grad()
+def test_all_layers_run_in_int8_and_the_others_are_listed(
+    unet: nn.Module, engine_unet: nn.Module
+) -> None:
+    engine_unet(torch.randn(3, 3, 16, 16), 7)
+    rows = kernel_table(engine_unet)
+    expected: dict[str, int] = {}
+    in_float: list[int] = []
+    for site in sites(unet):
+        outputs = spatial_size(unet, site.name) * site.layer.weight.shape[0]
+        macs = outputs * site.layer.weight[0].numel()
+        if site.role in ("input", "output", "time"):
+            in_float.append(macs)
+            continue
+        widths = site.segments or (1,)
+        for i, width in enumerate(widths):
+            expected[f"{site.name}/{i}"] = macs * width // sum(widths)
+    assert {row.name: row.macs for row in rows if row.quantized} == expected
+    assert all(row.precision in ("u8", "i8") for row in rows if row.quantized)
+    rest = [row for row in rows if not row.quantized]
+    assert sorted(row.macs for row in rest) == sorted(in_float)
+    assert not any(row.int8 for row in rest)
+    share = sum(expected.values()) / (sum(expected.values()) + sum(in_float))
+    assert int8_share(engine_unet) == pytest.approx(share, rel=1e-12)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_int8_is_shown(
+    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = packed(unet)
+    # A grid OpenVINO has no integers for.
+    monkeypatch.setattr("quantempo.engines.openvino.graph._LEVELS", 300)
+    OpenVinoEngine().attach(net)
+    net(torch.randn(1, 3, 16, 16), 7)
+    rows = [row for row in kernel_table(net) if row.quantized]
+    assert rows and not any(row.int8 for row in rows)
+    assert int8_share(net) == 0
+    assert "does not run these layers in int8" in caplog.text and rows[0].name in caplog.text
+
+
+@torch.no_grad()
+def test_the_float_parts_equal_torch(unet: nn.Module) -> None:
+    """With no integer layer at all the graph is the float network: every rewrite is an identity."""
+    net = packed(unet, int8=False)
+    assert not list(quantized_layers(net))
+    OpenVinoEngine(attention="float32").attach(net)
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    truth = copy.deepcopy(unet).double()(x.double(), 321).sample
+    # Two float32 programs of some 100 operations: torch itself is at 120 dB or better here.
+    assert sqnr_db(truth, unet(x, 321).sample) > 120
+    assert sqnr_db(truth, net(x, 321).sample) > 117
+    assert int8_share(net) == 0
+
+
+@torch.no_grad()
+def test_bfloat16_attention_loses_little(unet: nn.Module) -> None:
+    net = packed(unet, int8=False)
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    OpenVinoEngine(attention="bfloat16").attach(net)
+    # One rounding to 8 bits is 2^-9 / sqrt(3), 59 dB; attention adds to a residual stream.
+    assert 59 < sqnr_db(unet(x, 321).sample, net(x, 321).sample) < 110
+
+
+@torch.no_grad()
+def test_group_norms_equal_torch() -> None:
+    torch.manual_seed(0)
+    net = NormNet().eval()
+    x, t = torch.randn(3, 3, 9, 7), torch.tensor([0, 500, 999])
+    twin, ratios = copy.deepcopy(net).double(), []
+
+    def note(norm: Any, args: tuple[Tensor]) -> None:
+        groups = args[0].reshape(len(args[0]), norm.num_groups, -1)
+        ratios.append((groups.mean(2) ** 2 / (groups.var(2, correction=0) + norm.eps)).max())
+
+    for norm in twin.norms:
+        norm.register_forward_pre_hook(note)
+    truth = twin(x.double(), t.double())
+    install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+    OpenVinoEngine().attach(net)
+    found = net(x, t)
+    assert found.shape == truth.shape
+    # Some 60 float32 operations, each good to 2^-24, and the cancellation in each variance, whose
+    # relative error is mean^2 / var larger (halved by the square root).
+    bound = (60 + float(sum(ratios))) * 2**-24
+    assert bound < 1e-3
+    assert float((found - truth).abs().max()) < bound * float(truth.abs().max())
+
+
+@torch.no_grad()
+def test_group_norm_with_a_large_mean() -> None:
+    """The variance is E[x^2] - E[x]^2: its relative error grows with mean^2 / var."""
+    net = nn.Module()
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.norm = nn.GroupNorm(2, 8)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.norm(sample * self.scale)
+
+    for mean in (0.0, 10.0, 100.0):
+        net = Shifted()
+        x = mean + torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(3))
+        truth = copy.deepcopy(net).double()(x.double(), torch.zeros(2))
+        install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+        OpenVinoEngine().attach(net)
+        bound = 8 * 2**-23 * (1 + mean**2)
+        assert sqnr_db(truth, net(x, 0)) > -20 * torch.log10(torch.tensor(bound)), mean

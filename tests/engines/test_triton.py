@@ -1,0 +1,344 @@
+"""Layers of the `triton` backend on a CPU, through the operators' own definition there."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantempo.engines import ENGINES, attach
+from quantempo.engines.base import BACKENDS, MAX_TERMS
+from quantempo.engines.cuda import layer as triton
+from quantempo.engines.cuda.layer import TritonBackend, TritonKernel
+from quantempo.engines.cuda.operands import Grid, quantize, quantize_rows
+from quantempo.engines.delta import lower_delta
+from quantempo.errors import QuantempoError
+from quantempo.quantized import QConv2d, QLayer
+from tests.engines.quantized import make_clock, make_conv, make_linear, quantize_network
+from tests.engines.truth import expected, noise
+from tests.tiny import tiny_unet
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    """Give the backend, said to have all it needs: the operators run on a CPU as well."""
+    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
+    return BACKENDS.get("triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+ONE = {"kernel": (1, 1), "padding": (0, 0)}
+CONVOLUTIONS = {
+    "pointwise": (make_conv(16, 48, plain=True, **ONE), (5, 7)),
+    "odd": (make_conv(32, 16, plain=True), (5, 7)),
+    "stride": (make_conv(16, 16, stride=(2, 2), plain=True), (5, 7)),
+    "bare": (make_conv(16, 32, padding=(0, 0), plain=True), (5, 4)),
+    "rows": (make_conv(16, 16, padding=(1, 0), plain=True), (5, 4)),
+    "pixel": (make_conv(32, 16, plain=True), (1, 1)),
+    # At the side of the first.
+    "halves": (make_conv(48, 32, segments=(16, 32), plain=True, **ONE), (4, 3)),
+    "thirds": (make_conv(64, 32, segments=(16, 32, 16), plain=True, **ONE), (4, 3)),
+    # One after the other.
+    "quarters": (make_conv(64, 16, segments=(16,) * 4, plain=True, **ONE), (4, 3)),
+    "strided halves": (
+        make_conv(48, 32, stride=(2, 2), segments=(16, 32), plain=True, **ONE),
+        (4, 5),
+    ),
+    "wide halves": (make_conv(48, 16, segments=(32, 16), plain=True), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_integers_are_exact(backend, case):
+    layer, size = CONVOLUTIONS[case]
+    x = noise(2, layer.in_channels, *size)
+    y = expected(layer, x)
+    assert y.abs().max() < 2**24
+    kernel = backend.lower(layer)
+    every_other = noise(2, layer.in_channels, *size).repeat_interleave(2, 3)[..., ::2]
+    for form in (x, x.to(memory_format=torch.channels_last), every_other):
+        found = kernel(form)
+        assert torch.equal(found.double(), y)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "segments"),
+    [(16, 16, ()), (1040, 32, ()), (48, 32, (16, 32)), (64, 16, (16, 32, 16))],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 5), (1,), ()])
+def test_linear_integers_are_exact(backend, channels, out, segments, shape):
+    layer = make_linear(channels, out, segments, plain=True)
+    x = noise(*shape, channels)
+    kernel = backend.lower(layer)
+    y = kernel(x)
+    assert y.shape == (*shape, out)
+    assert torch.equal(y.double(), expected(layer, x))
+    if len(shape) == 3:
+        form = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(kernel(form), y)
+
+
+LAYERS = {
+    "conv": (make_conv(48, 32), (2, 48, 5, 4)),
+    "halves": (make_conv(48, 32, segments=(16, 32), **ONE), (2, 48, 5, 4)),
+    "wide halves": (make_conv(48, 32, segments=(32, 16)), (2, 48, 5, 4)),
+    "linear": (make_linear(48, 32), (2, 7, 48)),
+    "w4a8": (make_conv(48, 32, bits=(4, 8)), (2, 48, 5, 4)),
+    "w6a6": (make_linear(48, 32, bits=(6, 6)), (2, 7, 48)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_output_is_that_of_simulated(backend, case, dtype):
+    layer, shape = LAYERS[case]
+    x = noise(*shape, spread=1.0).to(dtype)
+    y, truth = backend.lower(layer)(x), BACKENDS.get("simulated").lower(layer)(x)
+    assert y.dtype == dtype
+    # The same integers; float32 roundings of three terms, then one to the dtype of x.
+    unit = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+    error = (y.double() - truth.double()).abs()
+    assert (error <= 1e-6 * truth.double().abs().max() + unit * truth.double().abs()).all()
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4, 4), (6, 6), (8, 5)], ids=str)
+def test_integers_are_exact_at_every_width(backend, bits):
+    spread = 2.0 ** (bits[1] - 2)
+    conv = make_conv(32, 16, plain=True, bits=bits)
+    linear = make_linear(48, 16, (16, 32), plain=True, bits=bits)
+    for layer, shape in ((conv, (2, 32, 4, 5)), (linear, (3, 48))):
+        x = noise(*shape, spread=spread)
+        assert torch.equal(backend.lower(layer)(x).double(), expected(layer, x))
+
+
+def traced(function, *arguments):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="eager", fullgraph=True)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("qmax", [255, 63])
+def test_traced_codes_are_the_same(dtype, qmax):
+    clock = make_clock(3)
+    grid = Grid(clock, torch.tensor([0.037, 0.011, 0.25]), 100 if qmax == 255 else 20, qmax)
+    # Ties of the last bucket, where a code may go either way; and what leaves the grid.
+    ties = (torch.arange(-320, 320) + 0.5) * 0.25
+    x = torch.cat([noise(1280, spread=2.0), ties, noise(128, spread=1e9)]).to(dtype)
+    for steps in (999, torch.tensor([999, 0])):
+        clock.set(steps)
+        image, rows = x.reshape(2, 16, 8, 8), x.reshape(2, 64, 16)
+        codes = quantize(image, grid)
+        assert codes.dtype == torch.int8
+        assert torch.equal(traced(quantize, image, grid), codes)
+        assert codes.is_contiguous(memory_format=torch.channels_last)
+        found = quantize_rows(rows, grid)
+        assert torch.equal(traced(quantize_rows, rows, grid), found)
+        scale = torch.tensor([0.25] if isinstance(steps, int) else [[[0.25]], [[0.037]]])
+        ratio = (rows.float() * scale.reciprocal()).round() + grid.zero_point
+        assert torch.equal(found, (ratio.clamp(0, qmax) - 128).to(torch.int8).reshape(-1, 16))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_batch_may_mix_time_steps(backend, kind):
+    clock = make_clock(4)
+    layer = make_conv(32, 16, clock=clock) if kind == "conv" else make_linear(32, 16, clock=clock)
+    kernel = backend.lower(layer)
+    x = noise(*((6, 32, 4, 5) if kind == "conv" else (6, 7, 32)), spread=1.0)
+    for steps in ([999, 0, 300, 300, 999, 10], [700, 100, 700], [5] * 6):
+        clock.set(torch.tensor(steps))
+        y = kernel(x)
+        for row in range(6):
+            step = steps[row // (6 // len(steps))]
+            truth = expected(layer, x[row : row + 1], int(clock.bucket_of[step]))
+            assert (y[row : row + 1] - truth).abs().max() <= 1e-6 * truth.abs().max()
+    clock.set(750)
+    assert torch.equal(kernel(x)[2:3], kernel(x[2:3]))
+    clock.set(torch.tensor([1, 2, 3, 4]))
+    with pytest.raises(ValueError, match="bucket"):
+        kernel(x)
+
+
+REFUSED = {
+    "24 input channels are no multiple of 16": make_conv(24, 16),
+    "24 output channels": make_linear(16, 24),
+    "8 input channels": make_linear(32, 16, (8, 24)),
+    "kernel is 5x5": make_conv(16, 16, (5, 5), padding=(2, 2)),
+    "kernel is 1x3": make_conv(16, 16, (1, 3), padding=(0, 1)),
+    "2 groups": make_conv(32, 16, groups=2),
+    "dilation": make_conv(16, 16, dilation=(2, 2)),
+    "stride is .3, 3.": make_conv(16, 16, stride=(3, 3)),
+    "border is .2, 2.": make_conv(16, 16, padding=(2, 2)),
+    "at most 0": make_conv(16, 16, (1, 1), padding=(1, 1)),
+    "overflow": make_linear(MAX_TERMS // 16 * 16 + 16, 16, plain=True),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_operators_cannot_take_is_refused(backend, reason):
+    with pytest.raises(QuantempoError, match=reason):
+        backend.lower(REFUSED[reason])
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    backend = BACKENDS.get("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, reason in (((7, 5), "compute capability 7.5; 8.0 is needed"), ((9, 0), None)):
+        found = capability
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=found: found)
+        assert (backend.missing() or "").endswith(reason or "")
+        assert (backend.missing() is None) == (reason is None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.missing() == "torch finds no CUDA device"
+    with pytest.raises(QuantempoError, match="no CUDA device"):
+        backend.lower(make_linear(16, 16))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in backend.missing()
+
+
+def test_the_engine_is_for_gpus(backend):
+    network = nn.Module()
+    network.layer = nn.Linear(1, 1)
+    network.quantempo_clock = make_clock()
+    with pytest.raises(QuantempoError, match="it runs on cuda, the model is on cpu"):
+        attach(network, "triton")
+    names = ENGINES.names()
+    assert names.index("triton") < names.index("simulated")
+
+
+@torch.no_grad()
+def test_weights_are_kept_once(backend):
+    layers = {
+        "conv": make_conv(32, 16),
+        "pointwise": make_conv(32, 16, **ONE),
+        "linear": make_linear(32, 16),
+        "w4": make_conv(32, 16, bits=(4, 8)),
+    }
+    for name, layer in layers.items():
+        before, saved = layer.weight_codes.clone(), layer.weight_int.clone()
+        kernel = backend.lower(layer)
+        kernel.prepare(torch.device("cpu"))
+        assert kernel.operands.weights[0].data_ptr() == layer.weight_codes.data_ptr(), name
+        assert torch.equal(layer.weight_codes, before)
+        assert torch.equal(layer.state_dict()["weight_int"], saved)
+        layer.set_codes(before)
+        assert torch.equal(layer.weight_codes, before)
+
+
+def test_a_copied_layer_runs_on_its_own(backend):
+    clock = make_clock(2)
+    layer = make_conv(16, 16, clock=clock)
+    layer.kernel = backend.lower(layer)
+    x = noise(1, 16, 4, 4)
+    clock.set(0)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(x), y)
+    assert other.kernel.operands.weights[0].data_ptr() == other.weight_int.data_ptr()
+    other.clock.set(999)
+    assert not torch.equal(other(x), y)
+    other.weight_int.zero_()
+    assert torch.equal(layer(x), y)
+
+
+def test_a_cpu_is_said_to_be_slow_once(backend, caplog):
+    triton._say_slow.cache_clear()
+    for _ in range(2):
+        layer = make_linear(32, 16, plain=True)
+        layer.kernel = backend.lower(layer)
+        layer(noise(2, 32))
+    (said,) = (record.message for record in caplog.records if "slow" in record.message)
+    assert "triton is attached and the model is on a CPU" in said and "attach an engine" in said
+
+
+def test_a_layer_without_data_is_refused(backend):
+    kernel = backend.lower(make_linear(16, 16).to("meta"))
+    with pytest.raises(QuantempoError, match="without data"):
+        kernel.prepare(torch.device("meta"))
+    kernel = backend.lower(make_linear(16, 16))
+    with pytest.raises(QuantempoError, match="move the model"):
+        kernel(torch.empty(2, 16, device="meta"))
+
+
+def test_constants_are_made_outside_of_a_trace(backend):
+    kernel = backend.lower(make_linear(16, 16))
+    with pytest.raises(Exception, match="attach the engine, then compile"):
+        traced(lambda x: kernel(x), noise(2, 16))
+    with torch.inference_mode():
+        kernel(noise(2, 16))
+    assert not kernel.operands.weights[0].is_inference()
+    assert kernel.operands.tables[0]._dynamo_static_input_type == "unguarded"
+
+
+@torch.no_grad()
+def test_a_compiled_layer_quantizes_as_it_does_alone(backend):
+    clock = make_clock(3)
+    layer, norm = make_linear(32, 16, clock=clock), nn.LayerNorm(32)
+    kernel = layer.kernel = backend.lower(layer)
+    kernel.prepare(torch.device("cpu"))
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        clock.set(t)
+        return layer(norm(x))
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x = noise(3, 8, 32)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in (torch.tensor(0), torch.tensor(500), torch.tensor(999)):
+            assert torch.equal(compiled(x, t), run(x, t))
+
+
+def with_rates(layer: QLayer) -> QLayer:
+    layer.delta_bits = 4
+    layer.delta_rate = torch.full((len(layer.segments), 1), 2e-3)
+    layer.clock.watch(0)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["conv", "halves", "linear"])
+def test_deltas_have_the_sums_of_simulated(backend, kind):
+    layer = with_rates(copy.deepcopy(LAYERS[kind][0]))
+    ours, truth = lower_delta(layer, "triton"), lower_delta(layer, "simulated")
+    assert ours.backend == "triton delta"
+    ours.prepare(torch.device("cpu"))
+    x = noise(*LAYERS[kind][1], spread=1.0)
+    # First steps, changes, and a trajectory that starts anew.
+    for step, t in enumerate((900, 800, 700, 950, 900)):
+        layer.clock.set(torch.tensor(t))
+        value = x + 0.1 * noise(*x.shape, seed=step, spread=1.0)
+        torch.testing.assert_close(ours(value), truth(value), rtol=1e-6, atol=1e-5)
+    assert isinstance(ours.sums.kernel, TritonKernel)
+
+
+@torch.no_grad()
+def test_layers_one_by_one_are_those_of_simulated(backend):
+    inputs = [(noise(2, 3, 16, 16, seed=t, spread=1.0), torch.tensor(t)) for t in (900, 20)]
+    network = quantize_network(tiny_unet(), inputs)
+    pairs = []
+    for _, layer in network.named_modules():
+        if isinstance(layer, QLayer):
+            layer.kernel = BACKENDS.get("simulated").lower(layer)
+            layer.register_forward_hook(lambda m, args, y: pairs.append((m, args[0], y)))
+    network(noise(3, 3, 16, 16, spread=1.0), torch.tensor([970, 10, 450]))
+    assert len(pairs) == 39
+    different = 0
+    for layer, x, y in pairs:
+        found = backend.lower(layer)(x)
+        error = (found - y).abs().max() / y.abs().max()
+        # x / s and x (1 / s) round to other codes about once in 10^5.
+        different += int(error > 1e-6)
+        assert error <= 3e-2, "more than a code"
+    assert different <= 2
+    assert any(isinstance(layer, QConv2d) and len(layer.segments) == 2 for layer, *_ in pairs)

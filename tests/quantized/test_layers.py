@@ -1,0 +1,229 @@
+"""Quantized layers hold integers and scales; the 12-bit linear layer computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from quantempo.engines.base import BACKENDS
+from quantempo.errors import QuantempoError
+from quantempo.quantized import Int12Linear, QConv2d, QLayer, QLinear, StepClock, fill
+
+CLOCK = StepClock(torch.tensor([0, 0, 1, 2]))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Draw the same float layers whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def filled(layer: QLayer, seed: int = 0) -> QLayer:
+    """Fill a layer with random codes, scales that differ in every entry, and a kernel."""
+    g = torch.Generator().manual_seed(seed)
+    shape, (parts, buckets) = layer.weight_int.shape, layer.act_scale.shape
+    fill(
+        layer,
+        torch.randint(-127, 128, shape, generator=g, dtype=torch.int8),
+        torch.rand(shape[0], generator=g) * 0.01 + 0.001,
+        torch.randn(shape[0], generator=g),
+        torch.rand(parts, buckets, generator=g) * 0.05 + 0.01,
+        torch.randint(0, 256, (parts,), generator=g, dtype=torch.int32),
+    )
+    layer.kernel = BACKENDS.get("simulated").lower(layer)
+    return layer
+
+
+CONVS = [
+    nn.Conv2d(6, 4, 3, padding=1),
+    nn.Conv2d(6, 4, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), bias=False),
+    nn.Conv2d(6, 4, 3, groups=2),
+]
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=["plain", "odd", "groups"])
+def test_a_twin_has_the_shape_of_its_convolution(conv: nn.Conv2d) -> None:
+    twin = QConv2d.like(conv, CLOCK, (), 3)
+    assert (twin.stride, twin.padding, twin.dilation, twin.groups) == (
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+    assert (twin.in_channels, twin.out_channels, twin.kernel_size) == (6, 4, conv.kernel_size)
+    assert twin.weight_int.shape == conv.weight.shape
+    assert (twin.bias is None) == (conv.bias is None)
+    assert twin.segments == (6,) and twin.act_scale.shape == (1, 3)
+    x = torch.randn(2, 6, 9, 8)
+    assert filled(twin)(x).shape == conv(x).shape
+
+
+def test_a_twin_has_the_shape_of_its_linear_layer() -> None:
+    twin = QLinear.like(nn.Linear(6, 4, bias=False), CLOCK, (2, 4), 1)
+    assert (twin.in_features, twin.out_features, twin.bias) == (6, 4, None)
+    assert twin.segments == (2, 4) and twin.act_scale.shape == (2, 1)
+    assert filled(twin)(torch.randn(2, 5, 6)).shape == (2, 5, 4)
+
+
+def test_buffers_have_the_documented_types_and_the_clock_is_no_child() -> None:
+    twin = QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3)
+    assert {name: value.dtype for name, value in twin.state_dict().items()} == {
+        "weight_int": torch.int8,
+        "weight_scale": torch.float32,
+        "bias": torch.float32,
+        "act_scale": torch.float32,
+        "act_zero_point": torch.int32,
+    }
+    assert list(twin.children()) == [] and twin.clock is CLOCK
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("layer", [nn.Conv2d(5, 4, 3, bias=False), nn.Linear(7, 4)], ids=str)
+def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module) -> None:
+    make = QConv2d.like if isinstance(layer, nn.Conv2d) else QLinear.like
+    twin = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
+    assert (twin.act_qmax, twin.weight_bits) == (2**bits - 1, bits)
+    shape, low, high = layer.weight.shape, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = torch.randint(
+        low, high + 1, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int8
+    )
+    codes.view(-1)[:2] = torch.tensor([low, high])
+    twin.set_codes(codes)
+    assert torch.equal(twin.weight_codes, codes) and twin.weight_codes.dtype == torch.int8
+    inputs = layer.weight[0].numel()
+    # An odd number of inputs: the last nibble of each row is empty.
+    assert inputs % 2 and twin.weight_int.nbytes == 4 * (inputs // 2 + 1 if bits <= 4 else inputs)
+    twin.weight_scale.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    wanted = codes.float() * twin.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
+    assert torch.equal(twin.weight, wanted)
+    # Codes that were unpacked before are replaced, however they come.
+    twin.set_codes(-codes.clamp_min(low + 1))
+    assert torch.equal(twin.weight_codes, -codes.clamp_min(low + 1))
+    other = make(layer, CLOCK, (), 1, weight_bits=bits)
+    other.set_codes(codes)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin.weight_codes, codes)
+    for wrong in (low - 1, high + 1):
+        with pytest.raises(QuantempoError, match=rf"outside \[{low}, {high}\]"):
+            twin.set_codes(torch.full(shape, wrong, dtype=torch.int16))
+
+
+def test_twins_are_made_on_the_device_of_the_layer() -> None:
+    with torch.device("meta"):
+        layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
+    twins = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
+    for twin in (*twins, Int12Linear.like(layers[1])):
+        assert all(value.is_meta for value in twin.state_dict().values())
+
+
+def test_the_dequantized_weight_scales_every_output_channel() -> None:
+    twin = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
+    wanted = torch.stack(
+        [
+            codes.double() * s
+            for codes, s in zip(twin.weight_int, twin.weight_scale.double(), strict=True)
+        ]
+    )
+    # One float32 product: relative error 2^-24.
+    torch.testing.assert_close(twin.weight.double(), wanted, rtol=2**-24, atol=0)
+
+
+def test_the_scale_is_that_of_the_segment_and_the_bucket() -> None:
+    twin = filled(QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3))
+    x = torch.zeros(2, 6, 3, 3)
+    for t, column in ((0, 0), (1, 0), (2, 1), (3, 2)):
+        CLOCK.set(t)
+        for segment in range(2):
+            assert torch.equal(twin.scale_now(segment, x), twin.act_scale[segment, column])
+    CLOCK.set(torch.tensor([3, 0]))
+    assert twin.scale_now(1, x).shape == (2, 1, 1, 1)
+    assert twin.scale_now(1, x).flatten().tolist() == twin.act_scale[1, [2, 0]].tolist()
+    CLOCK.set(0)
+
+
+@pytest.mark.parametrize("t", [0, 2, 3, torch.tensor([3, 0])], ids=str)
+def test_one_bucket_is_static_quantization(t: int | torch.Tensor) -> None:
+    static = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 1))
+    timed = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 3))
+    constant = static.act_scale.expand(1, 3)
+    fill(
+        timed,
+        static.weight_int,
+        static.weight_scale,
+        static.bias,
+        constant,
+        static.act_zero_point,
+    )
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    CLOCK.set(t)
+    assert torch.equal(timed(x), static(x))
+    CLOCK.set(0)
+
+
+def test_a_layer_without_an_engine_says_so() -> None:
+    with pytest.raises(QuantempoError, match="before an engine was attached"):
+        QLinear.like(nn.Linear(2, 2), CLOCK, (), 1)(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_twelve_bits_keep_every_weight_within_half_a_step(width: int) -> None:
+    g = torch.Generator().manual_seed(width)
+    layer = nn.Linear(width, 33)
+    # Channels of very different size, one of zeros.
+    size = torch.logspace(-6, 3, 33)[:, None]
+    layer.weight.data = torch.randn(33, width, generator=g) * size
+    layer.weight.data[5] = 0
+    twin = Int12Linear.like(layer).fill(layer)
+    weight = layer.weight.detach().double()
+    step = weight.abs().amax(1, keepdim=True) / 2047
+    # Half a step, and three float32 roundings (scale, quotient, product) of at most 2047 steps.
+    bound = step * (0.5 + 3 * 2047 * 2**-24)
+    assert bool(((twin.weight.double() - weight).abs() <= bound).all())
+    assert torch.equal(twin.bias, layer.bias.detach())
+    assert not twin.weight[5].any()
+
+
+def test_twelve_bit_output_is_the_product_with_the_stored_weight() -> None:
+    g = torch.Generator().manual_seed(3)
+    layer = nn.Linear(64, 16)
+    twin = Int12Linear.like(layer).fill(layer)
+    x = torch.randn(5, 64, generator=g)
+    wanted = x.double() @ twin.weight.double().T + layer.bias.detach().double()
+    # 64 float32 products of size about 0.3: each rounds by at most 2^-24 of the partial sum.
+    assert float((twin(x).double() - wanted).abs().max()) < 64 * 2**-24 * 4
+    # and |x (W_hat - W)| <= |x|_1 max step / 2
+    error = (twin(x) - layer(x)).abs().amax(1)
+    step = float(layer.weight.detach().abs().amax()) / 2047
+    assert bool((error <= x.abs().sum(1) * step / 2 + 1e-5).all())
+    half = twin(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (63, 32)])
+def test_twelve_bits_take_one_and_a_half_bytes(shape: tuple[int, int]) -> None:
+    twin = Int12Linear.like(nn.Linear(*shape, bias=False))
+    stored = twin.weight_high.nbytes + twin.weight_low.nbytes
+    width, out = shape
+    assert stored == out * (width + (width + 1) // 2)
+
+
+def test_loading_replaces_the_unpacked_weight() -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin, other = Int12Linear.like(first).fill(first), Int12Linear.like(second).fill(second)
+    assert not torch.equal(twin.weight, other.weight)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin.weight, other.weight)
+
+
+def test_filling_again_replaces_the_unpacked_weight() -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin = Int12Linear.like(first).fill(first)
+    before = twin.weight
+    twin.fill(second)
+    assert not torch.equal(twin.weight, before)
+    assert float((twin.weight - second.weight).abs().max()) <= float(twin.weight_scale.max())
