@@ -2,8 +2,10 @@
 instead. A source replaces x_t of recorded rows before they are written; t and the conditioning
 stay those of the traced run. `trace` calls it, `timesteps` chooses the times.
 
-trajectory x_t as the network received it mimic x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
-the input of training raw x_t = x_0 whatever t noise x_t = eps whatever t
+    trajectory  x_t as the network received it
+    mimic       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the input of training
+    raw         x_t = x_0 whatever t
+    noise       x_t = eps whatever t
 
 x_0 is an image of a data set in [-1, 1], eps ~ N(0, I). Source: PTQ4DM, eq. 4 and table 2.
 """
