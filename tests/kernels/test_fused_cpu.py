@@ -267,7 +267,7 @@ def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
     flags = [flag for flag in fused_cpu._FLAGS if flag != "-march=native"]
     monkeypatch.setattr(fused_cpu, "_FLAGS", (*flags, "-mavx2", "-mfma"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    narrow = fused_cpu.Library(fused_cpu._cached("gcc"))
+    narrow = fused_cpu._cached("gcc")
     for dtype in (torch.float32, torch.bfloat16):
         x, norm = image(2, 27, 5, 6, dtype=dtype), group_norm(27, 9)
         raw = (0.3, 20, 255)
@@ -288,19 +288,71 @@ def test_one_openmp_runtime_is_shared_with_torch():
     assert len(runtimes) == 1, runtimes
 
 
-@needs_library
-def test_the_cache_is_reused_and_a_damaged_file_is_built_again(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return the path of a library compiled into a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = fused_cpu._cached("gcc")
-    stamp = path.stat().st_mtime_ns
-    assert fused_cpu._cached("gcc") == path
-    assert path.stat().st_mtime_ns == stamp
-    path.write_bytes(b"not a library")
+    fused_cpu._cached("gcc")
+    (path,) = (tmp_path / "quantempo").iterdir()
+    fused_cpu._load.cache_clear()
+    yield path
+    fused_cpu._load.cache_clear()
+
+
+# Loads, and says that its structures have the right size, but has nothing else.
+STUB = f"int quantempo_layout(void) {{ return {LIBRARY and LIBRARY.layout}; }}"
+
+
+def plant(path: Path) -> None:
+    """Put a library that is not ours in the place of the compiled one."""
+    path.unlink()
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)]
+    subprocess.run(command, input=STUB, text=True, check=True)
+
+
+@needs_library
+def test_the_cache_is_reused(cache):
+    stamp = cache.stat().st_mtime_ns
+    fused_cpu._cached("gcc")
+    assert cache.stat().st_mtime_ns == stamp
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@needs_library
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no library"), plant])
+def test_a_damaged_library_is_built_again(cache, damage):
+    size = cache.stat().st_size
+    damage(cache)
+    assert fused_cpu.missing() is None
+    assert cache.stat().st_size == size
+    assert torch.equal(
+        fused_cpu.load().quantize(image(1, 3, 2, 2), 0.5, 3),
+        reference.quantize(image(1, 3, 2, 2), 0.5, 3),
+    )
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+@needs_library
+def test_what_others_could_have_written_is_not_loaded(cache):
+    plant(cache)
+    cache.chmod(0o722)
+    loaded = cache.stat().st_ino
+    assert fused_cpu.missing() is None
+    assert cache.stat().st_ino != loaded
+    fused_cpu._load.cache_clear()
+    cache.parent.chmod(0o777)
+    assert "other users can write to" in fused_cpu.missing()
+    assert fused_cpu.load() is None
+
+
+def test_whatever_fails_is_a_reason(monkeypatch):
+    def fail(compiler):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(fused_cpu, "_cached", fail)
     fused_cpu._load.cache_clear()
     try:
-        assert fused_cpu.missing() is None
-        assert path.stat().st_size > 1000
-        assert [item.name for item in path.parent.iterdir()] == [path.name]
+        assert fused_cpu.missing() is not None
     finally:
         fused_cpu._load.cache_clear()
 
@@ -316,7 +368,7 @@ def test_without_a_compiler_it_says_so(tmp_path, compiler, said):
     if compiler:
         (tools / "gcc").write_text(compiler)
         (tools / "gcc").chmod(0o755)
-    code = "from quantempo.kernels import fused_cpu\nprint(fused_cpu.load(), fused_cpu.missing())"
+    code = "from quantempo.kernels.cpu import fused\nprint(fused.load(), fused.missing())"
     environment = {
         **os.environ,
         "PATH": str(tools),

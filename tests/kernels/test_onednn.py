@@ -142,7 +142,7 @@ def test_quantize_equals_the_reference_in_any_layout():
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_kernels_without_vnni_are_refused(isa):
     # They saturate; the self-test must see it, in one clause that names the way out.
-    code = "from quantempo.kernels import onednn; print(onednn.missing())"
+    code = "from quantempo.kernels.cpu import onednn; print(onednn.missing())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["MAX_CHANNELS", "Library", "Norm", "Part", "load", "missing"]
+
+log = logging.getLogger("quantempo")
 
 _SOURCE = Path(__file__).with_name("fused.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-fopenmp", "-fPIC")
@@ -118,8 +121,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
         handle.quantempo_layout.restype = ctypes.c_int
-        sizes = ctypes.sizeof(_NormStruct) * 1000 + ctypes.sizeof(_QuantizeStruct)
-        if handle.quantempo_layout() != sizes:
+        self.layout = ctypes.sizeof(_NormStruct) * 1000 + ctypes.sizeof(_QuantizeStruct)
+        if handle.quantempo_layout() != self.layout:
             raise OSError(f"{path} was compiled from another version of its source")
         self._norm, self._quantize = handle.quantempo_norm, handle.quantempo_quantize
         self._add = handle.quantempo_add
@@ -297,23 +300,17 @@ def missing() -> str | None:
 def _load() -> Library | str:
     if platform.system() != "Linux":
         return f"they are built on Linux only, this is {platform.system()}"
-    if not _resolve_openmp():
-        return "torch has loaded no GNU-compatible OpenMP runtime to share"
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return "there is no C compiler (gcc or cc) on the path"
     try:
-        path = _cached(compiler)
-        try:
-            return Library(path)
-        except OSError:
-            # A damaged file in the cache: build it once more, then give up.
-            path.unlink()
-            return Library(_cached(compiler))
+        if not _resolve_openmp():
+            return "torch has loaded no GNU-compatible OpenMP runtime to share"
+        return _cached(compiler)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
         return f"{compiler} failed: {lines[0]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except Exception as error:  # Whatever it was, torch's own operations do the work.
         return f"they could not be built: {error}"
 
 
@@ -332,24 +329,43 @@ def _resolve_openmp() -> bool:
     return False
 
 
-def _cached(compiler: str) -> Path:
-    """Return the compiled library, from the cache if its source, compiler and CPU are the same."""
+def _cached(compiler: str) -> Library:
+    """Return the kernels for this source, compiler and CPU, from the cache or compiled into it.
+
+    Raises:
+        OSError: others can write to the cache, or it cannot be written.
+        subprocess.SubprocessError: the compiler fails.
+    """
     version = _run(compiler, "--version")
     cpu = (platform.machine(), sorted(torch.cpu.get_capabilities().items()))
     key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, version, cpu)).encode()).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache) / "quantempo"
-    path = folder / f"fused_cpu-{key[:16]}.so"
-    if path.is_file():
-        return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _only_ours(folder):
+        raise OSError(f"other users can write to {folder}; set XDG_CACHE_HOME to a private folder")
+    path = folder / f"fused_cpu-{key[:16]}.so"
+    if path.exists() and _only_ours(path):
+        try:
+            return Library(path)
+        except (OSError, AttributeError):
+            log.warning("%s is damaged and is built again", path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "fused_cpu"
+        made = Path(scratch) / "fused_cpu.so"
         # Linked by itself, without -fopenmp: that would load the compiler's own OpenMP runtime.
         _run(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o")
-        _run(compiler, "-shared", f"{made}.o", "-lm", "-o", f"{made}.so")
-        os.replace(f"{made}.so", path)
-    return path
+        _run(compiler, "-shared", f"{made}.o", "-lm", "-o", str(made))
+        made.chmod(0o700)
+        # Loaded under its own name: a damaged library stays loaded under that of the cache.
+        library = Library(made)
+        os.replace(made, path)
+    return library
+
+
+def _only_ours(path: Path) -> bool:
+    """Return whether a file or folder belongs to this user and no other can write to it."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _run(*command: str) -> str:
