@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -193,6 +194,20 @@ def test_skew_normal_without_skew_is_the_truncated_normal() -> None:
         assert float(difference.abs().max()) < 1e-9
 
 
+def test_defaults_are_those_the_study_ran_with() -> None:
+    """Cells of the study name a law without its parameters: new defaults would reuse old cells."""
+    normal = {"mean": 0.4, "std": 0.4}
+    assert {name: asdict(make_time_sampler(name)) for name in TIME_SAMPLERS.names()} == {
+        "ndtc": normal,
+        "ndtc_paper": {"mean": 0.4},
+        "ndtc_repo": normal,
+        "skew_normal": {"xi": 0.1, "omega": 0.4, "alpha": 4.0},
+        "uniform": {},
+        "linspace": {},
+        "single": {"fraction": 0.4},
+    }
+
+
 def test_linspace_and_single_are_exact() -> None:
     counts = torch.bincount(draw("linspace", {}, 100, 50), minlength=50)
     assert counts.tolist() == [2] * 50
@@ -211,6 +226,7 @@ def test_linspace_and_single_are_exact() -> None:
         ("ndtc", {"mean": 1.5}, ("mean = 1.5", "0 to 1")),
         ("ndtc", {"std": 0.0}, ("std = 0.0", "expected")),
         ("ndtc", {"std": math.nan}, ("std = nan", "expected")),
+        ("ndtc_repo", {"mean": 1.5}, ("mean = 1.5", "0 to 1")),
         ("ndtc_paper", {"mean": 0.6}, ("mean = 0.6", "0 to 0.5")),
         ("ndtc", {"mean": "0.4"}, ("'0.4'", "number")),
         ("single", {"fraction": True}, ("True", "number")),

@@ -169,6 +169,12 @@ def test_sqnr_keys_rows_of_mixed_batches_and_bins() -> None:
     np.testing.assert_allclose(binned["sqnr_db"], [20, expected], atol=1e-5)
 
 
+def test_sqnr_of_a_time_outside_the_bins_goes_to_the_nearest() -> None:
+    batches = [((torch.ones(4, 2),), {}, torch.tensor([-3, 0, 1000, 1500]))]
+    found = eps_sqnr(lambda x: x, lambda x: x * 1.5, batches, bins=[0, 500, 1000])
+    assert found["t"] == [250, 750]
+
+
 def test_sqnr_of_identical_denoisers_is_the_cap() -> None:
     found = eps_sqnr(lambda x, t: x, lambda x, t: x, _batches([5]))
     assert found["sqnr_db"] == [SQNR_CAP_DB]

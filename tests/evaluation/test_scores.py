@@ -117,6 +117,21 @@ def test_kernel_distance_of_uneven_sets_is_seeded_and_leaves_the_global_generato
     assert first[1] > 0
 
 
+def test_kernel_distance_of_large_sets_is_over_50_subsets_of_1000_from_seed_0() -> None:
+    kid = pytest.importorskip("torchmetrics.image.kid", reason="extra 'eval'")
+    x, y = _normal(1001, 2, 21), _normal(1002, 2, 22)
+    features = torch.nn.Identity()
+    features.num_features = 2
+    metric = kid.KernelInceptionDistance(features, subsets=50, subset_size=1000)
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = [float(value) for value in metric.compute()]
+    # One permutation more or less, another size or seed: the standard deviation shows it.
+    assert list(kernel_distance(x, y)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_inception_score_of_certain_and_of_uniform_predictions() -> None:
     # Four classes, each predicted with certainty by a quarter of the images: exp(KL) = 4.
     certain = 60.0 * torch.eye(4, dtype=torch.float64).repeat(5, 1)

@@ -93,6 +93,14 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     assert found.loss == 10.0 and found.bound < 10
 
 
+def test_the_bound_is_that_of_the_first_price() -> None:
+    # Relaxed, 7 bytes all go to layer 0 at 9 / 8 a byte: 11.5 - 7.875. Layer 2's price is 0.005.
+    losses = np.array([[9.0, 0.0], [2.0, 1.0], [0.5, 0.0]])
+    found = allocate(losses, np.array([[0, 8], [0, 2], [0, 100]]), 7)
+    assert found.choice.tolist() == [0, 1, 0]
+    assert found.bound == pytest.approx(3.625, rel=1e-12)
+
+
 def test_options_that_never_pay_are_left_out() -> None:
     # Dearer and worse; as dear and worse; above the hull (price 1 a byte, then 9).
     found = allocate(np.array([[5.0, 7.0, 5.5, 0.0]]), np.array([[1, 4, 1, 3]]), 4)
