@@ -101,7 +101,7 @@ def test_path_finder_finds() -> None:
 
 def test_extras_of_the_project() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert {"openvino", "eval", "fid", "report", "export", "dev"} <= set(extras)
+    assert {"openvino", "eval", "fid", "report", "dev"} <= set(extras)
     makefile = (REPOSITORY / "Makefile").read_text()
     installed = re.search(r"^EXTRAS := (.*)$", makefile, re.M)
     assert installed and set(installed[1].split(",")) == {"openvino", "eval", "report", "dev"}

@@ -58,7 +58,7 @@ def rungs() -> list[Rung]:
     _towards(now, final, "w8a8", "W8A8", add)
     integer = final.override("attention", bits=8)
     add("attention", "W8A8", "beside the chain: w8a8 with integer attention", integer)
-    for name in ("w4a8", "w6a6", "w4a4"):
+    for name in ("w4a8", "w4a4"):
         final, family = Recipe.load(name), name.upper()
         start = replace(final, rounding=plain.rounding, correction=plain.correction)
         start = replace(start, delta=plain.delta, attention=plain.attention)

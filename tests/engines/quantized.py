@@ -31,6 +31,10 @@ def make_clock(buckets: int = 1) -> StepClock:
     return StepClock(torch.arange(STEPS) * buckets // STEPS)
 
 
+def _buckets(clock: StepClock) -> int:
+    return int(clock.bucket_of.max()) + 1
+
+
 def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -72,7 +76,7 @@ def make_conv(
     clock = clock or make_clock()
     layer = QConv2d(
         (out, channels // groups, *kernel), True, clock, segments or (channels,),
-        clock.num_buckets, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        _buckets(clock), stride=stride, padding=padding, dilation=dilation, groups=groups,
         weight_bits=bits[0], act_bits=bits[1],
     )  # fmt: skip
     _fill(layer, seed, plain)
@@ -94,7 +98,7 @@ def make_linear(
     """
     clock = clock or make_clock()
     layer = QLinear(
-        (out, channels), True, clock, segments or (channels,), clock.num_buckets,
+        (out, channels), True, clock, segments or (channels,), _buckets(clock),
         weight_bits=bits[0], act_bits=bits[1],
     )  # fmt: skip
     _fill(layer, seed, plain)

@@ -72,11 +72,6 @@ def test_a_matrix_of_time_steps_is_refused() -> None:
         clock().set(torch.zeros(2, 2))
 
 
-def test_the_number_of_buckets_is_that_of_the_table() -> None:
-    assert clock().num_buckets == 4
-    assert StepClock(torch.zeros(10)).num_buckets == 1
-
-
 SCALES = torch.tensor([0.5, 1.0, 2.0, 4.0])
 
 

@@ -16,6 +16,10 @@ from quantempo.scales import histogram
 from quantempo.scales.histogram import Histogram, MinMax, bin_centers
 
 
+def centers(histogram: Histogram) -> torch.Tensor:
+    return bin_centers(histogram.edges, histogram.counts.shape[-1])[0]
+
+
 def _filled(batches: list[tuple[Tensor, Tensor]], time_bins: int) -> tuple[MinMax, Histogram]:
     ranges = MinMax(1, time_bins)
     for x, time_bin in batches:
@@ -69,7 +73,7 @@ def test_a_value_is_within_half_a_bin_of_its_centre(lo: float, span: float, bins
     for k, value in enumerate(x):
         histogram.update(value[None], k)
     assert histogram.counts.sum(-1).tolist() == [[1] * 33]
-    centre = histogram.centers[0][histogram.counts[0].argmax(-1)]
+    centre = centers(histogram)[histogram.counts[0].argmax(-1)]
     # Two float32 operations place a value: (v - lo) and the product.
     rounding = 2**-22 * max(abs(lo), abs(lo + span))
     assert float((centre - x.double()).abs().max()) <= width / 2 + rounding
@@ -82,7 +86,7 @@ def test_agrees_with_numpy() -> None:
     histogram.update(x)
     want, edges = np.histogram(x.numpy(), 512, (-4.0, 4.0))
     assert histogram.counts[0, 0].tolist() == want.tolist()
-    np.testing.assert_allclose(histogram.centers[0], (edges[1:] + edges[:-1]) / 2)
+    np.testing.assert_allclose(centers(histogram), (edges[1:] + edges[:-1]) / 2)
 
 
 def test_layout_and_dtype_do_not_matter() -> None:
@@ -120,7 +124,7 @@ def test_counts_beyond_float32_are_exact() -> None:
 def test_a_constant(value: float) -> None:
     _, histogram = _filled([(torch.full((2, 3), value), torch.tensor(0))], 1)
     assert int(histogram.counts.sum()) == 6
-    assert float(histogram.centers[0][histogram.counts[0, 0].argmax()]) == np.float32(value)
+    assert float(centers(histogram)[histogram.counts[0, 0].argmax()]) == np.float32(value)
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 3e38])

@@ -1,14 +1,12 @@
-"""Core numerics: integer grids, grouping, packing, seeds."""
+"""Core numerics: integer grids, packing, seeds."""
 
 from quantempo.core.affine import dequantize, fake_quantize, quantize
-from quantempo.core.groups import from_groups, to_groups
 from quantempo.core.packing import (
     check_codes,
     pack_int4,
     pack_int12,
     unpack_int4,
     unpack_int12,
-    weight_sums,
 )
 from quantempo.core.random import generators
 from quantempo.core.spec import ACTIVATION, WEIGHT, QParams, QuantSpec
@@ -21,13 +19,10 @@ __all__ = [
     "check_codes",
     "dequantize",
     "fake_quantize",
-    "from_groups",
     "generators",
     "pack_int4",
     "pack_int12",
     "quantize",
-    "to_groups",
     "unpack_int4",
     "unpack_int12",
-    "weight_sums",
 ]

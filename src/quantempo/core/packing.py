@@ -1,4 +1,4 @@
-"""Bit packing of integer weights, and the sums that fold a zero point away."""
+"""Bit packing of integer weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["check_codes", "pack_int4", "pack_int12", "unpack_int4", "unpack_int12", "weight_sums"]
+__all__ = ["check_codes", "pack_int4", "pack_int12", "unpack_int4", "unpack_int12"]
 
 
 def check_codes(q: Tensor, low: int, high: int) -> None:
@@ -57,12 +57,3 @@ def unpack_int12(high: Tensor, low: Tensor) -> Tensor:
     """Undo `pack_int12`: return (..., L) int16 codes."""
     nibble = unpack_int4(low, high.shape[-1]).to(torch.int16) & 0xF
     return (high.to(torch.int16) << 4) + nibble
-
-
-def weight_sums(weight_int: Tensor) -> Tensor:
-    """Return sum_k q_w[o, k] per output channel, (O,) int32.
-
-    With it a zero point folds out of an integer product:
-    sum_k (q_a - z) q_w = sum_k q_a q_w - z * sum_k q_w  (exact in int32 up to K = 66,311).
-    """
-    return weight_int.flatten(1).sum(1, dtype=torch.int32)

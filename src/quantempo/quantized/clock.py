@@ -82,11 +82,6 @@ class StepClock(nn.Module):
         self._age.copy_(torch.where(fresh, 1, self._age + 1))
         self._last.copy_(torch.where(same, now, torch.nan))
 
-    @property
-    def num_buckets(self) -> int:
-        """Number of buckets."""
-        return int(self.bucket_of.max()) + 1
-
     def set(self, timestep: Any) -> None:
         """Set `bucket` from a time-step: a number or a tensor of shape (), (1,) or (B,).
 

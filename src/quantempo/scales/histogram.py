@@ -161,11 +161,6 @@ class Histogram:
         self.edges = edges.clone()
         self.counts = torch.zeros(len(edges), time_bins, bins, dtype=torch.int64)
 
-    @property
-    def centers(self) -> Tensor:
-        """Centres of the bins, (S, N) float64."""
-        return bin_centers(self.edges, self.counts.shape[-1])
-
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
         """Count a batch; arguments as for `MinMax.update`.
