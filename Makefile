@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo study-small test lint bench clean
+.PHONY: help install demo study-small test test-fast test-gpu lint bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,13 @@ study-small: $(VENV)/.installed ## every table and figure of the paper, small, o
 
 test: $(VENV)/.installed ## all tests
 	@$(BIN)/python -m pytest -q -n auto $(ARGS)
+
+test-fast: $(VENV)/.installed ## tests for a commit: no compiled GPU kernels, studies, long runs
+	@$(BIN)/python -m pytest -q -n auto -m "not (compiled or study or slow)" $(ARGS)
+
+test-gpu: $(VENV)/.installed ## tests that need a CUDA device, each by its name
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make: no CUDA device')"
+	@$(BIN)/python -m pytest -v -m cuda $(ARGS)
 
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .

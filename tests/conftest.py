@@ -1,7 +1,60 @@
-"""One thread a test process: tiny tensors lose more to waiting threads than they gain."""
+"""One thread a test process, lanes by folder, tests of a device, and `--no-skips`.
+
+`cuda` marks what needs a CUDA device: `make test-gpu` runs it. Without a device it is skipped, and
+only that is: under `--no-skips`, which `.ci/run` asks for, any other skip is a failure.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
+# Tiny tensors lose more to waiting threads than they gain.
 torch.set_num_threads(1)
+
+# Folder of tests -> its marker; `make test-fast` leaves these out, and what is marked slow.
+LANES = {"gpu": "compiled", "studies": "study", "study": "study"}
+NO_DEVICE = "needs a CUDA device"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help=f"fail skips, unless: {NO_DEVICE}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    lane = LANES.get(item.path.relative_to(Path(__file__).parent).parts[0])
+    if lane:
+        item.add_marker(lane)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("cuda")
+    if marker is None:
+        return
+    if not torch.cuda.is_available():
+        pytest.skip(NO_DEVICE)
+    wanted, major = marker.kwargs.get("major"), torch.cuda.get_device_capability()[0]
+    if wanted not in (None, major):
+        pytest.skip(f"{NO_DEVICE} of capability {wanted}, got {major}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    return strict(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    return strict(collector.config, (yield))
+
+
+def strict(config: pytest.Config, report: Any) -> Any:
+    """Return the report of a test or a file, a failure if `--no-skips` does not allow its skip."""
+    text = str(report.longrepr)
+    if report.skipped and config.getoption("no_skips") and NO_DEVICE not in text:
+        report.outcome, report.longrepr = "failed", f"skipped, against --no-skips: {text}"
+    return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -99,18 +98,9 @@ def test_path_finder_finds() -> None:
     assert named_paths(text) == {"src/x.py", "docs/y.md", "setup.py", "folder/"}
 
 
-def test_extras_of_the_project() -> None:
-    extras = PROJECT["project"]["optional-dependencies"]
-    assert {"openvino", "eval", "fid", "report", "dev"} <= set(extras)
-    makefile = (REPOSITORY / "Makefile").read_text()
-    installed = re.search(r"^EXTRAS := (.*)$", makefile, re.M)
-    assert installed and set(installed[1].split(",")) == {"openvino", "eval", "report", "dev"}
-
-
 def test_pins_are_exact_and_for_any_index() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "name==version only"
-    assert pins()["torch"] == "2.13.0"
 
 
 def test_pins_satisfy_the_lower_bounds() -> None:
@@ -138,19 +128,6 @@ def test_versions_agree() -> None:
     assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
     assert f"\n## [{version}]" in (REPOSITORY / "CHANGELOG.md").read_text()
     assert distribution("quantempo").version == version
-
-
-def test_citation_names_the_paper() -> None:
-    text = (REPOSITORY / "CITATION.cff").read_text()
-    assert "Shang" in text and "arXiv:2211.15736" in text
-
-
-def test_ci_runs_what_a_contributor_runs() -> None:
-    script = REPOSITORY / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    commands = script.read_text().splitlines()
-    assert "set -euo pipefail" in commands
-    assert commands.index("make lint") < commands.index("make test")
 
 
 def test_bundled_model_is_the_one_its_card_describes() -> None:

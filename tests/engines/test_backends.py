@@ -277,7 +277,7 @@ def test_cuts_that_still_hold_are_kept():
     assert len(fresh.parts) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("size", [(3, 128, 32), (128, 256, 8), (256, 256, 16)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_exact_conv2d_on_a_gpu(size, layout):

@@ -172,7 +172,7 @@ def test_without_images_there_is_no_launch():
     assert made.run(harness.interpreted("contraction.launch"), "pointers").shape == (0, 16, 3, 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("path", launch.PATHS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_device(name, path):
@@ -190,7 +190,7 @@ def test_on_a_device(name, path):
     check(launch, made, path, "cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)

@@ -24,7 +24,7 @@ from tests.gpu.layers import (
 
 RUNS = 20
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.cuda
 
 
 def listed() -> list[tuple[str, Layer]]:

@@ -199,7 +199,7 @@ def test_interpreted_kernels_agree_with_float64(name: str) -> None:
     assert different <= 0.01 * case.n * case.h * case.w * (case.c1 + case.c2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels_agree_with_float64(name: str) -> None:
     if CASES[name].codes_dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):

@@ -14,10 +14,7 @@ from tests.gpu.test_norm_cooperative import CASES, launch
 
 RUNS = 20
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.cuda]
 
 
 ON_DEVICE = [

@@ -19,8 +19,7 @@ from tests.gpu.test_gn_act_quant import FP8, LAST, Case, check, exact
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
+needs_hopper = pytest.mark.cuda(major=9)
 
 
 def launch(*arguments, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from html.parser import HTMLParser
@@ -258,30 +257,3 @@ def test_missing_packages_say_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(QuantempoError, match=r"quantempo\[report\]"):
         render(folder)
-
-
-def _chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(_chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it(folder: Path, tmp_path: Path, scheme: str) -> None:
-    shot = tmp_path / "page.png"
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        f"--blink-settings=preferredColorScheme={int(scheme == 'light')} --window-size=1200,3000"
-    ).split()
-    command = [_chromium(), *options, f"--user-data-dir={tmp_path / 'profile'}",
-               f"--screenshot={shot}", (folder / "report.html").as_uri()]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(float)
-    assert pixels.shape == (3000, 1200, 3)
-    corner = pixels[0, 0].mean()
-    assert corner > 240 if scheme == "light" else corner < 40
-    # No stretch of the page as high as a section is empty.
-    marked = (np.abs(pixels - pixels[0, 0]).sum(axis=2) > 60).any(axis=1)
-    gaps = np.diff(np.flatnonzero(marked), prepend=0)
-    assert gaps.max() < 200
