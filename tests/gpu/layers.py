@@ -37,7 +37,6 @@ class Layer:
     stride: int = 1
     upsample: bool = False
     sides: tuple[int, ...] = ()
-    fp8: bool = False
     mixed: bool = False
     requantize: bool = False
     activation: str = "none"
@@ -62,7 +61,7 @@ class Layer:
     def path(self, path: str) -> str:
         """Return the path that `launch.run` takes when asked for this one."""
         odd = self.stride == 2 and self.channels % 64
-        return "pointers" if odd or (path == "tma" and self.activation == "geglu") else path
+        return "pointers" if odd else path
 
 
 def _cifar(batch: int) -> Iterator[Layer]:
@@ -169,15 +168,11 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
     any layer, so what holds for these binaries holds for less.
     """
     g = None if device == "meta" else torch.Generator(device).manual_seed(seed)
-    kind = torch.float8_e4m3fn if layer.fp8 else torch.int8
     linear, kernel, outs = layer.kernel == 0, max(layer.kernel, 1), layer.outs
     n = 1 if linear else layer.images
 
     def integers(*shape: int) -> Tensor:
-        # Small ones are exact in float8, products and sums too.
-        low, high = (-8, 9) if layer.fp8 else (-128, 128)
-        x = torch.randint(low, high, shape, device=device, dtype=torch.int8, generator=g)
-        return x.to(torch.float16).to(kind) if layer.fp8 else x
+        return torch.randint(-128, 128, shape, device=device, dtype=torch.int8, generator=g)
 
     def floats(*shape: int, spread: float = 1.0) -> Tensor:
         return torch.rand(shape, device=device, generator=g) * spread + 0.01 * spread

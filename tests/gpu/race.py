@@ -1,6 +1,6 @@
 """Launch every shipped tile of the contraction once, on small problems: for a race detector.
 
-compute-sanitizer --tool racecheck python tests/gpu/race.py [hopper|tma|pointers]
+compute-sanitizer --tool racecheck python tests/gpu/race.py [hopper|pointers]
 compute-sanitizer --tool memcheck python tests/gpu/race.py
 
 Exits with 1 if a sum is wrong. Needs a CUDA device; the sizes are the least that still give a

@@ -1,9 +1,9 @@
 """The contraction as machine code, for every tile that is shipped: compiled here, run nowhere.
 
 For Hopper every way in which a layer of `layers.LAYERS` is run is compiled (see `layers.ways`); for
-"tma" and "pointers" on sm_80 a covering choice, which has every tile and every combination of
-stride, upsampling, sides and splitting, but not every product of the two; for "pointers" on sm_89
-and sm_90, the same code for another assembler, one layer for each size of tile.
+"pointers" on sm_80 a covering choice, which has every tile and every combination of stride,
+upsampling, sides and splitting, but not every product of the two; for "pointers" on sm_89 and
+sm_90, the same code for another assembler, one layer for each size of tile.
 """
 
 from __future__ import annotations
@@ -27,23 +27,15 @@ SHARED = {80: 164, 89: 100, 90: 228}
 
 # What the layers of LAYERS do not ask for, at one size.
 OTHERS = (
-    Layer(16, 256, 16, 256, fp8=True),
-    Layer(16, 256, 16, 256, fp8=True, sides=(256, 256)),
-    Layer(1, 256, 16, 256, fp8=True),
     Layer(16, 128, 32, 128, mixed=True),
     Layer(256, 256, 16, 256, mixed=True, sides=(256, 256)),
     Layer(8192, 320, 1, 1280, kernel=0, requantize=True, activation="gelu"),
     Layer(8192, 320, 1, 2560, kernel=0, activation="geglu", mixed=True),
-    Layer(8192, 320, 1, 2560, kernel=0, requantize=True, activation="geglu", fp8=True),
 )
 
 
 def others(path: str, arch: int) -> list[tuple[Layer, Tile]]:
-    return [
-        (layer, choose_tile(layer.problem(), path, PROCESSORS[arch]))
-        for layer in OTHERS
-        if arch >= 89 or not layer.fp8
-    ]
+    return [(layer, choose_tile(layer.problem(), path, PROCESSORS[arch])) for layer in OTHERS]
 
 
 def one_of_each_size(path: str, arch: int) -> list[tuple[Layer, Tile]]:
@@ -59,7 +51,6 @@ SHIPPED = [
     for path, arch, choose in (
         ("hopper", 90, ways),
         ("hopper", 90, others),
-        ("tma", 90, covering),
         ("pointers", 80, covering),
         ("pointers", 89, one_of_each_size),
         ("pointers", 89, others),
@@ -75,7 +66,7 @@ def name(value: object) -> str:
         taps = "t" * value.taps
         return f"{value.outs}x{value.pixels}x{value.channels}w{value.warps}k{value.splits}{taps}"
     if isinstance(value, Layer):
-        marks = "u" * value.upsample + "f" * value.fp8 + "m" * value.mixed + "q" * value.requantize
+        marks = "u" * value.upsample + "m" * value.mixed + "q" * value.requantize
         return f"{value.images}x{value.channels}k{value.kernel}s{value.stride}{marks}"
     return str(value)
 
@@ -128,15 +119,10 @@ def test_shipped(path, arch, layer, tile):
     assert made.spills == 0 or made.stack > 0
     assert made.registers <= ceiling(path, tile)
     assert tile.programs * (made.shared + 1024) <= SHARED[arch] * 1024
-    if layer.fp8:
-        instruction = r"\bQGMMA\." if arch == 90 else r"\bQMMA\."
-    else:
-        instruction = r"\bIGMMA\." if arch == 90 else r"\bIMMA\."
-    assert made.count(instruction) > 0
+    # The portable kernel too: `tl.dot` becomes a warpgroup instruction on sm_90.
+    assert made.count(r"\bIGMMA\." if arch == 90 else r"\bIMMA\.") > 0
     if path == "hopper":
         check_pipeline(made, loops(layer, tile), 3 if tile.taps else 1)
-    elif path == "tma":
-        assert made.count("UTMALDG") > 0
     else:
         assert made.count("UTMALDG") == 0
         # Operands come by asynchronous copies, ahead of their use.
@@ -144,7 +130,7 @@ def test_shipped(path, arch, layer, tile):
 
 
 KINDS = {
-    "multiply": r"[IQ]GMMA\.",
+    "multiply": r"IGMMA\.",
     "wait for all but one": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",
     "meet": r"BAR\.SYNC",
     "give back": r"SYNCS\.ARRIVE",
@@ -224,7 +210,7 @@ def test_every_shipped_tile_is_compiled():
     ("before", "after"),
     [
         # ptxas serializes: a wait behind every matrix instruction.
-        (r"([IQ]GMMA.*)", r"\1; WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+        (r"(IGMMA.*)", r"\1; WARPGROUP.DEPBAR.LE gsb0, 0x0"),
         # Nobody waits for the other warps before the refill.
         (r"(DEPBAR\.LE gsb0, 0x1.*\n(?:.*\n)*?.*)BAR\.SYNC", r"\1NOP"),
         # An operand passes through registers.

@@ -31,7 +31,6 @@ def listed() -> list[tuple[str, Layer]]:
     """Return (path, layer): every way of Hopper, a covering choice of the others."""
     chosen = {
         "hopper": [*ways("hopper", 90)],
-        "tma": [*covering("tma", 90)],
         "pointers": [*covering("pointers", 80), *covering("pointers", 90)],
     }
     return [
@@ -44,8 +43,6 @@ def listed() -> list[tuple[str, Layer]]:
 def skip_unless(path: str) -> None:
     if path == "hopper" and launch.choose_path(torch.device("cuda")) != "hopper":
         pytest.skip("needs Hopper")
-    if path == "tma" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("tensor descriptors need sm_90")
 
 
 def counters_are_zero() -> bool:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quantempo.kernels import layout, ops, ops_cpu, reference
+from quantempo.kernels import layout, ops, reference
 
 LAST = torch.channels_last
 NOW = torch.tensor(0)
-FLOAT8 = torch.float8_e4m3fn
 
 
 def generator(seed: int) -> torch.Generator:
@@ -22,6 +21,17 @@ def generator(seed: int) -> torch.Generator:
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:
     q = torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
     return q.contiguous(memory_format=LAST) if q.ndim == 4 else q
+
+
+def stored(q: torch.Tensor) -> torch.Tensor:
+    """Return q' = q - 128, int8, of codes q, uint8; the memory layout is kept."""
+    # Flipping the top bit subtracts 128 modulo 256.
+    return (q ^ 128).view(torch.int8)
+
+
+def unsigned(q: torch.Tensor) -> torch.Tensor:
+    """Return q = q' + 128, uint8, of stored codes q', int8."""
+    return q.view(torch.uint8) ^ 128
 
 
 def weights(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -51,7 +61,7 @@ def convolve(q, w, zero, **options):
     options = {"act_scale": torch.ones(1), "weight_scale": torch.ones(out)} | options
     table = layout.border_table(w, zero)
     return ops.qconv2d(
-        layout.signed_codes(q),
+        stored(q),
         layout.conv_weight(w),
         options.pop("act_scale"),
         options.pop("weight_scale"),
@@ -61,13 +71,6 @@ def convolve(q, w, zero, **options):
 
 
 # --- layout ---------------------------------------------------------------------------------------
-
-
-def test_codes_and_back():
-    q = torch.arange(256, dtype=torch.uint8)
-    assert layout.signed_codes(q).tolist() == list(range(-128, 128))
-    assert torch.equal(layout.unsigned_codes(layout.signed_codes(q)), q)
-    assert layout.signed_codes(codes(2, 16, 3, 5)).is_contiguous(memory_format=LAST)
 
 
 def test_weight_layout_puts_channels_last():
@@ -99,8 +102,6 @@ def test_the_largest_sums_fit():
     w = torch.full((16, 14000, 3, 3), -128, dtype=torch.int8)
     assert layout.border_table(w, 0)[0, 0] == 128 * 128 * 14000 * 9
     assert layout.row_table(w[:, :, 0, 0], 0)[0] == 128 * 128 * 14000
-    assert not layout.border_table(w[:, :16].to(FLOAT8), 3).any()
-    assert not layout.row_table(w[:, :16, 0, 0].to(FLOAT8), 3).any()
 
 
 # --- qconv2d --------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def everything(count=4, buckets=3):
         "bias": floats(32),
         "shift": floats(count, 32, seed=5, dtype=torch.bfloat16),
         "residual": floats(count, 32, 5, 4, seed=6, dtype=torch.float16),
-        "side_codes": [layout.signed_codes(q) for q in side_q],
+        "side_codes": [stored(q) for q in side_q],
         "side_weights": side_w,
         "side_scales": scales(2, buckets, seed=7),
         "side_weight_scale": scales(32, seed=8),
@@ -220,7 +221,7 @@ def test_requantized_results_are_the_codes_of_the_result():
     assert got.dtype == torch.int8
     for n, b in enumerate((2, 2, 0, 0)):
         expected = reference.quantize(y[n], float(steps[b]), 11, 63)
-        assert torch.equal(layout.unsigned_codes(got[n].contiguous()), expected)
+        assert torch.equal(unsigned(got[n].contiguous()), expected)
     assert {int(got.min()), int(got.max())} == {-128, 63 - 128}
 
 
@@ -244,7 +245,7 @@ def test_a_bucket_of_a_table_is_that_entry_alone():
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_gemm_sums_are_exact(rows):
     q, w = codes(rows, 48), weights(32, 48)
-    signed = layout.signed_codes(q)
+    signed = stored(q)
     table = layout.row_table(w, 201)
     got = ops.qgemm(
         signed, w, torch.ones(1), torch.ones(32), table, bucket=NOW, out_dtype=torch.int32
@@ -262,7 +263,7 @@ def test_gemm_epilogue(activation, dtype):
     step = tables[torch.tensor([1, 1, 1, 0, 0, 0])].double()[:, None]
     acc = reference.linear_accumulator(q, w, 40).double()
     expected = act(acc * step * rows.double() + bias.double()) + residual.double()
-    arguments = (layout.signed_codes(q), w, tables, rows, layout.row_table(w, 40))
+    arguments = (stored(q), w, tables, rows, layout.row_table(w, 40))
     common = {"bucket": torch.tensor([1, 0]), "bias": bias, "residual": residual}
     common["activation"] = activation
     y = ops.qgemm(*arguments, **common, out_dtype=dtype)
@@ -272,7 +273,7 @@ def test_gemm_epilogue(activation, dtype):
     got = ops.qgemm(*arguments, **common, out_scale=steps, out_zero=130)
     for m in range(6):
         expected_codes = reference.quantize(expected[m], float(steps[1 if m < 3 else 0]), 130)
-        assert torch.equal(layout.unsigned_codes(got[m]), expected_codes)
+        assert torch.equal(unsigned(got[m]), expected_codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -281,13 +282,13 @@ def test_gated_gemm(dtype):
     rows, bias = scales(96, seed=4), floats(96)
     sums = reference.linear_accumulator(q, w, 40).double() * 0.01 * rows.double() + bias.double()
     expected = sums[:, :48] * F.gelu(sums[:, 48:])
-    arguments = (layout.signed_codes(q), w, torch.tensor([0.01]), rows, layout.row_table(w, 40))
+    arguments = (stored(q), w, torch.tensor([0.01]), rows, layout.row_table(w, 40))
     common = {"bucket": NOW, "bias": bias, "activation": "geglu"}
     y = ops.qgemm(*arguments, **common, out_dtype=dtype)
     unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-20
     torch.testing.assert_close(y.double(), expected, rtol=unit, atol=1e-9)
     got = ops.qgemm(*arguments, **common, out_scale=torch.tensor([0.25]), out_zero=130)
-    assert torch.equal(layout.unsigned_codes(got), reference.quantize(expected, 0.25, 130))
+    assert torch.equal(unsigned(got), reference.quantize(expected, 0.25, 130))
 
 
 # --- gn_act_quant ---------------------------------------------------------------------------------
@@ -328,10 +329,10 @@ def test_norm_to_codes_with_raw_codes(rows):
     y = F.silu(y)
     for n, b in enumerate((1, 1, 0, 0)):
         expected = reference.quantize(y[n], float(step[b]), 20, 127)
-        assert torch.equal(layout.unsigned_codes(got[n].contiguous()), expected)
+        assert torch.equal(unsigned(got[n].contiguous()), expected)
         for part, codes_of_part, row in ((x, raw_x, 0), (skip, raw_skip, rows - 1)):
             expected = reference.quantize(part[n], float(raw[row, b]), zeros[row], 200)
-            assert torch.equal(layout.unsigned_codes(codes_of_part[n].contiguous()), expected)
+            assert torch.equal(unsigned(codes_of_part[n].contiguous()), expected)
     for tensor in (got, raw_x, raw_skip):
         assert tensor.dtype == torch.int8
         assert tensor.is_contiguous(memory_format=LAST)
@@ -342,7 +343,7 @@ def test_quantization_without_a_norm_rounds_ties_to_even_and_saturates():
     x = values.repeat(16, 1).t().reshape(1, 10, 16, 1).permute(0, 2, 1, 3)
     x = x.contiguous(memory_format=LAST)
     got, _, _ = ops.gn_act_quant(x, bucket=NOW, scale=torch.ones(1), zero_point=100)
-    assert layout.unsigned_codes(got[0, 3, :, 0].contiguous()).tolist() == [
+    assert unsigned(got[0, 3, :, 0].contiguous()).tolist() == [
         0, 98, 98, 100, 100, 100, 102, 102, 255, 255,
     ]  # fmt: skip
 
@@ -352,33 +353,9 @@ def test_multiplying_by_the_reciprocal_moves_no_code_by_more_than_one(step):
     x = floats(2, 16, 16, 16) * 40 * step
     got, _, _ = ops.gn_act_quant(x, bucket=NOW, scale=torch.tensor([step]), zero_point=128)
     expected = reference.quantize(x, step, 128).int()
-    difference = (layout.unsigned_codes(got.contiguous()).int() - expected).abs()
+    difference = (unsigned(got.contiguous()).int() - expected).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
-
-
-def test_float8_codes():
-    x = floats(2, 16, 4, 4) * 100
-    got, raw, _ = ops.gn_act_quant(
-        x, bucket=NOW, scale=torch.tensor([0.5]), raw_scales=torch.tensor([[0.25]]),
-        raw_zero_points=[0], codes_dtype=FLOAT8,
-    )  # fmt: skip
-    assert torch.equal(got.float(), (x / 0.5).clamp(-448, 448).to(FLOAT8).float())
-    assert torch.equal(raw.float(), (x / 0.25).clamp(-448, 448).to(FLOAT8).float())
-    assert raw.float().abs().max() == ops_cpu.FLOAT8_MAX
-    w = floats(32, 16, 3, 3).to(FLOAT8)
-    y = ops.qconv2d(
-        got, layout.conv_weight(w), torch.tensor([0.5]), torch.ones(32),
-        layout.border_table(w, 0), bucket=NOW, out_dtype=torch.float32,
-    )  # fmt: skip
-    expected = F.conv2d(got.double(), w.double(), padding=1) * 0.5
-    assert torch.equal(y, expected.float())
-    again = ops.qgemm(
-        got[:, :, 0, 0].contiguous(), w[:, :, 0, 0].contiguous(), torch.ones(1), torch.ones(32),
-        torch.zeros(32, dtype=torch.int32), bucket=NOW, out_scale=torch.tensor([4.0]),
-    )  # fmt: skip
-    expected = got[:, :, 0, 0].double() @ w[:, :, 0, 0].double().T / 4
-    assert torch.equal(again.float(), expected.clamp(-448, 448).float().to(FLOAT8).float())
 
 
 def test_upsampling_with_a_stride_is_refused():

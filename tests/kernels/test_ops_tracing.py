@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quantempo.kernels import layout, ops, ops_checks
 
 LAST = torch.channels_last
-FLOAT8 = torch.float8_e4m3fn
 INT8 = torch.int8
 
 
@@ -91,7 +90,7 @@ CALLS = [
     (ops.qgemm, gated()),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
-    (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None, "codes_dtype": FLOAT8}),
+    (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None}),
     (
         ops.gn_act_quant,
         {**norm(), **RAW, "skip": floats(2, 16, 4, 5)} | {"gamma": ONES, "beta": ONES},
@@ -257,7 +256,6 @@ REFUSED = [
     (ops.gn_act_quant, norm() | RAW, "S in 1..1"),
     (ops.gn_act_quant, norm() | {"raw_scales": torch.rand(1, 3)}, "raw_zero_points: got 0"),
     (ops.gn_act_quant, norm() | {"zero_point": -1}, "zero_point: got -1"),
-    (ops.gn_act_quant, norm() | {"codes_dtype": torch.uint8}, "codes_dtype: got torch.uint8"),
 ]
 
 

@@ -19,22 +19,9 @@ __all__ = [
     "conv_weight",
     "output_size",
     "row_table",
-    "signed_codes",
-    "unsigned_codes",
 ]
 
 OFFSET = 128
-
-
-def signed_codes(codes: Tensor) -> Tensor:
-    """Return q' = q - 128 as int8 for codes q, uint8 of any shape; the memory layout is kept."""
-    # Flipping the top bit subtracts 128 modulo 256.
-    return (codes ^ 128).view(torch.int8)
-
-
-def unsigned_codes(codes: Tensor) -> Tensor:
-    """Return q = q' + 128 as uint8 for stored codes, int8; the inverse of `signed_codes`."""
-    return codes.view(torch.uint8) ^ 128
 
 
 def conv_weight(weight: Tensor) -> Tensor:
@@ -52,15 +39,13 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
     Inside the image only row 0 is needed, and it is the same for all pixels.
 
     Args:
-        weight: int8 (O, C, kh, kw); float8 codes have no zero point, their table is 0.
+        weight: int8 (O, C, kh, kw).
         zero_point: z of the unsigned codes, in [0, 255].
 
     Returns:
         int32 (16, O), contiguous.
     """
     out, _, kh, kw = weight.shape
-    if weight.dtype != torch.int8:
-        return torch.zeros((16, out), dtype=torch.int32, device=weight.device)
     taps = weight.sum(1, dtype=torch.int64)
     table = torch.zeros((16, out), dtype=torch.int64, device=weight.device)
     for rc in range(4):
@@ -73,9 +58,7 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
 
 
 def row_table(weight: Tensor, zero_point: int) -> Tensor:
-    """Return table[o] = z' * sum_k w[o, k], int32 (O,), of an int8 (or float8: 0) weight (O, K)."""
-    if weight.dtype != torch.int8:
-        return torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+    """Return table[o] = z' * sum_k w[o, k], int32 (O,), of an int8 weight (O, K)."""
     return ((zero_point - OFFSET) * weight.sum(1, dtype=torch.int64)).to(torch.int32)
 
 

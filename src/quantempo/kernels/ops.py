@@ -5,10 +5,10 @@
     qgemm          the same for the rows of a linear layer
 
 Images are logically (N, C, H, W) in channels_last memory. CODES: an unsigned code q in [0, qmax]
-with zero point z is stored as int8 q' = q - 128; z is given unsigned. float8 codes have no zero
-point (tables of 0). BUCKET: int64 () or (B,), read on the device; image (or row) n uses entry
-bucket[n // (N / B)] of every (G,) table, and entry 0 if G = 1. Values are never read on the host,
-so one CUDA graph, and one trace of torch.compile, serves every time-step.
+with zero point z is stored as int8 q' = q - 128; z is given unsigned. BUCKET: int64 () or (B,),
+read on the device; image (or row) n uses entry bucket[n // (N / B)] of every (G,) table, and entry
+0 if G = 1. Values are never read on the host, so one CUDA graph, and one trace of torch.compile,
+serves every time-step.
 
 CUDA runs the Triton kernels of `kernels.gpu`, a CPU the float64 definition in `kernels.ops_cpu`.
 No operator has gradients.
@@ -32,7 +32,7 @@ _SCHEMAS = {
     "gn_act_quant": (
         "(Tensor x, Tensor? skip, Tensor? gamma, Tensor? beta, int groups, float eps, bool silu, "
         "Tensor? scale, int zero_point, int qmax, Tensor bucket, Tensor? raw_scales, "
-        "int[] raw_zero_points, int raw_qmax, ScalarType codes_dtype) -> (Tensor, Tensor, Tensor)"
+        "int[] raw_zero_points, int raw_qmax) -> (Tensor, Tensor, Tensor)"
     ),
     "qconv2d": (
         "(Tensor codes, Tensor weight, Tensor act_scale, Tensor weight_scale, Tensor table, "
@@ -70,17 +70,17 @@ def _image(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 
 def _norm_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     ops_checks.check_norm(*args, strides=False)
-    x, skip, scale, raw_scales, dtype = args[0], args[1], args[7], args[11], args[14]
+    x, skip, scale, raw_scales = args[0], args[1], args[7], args[11]
     count, channels, height, width = x.shape
     both = channels if skip is None else channels + skip.shape[1]
-    kind = x.dtype if scale is None else dtype
+    kind = x.dtype if scale is None else torch.int8
     codes = torch.empty(0, dtype=kind, device=x.device)
     if args[2] is not None or args[6] or scale is not None:
         codes = _image((count, both, height, width), kind, x.device)
     raws = [
-        torch.empty(0, dtype=dtype, device=x.device)
+        torch.empty(0, dtype=torch.int8, device=x.device)
         if raw_scales is None or part is None
-        else _image(part.shape, dtype, x.device)
+        else _image(part.shape, torch.int8, x.device)
         for part in (x, skip)
     ]
     return codes, raws[0], raws[1]
@@ -154,12 +154,11 @@ def gn_act_quant(
     raw_scales: Tensor | None = None,
     raw_zero_points: Sequence[int] = (),
     raw_qmax: int = 255,
-    codes_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise torch.cat([x, skip], 1) by groups, apply SiLU and quantize, in one pass.
 
     v = (x - mean) / sqrt(var + eps) gamma + beta;  a = v / (1 + exp(-v)) if `silu` else v
-    q = clamp(rne(a (1 / scale)) + z, 0, qmax), stored q - 128; float8: a / scale, saturated
+    q = clamp(rne(a (1 / scale)) + z, 0, qmax), stored q - 128
 
     Args:
         x: (N, C1, H, W) float16, bfloat16 or float32, channels_last; `skip`: (N, C2, H, W), alike.
@@ -168,7 +167,6 @@ def gn_act_quant(
         scale: (G,) float32; None: no quantization, the first result has the dtype of x.
         raw_scales: (S, G) float32 to get the codes of x itself (row 0) and of `skip` itself (last
             row), with `raw_zero_points` (S of them) and `raw_qmax`; None for neither.
-        codes_dtype: torch.int8 or torch.float8_e4m3fn.
 
     Returns:
         codes (N, C1 + C2, H, W), codes of x, codes of `skip`; channels_last, or empty (0,).
@@ -181,7 +179,7 @@ def gn_act_quant(
     """
     return _gn_act_quant(
         x, skip, gamma, beta, groups, eps, silu, scale, zero_point, qmax, bucket,
-        raw_scales, list(raw_zero_points), raw_qmax, codes_dtype,
+        raw_scales, list(raw_zero_points), raw_qmax,
     )  # fmt: skip
 
 
@@ -216,8 +214,8 @@ def qconv2d(
         + bias[o] + shift[n, o] + residual         t[o]: see `layout.border_table`
 
     Args:
-        codes: (N, C, H, W) int8 or float8_e4m3fn, channels_last; C and O are multiples of 16.
-        weight: (O, kernel^2, C) of the type of `codes`, contiguous: `layout.conv_weight`.
+        codes: (N, C, H, W) int8, channels_last; C and O are multiples of 16.
+        weight: (O, kernel^2, C) int8, contiguous: `layout.conv_weight`.
         act_scale, weight_scale: (G,) and (O,) float32.
         table: int32 (16, O): `layout.border_table`.
         bucket: see the module.
@@ -231,8 +229,7 @@ def qconv2d(
             a 3x3 kernel.
         upsample: repeat every pixel 2x2 first; the larger image is never made.
         out_dtype: float16, bfloat16, float32, or int32 for the integer sums alone.
-        out_scale: (G,) float32 to get codes of y with `out_zero` and `out_qmax`, of the type of
-            `codes`, instead.
+        out_scale: (G,) float32 to get codes of y, with `out_zero` and `out_qmax`, instead.
 
     Returns:
         (N, O, H', W'), channels_last; H' = (H + top + bottom - kernel) // stride + 1, with 2 H for
@@ -273,8 +270,8 @@ def qgemm(
     y = act(s_a s_w[o] (sum_k q' w - table[o]) + bias[o]) + residual
 
     Args:
-        codes: (M, K) int8 or float8_e4m3fn, contiguous; K and O are multiples of 16.
-        weight: (O, K) of the type of `codes`, contiguous.
+        codes: (M, K) int8, contiguous; K and O are multiples of 16.
+        weight: (O, K) int8, contiguous.
         act_scale, weight_scale: (G,) and (O,) float32.
         table: int32 (O,): `layout.row_table`.
         bucket: see the module; row m uses entry m // (M / B).

@@ -13,7 +13,7 @@ from quantempo.kernels import layout
 __all__ = ["check_convolution", "check_gemm", "check_norm"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_CODES = (torch.int8, torch.float8_e4m3fn)
+_INT8 = (torch.int8,)
 ACTIVATIONS = ("none", "gelu", "silu", "geglu")
 
 
@@ -32,7 +32,6 @@ def check_norm(
     raw_scales: Tensor | None,
     raw_zero_points: list[int],
     raw_qmax: int,
-    codes_dtype: torch.dtype,
     *,
     strides: bool,
 ) -> None:
@@ -43,7 +42,6 @@ def check_norm(
     """
     _expect(x.ndim == 4, "x", x.shape, "(N, C, H, W)")
     _member("x", x.dtype, _FLOATS)
-    _member("codes_dtype", codes_dtype, _CODES)
     count, channels, height, width = x.shape
     if skip is not None:
         channels = channels + (skip.shape[1] if skip.ndim == 4 else 0)
@@ -98,7 +96,7 @@ def check_convolution(
 ) -> tuple[int, int, int, int]:
     """Check the arguments of qconv2d and return the shape of its result; see `check_norm`."""
     _expect(codes.ndim == 4, "codes", codes.shape, "(N, C, H, W)")
-    _member("codes", codes.dtype, _CODES)
+    _member("codes", codes.dtype, _INT8)
     _member("kernel", kernel, (1, 3))
     _member("stride", stride, (1, 2))
     _expect(stride == 1 or not upsample, "stride", stride, "1 with upsample")
@@ -108,7 +106,7 @@ def check_convolution(
     count, channels, height, width = codes.shape
     features = weight.shape[0]
     _sixteen(channels, features)
-    _shaped("weight", weight, (features, kernel * kernel, channels), (codes.dtype,))
+    _shaped("weight", weight, (features, kernel * kernel, channels), _INT8)
     rows, columns = layout.output_size(height, width, kernel, stride, border, upsample)
     shape = (count, features, rows, columns)
     _expect(rows >= 0 and columns >= 0, "codes", codes.shape, "an image no smaller than the kernel")
@@ -117,8 +115,8 @@ def check_convolution(
     _shaped("table", table, (16, features), (torch.int32,))
     _shaped("shift", shift, (count, features), _FLOATS)
     _shaped("residual", residual, shape, _FLOATS)
-    _sides(side_codes, side_weights, side_scales, side_weight_scale, side_table, shape, codes.dtype)
-    _output(codes.dtype, out_dtype, out_scale, out_zero, out_qmax)
+    _sides(side_codes, side_weights, side_scales, side_weight_scale, side_table, shape)
+    _output(out_dtype, out_scale, out_zero, out_qmax)
     if strides:
         device = codes.device
         _last(device, codes=codes, residual=residual)
@@ -154,12 +152,12 @@ def check_gemm(
 ) -> tuple[int, int]:
     """Check the arguments of qgemm and return the shape of its result; see `check_norm`."""
     _expect(codes.ndim == 2, "codes", codes.shape, "(M, K)")
-    _member("codes", codes.dtype, _CODES)
+    _member("codes", codes.dtype, _INT8)
     _member("activation", activation, ACTIVATIONS)
     count, width = codes.shape
     features = weight.shape[0]
     _sixteen(width, features)
-    _shaped("weight", weight, (features, width), (codes.dtype,))
+    _shaped("weight", weight, (features, width), _INT8)
     _bucket(bucket, count)
     _scales(act_scale, weight_scale, bias, features)
     _shaped("table", table, (features,), (torch.int32,))
@@ -170,7 +168,7 @@ def check_gemm(
         _expect(out_dtype != torch.int32, "out_dtype", out_dtype, "a float type with geglu")
         features //= 2
     _shaped("residual", residual, (count, features), _FLOATS)
-    _output(codes.dtype, out_dtype, out_scale, out_zero, out_qmax)
+    _output(out_dtype, out_scale, out_zero, out_qmax)
     if strides:
         device = codes.device
         _dense(device, codes=codes, weight=weight, act_scale=act_scale, weight_scale=weight_scale)
@@ -235,7 +233,6 @@ def _sides(
     weight_scale: Tensor | None,
     table: Tensor | None,
     shape: tuple[int, int, int, int],
-    main: torch.dtype,
 ) -> None:
     count, features, rows, columns = shape
     parts = len(codes)
@@ -253,17 +250,14 @@ def _sides(
     for part, weight in zip(codes, weights, strict=True):
         channels = part.shape[1]
         _sixteen(channels, features)
-        _shaped("side_codes", part, (count, channels, rows, columns), (main,))
-        _shaped("side_weights", weight, (features, channels), (main,))
+        _shaped("side_codes", part, (count, channels, rows, columns), _INT8)
+        _shaped("side_weights", weight, (features, channels), _INT8)
 
 
-def _output(
-    codes: torch.dtype, dtype: torch.dtype, scale: Tensor | None, zero: int, qmax: int
-) -> None:
+def _output(dtype: torch.dtype, scale: Tensor | None, zero: int, qmax: int) -> None:
     _member("out_dtype", dtype, (*_FLOATS, torch.int32))
-    if dtype == torch.int32:
-        fine = codes == torch.int8 and scale is None
-        _expect(fine, "out_dtype", dtype, "a float type for float8 codes and with out_scale")
+    fine = dtype != torch.int32 or scale is None
+    _expect(fine, "out_dtype", dtype, "a float type with out_scale")
     _table("out_scale", scale)
     _grid("out_zero", zero, qmax)
 

@@ -2,8 +2,8 @@
 
     y = s_a s_w[o] (sum q' w - zero-point table) + shortcuts + bias + shift + residual
 
-Integer sums below 2^53 are exact in float64 in any order, so are sums of float8 products. Slow; it
-exists to test the fused network and the kernels without a GPU.
+Integer sums below 2^53 are exact in float64 in any order. Slow; it exists to test the fused
+network and the kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from torch.nn import functional as F
 
 from quantempo.kernels import layout
 
-__all__ = ["FLOAT8_MAX", "entries", "gn_act_quant", "qconv2d", "qgemm", "quantize"]
-
-FLOAT8_MAX = 448.0
+__all__ = ["gn_act_quant", "qconv2d", "qgemm"]
 
 
-def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
+def _entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
     """Return the table entry of each of N = `count` images or rows: table[bucket[n // (N / B)]].
 
     Args:
@@ -31,17 +29,14 @@ def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
     return table[bucket.reshape(-1)].repeat_interleave(count // bucket.numel())
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, or float8(x * (1 / scale)) saturated.
+def _quantize(x: Tensor, scale: Tensor, zero_point: int, qmax: int) -> Tensor:
+    """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, int8.
 
     Args:
         x: any float dtype, used as float32.
         scale: float32, broadcasts with x; its reciprocal is rounded to float32.
-        dtype: torch.int8 or torch.float8_e4m3fn.
     """
     ratio = x.float() * scale.float().reciprocal()
-    if dtype == torch.float8_e4m3fn:
-        return ratio.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype)
     # int8 codes of a larger grid than 8 bits do not exist; the clamp also ends overflow.
     return ((ratio.round() + zero_point).clamp(0, qmax) - layout.OFFSET).to(torch.int8)
 
@@ -61,16 +56,15 @@ def gn_act_quant(
     raw_scales: Tensor | None,
     raw_zero_points: list[int],
     raw_qmax: int,
-    codes_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, activate and quantize; see `ops.gn_act_quant`."""
     count = x.shape[0]
 
     def codes(value: Tensor, table: Tensor, zero: int, largest: int) -> Tensor:
-        picked = entries(table, bucket, count).reshape(-1, 1, 1, 1)
-        return _channels_last(quantize(value, picked, zero, largest, codes_dtype))
+        picked = _entries(table, bucket, count).reshape(-1, 1, 1, 1)
+        return _channels_last(_quantize(value, picked, zero, largest))
 
-    raws = [torch.empty(0, dtype=codes_dtype), torch.empty(0, dtype=codes_dtype)]
+    raws = [torch.empty(0, dtype=torch.int8), torch.empty(0, dtype=torch.int8)]
     if raw_scales is not None:
         for i, part in enumerate([x] if skip is None else [x, skip]):
             row = min(i, raw_scales.shape[0] - 1)
@@ -120,14 +114,14 @@ def qconv2d(
     acc = _accumulate(codes, weight, table, kernel, stride, border, upsample)
     if out_dtype == torch.int32:
         return _channels_last(acc.to(torch.int32))
-    y = acc * entries(act_scale, bucket, count).double().reshape(-1, 1, 1, 1)
+    y = acc * _entries(act_scale, bucket, count).double().reshape(-1, 1, 1, 1)
     y *= _row(weight_scale)
     if side_scales is not None and side_weight_scale is not None and side_table is not None:
         for i, (side, side_weight) in enumerate(zip(side_codes, side_weights, strict=True)):
             # (N, O, H', W')
             extra = torch.einsum("nchw,oc->nohw", side.double(), side_weight.double())
             extra -= _row(side_table[i])
-            extra *= entries(side_scales[i], bucket, count).double().reshape(-1, 1, 1, 1)
+            extra *= _entries(side_scales[i], bucket, count).double().reshape(-1, 1, 1, 1)
             y += extra * _row(side_weight_scale)
     if bias is not None:
         y += _row(bias)
@@ -137,8 +131,8 @@ def qconv2d(
         y += residual.double()
     if out_scale is None:
         return _channels_last(y.to(out_dtype))
-    picked = entries(out_scale, bucket, count).reshape(-1, 1, 1, 1)
-    return _channels_last(quantize(y, picked, out_zero, out_qmax, codes.dtype))
+    picked = _entries(out_scale, bucket, count).reshape(-1, 1, 1, 1)
+    return _channels_last(_quantize(y, picked, out_zero, out_qmax))
 
 
 def qgemm(
@@ -161,7 +155,7 @@ def qgemm(
     acc = codes.double() @ weight.double().T - table.double()
     if out_dtype == torch.int32:
         return acc.to(torch.int32)
-    y = acc * entries(act_scale, bucket, rows).double()[:, None] * weight_scale.double()
+    y = acc * _entries(act_scale, bucket, rows).double()[:, None] * weight_scale.double()
     if bias is not None:
         y += bias.double()
     if activation == "gelu":
@@ -175,8 +169,8 @@ def qgemm(
         y += residual.double()
     if out_scale is None:
         return y.to(out_dtype)
-    picked = entries(out_scale, bucket, rows)[:, None]
-    return quantize(y, picked, out_zero, out_qmax, codes.dtype)
+    picked = _entries(out_scale, bucket, rows)[:, None]
+    return _quantize(y, picked, out_zero, out_qmax)
 
 
 def _accumulate(

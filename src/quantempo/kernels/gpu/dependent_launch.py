@@ -11,17 +11,10 @@ import functools
 
 import torch
 
-__all__ = ["ENABLED", "early"]
-
-# Off to measure what it is worth.
-ENABLED = True
-
-
-def early(device: torch.device) -> bool:
-    """Return whether kernels on this device are launched early."""
-    return ENABLED and _able(device)
+__all__ = ["early"]
 
 
 @functools.cache
-def _able(device: torch.device) -> bool:
+def early(device: torch.device) -> bool:
+    """Return whether kernels on this device are launched early."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -63,21 +63,8 @@ _PROCESSORS = 132
 
 
 @cache
-def _has_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _check(x: Tensor, channels: int, codes_dtype: torch.dtype) -> None:
-    """Raise ValueError for what these kernels cannot take, of what `ops_checks.check_norm` can."""
-    if channels * x.shape[2] * x.shape[3] >= 2**31:
-        raise ValueError(f"got {channels} channels of {tuple(x.shape[2:])}; expected < 2^31 values")
-    if codes_dtype is torch.float8_e4m3fn and not _has_fp8(x.device):
-        raise ValueError("got codes_dtype=float8_e4m3fn; expected a GPU of sm_89 or newer: int8")
 
 
 def _last(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -99,7 +86,6 @@ def launch(
     raw_scales: Tensor | None,
     raw_zero_points: Sequence[int],
     raw_qmax: int,
-    codes_dtype: torch.dtype,
     *,
     plan: Plan | SharedPlan | CooperativePlan | None = None,
     path: str | None = None,
@@ -114,11 +100,10 @@ def launch(
         eps: added to the biased variance.
         silu: whether a = v / (1 + exp(-v)) follows.
         scale: (G,) float32; None: the first result is a itself, in x.dtype.
-        zero_point, qmax: z and the largest code, unsigned; fp8 ignores them.
+        zero_point, qmax: z and the largest code, unsigned; stored q - 128.
         bucket: int64 () or (B,) on the device; image n uses entry n // (N / B), entry 0 if G = 1.
         raw_scales: (S, G) float32: also return codes of x (row 0) and skip (row S - 1).
         raw_zero_points, raw_qmax: of those.
-        codes_dtype: int8 (stored q - 128) or float8_e4m3fn (a / s, saturated).
         plan: tiles other than those of `norm_plan`; which kind it is decides the path.
         path: one of PATHS; None: the faster one, by measured rules.
 
@@ -127,7 +112,7 @@ def launch(
         a result not asked for has shape (0,).
 
     Raises:
-        ValueError: a map of 2^31 values, fp8 on an older GPU, or what a path asked for cannot take.
+        ValueError: a map of 2^31 values, or what a path asked for cannot take.
             The rest was checked by `ops_checks.check_norm`.
         RuntimeError: the first call on a device is being recorded (see `launch.reserve`).
 
@@ -140,17 +125,18 @@ def launch(
     scales = (scale, raw_scales)
     batch, c1, height, width = x.shape
     channels = c1 if skip is None else c1 + skip.shape[1]
-    _check(x, channels, codes_dtype)
-    codes = x.new_empty(0, dtype=x.dtype if scale is None else codes_dtype)
-    raw_x, raw_skip = (x.new_empty(0, dtype=codes_dtype) for _ in range(2))
+    if channels * height * width >= 2**31:
+        raise ValueError(f"got {channels} channels of {height} x {width}; expected < 2^31 values")
+    codes = x.new_empty(0, dtype=x.dtype if scale is None else torch.int8)
+    raw_x, raw_skip = (x.new_empty(0, dtype=torch.int8) for _ in range(2))
     main = gamma is not None or silu or scale is not None
     if main:
-        dtype = x.dtype if scale is None else codes_dtype
+        dtype = x.dtype if scale is None else torch.int8
         codes = _last((batch, channels, height, width), dtype, x.device)
     if raw_scales is not None:
-        raw_x = _last(x.shape, codes_dtype, x.device)
+        raw_x = _last(x.shape, torch.int8, x.device)
         if skip is not None:
-            raw_skip = _last(skip.shape, codes_dtype, x.device)
+            raw_skip = _last(skip.shape, torch.int8, x.device)
     results = (codes, raw_x, raw_skip)
     if x.numel() and (main or raw_scales is not None):
         norm_groups = groups if gamma is not None else 0
@@ -238,7 +224,7 @@ def _run(
         "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
         "EVEN": pixels % plan.block_p == 0,
         "SOURCE": source(c1, skip, plan.width), "MAIN": results[0].numel() > 0,
-        "num_warps": plan.warps, **switches(silu, scales, results),
+        "num_warps": plan.warps, **switches(silu, scales),
     }  # fmt: skip
     placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
     if plan.one_launch:

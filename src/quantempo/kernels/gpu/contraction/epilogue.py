@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["finish", "main_term", "requantize", "side_term"]
+__all__ = ["finish", "main_term", "side_term"]
 
 
 @triton.jit
@@ -35,11 +35,10 @@ def main_term(
     BUCKETS: tl.constexpr, MIXED: tl.constexpr, BORDER: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Return s_a s_w[o] (acc - its zero-point part), [pixels, O] float32; RAW: the integers."""
-    if acc.dtype == tl.int32:
-        acc -= tl.load(table + o, mask=o < outs, other=0)[None, :]
-        if BORDER:
-            rim = inside & (edge > 0)[:, None]
-            acc -= tl.load(table + edge[:, None] * outs + o[None, :], mask=rim, other=0)
+    acc -= tl.load(table + o, mask=o < outs, other=0)[None, :]
+    if BORDER:
+        rim = inside & (edge > 0)[:, None]
+        acc -= tl.load(table + edge[:, None] * outs + o[None, :], mask=rim, other=0)
     if RAW:
         v = acc
     else:
@@ -55,25 +54,20 @@ def side_term(
     BUCKETS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Return s_i s_w[o] (acc_i - table_i[o]) of one side segment, [pixels, O] float32."""
-    if acc.dtype == tl.int32:
-        acc -= tl.load(table + o, mask=o < outs, other=0)[None, :]
+    acc -= tl.load(table + o, mask=o < outs, other=0)[None, :]
     factor = tl.load(weight_scale + o, mask=o < outs, other=0.0)
     scale = _scale_of(scales, bucket, row, rows_per_bucket, BUCKETS, MIXED)
     return acc.to(tl.float32) * (scale * factor[None, :])
 
 
 @triton.jit
-def requantize(v, scale, zero, qmax, dtype: tl.constexpr):
-    """Return the stored codes of v: int8, or float8 (no zero point)."""
+def _requantize(v, scale, zero, qmax):
+    """Return the stored codes of v, int8."""
     v = v * tl.math.div_rn(1.0, scale)
-    if dtype == tl.int8:
-        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        v = tl.minimum(tl.maximum(v, -1024.0), 1024.0)
-        v = (v + 12582912.0) - 12582912.0 + zero
-        q = (tl.minimum(tl.maximum(v, 0.0), qmax * 1.0) - 128.0).to(tl.int8)
-    else:
-        q = tl.minimum(tl.maximum(v, -448.0), 448.0).to(dtype)
-    return q
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
+    v = tl.minimum(tl.maximum(v, -1024.0), 1024.0)
+    v = (v + 12582912.0) - 12582912.0 + zero
+    return (tl.minimum(tl.maximum(v, 0.0), qmax * 1.0) - 128.0).to(tl.int8)
 
 
 @triton.jit
@@ -111,6 +105,6 @@ def finish(
         v += tl.load(residual + where, mask=inside, other=0.0).to(tl.float32)
     if out_scale is not None:
         scale = _scale_of(out_scale, bucket, row, rows_per_bucket, BUCKETS, MIXED)
-        tl.store(y + where, requantize(v, scale, out_zero, out_qmax, y.dtype.element_ty), inside)
+        tl.store(y + where, _requantize(v, scale, out_zero, out_qmax), inside)
     else:
         tl.store(y + where, v.to(y.dtype.element_ty), inside)

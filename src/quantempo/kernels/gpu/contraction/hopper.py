@@ -79,8 +79,7 @@ def _scaled(
 ):  # fmt: skip
     """Return s[b] s_w[o] (acc - table[o]), float32, where the sums lie."""
     o = place[5] + gl.arange(0, BLOCK_O, gl.SliceLayout(1, mma))
-    if acc.dtype == gl.int32:
-        acc -= gl.expand_dims(gl.load(table + o, mask=o < outs, other=0), 1)
+    acc -= gl.expand_dims(gl.load(table + o, mask=o < outs, other=0), 1)
     factor = gl.expand_dims(gl.load(weight_scale + o, mask=o < outs, other=0.0), 1)
     p = gl.arange(0, PIXELS, gl.SliceLayout(0, mma))
     row = pixel(p, place, images, out_h, out_w, BLOCK_H, BLOCK_W, False)[3]
@@ -134,15 +133,14 @@ def _compute(
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr,
-    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, FP8: gl.constexpr,
+    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
     TAPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """What the other warps do: sum the stages of a tile, `count` of its main loop, and write it."""
     PIXELS: gl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
-    ACC: gl.constexpr = gl.float32 if FP8 else gl.int32
-    WIDE: gl.constexpr = min(256 if FP8 else 128, PIXELS)
+    WIDE: gl.constexpr = min(128, PIXELS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDE, 32])
-    acc = gl.full([BLOCK_O, PIXELS], 0, ACC, mma)
+    acc = gl.full([BLOCK_O, PIXELS], 0, gl.int32, mma)
     if TAPS:
         _smem_x, _smem_w, ready, free, _ready_x, _free_x = buffers
     else:
@@ -215,7 +213,7 @@ def _compute(
                 out_qmax,
                 KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS, OUT_BUCKETS,
                 MIXED, BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, PIXELS, SPLITS,
-                FP8, num_warps,
+                num_warps,
             )  # fmt: skip
         if rows is not None:
             mbarrier.arrive(free.index(stage))
@@ -263,7 +261,7 @@ def contract_hopper(
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr,
-    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, FP8: gl.constexpr,
+    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
     TAPS: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles of y (or one share of the sums of one); arguments as `contraction.contract`.
@@ -316,7 +314,7 @@ def contract_hopper(
                     out_zero, out_qmax, tiles,
                     KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS,
                     OUT_BUCKETS, MIXED, BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W,
-                    BLOCK_O, BLOCK_C, STAGES, SPLITS, FP8, TAPS, num_warps,
+                    BLOCK_O, BLOCK_C, STAGES, SPLITS, TAPS, num_warps,
                 ),
             ),
             (

@@ -94,18 +94,14 @@ def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED:
 
 
 @gluon.jit
-def _requantize(v, zero, qmax, INT8: gl.constexpr):
-    """Return the stored codes of v, which is in units of the scale: int8, or float8 (no zero)."""
-    if INT8:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits of the sum.
-        # Where it holds no integers exactly it is still monotone: clamping after it is right.
-        low = (0 - zero).to(gl.float32) + 12582912.0
-        high = (qmax - zero).to(gl.float32) + 12582912.0
-        v = gl.minimum(gl.maximum(v + 12582912.0, low), high)
-        q = (v.to(gl.int32, bitcast=True) + (zero - 128)).to(gl.int8)
-    else:
-        q = gl.minimum(gl.maximum(v, -448.0), 448.0).to(gl.float8e4nv)
-    return q
+def _requantize(v, zero, qmax):
+    """Return the stored codes, int8, of v in units of the scale."""
+    # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits of the sum.
+    # Where it holds no integers exactly it is still monotone: clamping after it is right.
+    low = (0 - zero).to(gl.float32) + 12582912.0
+    high = (qmax - zero).to(gl.float32) + 12582912.0
+    v = gl.minimum(gl.maximum(v + 12582912.0, low), high)
+    return (v.to(gl.int32, bitcast=True) + (zero - 128)).to(gl.int8)
 
 
 @gluon.jit
@@ -168,7 +164,7 @@ def write_rows(
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, PIXELS: gl.constexpr,
-    SPLITS: gl.constexpr, FP8: gl.constexpr, num_warps: gl.constexpr,
+    SPLITS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Scale, correct, add, quantize and store a tile.
 
@@ -191,7 +187,7 @@ def write_rows(
     if shift is not None and BLOCK_N == 1:
         add += shift_o.to(gl.float32)
     gain = factor * scale
-    if not MIXED and WHOLE and not FP8:
+    if not MIXED and WHOLE:
         # The constant part in float: one multiply-add a pixel, an error of 2^-24 |acc| s.
         add -= inner.to(gl.float32) * gain
     terms = (
@@ -229,7 +225,7 @@ def write_rows(
             side_scales, side_weight_scale, side_table, out_scale, images, in_h, in_w, out_h,
             out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
             KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BUCKETS, SIDE_BUCKETS, OUT_BUCKETS, MIXED,
-            BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O * PIXELS, SPLITS, FP8,
+            BORDER, RAW, ACTIVATION, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O * PIXELS, SPLITS,
             len(held) > 0,
         )  # fmt: skip
 
@@ -238,15 +234,14 @@ def write_rows(
 def _side_terms(
     at, o, mask_o, row, side_scales, side_weight_scale, side_table, bucket, outs, rows_per_bucket,
     SIDES: gl.constexpr, SPLITS: gl.constexpr, SIDE_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
-    AREA: gl.constexpr, FP8: gl.constexpr,
+    AREA: gl.constexpr,
 ):  # fmt: skip
     """Return the sum of the side terms, whose sums lie behind those of the splits at `at`."""
     factor = gl.load(side_weight_scale + o, mask=mask_o, other=0.0)
     f = 0.0
     for side in gl.static_range(SIDES):
         u = gl.load(at + (SPLITS + side) * AREA, cache_modifier=".cg")
-        if not FP8:
-            u -= gl.load(side_table + side * outs + o, mask=mask_o, other=0)
+        u -= gl.load(side_table + side * outs + o, mask=mask_o, other=0)
         s = scale_of(
             side_scales + side * SIDE_BUCKETS, bucket, row, rows_per_bucket, SIDE_BUCKETS, MIXED
         )
@@ -311,7 +306,7 @@ def _write_piece(
     SIDE_BUCKETS: gl.constexpr, OUT_BUCKETS: gl.constexpr, MIXED: gl.constexpr,
     BORDER: gl.constexpr, RAW: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_H: gl.constexpr, BLOCK_W: gl.constexpr, AREA: gl.constexpr, SPLITS: gl.constexpr,
-    FP8: gl.constexpr, HELD: gl.constexpr,
+    HELD: gl.constexpr,
 ):  # fmt: skip
     """Finish the sums [O, CHUNK] of pixels p, the first of which is of `image`.
 
@@ -345,25 +340,25 @@ def _write_piece(
         edge = _border(h, w, seen, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE)
         rim = gl.expand_dims(edge > 0, 0) & inside
         t = gl.load(table + gl.expand_dims(edge * outs, 0) + o, mask=rim, other=0)
-        if WHOLE and not FP8:
+        if WHOLE:
             v -= t
     if RAW:
         gl.store(y + corner + where, v - inner, mask=inside)
     else:
         if MIXED:
             gain = gain * scale_of(act_scale, bucket, row, rows_per_bucket, BUCKETS, True)
-            if WHOLE and not FP8:
+            if WHOLE:
                 v -= inner
         if not WHOLE:
             f = v + add
-            if BORDER and not FP8:
+            if BORDER:
                 f -= t.to(gl.float32) * gain
         else:
             f = v.to(gl.float32) * gain + add
         if SIDES > 0 and SPLITS > 1:
             f += _side_terms(
                 at, o, mask_o, row, side_scales, side_weight_scale, side_table, bucket, outs,
-                rows_per_bucket, SIDES, SPLITS, SIDE_BUCKETS, MIXED, AREA, FP8,
+                rows_per_bucket, SIDES, SPLITS, SIDE_BUCKETS, MIXED, AREA,
             )  # fmt: skip
         if shift is not None and BLOCK_N > 1:
             if BLOCK_H * BLOCK_W % p.shape[0] == 0:
@@ -389,7 +384,7 @@ def _write_piece(
                 s = scale_of(out_scale, bucket, row, rows_per_bucket, OUT_BUCKETS, True)
                 inverse = gl.div_rn(1.0, s)
             gl.store(
-                y + corner + where, _requantize(f * inverse, out_zero, out_qmax, not FP8),
+                y + corner + where, _requantize(f * inverse, out_zero, out_qmax),
                 mask=inside,
             )  # fmt: skip
         else:

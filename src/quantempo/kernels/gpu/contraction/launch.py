@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantempo.kernels.gpu.contraction.portable import contract
 from quantempo.kernels.gpu.contraction.tiles import (
@@ -32,14 +31,11 @@ except ImportError:  # a Triton without Gluon, or with another one: the portable
 
 __all__ = ["PATHS", "choose_path", "reserve", "run", "stream_counters"]
 
-# "hopper": `hopper.contract_hopper`; "tma": `contraction.contract` on descriptors; "pointers": the
-# same from pointers, on any GPU that has int8 tensor cores.
-PATHS = ("hopper", "tma", "pointers")
+# "hopper": `hopper.contract_hopper`; "pointers": `portable.contract`, on any GPU with int8 tensor
+# cores.
+PATHS = ("hopper", "pointers")
 
-_GLUON = {
-    torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}  # fmt: skip
+_GLUON = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 12
 # Streams that have counters of their own (more than torch hands out of a device), the first set
@@ -82,10 +78,8 @@ def _rows(weight: Tensor, outs: int, channels: int) -> tuple[Any, ...]:
     return weight, [weight.shape[0], width], [width, 1], [outs, channels]
 
 
-def _describe(path: str, parts: tuple[Any, ...]) -> Any:
+def _describe(parts: tuple[Any, ...]) -> Any:
     base, shape, strides, block = parts
-    if path == "tma":
-        return TensorDescriptor(base, shape, strides, block)
     kind = getattr(gl, _GLUON[base.dtype])
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return GluonDescriptor(base, shape, strides, block, layout)
@@ -103,16 +97,15 @@ def _half_tiles(residual: Tensor | None, tile: Tile, box: tuple[int, int, int], 
         return None
     n, h, w = box
     half = (n // 2, h, w) if n > 1 else (n, h // 2, w) if h > 1 else (n, h, w // 2)
-    return _describe("hopper", _image(residual, 1, half, tile.outs))
+    return _describe(_image(residual, 1, half, tile.outs))
 
 
-def _workspace(
-    tiles: int, slots: int, tile: Tile, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _workspace(tiles: int, slots: int, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return room for the sums that are shared, and counters for `tiles` tiles."""
     if tiles > _MOST:
         raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
-    partial = torch.empty(tiles * slots * tile.outs * tile.pixels, dtype=dtype, device=device)
+    size = tiles * slots * tile.outs * tile.pixels
+    partial = torch.empty(size, dtype=torch.int32, device=device)
     return partial, stream_counters(device)
 
 
@@ -133,12 +126,6 @@ def stream_counters(device: torch.device) -> Tensor:
         if chosen >= _STREAMS:
             raise RuntimeError(f"got work on {chosen} streams; expected {_STREAMS - 1} at most")
     return _counters[device][chosen]
-
-
-def _path(path: str | None, device: torch.device, gated: bool, odd: bool) -> str:
-    """Return the path of a call: odd ones of stride 2, and gates from boxes, are not had by all."""
-    path = path or choose_path(device)
-    return "pointers" if odd or (gated and path == "tma") else path
 
 
 def _has_parity(height: int, width: int, channels: int, sides: Sequence[Tensor]) -> bool:
@@ -168,7 +155,7 @@ def run(
     if y.numel() == 0:
         return y
     odd = stride == 2 and not _has_parity(in_h, in_w, channels, side_codes)
-    path = _path(path, codes.device, gated, odd)
+    path = "pointers" if odd else path or choose_path(codes.device)
     across = (in_h, in_w) if upsample else (out_h, out_w)
     widths = tuple(side.shape[1] for side in side_codes)
     phases = 4 if upsample else 1
@@ -179,7 +166,7 @@ def run(
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
-    if path != "pointers" and stride == 2 and channels % tile.channels:
+    if path == "hopper" and stride == 2 and channels % tile.channels:
         raise ValueError(
             f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
             "divisor: a box must not reach the next pixel of a pair"
@@ -187,24 +174,22 @@ def run(
     box = tile_pixels(tile.pixels, images, *across, tile.taps)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
-    fp8 = codes.dtype == torch.float8_e4m3fn
     sides = len(side_codes)
     slots = tile.splits + sides if tile.splits > 1 else 1
     partial = counters = None
     if tile.splits > 1:
-        dtype = torch.float32 if fp8 else torch.int32
-        partial, counters = _workspace(tiles, slots, tile, dtype, codes.device)
+        partial, counters = _workspace(tiles, slots, tile, codes.device)
     operands: list[Any] = [codes, weight]
     for side, side_weight in zip(side_codes, side_weights, strict=True):
         operands += [side, side_weight]
-    if path != "pointers":
+    if path == "hopper":
         for i in range(0, len(operands), 2):
             by = stride if i == 0 else 1
             part = (1, 1, box[2]) if tile.taps else box
-            operands[i] = _describe(path, _image(operands[i], by, part, tile.channels))
+            operands[i] = _describe(_image(operands[i], by, part, tile.channels))
             # Values and gates are two boxes, half as high.
             rows = tile.outs // 2 if gated else tile.outs
-            operands[i + 1] = _describe(path, _rows(operands[i + 1], rows, tile.channels))
+            operands[i + 1] = _describe(_rows(operands[i + 1], rows, tile.channels))
     operands += [None] * (6 - len(operands))
     if path == "hopper":
         apart = 2 if upsample else 1
@@ -233,7 +218,7 @@ def run(
         "MIXED": bucket.numel() > 1, "BORDER": kernel > 1, "RAW": y.dtype == torch.int32,
         "ACTIVATION": activation, "BLOCK_N": box[0], "BLOCK_H": box[1], "BLOCK_W": box[2],
         "BLOCK_O": tile.outs, "BLOCK_C": tile.channels, "STAGES": tile.stages,
-        "SPLITS": tile.splits, "FP8": fp8, "num_warps": tile.warps,
+        "SPLITS": tile.splits, "num_warps": tile.warps,
     }  # fmt: skip
     if path == "hopper":
         programs = min(tiles, tile.programs * multiprocessors(codes.device))
@@ -246,5 +231,5 @@ def run(
             maxnreg=min(room, 168),
         )  # fmt: skip
     else:
-        contract[(tiles, slots)](*args, **switches, TMA=path == "tma", num_stages=tile.stages)
+        contract[(tiles, slots)](*args, **switches, num_stages=tile.stages)
     return y

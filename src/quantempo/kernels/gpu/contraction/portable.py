@@ -2,11 +2,9 @@
 
     acc[o, p] = sum over taps and channels of w[o, tap, c] x[p + tap, c]
 
-A tile is BLOCK_O output channels by BLOCK_N x BLOCK_H x BLOCK_W pixels. With tensor descriptors
-(Hopper and later) a tap is a box of the image at a moved corner; whatever lies outside arrives as
-zero, so there is no mask and no gather. Elsewhere the same sums are made from pointers. A linear
-layer is an image of one row. Small problems are split: `SPLITS` programs share the taps of a tile,
-and the last to finish adds their integers, in a fixed order.
+A tile is BLOCK_O output channels by BLOCK_N x BLOCK_H x BLOCK_W pixels; a linear layer is an image
+of one row. Split-K: `SPLITS` programs share the taps of a tile, and the last to finish adds their
+integers, in a fixed order.
 """
 
 # What a kernel gets is a Triton value, which has no Python type.
@@ -75,39 +73,12 @@ def _edge(
 
 
 @triton.jit
-def _sum_tma(
-    acc, x, weight, first, last, channels, n0, h0, w0, phase_h, phase_w, o0,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    UPSAMPLE: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Add steps [first, last) to acc; a step is BLOCK_C channels of one tap."""
-    per_tap = tl.cdiv(channels, BLOCK_C)
-    for step in tl.range(first, last, num_stages=STAGES):
-        tap = step // per_tap
-        c = (step - tap * per_tap) * BLOCK_C
-        h = phase_h + tap // KERNEL - TOP
-        w = phase_w + tap % KERNEL - LEFT
-        odd = 0
-        at = c
-        if STRIDE == 2:
-            # The image is seen as (N, H / 2, 2, W / 2, 2 C): parity is an index.
-            odd = h & 1
-            at = c + (w & 1) * channels
-        if STRIDE == 2 or UPSAMPLE:
-            h = h >> 1
-            w = w >> 1
-        tile = x.load([n0, h0 + h, odd, w0 + w, at]).reshape(PIXELS, BLOCK_C)
-        acc = tl.dot(weight.load([o0, tap * channels + c]), tile.T, acc, out_dtype=acc.dtype)
-    return acc
-
-
-@triton.jit
-def _sum_pointers(
+def _sum(
     acc, x, weight, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     UPSAMPLE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add steps [first, last) to acc, as `_sum_tma` from pointers; n, h, w of output pixels."""
+    """Add steps [first, last) to acc, BLOCK_C channels of one tap each; n, h, w: output pixels."""
     per_tap = tl.cdiv(channels, BLOCK_C)
     span = tl.arange(0, BLOCK_C)
     for step in tl.range(first, last, num_stages=STAGES):
@@ -161,28 +132,6 @@ def _gather(
     return acc
 
 
-@triton.jit
-def _sum(
-    acc, x, weight, first, last, channels, n0, h0, w0, phase_h, phase_w, o0, n, h, w, o, images,
-    outs, in_h, in_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    UPSAMPLE: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """Add steps [first, last) to acc, from descriptors with TMA, else from pointers."""
-    if TMA:
-        acc = _sum_tma(
-            acc, x, weight, first, last, channels, n0, h0, w0, phase_h, phase_w, o0,
-            KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, PIXELS, BLOCK_C, STAGES,
-        )  # fmt: skip
-    else:
-        acc = _sum_pointers(
-            acc, x, weight, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
-            KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, BLOCK_C, STAGES,
-        )  # fmt: skip
-    return acc
-
-
 @triton.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax"])
 def contract(
     x, weight, side0, weight0, side1, weight1, y, partial, counters,
@@ -195,14 +144,12 @@ def contract(
     SIDE_BUCKETS: tl.constexpr, OUT_BUCKETS: tl.constexpr, MIXED: tl.constexpr,
     BORDER: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
-    TMA: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of y (or one share of its sums); arguments as in `kernels.ops.qconv2d`.
 
-    x, weight, side*, weight*: tensor descriptors with TMA, else pointers. side_scales is (2, G),
-    side_table (2, O). partial: (tiles, SPLITS + SIDES, BLOCK_O, PIXELS) int32 or float32;
-    counters: (tiles,) int32, zero before and after.
+    side_scales is (2, G), side_table (2, O). partial: (tiles, SPLITS + SIDES, BLOCK_O, PIXELS)
+    int32; counters: (tiles,) int32, zero before and after.
     """
     PIXELS: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
     SLOTS: tl.constexpr = SPLITS + SIDES
@@ -219,7 +166,7 @@ def contract(
         # Values, and as many gates, which are the second half of all channels.
         half = tl.arange(0, BLOCK_O) // (BLOCK_O // 2)
         o = (o0 + half * (outs - BLOCK_O)) // 2 + tl.arange(0, BLOCK_O)
-    zeros = tl.zeros((BLOCK_O, PIXELS), tl.float32 if FP8 else tl.int32)
+    zeros = tl.zeros((BLOCK_O, PIXELS), tl.int32)
     steps = KERNEL * KERNEL * tl.cdiv(channels, BLOCK_C)
     steps0 = tl.cdiv(channels0, BLOCK_C)
     steps1 = tl.cdiv(channels1, BLOCK_C)
@@ -228,22 +175,22 @@ def contract(
     if SPLITS == 1 or slot < SPLITS:
         acc = _sum(
             acc, x, weight, slot * steps // SPLITS, (slot + 1) * steps // SPLITS, channels,
-            n0, h0, w0, phase_h, phase_w, o0, n, h, w, o, images, outs, in_h, in_w,
-            KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, PIXELS, BLOCK_C, STAGES, TMA,
+            n, h, w, o, images, outs, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, BLOCK_C,
+            STAGES,
         )  # fmt: skip
     if SPLITS > 1:
         # A constant condition of its own: the other way round the branch is compiled all the same.
         if SIDES > 0:  # noqa: SIM102
             if slot == SPLITS:
                 acc = _sum(
-                    acc, side0, weight0, 0, steps0, channels0, n0, h0, w0, 0, 0, o0, n, h, w, o,
-                    images, outs, out_h, out_w, 1, 1, 0, 0, False, PIXELS, BLOCK_C, STAGES, TMA,
+                    acc, side0, weight0, 0, steps0, channels0, n, h, w, o, images, outs,
+                    out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
                 )  # fmt: skip
         if SIDES > 1:  # noqa: SIM102
             if slot == SPLITS + 1:
                 acc = _sum(
-                    acc, side1, weight1, 0, steps1, channels1, n0, h0, w0, 0, 0, o0, n, h, w, o,
-                    images, outs, out_h, out_w, 1, 1, 0, 0, False, PIXELS, BLOCK_C, STAGES, TMA,
+                    acc, side1, weight1, 0, steps1, channels1, n, h, w, o, images, outs,
+                    out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
                 )  # fmt: skip
         if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK_O, PIXELS):
             return
@@ -262,8 +209,8 @@ def contract(
             acc = _gather(zeros, partial, tile, SPLITS, SPLITS + 1, SLOTS, BLOCK_O, PIXELS)
         else:
             acc = _sum(
-                zeros, side0, weight0, 0, steps0, channels0, n0, h0, w0, 0, 0, o0, n, h, w, o,
-                images, outs, out_h, out_w, 1, 1, 0, 0, False, PIXELS, BLOCK_C, STAGES, TMA,
+                zeros, side0, weight0, 0, steps0, channels0, n, h, w, o, images, outs,
+                out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
             )  # fmt: skip
         v += side_term(
             tl.trans(acc), row, o, outs, side_scales, side_weight_scale, side_table, bucket,
@@ -274,8 +221,8 @@ def contract(
             acc = _gather(zeros, partial, tile, SPLITS + 1, SPLITS + 2, SLOTS, BLOCK_O, PIXELS)
         else:
             acc = _sum(
-                zeros, side1, weight1, 0, steps1, channels1, n0, h0, w0, 0, 0, o0, n, h, w, o,
-                images, outs, out_h, out_w, 1, 1, 0, 0, False, PIXELS, BLOCK_C, STAGES, TMA,
+                zeros, side1, weight1, 0, steps1, channels1, n, h, w, o, images, outs,
+                out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
             )  # fmt: skip
         v += side_term(
             tl.trans(acc), row, o, outs, side_scales + SIDE_BUCKETS, side_weight_scale,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["last_row", "source", "switches"]
@@ -20,14 +19,11 @@ def last_row(raw_scales: Tensor | None, skip: Tensor | None) -> Tensor | None:
     return raw_scales[-1] if raw_scales is not None and skip is not None else raw_scales
 
 
-def switches(
-    silu: bool, scales: tuple[Tensor | None, Tensor | None], results: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, Any]:
+def switches(silu: bool, scales: tuple[Tensor | None, Tensor | None]) -> dict[str, Any]:
     """Return the constants of a kernel that do not depend on tiles; arguments as those of a run."""
     scale, raw_scales = scales
     return {
         "SILU": silu, "QUANTIZE": scale is not None, "RAW": raw_scales is not None,
-        "FP8": torch.float8_e4m3fn in (results[0].dtype, results[1].dtype),
         "MANY": scale is not None and scale.shape[0] > 1,
         "RAW_MANY": raw_scales is not None and raw_scales.shape[1] > 1,
     }  # fmt: skip

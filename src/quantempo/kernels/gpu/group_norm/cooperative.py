@@ -34,13 +34,8 @@ from quantempo.kernels.gpu.group_norm.portable import (
     _write,
 )
 
-__all__ = ["EARLY", "PHASES", "normalize_held", "run"]
+__all__ = ["normalize_held", "run"]
 
-# Whether a cooperative launch may also be an early one (`early`).
-EARLY = True
-# 0: all of it. (1, 2) are two launches, up to the meeting and from there on, which reads again:
-# for an interpreter, whose programs run one after another and would wait for ever.
-PHASES: tuple[int, ...] = (0,)
 # Values of a thread that are written in one piece, at most.
 _WHOLE = 96
 
@@ -189,7 +184,7 @@ def _pieces(tile, PIECES: tl.constexpr):
 def _write_raw(
     tile, image, start, first, pixels, C1, C2, raw_x, raw_skip, of_x, of_skip, zero_x, zero_skip,
     qmax, OFFSET: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
-    SOURCE: tl.constexpr, FP8: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):  # fmt: skip
     """Write codes of what a program holds, as it is."""
     LANES: tl.constexpr = tile.shape[1]
@@ -205,7 +200,7 @@ def _write_raw(
         pixel = start + i * LINES + tl.arange(0, LINES)[:, None]
         inside = _inside(pixel, first, pixels, C1 + C2, OFFSET, LANES, WIDTH, EVEN)
         place = _place(raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
-        q = _stored(pieces[i].to(tl.float32) * inverse, zero, qmax, FP8)
+        q = _stored(pieces[i].to(tl.float32) * inverse, zero, qmax)
         tl.store(place, q, mask=inside)
 
 
@@ -213,7 +208,7 @@ def _write_raw(
 def _finish(
     tile, mean, rstd, weight, bias, inverse, image, start, first, pixels, C, codes, zero_point,
     qmax, OFFSET: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
+    GROUP: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     """Write what a program holds, normalized by the moments of its groups."""
     LANES: tl.constexpr = tile.shape[1]
@@ -236,7 +231,7 @@ def _finish(
         inside = _inside(pixel, first, pixels, C, OFFSET, LANES, WIDTH, EVEN)
         _write(
             pieces[i], a[None, :], b[None, :], inverse, image, pixel, channel, inside, pixels, C,
-            codes, zero_point, qmax, True, SILU, QUANTIZE, FP8,
+            codes, zero_point, qmax, True, SILU, QUANTIZE,
         )  # fmt: skip
 
 
@@ -254,7 +249,7 @@ def normalize_held(
     raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     REST: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr, SILU: tl.constexpr,
-    QUANTIZE: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr, MANY: tl.constexpr,
+    QUANTIZE: tl.constexpr, RAW: tl.constexpr, MANY: tl.constexpr,
     RAW_MANY: tl.constexpr, PIECES: tl.constexpr, APART: tl.constexpr, PHASE: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
@@ -319,13 +314,13 @@ def normalize_held(
             _write_raw(
                 _anew(tile, zero, "xor.b32", HELD), image, start, first, pixels, C1, C2, raw_x,
                 raw_skip, of_x, of_skip, raw_zero_x, raw_zero_skip, raw_qmax, 0, WIDTH, PIECES,
-                EVEN, SOURCE, FP8,
+                EVEN, SOURCE,
             )  # fmt: skip
             if REST:
                 _write_raw(
                     _anew(rest, zero, "xor.b32", HELD), image, start, first, pixels, C1, C2, raw_x,
                     raw_skip, of_x, of_skip, raw_zero_x, raw_zero_skip, raw_qmax, BLOCK_C, WIDTH,
-                    1, EVEN, SOURCE, FP8,
+                    1, EVEN, SOURCE,
                 )  # fmt: skip
         if PHASE == 0:
             _await(counter, chunks)
@@ -339,7 +334,7 @@ def normalize_held(
         _finish(
             _anew(tile, zero, "sub.s32", HELD), mean, rstd, weight, bias, inverse, image, start,
             first, pixels, C1 + C2, codes, zero_point, qmax, 0, WIDTH, PIECES, EVEN, GROUP, SILU,
-            QUANTIZE, FP8,
+            QUANTIZE,
         )  # fmt: skip
         if REST:
             weight = _vector(gamma, first, C1 + C2, BLOCK_C, REST, WIDTH)
@@ -347,7 +342,7 @@ def normalize_held(
             _finish(
                 _anew(rest, zero, "sub.s32", HELD), mean, rstd, weight, bias, inverse, image, start,
                 first, pixels, C1 + C2, codes, zero_point, qmax, BLOCK_C, WIDTH, 1, EVEN, GROUP,
-                SILU, QUANTIZE, FP8,
+                SILU, QUANTIZE,
             )  # fmt: skip
 
 
@@ -378,8 +373,8 @@ def run(
     parts = 2 if plan.rest else 1
     size = (batch, slabs, 2, lines, parts, power_of_two(chunks))
     partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    soon = EARLY and early(x.device)
-    for phase in PHASES:
+    soon = early(x.device)
+    for phase in plan.phases:
         normalize_held[(batch * slabs * chunks,)](
             x, skip, *norm, *scales, last_row(scales[1], skip), bucket, *results, partial, counters,
             0, slabs, chunks, pixels, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0],
@@ -387,7 +382,7 @@ def run(
             WIDTH=plan.width, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, REST=plan.rest,
             CHUNKS=power_of_two(chunks), EVEN=pixels % plan.block_p == 0, UNIT=gcd(group, 8),
             GROUP=group, GROUPS=lines, SOURCE=source(c1, skip, plan.width),
-            **switches(silu, scales, results),
+            **switches(silu, scales),
             PIECES=2 if plan.block_p * plan.block_c > _WHOLE * 32 * plan.warps else 1,
             APART=APART, PHASE=phase, EARLY=soon, num_warps=plan.warps, maxnreg=plan.registers,
             launch_cooperative_grid=True, launch_pdl=soon,

@@ -29,7 +29,6 @@ _MAGIC = gl.constexpr(12582912.0)
 _MAGIC_BITS = gl.constexpr(0x4B400000)
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
-_FP8_MAX = gl.constexpr(448.0)
 
 
 @gluon.jit
@@ -56,25 +55,21 @@ def _float(values):
 
 
 @gluon.jit
-def _codes(value, factor, zero_point, qmax, FP8: gl.constexpr, ALL: gl.constexpr):
-    """Return the codes of value factor: int8 clamp(rne + z, 0, qmax) - 128, or float8 saturated.
+def _codes(value, factor, zero_point, qmax, ALL: gl.constexpr):
+    """Return the codes of value factor: clamp(rne + z, 0, qmax) - 128, int8.
 
     ALL: qmax is 255, the largest stored code 127, and packing saturates.
     """
-    if FP8:
-        codes = gl.minimum(gl.maximum(value * factor, -_FP8_MAX), _FP8_MAX).to(gl.float8e4nv)
-    else:
-        rounded = gl.fma(value, factor, _MAGIC)
-        rounded = gl.maximum(rounded, (0 - zero_point).to(gl.float32) + _MAGIC)
-        if not ALL:
-            rounded = gl.minimum(rounded, (qmax - zero_point).to(gl.float32) + _MAGIC)
-        whole = rounded.to(gl.int32, bitcast=True) + (zero_point - 128 - _MAGIC_BITS)
-        codes = gl.inline_asm_elementwise(
-            "{ .reg .b32 upper; cvt.pack.sat.s8.s32.b32 upper, $4, $3, 0;"
-            " cvt.pack.sat.s8.s32.b32 $0, $2, $1, upper; }",
-            "=r,r,r,r,r", [whole], dtype=gl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
-    return codes
+    rounded = gl.fma(value, factor, _MAGIC)
+    rounded = gl.maximum(rounded, (0 - zero_point).to(gl.float32) + _MAGIC)
+    if not ALL:
+        rounded = gl.minimum(rounded, (qmax - zero_point).to(gl.float32) + _MAGIC)
+    whole = rounded.to(gl.int32, bitcast=True) + (zero_point - 128 - _MAGIC_BITS)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 upper; cvt.pack.sat.s8.s32.b32 upper, $4, $3, 0;"
+        " cvt.pack.sat.s8.s32.b32 $0, $2, $1, upper; }",
+        "=r,r,r,r,r", [whole], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -197,7 +192,7 @@ def normalize_slab(
     zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax,
     PIXELS: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr, ROWS: gl.constexpr,
     GROUP: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SILU: gl.constexpr,
-    QUANTIZE: gl.constexpr, RAW: gl.constexpr, FP8: gl.constexpr, MANY: gl.constexpr,
+    QUANTIZE: gl.constexpr, RAW: gl.constexpr, MANY: gl.constexpr,
     RAW_MANY: gl.constexpr, ALL: gl.constexpr, RAW_ALL: gl.constexpr,
     EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -279,7 +274,7 @@ def normalize_slab(
         for j in gl.static_range(PIECES):
             value = _float(slab.index(i).slice(j * PIECE, PIECE).load(tile))
             if RAW:
-                q = _codes(value, raw_inverse, raw_zero, raw_qmax, FP8, RAW_ALL)
+                q = _codes(value, raw_inverse, raw_zero, raw_qmax, RAW_ALL)
                 gl.store(raw_target + (i * ROWS + j * PIECE) * raw_step, q, mask=inside)
             value = gl.fma(value, a, b)
             factor = inverse
@@ -288,7 +283,7 @@ def normalize_slab(
                 value = value * (-_LN2 * inverse)
             place = target + (i * ROWS + j * PIECE) * (C1 + C2)
             if QUANTIZE:
-                q = _codes(value, factor, zero_point, qmax, FP8, ALL)
+                q = _codes(value, factor, zero_point, qmax, ALL)
                 gl.store(place, q, mask=inside)
             else:
                 gl.store(place, (value * factor).to(codes.dtype.element_ty), mask=inside)
@@ -329,7 +324,7 @@ def run(
         PIXELS=pixels, WIDTH=plan.width, COLS=plan.cols, ROWS=plan.rows, GROUP=channels // groups,
         SOURCE=source(c1, skip, plan.width),
         EVEN=plan.width == plan.cols and channels % plan.width == 0,
-        **switches(silu, scales, results),
+        **switches(silu, scales),
         ALL=qmax == 255, RAW_ALL=raw_qmax == 255, EARLY=soon, num_warps=plan.warps,
         launch_pdl=soon,
     )  # fmt: skip

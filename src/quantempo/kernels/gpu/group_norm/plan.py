@@ -132,6 +132,8 @@ class CooperativePlan:
         block_c, rest: powers of two, or no rest; together at least `width`.
         warps: warps of a program.
         registers: of a thread at most: so all programs are at work at once.
+        phases: (0,) is one launch; (1, 2) are two, before and after the barrier: for an
+            interpreter, whose programs run one after another.
     """
 
     width: int
@@ -140,6 +142,7 @@ class CooperativePlan:
     rest: int
     warps: int
     registers: int
+    phases: tuple[int, ...] = (0,)
 
 
 def power_of_two(n: int) -> int:

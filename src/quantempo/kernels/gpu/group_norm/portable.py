@@ -20,7 +20,6 @@ __all__ = ["apply", "channel_moments", "one_launch"]
 _MAGIC = tl.constexpr(12582912.0)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_FP8_MAX = tl.constexpr(448.0)
 
 
 _VARYING = [
@@ -48,18 +47,14 @@ def _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE: tl.con
 
 
 @triton.jit
-def _stored(scaled, zero_point, qmax, FP8: tl.constexpr):
-    """Return the codes of a / scale: int8 clamp(rne + z, 0, qmax) - 128, or float8 saturated."""
-    if FP8:
-        codes = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX).to(tl.float8e4nv)
-    else:
-        # Beyond the integers that the sum holds exactly it is still monotone, so clamping after
-        # rounding is right, and multiplication, rounding and zero point are two instructions.
-        low = (0 - zero_point).to(tl.float32) + _MAGIC
-        high = (qmax - zero_point).to(tl.float32) + _MAGIC
-        rounded = tl.minimum(tl.maximum(scaled + _MAGIC, low), high)
-        codes = (rounded.to(tl.int32, bitcast=True) + (zero_point - 128)).to(tl.int8)
-    return codes
+def _stored(scaled, zero_point, qmax):
+    """Return the codes of a / scale: clamp(rne + z, 0, qmax) - 128, int8."""
+    # Beyond the integers that the sum holds exactly it is still monotone, so clamping after
+    # rounding is right, and multiplication, rounding and zero point are two instructions.
+    low = (0 - zero_point).to(tl.float32) + _MAGIC
+    high = (qmax - zero_point).to(tl.float32) + _MAGIC
+    rounded = tl.minimum(tl.maximum(scaled + _MAGIC, low), high)
+    return (rounded.to(tl.int32, bitcast=True) + (zero_point - 128)).to(tl.int8)
 
 
 @triton.jit
@@ -76,7 +71,7 @@ def _own(of_x, of_skip, channel, first, C1, SOURCE: tl.constexpr):
 @triton.jit
 def _write(
     tile, a, b, inverse, image, pixel, channel, inside, pixels, C, codes, zero_point, qmax,
-    NORM: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     """Write act(v), v = a tile + b, quantized or not; with SILU, a and b give -log2(e) v."""
     value = tile.to(tl.float32)
@@ -93,7 +88,7 @@ def _write(
         value = value * inverse
     target = codes + image.to(tl.int64) * pixels * C + pixel * C + channel
     if QUANTIZE:
-        tl.store(target, _stored(value, zero_point, qmax, FP8), mask=inside)
+        tl.store(target, _stored(value, zero_point, qmax), mask=inside)
     else:
         tl.store(target, value.to(codes.dtype.element_ty), mask=inside)
 
@@ -162,7 +157,7 @@ def one_launch(
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr,
     EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr,
     SILU: tl.constexpr, QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
-    FP8: tl.constexpr, MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
+    MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
     UNROLL: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Normalize one (image, slab of whole groups), BLOCK_P pixels at a time.
@@ -222,11 +217,11 @@ def one_launch(
         if MAIN:
             _write(
                 tile, a, b, inverse, image, row, channel, inside, pixels, C1 + C2, codes,
-                zero_point, qmax, True, SILU, QUANTIZE, FP8,
+                zero_point, qmax, True, SILU, QUANTIZE,
             )  # fmt: skip
         if RAW:
             place = _place(raw_x, raw_skip, image, row, channel, first, pixels, C1, C2, SOURCE)
-            q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+            q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
             tl.store(place, q, mask=inside)
     else:
         for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
@@ -236,13 +231,13 @@ def one_launch(
             tile = tl.load(place, mask=inside, other=0.0)
             _write(
                 tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
-                zero_point, qmax, True, SILU, QUANTIZE, FP8,
+                zero_point, qmax, True, SILU, QUANTIZE,
             )  # fmt: skip
             if RAW:
                 place = _place(
                     raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE
                 )
-                q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+                q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
                 tl.store(place, q, mask=inside)
 
 
@@ -324,7 +319,7 @@ def apply(
     slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
     raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr, FP8: tl.constexpr,
+    QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
     MANY: tl.constexpr, RAW_MANY: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Map (NORM: by `affine`), activate and quantize one (image, chunk of pixels, slab)."""
@@ -359,9 +354,9 @@ def apply(
     if MAIN:
         _write(
             tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
-            zero_point, qmax, NORM, SILU, QUANTIZE, FP8,
+            zero_point, qmax, NORM, SILU, QUANTIZE,
         )  # fmt: skip
     if RAW:
         place = _place(raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
-        q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax, FP8)
+        q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
         tl.store(place, q, mask=inside)
