@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.fidelity import PSNR_CAP_DB, SQNR_CAP_DB, eps_sqnr, psnr_db, ssim
+from quantempo.evaluation.fidelity import (
+    PSNR_CAP_DB,
+    SQNR_CAP_DB,
+    eps_sqnr,
+    psnr_db,
+    sqnr_db,
+    ssim,
+)
 
 
 def _images(seed: int, n: int = 3, side: int = 32, channels: int = 3) -> np.ndarray:
@@ -209,3 +216,12 @@ def test_sqnr_errors_say_what_is_wrong() -> None:
         eps_sqnr(lambda x: x, lambda x: x, [((torch.ones(4, 1),), {}, torch.ones(3))])
     with pytest.raises(QuantempoError, match="increasing"):
         eps_sqnr(lambda x, t: x, lambda x, t: x, _batches([5]), bins=[0, 0])
+
+
+def test_sqnr_of_two_tensors_is_in_decibels() -> None:
+    x = torch.ones(100, dtype=torch.float16)
+    assert sqnr_db(x, x) == SQNR_CAP_DB
+    assert sqnr_db(x.double(), x.double() + 0.1) == pytest.approx(20, abs=1e-12)
+    assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
+    with pytest.raises(QuantempoError, match="shapes"):
+        sqnr_db(x, x[:3])

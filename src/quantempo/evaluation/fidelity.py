@@ -18,7 +18,7 @@ from torch import Tensor
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.scores import import_torchmetrics
 
-__all__ = ["PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "psnr_db", "ssim"]
+__all__ = ["PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "psnr_db", "sqnr_db", "ssim"]
 
 # One level of difference in one value of a 32 x 32 x 3 image is 83 dB, of a 256 x 256 x 3 one
 # 101 dB: the cap only meets (almost) identical images.
@@ -140,13 +140,13 @@ def _powers(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return per row sum(reference^2) and sum((reference - other)^2), float64."""
     if reference.shape != other.shape:
         raise QuantempoError(
-            f"the two denoisers returned shapes {tuple(reference.shape)} and {tuple(other.shape)} "
+            f"got outputs of shapes {tuple(reference.shape)} and {tuple(other.shape)} "
             "for the same inputs; compare two versions of one model"
         )
     rows = reference.shape[0]
     # float64 before the difference: at 60 dB and above float32 sums lose the noise.
-    exact = reference.detach().double().cpu().reshape(rows, -1)
-    noise = exact - other.detach().double().cpu().reshape(rows, -1)
+    exact = reference.detach().double().reshape(rows, -1)
+    noise = exact - other.detach().double().reshape(rows, -1)
     return exact.square().sum(dim=1), noise.square().sum(dim=1)
 
 
@@ -223,6 +223,22 @@ def _ratio_db(signal: float, noise: float, t: float) -> float:
         raise QuantempoError(
             f"the float denoiser returned only zeros at t = {t:g}; check its input"
         )
+    return _decibels(signal, noise)
+
+
+def _decibels(signal: float, noise: float) -> float:
     if noise == 0.0:
         return SQNR_CAP_DB
-    return min(10.0 * math.log10(signal / noise), SQNR_CAP_DB)
+    return min(10.0 * math.log10(signal / noise), SQNR_CAP_DB) if signal else -math.inf
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Return 10 log10(sum reference^2 / sum (reference - other)^2), at most `SQNR_CAP_DB`.
+
+    Args:
+        reference, other: of one shape and device, any float dtype.
+
+    Error: sums in float64, as in `eps_sqnr`.
+    """
+    signal, noise = _powers(reference, other)
+    return _decibels(float(signal.sum()), float(noise.sum()))

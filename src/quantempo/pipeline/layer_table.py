@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.select import choose
 from quantempo.errors import QuantempoError
+from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoiser_of, sites
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS
@@ -120,7 +121,7 @@ def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
 def layer_sqnr(
     float_denoiser: nn.Module, packed: nn.Module, timestep: Tensor, call: Callable[[], Any]
 ) -> dict[str, float]:
-    """Return 10 log10(sum y^2 / sum (y - y_q)^2) of each integer layer on the float model's input.
+    """Return the SQNR of each integer layer's output on the float model's input.
 
     Args:
         float_denoiser: runs; packed: gives the integer layers, executed by `simulated`.
@@ -136,9 +137,7 @@ def layer_sqnr(
 
     def compare(name: str, kernel: Callable[[Tensor], Tensor]) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            error = (kernel(args[0]) - output).double().square().sum()
-            signal = output.double().square().sum()
-            result[name] = float(10 * torch.log10(signal / error.clamp_min(1e-300)))
+            result[name] = sqnr_db(output, kernel(args[0]))
 
         return hook
 
