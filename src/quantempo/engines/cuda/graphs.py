@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from quantempo.models.layers import timestep_of
 from quantempo.quantized import DELTA, features_of, quantized_layers
 
-__all__ = ["Graphed", "graphed", "signature"]
+__all__ = ["Graphed", "capture", "graphed", "signature"]
 
 log = logging.getLogger("quantempo")
 
@@ -59,6 +59,28 @@ def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
         return dict, tuple((key, signature(item, tensors)) for key, item in value.items())
     # The type too: 1, 1.0 and True are equal.
     return type(value), value
+
+
+def capture(
+    call: Callable[[], Any], warmup: int = _WARMUP, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return the CUDA graph of a call and what the call returned, which replays overwrite.
+
+    Args:
+        call: launches kernels without waiting for the device; what it reads must outlive the graph.
+        warmup: calls before the recording, on another stream.
+        pool: memory of the graph; None for its own.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = call()
+    return graph, output
 
 
 @dataclass(frozen=True)
@@ -169,20 +191,11 @@ class Graphed(nn.Module):
         return _Recording(graph, inputs, output)
 
     def _capture(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the graph of a call and what the call returned, after calls to warm up."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.warmup):
-                self.denoiser(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(stream)
+        """Return the graph of a call and what the call returned."""
         if self._pool is None:
             # One for all: a replay has no use for what another left.
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self.denoiser(*args, **kwargs)
-        return graph, output
+        return capture(lambda: self.denoiser(*args, **kwargs), self.warmup, self._pool)
 
     def _tell(self, reason: str) -> None:
         """Warn once about each reason for which calls run eagerly."""
