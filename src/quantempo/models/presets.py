@@ -43,6 +43,26 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_head_dim": 8,
         },
     ),
+    # Stable Diffusion XL: 2,567 M parameters, latents of 1024 x 1024 pixels.
+    "sdxl": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 128,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+            "block_out_channels": (320, 640, 1280),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
     # The DDPM of CIFAR-10: 35.7 M parameters.
     "ddpm35m": (
         "UNet2DModel",
