@@ -1,10 +1,9 @@
-"""Say what scales of time buckets and a correction of the output cost in time.
+"""Say what scales of time buckets cost in time.
 
 python benchmarks/time_scales.py --run runs/demo --batch 8
 
-The packed network of a run with one scale a layer, with the buckets it was packed with, with
-buckets in every layer, and with an affine correction per step and channel around it. Correcting
-biases changes numbers that are there anyway: it has no cost to measure. One JSON line.
+The packed network of a run with one scale a layer, with the buckets it was packed with, and with
+buckets in every layer. One JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,13 +20,12 @@ import torch
 from quantempo.version import __version__
 from torch import nn
 
-from quantempo.bench.cpu import interleave, no_grad
+from quantempo.bench.turns import WallTimer, take_turns
 from quantempo.core.machine import machine
 from quantempo.engines.select import attach, detach
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.quantized import quantized_layers
-from quantempo.quantized.correction import OutputCorrection, install_correction
 
 __all__ = ["main"]
 
@@ -49,15 +48,15 @@ def main() -> None:
         "one scale": lambda net: _columns(net, 1),
         "as packed": lambda net: None,
         "buckets in every layer": lambda net: _columns(net, buckets),
-        "as packed, corrected": _correct,
     }
     calls = {}
     for name, change in forms.items():
         net: Any = copy.deepcopy(packed)
         change(net)
         attach(net, given.engine)
-        calls[name] = no_grad(net, (x, torch.tensor(500)), {})
-    times = interleave(calls, given.rounds, seconds=0.3)
+        calls[name] = partial(net, x, torch.tensor(500))
+    with torch.no_grad():
+        times = take_turns(calls, WallTimer(), rounds=given.rounds, seconds=0.3)
     base = times["one scale"]
     report = {
         "benchmark": "time_scales",
@@ -83,18 +82,6 @@ def _columns(net: nn.Module, buckets: int) -> None:
     """Give every layer a scale table of that many columns."""
     for _, layer in quantized_layers(net):
         layer.act_scale = layer.act_scale[:, :1].expand(-1, buckets).clone()
-
-
-def _correct(net: Any) -> None:
-    """Install an affine correction of 50 steps that changes numbers a little."""
-    channels = net.config.in_channels
-    correction = OutputCorrection(("affine",), points=50, channels=channels)
-    correction.replace(
-        times=torch.arange(50) * 20.0,
-        gain=torch.full((50, channels), 1.01),
-        shift=torch.full((50, channels), 0.01),
-    )
-    install_correction(net, correction)
 
 
 if __name__ == "__main__":

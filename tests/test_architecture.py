@@ -174,7 +174,7 @@ def test_the_rule_refuses(where: str, name: str) -> None:
         ("models/layers.py", "diffusers"),
         ("checkpoint/diffusers_plugin.py", "diffusers.quantizers"),
         ("cli/run_demo.py", "quantempo.pipeline.stages"),
-        ("cli/__init__.py", "quantempo.bench.cpu"),
+        ("cli/__init__.py", "quantempo.bench.run"),
         ("__init__.py", "quantempo.pipeline.stages"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which candidates there are, how they are chosen, and that only right ones are timed."""
+"""Which candidates there are, what they compute, and that only right ones are timed."""
 
 from __future__ import annotations
 
@@ -11,78 +11,94 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.candidates import CANDIDATES, Candidate, Subject, select
-from quantempo.bench.measure import compare, prepare, sqnr_db, summarize_gpu
-from quantempo.bench.workloads import Workload, quick_workload
+from quantempo.bench.candidates import CANDIDATES, Candidate, Subject, cast_inputs, select
+from quantempo.bench.forwards import compare, prepare
+from quantempo.bench.networks import Network, quick_network
+from quantempo.bench.results import Results
 from quantempo.errors import QuantempoError
-from tests.tiny import tiny_unet
+from tests.bench.timers import Steady
+from tests.tiny import tiny_text, tiny_unet
 
-PLAIN = ("bf16/eager", "bf16/channels_last", "ours/eager")
+PLAIN = ("bf16/eager", "bf16/channels_last", "ours/simulated")
+HEAD = {"model": "tiny", "batch": 2}
 
 
 @pytest.fixture(scope="module")
-def workload() -> Workload:
-    return quick_workload("tiny", tiny_unet())
+def network() -> Network:
+    return quick_network("tiny", tiny_unet())
 
 
 @pytest.fixture
-def subject(workload: Workload) -> Subject:
-    return workload.subject(2, "simulated")
+def subject(network: Network) -> Subject:
+    return network.subject(2, "simulated")
 
 
 @pytest.fixture
-def wanted(workload: Workload) -> torch.Tensor:
+def wanted(subject: Subject) -> torch.Tensor:
     with torch.no_grad():
-        return workload.floating(**workload.inputs(2)).sample
+        return subject.floating(**subject.inputs).sample
 
 
-class Scripted:
-    """A timer that knows what each candidate costs, in the order of the calls."""
-
-    def __init__(self, cost: list[float]) -> None:
-        self.cost, self.calls = cost, []
-
-    def sample(self, call: Any, count: int) -> float:
-        if call not in self.calls:
-            self.calls.append(call)
-        call()
-        return self.cost[self.calls.index(call)]
+def named(*names: str) -> list[Candidate]:
+    return [candidate for candidate in CANDIDATES if candidate.name in names]
 
 
-def test_candidates_are_chosen_by_pattern_in_their_order() -> None:
+def test_candidates_are_chosen_by_pattern_and_device_in_their_order() -> None:
     names = [candidate.name for candidate in CANDIDATES]
-    assert len(set(names)) == len(names) and {c.kind for c in CANDIDATES} == {
-        "bf16", "peer", "ours",
-    }  # fmt: skip
-    assert select() == list(CANDIDATES)
+    assert len(set(names)) == len(names)
+    gpu, cpu = ([c.name for c in select(device=device)] for device in ("cuda", "cpu"))
+    assert {c.kind for c in select()} == {"bf16", "peer", "ours"}
+    assert "fp32/compile" in cpu and "ours/onednn" in cpu and "ours/graph" not in cpu
+    assert "fp32/compile" not in gpu and not {"ours/onednn", "ours/triton"} & set(gpu)
+    assert "ours/triton" not in cpu
     assert [c.name for c in select(["ours/graph", "bf16/e*"])] == ["bf16/eager", "ours/graph"]
-    assert all(c.kind == "ours" for c in select(["ours/*"])) and len(select(["ours/*"])) == 6
+    assert len(select(["ours/*"])) == 6
     with pytest.raises(QuantempoError, match=r"matches 'ours/graf'.*did you mean 'ours/graph'"):
         select(["bf16/*", "ours/graf"])
 
 
-def test_sqnr_is_in_decibels() -> None:
-    x = torch.ones(100)
-    assert sqnr_db(x, x) == math.inf
-    assert sqnr_db(x, x + 0.1) == pytest.approx(20, abs=1e-4)
-    assert sqnr_db(torch.zeros(3), x[:3]) == -math.inf
-
-
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ["fp32/eager", "fp32/channels_last", *PLAIN])
 def test_plain_candidates_are_near_float32_and_own_their_weights(
     name: str, subject: Subject, wanted: torch.Tensor
 ) -> None:
     before = copy.deepcopy(subject.floating.state_dict())
-    ready = prepare(select([name])[0], subject, wanted)
-    # bfloat16 keeps 8 bits; ours has 8 bits in each of tens of layers besides.
-    assert ready.sqnr_db > (15 if name.startswith("ours") else 30)
-    assert ready.seconds > 0 and ready.peak_bytes == 0
+    ready = prepare(named(name)[0], subject, wanted, Steady())
+    # bfloat16 keeps 8 bits; ours has 8 bits in each of tens of layers.
+    assert ready.sqnr_db > {"fp32": 90, "bf16": 30, "ours": 15}[ready.candidate.kind]
+    assert ready.ms == 2.0 and ready.seconds > 0 and ready.peak_bytes == 0
     after = subject.floating.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert ready.forward(**subject.inputs[1]).sample.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+    assert ready().sample.dtype == dtype
     layout = next(p for p in ready.forward.parameters() if p.ndim == 4 and p.shape[2] > 1)
     last = layout.is_contiguous(memory_format=torch.channels_last)
-    assert last == (name == "bf16/channels_last")
+    assert last == name.endswith("channels_last")
+
+
+@pytest.mark.parametrize("name", [c.name for c in CANDIDATES if c.compiled and c.kind != "peer"])
+def test_compiled_candidates_compute_the_network_in_one_graph(
+    name: str, subject: Subject, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    given: dict[str, Any] = {}
+
+    def compile_(net: Any, *, options: dict[str, Any] | None, **settings: Any) -> Any:
+        given.update(options or {})
+        return net
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    candidate = named(name)[0]
+    ready = prepare(replace(candidate, graph=None), subject, wanted, Steady())
+    assert ready.sqnr_db > {"fp32": 90, "bf16": 30, "ours": 15}[candidate.kind]
+    # A name that inductor does not know would fail on the GPU only.
+    for option in given:
+        found: Any = inductor
+        for part in option.split("."):
+            found = getattr(found, part)
+    # Ours or the compiler's, and none for plain compilation.
+    graphs = (candidate.graph is not None) + bool(given.get("triton.cudagraphs"))
+    assert graphs == (0 if name.endswith("/compile") else 1)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +112,9 @@ def test_plain_candidates_are_near_float32_and_own_their_weights(
 def test_wrong_outputs_are_refused(
     output: Any, message: str, subject: Subject, wanted: torch.Tensor
 ) -> None:
-    def build(_: Subject) -> Any:
-        copied = copy.deepcopy(subject.floating)
-        return lambda **kwargs: output(copied(**{k: v.float() if v.is_floating_point() else v
-                                                 for k, v in kwargs.items()}).sample)  # fmt: skip
-
-    candidate = Candidate("bf16/wrong", "", build)
+    candidate = Candidate("fp32/wrong", "", lambda s: lambda **kw: output(s.floating(**kw).sample))
     with pytest.raises(QuantempoError, match=message):
-        prepare(candidate, subject, wanted)
+        prepare(candidate, subject, wanted, Steady())
 
 
 def test_every_failure_is_named_and_the_rest_is_timed(
@@ -112,44 +123,41 @@ def test_every_failure_is_named_and_the_rest_is_timed(
     def explode(_: Subject) -> Any:
         raise RuntimeError("no kernel image")
 
-    fine = [candidate for candidate in CANDIDATES if candidate.name in PLAIN]
+    fine = named(*PLAIN)
     absent = replace(fine[0], name="bf16/absent", missing=lambda _: "nothing to run it")
-    some = [
-        Candidate("bf16/broken", "", explode),
-        *fine,
-        absent,
-    ]
-    timer = Scripted([8.0, 6.0, 3.0])
-    ready, times, failed = compare(some, subject, wanted, timer, rounds=3, seconds=0.0)
-    assert [one.candidate.name for one in ready] == list(PLAIN) == list(times)
-    assert failed == {
+    some = [Candidate("bf16/broken", "", explode), *fine, absent]
+    # First a call of each, then turns.
+    timer = Steady(80.0, 60.0, 30.0, 8.0, 6.0, 3.0)
+    written: list[dict[str, Any]] = []
+    results = Results({"engine": "simulated"}, written.append)
+    ready = compare(some, subject, wanted, timer, results, HEAD, rounds=3, seconds=0.0)
+    assert list(ready) == list(PLAIN)
+    record = results.record()
+    rows = {row["candidate"]: row for row in record["rows"]}
+    assert {name: row["failed"] for name, row in rows.items() if "failed" in row} == {
         "bf16/broken": "RuntimeError: no kernel image",
         "bf16/absent": "nothing to run it",
     }
-    found = summarize_gpu(ready, times, failed)
-    assert found["best_bf16"] == "bf16/channels_last" and found["best_ours"] == "ours/eager"
-    assert found["speedup_vs_best_bf16"] == 2.0
-    assert found["ms_per_forward"] == dict(zip(PLAIN, (8.0, 6.0, 3.0), strict=True))
-    assert found["failed"] == failed and set(found["peak_bytes"]) == set(PLAIN)
+    assert [rows[name]["ms_per_forward"] for name in PLAIN] == [8.0, 6.0, 3.0]
+    assert all(rows[name]["rounds"] == 3 for name in PLAIN)
+    assert record["speedup_vs_best_bf16"] == {"tiny_b2": 2.0}
+    # One record after each candidate, with the time of its first call, and one after each round.
+    assert [len(one["rows"]) for one in written] == [1, 2, 3, 4, 5, 5, 5, 5]
+    assert written[1]["rows"][1]["ms_per_forward"] == 80.0 and not written[1]["rows"][1]["rounds"]
+    assert written[3]["speedup_vs_best_bf16"] == {"tiny_b2": 2.0}
 
 
 def test_a_graph_that_was_not_recorded_is_no_graph(subject: Subject, wanted: torch.Tensor) -> None:
     # On a CPU `graphed` calls the network as it is.
     with pytest.raises(QuantempoError, match="could not be captured"):
-        prepare(select(["ours/graphed"])[0], subject, wanted)
+        prepare(named("ours/graphed")[0], subject, wanted, Steady())
 
 
-def test_without_ours_there_is_no_speed_up(subject: Subject, wanted: torch.Tensor) -> None:
-    unknown = replace(subject, engine="tritium")
-    ready, times, failed = compare(
-        select(["bf16/eager", "ours/eager"]), unknown, wanted, Scripted([1.0]), rounds=1
-    )
-    found = summarize_gpu(ready, times, failed)
-    assert found["best_ours"] is None and found["speedup_vs_best_bf16"] is None
-    assert "no engine 'tritium'" in failed["ours/eager"]
-    assert "no quantized network" in str(
-        select(["ours/eager"])[0].missing(replace(subject, packed=None))
-    )
+def test_without_an_engine_or_a_quantized_network_ours_is_missing(subject: Subject) -> None:
+    eager = named("ours/eager")[0]
+    assert eager.missing(subject) is None
+    assert "no engine 'tritium'" in str(eager.missing(replace(subject, engine="tritium")))
+    assert "no quantized network" in str(eager.missing(replace(subject, packed=None)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is here")
@@ -159,35 +167,11 @@ def test_torchao_is_listed_where_it_is_not_installed(subject: Subject) -> None:
         assert "torchao is not installed" in str(candidate.missing(subject))
 
 
-def test_compiled_candidates_of_the_cpu_run_what_they_say(
-    subject: Subject, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[dict[str, Any]] = []
-
-    def compile_(net: Any, **settings: Any) -> Any:
-        seen.append(settings)
-        return net
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    for candidate in select(["*compile*", "*max-autotune*", "*reduce*"]):
-        if candidate.kind != "peer":
-            plain = replace(candidate, record=None)
-            prepare(plain, subject, wanted)
-    options = [settings["options"] or {} for settings in seen]
-    assert [bool(o.get("max_autotune")) for o in options] == [
-        False, False, True, True, False, True, False,
-    ]  # fmt: skip
-    # Its own CUDA graphs, where nothing is recorded around it.
-    recorded = [c.record is not None for c in select(["*compile*", "*max-autotune*", "*reduce*"])]
-    trees = [bool(o.get("triton.cudagraphs")) for o in options]
-    assert [a or b for a, b in zip(recorded, trees, strict=True)] == [False] + [True] * 6
-    assert not any(a and b for a, b in zip(recorded, trees, strict=True))
-    assert [s["fullgraph"] for s in seen] == [False] * 4 + [True] * 3
-    assert options[3]["conv_1x1_as_mm"] and not options[2].get("conv_1x1_as_mm")
-    import torch._inductor.config as inductor
-
-    # A name that inductor does not know would fail on the GPU only.
-    for name in {key for o in options for key in o}:
-        attribute: Any = inductor
-        for part in name.split("."):
-            attribute = getattr(attribute, part)
+def test_casting_inputs_leaves_times_and_integers() -> None:
+    inputs = quick_network("text", tiny_text().unet).inputs(2)
+    inputs["added"] = {"ids": torch.ones(2, 6), "scale": torch.tensor(0.5), "name": "x"}
+    found = cast_inputs(inputs, torch.bfloat16)
+    assert found["sample"].dtype == found["added"]["ids"].dtype == torch.bfloat16
+    assert found["timestep"] is inputs["timestep"]
+    assert found["added"]["scale"].dtype == torch.float32 and found["added"]["name"] == "x"
+    assert inputs["sample"].dtype == torch.float32

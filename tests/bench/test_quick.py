@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.measure import sample_of, sqnr_db
+from quantempo.bench.forwards import sample_of
 from quantempo.bench.quick import cast_floats, input_ranges, quick_quantize, quick_recipe
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
+from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.presets import build_preset, ddim_loop, fuse_projections, random_inputs
 from quantempo.quantized import Int12Linear, quantized_layers
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
@@ -23,21 +24,29 @@ MAKERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sd15", 859_520_964), ("ddpm35m", 35_746_307)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("sdxl", 2_567_463_684), ("sd15", 859_520_964), ("ddpm35m", 35_746_307)],
+)
 def test_presets_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     net = build_preset(name, "meta")
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert not net.training
 
 
-def test_sd15_takes_latents_and_77_tokens() -> None:
-    net = build_preset("sd15", "meta")
+@pytest.mark.parametrize(("name", "size", "text"), [("sd15", 64, 768), ("sdxl", 128, 2048)])
+def test_text_presets_take_latents_and_77_tokens(name: str, size: int, text: int) -> None:
+    net = build_preset(name, "meta")
     net.conv_in.to_empty(device="cpu")
     # The first parameter says where the inputs go.
     inputs = random_inputs(net, 2)
-    assert inputs["sample"].shape == (2, 4, 64, 64)
-    assert inputs["encoder_hidden_states"].shape == (2, 77, 768)
+    assert inputs["sample"].shape == (2, 4, size, size)
+    assert inputs["encoder_hidden_states"].shape == (2, 77, text)
     assert inputs["timestep"].shape == () and inputs["timestep"].dtype == torch.int64
+    if name == "sdxl":
+        added = inputs["added_cond_kwargs"]
+        assert added["text_embeds"].shape == (2, 1280)
+        assert added["time_ids"].tolist() == [[1024, 1024, 0, 0, 1024, 1024]] * 2
 
 
 def test_unknown_presets_and_networks_are_refused() -> None:

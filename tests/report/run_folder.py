@@ -179,8 +179,8 @@ def _metrics(seeds: int, layers: list[dict[str, Any]]) -> dict[str, Any]:
         "fed_lite0_reference_tie": True,
         "eps_sqnr_db": {"t": t, "sqnr_db": [22 + 20 * (v / T) ** 0.5 for v in t]},
         "ms_per_forward": {
-            "eager/float32@1": 31.2, "compiled/float32@1": 22.9, "compiled/bfloat16@1": 19.4,
-            "openvino/int8@1": 8.71, "eager/float32@16": 402.0, "openvino/int8@16": 118.0,
+            "fp32/eager@1": 31.2, "fp32/compile@1": 22.9, "bf16/compile@1": 19.4,
+            "ours/openvino@1": 8.71, "fp32/eager@16": 402.0, "ours/openvino@16": 118.0,
         },
         "speedup_vs_best_fp32": 2.63, "speedup_vs_best_bf16": 2.23, "engine": "openvino/int8",
         "int8_mac_share": 0.973, "bytes_float32": 35_790_000, "bytes_packed": 9_120_000,

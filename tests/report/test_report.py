@@ -240,9 +240,14 @@ def test_times_of_a_bench_file_are_shown_by_batch(tmp_path: Path) -> None:
     for key in ("ms_per_forward", "speedup_vs_best_fp32", "speedup_vs_best_bf16"):
         metrics.pop(key)
     run.write_json("metrics.json", metrics)
-    row = {"engine": "x/int8", "speedup_vs_best_fp32": 7.25, "speedup_vs_best_bf16": None}
-    times = {"eager/float32": 10.0, "x/int8": 1.38}
-    run.write_json("bench.json", {"batches": {"8": row | {"ms_per_forward": times}}})
+    row = {"kind": "forward", "model": "m", "batch": 8}
+    rows = [
+        row | {"candidate": "fp32/eager", "ms_per_forward": 10.0},
+        row | {"candidate": "ours/x", "ms_per_forward": 1.38, "engine": "x"},
+        row | {"candidate": "ours/y", "failed": "y is not installed"},
+    ]
+    ratios = {"speedup_vs_best_fp32": {"m_b8": 7.25}, "speedup_vs_best_bf16": {"m_b8": None}}
+    run.write_json("bench.json", {"cpu": {**ratios, "rows": rows}, "cuda": {"rows": []}})
     page = _Page(render(run.path).read_text())
     assert "batch 8" in page.sections["speed"] and "1.38 ms" in page.sections["speed"]
     assert "7.25×" in page.sections["summary"]

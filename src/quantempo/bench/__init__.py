@@ -1,7 +1,7 @@
-"""Time a denoiser and its kernels on a GPU; the front door is `quantempo.bench.cuda`.
+"""Time a denoiser in all its forms, and kernels one by one; the front door is `bench.run.bench`.
 
 What is timed, how it is checked before, and what a fair rival is, are decided here. Nothing here
-prints or knows a run folder, and every function that times takes the timer as an argument.
+prints, and every function that times takes the timer as an argument.
 """
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""What is timed: bfloat16 in its best forms, other quantizers, and the packed network.
+"""The forms in which a network is timed: float, other quantizers, and ours on every engine.
 
-A candidate turns a workload into a forward of the same signature. All run the same network on the
+A candidate turns a subject into a forward of the same signature. All run the same network on the
 same inputs; each owns its copy of the weights, so that its memory can be told from the others'.
 """
 
@@ -10,93 +10,150 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from quantempo.bench.graph import Forward, capture
-from quantempo.engines.cuda.graphs import graphed
+from quantempo.engines.cuda.graphs import capture, graphed
 from quantempo.engines.select import ENGINES, attach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
 from quantempo.models.presets import fuse_projections
 from quantempo.registry import nearest
 
-__all__ = ["CANDIDATES", "Candidate", "Subject", "select"]
+__all__ = ["CANDIDATES", "Candidate", "Forward", "Subject", "cast_inputs", "record", "select"]
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Forward = Callable[..., Any]
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What others set for diffusion networks besides the mode (1x1 convolutions as matrix products).
 _FLAGS = {"conv_1x1_as_mm": True, "coordinate_descent_check_all_directions": True}
 # What compiled code is recorded with by the compiler itself.
-_TREES = {"triton.cudagraphs": True}
+_TREES: dict[str, Any] = {"triton.cudagraphs": True}
+# Calls before a recording.
+_WARM = 3
 
 
 @dataclass(frozen=True)
 class Subject:
     """One network with the arguments of a call, on one device.
 
-    floating: float32; packed: quantized, float layers in `dtype`; engine: that runs it; inputs:
-    args and kwargs of a call in `dtype`.
+    floating: float32; packed: quantized, float layers in `dtype`; inputs: keyword arguments of a
+    call, float32; engine: that runs `packed` where the candidate names none.
     """
 
     floating: nn.Module
     packed: nn.Module | None
-    inputs: Inputs
+    inputs: dict[str, Any]
     engine: str = "triton"
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.floating.parameters()).device
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to run the network.
 
-    kind: "bf16" (a baseline), "peer" (another quantizer) or "ours"; build: makes the forward, not
-    yet compiled or recorded; record: then turns it into a CUDA graph, or None; missing: says why it
-    cannot run here, or None.
+    name: KIND/FORM, the kind "fp32" or "bf16" (baselines), "ours", or another quantizer's name;
+    build: makes the forward; graph: turns it into a CUDA graph, or None; missing: says why it
+    cannot run here, or None; devices: types it is for; engine: of ours, None for the subject's;
+    compiled: by torch.compile.
     """
 
     name: str
     about: str
     build: Callable[[Subject], Forward]
-    record: Callable[[Forward, Subject], Forward] | None = None
-    missing: Callable[[Subject], str | None] = field(default=lambda subject: None)
+    graph: Callable[[Forward, dict[str, Any]], Forward] | None = None
+    missing: Callable[[Subject], str | None] = lambda subject: None
+    devices: tuple[str, ...] = ("cuda",)
+    engine: str | None = None
+    compiled: bool = False
 
     @property
     def kind(self) -> str:
-        """The part of the name before the slash; other quantizers are "peer"."""
+        """Return "fp32", "bf16" or "ours", and "peer" for other quantizers."""
         kind = self.name.partition("/")[0]
-        return kind if kind in ("bf16", "ours") else "peer"
+        return kind if kind in (*_DTYPES, "ours") else "peer"
+
+    def inputs(self, subject: Subject) -> dict[str, Any]:
+        """Return the subject's inputs in the dtype that this candidate computes in."""
+        own = subject.dtype if self.kind == "ours" else _DTYPES.get(self.kind, torch.bfloat16)
+        return cast_inputs(subject.inputs, own)
 
 
-def select(patterns: Iterable[str] = ()) -> list[Candidate]:
-    """Return the candidates whose names match a shell pattern, in their order; all for none.
+def select(patterns: Iterable[str] = (), device: str = "cuda") -> list[Candidate]:
+    """Return a device type's candidates whose names match a shell pattern; all for none.
 
     Raises:
         QuantempoError: a pattern that matches none.
     """
     patterns = list(patterns)
-    names = [candidate.name for candidate in CANDIDATES]
+    here = [candidate for candidate in CANDIDATES if device in candidate.devices]
+    names = [candidate.name for candidate in here]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise QuantempoError(
-                f"no candidate matches '{pattern}'{nearest(pattern, names)} "
+                f"no candidate on {device} matches '{pattern}'{nearest(pattern, names)} "
                 f"(known: {', '.join(names)})"
             )
-    return [
-        candidate
-        for candidate in CANDIDATES
-        if not patterns or any(fnmatchcase(candidate.name, pattern) for pattern in patterns)
-    ]
+    return [c for c in here if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]
 
 
-def _floating(subject: Subject, channels_last: bool = True) -> nn.Module:
+def cast_inputs(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return arguments in another float dtype; times (one axis or none) and integers stay."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+
+    return pytree.tree_map_only(Tensor, cast, inputs)
+
+
+def record(forward: Forward, inputs: dict[str, Any]) -> Forward:
+    """Return a forward that copies its tensors into a recorded CUDA graph and replays it.
+
+    Its output is overwritten by the next call; arguments that are no tensors are the recording's.
+    """
+    leaves, shape = pytree.tree_flatten(inputs)
+    kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    fixed = pytree.tree_unflatten(kept, shape)
+    graph, output = capture(lambda: forward(**fixed), _WARM)
+
+    def replay(**inputs: Any) -> Any:
+        given, given_shape = pytree.tree_flatten(inputs)
+        if given_shape != shape:
+            raise ValueError(f"got arguments {given_shape}; the graph was recorded with {shape}")
+        for mine, new in zip(kept, given, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+        graph.replay()
+        return output
+
+    # The graph reads the network's weights where they are, and does not keep them alive itself.
+    replay.recorded = forward  # type: ignore[attr-defined]
+    return replay
+
+
+def _graphed(forward: Forward, inputs: dict[str, Any]) -> Forward:
+    recorder = graphed(forward)
+    recorder(**inputs)
+    # What it cannot capture it runs eagerly with a warning: here that is another candidate.
+    if not any(recorder._recordings.values()):
+        raise QuantempoError("it could not be captured")
+    return recorder
+
+
+def _floating(subject: Subject, kind: str = "bf16", last: bool = True) -> nn.Module:
     # diffusers' own `to` warns about what a full cast may do to training.
-    net = nn.Module.to(copy.deepcopy(subject.floating), subject.dtype).eval()
-    return net.to(memory_format=torch.channels_last) if channels_last else net
+    net = nn.Module.to(copy.deepcopy(subject.floating), _DTYPES[kind]).eval()
+    return net.to(memory_format=torch.channels_last) if last else net
 
 
 def _compiled(net: nn.Module, fullgraph: bool = False, **options: Any) -> Forward:
@@ -104,37 +161,39 @@ def _compiled(net: nn.Module, fullgraph: bool = False, **options: Any) -> Forwar
     if not options.get("triton.cudagraphs"):
         return forward
 
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def step(**inputs: Any) -> Any:
         # Its own graphs may overwrite the output of the call before.
         torch.compiler.cudagraph_mark_step_begin()
-        return forward(*args, **kwargs)
+        return forward(**inputs)
 
     return step
 
 
-def _mode(name: str) -> dict[str, Any]:
+def _frozen(subject: Subject, kind: str) -> Forward:
+    """Return a compiled forward whose weights are constants, laid out by the compiler."""
+    import torch._inductor.config as inductor
+
+    forward = _compiled(_floating(subject, kind, last=False))
+    # An option of torch.compile() with this name does nothing in torch 2.13; the global does,
+    # while the first call compiles.
+    with inductor.patch(freezing=True):
+        forward(**cast_inputs(subject.inputs, _DTYPES[kind]))
+    return forward
+
+
+def _compile(subject: Subject) -> Forward:
+    if subject.device.type == "cpu":
+        return _frozen(subject, "bf16")
+    return _compiled(_floating(subject))
+
+
+def _autotuned(subject: Subject, flags: bool = False) -> Forward:
     from torch._inductor import list_mode_options
 
-    return dict(list_mode_options(name))
-
-
-def _record(forward: Forward, subject: Subject) -> Forward:
-    return capture(forward, *subject.inputs)
-
-
-def _graphed(forward: Forward, subject: Subject) -> Forward:
-    recorder = graphed(forward)
-    recorder(*subject.inputs[0], **subject.inputs[1])
-    # What it cannot capture it runs eagerly with a warning: here that is another candidate.
-    if not any(recorder._recordings.values()):
-        raise QuantempoError("it could not be captured")
-    return recorder
-
-
-def _with_flags(subject: Subject) -> Forward:
-    net = _floating(subject)
-    fuse_projections(net)
-    return _compiled(net, **{**_mode("max-autotune"), **_FLAGS})
+    net, mode = _floating(subject), list_mode_options("max-autotune")
+    if flags:
+        fuse_projections(net)
+    return _compiled(net, **mode, **(_FLAGS if flags else {}))
 
 
 def _torchao(config: str, **settings: Any) -> Callable[[Subject], Forward]:
@@ -156,87 +215,84 @@ def _torchao(config: str, **settings: Any) -> Callable[[Subject], Forward]:
     return build
 
 
-def _no_torchao(subject: Subject) -> str | None:
-    if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed (pip install torchao)"
-    return None
+def _peer(name: str, about: str, config: str, **settings: Any) -> Candidate:
+    found = importlib.util.find_spec("torchao")
+    reason = None if found else "torchao is not installed (pip install torchao)"
+    about = f"{about} on Linear, compiled, in one CUDA graph"
+    build = _torchao(config, **settings)
+    return Candidate(f"torchao/{name}", about, build, record, lambda _: reason, compiled=True)
 
 
-def _packed(subject: Subject) -> nn.Module:
-    net = copy.deepcopy(subject.packed)
-    assert net is not None
-    attach(net, subject.engine)
-    return net.eval()
-
-
-def _not_ours(subject: Subject) -> str | None:
-    if subject.packed is None:
-        return "there is no quantized network"
-    if subject.engine not in ENGINES.names():
-        return f"there is no engine '{subject.engine}' (known: {', '.join(ENGINES.names())})"
-    return ENGINES.get(subject.engine).missing()
-
-
-def _ours(name: str, about: str, record: Any = None, **options: Any) -> Candidate:
-    compiled = options.pop("compiled", False)
-
+def _ours(
+    name: str, about: str, graph: Any = None, engine: str | None = None, compiled: bool = False,
+    devices: tuple[str, ...] = ("cuda",), **options: Any,
+) -> Candidate:  # fmt: skip
     def build(subject: Subject) -> Forward:
-        net = _packed(subject)
+        net: Any = copy.deepcopy(subject.packed)
+        attach(net, engine or subject.engine)
+        net.eval()
         return _compiled(net, fullgraph=True, **options) if compiled else net
 
-    return Candidate(f"ours/{name}", about, build, record, _not_ours)
+    def missing(subject: Subject) -> str | None:
+        if subject.packed is None:
+            return "there is no quantized network"
+        chosen = engine or subject.engine
+        if chosen not in ENGINES.names():
+            return f"there is no engine '{chosen}' (known: {', '.join(ENGINES.names())})"
+        return ENGINES.get(chosen).missing()
 
+    return Candidate(f"ours/{name}", about, build, graph, missing, devices, engine, compiled)
+
+
+_CPU, _BOTH = ("cpu",), ("cpu", "cuda")
 
 CANDIDATES: tuple[Candidate, ...] = (
-    Candidate("bf16/eager", "as loaded", lambda s: _floating(s, channels_last=False)),
-    Candidate("bf16/channels_last", "eager, channels last", _floating),
-    Candidate("bf16/compile", "torch.compile", lambda s: _compiled(_floating(s))),
+    Candidate("fp32/eager", "as loaded", lambda s: _floating(s, "fp32", False), devices=_CPU),
+    Candidate("fp32/channels_last", "eager", lambda s: _floating(s, "fp32"), devices=_CPU),
     Candidate(
-        "bf16/compile+graph",
-        "torch.compile in one CUDA graph",
-        lambda s: _compiled(_floating(s)),
-        _record,
+        "fp32/compile", "torch.compile, weights frozen", lambda s: _frozen(s, "fp32"),
+        devices=_CPU, compiled=True,
+    ),
+    Candidate("bf16/eager", "as loaded", lambda s: _floating(s, last=False), devices=_BOTH),
+    Candidate("bf16/channels_last", "eager, channels last", _floating, devices=_BOTH),
+    Candidate(
+        "bf16/compile", "torch.compile; on a CPU weights frozen", _compile,
+        devices=_BOTH, compiled=True,
     ),
     Candidate(
-        "bf16/max-autotune",
-        "torch.compile, mode max-autotune with its own CUDA graphs",
-        lambda s: _compiled(_floating(s), **_mode("max-autotune")),
+        "bf16/compile+graph", "torch.compile in one CUDA graph", _compile, record, compiled=True
+    ),
+    Candidate(
+        "bf16/max-autotune", "torch.compile, mode max-autotune with its own CUDA graphs",
+        _autotuned, compiled=True,
     ),
     Candidate(
         "bf16/max-autotune+flags",
         "the same with 1x1 convolutions as products and, where diffusers offers it, fused QKV",
-        _with_flags,
+        lambda s: _autotuned(s, flags=True), compiled=True,
     ),
-    Candidate(
-        "torchao/int8",
-        "int8 dynamic on Linear, compiled, in one CUDA graph",
-        _torchao("Int8DynamicActivationInt8WeightConfig"),
-        _record,
-        _no_torchao,
+    _peer("int8", "int8 dynamic", "Int8DynamicActivationInt8WeightConfig"),
+    _peer(
+        "fp8", "fp8 dynamic by row", "Float8DynamicActivationFloat8WeightConfig",
+        granularity="PerRow",
     ),
-    Candidate(
-        "torchao/fp8",
-        "fp8 dynamic by row on Linear, compiled, in one CUDA graph",
-        _torchao("Float8DynamicActivationFloat8WeightConfig", granularity="PerRow"),
-        _record,
-        _no_torchao,
+    *(
+        _ours(name, f"engine {name}", engine=name, devices=_CPU)
+        for name in ENGINES.names()
+        if {"cpu", "any"} & set(ENGINES.get(name).devices)
     ),
     _ours("eager", "the engine, kernel by kernel"),
-    _ours("graph", "the engine in one CUDA graph", _record),
+    _ours("graph", "the engine in one CUDA graph", record),
     _ours("graphed", "the engine in one CUDA graph, as users get it", _graphed),
-    _ours("compile+graph", "engine and torch.compile in one CUDA graph", _record, compiled=True),
+    _ours("compile+graph", "engine and torch.compile in one CUDA graph", record, compiled=True),
     _ours(
         "max-autotune+graph",
         "engine and torch.compile, mode max-autotune-no-cudagraphs, in one CUDA graph",
-        _record,
-        compiled=True,
-        max_autotune=True,
-        coordinate_descent_tuning=True,
+        record, compiled=True, max_autotune=True, coordinate_descent_tuning=True,
     ),
     _ours(
         "reduce-overhead",
         "engine and torch.compile, mode reduce-overhead with its own CUDA graphs",
-        compiled=True,
-        **_TREES,
+        compiled=True, **_TREES,
     ),
-)
+)  # fmt: skip

@@ -1,4 +1,9 @@
-"""Check and time each kernel beside its rivals; limits of the machine are measured too.
+"""Check and time each kernel beside its rivals and the limits of the machine, measured too.
+
+    floor = max(operations / peak, bytes / bandwidth)        fraction = floor / measured time
+
+The bandwidth is that of a copy within the device, the 8-bit peak twice the best bfloat16 matrix
+product, which is what the datasheets of tensor cores state.
 
 A kernel is timed only if its integer sums equal float64's, its epilogue is within one rounding of
 the result's type and three runs are equal bit for bit. Timing: every contender calls in turn on
@@ -12,7 +17,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -20,8 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.bench.cpu import Call
-from quantempo.bench.events import Timer, reason_of, take_turns
 from quantempo.bench.op_cases import (
     CONVOLUTIONS,
     NORMS,
@@ -31,10 +34,12 @@ from quantempo.bench.op_cases import (
     NormCase,
     image,
 )
-from quantempo.bench.roofline import Limits, tbytes, tflops
+from quantempo.bench.results import Results
+from quantempo.bench.turns import Call, Timer, reason_of, take_turns, timer_for
+from quantempo.engines.cuda.graphs import capture
 from quantempo.errors import QuantempoError
 
-__all__ = ["Case", "all_cases", "check", "measure_limits", "rivals", "rotated", "time_op"]
+__all__ = ["Limits", "bench_ops", "check", "measure_limits", "rivals", "rotated", "tera", "time_op"]
 
 log = logging.getLogger("quantempo")
 
@@ -43,6 +48,28 @@ Case = ConvCase | GemmCase | NormCase
 _BF16 = torch.bfloat16
 # Bytes of one copy of the largest inputs are well below the memory of any card this runs on.
 _MOST_COPIES = 16
+
+
+def tera(amount: float, ms: float) -> float:
+    """Return 10^12 operations or bytes a second."""
+    return amount / (ms * 1e9)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """bf16_tflops: of the best bfloat16 product measured; copy_tbytes: read and written, TB/s."""
+
+    bf16_tflops: float
+    copy_tbytes: float
+
+    @property
+    def int8_tflops(self) -> float:
+        """Twice the bfloat16 figure."""
+        return 2 * self.bf16_tflops
+
+    def fraction(self, operations: float, moved: float, ms: float) -> float:
+        """Return floor / measured, 1 for a kernel at the limit."""
+        return max(tera(operations, ms) / self.int8_tflops, tera(moved, ms) / self.copy_tbytes)
 
 
 def check(case: Case, given: dict[str, Tensor]) -> None:
@@ -147,17 +174,12 @@ def rotated(
 
 def _graph(several: Sequence[Call]) -> Call:
     """Return the calls as one CUDA graph; their results are dropped."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+
+    def every() -> None:
         for call in several:
             call()
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in several:
-            call()
+
+    graph, _ = capture(every)
 
     # The graph reads the arguments that the calls hold.
     def replay(_kept: Sequence[Call] = several) -> None:
@@ -178,11 +200,11 @@ def time_op(
     """Return the row of one case.
 
     Returns:
-        {"op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and, where ours
-        ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and "speedup_vs_NAME" over
-        each rival. Ours is "ours"; a kernel that fails its check is not timed.
+        {"kind", "op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and,
+        where ours ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and
+        "speedup_vs_NAME" over each rival. Ours is "ours"; one that fails its check is not timed.
     """
-    row: dict[str, Any] = {"op": case.op, "shape": case.name, "failed": {}}
+    row: dict[str, Any] = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
     makers = rivals(case)
     given = case.make(device)
     try:
@@ -207,8 +229,8 @@ def time_op(
     if "ours" in ms:
         mine = ms["ours"]
         row["checked"] = True
-        row["tflops"] = round(tflops(case.operations, mine), 1)
-        row["tbytes"] = round(tbytes(case.moved, mine), 3)
+        row["tflops"] = round(tera(case.operations, mine), 1)
+        row["tbytes"] = round(tera(case.moved, mine), 3)
         row["roofline_fraction"] = round(limits.fraction(case.operations, case.moved, mine), 3)
         row |= {f"speedup_vs_{n}": round(v / mine, 3) for n, v in ms.items() if n != "ours"}
     del working, times
@@ -241,14 +263,48 @@ def measure_limits(
     for case in products:
         calls, copies = rotated({"bf16": rivals(case)["bf16"]}, device, 2 * case.moved)
         ms = median(take_turns(calls, timer, rounds=rounds, seconds=0.1)["bf16"]) / copies
-        best = max(best, tflops(case.operations, ms))
+        best = max(best, tera(case.operations, ms))
     source = torch.empty(copy, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
     ms = median(take_turns(calls, timer, rounds=rounds, seconds=0.1)["copy"])
-    return Limits(best, tbytes(2.0 * copy, ms))
+    return Limits(best, tera(2.0 * copy, ms))
 
 
-def all_cases() -> tuple[Case, ...]:
-    """Return every case of the table."""
-    return (*CONVOLUTIONS, *PRODUCTS, *NORMS)
+def bench_ops(
+    results: Results,
+    cases: Sequence[Case] = (*CONVOLUTIONS, *PRODUCTS, *NORMS),
+    *,
+    device: str = "cuda",
+    rounds: int = 5,
+    seconds: float = 0.25,
+    timer: Timer | None = None,
+    size: int = 8192,
+    copy: int = 1 << 30,
+) -> None:
+    """Check and time each kernel on the shapes of real layers; `results` gets a row after each.
+
+    Args:
+        results: gets {"kind": "limits", ...} and for each case {"kind": "op", ...}, see `time_op`.
+        cases: see `op_cases`.
+        device: where.
+        rounds, seconds: samples of each, and of one: so long that the GPU's power control settles.
+            In shorter turns each kernel has the clock that the one before it left.
+        timer: what measures; by default that of the device.
+        size, copy: see `measure_limits`.
+    """
+    where = torch.device(device)
+    timer = timer or timer_for(where)
+    with torch.no_grad():
+        limits = measure_limits(where, timer, rounds=rounds, size=size, copy=copy)
+        results.put({
+            "kind": "limits",
+            "bf16_tflops": round(limits.bf16_tflops, 1),
+            "int8_tflops": round(limits.int8_tflops, 1),
+            "copy_tbytes": round(limits.copy_tbytes, 3),
+            "meaning": "bf16: best measured product; int8: twice that; copy: read and written",
+            "timing": "median of turns; one CUDA graph a turn over copies of the arguments that "
+            "exceed L2 twice together",
+        })  # fmt: skip
+        for case in cases:
+            results.put(time_op(case, where, timer, limits, rounds=rounds, seconds=seconds))

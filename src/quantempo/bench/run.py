@@ -1,98 +1,244 @@
-"""Time the denoiser of a run folder on every engine and in float."""
+"""Time a network, and the kernels under it, on a CPU or a GPU; `bench` is the front door."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantempo.bench.cpu import (
-    Call,
-    float_candidates,
-    interleave,
-    no_grad,
-    summarize,
-)
-from quantempo.bench.workloads import trace_inputs
-from quantempo.calibration.dataset import TraceSet
+from quantempo.bench.candidates import Candidate, select
+from quantempo.bench.forwards import compare, images_per_second, sample_of
+from quantempo.bench.networks import Network, model_network, run_network
+from quantempo.bench.op_table import bench_ops
+from quantempo.bench.results import Results, write_json
+from quantempo.bench.turns import Timer, timer_for
 from quantempo.core.machine import machine
-from quantempo.engines.select import ENGINES, attach, choose
+from quantempo.engines.select import ENGINES, choose
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import denoiser_of
-from quantempo.models.load import load_pipeline
-from quantempo.pipeline.quality import SPEED_KEYS
+from quantempo.models.load import check_device
+from quantempo.models.presets import check_preset
 from quantempo.pipeline.session import Session
 
-__all__ = ["bench_run"]
+__all__ = ["bench", "bench_network", "check_request"]
 
 log = logging.getLogger("quantempo")
 
+_PACKAGES = ("quantempo", "torch", "triton", "diffusers", "torchao")
 
-def bench_run(
-    session: Session,
+
+def check_request(
+    run: bool,
+    model: str | None = None,
     *,
-    batches: list[int],
-    engines: list[str] | None = None,
-    rounds: int = 9,
-    compiled: bool = True,
-) -> dict[str, Any]:
-    """Measure milliseconds per forward, interleaved, and write `bench.json`.
-
-    Args:
-        session: a run folder whose `packed/` is there.
-        batches: batch sizes.
-        engines: names; None for all that can run here.
-        rounds: interleaved samples of each candidate.
-        compiled: include torch.compile baselines.
-
-    Returns:
-        {"machine", "batches": {size: {"ms_per_forward", "ms_min", "engine",
-        "speedup_vs_best_fp32", "speedup_vs_best_bf16"}}}; "engine" is the default one, and so are
-        the speed-ups.
-
-    Raises:
-        QuantempoError: nothing packed yet, or an engine that cannot run here.
-    """
-    data = TraceSet(session.run / "trace")
-    names = engines or [
-        name
-        for name in ENGINES.names()
-        if {"cpu", "any"} & set(ENGINES.get(name).devices) and ENGINES.get(name).missing() is None
-    ]
-    for name in names:
+    device: str = "cpu",
+    ops: bool = False,
+    engines: Sequence[str] = (),
+    candidates: Iterable[str] = (),
+    out: str | Path | None = None,
+) -> None:
+    """Raise QuantempoError for a request that names nothing, too much, or what does not exist."""
+    kind = device.partition(":")[0]
+    if run and model is not None:
+        raise QuantempoError("got both a run folder and a model; give one of --run and --model")
+    if not run and model is None and not ops:
+        raise QuantempoError("nothing to time: give --run RUN, --model NAME, or --ops")
+    if model is not None and not Path(model).exists():
+        check_preset(model)
+    check_device(device)
+    if ops and kind == "cpu":
+        raise QuantempoError("--ops times the kernels of a GPU; add --device cuda")
+    if kind != "cpu" and len(engines) > 1:
+        raise QuantempoError(f"got {len(engines)} engines; on a GPU bench times one, give one")
+    for name in engines:
         reason = ENGINES.get(name).missing()
         if reason is not None:
             raise QuantempoError(f"engine '{name}' cannot run here: {reason}")
-    default = choose("cpu").name if engines is None else names[0]
-    results: dict[str, Any] = {"machine": machine(), "rounds": rounds, "batches": {}}
-    for size in batches:
-        inputs: tuple[Any, dict[str, Any]] = ((), trace_inputs(data, size))
-        log.info("bench: batch %d, preparing %s", size, "float, compiled" if compiled else "float")
-        calls: dict[str, Call] = float_candidates(session.denoiser, inputs, compiled)
-        for name in names:
-            calls[f"{name}/int8"] = _engine_call(session, name, inputs)
-        times = interleave(calls, rounds)
-        results["batches"][str(size)] = summarize(times, f"{default}/int8")
-        del calls
-        torch._dynamo.reset()
-        gc.collect()
-    if session.run.has("bench.json"):
-        # What was timed on a GPU stays.
+    select(candidates, kind)
+    if out is not None and Path(out).is_dir():
+        # It would be replaced by the file.
+        raise QuantempoError(f"{out} is a folder; expected a file to write to")
+
+
+def bench(
+    session: Session | None = None,
+    model: str | None = None,
+    *,
+    device: str = "cpu",
+    batches: Sequence[int] | None = None,
+    engines: Sequence[str] = (),
+    candidates: Iterable[str] = (),
+    compiled: bool = True,
+    ops: bool = False,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Time a run folder's network, or a model quantized without data, or kernels, or several.
+
+    Everything is written as it comes: to `out`, and for a run folder under the device's type in its
+    `bench.json`; a CPU's first batch goes into its `metrics.json` at the end.
+
+    Args:
+        session: a run folder on the device, or None.
+        model: a preset or a diffusers folder, or None.
+        device: where.
+        batches: by default 8 and 16 on a CPU; 16 and 256 on a GPU, for text-to-image 2 and 8.
+        engines: that run the quantized network, the first one judged by; by default all that a CPU
+            has, and the fastest one of a GPU.
+        candidates: shell patterns of their names, see `candidates`; all by default.
+        compiled: with torch.compile in baselines.
+        ops: time the kernels too.
+        out: JSON file for the record.
+        settings: of `bench_network`.
+
+    Returns:
+        The record, see `Results.record`.
+
+    Raises:
+        QuantempoError: see `check_request`; nothing packed yet.
+    """
+    check_request(session is not None, model, device=device, ops=ops, engines=engines,
+                  candidates=candidates, out=out)  # fmt: skip
+    kind = torch.device(device).type
+    engine = engines[0] if engines else choose(kind).name
+    chosen = [
+        one
+        for one in select(candidates, kind)
+        if (compiled or not one.compiled or one.kind == "ours")
+        and (not engines or one.engine is None or one.engine in engines)
+    ]
+    head = {"device": kind, "engine": engine, "machine": _machine()}
+    results = Results(head, _writer(session, kind, out))
+    if session is not None or model is not None:
+        network = run_network(session) if session else model_network(str(model), device)
+        sizes = list(batches or _sizes(network))
+        bench_network(network, sizes, chosen, results, **settings)
+        if session is not None and kind == "cpu":
+            _into_metrics(session, results, sizes[0])
+        del network
+        _forget(torch.device(device))
+    if ops:
+        bench_ops(results, device=device)
+    return results.record()
+
+
+def _machine() -> dict[str, Any]:
+    """Describe the machine and the versions that a figure was measured with."""
+    found = machine()
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found.setdefault("versions", {})[package] = version(package)
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {"sm": f"{card.major}.{card.minor}", "gpu_bytes": card.total_memory}
+        found["versions"]["cuda"] = torch.version.cuda
+    return found
+
+
+def _writer(
+    session: Session | None, kind: str, out: str | Path | None
+) -> Callable[[dict[str, Any]], None]:
+    before: dict[str, Any] = {}
+    if session is not None and session.run.has("bench.json"):
         before = session.run.read_json("bench.json")
-        results |= {key: before[key] for key in ("cuda",) if key in before}
-    session.run.write_json("bench.json", results)
-    if session.run.has("metrics.json"):
-        first = results["batches"][str(batches[0])]
-        metrics = session.run.read_json("metrics.json")
-        metrics |= {key: first[key] for key in SPEED_KEYS}
-        session.run.write_json("metrics.json", metrics)
-    return results
+
+    def write(record: dict[str, Any]) -> None:
+        if session is not None:
+            # What was timed on other devices stays.
+            session.run.write_json("bench.json", {**before, kind: record})
+        if out is not None:
+            write_json(out, record)
+
+    return write
 
 
-def _engine_call(session: Session, name: str, inputs: tuple[Any, dict[str, Any]]) -> Call:
-    denoiser = denoiser_of(load_pipeline(session.require_packed()))[1]
-    attach(denoiser, name)
-    return no_grad(denoiser, *copy.copy(inputs))
+def _sizes(network: Network) -> tuple[int, int]:
+    if network.device.type == "cpu":
+        return 8, 16
+    return (2, 8) if "encoder_hidden_states" in network.inputs(1) else (16, 256)
+
+
+def _into_metrics(session: Session, results: Results, size: int) -> None:
+    """Write the first batch's times and speed-ups into `metrics.json`, if that is there."""
+    if not session.run.has("metrics.json"):
+        return
+    record = results.record()
+    rows = [row for row in record["rows"] if row.get("batch") == size and "failed" not in row]
+    metrics = session.run.read_json("metrics.json")
+    metrics["ms_per_forward"] = {row["candidate"]: row["ms_per_forward"] for row in rows
+                                 if row["kind"] == "forward"}  # fmt: skip
+    for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+        metrics[key] = next(iter(record[key].values()))
+    session.run.write_json("metrics.json", metrics)
+
+
+@contextmanager
+def _many_compiled() -> Iterator[None]:
+    """Let one process hold the compiled forms of one class that are timed against each other.
+
+    Beyond torch's usual limit the next one would silently run uncompiled. cuDNN tries its
+    algorithms at the first call of every shape: rivals get their best.
+    """
+    import torch._dynamo.config as dynamo
+
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with dynamo.patch(recompile_limit=64, accumulated_recompile_limit=1024):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def bench_network(
+    network: Network,
+    batches: Sequence[int],
+    candidates: Sequence[Candidate],
+    results: Results,
+    *,
+    steps: int | None = None,
+    timer: Timer | None = None,
+    **settings: Any,
+) -> None:
+    """Time every candidate at every batch size; `results` gets the rows as they come.
+
+    Args:
+        network: see `run_network`, `model_network`, `quick_network`.
+        batches: batch sizes.
+        candidates: see `select`.
+        results: whose "engine" runs the quantized network where a candidate names none.
+        steps: of DDIM, to measure images a second as well.
+        timer: what measures; by default that of the device.
+        settings: rounds, seconds, budget of `compare`.
+    """
+    timer = timer or timer_for(network.device)
+    for size in batches:
+        log.info("bench: %s, batch %d, %d candidates", network.name, size, len(candidates))
+        subject = network.subject(size, results.head["engine"])
+        head = {"model": network.name, "batch": size, "scales": network.scales}
+        with _many_compiled():
+            wanted = _float32(network, subject.inputs)
+            ready = compare(candidates, subject, wanted, timer, results, head, **settings)
+            if steps is not None:
+                images_per_second(ready, subject, network.scheduler, steps, timer, results, head)
+        del ready, subject
+        _forget(network.device)
+
+
+@torch.no_grad()
+def _float32(network: Network, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the output of the float32 network, without TensorFloat32 in its convolutions."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return sample_of(network.floating(**inputs)).float()
+
+
+def _forget(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from quantempo.bench.run import bench_run
+from quantempo.bench.run import bench
 from quantempo.pipeline import quality
 from quantempo.pipeline import stages as pipeline
 from quantempo.report import render
@@ -44,7 +44,7 @@ def run_demo(run: str | Path = "runs/demo", *, images: int = 64, force: bool = F
         images,
         metrics["engine"],
     )
-    bench_run(session, batches=[8], rounds=7)
+    bench(session, batches=[8], rounds=7)
     metrics = session.run.read_json("metrics.json")
     metrics["total_seconds"] = round(time.perf_counter() - start, 1)
     metrics["peak_rss_bytes"] = peak_rss_bytes()

@@ -24,7 +24,7 @@ __all__ = ["SECTIONS", "Block", "NotRunError"]
 
 SEEDS_A_ROW = 8
 LAYERS_SHOWN = 4
-FLOAT_TYPES = ("float32", "bfloat16", "float16")
+FLOAT_TYPES = ("fp32/", "bf16/")
 
 
 class NotRunError(Exception):
@@ -99,15 +99,20 @@ def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
 
 
 def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Return batch -> measurements of `bench.json`, or else of `metrics.json`."""
-    # Without "batches" only a GPU was timed, which has a table of its own.
-    if run.has("bench.json") and (timed := run.read_json("bench.json").get("batches")):
-        return dict(timed)
+    """Return batch -> CPU measurements of `bench.json`, or else of `metrics.json`."""
     batches: dict[str, dict[str, Any]] = {}
+    if run.has("bench.json") and (timed := run.read_json("bench.json").get("cpu")):
+        for row in timed["rows"]:
+            if row["kind"] == "forward" and "failed" not in row:
+                batch = batches.setdefault(str(row["batch"]), {"ms_per_forward": {}})
+                batch["ms_per_forward"][row["candidate"]] = row["ms_per_forward"]
+                for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+                    batch[key] = timed[key][f"{row['model']}_b{row['batch']}"]
+        return batches
     metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
     for key, value in (metrics.get("ms_per_forward") or {}).items():
-        name, _, batch = key.partition("@")
-        batches.setdefault(batch, {"ms_per_forward": {}})["ms_per_forward"][name] = value
+        name, _, batch_size = key.partition("@")
+        batches.setdefault(batch_size, {"ms_per_forward": {}})["ms_per_forward"][name] = value
     return dict(sorted(batches.items(), key=lambda item: (len(item[0]), item[0])))
 
 
@@ -299,7 +304,7 @@ def _speed(run: RunFolder) -> list[Block]:
     blocks, times = [], _times(run)
     for batch, measured in times.items():
         rows = [
-            (name, ms, f"{ms:.4g} ms", not name.endswith(FLOAT_TYPES))
+            (name, ms, f"{ms:.4g} ms", not name.startswith(FLOAT_TYPES))
             for name, ms in sorted(measured["ms_per_forward"].items(), key=lambda item: item[1])
         ]
         title = "milliseconds per forward pass" + (f", batch {batch}" if batch else "")

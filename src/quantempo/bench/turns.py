@@ -6,15 +6,14 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from quantempo.bench.cpu import Call
-
 __all__ = [
+    "Call",
     "CudaTimer",
     "Timer",
     "WallTimer",
@@ -26,18 +25,20 @@ __all__ = [
 
 log = logging.getLogger("quantempo")
 
+Call = Callable[[], Any]
+
 
 class Timer(Protocol):
-    """What measures: `sample(call, count)` returns milliseconds per call of `count` in a row."""
+    """Measure calls; injected, so that tests need no clock."""
 
     def sample(self, call: Call, count: int) -> float:
-        """Return milliseconds per call."""
+        """Return milliseconds per call of `count` calls in a row."""
 
 
 class CudaTimer:
-    """Two CUDA events around `count` calls: the time of the device, gaps between kernels included.
+    """Two CUDA events around the calls: device time, gaps between kernels included.
 
-    So a call that the host cannot launch fast enough is charged for the waiting.
+    A call that the host cannot launch fast enough is charged for the waiting.
     """
 
     def sample(self, call: Call, count: int) -> float:
@@ -53,14 +54,17 @@ class CudaTimer:
 
 
 class WallTimer:
-    """The wall clock, for devices whose calls return when they are done."""
+    """A clock in seconds, for devices whose calls return when they are done."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
 
     def sample(self, call: Call, count: int) -> float:
         """Return milliseconds per call."""
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(count):
             call()
-        return 1000 * (time.perf_counter() - start) / count
+        return 1000 * (self.clock() - start) / count
 
 
 def timer_for(device: torch.device | str) -> Timer:
@@ -75,11 +79,12 @@ def take_turns(
     rounds: int = 9,
     seconds: float = 0.25,
     failed: dict[str, str] | None = None,
+    after: Callable[[dict[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
-    """Return `rounds` samples in milliseconds per call of each call; they take turns.
+    """Return `rounds` samples in milliseconds per call of each call, interleaved.
 
-    One sample repeats the call for about `seconds`; the number of repeats comes from two samples
-    taken before. The order is forwards, then backwards, so that clocks and drifts are shared.
+    One sample repeats the call for about `seconds`; two short samples before choose the count.
+    The order is forwards, then backwards, so that clocks and drifts are shared.
 
     Args:
         calls: by name, warm or not.
@@ -87,6 +92,7 @@ def take_turns(
         rounds: samples of each.
         seconds: of one sample.
         failed: takes name -> reason of calls that raise; without it they raise here.
+        after: called with all samples so far after each round.
     """
     counts: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -106,11 +112,12 @@ def take_turns(
         if sample(name, 2) is not None and (once := sample(name, 2)) is not None:
             counts[name] = max(1, min(10_000, round(1000 * seconds / max(once, 1e-4))))
     for i in range(rounds):
-        order = [name for name in calls if name in times]
+        order = list(times)
         for name in order if i % 2 == 0 else reversed(order):
             found = sample(name, counts[name])
             if found is not None:
                 times[name].append(found)
+        after(times)
     return times
 
 

@@ -1,0 +1,252 @@
+"""Build, check and time the candidates of one network at one batch size."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantempo.bench.candidates import Candidate, Forward, Subject
+from quantempo.bench.results import Results, best
+from quantempo.bench.turns import Timer, reason_of, take_turns, time_limit
+from quantempo.errors import QuantempoError
+from quantempo.evaluation.fidelity import sqnr_db
+from quantempo.models.presets import ddim_loop
+
+__all__ = ["MIN_SQNR", "Ready", "compare", "images_per_second", "prepare", "sample_of"]
+
+log = logging.getLogger("quantempo")
+
+# dB against the float32 output below which something computes another network. bfloat16 keeps
+# about 40; 8 bits with scales nobody searched still leave more than 10, noise has 0 or less.
+MIN_SQNR = {"fp32": 60.0, "bf16": 20.0, "peer": 5.0, "ours": 5.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A candidate that computes the right thing.
+
+    engine: of ours; inputs: of its calls; ms: of a first call; seconds: to build, compile and
+    record it; sqnr_db: of its output against float32; peak_bytes: its weights and what one forward
+    without a graph adds.
+    """
+
+    candidate: Candidate
+    engine: str
+    forward: Forward
+    inputs: dict[str, Any]
+    ms: float
+    seconds: float
+    sqnr_db: float
+    peak_bytes: int
+
+    def __call__(self) -> Any:
+        """Run the forward on its inputs."""
+        return self.forward(**self.inputs)
+
+    def row(self, samples: list[float]) -> dict[str, Any]:
+        """Return what is known: medians of samples in ms, or the first call."""
+        ms = samples or [self.ms]
+        return {
+            "candidate": self.candidate.name,
+            "ms_per_forward": round(median(ms), 4),
+            "ms_min": round(min(ms), 4),
+            "rounds": len(samples),
+            "sqnr_db": round(self.sqnr_db, 2),
+            "prepare_seconds": round(self.seconds, 1),
+            "peak_bytes": self.peak_bytes,
+            **({"engine": self.engine} if self.candidate.kind == "ours" else {}),
+        }
+
+
+def sample_of(output: Any) -> Tensor:
+    """Return the tensor in what a denoiser returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def prepare(
+    candidate: Candidate,
+    subject: Subject,
+    wanted: Tensor,
+    timer: Timer,
+    budget: float | None = None,
+) -> Ready:
+    """Build a candidate and call it, before and after recording it.
+
+    Args:
+        candidate: one that `missing` nothing.
+        subject: the network and its arguments.
+        wanted: its float32 output.
+        timer: measures the first call.
+        budget: seconds that this may take, None for no limit.
+
+    Raises:
+        QuantempoError: an output that is not finite or not near the wanted one.
+        TimeoutError: out of budget. Whatever the candidate itself raises.
+    """
+    device, start = wanted.device, time.perf_counter()
+    gc.collect()
+    before = _allocated(device)
+    with time_limit(budget), warnings.catch_warnings():
+        # What the compiler thinks of diffusers' code is not our user's concern.
+        warnings.simplefilter("ignore")
+        inputs = candidate.inputs(subject)
+        forward = candidate.build(subject)
+        # Compiles, and chooses algorithms, whose buffers are gone afterwards.
+        forward(**inputs)
+        gc.collect()
+        held = _allocated(device) - before
+        peak = held + _peak(lambda: forward(**inputs), device)
+        if candidate.graph is not None:
+            forward = candidate.graph(forward, inputs)
+        # Networks with graphs of their own record at the second call, replay at the third.
+        forward(**inputs)
+        output = sample_of(forward(**inputs))
+        quality = _judge(candidate, output, wanted)
+        ms = timer.sample(lambda: forward(**inputs), 1)
+    seconds = time.perf_counter() - start
+    log.info("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
+    engine = candidate.engine or subject.engine
+    return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak)
+
+
+def _judge(candidate: Candidate, output: Tensor, wanted: Tensor) -> float:
+    if not bool(output.isfinite().all()):
+        raise QuantempoError("its output holds NaN or infinity")
+    quality, floor = sqnr_db(wanted, output), MIN_SQNR[candidate.kind]
+    if quality < floor:
+        raise QuantempoError(
+            f"its output is {quality:.1f} dB from float32, expected {floor:g} or more: it computes "
+            "something else"
+        )
+    return quality
+
+
+def _allocated(device: torch.device) -> int:
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Return how many bytes above those held before a call its tensors reach; 0 off CUDA."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    before = _allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - before
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    subject: Subject,
+    wanted: Tensor,
+    timer: Timer,
+    results: Results,
+    head: dict[str, Any],
+    *,
+    rounds: int = 9,
+    seconds: float = 0.25,
+    budget: float | None = None,
+) -> dict[str, Ready]:
+    """Prepare every candidate, time those that are right in turns; return what ran.
+
+    A candidate has a row once it is ready ("rounds": 0, the time of one call), again after each
+    round (medians so far), or when it failed.
+
+    Args:
+        head: {"model", "batch"}, what its rows share.
+        rounds, seconds: of `take_turns`; budget: of `prepare`; the rest: of both.
+    """
+    ready: dict[str, Ready] = {}
+    head = {"kind": "forward", **head}
+
+    def fail(name: str, reason: str) -> None:
+        log.warning("bench: %s is not timed: %s", name, reason)
+        results.put({**head, "candidate": name, "failed": reason})
+
+    for candidate in candidates:
+        reason = candidate.missing(subject)
+        if reason is None:
+            try:
+                one = prepare(candidate, subject, wanted, timer, budget)
+                ready[candidate.name] = one
+                results.put(head | one.row([]))
+            # Compilers and drivers raise anything; the table names it beside what ran.
+            except Exception as error:
+                reason = reason_of(error)
+                _clear(wanted.device)
+        if reason is not None:
+            fail(candidate.name, reason)
+
+    def after(times: dict[str, list[float]]) -> None:
+        results.put(*(head | ready[name].row(ms) for name, ms in times.items()))
+
+    failed: dict[str, str] = {}
+    with torch.no_grad():
+        take_turns(ready, timer, rounds=rounds, seconds=seconds, failed=failed, after=after)
+    for name, reason in failed.items():
+        fail(name, reason)
+        del ready[name]
+    return ready
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def images_per_second(
+    ready: dict[str, Ready],
+    subject: Subject,
+    scheduler: Any,
+    steps: int,
+    timer: Timer,
+    results: Results,
+    head: dict[str, Any],
+) -> None:
+    """Put a row for the best bfloat16 and the best of ours: images a second of DDIM.
+
+    "from_forwards": what the forwards allow; "measured": one whole run, after a short one. Guidance
+    is off: one row is one image. A decoder of latents is not included.
+
+    Args:
+        ready, head: of `compare`; subject, timer, results: given to it.
+        scheduler: see `ddim_loop`.
+        steps: of DDIM.
+    """
+    rows = [row for row in results.record()["rows"] if head.items() <= row.items()]
+    size = head["batch"]
+    for kind in ("bf16", "ours"):
+        found = best(rows, kind, subject.engine)
+        if found is None:
+            continue
+        name = found["candidate"]
+        one = ready[name]
+        speed = round(1000 * size / (steps * found["ms_per_forward"]), 2)
+        row = {"kind": "images_per_second", **head, "candidate": name, "steps": steps,
+               "from_forwards": speed}  # fmt: skip
+
+        def run(count: int, one: Ready = one) -> Any:
+            return ddim_loop(one.forward, subject.floating, one.inputs, count, scheduler)
+
+        try:
+            run(2)
+            row["measured"] = round(1000 * size / timer.sample(lambda: run(steps), 1), 2)
+        # The forward itself was timed: a loop that fails is told, not the end of the results.
+        except Exception as error:
+            row["failed"] = reason_of(error)
+            log.warning("bench: DDIM-%d with %s failed: %s", steps, name, row["failed"])
+        results.put(row)

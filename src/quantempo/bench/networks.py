@@ -1,0 +1,120 @@
+"""Networks to time: of a run folder, of a preset's shape, or of any diffusers folder."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantempo.bench.candidates import Subject
+from quantempo.bench.quick import quick_quantize
+from quantempo.calibration.dataset import TraceSet
+from quantempo.models.layers import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.models.presets import PRESETS, build_preset, random_inputs
+from quantempo.pipeline.session import Session
+from quantempo.recipe import Recipe
+
+__all__ = ["Network", "model_network", "quick_network", "run_network"]
+
+# Training time-steps of the forwards that a quick quantization takes its ranges from.
+_TIMES = (900.0, 300.0)
+_RANGE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in float32 and quantized, with a source of inputs.
+
+    inputs: keyword arguments of a call of so many rows, float32, on the device; scheduler: of its
+    pipeline, None for DDIM's defaults; scales: where those of the quantized network come from;
+    dtype: of what the quantized network keeps in float.
+    """
+
+    name: str
+    floating: nn.Module
+    packed: nn.Module | None
+    inputs: Callable[[int], dict[str, Any]]
+    scheduler: Any = None
+    scales: str = "recipe"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.floating.parameters()).device
+
+    def subject(self, batch: int, engine: str = "triton") -> Subject:
+        """Return what the candidates of one batch size are made from."""
+        return Subject(self.floating, self.packed, self.inputs(batch), engine, self.dtype)
+
+
+def _float_type(device: torch.device) -> torch.dtype:
+    """Return the dtype of float layers beside integer ones: on a CPU bfloat16 costs 1.1 dB."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def run_network(session: Session) -> Network:
+    """Return the float and the packed network of a run folder, on the session's device.
+
+    Inputs are recorded rows, repeated to the batch size, all at one time-step as in sampling.
+
+    Raises:
+        QuantempoError: nothing packed yet, or no trace.
+    """
+    data = TraceSet(session.run / "trace")
+    floating = session.denoiser
+    like = next(floating.parameters())
+    dtype = _float_type(like.device)
+    pipe = load_pipeline(session.require_packed(), dtype)
+    packed = nn.Module.to(denoiser_of(pipe)[1], like.device).eval()
+
+    def inputs(rows: int) -> dict[str, Any]:
+        batch = data.rows(torch.arange(rows) % len(data))
+        # One number for all rows, as pipelines pass it: a batch of equal times is a mixed one.
+        return data.arguments(batch._replace(t=batch.t[0]), like)
+
+    name = Path(session.source).name
+    return Network(name, floating, packed, inputs, session.pipe.scheduler, "run folder", dtype)
+
+
+def model_network(source: str, device: torch.device | str, recipe: Recipe | None = None) -> Network:
+    """Return a preset ("sd15") or the denoiser of a diffusers folder, quantized without data.
+
+    Raises:
+        QuantempoError: neither a preset nor a pipeline, or one whose inputs are not known.
+    """
+    if source in PRESETS or not Path(source).exists():
+        # An unknown name is refused there, with the known ones.
+        return quick_network(source, build_preset(source, device), recipe=recipe)
+    pipe = load_pipeline(source)
+    floating, scheduler = denoiser_of(pipe)[1], pipe.scheduler
+    del pipe
+    gc.collect()
+    floating = nn.Module.to(floating, device).eval()
+    return quick_network(Path(source).name, floating, scheduler, recipe)
+
+
+def quick_network(
+    name: str, floating: nn.Module, scheduler: Any = None, recipe: Recipe | None = None
+) -> Network:
+    """Return a float32 denoiser on its device and its copy, quantized from random inputs."""
+    device = next(floating.parameters()).device
+    packed, dtype = copy.deepcopy(floating), _float_type(device)
+    calls = (
+        random_inputs(floating, _RANGE_BATCH, time=time, seed=i + 1)
+        for i, time in enumerate(_TIMES)
+    )
+    steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000
+    quick_quantize(packed, calls, recipe, dtype=dtype, num_train_timesteps=steps)
+
+    def inputs(rows: int) -> dict[str, Any]:
+        return random_inputs(floating, rows)
+
+    return Network(name, floating, packed, inputs, scheduler, "random inputs, for timing", dtype)

@@ -1,0 +1,161 @@
+"""What was timed, as flat rows: written after every change, summarized, printed for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quantempo.run_folder import atomic_path
+
+__all__ = ["Results", "best", "speedups", "text_table", "write_json"]
+
+Row = dict[str, Any]
+
+# What tells one row from another.
+_IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape")
+
+
+class Results:
+    """Rows of one bench; a bench that is killed leaves what it had.
+
+    Args:
+        head: what all rows share, {"device", "engine", "machine", ...}.
+        write: takes the record after every change.
+    """
+
+    def __init__(self, head: Row, write: Callable[[Row], None] = lambda record: None) -> None:
+        self.head, self.write = head, write
+        self._rows: dict[tuple[Any, ...], Row] = {}
+
+    def put(self, *rows: Row) -> None:
+        """Add rows, each in the place of the one with the same identity."""
+        for row in rows:
+            self._rows[tuple(row.get(key) for key in _IDENTITY)] = row
+        self.write(self.record())
+
+    def record(self) -> Row:
+        """Return {**head, "speedup_vs_best_bf16", "speedup_vs_best_fp32", "rows"}; see `speedups`.
+
+        A row is {"kind": "forward", "model", "batch", "candidate", "ms_per_forward", "ms_min",
+        "rounds", "sqnr_db", "prepare_seconds", "peak_bytes"} with "engine" for ours, or one of
+        kind "images_per_second", "limits" or "op"; "failed" says why there is no time.
+        """
+        rows = list(self._rows.values())
+        return {**self.head, **speedups(rows, self.head.get("engine")), "rows": rows}
+
+
+def best(rows: list[Row], kind: str, engine: str | None = None) -> Row | None:
+    """Return the fastest forward of a kind ("fp32", "bf16", "ours", the latter on one engine)."""
+    timed = [
+        row
+        for row in rows
+        if row["kind"] == "forward"
+        and "failed" not in row
+        and row["candidate"].startswith(f"{kind}/")
+        and (kind != "ours" or row["engine"] == engine)
+    ]
+    return min(timed, key=lambda row: row["ms_per_forward"], default=None)
+
+
+def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float | None]]:
+    """Return what ours gains over the best float forms.
+
+    Returns:
+        "speedup_vs_best_bf16", "speedup_vs_best_fp32": {"MODEL_bBATCH": best float ms / best ms of
+        the engine, None without one of them}; for bf16 also {"OPERATOR": see `_slowest`}.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for kind in ("bf16", "fp32"):
+        ratios: dict[str, float | None] = {}
+        for key, own in _networks(rows).items():
+            base, ours = best(own, kind, engine), best(own, "ours", engine)
+            ratios["{}_b{}".format(*key)] = (
+                round(base["ms_per_forward"] / ours["ms_per_forward"], 3) if base and ours else None
+            )
+        found[f"speedup_vs_best_{kind}"] = ratios
+    found["speedup_vs_best_bf16"] |= _slowest([row for row in rows if row["kind"] == "op"])
+    return found
+
+
+def _networks(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if "model" in row:
+            found.setdefault((row["model"], row["batch"]), []).append(row)
+    return found
+
+
+def _slowest(rows: list[Row]) -> dict[str, float | None]:
+    """Return the smaller speed-up over bfloat16 of the first two shapes of each product.
+
+    None where one of the two was not timed: another shape does not stand in for it.
+    """
+    found: dict[str, list[float | None]] = {}
+    for row in rows:
+        found.setdefault(row["op"], []).append(row.get("speedup_vs_bf16"))
+    least: dict[str, float | None] = {}
+    for op, ratios in found.items():
+        if any(ratio is not None for ratio in ratios):
+            first = [ratio for ratio in ratios[:2] if ratio is not None]
+            least[op] = min(first) if len(first) == len(ratios[:2]) else None
+    return least
+
+
+def write_json(path: str | Path, record: Row) -> None:
+    """Write a record as JSON, whole or not at all."""
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def text_table(record: Row) -> Iterator[str]:
+    """Yield the lines of a table for people, the fastest candidate first."""
+    for (model, batch), rows in _networks(record["rows"]).items():
+        yield ""
+        yield f"{model}, batch {batch}: median ms a forward, dB against float32, MB"
+        timed = [row for row in rows if row["kind"] == "forward" and "failed" not in row]
+        for row in sorted(timed, key=lambda row: row["ms_per_forward"]):
+            yield (
+                f"  {row['candidate']:<26} {row['ms_per_forward']:10.3f} {row['sqnr_db']:7.1f} "
+                f"{row['peak_bytes'] / 1e6:9.0f}   ready in {row['prepare_seconds']:.0f} s"
+            )
+        for row in rows:
+            if row["kind"] == "images_per_second":
+                yield (
+                    f"  DDIM-{row['steps']} with {row['candidate']}: "
+                    f"{row.get('measured', row.get('failed'))} images a second "
+                    f"({row['from_forwards']} by its forwards alone)"
+                )
+            elif "failed" in row:
+                yield f"  {row['candidate']:<26} not timed: {row['failed']}"
+        for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+            ratio = record[key].get(f"{model}_b{batch}")
+            if ratio is not None:
+                yield f"  {key} of {record['engine']}: {ratio}"
+    yield from _op_lines(record["rows"])
+
+
+def _op_lines(rows: list[Row]) -> Iterator[str]:
+    for row in rows:
+        if row["kind"] == "limits":
+            yield ""
+            yield (
+                f"limits: {row['int8_tflops']} TFLOP/s in 8 bits (twice the best bf16 product), "
+                f"{row['copy_tbytes']} TB/s (a copy within the device)"
+            )
+        if row["kind"] != "op":
+            continue
+        head = f"  {row['op']:<13} {row['shape']:<24}"
+        if "checked" in row:
+            ratios = "  ".join(
+                f"{value:.2f}x {key.removeprefix('speedup_vs_')}"
+                for key, value in row.items()
+                if key.startswith("speedup_vs_")
+            )
+            yield (
+                f"{head} {row['ms']['ours']:9.4f} ms {row['tflops']:8.1f} TFLOP/s "
+                f"{row['tbytes']:6.2f} TB/s {100 * row['roofline_fraction']:5.1f} %  {ratios}"
+            )
+        for name, reason in row["failed"].items():
+            yield f"{head} {name} not timed: {reason}"
