@@ -57,7 +57,7 @@ def plain() -> Recipe:
     computes can be said from its float layer alone.
     """
     chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
-    chosen = chosen.override("correction", affine=False, absorb=False, stepback=False)
+    chosen = chosen.override("correction", affine=False)
     return chosen.override("delta", enabled=False).override("attention", bits=16)
 
 

@@ -122,14 +122,11 @@ class RoundingSettings:
 class CorrectionSettings:
     """What is corrected around the network, fitted on the packed model's own trajectories.
 
-    affine: the output, per step and channel, by a gain and a shift; absorb: take the variance of
-    what is left out of the noise that a stochastic sampler adds; stepback: treat x_t as of the
-    earlier time whose noise it has; chains: trajectories; seed: of the first.
+    affine: the output, per step and channel, by a gain and a shift; chains: trajectories; seed: of
+    the first.
     """
 
     affine: bool = False
-    absorb: bool = False
-    stepback: bool = False
     chains: int = 64
     seed: int = 2_000_000
 

@@ -95,7 +95,6 @@ def test_a_loaded_folder_samples_as_the_model_in_memory(made: Any) -> None:
     assert deltas == {name: 8 if name in shortcuts else 4 for name in layers}
     assert int8_attention_blocks(loaded.unet) == RunFolder(run).read_json("attention.json")["names"]
     assert int8_attention_blocks(loaded.unet)
-    assert find_correction(loaded.unet).options == ("affine",)
     images = []
     for pipe in (held, loaded):
         attach(pipe.unet, "simulated")
@@ -263,7 +262,6 @@ def test_a_stage_is_not_built_on_what_is_missing_or_stale(run: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("correction", {"absorb": True, "stepback": True}, "switch one of them off"),
         ("rounding", {"name": "adaround", "start": "adaround"}, "needs a start itself"),
         ("rounding", {"name": "adaround", "start": "gtpq"}, "did you mean 'gptq'"),
         ("layers", {"bits": {"shortcutt": "w8a8"}}, "no role .*did you mean 'shortcut'"),

@@ -32,7 +32,7 @@ _STATEFUL = (QLayer, Int12Linear, StepClock, SiteQuantizer)
 def quick_recipe(name: str = "w8a8") -> Recipe:
     """Return a shipped recipe's layers and bits, rounded to nearest and nothing corrected."""
     recipe = Recipe.load(name).override("rounding", name="nearest", bias=False, refine=0)
-    recipe = recipe.override("correction", affine=False, absorb=False, stepback=False)
+    recipe = recipe.override("correction", affine=False)
     recipe = recipe.override("delta", enabled=False).override("attention", bits=16)
     return recipe.override("activations", buckets=1)
 

@@ -34,7 +34,7 @@ from quantempo.quantized import (
     restore_int8_attention,
     swap_layers,
 )
-from quantempo.quantized.correction import OutputCorrection, find_correction, install_correction
+from quantempo.quantized.correction import OutputCorrection, install_correction
 
 __all__ = [
     "FORMAT_VERSION",
@@ -204,8 +204,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
         for name in sorted(sites & ours):
             log.warning("site %s acts on the scheduler: load with quantempo.open_model", name)
-        for name in set(getattr(find_correction(model), "options", ())) - {"affine"}:
-            log.warning("correction.%s acts on the scheduler: use quantempo.open_model", name)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily
 

@@ -43,7 +43,7 @@ def pack_denoiser(
     sites: Mapping[str, tuple[Tensor, Tensor]],
     recipe: Recipe,
     source_sha256: str,
-    correction: tuple[Sequence[str], Mapping[str, Tensor]] | None = None,
+    correction: Mapping[str, Tensor] | None = None,
     rates: Mapping[str, Tensor] | None = None,
     attention: Sequence[str] = (),
 ) -> None:
@@ -59,7 +59,7 @@ def pack_denoiser(
         sites: scale () and zero point () of each quantized site of the sampler.
         recipe: written into the checkpoint.
         source_sha256: of the float denoiser.
-        correction: (options, tables) of a fit, see `calibrate.correction`; None for none.
+        correction: tables of a fit, see `calibration.correction`; None for none.
         rates: `NAME.delta_rate` (S, G) of the plans with `delta_bits`, see `calibrate.deltas`.
         attention: names of blocks whose products become integers, see `install_int8_attention`.
     """
@@ -70,7 +70,7 @@ def pack_denoiser(
     for name, quantizer in install_sites(denoiser, list(sites)).items():
         quantizer.scale.copy_(sites[name][0])
         quantizer.zero_point.copy_(sites[name][1])
-    around = {} if correction is None else _install_correction(denoiser, *correction)
+    around = {} if correction is None else _install_correction(denoiser, correction)
     delta = _install_deltas(denoiser, plans, rates or {}, recipe.delta.refresh)
     restore_int8_attention(denoiser, attention)
     int8 = [p for p in plans if p.kind == "int8"]
@@ -94,11 +94,9 @@ def pack_denoiser(
     attach_lazily(denoiser)
 
 
-def _install_correction(
-    denoiser: nn.Module, options: Sequence[str], tables: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _install_correction(denoiser: nn.Module, tables: Mapping[str, Tensor]) -> dict[str, Any]:
     """Install a fitted correction; return what the configuration says of it."""
-    correction = OutputCorrection.of(options, tables).to(next(denoiser.parameters()).device)
+    correction = OutputCorrection.of(tables).to(next(denoiser.parameters()).device)
     install_correction(denoiser, correction)
     return correction.settings
 

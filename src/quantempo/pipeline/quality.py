@@ -25,7 +25,6 @@ from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import per_unit
 from quantempo.quantized import attach_scheduler_sites, find_clock
-from quantempo.quantized.correction import attach_correction, without_stepback
 from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
@@ -59,7 +58,6 @@ def open_model(
         return pipe
     attach(denoiser, engine)
     attach_scheduler_sites(pipe.scheduler, denoiser)
-    attach_correction(pipe.scheduler, denoiser)
     return pipe
 
 
@@ -197,8 +195,7 @@ def evaluate(
     networks = (denoiser_of(pipe)[1], denoiser_of(packed)[1])
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
     calls = _calls(session, TraceSet(run / "trace"))
-    with without_stepback(networks[1]):
-        metrics["eps_sqnr_db"] = eps_sqnr(*networks, calls, bins=edges)
+    metrics["eps_sqnr_db"] = eps_sqnr(*networks, calls, bins=edges)
     metrics |= summary(session) | {
         "engine": attached(networks[1]),
         "sampler": type(pipe.scheduler).__name__,

@@ -21,7 +21,6 @@ from typing import Any
 from torch import nn
 
 from quantempo import __version__
-from quantempo.calibration.correction import options_of
 from quantempo.calibration.sources import needs_images
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.core.machine import machine
@@ -29,10 +28,8 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, check_roles, denoiser_of, sites
 from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import swap_scheduler
-from quantempo.models.schedule import check_stepback
 from quantempo.models.variance import variance_grid
 from quantempo.quantized import check_sites, find_clock, measured_sites
-from quantempo.quantized.correction import check_options
 from quantempo.quantized.plan import check_bits
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start
@@ -172,7 +169,7 @@ class Session:
         for stage, artefact in ARTEFACTS.items():
             if stage == name:
                 return
-            if stage == "correct" and not options_of(self.recipe.correction):
+            if stage == "correct" and not self.recipe.correction.affine:
                 continue
             if stage not in done or not self.run.has(artefact):
                 raise QuantempoError(
@@ -286,8 +283,6 @@ def load(
     check_finite(session.denoiser)
     if set(recipe.layers.sites) - set(measured_sites(recipe.layers.sites, session.denoiser)):
         variance_grid(session.pipe.scheduler, recipe.trace.steps)
-    if recipe.correction.stepback:
-        check_stepback(session.pipe.scheduler)
     check_bits(session.sites, recipe)
     _check_owner(session)
     stages = folder.read_json("manifest.json")["stages"] if folder.has("manifest.json") else {}
@@ -319,7 +314,6 @@ def _check_names(recipe: Recipe, data: str | Path | None) -> None:
     make_metric(recipe.weights.metric, recipe.weights.p)
     if ROUNDINGS.get(recipe.rounding.name).needs == "block":
         check_start(recipe.rounding)
-    check_options(options_of(recipe.correction))
     check_roles(recipe.layers.float_roles)
     check_sites(recipe.layers.sites)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibration.correction import fit_correction, options_of
+from quantempo.calibration.correction import fit_correction
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.deltas import collect_deltas, delta_sizes, search_deltas
 from quantempo.calibration.sources import needs_images
@@ -228,7 +228,7 @@ def _assemble(
     for name in scales:
         if f"{name}.bias" in rounding:
             denoiser.get_submodule(name).bias.data.copy_(rounding[f"{name}.bias"])
-    corrected = options_of(recipe.correction) if last else ()
+    corrected = last and recipe.correction.affine
     pack_denoiser(
         denoiser,
         plans,
@@ -239,9 +239,7 @@ def _assemble(
         sites=site_scales(tensors),
         recipe=recipe,
         source_sha256=session.model["sha256"],
-        correction=(corrected, run.read_safetensors("correction.safetensors"))
-        if corrected
-        else None,
+        correction=run.read_safetensors("correction.safetensors") if corrected else None,
         rates=tensors,
         attention=_int8_attention(session, data) if deltas else (),
     )
@@ -267,7 +265,7 @@ def _int8_attention(session: Session, data: TraceSet) -> list[str]:
 
 def correct(session: Session) -> None:
     """Fit what is corrected around the network; writes `correction.safetensors` and `.json`."""
-    if not options_of(session.recipe.correction):
+    if not session.recipe.correction.affine:
         # Left in place it would be of other settings for whoever opens the folder next.
         session.forget("correct")
         return
