@@ -58,17 +58,17 @@ def plain() -> Recipe:
     """
     chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
     chosen = chosen.override("correction", affine=False)
-    return chosen.override("delta", enabled=False).override("attention", bits=16)
+    return chosen.override("attention", bits=16)
 
 
 def recipe(symmetric: bool = True, buckets: int = 2, **layers: Any) -> Recipe:
     """Return a plain recipe of seconds; symmetric scales are searched 40 times faster than affine.
 
-    What costs time where a test switches it on (rounding, correction, deltas) is small as well.
+    What costs time where a test switches it on (rounding, correction) is small as well.
     """
     tiny = plain().override("trace", steps=4, chains=2, picks=2)
     tiny = tiny.override("rounding", samples=8, iterations=10, batch=4)
-    tiny = tiny.override("correction", chains=2).override("delta", chains=2)
+    tiny = tiny.override("correction", chains=2)
     tiny = tiny.override("activations", buckets=buckets, symmetric=symmetric, min_gain=0.0)
     return tiny.override("layers", **layers)
 

@@ -24,7 +24,6 @@ from tests.packed import recipe, saved
 # Settings of a recipe that a rung of this suffix may change.
 MAY = {
     "wide": {"layers"},
-    "delta": {"delta"},
     "gptq": {"rounding"},
     "adaround": {"rounding"},
     "bias": {"rounding"},
@@ -51,7 +50,7 @@ def changed(before: Rung, after: Rung) -> set[str]:
 def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
     names = [rung.name for rung in rungs()]
     assert all(rung.recipe.name == rung.name for rung in rungs())
-    assert len(set(names)) == len(names) and set(families()) == {"W8A8", "W4A8", "W4A4"}
+    assert len(set(names)) == len(names) and set(families()) == {"W8A8", "W4A8"}
     for family, chain in families().items():
         assert chain[-1].name == family.lower() and chain[-1].full
         assert chain[-1].recipe == Recipe.load(family.lower())
@@ -65,7 +64,7 @@ def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
         # The base of fewer bits: scales alone.
         base = chain[0].recipe
         assert base.rounding.name == "nearest" and not base.rounding.bias and not base.layers.bits
-        assert not base.correction.affine and not base.delta.enabled and base.attention.bits == 16
+        assert not base.correction.affine and base.attention.bits == 16
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from quantempo.recipe import Recipe
 from quantempo.registry import Registry
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a4", "ptq4dm"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a8-adaround", "ptq4dm"])
 def test_shipped_recipes_round_trip(name):
     recipe = Recipe.load(name)
     assert recipe.name == name

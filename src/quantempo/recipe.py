@@ -22,7 +22,6 @@ __all__ = [
     "ActivationSettings",
     "AttentionSettings",
     "CorrectionSettings",
-    "DeltaSettings",
     "LayerSettings",
     "Recipe",
     "RoundingSettings",
@@ -132,21 +131,6 @@ class CorrectionSettings:
 
 
 @dataclass(frozen=True)
-class DeltaSettings:
-    """Quantize what a layer's input changed since the step before, instead of the input.
-
-    enabled: on or off; chains: trajectories on which changes are measured; refresh: a full 8-bit
-    step every so many steps, 0 for the first alone; megabytes: of state an image, layers with
-    the most work first, 0 for all layers.
-    """
-
-    enabled: bool = False
-    chains: int = 16
-    refresh: int = 0
-    megabytes: float = 0.0
-
-
-@dataclass(frozen=True)
 class AttentionSettings:
     """Products inside attention.
 
@@ -169,7 +153,6 @@ class Recipe:
     weights: WeightSettings = field(default_factory=WeightSettings)
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
-    delta: DeltaSettings = field(default_factory=DeltaSettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
 
     def __post_init__(self) -> None:
@@ -187,9 +170,6 @@ class Recipe:
             ("rounding.batch", self.rounding.batch, 1, 100_000),
             ("rounding.drop", self.rounding.drop, 0, 1),
             ("correction.chains", self.correction.chains, 1, 1_000_000),
-            ("delta.chains", self.delta.chains, 1, 100_000),
-            ("delta.refresh", self.delta.refresh, 0, 100_000),
-            ("delta.megabytes", self.delta.megabytes, 0, 1_000_000),
             ("attention.min_cosine", self.attention.min_cosine, 0, 1),
         ):
             if not low <= value <= high:

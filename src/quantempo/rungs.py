@@ -58,10 +58,10 @@ def rungs() -> list[Rung]:
     _towards(now, final, "w8a8", "W8A8", add)
     integer = final.override("attention", bits=8)
     add("attention", "W8A8", "beside the chain: w8a8 with integer attention", integer)
-    for name in ("w4a8", "w4a4"):
+    for name in ("w4a8",):
         final, family = Recipe.load(name), name.upper()
         start = replace(final, rounding=plain.rounding, correction=plain.correction)
-        start = replace(start, delta=plain.delta, attention=plain.attention)
+        start = replace(start, attention=plain.attention)
         start = start.override("layers", bits={})
         at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
         if final.layers.bits:
@@ -89,7 +89,6 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
 
     scales = replace(now, trace=final.trace, layers=final.layers, activations=final.activations)
     step("scales", "what else differs in its scales", replace(scales, weights=final.weights))
-    step("delta", "changes between steps instead of inputs", replace(last(), delta=final.delta))
     chosen = final.rounding
     learned = chosen.name == "adaround"
     if chosen.name == "gptq" or (learned and chosen.start == "gptq"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantempo.engines.select import attach
+from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 
@@ -55,3 +58,19 @@ def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe: str
     # which costs 110 dB, or less where a code on a rounding edge moves; quantizing costs 30 dB.
     for got, name in ((output, "output"), (torch.from_numpy(images), "images")):
         assert sqnr_db(wanted[name], got) > 60
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("delta", {"bits": {"conv_out": 4}, "buckets": 1, "refresh": 0}, "changes between steps")],
+)
+def test_what_is_no_longer_run_is_refused(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(FORMAT2 / "w8a8", tmp_path / "packed")
+    file = tmp_path / "packed/unet/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(QuantempoError, match=f"{message}.*quantize the float model again"):
+        load_pipeline(tmp_path / "packed")

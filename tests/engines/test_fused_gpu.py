@@ -19,7 +19,7 @@ from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import FusedUpBlock, fuse, unfuse
 from quantempo.engines.layerwise import execution
-from quantempo.quantized import install_deltas, quantized_layers
+from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
 from tests.tiny import tiny_text, tiny_unet
 
@@ -348,16 +348,3 @@ def test_a_text_network_is_fused_whole():
     unfuse(network)
     assert relative(fused, truth) <= 0.03
     assert relative(network(x, t, text).sample, truth) <= 0.03
-
-
-@torch.no_grad()
-def test_delta_layers_stay_outside_of_fused_blocks(packed):
-    network = copy.deepcopy(packed)
-    name = "mid_block.resnets.0.conv1"
-    install_deltas(network, {name: 4}, 1)
-    network.get_submodule(name).delta_rate.fill_(1e-3)
-    ENGINE.attach(network)
-    table = execution(network)
-    assert table[name] == "triton delta"
-    assert table["mid_block.resnets.0.conv2"] == "triton"
-    assert network(noise(2, 3, 16, 16), torch.tensor(450)).sample.isfinite().all()

@@ -20,7 +20,7 @@ from quantempo.engines.fusion import fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
 from quantempo.models.fusion_unet import fusable_parts
-from quantempo.quantized import install_deltas, quantized_layers
+from quantempo.quantized import quantized_layers
 from quantempo.quantized.attention import install_int8_attention
 from tests.engines.quantized import quantize_network
 
@@ -322,15 +322,6 @@ def test_a_block_with_a_layer_of_its_own_kind_is_not_fused(packed, floats):
     assert left.conv_in.forward.dtype is None
     arguments = call(2)
     assert relative(left(*arguments).sample, floats["conv"](*arguments).sample) <= LEVEL
-
-    delta = copy.deepcopy(packed["conv"])
-    install_deltas(delta, {name: 4}, 1)
-    delta.get_submodule(name).delta_rate.fill_(1e-3)
-    ENGINE.attach(delta)
-    table = execution(delta)
-    assert table[name] == "triton delta"
-    assert table["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"] == "triton"
-    assert table["up_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"] == "triton, fused"
 
     products = copy.deepcopy(packed["conv"])
     attach(products, "simulated")

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS, MAX_TERMS
 from quantempo.engines.cuda import layer as triton
-from quantempo.engines.cuda.layer import TritonBackend, TritonKernel
+from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.cuda.operands import Grid, quantize, quantize_rows
-from quantempo.engines.delta import lower_delta
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantize_network
@@ -298,28 +297,6 @@ def test_a_compiled_layer_quantizes_as_it_does_alone(backend):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for t in (torch.tensor(0), torch.tensor(500), torch.tensor(999)):
             assert torch.equal(compiled(x, t), run(x, t))
-
-
-def with_rates(layer: QLayer) -> QLayer:
-    layer.delta_bits = 4
-    layer.delta_rate = torch.full((len(layer.segments), 1), 2e-3)
-    layer.clock.watch(0)
-    return layer
-
-
-@pytest.mark.parametrize("kind", ["conv", "halves", "linear"])
-def test_deltas_have_the_sums_of_simulated(backend, kind):
-    layer = with_rates(copy.deepcopy(LAYERS[kind][0]))
-    ours, truth = lower_delta(layer, "triton"), lower_delta(layer, "simulated")
-    assert ours.backend == "triton delta"
-    ours.prepare(torch.device("cpu"))
-    x = noise(*LAYERS[kind][1], spread=1.0)
-    # First steps, changes, and a trajectory that starts anew.
-    for step, t in enumerate((900, 800, 700, 950, 900)):
-        layer.clock.set(torch.tensor(t))
-        value = x + 0.1 * noise(*x.shape, seed=step, spread=1.0)
-        torch.testing.assert_close(ours(value), truth(value), rtol=1e-6, atol=1e-5)
-    assert isinstance(ours.sums.kernel, TritonKernel)
 
 
 @torch.no_grad()

@@ -324,9 +324,6 @@ def test_a_choice_that_is_refused_leaves_the_run_as_it_was(run: Path) -> None:
         sensitivity.choose_bits(load(run), budget_bytes=least, options=OPTIONS)
     assert before == {name: (run / name).read_bytes() for name in before}
     pipeline.reopen(run).require_packed()
-    with pytest.raises(QuantempoError, match="with delta quantization"):
-        changed = SMALL.override("delta", enabled=True)
-        sensitivity.choose_bits(load(run, changed, force=True), budget_bytes=least)
 
 
 def test_bytes_alone_leave_the_activations_of_the_recipe(tmp_path: Path) -> None:

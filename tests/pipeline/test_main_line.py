@@ -23,7 +23,7 @@ from quantempo.models.sampling import call_pipeline
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.layer_table import describe
 from quantempo.pipeline.quality import summary
-from quantempo.quantized import delta_layers, int8_attention_blocks, quantized_layers
+from quantempo.quantized import int8_attention_blocks, quantized_layers
 from quantempo.quantized.correction import find_correction
 from quantempo.recipe import Recipe
 from quantempo.rounding import reconstruct
@@ -44,14 +44,14 @@ def everything() -> Recipe:
     chosen = recipe(exclude=FEW, bits={"shortcut": "w8a8"}).override("rounding", name="gptq")
     chosen = chosen.override("rounding", bias=True).override("weights", bits=4)
     chosen = chosen.override("correction", affine=True).override("activations", bits=4)
-    return chosen.override("delta", enabled=True).override("attention", bits=8, min_cosine=0.9)
+    return chosen.override("attention", bits=8, min_cosine=0.9)
 
 
 def tiny(name: str) -> Recipe:
     """Return a shipped recipe with few layers and small sizes, otherwise as it is."""
     chosen = Recipe.load(name).override("trace", steps=4, chains=2, picks=2)
     chosen = chosen.override("rounding", samples=4, iterations=2, refine=0, batch=4)
-    chosen = chosen.override("correction", chains=2).override("delta", chains=2)
+    chosen = chosen.override("correction", chains=2)
     return chosen.override("layers", exclude=FEW)
 
 
@@ -90,9 +90,8 @@ def test_a_loaded_folder_samples_as_the_model_in_memory(made: Any) -> None:
     shortcuts = [n for n in layers if "shortcut" in n]
     assert shortcuts and {layers[n].weight_bits for n in shortcuts} == {8}
     assert {q.weight_bits for n, q in layers.items() if n not in shortcuts} == {4}
-    assert {q.act_bits for q in layers.values()} == {8}
-    deltas = {name: layer.delta_bits for name, layer in delta_layers(loaded.unet)}
-    assert deltas == {name: 8 if name in shortcuts else 4 for name in layers}
+    assert {layers[n].act_bits for n in shortcuts} == {8}
+    assert {q.act_bits for n, q in layers.items() if n not in shortcuts} == {4}
     assert int8_attention_blocks(loaded.unet) == RunFolder(run).read_json("attention.json")["names"]
     assert int8_attention_blocks(loaded.unet)
     images = []
@@ -113,12 +112,10 @@ def float_biases(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: source[f"{name}.bias"] for name in layers if f"{name}.bias" in source}
 
 
-def test_the_tables_say_what_runs_on_changes_and_in_attention(made: Any) -> None:
+def test_the_tables_say_what_the_bits_are(made: Any) -> None:
     rows = RunFolder(made[0]).read_json("layers.json")
     integer = {row["name"]: row for row in rows if row["bits_activation"] <= 8}
-    assert {row["bits_delta"] for row in integer.values() if row["kind"] != "matmul"} == {4, 8}
-    # Whole inputs are what their column says.
-    assert {row["bits_activation"] for row in integer.values()} == {8}
+    assert {row["bits_activation"] for row in integer.values()} == {4, 8}
     matmuls = rows[-1]
     names = int8_attention_blocks(DiffusionPipeline.from_pretrained(made[0] / "packed").unet)
     assert len(names) == 4 and matmuls["reason"] is None and matmuls["bits_activation"] == 8
@@ -128,7 +125,7 @@ def test_the_tables_say_what_runs_on_changes_and_in_attention(made: Any) -> None
     )
     described = {row["name"]: row for row in describe(made[0] / "packed")}
     for row in rows:
-        same = ("bits_weight", "bits_activation", "bits_delta", "reason")
+        same = ("bits_weight", "bits_activation", "reason")
         assert {k: row[k] for k in same} == {k: described[row["name"]][k] for k in same}
 
 

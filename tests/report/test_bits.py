@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantempo.report import sections
-from quantempo.report.bits import bits_cell, bits_facts, bits_label, layer_cells
+from quantempo.report.bits import bits_facts, bits_label, layer_cells
 from tests.report.run_folder import make_run
 
 pytest.importorskip("matplotlib", reason="extra 'report'")
@@ -49,26 +49,15 @@ def test_bytes_are_those_of_the_file() -> None:
     assert bits_facts(FLOATS, None) == []
 
 
-def test_changes_have_bits_of_their_own() -> None:
-    whole, some = row(4, 8, 10, 10), row(4, 8, 10, 10) | {"bits_delta": 4}
-    assert [bits_cell(r) for r in (whole, some)] == ["4 / 8", "4 / 8 Δ4"]
-    assert bits_label([*FLOATS, some]) == bits_label([*FLOATS, whole, some]) == "W4A8Δ4"
-    assert bits_label([row(8, 8) | {"bits_delta": 8}]) == "W8A8Δ8"
-    assert [name for name, _ in bits_facts([whole, some], None)] == ["W4A8", "W4A8Δ4"]
-
-
 def test_products_of_attention_are_shown_as_what_they_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", seeds=2, blocks=1)
     rows = run.read_json("layers.json")
-    head, cells, caption = layer_cells(rows)
+    head, cells, _ = layer_cells(rows)
     assert head[3] == "bits w / a" and cells[-1][3] == "–" and "product" in cells[-1][-1]
-    assert "Δ" not in caption
     rows[-1] |= {"bits_activation": 8, "reason": None}
-    rows[1]["bits_delta"] = 4
     run.write_json("layers.json", rows)
     (table,) = sections._layers(run)
     assert table.content[-1][3] == "– / 8" and table.content[-1][-1] == ""
-    assert table.content[1][3] == "8 / 8 Δ4" and "Δ: bits of what changed" in table.caption
 
 
 def test_the_page_does_not_call_a_low_bit_model_int8(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from quantempo.quantized import (
     QLayer,
     SiteQuantizer,
     install_clock,
-    install_deltas,
     install_sites,
     restore_int8_attention,
     swap_layers,
@@ -48,6 +47,8 @@ log = logging.getLogger("quantempo")
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits.
 FORMAT_VERSION = 2
+# Keys of format 2 for what is no longer there; empty ones are harmless.
+_REMOVED = {"delta": "layers that quantize changes between steps"}
 _OURS = (QLayer, Int12Linear, SiteQuantizer, OutputCorrection)
 
 
@@ -70,8 +71,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         per_unit: training time-steps in one unit of the network's time.
         sites: names of quantized sites of the sampler.
         correction: arguments of the `OutputCorrection` around the network, {} for none.
-        delta: {"bits": name -> bits of changes, "buckets": columns of the rates, "refresh": a whole
-            step every so many}, {} for none.
         attention: names of the attention blocks whose products are 8-bit integers.
         hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
             model; "recipe".
@@ -91,7 +90,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         per_unit: float = 1.0,
         sites: list[str] | None = None,
         correction: dict[str, Any] | None = None,
-        delta: dict[str, Any] | None = None,
         attention: list[str] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -105,6 +103,12 @@ class QuantempoConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}; upgrade quantempo"
             )
         unknown.pop("quant_method", None)
+        for key, what in _REMOVED.items():
+            if unknown.pop(key, None):
+                raise QuantempoError(
+                    f"this checkpoint has {what}, which quantempo no longer runs; quantize the "
+                    "float model again, or install the version that wrote it"
+                )
         if unknown:
             warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
         self.recipe, self.int12 = recipe or {}, int12 or {}
@@ -113,7 +117,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.num_train_timesteps = num_train_timesteps
         self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
         self.correction = correction or {}
-        self.delta, self.attention = delta or {}, attention or []
+        self.attention = attention or []
         self.format_version, self.version = format_version, version
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,8 +164,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         clock = install_clock(model, table, config.per_unit)
         swap_layers(model, config.plans(model), clock)
         install_sites(model, config.sites)
-        if config.delta:
-            install_deltas(model, **config.delta)
         restore_int8_attention(model, config.attention)
         if config.correction:
             install_correction(model, OutputCorrection(**config.correction))

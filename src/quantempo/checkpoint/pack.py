@@ -17,9 +17,7 @@ from quantempo.quantized import (
     LayerPlan,
     QLayer,
     fill,
-    fill_deltas,
     install_clock,
-    install_deltas,
     install_sites,
     restore_int8_attention,
     swap_layers,
@@ -44,7 +42,6 @@ def pack_denoiser(
     recipe: Recipe,
     source_sha256: str,
     correction: Mapping[str, Tensor] | None = None,
-    rates: Mapping[str, Tensor] | None = None,
     attention: Sequence[str] = (),
 ) -> None:
     """Replace the planned layers, fill them with integers and scales, and mark for saving.
@@ -60,7 +57,6 @@ def pack_denoiser(
         recipe: written into the checkpoint.
         source_sha256: of the float denoiser.
         correction: tables of a fit, see `calibration.correction`; None for none.
-        rates: `NAME.delta_rate` (S, G) of the plans with `delta_bits`, see `calibrate.deltas`.
         attention: names of blocks whose products become integers, see `install_int8_attention`.
     """
     floats = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
@@ -71,7 +67,6 @@ def pack_denoiser(
         quantizer.scale.copy_(sites[name][0])
         quantizer.zero_point.copy_(sites[name][1])
     around = {} if correction is None else _install_correction(denoiser, correction)
-    delta = _install_deltas(denoiser, plans, rates or {}, recipe.delta.refresh)
     restore_int8_attention(denoiser, attention)
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
@@ -85,7 +80,6 @@ def pack_denoiser(
         per_unit=per_unit,
         sites=list(sites),
         correction=around,
-        delta=delta,
         attention=list(attention),
         hashes={"recipe": recipe.sha256, "source": source_sha256},
         version=__version__,
@@ -99,20 +93,6 @@ def _install_correction(denoiser: nn.Module, tables: Mapping[str, Tensor]) -> di
     correction = OutputCorrection.of(tables).to(next(denoiser.parameters()).device)
     install_correction(denoiser, correction)
     return correction.settings
-
-
-def _install_deltas(
-    denoiser: nn.Module, plans: list[LayerPlan], rates: Mapping[str, Tensor], refresh: int
-) -> dict[str, Any]:
-    """Install the deltas that the plans ask for; return what the configuration says of them."""
-    bits = {p.name: p.delta_bits for p in plans if p.delta_bits}
-    if not bits:
-        return {}
-    tables = {name: rates[f"{name}.delta_rate"] for name in bits if f"{name}.delta_rate" in rates}
-    buckets = max((table.shape[1] for table in tables.values()), default=1)
-    install_deltas(denoiser, bits, buckets, refresh)
-    fill_deltas(denoiser, tables)
-    return {"bits": bits, "buckets": buckets, "refresh": refresh}
 
 
 def _fill(

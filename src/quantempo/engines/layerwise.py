@@ -14,16 +14,13 @@ from torch import nn
 
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda import unet as fused_gpu
-from quantempo.engines.delta import lower_delta
 from quantempo.engines.fusion import Kit, fuse, fused_layers, fused_modules, unfuse
 from quantempo.engines.onednn import blocks as fused
 from quantempo.engines.select import ENGINES
 from quantempo.kernels import ops
 from quantempo.quantized import (
-    DELTA,
     INT8_ATTENTION,
     Int12Linear,
-    delta_layers,
     int8_attention_blocks,
     quantized_layers,
 )
@@ -44,7 +41,7 @@ class LayerwiseEngine:
 
     def __init__(self, name: str, devices: tuple[str, ...], kit: Kit | None) -> None:
         self.name, self.devices, self.kit = name, devices, kit
-        self.features: tuple[str, ...] = (DELTA, INT8_ATTENTION)
+        self.features: tuple[str, ...] = (INT8_ATTENTION,)
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -80,10 +77,7 @@ class LayerwiseEngine:
                 log.warning("%s runs on 'simulated': %s", name, reason)
                 left += 1
             chosen = backend if reason is None else fallback
-            if layer.delta_rate is None:
-                layer.kernel = chosen.lower(layer)
-            else:
-                layer.kernel = lower_delta(layer, chosen.name)
+            layer.kernel = chosen.lower(layer)
         if left:
             log.warning(
                 "%d of %d integer layers cannot run on '%s'; they run in float arithmetic",
@@ -120,11 +114,9 @@ def _prepare(denoiser: nn.Module) -> None:
 
 def _log_unfused(denoiser: nn.Module) -> None:
     """Say which layers the fused blocks do without, because of what they keep or compute."""
-    blocks, layers = int8_attention_blocks(denoiser), list(delta_layers(denoiser))
+    blocks = int8_attention_blocks(denoiser)
     if blocks:
         log.info("%d attention blocks are not fused: their products are integers", len(blocks))
-    if layers:
-        log.info("blocks of %d layers are not fused: these quantize changes", len(layers))
 
 
 def execution(denoiser: nn.Module) -> dict[str, str]:

@@ -70,7 +70,7 @@ class SimulatedBackend:
 
 
 class SimulatedKernel:
-    """Run one layer; its sums serve other kernels of the same integers too."""
+    """Run one layer."""
 
     backend = "simulated"
 

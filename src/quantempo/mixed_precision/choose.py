@@ -56,7 +56,7 @@ def choose_bits(
         What was chosen and spent, as in `sensitivity.json`.
 
     Raises:
-        QuantempoError: no budget, one that cannot be met (before anything is measured), deltas, a
+        QuantempoError: no budget, one that cannot be met (before anything is measured), a
             run folder with later stages of other bits without `force`, or see `measure`.
     """
     budgets = _budgets(budget_bytes, budget_bops)
@@ -178,12 +178,7 @@ def _budgets(budget_bytes: int | None, budget_bops: int | None) -> dict[str, int
 def _options(
     options: Sequence[str] | None, budget_bops: int | None, recipe: Recipe
 ) -> tuple[str, ...]:
-    """Return the bits to choose from; refuse a recipe whose losses are not what is measured."""
-    if recipe.delta.enabled:
-        raise QuantempoError(
-            "got a budget for a recipe with delta quantization, but losses are measured on whole "
-            "inputs; switch one of them off, or give bits in layers.bits"
-        )
+    """Return the bits to choose from."""
     if options is not None:
         return tuple(dict.fromkeys(options))
     if budget_bops is not None:

@@ -41,9 +41,6 @@ def layer_rows(
     Args:
         found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
         macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
-
-    `bits_activation` are those of whole inputs, which the first step takes; `bits_delta` those of
-    what changed since the step before, None for a layer that takes whole inputs at every step.
     """
     rows = []
     for site, plan in zip(found, plans, strict=True):
@@ -59,7 +56,6 @@ def layer_rows(
             row |= {
                 "bits_weight": layer.weight_bits,
                 "bits_activation": layer.act_bits,
-                "bits_delta": layer.delta_bits or None,
                 "segments": list(layer.segments),
                 "buckets": layer.act_scale.shape[1],
                 "scale_min": float(layer.act_scale.min()),
@@ -91,7 +87,7 @@ def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
     """Return the row of something that stays in float."""
     empty = ("bits_weight", "buckets", "scale_min", "scale_max", "zero_point", "reason", "sqnr_db")
     row: dict[str, Any] = {"name": name, "kind": kind, "role": role, "macs": macs}
-    row |= {"weight_shape": [], "segments": [], "bits_activation": 32, "bits_delta": None}
+    row |= {"weight_shape": [], "segments": [], "bits_activation": 32}
     return row | dict.fromkeys(empty)
 
 

@@ -52,7 +52,7 @@ ARTEFACTS = {
 # What a stage leaves besides its artefact.
 BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
 _SECTIONS = {
-    "calibrate": ("layers", "delta"),
+    "calibrate": ("layers",),
     "search": ("activations", "weights"),
     "round": ("rounding",),
     "correct": ("correction", "attention"),

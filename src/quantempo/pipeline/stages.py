@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from quantempo.calibration.correction import fit_correction
 from quantempo.calibration.dataset import TraceSet
-from quantempo.calibration.deltas import collect_deltas, delta_sizes, search_deltas
 from quantempo.calibration.sources import needs_images
 from quantempo.calibration.statistics import collect_statistics, state_tensors, time_bin_edges
 from quantempo.calibration.timesteps import make_time_sampler
@@ -37,7 +36,6 @@ from quantempo.pipeline.layer_table import layer_rows, layer_sqnr
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.quantized import LayerPlan, bits_of, measured_sites
 from quantempo.quantized.attention import install_int8_attention
-from quantempo.quantized.delta import limit_deltas, plan_memory
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
@@ -97,10 +95,7 @@ def _source_images(session: Session) -> np.ndarray | None:
 
 
 def calibrate(session: Session) -> None:
-    """Collect the statistics of every layer input over the trace; writes `stats.safetensors`.
-
-    With `recipe.delta` also those of what changed between the steps of the sampler.
-    """
+    """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     data = TraceSet(session.run / "trace")
     with session.stage("calibrate") as needed:
         if not needed:
@@ -114,22 +109,7 @@ def calibrate(session: Session) -> None:
         statistics = collect_statistics(
             session.denoiser, inputs, data, edges, sites=sites, per_unit=unit
         )
-        tensors = state_tensors(edges, statistics)
-        if recipe.delta.enabled:
-            tensors |= collect_deltas(
-                session.pipe,
-                session.denoiser,
-                inputs,
-                edges,
-                steps=recipe.trace.steps,
-                chains=recipe.delta.chains,
-                seed=recipe.trace.seed,
-                per_unit=unit,
-                # The last inputs of all layers are kept: 25 MB an image of the 9m model.
-                batch_size=4 if session.device == "cpu" else 64,
-                call=session.call,
-            )
-        session.run.write_safetensors("stats.safetensors", tensors)
+        session.run.write_safetensors("stats.safetensors", state_tensors(edges, statistics))
 
 
 def per_unit(data: TraceSet, num_train_timesteps: int) -> float:
@@ -144,8 +124,7 @@ def search(session: Session) -> None:
         if not needed:
             return
         stats = session.run.read_safetensors("stats.safetensors")
-        plans = _plans(session, stats)
-        bits = bits_of(plans)
+        bits = bits_of(plan_layers(session.sites, session.recipe))
         weights = {name: session.denoiser.get_submodule(name).weight.detach() for name in bits}
         chosen = session.recipe.layers.sites
         measured = measured_sites(chosen, session.denoiser)
@@ -153,19 +132,7 @@ def search(session: Session) -> None:
         tensors = search_scales(stats, weights, recipe, bits=bits)
         given = set(chosen) - set(measured)
         tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
-        deltas = {plan.name: plan.delta_bits for plan in plans if plan.delta_bits}
-        edges = stats["time_bin_edges"]
-        tensors |= search_deltas(stats, deltas, tensors["bucket_of"], edges, recipe.activations)
         session.run.write_safetensors("scales.safetensors", tensors)
-
-
-def _plans(session: Session, stats: Mapping[str, Tensor] | None = None) -> list[LayerPlan]:
-    """Return what each layer becomes; with deltas, as far as their state may take memory."""
-    plans, delta = plan_layers(session.sites, session.recipe), session.recipe.delta
-    if not delta.enabled:
-        return plans
-    sizes = delta_sizes(stats or session.run.read_safetensors("stats.safetensors"))
-    return limit_deltas(plans, plan_memory(*sizes, delta.megabytes))
 
 
 def round_weights(session: Session) -> None:
@@ -183,8 +150,7 @@ def round_weights(session: Session) -> None:
             by_weights, weights, {n: s.weight_scale for n, s in scales.items()}, specs
         )
         if by_weights != settings.name or settings.bias or settings.refine:
-            # Deltas have a state: blocks are rounded on whole 8-bit inputs.
-            twin = _assemble(session, codes, deltas=False)[1].to(session.device)
+            twin = _assemble(session, codes, rounded=False)[1].to(session.device)
             codes = round_denoiser(
                 session.denoiser,
                 twin,
@@ -199,13 +165,13 @@ def round_weights(session: Session) -> None:
 
 
 def _assemble(
-    session: Session, rounding: Mapping[str, Tensor], *, deltas: bool = True, last: bool = False
+    session: Session, rounding: Mapping[str, Tensor], *, rounded: bool = True, last: bool = False
 ) -> tuple[Any, nn.Module, list[LayerPlan]]:
     """Return a fresh pipeline, its denoiser packed from the artefacts, and the plans.
 
     Args:
         rounding: codes of each layer, and what a rounding changed besides (bias, scales).
-        deltas: quantize changes where the recipe does; last: with correction and attention.
+        rounded: these are the final codes; last: with correction.
     """
     run, recipe = session.run, session.recipe
     data, tensors = TraceSet(run / "trace"), run.read_safetensors("scales.safetensors")
@@ -214,14 +180,8 @@ def _assemble(
         for name, found in LayerScales.read(tensors).items()
     }
     plans = [
-        replace(
-            p,
-            buckets=scales[p.name].act_scale.shape[1],
-            delta_bits=p.delta_bits if deltas else 0,
-        )
-        if p.kind == "int8"
-        else p
-        for p in _plans(session)
+        replace(p, buckets=scales[p.name].act_scale.shape[1]) if p.kind == "int8" else p
+        for p in plan_layers(session.sites, recipe)
     ]
     pipe = load_pipeline(session.source)
     denoiser = denoiser_of(pipe)[1]
@@ -240,8 +200,7 @@ def _assemble(
         recipe=recipe,
         source_sha256=session.model["sha256"],
         correction=run.read_safetensors("correction.safetensors") if corrected else None,
-        rates=tensors,
-        attention=_int8_attention(session, data) if deltas else (),
+        attention=_int8_attention(session, data) if rounded else (),
     )
     return pipe, denoiser, plans
 

@@ -9,16 +9,6 @@ from quantempo.quantized.attention import (
     restore_int8_attention,
 )
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
-from quantempo.quantized.delta import (
-    DELTA,
-    delta_layers,
-    delta_spec,
-    fill_deltas,
-    install_deltas,
-    limit_deltas,
-    plan_memory,
-    reset_deltas,
-)
 from quantempo.quantized.features import features_of
 from quantempo.quantized.layers import Int12Linear, QConv2d, QLayer, QLinear
 from quantempo.quantized.output_side import install_output_side, output_side_layers
@@ -46,7 +36,6 @@ from quantempo.quantized.swap import (
 
 __all__ = [
     "CLOCK_NAME",
-    "DELTA",
     "INT8_ATTENTION",
     "SITES",
     "Int8Attention",
@@ -62,27 +51,20 @@ __all__ = [
     "attach_variance_site",
     "bits_of",
     "check_sites",
-    "delta_layers",
-    "delta_spec",
     "features_of",
     "fill",
-    "fill_deltas",
     "find_clock",
     "find_sites",
     "install_clock",
-    "install_deltas",
     "install_int8_attention",
     "install_output_side",
     "install_sites",
     "int8_attention",
     "int8_attention_blocks",
-    "limit_deltas",
     "measured_sites",
     "output_part",
     "output_side_layers",
-    "plan_memory",
     "quantized_layers",
-    "reset_deltas",
     "restore_int8_attention",
     "swap_layers",
 ]

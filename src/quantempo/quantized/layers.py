@@ -41,8 +41,7 @@ class QLayer(nn.Module):
     Buffers: weight_int int8 (O, ...), for weights of at most 4 bits uint8 (O, ceil(K / 2)) with
     two codes a byte; weight_scale float32 (O,); bias float32 (O,) or None; act_scale float32
     (S, G), one row for each input segment, one column for each time bucket; act_zero_point int32
-    (S,); delta_rate float32 (S, G') or None, see `quantizers.delta`. `weight_codes` is the weight
-    as int8 (O, ...), unpacked once: kernels see bytes.
+    (S,). `weight_codes` is the weight as int8 (O, ...), unpacked once: kernels see bytes.
 
     Args:
         weight_shape: shape of the weight, output channels first.
@@ -59,7 +58,6 @@ class QLayer(nn.Module):
     bias: Tensor | None
     act_scale: Tensor
     act_zero_point: Tensor
-    delta_rate: Tensor | None
     clock: StepClock
 
     def __init__(
@@ -92,9 +90,6 @@ class QLayer(nn.Module):
             self.register_buffer("bias", None)
         buffer("act_scale", (parts, buckets), torch.float32)
         buffer("act_zero_point", (parts,), torch.int32)
-        # Both set by `install_deltas`; bits of the changes between steps.
-        self.register_buffer("delta_rate", None)
-        self.delta_bits = 0
         self.segments = tuple(segments)
         # Not registered as a child: the clock belongs to the denoiser, once.
         object.__setattr__(self, "clock", clock)
@@ -156,8 +151,7 @@ class QLayer(nn.Module):
         return self.kernel(x)
 
     def _grids(self) -> str:
-        delta = f", delta={self.delta_bits} bits" if self.delta_bits else ""
-        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}{delta}"
+        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
 
     kernel: Kernel | None
 

@@ -45,10 +45,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
             plans.append(LayerPlan(site.name, "int12" if stored else "float", reason=reason))
         else:
             segments = site.segments if settings.split_skips else ()
-            weight, activation = _bits(site, recipe)
-            # With deltas the recipe's bits are those of changes; whole inputs keep 8.
-            grids = (weight, 8, activation) if recipe.delta.enabled else (weight, activation)
-            plans.append(LayerPlan(site.name, "int8", segments, 1, None, *grids))
+            plans.append(LayerPlan(site.name, "int8", segments, 1, None, *_bits(site, recipe)))
     return plans
 
 

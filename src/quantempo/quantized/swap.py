@@ -31,8 +31,7 @@ class LayerPlan:
 
     kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "int12"
     (Int12Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
-    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8; delta_bits: of the
-    changes of its input between steps, 0 for a layer that quantizes the input at every step.
+    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8.
     """
 
     name: str
@@ -42,7 +41,6 @@ class LayerPlan:
     reason: str | None = None
     weight_bits: int = 8
     act_bits: int = 8
-    delta_bits: int = 0
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -30,27 +30,23 @@ def _span(values: set[int]) -> str:
 def bits_label(rows: Sequence[Row]) -> str:
     """Return a name for the packed model: "int8", or "W4A8", or "W4-8A8" where layers differ.
 
-    "W4A8Δ4": whole inputs in 8 bits, what changed in them between two steps in 4.
-
     Args:
         rows: of `layers.json`; none of them in integers, or no rows: "int8".
     """
     layers = _integer(rows)
     weights = {int(row["bits_weight"]) for row in layers} or {8}
     activations = {int(row["bits_activation"]) for row in layers} or {8}
-    deltas = {int(row["bits_delta"]) for row in layers if row.get("bits_delta")}
-    if weights == activations == {8} and not deltas:
+    if weights == activations == {8}:
         return "int8"
-    changes = f"Δ{_span(deltas)}" if deltas else ""
-    return f"W{_span(weights)}A{_span(activations)}{changes}"
+    return f"W{_span(weights)}A{_span(activations)}"
 
 
 def bits_cell(row: Row) -> str:
-    """Return the bits of one row: "4 / 8", "4 / 8 Δ4" with deltas, "–" for products in float."""
-    weight, activation, delta = row["bits_weight"], row["bits_activation"], row.get("bits_delta")
+    """Return the bits of one row: "4 / 8", "–" for products in float."""
+    weight, activation = row["bits_weight"], row["bits_activation"]
     if weight is None and activation > 8:
         return "–"
-    return f"{'–' if weight is None else weight} / {activation}" + (f" Δ{delta}" if delta else "")
+    return f"{'–' if weight is None else weight} / {activation}"
 
 
 def _stored(row: Row) -> int:
@@ -66,16 +62,15 @@ def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]
         rows: of `layers.json`.
         mean: bits a weight of the integer layers has, `weight_bits_mean` of metrics.json.
     """
-    groups: dict[tuple[int, int, int], list[Row]] = {}
+    groups: dict[tuple[int, int], list[Row]] = {}
     for row in _integer(rows):
-        bits = (row["bits_weight"], row["bits_activation"], row.get("bits_delta") or 0)
-        groups.setdefault(bits, []).append(row)
+        groups.setdefault((row["bits_weight"], row["bits_activation"]), []).append(row)
     facts = [
         (
-            f"W{w}A{a}" + (f"Δ{d}" if d else ""),
+            f"W{w}A{a}",
             f"{len(group)} layers, {sum(map(_stored, group)) / 1e6:.2f} MB of weights",
         )
-        for (w, a, d), group in sorted(groups.items())
+        for (w, a), group in sorted(groups.items())
     ]
     return facts if mean is None else [*facts, ("bits a weight, mean", f"{mean:.2f}")]
 
@@ -101,8 +96,4 @@ def layer_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
     head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
             "SQNR dB", "why in float")  # fmt: skip
     caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
-    if any(row.get("bits_delta") for row in rows):
-        caption += (
-            " Δ: bits of what changed in an input since the step before; SQNR is of whole ones."
-        )
     return head, cells, caption

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from quantempo.models.layers import timestep_of
-from quantempo.quantized import DELTA, features_of, quantized_layers
+from quantempo.quantized import quantized_layers
 
 __all__ = ["Graphed", "capture", "graphed", "signature"]
 
@@ -99,9 +99,6 @@ class Graphed(nn.Module):
     any other change call `clear`. Attributes are those of the denoiser.
 
     Replays of all networks of a process follow each other, on one stream: they share memory.
-
-    A network with delta layers keeps one recording, that of the last signature: its state is kept
-    for one shape.
     """
 
     def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:
@@ -175,9 +172,6 @@ class Graphed(nn.Module):
 
     def _record(self, args: Any, kwargs: Any, device: torch.device) -> _Recording | None:
         """Return a recording of this call, or None if it cannot be captured."""
-        if isinstance(self.denoiser, nn.Module) and DELTA in features_of(self.denoiser):
-            # Another shape replaces the state that the graphs before read.
-            self.clear()
         inputs: list[Tensor] = []
         with torch.inference_mode(False):
             args, kwargs = _copied((args, kwargs), inputs)

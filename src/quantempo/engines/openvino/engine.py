@@ -76,7 +76,7 @@ class OpenVinoEngine:
 
     name = "openvino"
     devices: tuple[str, ...] = ("cpu",)
-    # Its graph has no state between calls, and takes products inside attention as they are.
+    # Its graph takes products inside attention as they are.
     features: tuple[str, ...] = ()
 
     def __init__(self, precision: str = "float32", attention: str = "auto") -> None:
