@@ -57,8 +57,7 @@ def plain() -> Recipe:
     computes can be said from its float layer alone.
     """
     chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
-    chosen = chosen.override("correction", affine=False)
-    return chosen.override("attention", bits=16)
+    return chosen.override("correction", affine=False)
 
 
 def recipe(symmetric: bool = True, buckets: int = 2, **layers: Any) -> Recipe:

@@ -20,7 +20,6 @@ from quantempo.registry import nearest
 
 __all__ = [
     "ActivationSettings",
-    "AttentionSettings",
     "CorrectionSettings",
     "LayerSettings",
     "Recipe",
@@ -131,18 +130,6 @@ class CorrectionSettings:
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
-    """Products inside attention.
-
-    bits: 16 leaves them in floating point, 8 makes them integer; min_cosine: a block whose output
-    is less like the float one's than that stays in floating point.
-    """
-
-    bits: int = 16
-    min_cosine: float = 0.999
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the integers, in the order of the main line."""
 
@@ -153,7 +140,6 @@ class Recipe:
     weights: WeightSettings = field(default_factory=WeightSettings)
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
-    attention: AttentionSettings = field(default_factory=AttentionSettings)
 
     def __post_init__(self) -> None:
         for path, value, low, high in (
@@ -170,14 +156,9 @@ class Recipe:
             ("rounding.batch", self.rounding.batch, 1, 100_000),
             ("rounding.drop", self.rounding.drop, 0, 1),
             ("correction.chains", self.correction.chains, 1, 1_000_000),
-            ("attention.min_cosine", self.attention.min_cosine, 0, 1),
         ):
             if not low <= value <= high:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
-        if self.attention.bits not in (8, 16):
-            raise QuantempoError(
-                f"got attention.bits = {self.attention.bits}; expected 8, or 16 for floating point"
-            )
         for key, text in self.layers.bits.items():
             parse_bits(text, f"layers.bits.{key}")
         if self.trace.legacy_pairing and self.trace.source != "trajectory":

@@ -56,12 +56,9 @@ def rungs() -> list[Rung]:
     corrected = now.override("correction", affine=True)
     add("corrected", "W8A8", "beside the chain: affine correction of the output", corrected)
     _towards(now, final, "w8a8", "W8A8", add)
-    integer = final.override("attention", bits=8)
-    add("attention", "W8A8", "beside the chain: w8a8 with integer attention", integer)
     for name in ("w4a8",):
         final, family = Recipe.load(name), name.upper()
         start = replace(final, rounding=plain.rounding, correction=plain.correction)
-        start = replace(start, attention=plain.attention)
         start = start.override("layers", bits={})
         at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
         if final.layers.bits:
@@ -99,7 +96,6 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
         step("adaround", "AdaRound by blocks, QDrop", replace(last(), rounding=start))
     if chosen.bias:
         step("bias", "bias correction", replace(last(), rounding=chosen))
-    step("attention", "integer products in attention", replace(last(), attention=final.attention))
     step("final", "affine correction of the output" if final.correction.affine else "as shipped",
          final)  # fmt: skip
     # The recipe as it ships has its own name, whatever it adds last.

@@ -154,8 +154,7 @@ def test_a_checkpoint_of_format_1_still_loads(tmp_path: Path) -> None:
     kept = {"buckets", "float_layers", "hashes", "int12", "num_train_timesteps", "per_unit",
             "quant_method", "recipe", "segments", "sites", "version"}  # fmt: skip
     old = {k: v for k, v in config["quantization_config"].items() if k in kept}
-    for section in ("correction", "attention"):
-        old["recipe"].pop(section)
+    old["recipe"].pop("correction")
     old["recipe"]["layers"].pop("bits")
     old["recipe"]["rounding"] = {"name": "nearest"}
     config["quantization_config"] = old | {"format_version": 1}

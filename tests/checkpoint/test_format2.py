@@ -62,7 +62,10 @@ def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe: str
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("delta", {"bits": {"conv_out": 4}, "buckets": 1, "refresh": 0}, "changes between steps")],
+    [
+        ("delta", {"bits": {"conv_out": 4}, "buckets": 1, "refresh": 0}, "changes between steps"),
+        ("attention", ["mid_block.attentions.0"], "attention products"),
+    ],
 )
 def test_what_is_no_longer_run_is_refused(
     key: str, value: Any, message: str, tmp_path: Path

@@ -21,7 +21,6 @@ from quantempo.engines.layerwise import execution
 from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
 from quantempo.models.fusion_unet import fusable_parts
 from quantempo.quantized import quantized_layers
-from quantempo.quantized.attention import install_int8_attention
 from tests.engines.quantized import quantize_network
 
 ENGINE = ENGINES.get("triton")
@@ -322,16 +321,6 @@ def test_a_block_with_a_layer_of_its_own_kind_is_not_fused(packed, floats):
     assert left.conv_in.forward.dtype is None
     arguments = call(2)
     assert relative(left(*arguments).sample, floats["conv"](*arguments).sample) <= LEVEL
-
-    products = copy.deepcopy(packed["conv"])
-    attach(products, "simulated")
-    found = install_int8_attention(products, [lambda: products(*arguments)], 0.99)
-    ENGINE.attach(products)
-    assert found.names
-    table = execution(products)
-    assert table["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"] == "triton"
-    assert table["mid_block.attentions.0.proj_out"] == "triton, fused"
-    assert relative(products(*arguments).sample, floats["conv"](*arguments).sample) <= LEVEL
 
 
 @torch.no_grad()

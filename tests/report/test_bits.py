@@ -54,10 +54,6 @@ def test_products_of_attention_are_shown_as_what_they_are(tmp_path: Path) -> Non
     rows = run.read_json("layers.json")
     head, cells, _ = layer_cells(rows)
     assert head[3] == "bits w / a" and cells[-1][3] == "–" and "product" in cells[-1][-1]
-    rows[-1] |= {"bits_activation": 8, "reason": None}
-    run.write_json("layers.json", rows)
-    (table,) = sections._layers(run)
-    assert table.content[-1][3] == "– / 8" and table.content[-1][-1] == ""
 
 
 def test_the_page_does_not_call_a_low_bit_model_int8(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ def quick_recipe(name: str = "w8a8") -> Recipe:
     """Return a shipped recipe's layers and bits, rounded to nearest and nothing corrected."""
     recipe = Recipe.load(name).override("rounding", name="nearest", bias=False, refine=0)
     recipe = recipe.override("correction", affine=False)
-    recipe = recipe.override("attention", bits=16)
     return recipe.override("activations", buckets=1)
 
 

@@ -30,7 +30,6 @@ from quantempo.quantized import (
     SiteQuantizer,
     install_clock,
     install_sites,
-    restore_int8_attention,
     swap_layers,
 )
 from quantempo.quantized.correction import OutputCorrection, install_correction
@@ -48,7 +47,10 @@ log = logging.getLogger("quantempo")
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits.
 FORMAT_VERSION = 2
 # Keys of format 2 for what is no longer there; empty ones are harmless.
-_REMOVED = {"delta": "layers that quantize changes between steps"}
+_REMOVED = {
+    "delta": "layers that quantize changes between steps",
+    "attention": "attention products on rounded operands",
+}
 _OURS = (QLayer, Int12Linear, SiteQuantizer, OutputCorrection)
 
 
@@ -71,7 +73,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         per_unit: training time-steps in one unit of the network's time.
         sites: names of quantized sites of the sampler.
         correction: arguments of the `OutputCorrection` around the network, {} for none.
-        attention: names of the attention blocks whose products are 8-bit integers.
         hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
             model; "recipe".
         format_version: of this layout; a newer one is refused.
@@ -90,7 +91,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         per_unit: float = 1.0,
         sites: list[str] | None = None,
         correction: dict[str, Any] | None = None,
-        attention: list[str] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         version: str = "",
@@ -117,7 +117,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.num_train_timesteps = num_train_timesteps
         self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
         self.correction = correction or {}
-        self.attention = attention or []
         self.format_version, self.version = format_version, version
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +163,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         clock = install_clock(model, table, config.per_unit)
         swap_layers(model, config.plans(model), clock)
         install_sites(model, config.sites)
-        restore_int8_attention(model, config.attention)
         if config.correction:
             install_correction(model, OutputCorrection(**config.correction))
         self._ours = set(_quantized_state(model))

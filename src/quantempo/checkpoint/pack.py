@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from quantempo.quantized import (
     fill,
     install_clock,
     install_sites,
-    restore_int8_attention,
     swap_layers,
 )
 from quantempo.quantized.correction import OutputCorrection, install_correction
@@ -42,7 +41,6 @@ def pack_denoiser(
     recipe: Recipe,
     source_sha256: str,
     correction: Mapping[str, Tensor] | None = None,
-    attention: Sequence[str] = (),
 ) -> None:
     """Replace the planned layers, fill them with integers and scales, and mark for saving.
 
@@ -57,7 +55,6 @@ def pack_denoiser(
         recipe: written into the checkpoint.
         source_sha256: of the float denoiser.
         correction: tables of a fit, see `calibration.correction`; None for none.
-        attention: names of blocks whose products become integers, see `install_int8_attention`.
     """
     floats = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
     swap_layers(denoiser, plans, install_clock(denoiser, bucket_of, per_unit))
@@ -67,7 +64,6 @@ def pack_denoiser(
         quantizer.scale.copy_(sites[name][0])
         quantizer.zero_point.copy_(sites[name][1])
     around = {} if correction is None else _install_correction(denoiser, correction)
-    restore_int8_attention(denoiser, attention)
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
         recipe=recipe.to_dict(),
@@ -80,7 +76,6 @@ def pack_denoiser(
         per_unit=per_unit,
         sites=list(sites),
         correction=around,
-        attention=list(attention),
         hashes={"recipe": recipe.sha256, "source": source_sha256},
         version=__version__,
     )

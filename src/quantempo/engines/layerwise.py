@@ -19,9 +19,7 @@ from quantempo.engines.onednn import blocks as fused
 from quantempo.engines.select import ENGINES
 from quantempo.kernels import ops
 from quantempo.quantized import (
-    INT8_ATTENTION,
     Int12Linear,
-    int8_attention_blocks,
     quantized_layers,
 )
 
@@ -41,7 +39,6 @@ class LayerwiseEngine:
 
     def __init__(self, name: str, devices: tuple[str, ...], kit: Kit | None) -> None:
         self.name, self.devices, self.kit = name, devices, kit
-        self.features: tuple[str, ...] = (INT8_ATTENTION,)
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -58,7 +55,6 @@ class LayerwiseEngine:
         self._lower(denoiser)
         if self.kit is None:
             return
-        _log_unfused(denoiser)
         reason = self.kit.missing()
         if reason is None:
             fuse(denoiser, self.kit)
@@ -110,13 +106,6 @@ def _prepare(denoiser: nn.Module) -> None:
         if isinstance(layer, Int12Linear) and not inside:
             with torch.inference_mode(False), torch.no_grad():
                 torch._dynamo.mark_static_address(layer.weight)
-
-
-def _log_unfused(denoiser: nn.Module) -> None:
-    """Say which layers the fused blocks do without, because of what they keep or compute."""
-    blocks = int8_attention_blocks(denoiser)
-    if blocks:
-        log.info("%d attention blocks are not fused: their products are integers", len(blocks))
 
 
 def execution(denoiser: nn.Module) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.quantized import features_of, find_clock
+from quantempo.quantized import find_clock
 from quantempo.registry import Registry
 
 __all__ = ["ENGINES", "Engine", "attach", "attach_lazily", "attached", "choose", "detach"]
@@ -28,13 +28,11 @@ class Engine(Protocol):
     """What every engine offers.
 
     name: as a user writes it; devices: torch device types it runs on, the fastest engine of a
-    device is registered first; features: what it runs beside plain integer layers, of those that
-    `quantizers.features_of` names.
+    device is registered first.
     """
 
     name: str
     devices: tuple[str, ...]
-    features: tuple[str, ...]
 
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
@@ -52,22 +50,11 @@ class Engine(Protocol):
 ENGINES: Registry[Engine] = Registry("engine")
 
 
-def _cannot(engine: Engine, denoiser: nn.Module | None) -> str | None:
-    """Return why an engine cannot run here, or not this denoiser (one clause), or None."""
-    needed = () if denoiser is None else features_of(denoiser)
-    lacking = [feature for feature in needed if feature not in engine.features]
-    if not lacking:
-        return engine.missing()
-    able = [name for name in ENGINES.names() if set(needed) <= set(ENGINES.get(name).features)]
-    return f"it cannot run {' and '.join(lacking)} (these can: {', '.join(able)})"
-
-
-def choose(device: str, denoiser: nn.Module | None = None) -> Engine:
+def choose(device: str) -> Engine:
     """Return the fastest engine that can run on a device type; log what was passed over, and why.
 
     Args:
         device: torch device type.
-        denoiser: one that it has to be able to run.
 
     Raises:
         QuantempoError: none can.
@@ -77,7 +64,7 @@ def choose(device: str, denoiser: nn.Module | None = None) -> Engine:
         engine = ENGINES.get(name)
         if device not in engine.devices and "any" not in engine.devices:
             continue
-        reason = _cannot(engine, denoiser)
+        reason = engine.missing()
         if reason is None:
             found.append((name, engine, engine.handicap()))
         else:
@@ -106,8 +93,8 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
             f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
         )
     device = next(denoiser.parameters()).device.type
-    chosen = choose(device, denoiser) if engine == "auto" else ENGINES.get(engine)
-    reason = _cannot(chosen, denoiser)
+    chosen = choose(device) if engine == "auto" else ENGINES.get(engine)
+    reason = chosen.missing()
     if reason is None and device not in chosen.devices and "any" not in chosen.devices:
         reason = f"it runs on {', '.join(chosen.devices)}, the model is on {device}"
     if reason is not None:

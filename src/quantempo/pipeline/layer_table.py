@@ -22,7 +22,6 @@ from quantempo.quantized import (
     LayerPlan,
     QLayer,
     find_clock,
-    int8_attention_blocks,
     quantized_layers,
 )
 
@@ -63,24 +62,9 @@ def layer_rows(
                 "zero_point": layer.act_zero_point.tolist(),
             }
         rows.append(row)
-    return [*rows, _matmuls(denoiser, macs.get(ATTENTION_MATMULS, 0))]
-
-
-def _matmuls(denoiser: nn.Module, macs: int) -> dict[str, Any]:
-    """Return the row of the products inside attention: the bits of those blocks that have some.
-
-    Blocks are counted, not their work: `macs` is of all of them.
-    """
-    row = _row(ATTENTION_MATMULS, "matmul", "attention", macs)
-    integer = len(int8_attention_blocks(denoiser))
-    # Also blocks whose products nothing can exchange.
-    of = sum(hasattr(module, "to_q") for module in denoiser.modules())
-    if integer == 0:
-        row["reason"] = "product of two activations: softmax and its neighbours stay in float"
-    elif integer < of:
-        row["reason"] = f"{integer} of {of} blocks take 8-bit products, the others stay in float"
-    row["bits_activation"] = 32 if row["reason"] else 8
-    return row
+    row = _row(ATTENTION_MATMULS, "matmul", "attention", macs.get(ATTENTION_MATMULS, 0))
+    row["reason"] = "product of two activations: softmax and its neighbours stay in float"
+    return [*rows, row]
 
 
 def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
@@ -92,10 +76,7 @@ def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:
 
 
 def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls.
-
-    The matmuls count as integers if those of all blocks are.
-    """
+    """Return the share of MACs in integers: of Conv2d and Linear, and with attention matmuls."""
 
     def share(rows: list[dict[str, Any]]) -> float:
         integer = sum(row["macs"] for row in rows if row["bits_activation"] <= 8)
@@ -172,10 +153,7 @@ def describe(packed: str | Path) -> list[dict[str, Any]]:
     rows = layer_rows(found, plans, denoiser, {}, {})
     for row in rows:
         row["backend"] = "float"
-        if row["kind"] == "matmul":
-            # Every engine leaves these to the attention block.
-            row["backend"] = "torch" if row["bits_activation"] <= 8 else "float"
-        elif row["bits_activation"] <= 8:
+        if row["bits_activation"] <= 8:
             layer: Any = denoiser.get_submodule(row["name"])
             row["backend"] = engine
             if backend is not None and backend.unsupported(layer) is not None:

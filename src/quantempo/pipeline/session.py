@@ -55,7 +55,7 @@ _SECTIONS = {
     "calibrate": ("layers",),
     "search": ("activations", "weights"),
     "round": ("rounding",),
-    "correct": ("correction", "attention"),
+    "correct": ("correction",),
     "pack": (),
 }
 _OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import WEIGHT
 from quantempo.engines.select import attach
 from quantempo.evaluation import load_images
-from quantempo.models.attention import attention_blocks, set_products
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
 from quantempo.pipeline.layer_table import layer_rows, layer_sqnr
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.quantized import LayerPlan, bits_of, measured_sites
-from quantempo.quantized.attention import install_int8_attention
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
@@ -150,7 +148,7 @@ def round_weights(session: Session) -> None:
             by_weights, weights, {n: s.weight_scale for n, s in scales.items()}, specs
         )
         if by_weights != settings.name or settings.bias or settings.refine:
-            twin = _assemble(session, codes, rounded=False)[1].to(session.device)
+            twin = _assemble(session, codes)[1].to(session.device)
             codes = round_denoiser(
                 session.denoiser,
                 twin,
@@ -165,13 +163,13 @@ def round_weights(session: Session) -> None:
 
 
 def _assemble(
-    session: Session, rounding: Mapping[str, Tensor], *, rounded: bool = True, last: bool = False
+    session: Session, rounding: Mapping[str, Tensor], *, last: bool = False
 ) -> tuple[Any, nn.Module, list[LayerPlan]]:
     """Return a fresh pipeline, its denoiser packed from the artefacts, and the plans.
 
     Args:
         rounding: codes of each layer, and what a rounding changed besides (bias, scales).
-        rounded: these are the final codes; last: with correction.
+        last: with correction.
     """
     run, recipe = session.run, session.recipe
     data, tensors = TraceSet(run / "trace"), run.read_safetensors("scales.safetensors")
@@ -200,26 +198,8 @@ def _assemble(
         recipe=recipe,
         source_sha256=session.model["sha256"],
         correction=run.read_safetensors("correction.safetensors") if corrected else None,
-        attention=_int8_attention(session, data) if rounded else (),
     )
     return pipe, denoiser, plans
-
-
-def _int8_attention(session: Session, data: TraceSet) -> list[str]:
-    """Return the attention blocks whose products may be integers; the others are logged."""
-    settings = session.recipe.attention
-    if settings.bits != 8:
-        # Of another recipe.
-        (session.run / "attention.json").unlink(missing_ok=True)
-        return []
-    batch = data.rows(torch.linspace(0, len(data) - 1, min(32, len(data))).long())
-    calls = [lambda: data.replay(session.denoiser, batch)]
-    found = install_int8_attention(session.denoiser, calls, settings.min_cosine)
-    # The float denoiser was only looked at.
-    for _, block in attention_blocks(session.denoiser):
-        set_products(block, None)
-    session.run.write_json("attention.json", asdict(found))
-    return found.names
 
 
 def correct(session: Session) -> None:

@@ -76,8 +76,6 @@ class OpenVinoEngine:
 
     name = "openvino"
     devices: tuple[str, ...] = ("cpu",)
-    # Its graph takes products inside attention as they are.
-    features: tuple[str, ...] = ()
 
     def __init__(self, precision: str = "float32", attention: str = "auto") -> None:
         for value, known in ((precision, _PRECISIONS), (attention, (*_PRECISIONS, "auto"))):
