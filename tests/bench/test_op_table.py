@@ -7,42 +7,32 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.op_cases import CONVOLUTIONS, NORMS, PRODUCTS, ConvCase, GemmCase, NormCase
-from quantempo.bench.op_table import (
-    Limits,
-    bench_ops,
-    check,
-    measure_limits,
-    rivals,
-    rotated,
-    tera,
-    time_op,
-)
+from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, norm
+from quantempo.bench.op_table import Limits, bench_ops, check, measure_limits, tera, time_op
 from quantempo.bench.results import Results, text_table
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops
 from tests.bench.timers import Steady
 
 CPU = torch.device("cpu")
-SMALL = (ConvCase(3, 6, 32, 48), GemmCase(150, 48, 64), NormCase(2, 4, 64), NormCase(2, 4, 64, 32))
+SMALL = (conv(3, 6, 32, 48), gemm(150, 48, 64), norm(2, 4, 64), norm(2, 4, 64, 32))
 
 
 def test_costs_by_hand() -> None:
-    conv = CONVOLUTIONS[0]
-    assert conv.name == "N256 32x32 128->128"
-    # As the knowledge of the shape says: 77.3 GFLOP each of the two convolutions of a block.
-    assert conv.operations == 2 * 9 * 128 * 128 * 256 * 1024 == pytest.approx(77.3e9, rel=1e-3)
-    assert conv.moved == 256 * 1024 * (128 + 2 * 128 + 2 * 128) + 9 * 128 * 128
-    gemm = PRODUCTS[0]
-    assert gemm.name == "8192x4608x1152" and gemm.operations == 2 * 8192 * 4608 * 1152
-    assert gemm.moved == 8192 * 1152 + 4608 * 1152 + 2 * 8192 * 4608
-    norm, both = NORMS[0], NORMS[2]
-    assert norm.moved == 3 * 256 * 1024 * 128 and both.moved == 4 * 256 * 1024 * (256 + 128)
+    first = CASES[0]
+    assert first.name == "N256 32x32 128->128"
+    # 77.3 GFLOP each of the two convolutions of a block.
+    assert first.operations == 2 * 9 * 128 * 128 * 256 * 1024 == pytest.approx(77.3e9, rel=1e-3)
+    assert first.moved == 256 * 1024 * (128 + 2 * 128 + 2 * 128) + 9 * 128 * 128
+    product = PRODUCTS[0]
+    assert product.name == "8192x4608x1152" and product.operations == 2 * 8192 * 4608 * 1152
+    assert product.moved == 8192 * 1152 + 4608 * 1152 + 2 * 8192 * 4608
+    assert norm(256, 32, 128).moved == 3 * 256 * 1024 * 128
+    assert norm(256, 32, 256, 128).moved == 4 * 256 * 1024 * (256 + 128)
 
 
 def test_the_roofline_takes_the_slower_limit() -> None:
     limits = Limits(bf16_tflops=800.0, copy_tbytes=3.0)
-    assert limits.int8_tflops == 1600
     assert limits.fraction(1.6e12, 1.5e9, 4.0) == pytest.approx(1 / 4)
     assert limits.fraction(1.6e12, 6.0e9, 4.0) == pytest.approx(2 / 4)
     assert tera(8e11, 1.0) == pytest.approx(800)
@@ -125,13 +115,10 @@ def test_a_rival_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rivals_compute_the_same_shapes() -> None:
-    conv, gemm = SMALL[0], SMALL[1]
-    assert rivals(conv)["bf16"](CPU)().shape == conv.run(conv.make(CPU)).shape
-    for maker in rivals(gemm).values():
-        assert maker(CPU)().shape == (150, 48)
-    assert rivals(SMALL[2]) == {}
-    calls, copies = rotated(rivals(gemm), CPU, gemm.moved)
-    assert copies == 1 and set(calls) == {"bf16", "_int_mm", "fp8 rowwise"}
+    for case in SMALL[:2]:
+        shape = case.run(case.make(CPU)).shape
+        assert {maker(CPU)().shape for maker in case.rivals.values()} == {shape}
+    assert SMALL[2].rivals == {}
 
 
 def test_limits_are_of_the_best_product_and_of_both_ways_of_a_copy() -> None:

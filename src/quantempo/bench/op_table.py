@@ -17,36 +17,24 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from quantempo.bench.op_cases import (
-    CONVOLUTIONS,
-    NORMS,
-    PRODUCTS,
-    ConvCase,
-    GemmCase,
-    NormCase,
-    image,
-)
+from quantempo.bench.op_cases import CASES, PRODUCTS, Case, gemm
 from quantempo.bench.results import Results
 from quantempo.bench.turns import Call, Timer, reason_of, take_turns, timer_for
 from quantempo.engines.cuda.graphs import capture
 from quantempo.errors import QuantempoError
 
-__all__ = ["Limits", "bench_ops", "check", "measure_limits", "rivals", "rotated", "tera", "time_op"]
+__all__ = ["Limits", "bench_ops", "check", "measure_limits", "tera", "time_op"]
 
 log = logging.getLogger("quantempo")
 
-Case = ConvCase | GemmCase | NormCase
-
-_BF16 = torch.bfloat16
-# Bytes of one copy of the largest inputs are well below the memory of any card this runs on.
+# Copies of the largest inputs: well below the memory of any card this runs on.
 _MOST_COPIES = 16
 
 
@@ -62,14 +50,11 @@ class Limits:
     bf16_tflops: float
     copy_tbytes: float
 
-    @property
-    def int8_tflops(self) -> float:
-        """Twice the bfloat16 figure."""
-        return 2 * self.bf16_tflops
-
     def fraction(self, operations: float, moved: float, ms: float) -> float:
         """Return floor / measured, 1 for a kernel at the limit."""
-        return max(tera(operations, ms) / self.int8_tflops, tera(moved, ms) / self.copy_tbytes)
+        return max(
+            tera(operations, ms) / (2 * self.bf16_tflops), tera(moved, ms) / self.copy_tbytes
+        )
 
 
 def check(case: Case, given: dict[str, Tensor]) -> None:
@@ -79,11 +64,9 @@ def check(case: Case, given: dict[str, Tensor]) -> None:
         QuantempoError: sums that differ, an epilogue that is not within one rounding, or runs that
             differ from each other.
     """
-    if isinstance(case, NormCase):
-        case = replace(case, joined=True)
-    first = case.run(given)
+    first = case.whole(given)
     for _ in range(2):
-        if not torch.equal(first, case.run(given)):
+        if not torch.equal(first, case.whole(given)):
             raise QuantempoError("repeated runs differ from each other")
     count = len(first)
     # Both ends: the last rows fill no whole tile.
@@ -91,7 +74,7 @@ def check(case: Case, given: dict[str, Tensor]) -> None:
     ends = [*range(min(size, count)), *range(max(size, count - size), count)]
     rows = torch.tensor(ends, device=first.device)
     wanted = case.reference(given, rows)
-    if isinstance(case, NormCase):
+    if case.sums is None or case.epilogue is None:
         # Float32 statistics move a value that lies on the border between two codes.
         away = (first[rows].double() - wanted.clamp(-128, 127)).abs().max()
         if float(away) > 0.5 + 1e-2:
@@ -108,74 +91,21 @@ def check(case: Case, given: dict[str, Tensor]) -> None:
         raise QuantempoError("the epilogue is more than one rounding away from float64")
 
 
-def _as_fp8(x: Tensor) -> Tensor:
-    return x.to(torch.float8_e4m3fn)
+def _rotated(
+    maker: Callable[[torch.device], Call], device: torch.device, moved: float
+) -> tuple[Call, int]:
+    """Return a call that runs through several copies of its arguments, and how many.
 
-
-def rivals(case: Case) -> dict[str, Callable[[torch.device], Call]]:
-    """Return name -> maker of a call on fresh random arguments, by the libraries of torch.
-
-    Convolutions and products alone: cuDNN's bfloat16 convolution has no epilogue here, cuBLAS
-    and the 8-bit products neither.
-    """
-    if isinstance(case, ConvCase):
-        n, s, c, o = case.batch, case.size, case.inputs, case.outputs
-
-        def convolve(device: torch.device) -> Call:
-            x = image(torch.randn(n, c, s, s, device=device, dtype=_BF16))
-            weight = image(torch.randn(o, c, 3, 3, device=device, dtype=_BF16))
-            return lambda: F.conv2d(x, weight, padding=1)
-
-        return {"bf16": convolve}
-    if isinstance(case, GemmCase):
-        m, n, k = case.rows, case.columns, case.inner
-
-        def bf16(device: torch.device) -> Call:
-            x = torch.randn(m, k, device=device, dtype=_BF16)
-            weight = torch.randn(n, k, device=device, dtype=_BF16)
-            return lambda: F.linear(x, weight)
-
-        def int8(device: torch.device) -> Call:
-            x = torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device)
-            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
-            return lambda: torch._int_mm(x, weight.t())
-
-        def fp8(device: torch.device) -> Call:
-            x, weight = (_as_fp8(torch.randn(rows, k, device=device)) for rows in (m, n))
-            left, right = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
-            return lambda: torch._scaled_mm(x, weight.t(), left, right, out_dtype=_BF16)
-
-        return {"bf16": bf16, "_int_mm": int8, "fp8 rowwise": fp8}
-    return {}
-
-
-def rotated(
-    makers: dict[str, Callable[[torch.device], Call]], device: torch.device, moved: float
-) -> tuple[dict[str, Call], int]:
-    """Return calls that each run through several copies of their arguments, and how many.
-
-    On CUDA the copies together exceed L2 twice and one call replays one graph of them all.
-
-    Args:
-        makers: by name; called once for every copy.
-        device: where.
-        moved: bytes of one call.
+    On CUDA they together exceed L2 twice, and the call replays one graph of them all.
     """
     if device.type != "cuda":
-        return {name: maker(device) for name, maker in makers.items()}, 1
+        return maker(device), 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     copies = max(2, min(_MOST_COPIES, math.ceil(2 * cache / moved)))
-    calls: dict[str, Call] = {}
-    for name, maker in makers.items():
-        several = [maker(device) for _ in range(copies)]
-        calls[name] = _graph(several)
-    return calls, copies
-
-
-def _graph(several: Sequence[Call]) -> Call:
-    """Return the calls as one CUDA graph; their results are dropped."""
+    several = [maker(device) for _ in range(copies)]
 
     def every() -> None:
+        # Results are dropped: one that is kept would need memory of its own.
         for call in several:
             call()
 
@@ -185,7 +115,7 @@ def _graph(several: Sequence[Call]) -> Call:
     def replay(_kept: Sequence[Call] = several) -> None:
         graph.replay()
 
-    return replay
+    return replay, copies
 
 
 def time_op(
@@ -205,25 +135,23 @@ def time_op(
         "speedup_vs_NAME" over each rival. Ours is "ours"; one that fails its check is not timed.
     """
     row: dict[str, Any] = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
-    makers = rivals(case)
-    given = case.make(device)
-    try:
-        check(case, given)
-        makers = {"ours": lambda where: _call(case, where), **makers}
-    # A kernel that does not compile here is a row of the table, not the end of it.
-    except Exception as error:
-        row["failed"]["ours"] = reason_of(error)
-        log.warning("bench: %s %s is not timed: %s", case.op, case.name, row["failed"]["ours"])
-    del given
-    working: dict[str, Call] = {}
+
+    def ours(device: torch.device) -> Call:
+        given = case.make(device)
+        return lambda: case.run(given)
+
+    calls: dict[str, Call] = {}
     copies = 1
-    for name, maker in makers.items():
+    for name, maker in {"ours": ours, **case.rivals}.items():
         try:
-            calls, copies = rotated({name: maker}, device, case.moved)
-            working |= calls
+            if name == "ours":
+                check(case, case.make(device))
+            calls[name], copies = _rotated(maker, device, case.moved)
+        # A kernel that does not compile here is a row of the table, not the end of it.
         except Exception as error:
             row["failed"][name] = reason_of(error)
-    times = take_turns(working, timer, rounds=rounds, seconds=seconds, failed=row["failed"])
+            log.warning("bench: %s %s: %s is not timed: %s", case.op, case.name, name, error)
+    times = take_turns(calls, timer, rounds=rounds, seconds=seconds, failed=row["failed"])
     ms = {name: median(values) / copies for name, values in times.items()}
     row |= {"copies": copies, "ms": {name: round(value, 5) for name, value in ms.items()}}
     if "ours" in ms:
@@ -233,16 +161,11 @@ def time_op(
         row["tbytes"] = round(tera(case.moved, mine), 3)
         row["roofline_fraction"] = round(limits.fraction(case.operations, case.moved, mine), 3)
         row |= {f"speedup_vs_{n}": round(v / mine, 3) for n, v in ms.items() if n != "ours"}
-    del working, times
+    del calls, times
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row
-
-
-def _call(case: Case, device: torch.device) -> Call:
-    given = case.make(device)
-    return lambda: case.run(given)
 
 
 def measure_limits(
@@ -257,50 +180,47 @@ def measure_limits(
         size: of a square product beside those of `PRODUCTS`.
         copy: bytes copied; twice as many are moved.
     """
-    products = [GemmCase(size, size, size)]
-    products += PRODUCTS if device.type == "cuda" else ()
     best = 0.0
-    for case in products:
-        calls, copies = rotated({"bf16": rivals(case)["bf16"]}, device, 2 * case.moved)
-        ms = median(take_turns(calls, timer, rounds=rounds, seconds=0.1)["bf16"]) / copies
-        best = max(best, tera(case.operations, ms))
+    for case in (gemm(size, size, size), *(PRODUCTS if device.type == "cuda" else ())):
+        call, copies = _rotated(case.rivals["bf16"], device, 2 * case.moved)
+        times = take_turns({"bf16": call}, timer, rounds=rounds, seconds=0.1)["bf16"]
+        best = max(best, tera(case.operations, median(times) / copies))
     source = torch.empty(copy, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
-    ms = median(take_turns(calls, timer, rounds=rounds, seconds=0.1)["copy"])
-    return Limits(best, tera(2.0 * copy, ms))
+    times = take_turns(calls, timer, rounds=rounds, seconds=0.1)["copy"]
+    return Limits(best, tera(2.0 * copy, median(times)))
 
 
 def bench_ops(
     results: Results,
-    cases: Sequence[Case] = (*CONVOLUTIONS, *PRODUCTS, *NORMS),
+    cases: Sequence[Case] = CASES,
     *,
     device: str = "cuda",
     rounds: int = 5,
     seconds: float = 0.25,
     timer: Timer | None = None,
-    size: int = 8192,
-    copy: int = 1 << 30,
+    **sizes: int,
 ) -> None:
     """Check and time each kernel on the shapes of real layers; `results` gets a row after each.
 
     Args:
-        results: gets {"kind": "limits", ...} and for each case {"kind": "op", ...}, see `time_op`.
+        results: gets {"kind": "limits", ...} and for each case the row of `time_op`.
         cases: see `op_cases`.
         device: where.
         rounds, seconds: samples of each, and of one: so long that the GPU's power control settles.
             In shorter turns each kernel has the clock that the one before it left.
         timer: what measures; by default that of the device.
-        size, copy: see `measure_limits`.
+        sizes: of `measure_limits`.
     """
     where = torch.device(device)
     timer = timer or timer_for(where)
     with torch.no_grad():
-        limits = measure_limits(where, timer, rounds=rounds, size=size, copy=copy)
+        limits = measure_limits(where, timer, rounds=rounds, **sizes)
         results.put({
             "kind": "limits",
             "bf16_tflops": round(limits.bf16_tflops, 1),
-            "int8_tflops": round(limits.int8_tflops, 1),
+            "int8_tflops": round(2 * limits.bf16_tflops, 1),
             "copy_tbytes": round(limits.copy_tbytes, 3),
             "meaning": "bf16: best measured product; int8: twice that; copy: read and written",
             "timing": "median of turns; one CUDA graph a turn over copies of the arguments that "
