@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from quantempo.engines import attach, detach, layerwise
 from quantempo.engines.fusion import FusedUpBlock, fuse, unfuse
 from quantempo.engines.layerwise import execution
-from quantempo.engines.onednn.blocks import BLOCKS
-from quantempo.engines.onednn.folded import Folded, TimeShifts
+from quantempo.engines.onednn.blocks import BLOCKS, FloatTimeShifts
+from quantempo.engines.onednn.folded_layer import FoldedLayer
 from quantempo.kernels import reference
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
-from quantempo.models.fusion_unet import fusable_parts
+from quantempo.models.fusion import find_parts
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import make_conv, make_linear, quantize_network
 from tests.tiny import tiny_text, tiny_unet
@@ -299,7 +299,7 @@ def test_parts_are_found_by_exact_class_and_plain_configuration():
     network = tiny_unet()
 
     def names() -> set[str]:
-        return {parts.name for parts in fusable_parts(network)}
+        return {name for name, _, parts in find_parts(network) if not isinstance(parts, str)}
 
     every = names()
     assert {"", "mid_block.resnets.0", "mid_block.attentions.0", "up_blocks.0"} <= every
@@ -321,7 +321,7 @@ def test_folded_zero_points_give_the_sums_of_the_reference(zero_points, size):
     zero = zero_points[0]
     codes = torch.randint(0, 256, (2, 19, *size), dtype=torch.uint8)
     codes = codes.contiguous(memory_format=torch.channels_last)
-    folded = Folded(layer)
+    folded = FoldedLayer(layer)
     y = folded(codes, 0, torch.float32)
     fused_cpu.load().add(y, None, folded.edge(0))
     acc = reference.conv2d_accumulator(codes, layer.weight_int, zero, padding=(1, 1))
@@ -329,7 +329,7 @@ def test_folded_zero_points_give_the_sums_of_the_reference(zero_points, size):
     assert torch.equal(y.long(), acc)
     bordered = torch.full((2, 19, size[0] + 2, size[1] + 2), zero, dtype=torch.uint8)
     bordered[:, :, 1:-1, 1:-1] = codes
-    assert torch.equal(Folded(layer, bordered=True)(bordered, 0, torch.float32).long(), acc)
+    assert torch.equal(FoldedLayer(layer, bordered=True)(bordered, 0, torch.float32).long(), acc)
 
 
 def test_folded_parts_add_up_to_the_layer():
@@ -337,7 +337,7 @@ def test_folded_parts_add_up_to_the_layer():
     x = noise(3, 12, seed=2) * 0.5
     layer.kernel = layerwise.BACKENDS.get("onednn").lower(layer)
     expected = layer(x)
-    folded = Folded(layer, factor=0.5)
+    folded = FoldedLayer(layer, factor=0.5)
     y = torch.zeros(3, 5)
     for i, part in enumerate(x.split((4, 8), 1)):
         codes = reference.quantize(part, *folded.grid(0, i))
@@ -347,7 +347,7 @@ def test_folded_parts_add_up_to_the_layer():
 
 def test_time_shifts_are_those_of_each_layer():
     layers = [nn.Linear(8, 5), nn.Linear(8, 3)]
-    shifts = TimeShifts(layers)
+    shifts = FloatTimeShifts(layers)
     with torch.no_grad():
         for temb in (noise(4, 8), noise(1, 8).expand(4, -1), noise(1, 8)):
             for i, layer in enumerate(layers):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import logging
 
 import pytest
@@ -14,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.engines import ENGINES, attach
+from quantempo.engines.cuda.blocks import BLOCKS
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.cuda.per_forward import SharedShifts
-from quantempo.engines.cuda.unet import BLOCKS
-from quantempo.engines.fusion import FusedUpBlock, fuse, unfuse
+from quantempo.engines.fusion import FusedUpBlock, fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
@@ -25,8 +23,6 @@ from tests.tiny import tiny_text, tiny_unet
 
 KINDS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
 ENGINE = ENGINES.get("triton")
-# With time shifts in float32, as the layers compute them: else codes move, and hide an error.
-EXACT = dataclasses.replace(BLOCKS, shifts=functools.partial(SharedShifts, dtype=torch.float32))
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +73,12 @@ def block_calls(network: nn.Module, *arguments) -> dict[str, tuple[tuple, Tensor
     network(*arguments)
     for hook in hooks:
         hook.remove()
-    fuse(network, EXACT)
+    with pytest.MonkeyPatch.context() as patch:
+        # As the layers compute them: else codes move, and hide an error.
+        patch.setattr(SharedShifts, "dtype", torch.float32)
+        fuse(network, BLOCKS)
+        for module in fused_modules(network).values():
+            getattr(module.forward, "prepare", lambda device: None)(torch.device("cpu"))
     return seen
 
 

@@ -9,11 +9,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from quantempo.engines.cuda import unet as fused_gpu
+from quantempo.engines.cuda.constants import Sides
 from quantempo.engines.cuda.layer import TritonBackend
-from quantempo.engines.cuda.operands import Sides
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.cuda.unet import FusedDownsample, FusedResnet
-from quantempo.models.fusion_unet import ResnetParts, fusable_parts
+from quantempo.models.fusion import find_parts
+from quantempo.models.fusion_unet import ResnetParts
 from quantempo.quantized import Int12Linear
 from tests.engines.quantized import make_clock, make_conv
 
@@ -47,7 +48,7 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
         "", block, block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2,
         block.conv_shortcut,
     )  # fmt: skip
-    fused = FusedResnet(parts, SharedShifts([block.time_emb_proj]), 0)
+    fused = FusedResnet(parts, SharedShifts([block.time_emb_proj]))
     fused.accept((16, 32))
     fused.prepare(torch.device("cpu"))
     assert ((16, 32) in fused.sides) == (segments != (32, 16))
@@ -55,7 +56,7 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
     x, skip, temb = noise(2, 16, 5, 4), noise(2, 32, 5, 4, seed=1), noise(2, 8, seed=2)
     whole = torch.cat([x, skip], 1)
     expected = block(whole, temb)
-    results = [fused.run(x, skip, temb), fused(whole, temb)]
+    results = [fused.run(x, temb, skip), fused(whole, temb)]
     for y in results:
         assert relative(y, expected) <= 4e-3
     # Of large images the shortcut's codes are written apart from those of the norm.
@@ -63,7 +64,7 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
     codes_of = Sides.codes_of
     written = []
     monkeypatch.setattr(Sides, "codes_of", lambda *args: written.append(1) or codes_of(*args))
-    assert torch.equal(fused.run(x, skip, temb), results[0])
+    assert torch.equal(fused.run(x, temb, skip), results[0])
     assert torch.equal(fused(whole, temb), results[1])
     assert len(written) == 2
 
@@ -75,7 +76,7 @@ def test_a_downsampler_has_the_border_of_its_block(padding, size):
     block = Downsample2D(32, use_conv=True, padding=padding)
     block.conv = make_conv(32, 32, stride=(2, 2), padding=(padding, padding))
     block.conv.kernel = TritonBackend().lower(block.conv)
-    fused = FusedDownsample(next(fusable_parts(block)))
+    fused = FusedDownsample(next(find_parts(block))[2])
     assert fused.parts.border == ((1, 1, 1, 1) if padding else (0, 1, 0, 1))
     fused.prepare(torch.device("cpu"))
     x = noise(2, 32, *size)

@@ -13,13 +13,13 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.engines import ENGINES, attach
+from quantempo.engines.cuda.blocks import BLOCKS
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.cuda.transformer import FusedTransformer, FusedTransformerBlock
-from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
+from quantempo.models.fusion import find_parts
 from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
-from quantempo.models.fusion_unet import fusable_parts
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
 
@@ -358,7 +358,10 @@ def test_joined_weights_are_kept_once_and_given_back(packed):
 def test_only_plain_blocks_are_listed(change):
     network = tiny()
     change(network.mid_block.attentions[0].transformer_blocks[0])
-    parts = list(fusable_parts(network))
+    found = [parts for _, _, parts in find_parts(network)]
+    parts = [p for p in found if not isinstance(p, str)]
+    # The one that was changed says why.
+    assert len(found) == len(parts) + 1
     blocks = {p.name for p in parts if isinstance(p, TransformerBlockParts)}
     assert len(blocks) == 3 and not any(name.startswith("mid_block") for name in blocks)
     assert sum(isinstance(p, TransformerParts) for p in parts) == 4

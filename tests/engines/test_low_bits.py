@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.engines import attach, detach
-from quantempo.engines.base import BACKENDS, Grids
+from quantempo.engines.base import BACKENDS, ActivationGrids
 from quantempo.engines.fusion import unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.engines.openvino.engine import OpenVinoEngine, kernel_table
@@ -108,10 +108,10 @@ def test_grids_of_other_bits_are_other_grids():
     narrow, wide = make_linear(8, 4, bits=(8, 6)), make_linear(8, 4)
     wide.act_zero_point.copy_(narrow.act_zero_point)
     wide.act_scale.copy_(narrow.act_scale)
-    assert Grids(narrow) != Grids(wide)
-    assert Grids(narrow).of(0, 0)[2] == 63 and Grids(wide).of(0, 0)[2] == 255
+    assert ActivationGrids(narrow) != ActivationGrids(wide)
+    assert ActivationGrids(narrow).of(0, 0)[2] == 63 and ActivationGrids(wide).of(0, 0)[2] == 255
     wide.act_bits = 6
-    assert Grids(narrow) == Grids(wide)
+    assert ActivationGrids(narrow) == ActivationGrids(wide)
 
 
 MIXED = {"attention": "w8a6", "down_blocks.*": "w4a4", "up_blocks.0.resnets.*": "w5a7"}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS, MAX_TERMS
 from quantempo.engines.cuda import layer as triton
+from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_rows
 from quantempo.engines.cuda.layer import TritonBackend
-from quantempo.engines.cuda.operands import Grid, quantize, quantize_rows
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantize_network
@@ -132,7 +132,9 @@ def traced(function, *arguments):
 @pytest.mark.parametrize("qmax", [255, 63])
 def test_traced_codes_are_the_same(dtype, qmax):
     clock = make_clock(3)
-    grid = Grid(clock, torch.tensor([0.037, 0.011, 0.25]), 100 if qmax == 255 else 20, qmax)
+    grid = ActivationGrid(
+        clock, torch.tensor([0.037, 0.011, 0.25]), 100 if qmax == 255 else 20, qmax
+    )
     # Ties of the last bucket, where a code may go either way; and what leaves the grid.
     ties = (torch.arange(-320, 320) + 0.5) * 0.25
     x = torch.cat([noise(1280, spread=2.0), ties, noise(128, spread=1e9)]).to(dtype)
@@ -229,7 +231,7 @@ def test_weights_are_kept_once(backend):
         before, saved = layer.weight_codes.clone(), layer.weight_int.clone()
         kernel = backend.lower(layer)
         kernel.prepare(torch.device("cpu"))
-        assert kernel.operands.weights[0].data_ptr() == layer.weight_codes.data_ptr(), name
+        assert kernel.constants.weights[0].data_ptr() == layer.weight_codes.data_ptr(), name
         assert torch.equal(layer.weight_codes, before)
         assert torch.equal(layer.state_dict()["weight_int"], saved)
         layer.set_codes(before)
@@ -245,7 +247,7 @@ def test_a_copied_layer_runs_on_its_own(backend):
     y = layer(x)
     other = copy.deepcopy(layer)
     assert torch.equal(other(x), y)
-    assert other.kernel.operands.weights[0].data_ptr() == other.weight_int.data_ptr()
+    assert other.kernel.constants.weights[0].data_ptr() == other.weight_int.data_ptr()
     other.clock.set(999)
     assert not torch.equal(other(x), y)
     other.weight_int.zero_()
@@ -277,8 +279,8 @@ def test_constants_are_made_outside_of_a_trace(backend):
         traced(lambda x: kernel(x), noise(2, 16))
     with torch.inference_mode():
         kernel(noise(2, 16))
-    assert not kernel.operands.weights[0].is_inference()
-    assert kernel.operands.tables[0]._dynamo_static_input_type == "unguarded"
+    assert not kernel.constants.weights[0].is_inference()
+    assert kernel.constants.tables[0]._dynamo_static_input_type == "unguarded"
 
 
 @torch.no_grad()

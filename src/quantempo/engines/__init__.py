@@ -1,22 +1,22 @@
-"""Backends run one layer, engines a whole denoiser; importing this registers all."""
+"""Backends run one layer, engines a whole denoiser; each package registers what it has.
 
-# Engines in the order of preference (batches of 8 and 16, `make bench`): the first that can run on
-# a device, and has all it is fast with, is its default.
-from quantempo.engines.onednn import layer as onednn  # noqa: I001
+In the order of preference (batches of 8 and 16, `make bench`): the first engine that can run on a
+device, and has all it is fast with, is its default.
+"""
+
+from quantempo.engines import onednn  # noqa: I001
+from quantempo.engines import cuda
 from quantempo.engines import simulated
-from quantempo.engines.cuda import layer as triton
-from quantempo.engines import layerwise
-from quantempo.engines.openvino import engine as openvino
+from quantempo.engines import openvino
 from quantempo.engines.select import ENGINES, attach, attached, detach
 
 __all__ = [
     "ENGINES",
     "attach",
     "attached",
+    "cuda",
     "detach",
-    "layerwise",
     "onednn",
     "openvino",
     "simulated",
-    "triton",
 ]

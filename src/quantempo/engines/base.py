@@ -1,16 +1,16 @@
-"""Backends: what turns one quantized layer into a callable on tensors.
+"""Backends: lower one quantized layer to a kernel on tensors.
 
     y = s_a[t] * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
     q_a = clamp(round(x / s_a) + z, 0, qmax)        qmax = 255, or less below 8 bits
 
-A backend sees one layer; an engine (`engine.py`) attaches backends, or something larger, to a whole
+A backend sees one layer; an engine (`select.py`) attaches one, or something larger, to a whole
 denoiser. The integer sums of all backends are equal; only the float epilogue has a tolerance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,8 +23,8 @@ from quantempo.registry import Registry
 __all__ = [
     "BACKENDS",
     "MAX_TERMS",
+    "ActivationGrids",
     "Backend",
-    "Grids",
     "Kernel",
     "bucket_rows",
     "channel_dim",
@@ -32,18 +32,31 @@ __all__ = [
     "too_many_terms",
 ]
 
-Kernel = Callable[[Tensor], Tensor]
-
 # Terms that an int32 holds whatever they are: |q_a - z| <= 255, |q_w| <= 127.
 MAX_TERMS = (2**31 - 1) // (255 * 127)
 
 
-class Backend(Protocol):
-    """What every backend offers.
+@runtime_checkable
+class Kernel(Protocol):
+    """One lowered layer.
 
-    A kernel reads the layer's integers and scales once, at its first call: lower the layer again
-    after changing them.
+    It reads the layer's integers and scales once: `prepare` again after changing them.
     """
+
+    backend: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of x."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the constants on a device from the layer's integers and scales."""
+
+    def here(self, device: torch.device) -> Any:
+        """Return the constants on a device, made now if they are not there."""
+
+
+class Backend(Protocol):
+    """What every backend offers."""
 
     name: str
 
@@ -77,7 +90,7 @@ def channel_dim(layer: QLayer) -> int:
     return 1 if isinstance(layer, QConv2d) else -1
 
 
-class Grids:
+class ActivationGrids:
     """The activation grids of a layer as Python numbers, because oneDNN takes them as such.
 
     Args:
@@ -94,7 +107,7 @@ class Grids:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Grids)
+            isinstance(other, ActivationGrids)
             and self.scales == other.scales
             and self.zero_points == other.zero_points
             and self.qmax == other.qmax

@@ -1,104 +1,284 @@
-"""Choose the blocks of a network that run fused, and set their forwards.
+"""Fuse the blocks of a network: which can be, what each becomes, and why the others are left.
 
-What a fused block does is an engine's own; which blocks may be one, and how far the activations
-between them are nobody else's, is the same question for every engine and is answered here.
+`models.fusion` finds the parts of a block or a reason; an engine registers a builder for each kind
+of parts it has a fused forward for (`Blocks.build`). All reasons are kept: see `report`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from quantempo.models.fusion_transformer import (
-    TokenAttentionParts,
-    TransformerBlockParts,
-    TransformerParts,
-)
-from quantempo.models.fusion_unet import (
-    AttentionParts,
-    DownsampleParts,
-    HeadParts,
-    Parts,
-    ResnetParts,
-    UpBlockParts,
-    UpsampleParts,
-    fusable_parts,
-    wants_original,
-)
+from quantempo.core.instance import drop, keep, reset_forward, set_forward
+from quantempo.models import fusion_transformer, fusion_unet
+from quantempo.models.blocks import is_unit
+from quantempo.models.fusion import Conv, Linear, Need, Norm, Parts, find_parts
+from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
 from quantempo.models.layers import skip_segments
-from quantempo.quantized import Int12Linear, QConv2d, QLayer, QLinear, StepClock, find_clock
+from quantempo.quantized import (
+    Int12Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    find_clock,
+    quantized_layers,
+)
 
-__all__ = ["FusedUpBlock", "Kit", "fuse", "fused_layers", "fused_modules", "same", "unfuse"]
+__all__ = [
+    "FAMILIES",
+    "BlockRow",
+    "Blocks",
+    "FusedBlock",
+    "FusedForward",
+    "FusedResnetForward",
+    "FusedUpBlock",
+    "Network",
+    "fuse",
+    "fused_layers",
+    "fused_modules",
+    "report",
+    "same",
+    "time_layers",
+    "unfuse",
+]
 
+log = logging.getLogger("quantempo")
+
+# Importing them registers what they know.
+FAMILIES = (fusion_transformer, fusion_unet)
 _FUSED = "_quantempo_fused"
+T = TypeVar("T")
 
-Forward = Callable[..., Tensor]
-# name of the module -> it and its forward
-Forwards = dict[str, tuple[nn.Module, Forward]]
+
+class FusedForward(Protocol):
+    """What stands in for the `forward` of a block.
+
+    own: names of the children that it runs itself, "" for all.
+    """
+
+    own: tuple[str, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block; the arguments are those of its class."""
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether `run` can be given these."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block fused."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Make all constants for a device; engines that need them before the first call ask."""
+
+
+class FusedResnetForward(FusedForward, Protocol):
+    """A residual block, `run(x, temb, skip)` on torch.cat([x, skip], 1) without making it."""
+
+    def accept(self, widths: tuple[int, int]) -> None:
+        """Expect inputs x and skip of these channels."""
+
+
+# One forward for the block, or forwards for some modules in it, or why there is none (one clause).
+Built = FusedForward | list[tuple[nn.Module, Callable[..., Any]]] | str
+Builder = Callable[[Any, "Network"], Built]
 
 
 @dataclass(frozen=True)
-class Kit:
-    """The fused blocks of one engine.
+class BlockRow:
+    """One block: its name, its class, and why it is not fused, or None if it is."""
 
-    backend: of the kernels they are built on; missing: returns why they cannot be had here, or
-    None; eager: constants are made when the engine is attached, by `prepare(device)` of kernels
-    and forwards, not by the first call; norm: returns why it cannot run a GroupNorm, or
-    None; shifts: made of the float layers that read the time embedding; resnet(parts, shifts or
-    None, index) -> forward with `takes(x)`, `run(x, skip, temb)` and `accept((C1, C2))`, told of
-    the two inputs of an up block; attention, downsample, upsample: parts -> forward; ends(head,
-    closed, clock) -> [(module, forward)], closed if fused blocks alone stand between stem and head;
-    contexts: of all attention layers that read a context -> what transformer blocks share;
-    transformer_block: parts, that or None -> forward, transformer: parts, the forwards of its
-    blocks (None where not fused) -> forward; None: the engine has no such blocks.
+    name: str
+    kind: str
+    reason: str | None
 
-    A forward that only calls other blocks for a part of its module names the children that it runs
-    itself in `own`.
+
+@dataclass(frozen=True)
+class Blocks:
+    """The fused blocks of one engine: kind of parts -> builder.
+
+    backend: of the integer layers that they are built on; missing: returns why they cannot be had
+    here, or None; norm: returns why a GroupNorm cannot be run, or None; eager: constants are made
+    when the engine is attached, by `prepare` of kernels and forwards, not by the first call.
     """
 
     backend: str
-    missing: Callable[[], str | None]
-    eager: bool
-    norm: Callable[[nn.GroupNorm], str | None]
-    shifts: Callable[[list[Any]], Any]
-    resnet: Callable[[ResnetParts, Any, int], Any]
-    attention: Callable[[AttentionParts], Forward]
-    downsample: Callable[[DownsampleParts], Forward]
-    upsample: Callable[[UpsampleParts], Forward]
-    ends: Callable[[HeadParts, bool, StepClock], list[tuple[nn.Module, Forward]]]
-    contexts: Callable[[list[TokenAttentionParts]], Any] | None = None
-    transformer_block: Callable[[TransformerBlockParts, Any], Any] | None = None
-    transformer: Callable[[TransformerParts, list[Any]], Forward] | None = None
+    missing: Callable[[], str | None] = lambda: None
+    norm: Callable[[nn.GroupNorm], str | None] = lambda norm: None
+    eager: bool = False
+    builders: dict[type, Builder] = field(default_factory=dict)
+
+    def build(self, kind: type) -> Callable[[T], T]:
+        """Register the builder of a kind of parts: a subclass of FusedBlock or a function."""
+
+        def add(builder: T) -> T:
+            self.builders[kind] = getattr(builder, "build", None) or cast(Builder, builder)
+            return builder
+
+        return add
+
+    def refusal(self, parts: Parts) -> str | None:
+        """Return why this engine cannot fuse a block, or None."""
+        if type(parts) not in self.builders:
+            return f"engine {self.backend} has no fused form of it"
+        return next((reason for need in parts.needs() if (reason := self._lacks(need))), None)
+
+    def _lacks(self, need: Need) -> str | None:
+        if isinstance(need, Norm):
+            return self.norm(need.layer) if need.layer.affine else "its norm has no weight"
+        layer, conv = need.layer, isinstance(need.layer, QConv2d)
+        if not isinstance(layer, QLayer):
+            return (
+                f"a {'convolution' if isinstance(need, Conv) else 'projection'} in it is in float"
+            )
+        found = getattr(layer.kernel, "backend", None)
+        if found != self.backend:
+            return f"a layer in it runs on {found}"
+        if isinstance(need, Conv) or (conv and not isinstance(need, Linear)):
+            need = need if isinstance(need, Conv) else Conv(layer, (1, 1))
+            plain = isinstance(layer, QConv2d) and _is_plain(layer, need)
+            size = "x".join(map(str, need.kernel or ()))
+            return None if plain else f"a convolution in it is not a plain {size or 'one'}"
+        plain = isinstance(layer, QLinear) and len(layer.segments) == 1
+        return None if plain else "a projection in it is not a plain linear layer"
 
 
-class FusedUpBlock:
+def _is_plain(layer: QConv2d, need: Conv) -> bool:
+    border = tuple(size // 2 for size in layer.kernel_size)
+    return (
+        need.kernel in (None, layer.kernel_size)
+        and need.stride in (None, layer.stride)
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+        and len(layer.segments) <= need.operands
+        and (not need.padded or layer.padding == border)
+    )
+
+
+class Network:
+    """What builders may ask of the network around their block, while it is fused.
+
+    Attributes:
+        parts: of all blocks that the engine can fuse, inner ones first.
+        forwards: name -> (module, forward) of the blocks built so far.
+    """
+
+    def __init__(self, denoiser: nn.Module, parts: list[Parts]) -> None:
+        clock = find_clock(denoiser)
+        assert clock is not None
+        self.denoiser, self.parts, self.clock = denoiser, parts, clock
+        self.halves: dict[str, tuple[int, int]] = dict(skip_segments(denoiser))
+        self.forwards: dict[str, tuple[nn.Module, Any]] = {}
+        self._names = {module: name for name, module in denoiser.named_modules()}
+        self._shared: dict[Any, Any] = {}
+
+    def add(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Note what a module will run."""
+        self.forwards[self._names[module]] = module, forward
+
+    def forward_of(self, module: nn.Module) -> Any:
+        """Return the fused forward of a block inside the one that is being built, or None."""
+        return self.forwards.get(self._names[module], (None, None))[1]
+
+    def of(self, kind: type[T]) -> list[T]:
+        """Return the parts of one kind."""
+        return [parts for parts in self.parts if isinstance(parts, kind)]
+
+    def once(self, make: Callable[[Network], T]) -> T:
+        """Return make(self), called once for all blocks that share its result."""
+        if make not in self._shared:
+            self._shared[make] = make(self)
+        result: T = self._shared[make]
+        return result
+
+    def closed(self, head: HeadParts) -> bool:
+        """Return whether every layer between stem and head is inside a fused block."""
+        ends = (self._names[module] for module in (head.stem, head.norm, head.out))
+        prefix = f"{head.name}." if head.name else ""
+        inner = _whole((name, forward) for name, (_, forward) in self.forwards.items())
+        known = (*inner, *ends, *(prefix + name for name in head.apart))
+        return all(
+            _inside(name, known)
+            for name, module in head.module.named_modules(prefix=head.name)
+            if next(module.parameters(recurse=False), None) is not None
+            or isinstance(module, QLayer)
+        )
+
+
+class FusedBlock:
+    """The forward of a block: `run` where `takes` agrees, else that of its class.
+
+    An engine's block has `takes` and `run`; `parts.given` knows diffusers' arguments.
+    """
+
+    own: tuple[str, ...] = ("",)
+
+    def __init__(self, parts: Any) -> None:
+        self.parts = parts
+
+    @classmethod
+    def build(cls, parts: Any, network: Network) -> Built:
+        """Return the forward of a block, or why there is none."""
+        return cls(parts)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the block; the arguments are those of its class."""
+        given = self.parts.given(*args, **kwargs)
+        if given is None or not self.takes(hidden_states, *given):
+            return self.unfused(hidden_states, *args, **kwargs)
+        return self.run(hidden_states, *given)
+
+    def unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the class."""
+        module = self.parts.module
+        return type(module).forward(module, x, *args, **kwargs)
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether `run` can be given these: x, then what `parts.given` returned."""
+        raise NotImplementedError
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block fused."""
+        raise NotImplementedError
+
+    def prepare(self, device: torch.device) -> None:
+        """Make all constants for a device; done by the first call otherwise."""
+
+
+class FusedUpBlock(FusedBlock):
     """An up block whose residual blocks read the two halves of their input where they are."""
 
     own: tuple[str, ...] = ()
 
-    def __init__(self, parts: UpBlockParts, resnets: list[Any]) -> None:
-        self.parts, self.resnets = parts, resnets
+    def __init__(self, parts: UpBlockParts, resnets: list[FusedResnetForward]) -> None:
+        super().__init__(parts)
+        self.resnets = resnets
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        res_hidden_states_tuple: tuple[Tensor, ...],
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+    @classmethod
+    def build(cls, parts: UpBlockParts, network: Network) -> Built:
+        """Return the forward, or why there is none."""
+        resnets = [network.forward_of(resnet) for resnet in parts.resnets]
+        if any(resnet is None for resnet in resnets):
+            return "a residual block in it is not fused"
+        return cls(parts, resnets)
+
+    def takes(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Return whether the first residual block takes x."""
+        return self.resnets[0].takes(x)
+
+    def run(
+        self, x: Tensor, skips: tuple[Tensor, ...], temb: Tensor | None, arguments: dict[str, Any]
     ) -> Tensor:
-        """Run the block; the arguments are diffusers'."""
-        parts, x = self.parts, hidden_states
-        if wants_original(parts) or not self.resnets[0].takes(x):
-            module = parts.module
-            return type(module).forward(module, x, res_hidden_states_tuple, temb, *args, **kwargs)
-        more = dict(zip(parts.more, args, strict=False)) | kwargs
+        """Run the block, the last of `skips` first."""
+        parts, more = self.parts, dict(arguments)
         upsample_size = more.pop("upsample_size", None)
         for i, resnet in enumerate(self.resnets):
-            x = resnet.run(x, res_hidden_states_tuple[-1 - i], temb)
+            x = resnet.run(x, temb, skips[-1 - i])
             if parts.cross:
                 x = parts.attentions[i](x, **more, return_dict=False)[0]
             elif parts.attentions:
@@ -108,21 +288,10 @@ class FusedUpBlock:
         return x
 
 
-def fuse(denoiser: nn.Module, kit: Kit) -> None:
-    """Set `forward` on the instances of all blocks that can be fused."""
-    clock = find_clock(denoiser)
-    assert clock is not None
-    parts = [p for p in fusable_parts(denoiser) if _refusal(p, kit) is None]
-    forwards = _inner(denoiser, parts, kit)
-    for part in parts:
-        if isinstance(part, HeadParts):
-            names = {id(module): name for name, module in denoiser.named_modules()}
-            closed = _closed(part, names, forwards)
-            for module, forward in kit.ends(part, closed, clock):
-                forwards[names[id(module)]] = (module, forward)
-    for module, forward in forwards.values():
-        module.forward = forward
-    object.__setattr__(denoiser, _FUSED, {name: module for name, (module, _) in forwards.items()})
+def time_layers(network: Network) -> list[Any]:
+    """Return the float layers that add the time embedding to residual blocks."""
+    layers = [parts.time for parts in network.of(ResnetParts)]
+    return [i for i in layers if isinstance(i, nn.Linear | Int12Linear) and i.bias is not None]
 
 
 def same(x: Tensor) -> Tensor:
@@ -130,170 +299,94 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What `fuse` did: modules with a forward set on them by name, and a row for each block."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    rows: list[BlockRow] = field(default_factory=list)
+
+
+def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
+    """Set `forward` on the instances of all blocks that can be fused; log how many, and why not."""
+    reasons: dict[str, str | None] = {}
+    found = list(find_parts(denoiser))
+    for name, _, parts in found:
+        reasons[name] = parts if isinstance(parts, str) else blocks.refusal(parts)
+    able = [p for name, _, p in found if not isinstance(p, str) and reasons[name] is None]
+    network = Network(denoiser, able)
+    for parts in able:
+        built = blocks.builders[type(parts)](parts, network)
+        if isinstance(built, str):
+            reasons[parts.name] = built
+            continue
+        for module, forward in built if isinstance(built, list) else [(parts.module, built)]:
+            network.add(module, forward)
+    for module, forward in network.forwards.values():
+        set_forward(module, forward)
+    rows = [BlockRow(name, type(module).__name__, reasons[name]) for name, module, _ in found]
+    record = _Record({name: module for name, (module, _) in network.forwards.items()})
+    record.rows.extend([*reversed(rows), *_unknown(denoiser, [name for name, *_ in found])])
+    keep(denoiser, _FUSED, record)
+    _log_summary(denoiser, record.rows, blocks)
+
+
 def unfuse(denoiser: nn.Module) -> None:
     """Give all blocks their own `forward` back."""
-    for module in denoiser.__dict__.pop(_FUSED, {}).values():
-        module.__dict__.pop("forward", None)
+    for module in drop(denoiser, _FUSED, _Record()).modules.values():
+        reset_forward(module)
+
+
+def report(denoiser: nn.Module) -> list[BlockRow]:
+    """Return a row for each block of a denoiser whose engine fuses; [] of any other denoiser."""
+    record: _Record = getattr(denoiser, _FUSED, _Record())
+    return record.rows
 
 
 def fused_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that have a fused forward, by name."""
-    found: dict[str, nn.Module] = getattr(denoiser, _FUSED, {})
-    return found
+    record: _Record = getattr(denoiser, _FUSED, _Record())
+    return record.modules
 
 
 def fused_layers(denoiser: nn.Module) -> list[str]:
     """Return the names of the modules whose layers all run inside a fused forward."""
     found = fused_modules(denoiser)
-    return _whole({name: (module, module.forward) for name, module in found.items()})
+    return _whole((name, module.forward) for name, module in found.items())
 
 
-def _whole(forwards: Forwards) -> list[str]:
+def _whole(forwards: Any) -> list[str]:
     return [
         f"{name}.{child}" if child else name
-        for name, (_, forward) in forwards.items()
+        for name, forward in forwards
         for child in getattr(forward, "own", ("",))
     ]
 
 
-def _inner(denoiser: nn.Module, parts: list[Parts], kit: Kit) -> Forwards:
-    """Return the forwards of all blocks between the ends of the network."""
-    timed = [p for p in parts if isinstance(p, ResnetParts) and _is_float(p.time)]
-    shifts = kit.shifts([p.time for p in timed]) if timed else None
-    blocks = [p for p in parts if isinstance(p, TransformerBlockParts)]
-    crossed = [a for block in blocks for a in block.attentions if a.cross]
-    contexts = kit.contexts(crossed) if crossed and kit.contexts is not None else None
-    halves = dict(skip_segments(denoiser))
-    resnets: dict[int, Any] = {}
-    layers: dict[int, Any] = {}
-    forwards: Forwards = {}
-    for part in parts:
-        forward: Any
-        if isinstance(part, ResnetParts):
-            index = next((i for i, p in enumerate(timed) if p is part), None)
-            forward = kit.resnet(part, None if index is None else shifts, index or 0)
-            if f"{part.name}.conv_shortcut" in halves:
-                forward.accept(halves[f"{part.name}.conv_shortcut"])
-            resnets[id(part.module)] = forward
-        elif isinstance(part, UpBlockParts):
-            if any(id(resnet) not in resnets for resnet in part.resnets):
-                continue
-            forward = FusedUpBlock(part, [resnets[id(resnet)] for resnet in part.resnets])
-        elif isinstance(part, AttentionParts):
-            forward = kit.attention(part)
-        elif isinstance(part, TransformerBlockParts):
-            assert kit.transformer_block is not None
-            forward = layers[id(part.module)] = kit.transformer_block(part, contexts)
-        elif isinstance(part, TransformerParts):
-            assert kit.transformer is not None
-            forward = kit.transformer(part, [layers.get(id(block)) for block in part.blocks])
-        elif isinstance(part, DownsampleParts):
-            forward = kit.downsample(part)
-        elif isinstance(part, UpsampleParts):
-            forward = kit.upsample(part)
-        else:
-            continue
-        forwards[part.name] = (part.module, forward)
-    return forwards
+def _inside(name: str, blocks: Any) -> bool:
+    return any(f"{name}.".startswith(f"{block}.") for block in blocks)
 
 
-def _closed(head: HeadParts, names: dict[int, str], inner: Forwards) -> bool:
-    """Return whether every layer between stem and head is inside a fused block."""
-    ends = (names[id(module)] for module in (head.stem, head.norm, head.out))
-    prefix = f"{head.name}." if head.name else ""
-    known = (*_whole(inner), *ends, *(prefix + name for name in head.apart))
-    passed = [
-        name
-        for name, module in head.module.named_modules(prefix=head.name)
-        if next(module.parameters(recurse=False), None) is not None or isinstance(module, QLayer)
-    ]
-    return all(any(f"{name}.".startswith(f"{block}.") for block in known) for name in passed)
+def _unknown(denoiser: nn.Module, known: list[str]) -> Iterator[BlockRow]:
+    """Yield the units around integer layers of which no class is known, once each."""
+    # Blocks that hold others say nothing of the layers around these.
+    runs = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
+    runs = [name for name in runs if name]
+    seen: set[str] = set()
+    for layer, _ in quantized_layers(denoiser):
+        path = layer.split(".")
+        names = [".".join(path[:i]) for i in range(1, len(path))]
+        unit = next((n for n in names if is_unit(denoiser.get_submodule(n))), None)
+        if unit is not None and unit not in seen and not _inside(layer, runs):
+            seen.add(unit)
+            kind = type(denoiser.get_submodule(unit)).__name__
+            yield BlockRow(unit, kind, "no fused form is known")
 
 
-def _is_float(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear | Int12Linear) and layer.bias is not None
-
-
-def _refusal(parts: Parts, kit: Kit) -> str | None:
-    """Return why a block is not fused, or None."""
-    backend = kit.backend
-    if isinstance(parts, UpBlockParts):
-        return None
-    if isinstance(parts, HeadParts):
-        plain = isinstance(parts.stem, nn.Conv2d) and isinstance(parts.out, nn.Conv2d)
-        return None if plain else "its first or last layer is quantized"
-    if isinstance(parts, AttentionParts):
-        layers = (parts.q, parts.k, parts.v, parts.out)
-        return _first([_linear(layer, backend) for layer in layers] + [_norm(parts.norm, kit)])
-    if isinstance(parts, TransformerBlockParts):
-        if kit.transformer_block is None:
-            return "the engine has no fused transformers"
-        inside = [layer for a in parts.attentions for layer in (a.q, a.k, a.v, a.out)]
-        return _first([_linear(layer, backend) for layer in (*inside, parts.up, parts.down)])
-    if isinstance(parts, TransformerParts):
-        if kit.transformer is None:
-            return "the engine has no fused transformers"
-        ends = (parts.proj_in, parts.proj_out)
-        return _first([_rows(layer, backend) for layer in ends] + [_norm(parts.norm, kit)])
-    if isinstance(parts, ResnetParts):
-        shortcut = parts.shortcut
-        return _first(
-            [
-                _conv(parts.conv1, backend),
-                _conv(parts.conv2, backend),
-                _norm(parts.norm1, kit),
-                _norm(parts.norm2, kit),
-                None if shortcut is None else _conv(shortcut, backend, (1, 1), parts=2),
-            ]
-        )
-    if isinstance(parts, UpsampleParts):
-        return _conv(parts.conv, backend)
-    if isinstance(parts.conv, QConv2d):
-        conv = parts.conv
-        return _conv(conv, backend, conv.kernel_size, conv.stride, padding=None)
-    return "its convolution is in float"
-
-
-def _first(reasons: list[str | None]) -> str | None:
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _conv(
-    layer: nn.Module,
-    backend: str,
-    kernel: tuple[int, ...] = (3, 3),
-    stride: tuple[int, int] = (1, 1),
-    padding: bool | None = True,
-    parts: int = 1,
-) -> str | None:
-    """Return why a convolution is not a plain one of this kernel and stride, or None."""
-    if not isinstance(layer, QConv2d):
-        return "a convolution in it is in float"
-    same = tuple(size // 2 for size in kernel)
-    plain = (
-        layer.kernel_size == kernel
-        and layer.stride == stride
-        and layer.dilation == (1, 1)
-        and layer.groups == 1
-        and len(layer.segments) <= parts
-        and (padding is None or layer.padding == same)
-        and getattr(layer.kernel, "backend", None) == backend
-    )
-    return None if plain else f"a convolution in it is not a plain {kernel[0]}x{kernel[1]}"
-
-
-def _linear(layer: nn.Module, backend: str) -> str | None:
-    if not isinstance(layer, QLinear):
-        return "a projection in it is in float"
-    plain = len(layer.segments) == 1 and getattr(layer.kernel, "backend", None) == backend
-    return None if plain else "a projection in it is not a plain linear layer"
-
-
-def _rows(layer: nn.Module, backend: str) -> str | None:
-    """Return why a layer does not multiply each pixel by one matrix, or None."""
-    one = isinstance(layer, QConv2d)
-    return _conv(layer, backend, (1, 1)) if one else _linear(layer, backend)
-
-
-def _norm(norm: nn.GroupNorm, kit: Kit) -> str | None:
-    return kit.norm(norm) if norm.affine else "its norm has no weight"
+def _log_summary(denoiser: nn.Module, rows: list[BlockRow], blocks: Blocks) -> None:
+    left = Counter(f"{row.kind}: {row.reason}" for row in rows if row.reason is not None)
+    fused = len(rows) - left.total()
+    why = "; ".join(f"{reason} ({n})" for reason, n in left.most_common())
+    said = f"fused {fused} of {len(rows)} blocks of {type(denoiser).__name__}"
+    level = logging.INFO if fused else logging.WARNING
+    log.log(level, "%s%s", said, f"; {left.total()} not: {why}" if left else "")

@@ -1,8 +1,7 @@
 """Engines that keep the denoiser a torch module and run it layer by layer.
 
-`onednn` (CPU) and `triton` (NVIDIA GPUs) lower each layer to an int8 kernel and fuse the blocks
-around them; `simulated` runs anywhere. A layer that the first backend cannot take is run by
-`simulated`: logged, counted, and listed by `execution`.
+Each lowers every layer with the backend of its name and fuses the blocks around them. A layer that
+the backend cannot take is run by `simulated`: logged, counted, and listed by `execution`.
 """
 
 from __future__ import annotations
@@ -13,15 +12,9 @@ import torch
 from torch import nn
 
 from quantempo.engines.base import BACKENDS
-from quantempo.engines.cuda import unet as fused_gpu
-from quantempo.engines.fusion import Kit, fuse, fused_layers, fused_modules, unfuse
-from quantempo.engines.onednn import blocks as fused
-from quantempo.engines.select import ENGINES
+from quantempo.engines.fusion import Blocks, fuse, fused_layers, fused_modules, unfuse
 from quantempo.kernels import ops
-from quantempo.quantized import (
-    Int12Linear,
-    quantized_layers,
-)
+from quantempo.quantized import Int12Linear, quantized_layers
 
 __all__ = ["LayerwiseEngine", "execution"]
 
@@ -34,11 +27,18 @@ class LayerwiseEngine:
     Args:
         name: of the engine and of its backend.
         devices: torch device types, or ("any",).
-        kit: the fused blocks, where they can be had; None to leave the network's own.
+        blocks: the fused ones; None to leave the network's own.
+        slow: why it is slower than it should be wherever it runs, or None.
     """
 
-    def __init__(self, name: str, devices: tuple[str, ...], kit: Kit | None) -> None:
-        self.name, self.devices, self.kit = name, devices, kit
+    def __init__(
+        self,
+        name: str,
+        devices: tuple[str, ...],
+        blocks: Blocks | None = None,
+        slow: str | None = None,
+    ) -> None:
+        self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -46,21 +46,19 @@ class LayerwiseEngine:
 
     def handicap(self) -> str | None:
         """Return why it is slower than it should be here, or None."""
-        if self.name == "simulated":
-            return "it computes the integers in float arithmetic"
-        return None if self.kit is None else self.kit.missing()
+        return self.slow if self.blocks is None else self.blocks.missing()
 
     def attach(self, denoiser: nn.Module) -> None:
         """Give every integer layer its kernel, then fuse."""
         self._lower(denoiser)
-        if self.kit is None:
+        if self.blocks is None:
             return
-        reason = self.kit.missing()
+        reason = self.blocks.missing()
         if reason is None:
-            fuse(denoiser, self.kit)
+            fuse(denoiser, self.blocks)
         else:
             log.warning("no fused kernels, torch operations instead (slower): %s", reason)
-        if self.kit.eager:
+        if self.blocks.eager:
             _prepare(denoiser)
 
     def _lower(self, denoiser: nn.Module) -> None:
@@ -116,8 +114,3 @@ def execution(denoiser: nn.Module) -> dict[str, str]:
         inside = any(f"{name}.".startswith(f"{block}.") for block in inner)
         table[name] = getattr(layer.kernel, "backend", "none") + (", fused" if inside else "")
     return table
-
-
-ENGINES.register("onednn")(LayerwiseEngine("onednn", ("cpu",), fused.BLOCKS))
-ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), fused_gpu.BLOCKS))
-ENGINES.register("simulated")(LayerwiseEngine("simulated", ("any",), None))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.engines.base import BACKENDS, Kernel, channel_dim, too_many_terms
+from quantempo.engines.layerwise import LayerwiseEngine
+from quantempo.engines.select import ENGINES
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 
@@ -83,7 +85,7 @@ class SimulatedKernel:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the dtype of x."""
         layer, axis = self.layer, channel_dim(self.layer)
-        self._here(x.device)
+        self.here(x.device)
         # (O,) -> the shape that broadcasts over the output.
         rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
         y: Tensor | None = None
@@ -121,9 +123,11 @@ class SimulatedKernel:
                 parts.append((i, channels, weight))
         self.parts = parts
 
-    def _here(self, device: torch.device) -> None:
+    def here(self, device: torch.device) -> list[tuple[int, slice, Tensor]]:
+        """Return the parts on a device, made now if they are not there."""
         if not self.parts or self.parts[0][2].device != device:
             self.prepare(device)
+        return self.parts
 
     def sums(self, segment: int, codes: Tensor) -> Tensor:
         """Return sum_k q q_w rounded once to float32; the padding is 0.
@@ -133,9 +137,9 @@ class SimulatedKernel:
             codes: float32 integers q = q_a - z of that segment, |q| <= 255.
         """
         layer = self.layer
-        self._here(codes.device)
         sums: list[Tensor] = []
-        mine = [(channels, weight) for i, channels, weight in self.parts if i == segment]
+        parts = self.here(codes.device)
+        mine = [(channels, weight) for i, channels, weight in parts if i == segment]
         for channels, weight in mine:
             part = codes if len(mine) == 1 else codes.narrow(
                 channel_dim(layer), channels.start, channels.stop - channels.start
@@ -184,3 +188,6 @@ def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
 
 
 BACKENDS.register("simulated")(SimulatedBackend())
+ENGINES.register("simulated")(
+    LayerwiseEngine("simulated", ("any",), slow="it computes the integers in float arithmetic")
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Block", "blocks"]
+__all__ = ["Block", "blocks", "is_unit"]
 
 # In the name of a class.
 _UNITS = ("ResnetBlock", "ResBlock", "TransformerBlock")
@@ -67,14 +67,15 @@ def blocks(denoiser: nn.Module) -> list[Block]:
 
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Conv2d | nn.Linear) or (name and _is_unit(module)):
+    if isinstance(module, nn.Conv2d | nn.Linear) or (name and is_unit(module)):
         yield name, module
         return
     for child, part in _in_order(module):
         yield from _units(part, f"{name}.{child}" if name else child)
 
 
-def _is_unit(module: nn.Module) -> bool:
+def is_unit(module: nn.Module) -> bool:
+    """Return whether a module is an attention, residual or transformer block, by its class."""
     kind = type(module).__name__
     return kind.endswith("Attention") or any(part in kind for part in _UNITS)
 

@@ -1,11 +1,8 @@
-"""Parts of diffusers' transformers inside U-Nets that one fused pass can run.
-
-See `fusion`, which lists them with all others.
-"""
+"""Parts of diffusers' transformers inside U-Nets, see `fusion`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +10,12 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-__all__ = [
-    "TokenAttentionParts",
-    "TransformerBlockParts",
-    "TransformerParts",
-    "plain_transformer",
-    "transformer",
-    "transformer_block",
-]
+from quantempo.models.fusion import Linear, Need, Norm, Rows, drops, matches, no
+
+__all__ = ["TokenAttentionParts", "TransformerBlockParts", "TransformerParts"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +38,7 @@ class TokenAttentionParts:
 class TransformerBlockParts:
     """x = x + attention(norm(x)) for each; then x + down(value * gelu(gate)) on tokens (B, T, C).
 
-    value and gate: the halves of up(norm(x)). Called as module(x, **arguments), see
-    `plain_transformer`.
+    value and gate: the halves of up(norm(x)).
     """
 
     name: str
@@ -56,13 +48,24 @@ class TransformerBlockParts:
     up: nn.Module
     down: nn.Module
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        inside = [layer for a in self.attentions for layer in (a.q, a.k, a.v, a.out)]
+        return [Linear(layer) for layer in (*inside, self.up, self.down)]
+
+    def given(
+        self, attention_mask: Any = None, encoder_hidden_states: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...] | None:
+        """Return (context,), or None with a mask."""
+        plain = attention_mask is None and _plain(kwargs)
+        return (encoder_hidden_states,) if plain else None
+
 
 @dataclass(frozen=True)
 class TransformerParts:
     """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W) as tokens.
 
-    Projections are linear layers or 1x1 convolutions. Called as module(x, **arguments,
-    return_dict=True), see `plain_transformer`.
+    Projections are linear layers or 1x1 convolutions.
 
     output: called as output(sample=y), makes what is returned; (y,) is without `return_dict`.
     """
@@ -75,12 +78,24 @@ class TransformerParts:
     proj_out: nn.Module
     output: Callable[..., Any]
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        return [Rows(self.proj_in), Rows(self.proj_out), Norm(self.norm)]
 
-def plain_transformer(arguments: dict[str, Any]) -> bool:
-    """Return whether a transformer, or a block of one, was called with tokens and context alone.
+    def given(
+        self,
+        encoder_hidden_states: Any = None,
+        timestep: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | None:
+        """Return (context, {name: argument} for blocks that are not fused), None with a mask."""
+        plain = not args and _plain(kwargs)
+        return (encoder_hidden_states, {"timestep": timestep, **kwargs}) if plain else None
 
-    arguments: those of its `forward` but hidden_states, encoder_hidden_states and return_dict.
-    """
+
+def _plain(arguments: dict[str, Any]) -> bool:
+    """Return whether a transformer, or a block of one, was called with tokens and context alone."""
     # Read by other norms than layer_norm only.
     unread = ("timestep", "class_labels", "added_cond_kwargs")
     # {} says nothing either; masks are tensors, which have no truth.
@@ -91,62 +106,64 @@ def plain_transformer(arguments: dict[str, Any]) -> bool:
     )
 
 
-def transformer_block(name: str, block: Any) -> TransformerBlockParts | None:
-    """Return the parts of a BasicTransformerBlock, or None if it is not a plain one."""
+@matches(BasicTransformerBlock)
+def _block(name: str, block: Any) -> TransformerBlockParts | str:
+    net = block.ff.net
+    reason = no(
+        (block.norm_type == "layer_norm", f"its norm is '{block.norm_type}', not 'layer_norm'"),
+        (block.pos_embed is None, "it adds an embedding of positions"),
+        (not hasattr(block, "fuser"), "it is grounded by boxes (GLIGEN)"),
+        (not block.only_cross_attention, "its first attention reads the context"),
+        (type(getattr(block, "norm3", None)) is nn.LayerNorm, "its last norm is not a LayerNorm"),
+        (
+            type(block.ff) is FeedForward
+            and type(net[0]) is GEGLU
+            and all(type(layer) is nn.Dropout for layer in (net[1], *net[3:])),
+            "its feed-forward layer is not a plain GEGLU",
+        ),
+        (not drops(block), "its dropout is active"),
+    )
     attentions = [_token_attention(block.norm1, block.attn1, cross=False)]
     if block.attn2 is not None:
         attentions.append(_token_attention(block.norm2, block.attn2, cross=True))
-    net = block.ff.net
-    plain = (
-        block.norm_type == "layer_norm"
-        and block.pos_embed is None
-        and not hasattr(block, "fuser")
-        and not block.only_cross_attention
-        and type(block.norm3) is nn.LayerNorm
-        and type(block.ff) is FeedForward
-        and type(net[0]) is GEGLU
-        and all(type(layer) is nn.Dropout for layer in (net[1], *net[3:]))
-        and (net[1].p == 0 or not net.training)
-    )
-    found = tuple(attention for attention in attentions if attention is not None)
-    if not plain or len(found) < len(attentions):
-        return None
-    return TransformerBlockParts(name, block, found, block.norm3, net[0].proj, net[2])
+    found = tuple(a for a in attentions if isinstance(a, TokenAttentionParts))
+    reason = reason or next((a for a in attentions if isinstance(a, str)), None)
+    return reason or TransformerBlockParts(name, block, found, block.norm3, net[0].proj, net[2])
 
 
-def transformer(name: str, model: Any) -> TransformerParts | None:
-    """Return the parts of a Transformer2DModel, or None if it is not a plain one."""
-    plain = (
-        model.is_input_continuous
-        and model.config.norm_type == "layer_norm"
-        and model.in_channels == model.out_channels
-        and all(type(block) is BasicTransformerBlock for block in model.transformer_blocks)
-    )
-    if not plain:
-        return None
+@matches(Transformer2DModel)
+def _transformer(name: str, model: Any) -> TransformerParts | str:
     blocks = tuple(model.transformer_blocks)
-    parts = (model.norm, model.proj_in, blocks, model.proj_out)
-    return TransformerParts(name, model, *parts, Transformer2DModelOutput)
+    return no(
+        (model.is_input_continuous, "its input is no image"),
+        (model.config.norm_type == "layer_norm", f"its norm is '{model.config.norm_type}'"),
+        (model.in_channels == model.out_channels, "it changes the number of channels"),
+        (all(type(block) is BasicTransformerBlock for block in blocks), "its blocks are unknown"),
+    ) or TransformerParts(
+        name,
+        model,
+        model.norm,
+        model.proj_in,
+        blocks,
+        model.proj_out,
+        Transformer2DModelOutput,
+    )
 
 
-def _token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | None:
+def _token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | str:
+    a = attention
+    if type(norm) is not nn.LayerNorm:
+        return "the norm of an attention in it is not a LayerNorm"
+    if type(a) is not Attention or type(a.processor) is not AttnProcessor2_0:
+        return "an attention in it has a class or processor of its own"
     plain = (
-        type(norm) is nn.LayerNorm
-        and type(attention) is Attention
-        and type(attention.processor) is AttnProcessor2_0
-        and attention.group_norm is None
-        and attention.spatial_norm is None
-        and attention.norm_q is None
-        and attention.norm_k is None
-        and attention.norm_cross is None
-        and attention.added_kv_proj_dim is None
-        and attention.inner_kv_dim == attention.inner_dim
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1.0
-        and attention.is_cross_attention == cross
-        and (attention.to_out[1].p == 0 or not attention.training)
+        a.group_norm is a.spatial_norm is a.norm_q is a.norm_k is a.norm_cross is None
+        and a.added_kv_proj_dim is None
+        and a.inner_kv_dim == a.inner_dim
+        and not a.residual_connection
+        and a.rescale_output_factor == 1.0
+        and a.is_cross_attention == cross
     )
     if not plain:
-        return None
-    a = attention
+        return "an attention in it does more than softmax(q k^T) v"
     return TokenAttentionParts(norm, a.to_q, a.to_k, a.to_v, a.to_out[0], a.heads, cross)

@@ -1,43 +1,29 @@
-"""Parts of diffusers blocks that one fused pass can run.
-
-Names of sub-modules and of the arguments of their `forward` live here; what runs them is in
-`backends`. A block is listed only if nothing in its configuration departs from the plain case.
-"""
+"""Parts of the blocks of diffusers' U-Nets, see `fusion`; transformers in `fusion_transformer`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from quantempo.models.fusion_transformer import (
-    TransformerBlockParts,
-    TransformerParts,
-    transformer,
-    transformer_block,
-)
+from quantempo.models.fusion import Conv, Linear, Need, Norm, drops, matches, no
 
 __all__ = [
     "AttentionParts",
     "DownsampleParts",
     "HeadParts",
-    "Parts",
     "ResnetParts",
     "UpBlockParts",
     "UpsampleParts",
-    "fusable_parts",
-    "wants_original",
 ]
 
 # Of CrossAttnUpBlock2D after temb, in their order.
@@ -48,14 +34,20 @@ _CROSS_ARGUMENTS = (
     "attention_mask",
     "encoder_attention_mask",
 )
+# Children of a U-Net that images do not pass through.
+_APART = (
+    "time_proj",
+    "time_embedding",
+    "class_embedding",
+    "add_time_proj",
+    "add_embedding",
+    "encoder_hid_proj",
+)
 
 
 @dataclass(frozen=True)
 class ResnetParts:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time(silu(temb))))), x through `shortcut`.
-
-    Called as module(x, temb).
-    """
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time(silu(temb))))), x through `shortcut`."""
 
     name: str
     module: nn.Module
@@ -66,13 +58,20 @@ class ResnetParts:
     conv2: nn.Module
     shortcut: nn.Module | None
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        shortcut = () if self.shortcut is None else (Conv(self.shortcut, (1, 1), operands=2),)
+        norms = Norm(self.norm1), Norm(self.norm2)
+        return [Conv(self.conv1), Conv(self.conv2), *norms, *shortcut]
+
+    def given(self, temb: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return (temb,)."""
+        return (temb,)
+
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """x + out(softmax(q k^T scale) v), q, k and v of norm(x), over the pixels of an image.
-
-    Called as module(x) on (B, C, H, W).
-    """
+    """x + out(softmax(q k^T scale) v), q, k and v of norm(x), over the pixels of (B, C, H, W)."""
 
     name: str
     module: nn.Module
@@ -83,31 +82,54 @@ class AttentionParts:
     out: nn.Module
     heads: int
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        return [*(Linear(layer) for layer in (self.q, self.k, self.v, self.out)), Norm(self.norm)]
+
+    def given(self, *args: Any, **kwargs: Any) -> tuple[()] | None:
+        """Return (), or None with a context or a mask."""
+        plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
+        return () if plain else None
+
 
 @dataclass(frozen=True)
 class DownsampleParts:
-    """conv(x inside `border` = (top, bottom, left, right) zeros). Called as module(x)."""
+    """conv(x inside `border` = (top, bottom, left, right) zeros)."""
 
     name: str
     module: nn.Module
     conv: nn.Module
     border: tuple[int, int, int, int]
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        return [Conv(self.conv, kernel=None, stride=None, padded=False)]
+
+    def given(self, *args: Any, **kwargs: Any) -> tuple[()]:
+        """Return ()."""
+        return ()
+
 
 @dataclass(frozen=True)
 class UpsampleParts:
-    """conv(x with every pixel repeated 2 x 2). Called as module(x, output_size=None)."""
+    """conv(x with every pixel repeated 2 x 2)."""
 
     name: str
     module: nn.Module
     conv: nn.Module
 
+    def needs(self) -> Sequence[Need]:
+        """Return what an engine must be able to run."""
+        return [Conv(self.conv)]
+
+    def given(self, output_size: Any = None, *args: Any, **kwargs: Any) -> tuple[()] | None:
+        """Return (), or None for another size than twice that of x."""
+        return () if output_size is None else None
+
 
 @dataclass(frozen=True)
 class UpBlockParts:
     """For each resnet: x = attention(resnet(torch.cat([x, skip], 1), temb)); then upsample.
-
-    Called as module(x, skips, temb, ...), the last skip first.
 
     more: names of the arguments after temb; cross: the attentions are whole transformers, given
     all of them but upsample_size.
@@ -118,8 +140,24 @@ class UpBlockParts:
     resnets: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     upsamplers: tuple[nn.Module, ...]
-    more: tuple[str, ...] = ("upsample_size",)
-    cross: bool = False
+    more: tuple[str, ...]
+    cross: bool
+
+    def needs(self) -> Sequence[Need]:
+        """Return (): its blocks have needs of their own."""
+        return ()
+
+    def given(
+        self, res_hidden_states_tuple: Any, temb: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...] | None:
+        """Return (skips, temb, {name: argument}), the last skip first to be read.
+
+        None if the block was told to scale its inputs (FreeU).
+        """
+        if all(getattr(self.module, name, None) for name in ("s1", "s2", "b1", "b2")):
+            return None
+        more = dict(zip(self.more, args, strict=False)) | kwargs
+        return res_hidden_states_tuple, temb, more
 
 
 @dataclass(frozen=True)
@@ -131,67 +169,33 @@ class HeadParts:
 
     name: str
     module: nn.Module
-    stem: nn.Module
+    stem: nn.Conv2d
     norm: nn.GroupNorm
     activation: nn.Module
-    out: nn.Module
+    out: nn.Conv2d
     apart: tuple[str, ...]
 
+    def needs(self) -> Sequence[Need]:
+        """Return (): stem and end are in float."""
+        return ()
 
-Parts = (
-    ResnetParts
-    | AttentionParts
-    | TransformerBlockParts
-    | TransformerParts
-    | DownsampleParts
-    | UpsampleParts
-    | UpBlockParts
-    | HeadParts
-)
+    def given(self, *args: Any, **kwargs: Any) -> None:
+        """Return None: the network itself is called as ever."""
 
 
-def fusable_parts(denoiser: nn.Module) -> Iterator[Parts]:
-    """Yield the fusable blocks of a denoiser, inner ones before those that hold them."""
-    found = [_parts(name, module) for name, module in denoiser.named_modules()]
-    yield from reversed([parts for parts in found if parts is not None])
-
-
-def wants_original(parts: UpBlockParts) -> bool:
-    """Return whether an up block was told to scale its inputs (FreeU) since it was listed."""
-    return all(getattr(parts.module, name, None) for name in ("s1", "s2", "b1", "b2"))
-
-
-def _parts(name: str, module: nn.Module) -> Parts | None:
-    # Exact types: a subclass may have another forward.
-    build: Any = {
-        ResnetBlock2D: _resnet,
-        Attention: _attention,
-        BasicTransformerBlock: transformer_block,
-        Transformer2DModel: transformer,
-        Downsample2D: _downsample,
-        Upsample2D: _upsample,
-        UpBlock2D: _up_block,
-        AttnUpBlock2D: _up_block,
-        CrossAttnUpBlock2D: _up_block,
-        UNet2DModel: _head,
-        UNet2DConditionModel: _head,
-    }.get(type(module))
-    return None if build is None else build(name, module)
-
-
-def _resnet(name: str, block: Any) -> ResnetParts | None:
-    plain = (
-        block.time_embedding_norm == "default"
-        and block.upsample is None
-        and block.downsample is None
-        and not block.skip_time_act
-        and block.output_scale_factor == 1.0
-        and isinstance(block.nonlinearity, nn.SiLU)
-        and (block.dropout.p == 0 or not block.training)
-    )
-    if not plain:
-        return None
-    return ResnetParts(
+@matches(ResnetBlock2D)
+def _resnet(name: str, block: Any) -> ResnetParts | str:
+    kind = type(block.nonlinearity).__name__
+    return no(
+        (
+            block.time_embedding_norm == "default" and not block.skip_time_act,
+            f"its time embedding is '{block.time_embedding_norm}'",
+        ),
+        (block.upsample is None and block.downsample is None, "it changes the size of its input"),
+        (block.output_scale_factor == 1.0, "its output is scaled"),
+        (isinstance(block.nonlinearity, nn.SiLU), f"its activation is {kind}, not SiLU"),
+        (not drops(block), "its dropout is active"),
+    ) or ResnetParts(
         name,
         block,
         block.norm1,
@@ -203,22 +207,27 @@ def _resnet(name: str, block: Any) -> ResnetParts | None:
     )
 
 
-def _attention(name: str, block: Any) -> AttentionParts | None:
-    plain = (
-        type(block.processor) is AttnProcessor2_0
-        and block.group_norm is not None
-        and block.spatial_norm is None
-        and block.norm_q is None
-        and block.norm_k is None
-        and block.residual_connection
-        and block.rescale_output_factor == 1.0
-        and not block.norm_cross
-        and not block.is_cross_attention
-        and (block.to_out[1].p == 0 or not block.training)
-    )
-    if not plain:
+@matches(Attention)
+def _attention(name: str, block: Any) -> AttentionParts | str | None:
+    if block.group_norm is None:
+        # Of a transformer block, where the norm is outside.
         return None
-    return AttentionParts(
+    return no(
+        (
+            type(block.processor) is AttnProcessor2_0,
+            f"its processor is {type(block.processor).__name__}",
+        ),
+        (
+            block.spatial_norm is None and block.norm_q is None and block.norm_k is None,
+            "it has a second norm",
+        ),
+        (not block.norm_cross and not block.is_cross_attention, "it reads a context"),
+        (
+            block.residual_connection and block.rescale_output_factor == 1.0,
+            "its output is scaled or not added to its input",
+        ),
+        (not drops(block), "its dropout is active"),
+    ) or AttentionParts(
         name,
         block,
         block.group_norm,
@@ -230,49 +239,57 @@ def _attention(name: str, block: Any) -> AttentionParts | None:
     )
 
 
-def _downsample(name: str, block: Any) -> DownsampleParts | None:
-    if not block.use_conv or block.norm is not None:
+@matches(Downsample2D)
+def _downsample(name: str, block: Any) -> DownsampleParts | str | None:
+    if not block.use_conv:
         return None
     # With padding 0 the block itself appends one row and one column of zeros.
     border = (0, 1, 0, 1) if block.padding == 0 else (block.padding,) * 4
-    return DownsampleParts(name, block, block.conv, border)
+    plain = block.norm is None
+    return no((plain, "it has a norm")) or DownsampleParts(name, block, block.conv, border)
 
 
-def _upsample(name: str, block: Any) -> UpsampleParts | None:
-    if not block.use_conv or block.use_conv_transpose or block.norm is not None:
+@matches(Upsample2D)
+def _upsample(name: str, block: Any) -> UpsampleParts | str | None:
+    if not block.use_conv:
         return None
-    if not block.interpolate:
-        return None
-    return UpsampleParts(name, block, block.conv if block.name == "conv" else block.Conv2d_0)
+    plain = not block.use_conv_transpose and block.norm is None and block.interpolate
+    conv = block.conv if block.name == "conv" else block.Conv2d_0
+    return no((plain, "it does more than repeat pixels")) or UpsampleParts(name, block, conv)
 
 
-def _up_block(name: str, block: Any) -> UpBlockParts | None:
-    attentions = tuple(getattr(block, "attentions", ()))
+@matches(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D)
+def _up_block(name: str, block: Any) -> UpBlockParts | str:
     upsamplers = tuple(block.upsamplers or ())
-    if any(type(upsampler) is not Upsample2D for upsampler in upsamplers):
-        return None
-    parts = (name, block, tuple(block.resnets), attentions, upsamplers)
-    if type(block) is not CrossAttnUpBlock2D:
-        return UpBlockParts(*parts)
-    return UpBlockParts(*parts, _CROSS_ARGUMENTS, cross=True)
+    cross = type(block) is CrossAttnUpBlock2D
+    return no(
+        (all(type(u) is Upsample2D for u in upsamplers), "it upsamples by a residual block"),
+    ) or UpBlockParts(
+        name,
+        block,
+        tuple(block.resnets),
+        tuple(getattr(block, "attentions", ())),
+        upsamplers,
+        _CROSS_ARGUMENTS if cross else ("upsample_size",),
+        cross,
+    )
 
 
-def _head(name: str, model: Any) -> HeadParts | None:
-    if model.conv_norm_out is None or not isinstance(model.conv_act, nn.SiLU):
-        return None
-    return HeadParts(
+@matches(UNet2DModel, UNet2DConditionModel)
+def _head(name: str, model: Any) -> HeadParts | str:
+    float_ends = isinstance(model.conv_in, nn.Conv2d) and isinstance(model.conv_out, nn.Conv2d)
+    return no(
+        (
+            model.conv_norm_out is not None and isinstance(model.conv_act, nn.SiLU),
+            "it does not end in a norm and SiLU",
+        ),
+        (float_ends, "its first or last layer is quantized"),
+    ) or HeadParts(
         name,
         model,
         model.conv_in,
         model.conv_norm_out,
         model.conv_act,
         model.conv_out,
-        (
-            "time_proj",
-            "time_embedding",
-            "class_embedding",
-            "add_time_proj",
-            "add_embedding",
-            "encoder_hid_proj",
-        ),
+        _APART,
     )

@@ -1,3 +1,13 @@
-"""The GPU engine: Triton kernels, fused blocks, CUDA graphs."""
+"""The engine for NVIDIA GPUs: int8 products, fused blocks, CUDA graphs."""
 
-__all__: list[str] = []
+from quantempo.engines.base import BACKENDS
+from quantempo.engines.cuda import transformer, unet
+from quantempo.engines.cuda.blocks import BLOCKS
+from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.layerwise import LayerwiseEngine
+from quantempo.engines.select import ENGINES
+
+__all__ = ["transformer", "unet"]
+
+BACKENDS.register("triton")(TritonBackend())
+ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), BLOCKS))

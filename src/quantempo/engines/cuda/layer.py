@@ -1,8 +1,8 @@
 """Int8 layers on a GPU through the operators of `kernels.ops`.
 
-One layer at a time; `fused_gpu` joins them. Eagerly a layer is two launches: quantize, multiply.
-Inside a compiled network its input is quantized by plain operations, which the compiler joins with
-what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
+One layer at a time; `unet` and `transformer` join them. Eagerly a layer is two launches: quantize,
+multiply. Inside a compiled network its input is quantized by plain operations, which the compiler
+joins with what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import BACKENDS, Kernel, too_many_terms
-from quantempo.engines.cuda.operands import ALIGNED, FLOATS, Operands, quantize, quantize_rows
+from quantempo.engines.base import Kernel, too_many_terms
+from quantempo.engines.cuda.constants import (
+    ALIGNED,
+    FLOATS,
+    LayerConstants,
+    quantize,
+    quantize_rows,
+)
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 
@@ -94,7 +100,7 @@ def _say_slow() -> None:
 
 
 class TritonKernel:
-    """Run one layer; `operands` are made by `prepare`, or by the first call.
+    """Run one layer; `constants` are made by `prepare`, or by the first call.
 
     A layer of several segments is one launch where it is a 1x1 convolution (the others at the
     side of the first), else one launch for each segment, added up in float32.
@@ -104,7 +110,7 @@ class TritonKernel:
 
     def __init__(self, layer: QLayer) -> None:
         self.layer = layer
-        self.operands: Operands | None = None
+        self.constants: LayerConstants | None = None
 
     def prepare(self, device: torch.device) -> None:
         """Read the layer's integers and scales (again); outside of any trace."""
@@ -115,53 +121,50 @@ class TritonKernel:
             )
         if device.type == "cpu":
             _say_slow()
-        self.operands = Operands.of(self.layer)
+        self.constants = LayerConstants.of(self.layer)
 
-    def here(self, device: torch.device) -> Operands:
+    def here(self, device: torch.device) -> LayerConstants:
         """Return the constants on this device.
 
         Raises:
             QuantempoError: they are not, inside a trace, which could not keep them.
         """
-        if self.operands is None or self.operands.device != device:
+        if self.constants is None or self.constants.device != device:
             if torch.compiler.is_compiling():
                 raise QuantempoError("the model was moved; attach the engine, then compile")
             self.prepare(device)
-        assert self.operands is not None
-        return self.operands
+        assert self.constants is not None
+        return self.constants
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the dtype of x."""
-        operands = self.here(x.device)
+        constants = self.here(x.device)
         dtype = x.dtype if x.dtype in FLOATS else torch.float32
         if isinstance(self.layer, QConv2d):
-            y = _convolve(self.layer, operands, x, dtype)
+            y = _convolve(self.layer, constants, x, dtype)
         else:
-            y = _multiply(operands, x, dtype).reshape(*x.shape[:-1], -1)
+            y = _multiply(constants, x, dtype).reshape(*x.shape[:-1], -1)
         return y.to(x.dtype)
 
 
-def _convolve(layer: QConv2d, operands: Operands, x: Tensor, dtype: torch.dtype) -> Tensor:
-    sides = operands.sides
-    parts = zip(x.split(layer.segments, 1), operands.grids, strict=True)
+def _convolve(layer: QConv2d, constants: LayerConstants, x: Tensor, dtype: torch.dtype) -> Tensor:
+    sides = constants.sides
+    parts = zip(x.split(layer.segments, 1), constants.grids, strict=True)
     codes = [quantize(part, grid) for part, grid in parts]
-    how = operands.shape | ({} if sides is None else sides.arguments(codes[1:]))
+    how = constants.shape | ({} if sides is None else sides.arguments(codes[1:]))
     launches = codes if sides is None else codes[:1]
     y: Tensor | None = None
     for i, main in enumerate(launches[:-1]):
-        y = operands.conv(main, torch.float32, i, residual=y, **how)
+        y = constants.conv(main, torch.float32, i, residual=y, **how)
     final = len(launches) - 1
-    return operands.conv(launches[-1], dtype, final, residual=y, bias=operands.bias, **how)
+    return constants.conv(launches[-1], dtype, final, residual=y, bias=constants.bias, **how)
 
 
-def _multiply(operands: Operands, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply(constants: LayerConstants, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (M, O)."""
-    parts = zip(x.split(operands.layer.segments, -1), operands.grids, strict=True)
+    parts = zip(x.split(constants.layer.segments, -1), constants.grids, strict=True)
     codes = [quantize_rows(part, grid) for part, grid in parts]
     y: Tensor | None = None
     for i, main in enumerate(codes[:-1]):
-        y = operands.gemm(main, torch.float32, i, residual=y)
-    return operands.gemm(codes[-1], dtype, len(codes) - 1, residual=y, bias=operands.bias)
-
-
-BACKENDS.register("triton")(TritonBackend())
+        y = constants.gemm(main, torch.float32, i, residual=y)
+    return constants.gemm(codes[-1], dtype, len(codes) - 1, residual=y, bias=constants.bias)

@@ -1,90 +1,44 @@
-"""What every block of a forward reads, computed once for all of them on a GPU.
-
-The first block to ask computes it for all, the last one lets go of it; each reads its part once.
-Blocks run alone, or a forward that was broken off, leave nothing that a forward would use: it is at
-a time of its own.
-"""
+"""Computed once a forward: all time shifts; keys and values of the context."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.operands import Operands, Prepared, constant, operands_of, quantize_rows
-from quantempo.models.fusion_transformer import TokenAttentionParts
-from quantempo.quantized import Int12Linear
+from quantempo.engines.cuda.blocks import Prepared
+from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of, quantize_rows
+from quantempo.engines.fusion import Network, time_layers
+from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
+from quantempo.models.fusion_transformer import TokenAttentionParts, TransformerBlockParts
 
 __all__ = ["SharedContext", "SharedShifts"]
 
 
-class _Shared(Prepared):
-    """A value made of one input, of which each of `readers` reads its part once a forward."""
+class SharedShifts(Prepared, TimeShifts):
+    """Time shifts in float16, whatever the model was loaded in.
 
-    def __init__(self, readers: int) -> None:
-        self._all = (1 << readers) - 1
-        self._unread = 0
-        self._given: Tensor | None = None
-        self._now: Tensor | None = None
-        self._value: Any = None
-
-    def _of(self, index: int, given: Tensor, now: Tensor | None, *how: Any) -> Any:
-        """Return the value for reader `index`, made now unless it was for this input and time.
-
-        now: the time bucket, another tensor in each forward.
-        """
-        self.here(given)
-        bit, value = 1 << index, self._value
-        old = value is None or self._given is not given or self._now is not now
-        if old or not self._unread & bit:
-            value = self._make(given, *how)
-            self._given, self._now, self._value, self._unread = given, now, value, self._all
-        self._unread &= ~bit
-        if not self._unread:
-            self._given = self._now = self._value = None
-        return value
-
-    def _make(self, given: Tensor, *how: Any) -> Any:
-        raise NotImplementedError
-
-
-class SharedShifts(_Shared):
-    """What the time embedding adds to each residual block, of all blocks in one matmul.
-
-    Args:
-        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
-        dtype: of the product, whatever the model was loaded in: float16 has an eighth of the error
-            of bfloat16. Where a float32 model has a block that cannot be fused, and its stream is
-            float32 therefore, shifts have these 11 bits all the same.
+    float16 has an eighth of the error of bfloat16. Where a float32 model has a block that cannot be
+    fused, and its stream is float32 therefore, shifts have these 11 bits all the same.
     """
 
-    def __init__(self, layers: list[Any], dtype: torch.dtype = torch.float16) -> None:
-        super().__init__(len(layers))
-        self.layers, self.dtype = layers, dtype
-        sizes = [len(layer.bias) for layer in layers]
-        self._start = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    dtype = torch.float16
+
+    @classmethod
+    def of(cls, network: Network) -> SharedShifts:
+        """Return those of all residual blocks that read a float layer."""
+        return cls(time_layers(network))
 
     def _prepare(self, device: torch.device) -> None:
-        weights = [
-            layer.unpack() if isinstance(layer, Int12Linear) else layer.weight
-            for layer in self.layers
-        ]
-        self.weight = constant(torch.cat([weight.to(self.dtype) for weight in weights]))
-        self.bias = constant(torch.cat([layer.bias.to(self.dtype) for layer in self.layers]))
+        self.weight, self.bias = map(constant, float_rows(self.layers, self.dtype))
 
-    def _make(self, temb: Tensor, *how: Any) -> Tensor:
-        return F.linear(F.silu(temb.float()).to(self.dtype), self.weight, self.bias)
-
-    def __call__(self, index: int, temb: Tensor) -> Tensor:
-        """Return (B, C_index) in `dtype`, rows not contiguous; temb (B, E)."""
-        # An embedding is made anew in each forward: no other sign of the time is needed.
-        value: Tensor = self._of(index, temb, None)
-        return value[:, self._start[index] : self._start[index + 1]]
+    def make(self, given: Tensor) -> Tensor:
+        """Return (B, sum C_i) of temb (B, E)."""
+        self.here(given)
+        return F.linear(F.silu(given.float()).to(self.weight.dtype), self.weight, self.bias)
 
 
-class SharedContext(_Shared):
+class SharedContext(Prepared, PerForward):
     """Keys and values of the context, of all attention layers that read it, in one product.
 
     Or in as many as there are grids: layers calibrated on one context have one.
@@ -97,8 +51,14 @@ class SharedContext(_Shared):
         super().__init__(len(attentions))
         self.attentions = attentions
 
+    @classmethod
+    def of(cls, network: Network) -> SharedContext:
+        """Return that of all attention layers that read a context."""
+        blocks = network.of(TransformerBlockParts)
+        return cls([a for block in blocks for a in block.attentions if a.cross])
+
     def _prepare(self, device: torch.device) -> None:
-        layers = [operands_of(layer, device) for a in self.attentions for layer in (a.k, a.v)]
+        layers = [constants_of(layer, device) for a in self.attentions for layer in (a.k, a.v)]
         self.sizes = [len(layer.weight_scale) for layer in layers]
         groups: list[list[int]] = []
         for i, layer in enumerate(layers):
@@ -108,23 +68,27 @@ class SharedContext(_Shared):
                     break
             else:
                 groups.append([i])
-        self.groups = [(Operands.joined([layers[i] for i in group]), group) for group in groups]
+        self.groups = [
+            (LayerConstants.joined([layers[i] for i in group]), group) for group in groups
+        ]
 
-    def _make(self, context: Tensor, *how: Any) -> dict[int, Tensor]:
-        batch, tokens, width = context.shape
+    def make(self, given: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Return keys and values of a context (B, S, C') by the place of their layer."""
+        self.here(given)
+        batch, tokens, width = given.shape
         found: dict[int, Tensor] = {}
         for layer, group in self.groups:
             # Layers of another width read another context.
             if layer.weights[0].shape[1] == width:
-                codes = quantize_rows(context, layer.grids[0])
-                y = layer.gemm(codes, *how, bias=layer.bias).view(batch, tokens, -1)
+                codes = quantize_rows(given, layer.grids[0])
+                y = layer.gemm(codes, dtype, bias=layer.bias).view(batch, tokens, -1)
                 parts = y.split([self.sizes[i] for i in group], 2)
                 found |= dict(zip(group, parts, strict=True))
         return found
 
     def __call__(self, index: int, context: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return k (B, S, C) and v of the attention `index`, in `dtype`; context (B, S, C')."""
-        found = self._of(index, context, self.attentions[index].k.clock.bucket, dtype)
+        found = self.read(index, context, self.attentions[index].k.clock.bucket, dtype)
         if 2 * index not in found:
             raise ValueError(
                 f"got a context of {context.shape[2]} channels; expected "

@@ -2,12 +2,12 @@
 
     transformer   gn_act_quant -> qgemm of pixel rows -> blocks -> qgemm + x
     attention     LayerNorm, quantize -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
-    on a context  q alone; k and v of the context, of all layers in one qgemm, see `shared`
+    on a context  q alone; k and v of the context, of all layers in one qgemm, see `per_forward`
     feed-forward  LayerNorm, quantize -> qgemm, value * gelu(gate), codes -> qgemm + x
 
 Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
 The last product of the last block writes the codes that the output projection reads. What is
-quantized in between is plain operations where a compiler joins them, see `operands.quantize`.
+quantized in between is plain operations where a compiler joins them, see `constants.quantize`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.operands import (
+from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock, Prepared
+from quantempo.engines.cuda.constants import (
     FLOATS,
-    Grid,
+    ActivationGrid,
+    LayerConstants,
     Norm,
-    Operands,
-    Prepared,
     constant,
+    constants_of,
     last,
-    operands_of,
     quantize_rows,
     rows_of,
-    takes_images,
 )
 from quantempo.engines.cuda.per_forward import SharedContext
+from quantempo.engines.fusion import Network
 from quantempo.models.fusion_transformer import (
     TokenAttentionParts,
     TransformerBlockParts,
     TransformerParts,
-    plain_transformer,
 )
 
 __all__ = ["FusedTransformer", "FusedTransformerBlock"]
@@ -62,18 +61,16 @@ def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class _TokenAttention(Prepared):
     """x + attention(norm(x)) on tokens."""
 
-    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext | None) -> None:
+    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext) -> None:
         self.parts = parts
-        self.contexts, self.index = None, 0
-        if contexts is not None and parts.cross:
-            self.contexts = contexts
-            self.index = next(i for i, a in enumerate(contexts.attentions) if a is parts)
+        self.contexts = contexts if parts.cross else None
+        self.index = contexts.attentions.index(parts) if parts.cross else 0
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm, self.out = _LayerNorm(parts.norm), operands_of(parts.out, device)
-        q, k, v = (operands_of(layer, device) for layer in (parts.q, parts.k, parts.v))
-        self.of_tokens = [q] if parts.cross else Operands.together([q, k, v])
+        self.norm, self.out = _LayerNorm(parts.norm), constants_of(parts.out, device)
+        q, k, v = (constants_of(layer, device) for layer in (parts.q, parts.k, parts.v))
+        self.of_tokens = [q] if parts.cross else LayerConstants.together([q, k, v])
         if self.contexts is not None and self.contexts.device != device:
             self.contexts.prepare(device)
 
@@ -100,25 +97,31 @@ class _TokenAttention(Prepared):
         return x.unflatten(2, (self.parts.heads, -1))
 
 
-def _add(layer: Operands, codes: Tensor, x: Tensor) -> Tensor:
+def _add(layer: LayerConstants, codes: Tensor, x: Tensor) -> Tensor:
     """Return x + layer(codes), (B, T, C); codes (B T, K)."""
     y = layer.gemm(codes, x.dtype, bias=layer.bias, residual=x.reshape(len(codes), -1))
     return y.view(x.shape)
 
 
-class FusedTransformerBlock(Prepared):
+@BLOCKS.build(TransformerBlockParts)
+class FusedTransformerBlock(GpuBlock):
     """Attention layers and a gated feed-forward layer, each added to its input as it is written."""
 
-    def __init__(self, parts: TransformerBlockParts, contexts: SharedContext | None) -> None:
-        self.parts = parts
+    def __init__(self, parts: TransformerBlockParts, contexts: SharedContext) -> None:
+        super().__init__(parts)
         self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
         self.cross = any(attention.cross for attention in parts.attentions)
+
+    @classmethod
+    def build(cls, parts: TransformerBlockParts, network: Network) -> FusedTransformerBlock:
+        """Return the forward of a block."""
+        return cls(parts, network.once(SharedContext.of))
 
     def _prepare(self, device: torch.device) -> None:
         for attention in self.attentions:
             attention.prepare(device)
         self.norm = _LayerNorm(self.parts.norm)
-        self.up, self.down = (operands_of(p, device) for p in (self.parts.up, self.parts.down))
+        self.up, self.down = (constants_of(p, device) for p in (self.parts.up, self.parts.down))
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Return whether `run` can be given these."""
@@ -126,24 +129,12 @@ class FusedTransformerBlock(Prepared):
         fits = isinstance(context, Tensor) and context.ndim == 3 if self.cross else True
         return x.dtype in FLOATS and x.ndim == 3 and fits
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run the block on (B, T, C); the arguments are diffusers'."""
-        x, context = hidden_states, encoder_hidden_states
-        arguments = {"attention_mask": attention_mask, **kwargs}
-        if plain_transformer(arguments) and self.takes(x, context):
-            return self.run(x, context)
-        module = self.parts.module
-        arguments["encoder_hidden_states"] = context
-        y: Tensor = type(module).forward(module, _like(x, self.parts.norm.weight), **arguments)
+    def unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward of the class in the type of its weights."""
+        y: Tensor = super().unfused(_like(x, self.parts.norm.weight), *args, **kwargs)
         return y.to(x.dtype)
 
-    def run(self, x: Tensor, context: Any, grid: Grid | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Any, grid: ActivationGrid | None = None) -> Tensor:
         """Return (B, T, C), or its codes on a grid, (B T, C) int8."""
         self.here(x)
         x = x.contiguous()
@@ -162,7 +153,8 @@ def _like(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x.to(weight.dtype)
 
 
-class FusedTransformer(Prepared):
+@BLOCKS.build(TransformerParts)
+class FusedTransformer(GpuBlock):
     """A transformer over the pixels of an image, whose projections read and write pixel rows.
 
     Args:
@@ -170,36 +162,34 @@ class FusedTransformer(Prepared):
     """
 
     # The blocks inside are fused, or not, on their own.
-    own = ("norm", "proj_in", "proj_out")
+    own: tuple[str, ...] = ("norm", "proj_in", "proj_out")
 
     def __init__(self, parts: TransformerParts, blocks: list[Any]) -> None:
-        self.parts, self.blocks = parts, blocks
+        super().__init__(parts)
+        self.blocks = blocks
+
+    @classmethod
+    def build(cls, parts: TransformerParts, network: Network) -> FusedTransformer:
+        """Return the forward of a transformer."""
+        return cls(parts, [network.forward_of(block) for block in parts.blocks])
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.norm = Norm(parts.norm)
-        self.proj_in = operands_of(parts.proj_in, device).pixelwise()
-        self.proj_out = operands_of(parts.proj_out, device).pixelwise()
+        self.proj_in = constants_of(parts.proj_in, device).pixelwise()
+        self.proj_out = constants_of(parts.proj_out, device).pixelwise()
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Any = None,
-        timestep: Tensor | None = None,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the transformer on (B, C, H, W); the arguments are diffusers'."""
-        x, context = hidden_states, encoder_hidden_states
-        if args or not plain_transformer(kwargs) or not takes_images(x):
-            module, parts = self.parts.module, self.parts
-            given = (_like(x, parts.norm.weight), context, timestep, *args)
-            result = type(module).forward(module, *given, return_dict=False, **kwargs)
-            y = result[0].to(x.dtype)
-        else:
-            y = self.run(x, context, {"timestep": timestep, **kwargs})
+        return_dict = kwargs.pop("return_dict", True)
+        y = super().__call__(*args, **kwargs)
         return self.parts.output(sample=y) if return_dict else (y,)
+
+    def unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward of the class in the type of its weights."""
+        x_own = _like(x, self.parts.norm.weight)
+        y: Tensor = super().unfused(x_own, *args, return_dict=False, **kwargs)[0]
+        return y.to(x.dtype)
 
     def run(self, x: Tensor, context: Any, arguments: dict[str, Any]) -> Tensor:
         """Return (B, C, H, W), channels_last; arguments: of blocks that are not fused."""

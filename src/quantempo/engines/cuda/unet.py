@@ -2,13 +2,12 @@
 
     residual block   gn_act_quant -> qconv2d + bias + time -> gn_act_quant -> qconv2d + skip
     self-attention   gn_act_quant -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
-    transformers     see `fused_transformer`
+    transformers     see `transformer`
     samplers         quantize -> qconv2d with stride 2, or reading every pixel four times
 
-A block is fused by setting `forward` on its instance. Nothing waits for the device and nothing
-depends on the value of a time-step: a block works eagerly, inside torch.compile and in a CUDA
-graph, for any batch, mixed time-steps included. The result equals the layers run one by one up to
-the order of float operations, which may move a code by one.
+Nothing waits for the device and nothing depends on the value of a time-step: a block works eagerly,
+inside torch.compile and in a CUDA graph, for any batch, mixed time-steps included. The result
+equals the layers run one by one up to the order of float operations, which may move a code by one.
 """
 
 from __future__ import annotations
@@ -20,28 +19,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.operands import (
+from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock, Prepared
+from quantempo.engines.cuda.constants import (
     ALIGNED,
+    LayerConstants,
     Norm,
-    Operands,
-    Prepared,
     Sides,
     constant,
+    constants_of,
     last,
-    operands_of,
     quantize,
     quantize_rows,
     rows_of,
-    takes_images,
 )
-from quantempo.engines.cuda.per_forward import SharedContext, SharedShifts
-from quantempo.engines.cuda.transformer import FusedTransformer, FusedTransformerBlock
-from quantempo.engines.fusion import Kit, same
-from quantempo.models.fusion_unet import AttentionParts, HeadParts, ResnetParts
+from quantempo.engines.cuda.per_forward import SharedShifts
+from quantempo.engines.fusion import Network, same
+from quantempo.models.fusion_unet import (
+    AttentionParts,
+    DownsampleParts,
+    HeadParts,
+    ResnetParts,
+    UpsampleParts,
+)
 from quantempo.quantized import Int12Linear, StepClock
 
 __all__ = [
-    "BLOCKS",
     "FusedAttention",
     "FusedDownsample",
     "FusedHead",
@@ -51,19 +53,18 @@ __all__ = [
     "FusedUpsample",
 ]
 
-
 # Codes for the norm's convolution and for the shortcut are written together, unless the images are
 # of more bytes: both would be the peak of the memory.
 _LARGE = 128 << 20
 
 
-class FusedResnet(Prepared):
+@BLOCKS.build(ResnetParts)
+class FusedResnet(GpuBlock):
     """A residual block: two passes that write codes, two convolutions that add all the rest."""
 
-    takes = staticmethod(takes_images)
-
-    def __init__(self, parts: ResnetParts, shifts: SharedShifts | None, index: int) -> None:
-        self.parts, self.shifts, self.index = parts, shifts, index
+    def __init__(self, parts: ResnetParts, shifts: SharedShifts) -> None:
+        super().__init__(parts)
+        self.shifts, self.index = shifts, shifts.index(parts.time)
         self.clock = parts.conv1.clock
         # Of a shortcut: channels of each input -> its operands.
         self.sides: dict[tuple[int, ...], Sides] = {}
@@ -71,13 +72,25 @@ class FusedResnet(Prepared):
         if parts.shortcut is not None:
             self.widths.add(parts.shortcut.segments)
 
+    @classmethod
+    def build(cls, parts: ResnetParts, network: Network) -> FusedResnet:
+        """Return the forward of a block."""
+        forward = cls(parts, network.once(SharedShifts.of))
+        half = network.halves.get(f"{parts.name}.conv_shortcut")
+        if half is not None:
+            forward.accept(half)
+        return forward
+
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.norm1, self.norm2 = Norm(parts.norm1), Norm(parts.norm2)
-        self.conv1, self.conv2 = operands_of(parts.conv1, device), operands_of(parts.conv2, device)
-        if self.shifts is None and isinstance(parts.time, Int12Linear):
+        self.conv1, self.conv2 = (
+            constants_of(parts.conv1, device),
+            constants_of(parts.conv2, device),
+        )
+        if self.index is None and isinstance(parts.time, Int12Linear):
             torch._dynamo.mark_static_address(parts.time.weight)
-        if self.shifts is not None and self.shifts.device != device:
+        if self.index is not None and self.shifts.device != device:
             self.shifts.prepare(device)
         shortcut: Any = parts.shortcut
         self.bias = self.conv2.bias
@@ -93,13 +106,7 @@ class FusedResnet(Prepared):
         if shortcut is not None and aligned and len(shortcut.segments) == 1:
             self.widths.add(widths)
 
-    def __call__(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
-        if not takes_images(x):
-            return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
-        return self.run(x, None, temb)
-
-    def run(self, x: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
         self.here(x)
         x, skip, sides = self._inputs(x, skip)
@@ -134,28 +141,27 @@ class FusedResnet(Prepared):
         time = self.parts.time
         if temb is None or time is None:
             return None
-        shift = time(F.silu(temb)) if self.shifts is None else self.shifts(self.index, temb)
+        shift = time(F.silu(temb)) if self.index is None else self.shifts(self.index, temb)
         return shift.expand(x.shape[0], -1)
 
 
-class FusedAttention(Prepared):
+@BLOCKS.build(AttentionParts)
+class FusedAttention(GpuBlock):
     """Self-attention over pixels: one pass that writes codes for q, k and v."""
 
     def __init__(self, parts: AttentionParts) -> None:
-        self.parts, self.clock = parts, parts.q.clock
+        super().__init__(parts)
+        self.clock = parts.q.clock
         self.dim = parts.q.out_features // parts.heads
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm, self.out = Norm(parts.norm), operands_of(parts.out, device)
-        layers = [operands_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
-        self.projections = Operands.together(layers)
+        self.norm, self.out = Norm(parts.norm), constants_of(parts.out, device)
+        layers = [constants_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
+        self.projections = LayerConstants.together(layers)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
-        if not plain or not takes_images(x):
-            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
         self.here(x)
         x = last(x)
         batch, _, height, width = x.shape
@@ -177,43 +183,35 @@ class FusedAttention(Prepared):
         return results
 
 
-class _Sampler(Prepared):
+class _Sampler(GpuBlock):
     """Quantize, then one convolution that reads another grid of pixels than it writes."""
 
-    def __init__(self, parts: Any) -> None:
-        self.parts = parts
-
     def _prepare(self, device: torch.device) -> None:
-        self.conv = operands_of(self.parts.conv, device)
+        self.conv = constants_of(self.parts.conv, device)
 
-    def _run(self, x: Tensor, **how: Any) -> Tensor:
+    def _convolve(self, x: Tensor, **how: Any) -> Tensor:
         self.here(x)
         codes = quantize(x, self.conv.grids[0])
         return self.conv.conv(codes, x.dtype, bias=self.conv.bias, **how)
 
 
+@BLOCKS.build(DownsampleParts)
 class FusedDownsample(_Sampler):
     """The strided convolution, its border never written."""
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        if not takes_images(x):
-            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
         kernel, stride = self.parts.conv.kernel_size[0], self.parts.conv.stride[0]
-        return self._run(x, kernel=kernel, stride=stride, border=self.parts.border)
+        return self._convolve(x, kernel=kernel, stride=stride, border=self.parts.border)
 
 
+@BLOCKS.build(UpsampleParts)
 class FusedUpsample(_Sampler):
     """The convolution of an image four times as large, which is never made."""
 
-    def __call__(
-        self, x: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        if output_size is not None or not takes_images(x):
-            module = self.parts.module
-            return type(module).forward(module, x, output_size, *args, **kwargs)
-        return self._run(x, upsample=True)
+        return self._convolve(x, upsample=True)
 
 
 class _End(Prepared):
@@ -272,36 +270,18 @@ class FusedHead(Prepared):
         return y
 
 
-def _ends(
-    head: HeadParts, closed: bool, clock: StepClock
-) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+@BLOCKS.build(HeadParts)
+def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Between stem and head the activations are in half precision if nothing there minds.
 
     In float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.
     """
-    dtype = torch.float16 if closed else None
+    dtype = torch.float16 if network.closed(head) else None
     if head.stem.weight.dtype in (torch.float16, torch.bfloat16):
         dtype = None
     return [
         (head.stem, FusedStem(head.stem, dtype)),
-        (head.norm, FusedHead(head, clock)),
+        (head.norm, FusedHead(head, network.clock)),
         (head.activation, same),
         (head.out, FusedOut(head.out, dtype)),
     ]
-
-
-BLOCKS = Kit(
-    backend="triton",
-    missing=lambda: None,
-    eager=True,
-    norm=lambda norm: None,
-    shifts=SharedShifts,
-    resnet=FusedResnet,
-    attention=FusedAttention,
-    downsample=FusedDownsample,
-    upsample=FusedUpsample,
-    ends=_ends,
-    contexts=SharedContext,
-    transformer_block=FusedTransformerBlock,
-    transformer=FusedTransformer,
-)

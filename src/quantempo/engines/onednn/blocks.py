@@ -2,8 +2,8 @@
 
 What stands between two integer layers becomes one compiled pass (`kernels/cpu/fused.c`) that
 writes codes: GroupNorm, time embedding, SiLU and quantization; upsampling or padding and
-quantization. A block is fused by setting `forward` on its instance. The result equals the layers
-run one by one up to the order of float operations, which may move a code by one.
+quantization. The result equals the layers run one by one up to the order of float operations,
+which may move a code by one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import run_per_bucket
-from quantempo.engines.fusion import Kit, same
-from quantempo.engines.onednn.folded import Folded, TimeShifts
+from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same, time_layers
+from quantempo.engines.onednn.folded_layer import FoldedLayer
 from quantempo.engines.onednn.layer import quantize_tokens
+from quantempo.engines.per_forward import TimeShifts, float_rows
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.fused import Norm, Part
@@ -28,12 +29,14 @@ from quantempo.models.fusion_unet import (
     DownsampleParts,
     HeadParts,
     ResnetParts,
+    UpBlockParts,
     UpsampleParts,
 )
 from quantempo.quantized import StepClock
 
 __all__ = [
     "BLOCKS",
+    "FloatTimeShifts",
     "FusedAttention",
     "FusedDownsample",
     "FusedHead",
@@ -44,6 +47,15 @@ __all__ = [
 
 # More tokens than this, and attention that never stores its scores is faster.
 MAX_TOKENS = 1024
+
+
+def _norm_refusal(norm: nn.GroupNorm) -> str | None:
+    many = norm.num_channels > fused_cpu.MAX_CHANNELS
+    return f"its norm has more than {fused_cpu.MAX_CHANNELS} channels" if many else None
+
+
+BLOCKS = Blocks("onednn", missing=lambda: fused_cpu.missing(), norm=_norm_refusal)
+BLOCKS.build(UpBlockParts)(FusedUpBlock)
 
 
 def _library() -> fused_cpu.Library:
@@ -58,55 +70,89 @@ def _norm(norm: nn.GroupNorm) -> Norm:
     return Norm(norm.num_groups, weight.float().contiguous(), bias.float().contiguous(), norm.eps)
 
 
-def _takes(x: Tensor) -> bool:
-    half = x.dtype == torch.bfloat16 and onednn.native_bfloat16()
-    return (x.dtype == torch.float32 or half) and x.device.type == "cpu"
-
-
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) channels_last -> (B H W, C), a view."""
+    """Return (B H W, C) of x (B, C, H, W) channels_last, a view."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-class FusedResnet:
+class FloatTimeShifts(TimeShifts):
+    """Time shifts in float32, one row of work where the whole batch has one time-step."""
+
+    merged: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, network: Network) -> FloatTimeShifts:
+        """Return those of all residual blocks that read a float layer."""
+        return cls(time_layers(network))
+
+    def make(self, given: Tensor) -> Tensor:
+        """Return float32 (B, sum C_i) of temb (B, E)."""
+        if self.merged is None:
+            self.merged = float_rows(self.layers, torch.float32)
+        rows = given.detach().float()
+        if len(rows) > 1 and torch.equal(rows[1:], rows[:-1]):
+            return F.linear(F.silu(rows[:1]), *self.merged).expand(len(rows), -1)
+        return F.linear(F.silu(rows), *self.merged)
+
+
+class _Block(FusedBlock):
+    """A block on (B, C, H, W), run once for each time bucket of the batch."""
+
+    clock: StepClock
+
+    def takes(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Return whether x is an image of a type that the kernels read."""
+        half = x.dtype == torch.bfloat16 and onednn.native_bfloat16()
+        return (x.dtype == torch.float32 or half) and x.device.type == "cpu" and x.ndim == 4
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block fused."""
+        return run_per_bucket(self.clock, self._run, _last(x))
+
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@BLOCKS.build(ResnetParts)
+class FusedResnet(_Block):
     """A residual block: two passes that write codes, two convolutions, one sum."""
 
-    takes = staticmethod(_takes)
-
-    def __init__(self, parts: ResnetParts, shifts: TimeShifts | None, index: int) -> None:
-        self.parts, self.shifts, self.index = parts, shifts, index
+    def __init__(self, parts: ResnetParts, shifts: TimeShifts) -> None:
+        super().__init__(parts)
+        self.shifts, self.index = shifts, shifts.index(parts.time)
         self.norm1, self.norm2 = _norm(parts.norm1), _norm(parts.norm2)
-        self.conv1, self.conv2 = Folded(parts.conv1), Folded(parts.conv2)
+        self.conv1, self.conv2 = FoldedLayer(parts.conv1), FoldedLayer(parts.conv2)
         self.clock = parts.conv1.clock
-        self.shortcut: Folded | None = None
+        # By the channels of its inputs.
+        self.shortcuts: dict[tuple[int, ...], FoldedLayer] = {}
 
-    def __call__(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
-        if not _takes(x):
-            return type(self.parts.module).forward(self.parts.module, x, temb, *args, **kwargs)
-        return self.run(x, None, temb)
+    @classmethod
+    def build(cls, parts: ResnetParts, network: Network) -> FusedResnet:
+        """Return the forward of a block."""
+        return cls(parts, network.once(FloatTimeShifts.of))
 
     def accept(self, widths: tuple[int, int]) -> None:
         """Do nothing: weights are packed for the inputs of the first call."""
 
-    def run(self, x: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
         shift = None
         if temb is not None and self.parts.time is not None:
-            if self.shifts is not None:
+            if self.index is not None:
                 shift = self.shifts(self.index, temb)
             else:
                 shift = self.parts.time(F.silu(temb)).float()
         skip = None if skip is None else _last(skip)
-        return run_per_bucket(self.clock, self._run, _last(x), skip, shift)
+        return run_per_bucket(self.clock, self._join, _last(x), skip, shift)
 
-    def _run(self, bucket: int, x: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
+    def _join(self, bucket: int, x: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
         library, dtype = _library(), x.dtype
-        inputs, shortcut = self._inputs(x, skip), self._shortcut(x, skip)
+        inputs = self._inputs(x, skip)
+        shortcut = self._shortcut(inputs)
         raw = [None if shortcut is None else shortcut.grid(bucket, i) for i in range(len(inputs))]
         codes, raws = library.group_norm(
             [Part(part, grid) for part, grid in zip(inputs, raw, strict=True)],
@@ -137,31 +183,24 @@ class FusedResnet:
         layer = self.parts.shortcut
         return [x] if layer is None else list(x.split(layer.segments, 1))
 
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Folded | None:
-        layer = self.parts.shortcut
-        if layer is not None and self.shortcut is None:
-            widths = layer.segments if skip is None else (x.shape[1], skip.shape[1])
-            self.shortcut = Folded(layer, widths=widths)
-        return self.shortcut
+    def _shortcut(self, inputs: list[Tensor]) -> FoldedLayer | None:
+        layer, widths = self.parts.shortcut, tuple(x.shape[1] for x in inputs)
+        if layer is not None and widths not in self.shortcuts:
+            self.shortcuts[widths] = FoldedLayer(layer, widths=widths)
+        return self.shortcuts.get(widths)
 
 
-class FusedAttention:
+@BLOCKS.build(AttentionParts)
+class FusedAttention(_Block):
     """Self-attention over pixels: one pass that writes codes for q, k and v; products in bf16."""
 
     def __init__(self, parts: AttentionParts) -> None:
-        self.parts, self.norm = parts, _norm(parts.norm)
-        self.clock = parts.q.clock
+        super().__init__(parts)
+        self.norm, self.clock = _norm(parts.norm), parts.q.clock
         self.dim = parts.q.out_features // parts.heads
         # The scale of the scores is folded into q.
-        self.q = Folded(parts.q, factor=1 / math.sqrt(self.dim))
-        self.k, self.v, self.out = Folded(parts.k), Folded(parts.v), Folded(parts.out)
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
-        plain = not args and all(v is None for k, v in kwargs.items() if k != "temb")
-        if not plain or x.ndim != 4 or not _takes(x):
-            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
-        return run_per_bucket(self.clock, self._run, _last(x))
+        self.q = FoldedLayer(parts.q, factor=1 / math.sqrt(self.dim))
+        self.k, self.v, self.out = (FoldedLayer(p) for p in (parts.k, parts.v, parts.out))
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -195,39 +234,26 @@ class FusedAttention:
         return results
 
 
-class FusedDownsample:
-    """Quantize into a border of zero points, then the strided convolution."""
+class _Sampler(_Block):
+    """Quantize into a border of zero points, then one convolution without padding."""
 
-    def __init__(self, parts: DownsampleParts) -> None:
-        self.parts, self.conv = parts, Folded(parts.conv, bordered=True)
-        self.clock = parts.conv.clock
+    def __init__(self, parts: DownsampleParts | UpsampleParts) -> None:
+        super().__init__(parts)
+        self.conv, self.clock = FoldedLayer(parts.conv, bordered=True), parts.conv.clock
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
-        if not _takes(x):
-            return type(self.parts.module).forward(self.parts.module, x, *args, **kwargs)
-        return run_per_bucket(self.clock, self._run, _last(x))
+
+@BLOCKS.build(DownsampleParts)
+class FusedDownsample(_Sampler):
+    """The strided convolution."""
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         codes = _library().quantize(x, *self.conv.grid(bucket), border=self.parts.border)
         return self.conv(codes, bucket, x.dtype)
 
 
-class FusedUpsample:
-    """Quantize, then repeat the codes (a quarter of the work, a sixteenth of the memory)."""
-
-    def __init__(self, parts: UpsampleParts) -> None:
-        self.parts, self.conv = parts, Folded(parts.conv, bordered=True)
-        self.clock = parts.conv.clock
-
-    def __call__(
-        self, x: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
-        if output_size is not None or not _takes(x):
-            module = self.parts.module
-            return type(module).forward(module, x, output_size, *args, **kwargs)
-        return run_per_bucket(self.clock, self._run, _last(x))
+@BLOCKS.build(UpsampleParts)
+class FusedUpsample(_Sampler):
+    """Repeat the codes, not the floats (a quarter of the work, a sixteenth of the memory)."""
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         grid = self.conv.grid(bucket)
@@ -258,32 +284,12 @@ class FusedHead:
         return y.to(self.parts.out.weight.dtype)
 
 
-def _ends(
-    head: HeadParts, closed: bool, clock: StepClock
-) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+@BLOCKS.build(HeadParts)
+def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds."""
-    dtype = torch.bfloat16 if closed and onednn.native_bfloat16() else torch.float32
+    half = network.closed(head) and onednn.native_bfloat16()
     return [
-        (head.stem, FusedStem(head.stem, dtype)),
+        (head.stem, FusedStem(head.stem, torch.bfloat16 if half else torch.float32)),
         (head.norm, FusedHead(head)),
         (head.activation, same),
     ]
-
-
-def _norm_refusal(norm: nn.GroupNorm) -> str | None:
-    many = norm.num_channels > fused_cpu.MAX_CHANNELS
-    return f"its norm has more than {fused_cpu.MAX_CHANNELS} channels" if many else None
-
-
-BLOCKS = Kit(
-    backend="onednn",
-    missing=lambda: fused_cpu.missing(),
-    eager=False,
-    norm=_norm_refusal,
-    shifts=TimeShifts,
-    resnet=FusedResnet,
-    attention=FusedAttention,
-    downsample=FusedDownsample,
-    upsample=FusedUpsample,
-    ends=_ends,
-)

@@ -1,13 +1,14 @@
-"""Int8 layers on the CPU through oneDNN. One layer at a time; `fused` joins them."""
+"""Int8 layers on the CPU through oneDNN, one at a time; `blocks` joins them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import BACKENDS, Grids, Kernel, run_per_bucket, too_many_terms
+from quantempo.engines.base import ActivationGrids, Kernel, run_per_bucket, too_many_terms
 from quantempo.errors import QuantempoError
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
@@ -77,27 +78,33 @@ class _Int8Kernel:
 
     def __init__(self, layer: QLayer) -> None:
         self.layer = layer
-        self.grids: Grids | None = None
+        self.grids: ActivationGrids | None = None
         self.parts: list[Any] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.grids is None:
-            self._prepare()
-        assert self.grids is not None
-        if self.grids.buckets == 1:
-            return self._run(0, x)
-        return run_per_bucket(self.grids.clock, self._run, x)
+        grids = self.here(x.device)
+        if grids.buckets == 1:
+            return self._run(grids, 0, x)
+        return run_per_bucket(grids.clock, functools.partial(self._run, grids), x)
 
-    def _prepare(self) -> None:
+    def prepare(self, device: torch.device) -> None:
+        """Read the layer's integers and scales (again); weights are packed by the next call."""
         layer = self.layer
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
         self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
-        self.grids = Grids(layer)
+        self.grids = ActivationGrids(layer)
+
+    def here(self, device: torch.device) -> ActivationGrids:
+        """Return the grids, read now if they were not."""
+        if self.grids is None:
+            self.prepare(device)
+        assert self.grids is not None
+        return self.grids
 
     def _pack(self, weight: Tensor) -> Any:
         raise NotImplementedError
 
-    def _run(self, bucket: int, x: Tensor) -> Tensor:
+    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -110,9 +117,8 @@ class _ConvKernel(_Int8Kernel):
             weight, layer.weight_scale, layer.stride, layer.padding, layer.dilation, layer.groups
         )
 
-    def _run(self, bucket: int, x: Tensor) -> Tensor:
-        grids, bias = self.grids, self.layer.bias
-        assert grids is not None
+    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
+        bias = self.layer.bias
         y: Tensor | None = None
         for i, part in enumerate(x.split(grids.segments, 1)):
             scale, zero, qmax = grids.of(bucket, i)
@@ -127,9 +133,8 @@ class _LinearKernel(_Int8Kernel):
     def _pack(self, weight: Tensor) -> onednn.Int8Linear:
         return onednn.Int8Linear(weight, self.layer.weight_scale)
 
-    def _run(self, bucket: int, x: Tensor) -> Tensor:
-        grids, bias = self.grids, self.layer.bias
-        assert grids is not None
+    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
+        bias = self.layer.bias
         y: Tensor | None = None
         for i, part in enumerate(x.split(grids.segments, -1)):
             scale, zero, qmax = grids.of(bucket, i)
@@ -138,6 +143,3 @@ class _LinearKernel(_Int8Kernel):
             bias = None
         assert y is not None
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
-
-
-BACKENDS.register("onednn")(OneDNNBackend())

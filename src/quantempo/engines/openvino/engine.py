@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.engines.base import too_many_terms
-from quantempo.engines.select import ENGINES
 from quantempo.errors import QuantempoError
 from quantempo.models.inputs import bind_inputs
 from quantempo.quantized import QConv2d, find_clock, quantized_layers
@@ -350,6 +349,3 @@ def _wrong_sums() -> str | None:
     if found != expected:
         return f"its int8 sums saturate on this CPU ({found:.0f} instead of {expected:.0f})"
     return None
-
-
-ENGINES.register("openvino")(OpenVinoEngine())

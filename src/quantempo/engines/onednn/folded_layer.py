@@ -1,4 +1,4 @@
-"""What fused blocks are made of: layers on codes, and all time embeddings at once."""
+"""Int8 layers on codes whose zero points are folded into the bias."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from quantempo.engines.base import Grids
+from quantempo.engines.base import ActivationGrids
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["Folded", "TimeShifts"]
+__all__ = ["FoldedLayer"]
 
 
-class Folded:
+class FoldedLayer:
     """An int8 layer on codes, its zero points folded into the bias of each time bucket.
 
         y = s s_w[o] sum_k q_a q_w + (bias[o] - s s_w[o] z sum_k q_w)
@@ -39,7 +38,7 @@ class Folded:
     ) -> None:
         self.layer, self.factor = layer, factor
         self.widths, self.bordered = widths or layer.segments, bordered
-        self.grids = Grids(layer)
+        self.grids = ActivationGrids(layer)
         self._parts: list[Any] = []
         self._biases: dict[int, list[Tensor]] = {}
         self._edges: dict[int, Tensor] = {}
@@ -108,35 +107,3 @@ class Folded:
                 bias += layer.bias
             biases.append((bias * self.factor).float())
         return biases
-
-
-class TimeShifts:
-    """What the time embedding adds to each block, of all blocks in one matmul.
-
-    Args:
-        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
-    """
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        self._start = torch.tensor([0] + [len(layer.weight) for layer in layers]).cumsum(0).tolist()
-        self._merged: tuple[Tensor, Tensor] | None = None
-        self._last: tuple[Tensor, int, Tensor] | None = None
-
-    def __call__(self, index: int, temb: Tensor) -> Tensor:
-        """Return float32 (B, C_index); temb (B, E). Computed once for each temb."""
-        last = self._last
-        if last is None or last[0] is not temb or last[1] != temb._version:
-            if self._merged is None:
-                self._merged = (
-                    torch.cat([layer.weight.detach().float() for layer in self.layers]),
-                    torch.cat([layer.bias.detach().float() for layer in self.layers]),
-                )
-            rows = temb.detach().float()
-            if len(rows) > 1 and torch.equal(rows[1:], rows[:-1]):
-                # One time-step for the whole batch: one row of work, seen as B rows.
-                shifts = F.linear(F.silu(rows[:1]), *self._merged).expand(len(rows), -1)
-            else:
-                shifts = F.linear(F.silu(rows), *self._merged)
-            self._last = last = (temb, temb._version, shifts)
-        return last[2][:, self._start[index] : self._start[index + 1]]

@@ -17,23 +17,21 @@ from quantempo.kernels import layout, ops
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "Grid",
+    "ActivationGrid",
+    "LayerConstants",
     "Norm",
-    "Operands",
-    "Prepared",
     "Sides",
     "constant",
+    "constants_of",
     "last",
-    "operands_of",
     "quantize",
     "quantize_rows",
     "rows_of",
-    "takes_images",
 ]
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
 ALIGNED = 16
-# Operands that a convolution takes at its side.
+# LayerConstants that a convolution takes at its side.
 MOST_SIDES = 2
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,7 +54,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-class Grid:
+class ActivationGrid:
     """One activation grid, the operators' way.
 
     Attributes:
@@ -69,7 +67,7 @@ class Grid:
         self.scale = constant(scale.clone())
         self.inverse = constant(self.scale.reciprocal())
 
-    def same(self, other: Grid) -> bool:
+    def same(self, other: ActivationGrid) -> bool:
         """Return whether both give the same codes at all times; waits for the device."""
         alike = self.zero_point == other.zero_point and self.qmax == other.qmax
         return alike and torch.equal(self.scale, other.scale)
@@ -80,7 +78,7 @@ class Grid:
         return (codes.clamp(0, self.qmax) - layout.OFFSET).to(torch.int8)
 
 
-def quantize(x: Tensor, grid: Grid) -> Tensor:
+def quantize(x: Tensor, grid: ActivationGrid) -> Tensor:
     """Return int8 codes (B, C, H, W), channels_last; x floating, any layout.
 
     clamp(rne(x (1 / s)) + z, 0, qmax) - 128, whether traced or not; on a GPU both may differ, by 1,
@@ -99,7 +97,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     return codes
 
 
-def quantize_rows(x: Tensor, grid: Grid) -> Tensor:
+def quantize_rows(x: Tensor, grid: ActivationGrid) -> Tensor:
     """Return int8 codes (M, K), contiguous, of x (..., K) floating; see `quantize`."""
     width = x.shape[-1]
     if torch.compiler.is_compiling():
@@ -123,7 +121,7 @@ class Norm:
         *,
         bucket: Tensor,
         silu: bool,
-        grid: Grid | None = None,
+        grid: ActivationGrid | None = None,
         sides: Sides | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the codes (floats without a grid) of the normalised torch.cat([x, skip], 1).
@@ -189,7 +187,7 @@ class Sides:
         }
 
 
-class Operands:
+class LayerConstants:
     """What the operators are given of one layer, an operand for each segment of its input.
 
     Attributes:
@@ -207,7 +205,7 @@ class Operands:
             raise QuantempoError("got a layer without data; load its weights, then attach")
         zero_points: list[int] = layer.act_zero_point.tolist()
         self.grids = [
-            Grid(layer.clock, scale, zero, layer.act_qmax)
+            ActivationGrid(layer.clock, scale, zero, layer.act_qmax)
             for scale, zero in zip(layer.act_scale, zero_points, strict=True)
         ]
         codes = layer.weight_codes
@@ -241,21 +239,21 @@ class Operands:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: QLayer) -> Operands:
+    def of(cls, layer: QLayer) -> LayerConstants:
         """Make the constants; never inference tensors, whoever calls first."""
         with torch.inference_mode(False):
             return cls(layer)
 
     @classmethod
-    def joined(cls, layers: list[Operands]) -> Operands:
+    def joined(cls, layers: list[LayerConstants]) -> LayerConstants:
         """Return linear layers that read the same codes as one, their outputs side by side."""
         whole, first = copy.copy(layers[0]), layers[0].grids[0]
         weight = constant(torch.cat([o.weights[0] for o in layers]))
         parts = weight.split([len(o.weight_scale) for o in layers])
-        for operands, part in zip(layers, parts, strict=True):
+        for layer, part in zip(layers, parts, strict=True):
             # One copy in memory serves both: the layer's own is now a view of ours.
-            operands.weights = [constant(part)]
-            operands.layer.relayout(operands.weights[0])
+            layer.weights = [constant(part)]
+            layer.layer.relayout(layer.weights[0])
         biases = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
         none = all(o.bias is None for o in layers)
         whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))
@@ -263,7 +261,7 @@ class Operands:
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
         return whole
 
-    def reads_the_same(self, other: Operands) -> bool:
+    def reads_the_same(self, other: LayerConstants) -> bool:
         """Return whether another layer, of one segment too, takes the same codes.
 
         Waits for the device.
@@ -272,7 +270,7 @@ class Operands:
         return same_width and self.grids[0].same(other.grids[0])
 
     @classmethod
-    def together(cls, layers: list[Operands]) -> list[Operands]:
+    def together(cls, layers: list[LayerConstants]) -> list[LayerConstants]:
         """Return linear layers that read the same input, joined if they share its codes.
 
         Waits for the device.
@@ -280,7 +278,7 @@ class Operands:
         alike = all(layers[0].reads_the_same(layer) for layer in layers[1:])
         return [cls.joined(layers)] if alike else layers
 
-    def pixelwise(self) -> Operands:
+    def pixelwise(self) -> LayerConstants:
         """Return the linear layer that does what this layer does to each pixel or token.
 
         The layer is linear, or a 1x1 convolution of one segment, stride 1; nothing is copied.
@@ -322,7 +320,7 @@ class Operands:
         dtype: torch.dtype,
         part: int = 0,
         table: Tensor | None = None,
-        grid: Grid | None = None,
+        grid: ActivationGrid | None = None,
         **how: Any,
     ) -> Tensor:
         """Return the product (M, O) of one segment's codes (M, K_i); else as `conv`.
@@ -343,34 +341,7 @@ class Operands:
         )
 
 
-def takes_images(x: Tensor) -> bool:
-    """Return whether x is one or more images of a type that the operators read."""
-    return x.dtype in FLOATS and x.ndim == 4
-
-
-def operands_of(layer: Any, device: torch.device) -> Operands:
+def constants_of(layer: Any, device: torch.device) -> LayerConstants:
     """Return the constants of an integer layer, those that its own kernel uses."""
-    operands: Operands = layer.kernel.here(device)
-    return operands
-
-
-class Prepared:
-    """What all share: constants of one device, made when the engine is attached."""
-
-    device: torch.device | None = None
-
-    def prepare(self, device: torch.device) -> None:
-        """Make the constants (again); outside of any trace."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._prepare(device)
-        self.device = device
-
-    def _prepare(self, device: torch.device) -> None:
-        raise NotImplementedError
-
-    def here(self, x: Tensor) -> None:
-        """Make the constants if they are not on the device of x."""
-        if self.device != x.device:
-            if torch.compiler.is_compiling():
-                raise QuantempoError("the model was moved; attach the engine, then compile")
-            self.prepare(x.device)
+    found: LayerConstants = layer.kernel.here(device)
+    return found

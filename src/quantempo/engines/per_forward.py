@@ -1,0 +1,85 @@
+"""Cache of one forward: what several blocks read, computed by the first, freed after the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantempo.quantized import Int12Linear
+
+__all__ = ["PerForward", "TimeShifts", "float_rows"]
+
+
+class PerForward:
+    """A value made of one input, of which each of `readers` reads its part.
+
+    It is kept for the input (the same tensor, unchanged since) and the clock's bucket, another
+    tensor in each forward. A reader may read again, a block alone or a forward that was broken off
+    leave a value that is used for that input only. Inside a compiled network, and of inference
+    tensors, changes cannot be seen: there a second read of one reader makes the value anew.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self._all = (1 << readers) - 1
+        self._unread = 0
+        self._given: Tensor | None = None
+        self._version: int | None = None
+        self._now: Tensor | None = None
+        self._value: Any = None
+
+    def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
+        """Return make(given, *how), made now unless known.
+
+        Args:
+            reader: 0 ... readers - 1.
+            given: the input.
+            now: the clock's bucket, where the same input may be read at several times.
+        """
+        hidden = torch.compiler.is_compiling() or given.is_inference()
+        version = None if hidden else given._version
+        value, bit = self._value, 1 << reader
+        known = self._given is given and self._version == version and self._now is now
+        if value is None or not known or (version is None and not self._unread & bit):
+            value = self.make(given, *how)
+            self._value, self._given, self._version, self._now = value, given, version, now
+            self._unread = self._all
+        self._unread &= ~bit
+        if not self._unread:
+            self._given = self._now = self._value = None
+        return value
+
+    def make(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the value of an input."""
+        raise NotImplementedError
+
+
+def float_rows(layers: list[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the weights and the biases of float layers (C_i, E) as one layer (sum C_i, E)."""
+    weights = [w.unpack() if isinstance(w, Int12Linear) else w.weight.detach() for w in layers]
+    biases = [layer.bias.detach().to(dtype) for layer in layers]
+    return torch.cat([weight.to(dtype) for weight in weights]), torch.cat(biases)
+
+
+class TimeShifts(PerForward):
+    """What the time embedding adds to each residual block, of all blocks in one matmul.
+
+    Args:
+        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(len(layers))
+        self.layers = layers
+        sizes = [len(layer.bias) for layer in layers]
+        self._start = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+    def index(self, layer: Any) -> int | None:
+        """Return the place of a layer, None of one that is not among them."""
+        return next((i for i, known in enumerate(self.layers) if known is layer), None)
+
+    def __call__(self, index: int, temb: Tensor) -> Tensor:
+        """Return (B, C_index), rows not contiguous; temb (B, E), made anew in each forward."""
+        value: Tensor = self.read(index, temb)
+        return value[:, self._start[index] : self._start[index + 1]]
