@@ -52,6 +52,9 @@ ONLY = {
 }
 NEVER = {"evaluation": {"quantized", "models", "calibration", "engines"}}
 THIRD_PARTY_ONLY = {"kernels": {"torch", "numpy", "triton"}}
+# Packages that do not know each other; only the `__init__` of `engines` imports one of its own.
+ENGINES = ("engines.onednn", "engines.cuda", "engines.openvino")
+APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 MAX_FILE = 400
@@ -97,6 +100,11 @@ def refusal(unit: str, where: str, name: str) -> str | None:
             return f"{unit} imports only {sorted(allowed)} and the standard library"
         return None
     target = rest.partition(".")[0]
+    package = ".".join(where.split("/")[:2]).removesuffix(".py")
+    other = next((apart for apart in APART if f"{rest}.".startswith(f"{apart}.")), None)
+    inside = package.partition(".")[0] == target and package != f"{target}.__init__"
+    if inside and other not in (None, package) and (package in APART or other in ENGINES):
+        return f"{package} must not import {other}: they do not know each other"
     # A unit without a row is the business of `test_every_unit_has_a_row`.
     if target == unit or target == "__version__" or unit not in ROW_OF:
         return None
@@ -159,6 +167,11 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
         ("export/checkpoint.py", "diffusers"),
         ("pipeline/stages.py", "quantempo.cli.run_demo"),
         ("pipeline/stages.py", "quantempo.Recipe"),
+        ("engines/cuda/layer.py", "quantempo.engines.onednn.layer"),
+        ("engines/openvino/engine.py", "quantempo.engines.cuda"),
+        ("engines/layerwise.py", "quantempo.engines.onednn"),
+        ("kernels/cpu/onednn.py", "quantempo.kernels.gpu.qgemm"),
+        ("kernels/gpu/qgemm.py", "quantempo.kernels.cpu.onednn"),
     ],
 )
 def test_the_rule_refuses(where: str, name: str) -> None:
@@ -176,6 +189,11 @@ def test_the_rule_refuses(where: str, name: str) -> None:
         ("cli/run_demo.py", "quantempo.pipeline.stages"),
         ("cli/__init__.py", "quantempo.bench.run"),
         ("__init__.py", "quantempo.pipeline.stages"),
+        ("engines/__init__.py", "quantempo.engines.onednn"),
+        ("engines/cuda/layer.py", "quantempo.engines.cuda.constants"),
+        ("engines/cuda/layer.py", "quantempo.engines.simulated"),
+        ("kernels/ops.py", "quantempo.kernels.gpu.qgemm"),
+        ("kernels/cpu/onednn.py", "quantempo.kernels.reference"),
     ],
 )
 def test_the_rule_allows(where: str, name: str) -> None:

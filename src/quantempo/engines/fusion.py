@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ _FUSED = "_quantempo_fused"
 T = TypeVar("T")
 
 
+@runtime_checkable
 class FusedForward(Protocol):
     """What stands in for the `forward` of a block.
 

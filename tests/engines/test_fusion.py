@@ -1,0 +1,200 @@
+"""What is fused and why the rest is not; protocols of kernels and fused forwards, by registry."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from quantempo.engines import ENGINES
+from quantempo.engines.base import BACKENDS, Kernel
+from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.fusion import BlockRow, FusedForward, fused_modules, report, unfuse
+from quantempo.engines.layerwise import LayerwiseEngine
+from quantempo.engines.per_forward import PerForward
+from quantempo.kernels.cpu import fused as fused_cpu
+from quantempo.quantized import quantized_layers
+from tests.engines.quantized import quantize_network
+from tests.tiny import tiny_dit, tiny_unet
+
+LAYERWISE = {
+    name: engine
+    for name in ENGINES.names()
+    if isinstance(engine := ENGINES.get(name), LayerwiseEngine)
+}
+FUSING = [name for name, engine in LAYERWISE.items() if engine.blocks is not None]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def engine(name: str) -> LayerwiseEngine:
+    engine = LAYERWISE[name]
+    reason = engine.missing() or engine.handicap() if name in FUSING else engine.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return engine
+
+
+def unet(**how) -> nn.Module:
+    return quantize_network(tiny_unet(), [(noise(2, 3, 16, 16), torch.tensor(450))], **how)
+
+
+def dit() -> nn.Module:
+    label = torch.tensor([0, 1])
+    network = tiny_dit().transformer
+    x = noise(2, network.config.in_channels, 8, 8)
+    return quantize_network(network, [(x, torch.tensor([450, 20]), label)])
+
+
+def flux() -> nn.Module:
+    network = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    call = (noise(1, 4, 16), noise(1, 5, 32), noise(1, 32), torch.tensor([0.5]))
+    return quantize_network(network, [(*call, torch.zeros(4, 3), torch.zeros(5, 3))])
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_every_block_of_a_plain_network_is_fused_and_counted(engine, name, caplog):
+    network = unet()
+    with caplog.at_level(logging.INFO, "quantempo"):
+        engine.attach(network)
+    rows = report(network)
+    assert all(row.reason is None for row in rows)
+    kinds = [row.kind for row in rows]
+    assert kinds.count("ResnetBlock2D") == 8 and kinds.count("UpBlock2D") == 1
+    assert {row.name for row in rows} - set(fused_modules(network)) == {""}
+    assert f"fused {len(rows)} of {len(rows)} blocks of UNet2DModel" in caplog.messages
+    unfuse(network)
+    assert report(network) == []
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_each_refusal_is_kept_and_counted_once(engine, name, caplog):
+    network = unet(exclude=("up_blocks.0.resnets.0.conv1", "mid_block.resnets.*.conv1"))
+    network.mid_block.attentions[0].rescale_output_factor = 2.0
+    with caplog.at_level(logging.INFO, "quantempo"):
+        engine.attach(network)
+    left = {row.name: row.reason for row in report(network) if row.reason is not None}
+    assert left == {
+        "mid_block.attentions.0": "its output is scaled or not added to its input",
+        "mid_block.resnets.0": "a convolution in it is in float",
+        "mid_block.resnets.1": "a convolution in it is in float",
+        "up_blocks.0": "a residual block in it is not fused",
+        "up_blocks.0.resnets.0": "a convolution in it is in float",
+    }
+    (line,) = (text for text in caplog.messages if text.startswith("fused "))
+    rows = len(report(network))
+    assert f"fused {rows - 5} of {rows} blocks" in line
+    assert "5 not: ResnetBlock2D: a convolution in it is in float (3); " in line
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_a_network_without_a_fusable_block_says_so(engine, name, caplog):
+    with caplog.at_level(logging.WARNING, "quantempo"):
+        engine.attach(dit())
+    blocks = [text for text in caplog.messages if text.startswith("fused ")]
+    assert blocks == [
+        "fused 0 of 2 blocks of DiTTransformer2DModel; 2 not: BasicTransformerBlock: its norm is "
+        "'ada_norm_zero', not 'layer_norm' (2)"
+    ]
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_a_network_of_unknown_blocks_says_so(engine, name, caplog):
+    network = flux()
+    with caplog.at_level(logging.WARNING, "quantempo"):
+        engine.attach(network)
+    reason = "no fused form is known"
+    assert report(network) == [
+        BlockRow("transformer_blocks.0", "FluxTransformerBlock", reason),
+        BlockRow("single_transformer_blocks.0", "FluxSingleTransformerBlock", reason),
+        BlockRow("single_transformer_blocks.1", "FluxSingleTransformerBlock", reason),
+    ]
+    (line,) = (text for text in caplog.messages if text.startswith("fused "))
+    assert line == (
+        "fused 0 of 3 blocks of FluxTransformer2DModel; 3 not: FluxSingleTransformerBlock: "
+        f"{reason} (2); FluxTransformerBlock: {reason} (1)"
+    )
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_kernels_and_forwards_implement_their_protocols(engine, name):
+    network = unet()
+    engine.attach(network)
+    cpu = torch.device("cpu")
+    for _, layer in quantized_layers(network):
+        assert isinstance(layer.kernel, Kernel) and layer.kernel.backend == name
+        layer.kernel.prepare(cpu)
+        assert layer.kernel.here(cpu) is layer.kernel.here(cpu)
+    forwards = [module.forward for module in fused_modules(network).values()]
+    blocks = [forward for forward in forwards if hasattr(forward, "parts")]
+    assert bool(blocks) == (name in FUSING)
+    for forward in blocks:
+        if hasattr(forward, "own"):
+            assert isinstance(forward, FusedForward)
+            forward.prepare(cpu)
+
+
+def test_every_backend_has_an_engine_and_every_engine_its_backend():
+    assert set(BACKENDS.names()) == set(LAYERWISE)
+
+
+@pytest.mark.skipif(fused_cpu.missing() is not None, reason=str(fused_cpu.missing()))
+@torch.no_grad()
+def test_a_block_called_twice_in_a_forward_is_right_both_times():
+    network = unet()
+    ENGINES.get("onednn").attach(network)
+    first, second = network.mid_block.resnets
+    x, temb, other = noise(2, 32, 8, 8), noise(2, 64), noise(2, 64, seed=1)
+    alone = [first(x, temb), first(x, other), second(x, temb)]
+    together = [first(x, temb), first(x, other), second(x, temb), first(x, temb)]
+    for y, expected in zip(together, [*alone, alone[0]], strict=True):
+        assert torch.equal(y, expected)
+
+
+class Doubled(PerForward):
+    made = 0
+
+    def make(self, given: Tensor) -> Tensor:
+        self.made += 1
+        return given * 2
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_value_of_one_forward_is_never_stale(inference):
+    with torch.inference_mode(inference):
+        cache, x, y = Doubled(2), torch.ones(3), torch.full((3,), 5.0)
+
+        def check(reader: int, given: Tensor) -> None:
+            assert torch.equal(cache.read(reader, given), given * 2)
+
+        # Made by the first reader, read by the last, then let go of.
+        check(0, x)
+        check(1, x)
+        assert cache.made == 1 and cache._value is None and cache._given is None
+        # The same reader again, before and after the last; another input in between.
+        for reader, given in ((0, x), (0, x), (1, x), (1, x), (0, y), (0, x), (1, x)):
+            check(reader, given)
+        # Changed in place after a forward that was broken off, and read by the same block first.
+        check(0, x)
+        x.mul_(3)
+        check(0, x)
+        check(1, x)
+        # At another time.
+        check(0, x)
+        now = torch.zeros(())
+        assert torch.equal(cache.read(0, x, now), x * 2)
