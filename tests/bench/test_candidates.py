@@ -112,7 +112,7 @@ def test_compiled_candidates_compute_the_network_in_one_graph(
 def test_wrong_outputs_are_refused(
     output: Any, message: str, subject: Subject, wanted: torch.Tensor
 ) -> None:
-    candidate = Candidate("fp32/wrong", "", lambda s: lambda **kw: output(s.floating(**kw).sample))
+    candidate = Candidate("fp32/wrong", lambda s: lambda **kw: output(s.floating(**kw).sample))
     with pytest.raises(QuantempoError, match=message):
         prepare(candidate, subject, wanted, Steady())
 
@@ -125,7 +125,7 @@ def test_every_failure_is_named_and_the_rest_is_timed(
 
     fine = named(*PLAIN)
     absent = replace(fine[0], name="bf16/absent", missing=lambda _: "nothing to run it")
-    some = [Candidate("bf16/broken", "", explode), *fine, absent]
+    some = [Candidate("bf16/broken", explode), *fine, absent]
     # First a call of each, then turns.
     timer = Steady(80.0, 60.0, 30.0, 8.0, 6.0, 3.0)
     written: list[dict[str, Any]] = []

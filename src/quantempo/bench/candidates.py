@@ -69,7 +69,6 @@ class Candidate:
     """
 
     name: str
-    about: str
     build: Callable[[Subject], Forward]
     graph: Callable[[Forward, dict[str, Any]], Forward] | None = None
     missing: Callable[[Subject], str | None] = lambda subject: None
@@ -215,16 +214,15 @@ def _torchao(config: str, **settings: Any) -> Callable[[Subject], Forward]:
     return build
 
 
-def _peer(name: str, about: str, config: str, **settings: Any) -> Candidate:
+def _peer(form: str, config: str, **settings: Any) -> Candidate:
     found = importlib.util.find_spec("torchao")
     reason = None if found else "torchao is not installed (pip install torchao)"
-    about = f"{about} on Linear, compiled, in one CUDA graph"
     build = _torchao(config, **settings)
-    return Candidate(f"torchao/{name}", about, build, record, lambda _: reason, compiled=True)
+    return Candidate(f"torchao/{form}", build, record, lambda _: reason, compiled=True)
 
 
 def _ours(
-    name: str, about: str, graph: Any = None, engine: str | None = None, compiled: bool = False,
+    form: str, graph: Any = None, engine: str | None = None, compiled: bool = False,
     devices: tuple[str, ...] = ("cuda",), **options: Any,
 ) -> Candidate:  # fmt: skip
     def build(subject: Subject) -> Forward:
@@ -241,58 +239,39 @@ def _ours(
             return f"there is no engine '{chosen}' (known: {', '.join(ENGINES.names())})"
         return ENGINES.get(chosen).missing()
 
-    return Candidate(f"ours/{name}", about, build, graph, missing, devices, engine, compiled)
+    return Candidate(f"ours/{form}", build, graph, missing, devices, engine, compiled)
 
 
 _CPU, _BOTH = ("cpu",), ("cpu", "cuda")
 
 CANDIDATES: tuple[Candidate, ...] = (
-    Candidate("fp32/eager", "as loaded", lambda s: _floating(s, "fp32", False), devices=_CPU),
-    Candidate("fp32/channels_last", "eager", lambda s: _floating(s, "fp32"), devices=_CPU),
-    Candidate(
-        "fp32/compile", "torch.compile, weights frozen", lambda s: _frozen(s, "fp32"),
-        devices=_CPU, compiled=True,
-    ),
-    Candidate("bf16/eager", "as loaded", lambda s: _floating(s, last=False), devices=_BOTH),
-    Candidate("bf16/channels_last", "eager, channels last", _floating, devices=_BOTH),
-    Candidate(
-        "bf16/compile", "torch.compile; on a CPU weights frozen", _compile,
-        devices=_BOTH, compiled=True,
-    ),
-    Candidate(
-        "bf16/compile+graph", "torch.compile in one CUDA graph", _compile, record, compiled=True
-    ),
-    Candidate(
-        "bf16/max-autotune", "torch.compile, mode max-autotune with its own CUDA graphs",
-        _autotuned, compiled=True,
-    ),
-    Candidate(
-        "bf16/max-autotune+flags",
-        "the same with 1x1 convolutions as products and, where diffusers offers it, fused QKV",
-        lambda s: _autotuned(s, flags=True), compiled=True,
-    ),
-    _peer("int8", "int8 dynamic", "Int8DynamicActivationInt8WeightConfig"),
-    _peer(
-        "fp8", "fp8 dynamic by row", "Float8DynamicActivationFloat8WeightConfig",
-        granularity="PerRow",
-    ),
+    Candidate("fp32/eager", lambda s: _floating(s, "fp32", last=False), devices=_CPU),
+    Candidate("fp32/channels_last", lambda s: _floating(s, "fp32"), devices=_CPU),
+    Candidate("fp32/compile", lambda s: _frozen(s, "fp32"), devices=_CPU, compiled=True),
+    Candidate("bf16/eager", lambda s: _floating(s, last=False), devices=_BOTH),
+    Candidate("bf16/channels_last", _floating, devices=_BOTH),
+    Candidate("bf16/compile", _compile, devices=_BOTH, compiled=True),
+    Candidate("bf16/compile+graph", _compile, record, compiled=True),
+    # With CUDA graphs of its own.
+    Candidate("bf16/max-autotune", _autotuned, compiled=True),
+    # And 1x1 convolutions as products and, where diffusers offers it, fused QKV.
+    Candidate("bf16/max-autotune+flags", lambda s: _autotuned(s, flags=True), compiled=True),
+    # In 8 bits on Linear, activations quantized as they come; fp8 by row.
+    _peer("int8", "Int8DynamicActivationInt8WeightConfig"),
+    _peer("fp8", "Float8DynamicActivationFloat8WeightConfig", granularity="PerRow"),
     *(
-        _ours(name, f"engine {name}", engine=name, devices=_CPU)
+        _ours(name, engine=name, devices=_CPU)
         for name in ENGINES.names()
         if {"cpu", "any"} & set(ENGINES.get(name).devices)
     ),
-    _ours("eager", "the engine, kernel by kernel"),
-    _ours("graph", "the engine in one CUDA graph", record),
-    _ours("graphed", "the engine in one CUDA graph, as users get it", _graphed),
-    _ours("compile+graph", "engine and torch.compile in one CUDA graph", record, compiled=True),
+    _ours("eager"),
+    _ours("graph", record),
+    # As users get it.
+    _ours("graphed", _graphed),
+    _ours("compile+graph", record, compiled=True),
     _ours(
-        "max-autotune+graph",
-        "engine and torch.compile, mode max-autotune-no-cudagraphs, in one CUDA graph",
-        record, compiled=True, max_autotune=True, coordinate_descent_tuning=True,
+        "max-autotune+graph", record, compiled=True,
+        max_autotune=True, coordinate_descent_tuning=True,
     ),
-    _ours(
-        "reduce-overhead",
-        "engine and torch.compile, mode reduce-overhead with its own CUDA graphs",
-        compiled=True, **_TREES,
-    ),
+    _ours("reduce-overhead", compiled=True, **_TREES),
 )  # fmt: skip

@@ -21,13 +21,13 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.presets import ddim_loop
 
-__all__ = ["MIN_SQNR", "Ready", "compare", "images_per_second", "prepare", "sample_of"]
+__all__ = ["Ready", "clear", "compare", "images_per_second", "prepare", "sample_of"]
 
 log = logging.getLogger("quantempo")
 
 # dB against the float32 output below which something computes another network. bfloat16 keeps
 # about 40; 8 bits with scales nobody searched still leave more than 10, noise has 0 or less.
-MIN_SQNR = {"fp32": 60.0, "bf16": 20.0, "peer": 5.0, "ours": 5.0}
+_MIN_SQNR = {"fp32": 60.0, "bf16": 20.0, "peer": 5.0, "ours": 5.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,7 @@ def prepare(
 
     Args:
         candidate: one that `missing` nothing.
-        subject: the network and its arguments.
-        wanted: its float32 output.
+        subject: the network and its arguments; wanted: its float32 output.
         timer: measures the first call.
         budget: seconds that this may take, None for no limit.
 
@@ -122,7 +121,7 @@ def prepare(
 def _judge(candidate: Candidate, output: Tensor, wanted: Tensor) -> float:
     if not bool(output.isfinite().all()):
         raise QuantempoError("its output holds NaN or infinity")
-    quality, floor = sqnr_db(wanted, output), MIN_SQNR[candidate.kind]
+    quality, floor = sqnr_db(wanted, output), _MIN_SQNR[candidate.kind]
     if quality < floor:
         raise QuantempoError(
             f"its output is {quality:.1f} dB from float32, expected {floor:g} or more: it computes "
@@ -139,12 +138,18 @@ def _peak(call: Callable[[], Any], device: torch.device) -> int:
     """Return how many bytes above those held before a call its tensors reach; 0 off CUDA."""
     if device.type != "cuda":
         return 0
-    torch.cuda.synchronize(device)
     before = _allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device)) - before
+
+
+def clear(device: torch.device) -> None:
+    """Free what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def compare(
@@ -165,8 +170,9 @@ def compare(
     round (medians so far), or when it failed.
 
     Args:
-        head: {"model", "batch"}, what its rows share.
-        rounds, seconds: of `take_turns`; budget: of `prepare`; the rest: of both.
+        candidates, subject, wanted, timer, budget: of `prepare`.
+        results: gets the rows; head: {"model", "batch"}, what they share.
+        rounds, seconds: of `take_turns`.
     """
     ready: dict[str, Ready] = {}
     head = {"kind": "forward", **head}
@@ -185,7 +191,7 @@ def compare(
             # Compilers and drivers raise anything; the table names it beside what ran.
             except Exception as error:
                 reason = reason_of(error)
-                _clear(wanted.device)
+                clear(wanted.device)
         if reason is not None:
             fail(candidate.name, reason)
 
@@ -201,12 +207,6 @@ def compare(
     return ready
 
 
-def _clear(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 @torch.no_grad()
 def images_per_second(
     ready: dict[str, Ready],
@@ -220,33 +220,28 @@ def images_per_second(
     """Put a row for the best bfloat16 and the best of ours: images a second of DDIM.
 
     "from_forwards": what the forwards allow; "measured": one whole run, after a short one. Guidance
-    is off: one row is one image. A decoder of latents is not included.
-
-    Args:
-        ready, head: of `compare`; subject, timer, results: given to it.
-        scheduler: see `ddim_loop`.
-        steps: of DDIM.
+    is off: one row is one image. A decoder of latents is not included. Arguments as of `compare`.
     """
     rows = [row for row in results.record()["rows"] if head.items() <= row.items()]
-    size = head["batch"]
     for kind in ("bf16", "ours"):
         found = best(rows, kind, subject.engine)
         if found is None:
             continue
-        name = found["candidate"]
-        one = ready[name]
-        speed = round(1000 * size / (steps * found["ms_per_forward"]), 2)
-        row = {"kind": "images_per_second", **head, "candidate": name, "steps": steps,
-               "from_forwards": speed}  # fmt: skip
+        one = ready[found["candidate"]]
+
+        def speed(ms: float) -> float:
+            return round(1000 * head["batch"] / ms, 2)
 
         def run(count: int, one: Ready = one) -> Any:
             return ddim_loop(one.forward, subject.floating, one.inputs, count, scheduler)
 
+        row = {"kind": "images_per_second", **head, "candidate": found["candidate"],
+               "steps": steps, "from_forwards": speed(steps * found["ms_per_forward"])}  # fmt: skip
         try:
             run(2)
-            row["measured"] = round(1000 * size / timer.sample(lambda: run(steps), 1), 2)
+            row["measured"] = speed(timer.sample(lambda: run(steps), 1))
         # The forward itself was timed: a loop that fails is told, not the end of the results.
         except Exception as error:
             row["failed"] = reason_of(error)
-            log.warning("bench: DDIM-%d with %s failed: %s", steps, name, row["failed"])
+            log.warning("bench: DDIM-%d with %s failed: %s", steps, row["candidate"], error)
         results.put(row)

@@ -95,12 +95,11 @@ def _slowest(rows: list[Row]) -> dict[str, float | None]:
     found: dict[str, list[float | None]] = {}
     for row in rows:
         found.setdefault(row["op"], []).append(row.get("speedup_vs_bf16"))
-    least: dict[str, float | None] = {}
-    for op, ratios in found.items():
-        if any(ratio is not None for ratio in ratios):
-            first = [ratio for ratio in ratios[:2] if ratio is not None]
-            least[op] = min(first) if len(first) == len(ratios[:2]) else None
-    return least
+    return {
+        op: None if None in ratios[:2] else min(ratios[:2])  # type: ignore[type-var]
+        for op, ratios in found.items()
+        if set(ratios) != {None}
+    }
 
 
 def write_json(path: str | Path, record: Row) -> None:
@@ -146,16 +145,12 @@ def _op_lines(rows: list[Row]) -> Iterator[str]:
             )
         if row["kind"] != "op":
             continue
-        head = f"  {row['op']:<13} {row['shape']:<24}"
+        head, gain = f"  {row['op']:<13} {row['shape']:<24}", "speedup_vs_"
         if "checked" in row:
-            ratios = "  ".join(
-                f"{value:.2f}x {key.removeprefix('speedup_vs_')}"
-                for key, value in row.items()
-                if key.startswith("speedup_vs_")
-            )
+            gains = (f"{row[k]:.2f}x {k.removeprefix(gain)}" for k in row if k.startswith(gain))
             yield (
                 f"{head} {row['ms']['ours']:9.4f} ms {row['tflops']:8.1f} TFLOP/s "
-                f"{row['tbytes']:6.2f} TB/s {100 * row['roofline_fraction']:5.1f} %  {ratios}"
+                f"{row['tbytes']:6.2f} TB/s {100 * row['roofline_fraction']:5.1f} %  "
+                + "  ".join(gains)
             )
-        for name, reason in row["failed"].items():
-            yield f"{head} {name} not timed: {reason}"
+        yield from (f"{head} {name} not timed: {why}" for name, why in row["failed"].items())

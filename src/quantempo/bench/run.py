@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from quantempo.bench.candidates import Candidate, select
-from quantempo.bench.forwards import compare, images_per_second, sample_of
+from quantempo.bench.forwards import clear, compare, images_per_second, sample_of
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results, write_json
@@ -84,16 +83,13 @@ def bench(
     `bench.json`; a CPU's first batch goes into its `metrics.json` at the end.
 
     Args:
-        session: a run folder on the device, or None.
-        model: a preset or a diffusers folder, or None.
-        device: where.
+        session: a run folder on the device; model: a preset or a diffusers folder.
         batches: by default 8 and 16 on a CPU; 16 and 256 on a GPU, for text-to-image 2 and 8.
         engines: that run the quantized network, the first one judged by; by default all that a CPU
             has, and the fastest one of a GPU.
         candidates: shell patterns of their names, see `candidates`; all by default.
         compiled: with torch.compile in baselines.
-        ops: time the kernels too.
-        out: JSON file for the record.
+        ops: time the kernels too; out: JSON file for the record.
         settings: of `bench_network`.
 
     Returns:
@@ -121,7 +117,7 @@ def bench(
         if session is not None and kind == "cpu":
             _into_metrics(session, results, sizes[0])
         del network
-        _forget(torch.device(device))
+        clear(torch.device(device))
     if ops:
         bench_ops(results, device=device)
     return results.record()
@@ -168,10 +164,12 @@ def _into_metrics(session: Session, results: Results, size: int) -> None:
     if not session.run.has("metrics.json"):
         return
     record = results.record()
-    rows = [row for row in record["rows"] if row.get("batch") == size and "failed" not in row]
     metrics = session.run.read_json("metrics.json")
-    metrics["ms_per_forward"] = {row["candidate"]: row["ms_per_forward"] for row in rows
-                                 if row["kind"] == "forward"}  # fmt: skip
+    metrics["ms_per_forward"] = {
+        row["candidate"]: row["ms_per_forward"]
+        for row in record["rows"]
+        if (row["kind"], row.get("batch")) == ("forward", size) and "failed" not in row
+    }
     for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
         metrics[key] = next(iter(record[key].values()))
     session.run.write_json("metrics.json", metrics)
@@ -208,9 +206,7 @@ def bench_network(
     """Time every candidate at every batch size; `results` gets the rows as they come.
 
     Args:
-        network: see `run_network`, `model_network`, `quick_network`.
-        batches: batch sizes.
-        candidates: see `select`.
+        network: of `networks`; candidates: see `select`.
         results: whose "engine" runs the quantized network where a candidate names none.
         steps: of DDIM, to measure images a second as well.
         timer: what measures; by default that of the device.
@@ -227,7 +223,8 @@ def bench_network(
             if steps is not None:
                 images_per_second(ready, subject, network.scheduler, steps, timer, results, head)
         del ready, subject
-        _forget(network.device)
+        torch._dynamo.reset()
+        clear(network.device)
 
 
 @torch.no_grad()
@@ -235,10 +232,3 @@ def _float32(network: Network, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the output of the float32 network, without TensorFloat32 in its convolutions."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return sample_of(network.floating(**inputs)).float()
-
-
-def _forget(device: torch.device) -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
