@@ -16,8 +16,20 @@ import torch
 # Tiny tensors lose more to waiting threads than they gain.
 torch.set_num_threads(1)
 
-# Folder of tests -> its marker; `make test-fast` leaves these out, and what is marked slow.
-LANES = {"gpu": "compiled", "studies": "study", "study": "study"}
+# Marker -> tests in its lane, by how their path begins; single tests are marked where they stand.
+LANES = {
+    "compiled": ("gpu/", "kernels/test_ops_tracing.py", "bench/test_candidates.py"),
+    "study": ("study/", "studies/", "report/test_study_page.py", "test_ladder.py"),
+    "slow": (
+        "engines/test_openvino",
+        "checkpoint/test_fresh_process.py",
+        "bench/test_run.py",
+        "rounding/test_adaround.py",
+        "rounding/test_reconstruct.py",
+        "pipeline/test_pipeline.py",
+        "mixed_precision/test_sensitivity.py",
+    ),
+}
 NO_DEVICE = "needs a CUDA device"
 
 
@@ -26,9 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    lane = LANES.get(item.path.relative_to(Path(__file__).parent).parts[0])
-    if lane:
-        item.add_marker(lane)
+    where = item.path.relative_to(Path(__file__).parent).as_posix()
+    for marker, begins in LANES.items():
+        if where.startswith(begins):
+            item.add_marker(marker)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,6 +6,7 @@ Run as a script it prints the lines of every package: `python tests/test_archite
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import quantempo
+from quantempo.recipe import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "quantempo"
@@ -57,13 +61,28 @@ ENGINES = ("engines.onednn", "engines.cuda", "engines.openvino")
 APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
+# The one module that wraps `scheduler.step`; others ask it.
+STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py", "quantized/sites.py"}
+
+# Lines of Python; a ceiling falls with what it counts and rises only with a capability.
+BUDGETS = {"src": 28_800, "studies": 5_500, "tests": 20_100}
+MAX_ROOT = 8
+NOT_YET_USED = {"execution", "put_buffer", "put_child"}
+MAX_FAN_OUT = {"pipeline": 24}
 MAX_FILE = 400
 MAX_FUNCTION = 60
 MAX_KERNEL_FUNCTION = 120
 HEAVY = ("jinja2", "matplotlib", "nncf", "onnx", "openvino", "torchmetrics", "transformers")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = MODULES + sorted((REPOSITORY / "tests").rglob("*.py"))
+STUDIES = sorted((REPOSITORY / "studies").rglob("*.py"))
+SOURCES = MODULES + STUDIES + sorted((REPOSITORY / "tests").rglob("*.py"))
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """Parse a file, once."""
+    return ast.parse(path.read_text())
 
 
 def unit_of(path: Path) -> str:
@@ -92,6 +111,8 @@ def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 def refusal(unit: str, where: str, name: str) -> str | None:
     """Return why module `where` of `unit` may not import the dotted `name`, or None."""
     root, _, rest = name.partition(".")
+    if root == "studies":
+        return "the package does not know the studies"
     if root != "quantempo":
         if root == "diffusers" and not where.startswith(DIFFUSERS_AT):
             return f"only {' and '.join(DIFFUSERS_AT)} import diffusers"
@@ -143,7 +164,7 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
     broken = []
     for path in MODULES:
         where = path.relative_to(PACKAGE).as_posix()
-        for line, name in imported(path, ast.parse(path.read_text())):
+        for line, name in imported(path, tree_of(path)):
             reason = refusal(unit_of(path), where, name)
             if reason:
                 broken.append(f"{where}:{line}: {name}: {reason}")
@@ -163,6 +184,7 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
         ("evaluation/fidelity.py", "quantempo.quantized"),
         ("evaluation/fidelity.py", "quantempo.models.layers"),
         ("report/html.py", "quantempo.core"),
+        ("pipeline/stages.py", "studies.ptq4dm"),
         ("engines/base.py", "diffusers.models"),
         ("export/checkpoint.py", "diffusers"),
         ("pipeline/stages.py", "quantempo.cli.run_demo"),
@@ -230,7 +252,7 @@ def test_functions_are_short() -> None:
     for path in SOURCES:
         kernel = path.is_relative_to(PACKAGE) and unit_of(path) == "kernels"
         limit = MAX_KERNEL_FUNCTION if kernel else MAX_FUNCTION
-        for name, lines in functions(ast.parse(path.read_text())):
+        for name, lines in functions(tree_of(path)):
             if lines > limit:
                 long.append(f"{path.relative_to(REPOSITORY)}:{name}: {lines} lines, limit {limit}")
     assert not long, "\n".join(long)
@@ -239,7 +261,7 @@ def test_functions_are_short() -> None:
 def test_modules_say_what_they_are() -> None:
     broken = []
     for path in MODULES:
-        where, tree = path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+        where, tree = path.relative_to(PACKAGE).as_posix(), tree_of(path)
         text = ast.get_docstring(tree) or ""
         if len(text) < 10:
             broken.append(f"{where}: no module docstring worth the name")
@@ -254,26 +276,80 @@ def test_modules_say_what_they_are() -> None:
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import quantempo",
-        "from quantempo.cli import main\nsys.argv = ['quantempo', '--help']\nmain()",
-    ],
-    ids=["import", "help"],
-)
-def test_heavy_packages_are_imported_late(code: str) -> None:
+@pytest.mark.slow
+def test_heavy_packages_are_imported_late() -> None:
     # diffusers imports transformers by itself, so what counts is what we add to it.
     script = (
-        "import sys, diffusers.quantizers.auto\nbefore = set(sys.modules)\ntry:\n"
-        + "".join(f"    {line}\n" for line in code.splitlines())
-        + "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "import sys, diffusers.quantizers.auto\nbefore = set(sys.modules)\n"
+        "import quantempo\nfrom quantempo.cli import main\nsys.argv = ['quantempo', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         f"print('added', sorted({set(HEAVY)!r} & (set(sys.modules) - before)))"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "added []"
+
+
+@pytest.mark.parametrize("part", BUDGETS)
+def test_budgets_of_lines(part: str) -> None:
+    lines = sum(text.read_text().count("\n") for text in (REPOSITORY / part).rglob("*.py"))
+    assert lines <= BUDGETS[part], f"{part} has {lines} lines; its budget is {BUDGETS[part]}"
+
+
+def test_the_root_is_small_and_modules_of_the_main_line_know_few_others() -> None:
+    assert len([path for path in MODULES if path.parent == PACKAGE]) <= MAX_ROOT
+    for path in MODULES:
+        names = {name for _, name in imported(path, tree_of(path))}
+        places = {PACKAGE.joinpath(*name.split(".")[1:]) for name in names if "quantempo." in name}
+        # "from m import name" counts as m, "from package import m" as m.
+        known = {place if place.with_suffix(".py").exists() else place.parent for place in places}
+        limit = MAX_FAN_OUT.get(unit_of(path), len(known))
+        assert len(known) <= limit, f"{path.name} imports {len(known)} modules, limit {limit}"
+
+
+def words_of(path: Path) -> set[str]:
+    """Return every name that a module reads, calls or imports."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_public_names_are_used() -> None:
+    # What a registry or the command line takes by a decorator is used by its name as a string.
+    used = set().union(*map(words_of, MODULES), quantempo.__all__, NOT_YET_USED)
+    unused = {
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in MODULES
+        for node in tree_of(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if not any(isinstance(how, ast.Call) for how in node.decorator_list)
+        if node.name not in used
+    }
+    assert not unused
+
+
+def test_every_setting_of_a_recipe_is_read() -> None:
+    used = set().union(*(words_of(path) for path in MODULES if unit_of(path) != "recipe"))
+    for group, settings in Recipe().to_dict().items():
+        names = {group, *(settings if isinstance(settings, dict) else ())}
+        assert names <= used, f"nothing reads {sorted(names - used)} of {group}"
+
+
+def test_scheduler_step_is_wrapped_in_one_place() -> None:
+    found = set()
+    for path in MODULES:
+        for node in ast.walk(tree_of(path)):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if any(isinstance(to, ast.Attribute) and to.attr == "step" for to in targets):
+                found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == STEP_AT
 
 
 def diagram() -> str:
