@@ -14,7 +14,7 @@ from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.presets import build_preset, ddim_loop, fuse_projections, random_inputs
-from quantempo.quantized import Int12Linear, quantized_layers
+from quantempo.quantized import Float16Linear, quantized_layers
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
 
 MAKERS: dict[str, Any] = {
@@ -156,7 +156,7 @@ def test_casting_leaves_integers_and_scales() -> None:
     quick_quantize(net, [random_inputs(net, 1)])
     before = {n: v.dtype for n, v in net.state_dict().items()}
     cast_floats(net, torch.float16)
-    stored = {n for n, m in net.named_modules() if isinstance(m, Int12Linear)}
+    stored = {n for n, m in net.named_modules() if isinstance(m, Float16Linear)}
     assert stored
     kept = stored | {name for name, _ in quantized_layers(net)} | {"quantempo_clock"}
     for name, value in net.state_dict().items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from quantempo.checkpoint.diffusers_plugin import FORMAT_VERSION
@@ -24,7 +22,7 @@ from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.layer_table import describe, mean_weight_bits
 from quantempo.quantized import quantized_layers
 from quantempo.run_folder import RunFolder
-from tests.packed import CALLS, packed, recipe, saved
+from tests.packed import CALLS, recipe, saved
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMPONENT = {"dit": "transformer", "unconditional": "unet"}
@@ -116,7 +114,7 @@ def test_scales_are_those_of_the_layers_own_bits(kind: str) -> None:
 def test_the_file_says_the_bits_and_the_tables_show_them(kind: str) -> None:
     run = mixed(kind)
     config, found = config_of(run, kind), dict(quantized_layers(load(run)))
-    assert config["format_version"] == FORMAT_VERSION == 2
+    assert config["format_version"] == FORMAT_VERSION == 3
     other = {n: [q.weight_bits, q.act_bits] for n, q in found.items()}
     assert config["bits"] == {n: bits for n, bits in other.items() if bits != [8, 8]} != {}
     for rows in (run.read_json("layers.json"), describe(run / "packed")):
@@ -142,33 +140,3 @@ def test_a_loaded_model_of_mixed_bits_runs_on_every_engine(engine: str) -> None:
         errors.append(float((net(x, 500).sample - wanted).norm() / wanted.norm()))
     # Engines move codes of 4 bits now and then: another draw of the same error.
     assert errors[0] < 0.5 and abs(errors[1] / errors[0] - 1) < 0.35, errors
-
-
-def test_a_checkpoint_of_format_1_still_loads(tmp_path: Path) -> None:
-    folder = tmp_path / "packed"
-    shutil.copytree(packed("unconditional").folder, folder)
-    file = folder / "unet/config.json"
-    config = json.loads(file.read_text())
-    assert config["quantization_config"].pop("bits") == {}
-    # What the first format had.
-    kept = {"buckets", "float_layers", "hashes", "int12", "num_train_timesteps", "per_unit",
-            "quant_method", "recipe", "segments", "sites", "version"}  # fmt: skip
-    old = {k: v for k, v in config["quantization_config"].items() if k in kept}
-    old["recipe"].pop("correction")
-    old["recipe"]["layers"].pop("bits")
-    old["recipe"]["rounding"] = {"name": "nearest"}
-    config["quantization_config"] = old | {"format_version": 1}
-    file.write_text(json.dumps(config))
-    net = load_pipeline(folder).unet
-    layers = dict(quantized_layers(net))
-    assert {(q.weight_bits, q.act_bits, q.weight_int.dtype) for q in layers.values()} == {
-        (8, 8, torch.int8)
-    }
-    stored = load_file(folder / "unet" / WEIGHTS)
-    assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
-    attach(net, "simulated")
-    with torch.no_grad():
-        assert net(torch.zeros(1, 3, 16, 16), 500).sample.isfinite().all()
-    # Saved again it is complete, and loads.
-    net.save_pretrained(tmp_path / "again")
-    assert type(net).from_pretrained(tmp_path / "again").state_dict().keys() == stored.keys()

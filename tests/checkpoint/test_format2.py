@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantempo.checkpoint.diffusers_plugin import FORMAT_VERSION
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
@@ -43,10 +44,10 @@ def test_weights_are_those_of_the_version_that_wrote_them(recipe: str) -> None:
         assert hashlib.sha256(weight.contiguous().numpy()).hexdigest() == digest, name
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
-def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe: str) -> None:
-    pipe = load_pipeline(FORMAT2 / recipe)
+def agrees(folder: Path, recipe: str) -> None:
+    """Assert that a folder gives the output and the images that format 2 gave."""
+    pipe = load_pipeline(folder)
     net = denoiser_of(pipe)[1]
     attach(net, "simulated")
     wanted = load_file(FORMAT2 / recipe / "expected.safetensors")
@@ -60,11 +61,46 @@ def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe: str
         assert sqnr_db(wanted[name], got) > 60
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_outputs_and_images_are_those_of_the_version_that_wrote_them(
+    recipe: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    agrees(FORMAT2 / recipe, recipe)
+    assert not caplog.records
+    # Saved again it is of today's format and the same model.
+    pipe = load_pipeline(FORMAT2 / recipe)
+    pipe.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert (
+        json.loads((tmp_path / "unet/config.json").read_text())["quantization_config"][
+            "format_version"
+        ]
+        == FORMAT_VERSION
+    )
+    state = pipe.unet.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.unet.state_dict().items())
+    agrees(tmp_path, recipe)
+
+
+def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
+    shutil.copytree(FORMAT2 / "w8a8", tmp_path / "packed")
+    file = tmp_path / "packed/unet/config.json"
+    config = json.loads(file.read_text())
+    # What the first format had.
+    kept = {"buckets", "float_layers", "hashes", "int12", "num_train_timesteps", "per_unit",
+            "quant_method", "recipe", "segments", "sites", "version"}  # fmt: skip
+    old = {k: v for k, v in config["quantization_config"].items() if k in kept}
+    config["quantization_config"] = old | {"format_version": 1}
+    file.write_text(json.dumps(config))
+    agrees(tmp_path / "packed", "w8a8")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("delta", {"bits": {"conv_out": 4}, "buckets": 1, "refresh": 0}, "changes between steps"),
         ("attention", ["mid_block.attentions.0"], "attention products"),
+        ("correction", {"options": ["affine"], "points": 1, "channels": 3}, "a correction"),
     ],
 )
 def test_what_is_no_longer_run_is_refused(

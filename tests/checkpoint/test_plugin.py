@@ -21,7 +21,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
-from quantempo.quantized import CLOCK_NAME, Int12Linear, QLayer
+from quantempo.quantized import CLOCK_NAME, Float16Linear, QLayer
 from tests.packed import KINDS, packed, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,7 +35,7 @@ def ours(net: torch.nn.Module) -> dict[str, Tensor]:
     """Return the quantized tensors of a network by name."""
     found = {f"{CLOCK_NAME}.bucket_of": net.get_buffer(f"{CLOCK_NAME}.bucket_of")}
     for name, module in net.named_modules():
-        if isinstance(module, QLayer | Int12Linear):
+        if isinstance(module, QLayer | Float16Linear):
             found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
     return found
 
@@ -56,7 +56,9 @@ def test_integers_and_scales_survive_any_dtype(kind: str, dtype: torch.dtype) ->
     net = denoiser_of(DiffusionPipeline.from_pretrained(folder, dtype=dtype))[1]
     quantized = ours(net)
     for name, value in quantized.items():
-        assert value.dtype == stored[name].dtype and torch.equal(value, stored[name]), name
+        half = stored[name].dtype == torch.float16
+        assert value.dtype == (torch.float32 if half else stored[name].dtype), name
+        assert torch.equal(value, stored[name].to(value.dtype)), name
         assert value.dtype in (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float32)
     for name, value in net.state_dict().items():
         if name not in quantized:
@@ -119,8 +121,8 @@ def edit_config(folder: Path, **values: object) -> None:
 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    edit_config(copy, format_version=3)
-    with pytest.raises(QuantempoError, match="format_version 3; this quantempo reads up to 2"):
+    edit_config(copy, format_version=4)
+    with pytest.raises(QuantempoError, match="format_version 4; this quantempo reads up to 3"):
         load_pipeline(copy)
     with pytest.raises(QuantempoError, match="upgrade quantempo"):
         UNet2DModel.from_pretrained(copy / "unet")
@@ -175,7 +177,7 @@ LAYER = "mid_block.resnets.0.conv1"
         (flip(f"{LAYER}.act_zero_point"), "do not match the hash"),
         (flip(f"{LAYER}.bias"), "do not match the hash"),
         (flip("quantempo_clock.bucket_of"), "do not match the hash"),
-        (flip("time_embedding.linear_1.weight_low"), "do not match the hash"),
+        (flip("time_embedding.linear_1.weight"), "do not match the hash"),
         (drop(f"{LAYER}.weight_int"), rf"lacks 1 tensors, the first is '{LAYER}\.weight_int'"),
         (drop(f"{LAYER}.act_scale"), "lacks 1 tensors"),
         (drop("conv_in.weight"), r"lacks 1 tensors, the first is 'conv_in\.weight'"),
@@ -201,11 +203,11 @@ def test_a_layer_of_another_model_is_refused(copy: Path) -> None:
         load_pipeline(copy)
 
 
-def test_the_bundled_model_packs_into_27_percent(tmp_path: Path) -> None:
+def test_the_bundled_model_packs_into_28_percent(tmp_path: Path) -> None:
     small = recipe(buckets=1).override("trace", steps=2)
     folder = pipeline.quantize(DEMO_MODEL, tmp_path / "run", small)
     packed_bytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     parameters = sum(p.numel() for p in load_pipeline(DEMO_MODEL).unet.parameters())
-    assert packed_bytes <= 0.27 * 4 * parameters
+    assert packed_bytes <= 0.28 * 4 * parameters
     # Nothing is lost to be so small: every parameter is there in some form.
     assert packed_bytes >= parameters

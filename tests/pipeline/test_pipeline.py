@@ -17,7 +17,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
-from quantempo.quantized import Int12Linear, QConv2d, QLayer, find_clock, quantized_layers
+from quantempo.quantized import Float16Linear, QConv2d, QLayer, find_clock, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
 from tests.packed import KINDS, packed, recipe, saved
@@ -58,7 +58,7 @@ def test_the_packed_folder_is_a_pipeline_and_the_table_says_what_is_in_it(kind: 
             assert bool((error[inside] <= layer.weight_scale[inside] * 0.5001).all())
             assert row["sqnr_db"] > 20, row
         else:
-            assert isinstance(layer, nn.Conv2d | nn.Linear | Int12Linear)
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
     assert any(row["buckets"] == 2 for row in rows.values())
 
 
@@ -125,7 +125,7 @@ def rounded_twin(source: Path, net: nn.Module) -> nn.Module:
     twin.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         for name, layer in net.named_modules():
-            if not isinstance(layer, QLayer | Int12Linear):
+            if not isinstance(layer, QLayer | Float16Linear):
                 continue
             copy = twin.get_submodule(name)
             copy.weight.copy_(layer.weight)

@@ -14,7 +14,7 @@ from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
-from quantempo.quantized import Int12Linear, LayerPlan, QLayer, SiteQuantizer, StepClock
+from quantempo.quantized import Float16Linear, LayerPlan, QLayer, SiteQuantizer, StepClock
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding.nearest import nearest
@@ -26,7 +26,7 @@ log = logging.getLogger("quantempo")
 
 # Of a weight channel or an input that is zero throughout: any would do.
 _EMPTY = 2.0**-30
-_STATEFUL = (QLayer, Int12Linear, StepClock, SiteQuantizer)
+_STATEFUL = (QLayer, Float16Linear, StepClock, SiteQuantizer)
 
 
 def quick_recipe(name: str = "w8a8") -> Recipe:

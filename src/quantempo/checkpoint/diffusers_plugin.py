@@ -19,12 +19,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from quantempo.core import unpack_int12
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
 from quantempo.models.variance import has_learned_variance
 from quantempo.quantized import (
     CLOCK_NAME,
-    Int12Linear,
+    Float16Linear,
     LayerPlan,
     QLayer,
     SiteQuantizer,
@@ -44,14 +45,18 @@ __all__ = [
 
 log = logging.getLogger("quantempo")
 
-# 2: weights of at most 4 bits two to a byte, activations below 8 bits.
-FORMAT_VERSION = 2
-# Keys of format 2 for what is no longer there; empty ones are harmless.
+# 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
+# float16 instead of 12 bits; no deltas, no attention products.
+FORMAT_VERSION = 3
+# Keys of format 2 for what is no longer run; empty ones are harmless.
 _REMOVED = {
+    "correction": "a correction around the network",
     "delta": "layers that quantize changes between steps",
     "attention": "attention products on rounded operands",
 }
-_OURS = (QLayer, Int12Linear, SiteQuantizer, OutputCorrection)
+# The parts of a 12-bit weight in format 2: W = scale (16 high + low).
+_INT12 = ("weight_high", "weight_low", "weight_scale")
+_OURS = (QLayer, Float16Linear, SiteQuantizer, OutputCorrection)
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -64,7 +69,7 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     Args:
         recipe: the resolved recipe.
-        int12: name -> reason of float layers whose weights are stored in 12 bits.
+        float16: name -> reason of float layers whose weights are stored in float16.
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where there is more than one.
@@ -82,7 +87,7 @@ class QuantempoConfig(QuantizationConfigMixin):
     def __init__(
         self,
         recipe: dict[str, Any] | None = None,
-        int12: dict[str, str] | None = None,
+        float16: dict[str, str] | None = None,
         float_layers: dict[str, str] | None = None,
         segments: dict[str, list[int]] | None = None,
         buckets: dict[str, int] | None = None,
@@ -103,6 +108,10 @@ class QuantempoConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}; upgrade quantempo"
             )
         unknown.pop("quant_method", None)
+        # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
+        self.float16 = (float16 or {}) | unknown.pop("int12", {})
+        if correction and format_version < 3:
+            unknown["correction"] = correction
         for key, what in _REMOVED.items():
             if unknown.pop(key, None):
                 raise QuantempoError(
@@ -111,7 +120,7 @@ class QuantempoConfig(QuantizationConfigMixin):
                 )
         if unknown:
             warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
-        self.recipe, self.int12 = recipe or {}, int12 or {}
+        self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits = buckets or {}, bits or {}
         self.num_train_timesteps = num_train_timesteps
@@ -136,8 +145,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         for site in sites(denoiser):
             if site.name in self.float_layers:
                 plans.append(LayerPlan(site.name, "float", reason=self.float_layers[site.name]))
-            elif site.name in self.int12:
-                plans.append(LayerPlan(site.name, "int12", reason=self.int12[site.name]))
+            elif site.name in self.float16:
+                plans.append(LayerPlan(site.name, "float16", reason=self.float16[site.name]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
@@ -155,7 +164,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self._exact: dict[str, Tensor] = {}
         self._ours: set[str] = set()
         self._digests: dict[str, str] = {}
-        self._dtypes: set[torch.dtype] = set()
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._int12: dict[str, dict[str, Tensor]] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -170,16 +180,44 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep our tensors of one file (a shard or the whole) as they are on disk."""
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
+        self._digests |= {name: _digest(tensor) for name, tensor in state_dict.items()}
+        state_dict = self._unpacked(state_dict)
         for name, tensor in state_dict.items():
-            self._digests[name] = _digest(tensor)
-            self._dtypes.add(tensor.dtype)
+            self._dtypes[name] = tensor.dtype
             if name in self._ours:
                 self._exact[name] = tensor
         return state_dict
 
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
+        """Return the names that tensors have once 12-bit weights (format 2) are unpacked."""
+        return list(dict.fromkeys(self._part(key)[0] for key in loaded_keys))
+
+    def _part(self, key: str) -> tuple[str, str]:
+        """Return (name of the unpacked tensor, part of it or "") of a name in the file."""
+        owner, _, leaf = key.rpartition(".")
+        is_part = leaf in _INT12 and owner in self.quantization_config.float16
+        return (f"{owner}.weight", leaf) if is_part else (key, "")
+
+    def _unpacked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Replace the three parts of 12-bit weights by the weight, in the file with the last."""
+        result = {}
+        for key, tensor in state_dict.items():
+            name, part = self._part(key)
+            if not part:
+                result[name] = tensor
+                continue
+            parts = self._int12.setdefault(name, {})
+            parts[part] = tensor
+            if len(parts) == len(_INT12):
+                high, low, scale = (parts[leaf] for leaf in _INT12)
+                result[name] = unpack_int12(high, low).float() * scale[:, None]
+        return result
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Left alone, diffusers fills what is missing with random numbers and logs a warning.
-        missing = sorted(set(model.state_dict()) - set(self._digests))
+        missing = sorted(set(model.state_dict()) - set(self._dtypes))
         if missing:
             raise QuantempoError(
                 f"the checkpoint lacks {len(missing)} tensors, the first is '{missing[0]}'; "
@@ -189,7 +227,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
         for name, tensor in self._exact.items():
             owner, _, leaf = name.rpartition(".")
             # A copy, so that the file is not kept mapped and may be overwritten.
-            model.get_submodule(owner)._buffers[leaf] = tensor.to(device).clone()
+            value = tensor.to(device).clone()
+            # What is float16 in the file is computed in float32, see `Float16Linear`.
+            value = value.float() if value.dtype == torch.float16 else value
+            model.get_submodule(owner)._buffers[leaf] = value
         self._exact.clear()
         if self.quantization_config.hashes.get("tensors") != _joined(self._digests):
             raise QuantempoError(
@@ -197,9 +238,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "was edited: save or fetch it again"
             )
         state = model.state_dict()
-        if {value.dtype for value in state.values()} != self._dtypes:
-            # Loaded in another precision: what a later save writes, its configuration first.
+        if self._int12 or any(state[name].dtype != dtype for name, dtype in self._dtypes.items()):
+            # Another precision or format: what a later save writes, its configuration first.
             self.quantization_config.hashes["tensors"] = _state_digest(state)
+            self.quantization_config.format_version = FORMAT_VERSION
         sites = set(self.quantization_config.sites)
         ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
         for name in sorted(sites & ours):

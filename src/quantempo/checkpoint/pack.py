@@ -13,7 +13,7 @@ from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantize
 from quantempo.engines.select import attach_lazily
 from quantempo.errors import QuantempoError
 from quantempo.quantized import (
-    Int12Linear,
+    Float16Linear,
     LayerPlan,
     QLayer,
     fill,
@@ -67,7 +67,7 @@ def pack_denoiser(
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
         recipe=recipe.to_dict(),
-        int12={p.name: p.reason or "" for p in plans if p.kind == "int12"},
+        float16={p.name: p.reason or "" for p in plans if p.kind == "float16"},
         float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
         segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
         buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
@@ -94,7 +94,7 @@ def _fill(
     twin: nn.Module, layer: nn.Module, chosen: LayerScales | None, codes: Tensor | None
 ) -> None:
     """Fill the quantized twin of a float layer."""
-    if isinstance(twin, Int12Linear) and isinstance(layer, nn.Linear):
+    if isinstance(twin, Float16Linear) and isinstance(layer, nn.Linear):
         twin.fill(layer)
     elif isinstance(twin, QLayer) and chosen is not None and codes is not None:
         scales = (chosen.weight_scale, layer.bias, chosen.act_scale, chosen.act_zero_point)

@@ -4,7 +4,6 @@ from quantempo.core.affine import dequantize, fake_quantize, quantize
 from quantempo.core.packing import (
     check_codes,
     pack_int4,
-    pack_int12,
     unpack_int4,
     unpack_int12,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "fake_quantize",
     "generators",
     "pack_int4",
-    "pack_int12",
     "quantize",
     "unpack_int4",
     "unpack_int12",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["check_codes", "pack_int4", "pack_int12", "unpack_int4", "unpack_int12"]
+__all__ = ["check_codes", "pack_int4", "unpack_int4", "unpack_int12"]
 
 
 def check_codes(q: Tensor, low: int, high: int) -> None:
@@ -39,21 +39,11 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
     return ((nibbles.to(torch.int8) ^ 8) - 8).to(torch.int8)
 
 
-def pack_int12(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Split int12 codes in [-2048, 2047] into a high byte and a packed low nibble.
-
-    q = 16 * high + low with low in [0, 15].
-
-    Returns:
-        high (..., L) int8 and low (..., ceil(L/2)) uint8: 1.5 bytes a code.
-    """
-    check_codes(q, -2048, 2047)
-    wide = q.to(torch.int16)
-    low = (wide & 0xF).to(torch.int8)
-    return (wide >> 4).to(torch.int8), pack_int4(torch.where(low > 7, low - 16, low))
-
-
 def unpack_int12(high: Tensor, low: Tensor) -> Tensor:
-    """Undo `pack_int12`: return (..., L) int16 codes."""
+    """Return (..., L) int16 codes in [-2048, 2047]: 16 * high + low.
+
+    Args:
+        high: (..., L) int8; low: (..., ceil(L/2)) uint8, four bits a code, the even index low.
+    """
     nibble = unpack_int4(low, high.shape[-1]).to(torch.int16) & 0xF
     return (high.to(torch.int16) << 4) + nibble

@@ -22,7 +22,6 @@ from quantempo.models.fusion import Conv, Linear, Need, Norm, Parts, find_parts
 from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
 from quantempo.models.layers import skip_segments
 from quantempo.quantized import (
-    Int12Linear,
     QConv2d,
     QLayer,
     QLinear,
@@ -292,7 +291,7 @@ class FusedUpBlock(FusedBlock):
 def time_layers(network: Network) -> list[Any]:
     """Return the float layers that add the time embedding to residual blocks."""
     layers = [parts.time for parts in network.of(ResnetParts)]
-    return [i for i in layers if isinstance(i, nn.Linear | Int12Linear) and i.bias is not None]
+    return [i for i in layers if isinstance(i, nn.Linear) and i.bias is not None]
 
 
 def same(x: Tensor) -> Tensor:

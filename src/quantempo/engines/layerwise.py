@@ -14,7 +14,7 @@ from torch import nn
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import Blocks, fuse, fused_layers, fused_modules, unfuse
 from quantempo.kernels import ops
-from quantempo.quantized import Int12Linear, quantized_layers
+from quantempo.quantized import quantized_layers
 
 __all__ = ["LayerwiseEngine", "execution"]
 
@@ -97,13 +97,6 @@ def _prepare(denoiser: nn.Module) -> None:
     for part in (*kernels, *(module.forward for module in blocks.values())):
         if hasattr(part, "prepare"):
             part.prepare(device)
-    whole = fused_layers(denoiser)
-    for name, layer in denoiser.named_modules():
-        # Unpacked at their first call otherwise; fused blocks keep the sum of theirs.
-        inside = any(name.startswith(f"{block}.") for block in whole)
-        if isinstance(layer, Int12Linear) and not inside:
-            with torch.inference_mode(False), torch.no_grad():
-                torch._dynamo.mark_static_address(layer.weight)
 
 
 def execution(denoiser: nn.Module) -> dict[str, str]:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.quantized import Int12Linear
-
 __all__ = ["PerForward", "TimeShifts", "float_rows"]
 
 
@@ -57,9 +55,8 @@ class PerForward:
 
 def float_rows(layers: list[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the weights and the biases of float layers (C_i, E) as one layer (sum C_i, E)."""
-    weights = [w.unpack() if isinstance(w, Int12Linear) else w.weight.detach() for w in layers]
-    biases = [layer.bias.detach().to(dtype) for layer in layers]
-    return torch.cat([weight.to(dtype) for weight in weights]), torch.cat(biases)
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    return torch.cat(weights), torch.cat([layer.bias.detach().to(dtype) for layer in layers])
 
 
 class TimeShifts(PerForward):

@@ -18,7 +18,7 @@ from quantempo.models.layers import Site, denoiser_of, sites
 from quantempo.models.load import load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS
 from quantempo.quantized import (
-    Int12Linear,
+    Float16Linear,
     LayerPlan,
     QLayer,
     find_clock,
@@ -47,7 +47,7 @@ def layer_rows(
         row = _row(site.name, type(site.layer).__name__, site.role, macs.get(site.name, 0))
         row |= {
             "weight_shape": list(site.layer.weight.shape),
-            "bits_weight": 12 if isinstance(layer, Int12Linear) else 32,
+            "bits_weight": 16 if isinstance(layer, Float16Linear) else 32,
             "reason": plan.reason,
             "sqnr_db": sqnr_db.get(site.name),
         }

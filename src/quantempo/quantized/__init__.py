@@ -1,7 +1,7 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
-from quantempo.quantized.layers import Int12Linear, QConv2d, QLayer, QLinear
+from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
 from quantempo.quantized.output_side import install_output_side, output_side_layers
 from quantempo.quantized.sites import (
     SITES,
@@ -28,7 +28,7 @@ from quantempo.quantized.swap import (
 __all__ = [
     "CLOCK_NAME",
     "SITES",
-    "Int12Linear",
+    "Float16Linear",
     "LayerPlan",
     "QConv2d",
     "QLayer",

@@ -17,20 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import (
-    QParams,
-    QuantSpec,
-    check_codes,
-    pack_int4,
-    pack_int12,
-    quantize,
-    unpack_int4,
-    unpack_int12,
-)
+from quantempo.core import check_codes, pack_int4, unpack_int4
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock
 
-__all__ = ["Int12Linear", "QConv2d", "QLayer", "QLinear"]
+__all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear"]
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -256,75 +247,52 @@ class QLinear(QLayer):
         return f"{self.in_features}, {self.out_features}, {self._grids()}"
 
 
-class Int12Linear(nn.Module):
-    """Linear layer computed in float whose weight is stored in 12 bits.
+class Float16Linear(nn.Linear):
+    """Linear layer computed in float32 whose weight is stored in float16, in files.
 
-    W_hat = scale[o] * q, q in [-2047, 2047], scale[o] = max|W[o]| / 2047. For the layers of the
-    time embedding, which act on t alone: they need float accuracy but not two bytes a weight.
+    For the layers of the time embedding, which act on t alone. Weight and bias are float32 buffers:
+    a network loaded in another dtype computes t as exactly. `state_dict` has the weight in float16
+    where that loses nothing, as after `fill`.
 
-    Error: |W - W_hat| <= scale / 2, that is 2.5e-4 of the channel's largest weight (half
-    precision: up to 4.9e-4 of each weight).
+    Error: |W - W_hat| <= 2^-11 |W| for |W| >= 2^-14, else 2^-25.
     """
-
-    weight_high: Tensor
-    weight_low: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-
-        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-
-        buffer("weight_high", (out_features, in_features), torch.int8)
-        buffer("weight_low", (out_features, (in_features + 1) // 2), torch.uint8)
-        buffer("weight_scale", (out_features,), torch.float32)
-        if bias:
-            buffer("bias", (out_features,), torch.float32)
-        else:
-            self.register_buffer("bias", None)
-        self._unpacked: Tensor | None = None
+        self.register_buffer("weight", torch.empty(out_features, in_features, device=device))
+        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     @classmethod
-    def like(cls, layer: nn.Linear) -> Int12Linear:
-        """Return an empty twin of a float linear layer, on its device."""
-        return cls(
-            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.device
-        )
+    def like(cls, layer: nn.Linear) -> Float16Linear:
+        """Return an empty copy of a float linear layer, on its device."""
+        bias = layer.bias is not None
+        return cls(layer.in_features, layer.out_features, bias, layer.weight.device)
 
-    def fill(self, layer: nn.Linear) -> Int12Linear:
-        """Store the weight and bias of a float layer; return self."""
-        weight = layer.weight.detach().float()
-        spec = QuantSpec(bits=12, signed=True, symmetric=True, narrow=True)
-        scale = (weight.abs().amax(1) / spec.qmax).clamp_min(torch.finfo(torch.float32).tiny)
-        grid = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
-        self.weight_high, self.weight_low = pack_int12(quantize(weight, grid, spec, axis=0))
-        self.weight_scale = scale
+    def fill(self, layer: nn.Linear) -> Float16Linear:
+        """Round the weight of a float layer to float16; return self.
+
+        Raises:
+            QuantempoError: a weight beyond the range of float16.
+        """
+        self.weight = layer.weight.detach().half().float()
+        if not bool(self.weight.isfinite().all()):
+            raise QuantempoError(
+                "a weight of the time embedding is beyond 65504, the largest float16; keep the "
+                "layer in float32 (layers.exclude)"
+            )
         if layer.bias is not None:
             self.bias = layer.bias.detach().float()
-        self._unpacked = None
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._unpacked = None
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the float32 weight (unpacked once, then kept)."""
-        cached = self._unpacked
-        if cached is None or cached.device != self.weight_scale.device:
-            self._unpacked = cached = self.unpack()
-        return cached
-
-    def unpack(self) -> Tensor:
-        """Return the float32 weight, made anew."""
-        codes = unpack_int12(self.weight_high, self.weight_low).float()
-        return codes * self.weight_scale[:, None]
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        half = self.weight.half()
+        # Weights of 12 bits, from checkpoints of format 2, may need all of float32.
+        if half.is_meta or torch.equal(half.float(), self.weight):
+            destination[f"{prefix}weight"] = half
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""

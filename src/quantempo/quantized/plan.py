@@ -25,7 +25,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
     """Return one plan per site, `buckets` still 1 (the search decides).
 
     Kept in float, in this order of reasons: what no integer kernel takes; names that match
-    `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in 12 bits.
+    `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in float16.
 
     Raises:
         QuantempoError: unknown role.
@@ -42,7 +42,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
         elif site.role in settings.float_roles:
             stored = site.role == "time" and isinstance(site.layer, nn.Linear)
             reason = _REASONS.get(site.role, f"role '{site.role}' is kept in float by the recipe")
-            plans.append(LayerPlan(site.name, "int12" if stored else "float", reason=reason))
+            plans.append(LayerPlan(site.name, "float16" if stored else "float", reason=reason))
         else:
             segments = site.segments if settings.split_skips else ()
             plans.append(LayerPlan(site.name, "int8", segments, 1, None, *_bits(site, recipe)))

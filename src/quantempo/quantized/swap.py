@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import timestep_of
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
-from quantempo.quantized.layers import Int12Linear, QConv2d, QLayer, QLinear
+from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
 
 __all__ = [
     "LayerPlan",
@@ -29,8 +29,8 @@ __all__ = [
 class LayerPlan:
     """Say what one layer becomes.
 
-    kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "int12"
-    (Int12Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
+    kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "float16"
+    (Float16Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
     table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8.
     """
 
@@ -107,8 +107,8 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
                 "it belongs to another model"
             ) from error
         twin: nn.Module
-        if plan.kind == "int12" and isinstance(layer, nn.Linear):
-            twin = Int12Linear.like(layer)
+        if plan.kind == "float16" and isinstance(layer, nn.Linear):
+            twin = Float16Linear.like(layer)
         elif isinstance(layer, nn.Conv2d):
             twin = QConv2d.like(layer, clock, **plan.shape)
         elif isinstance(layer, nn.Linear):

@@ -19,7 +19,6 @@ from quantempo.core import WEIGHT
 from quantempo.engines.select import attach
 from quantempo.models.layers import sites
 from quantempo.quantized import (
-    Int12Linear,
     LayerPlan,
     fill,
     find_clock,
@@ -175,9 +174,6 @@ class Networks:
 
     def _prepare(self, twin: nn.Module) -> None:
         # What layers would otherwise read at their first call, when the compiler is watching.
-        for module in twin.modules():
-            if isinstance(module, Int12Linear):
-                _ = module.weight
         for _, layer in quantized_layers(twin):
             kernel: Any = layer.kernel
             kernel.prepare(layer.weight_scale.device)

@@ -41,7 +41,7 @@ from quantempo.models.fusion_unet import (
     ResnetParts,
     UpsampleParts,
 )
-from quantempo.quantized import Int12Linear, StepClock
+from quantempo.quantized import StepClock
 
 __all__ = [
     "FusedAttention",
@@ -88,8 +88,6 @@ class FusedResnet(GpuBlock):
             constants_of(parts.conv1, device),
             constants_of(parts.conv2, device),
         )
-        if self.index is None and isinstance(parts.time, Int12Linear):
-            torch._dynamo.mark_static_address(parts.time.weight)
         if self.index is not None and self.shifts.device != device:
             self.shifts.prepare(device)
         shortcut: Any = parts.shortcut
