@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.openvino.engine import OpenVinoEngine
+from quantempo.engines.openvino.engine import KernelRow, OpenVinoEngine
 from quantempo.engines.simulated import SimulatedBackend
 from quantempo.models.layers import sites
 from quantempo.quantized import (
@@ -259,3 +259,9 @@ class NormNet(nn.Module):
         z = self.norms[2](shared) + shared
         flat = z.reshape(*z.shape[:2], -1)
         return self.norms[3](flat).transpose(1, 2) + flat.transpose(1, 2)
+
+
+def kernel_table(denoiser: nn.Module) -> list[KernelRow]:
+    """Return how the graph that ran last executes each convolution and linear layer."""
+    graphs = denoiser._quantempo_openvino.graphs
+    return next(reversed(graphs.values())).rows

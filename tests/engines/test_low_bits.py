@@ -11,13 +11,14 @@ from quantempo.engines import attach, detach
 from quantempo.engines.base import BACKENDS, ActivationGrids
 from quantempo.engines.fusion import unfuse
 from quantempo.engines.layerwise import execution
-from quantempo.engines.openvino.engine import OpenVinoEngine, kernel_table
+from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import quantized_layers
 from tests.engines.openvino_nets import (
     draw_inputs,
     integer_output,
+    kernel_table,
     needs_openvino,
     one_layer,
     packed,

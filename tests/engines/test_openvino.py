@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantempo.engines.openvino.engine import OpenVinoEngine, int8_share, kernel_table
+from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.models.layers import sites
 from quantempo.quantized import install_clock, quantized_layers
 from tests.engines.openvino_nets import (
     STEPS,
     NormNet,
+    kernel_table,
     needs_openvino,
     packed,
     simulated,
@@ -27,6 +28,12 @@ from tests.engines.openvino_nets import (
 )
 
 pytestmark = needs_openvino
+
+
+def int8_share(denoiser: nn.Module) -> float:
+    """Return the share of multiply-accumulates of convolutions and linear layers done in int8."""
+    rows = kernel_table(denoiser)
+    return sum(row.macs for row in rows if row.int8) / sum(row.macs for row in rows)
 
 
 @torch.no_grad()

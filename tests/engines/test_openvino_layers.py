@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantempo.engines.openvino.engine import OpenVinoEngine, kernel_table
+from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.quantized import quantized_layers
 from tests.engines.openvino_nets import (
     LAYERS,
     draw_inputs,
     integer_output,
+    kernel_table,
     needs_openvino,
     one_layer,
     packed,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantempo.core.instance import drop, keep, reset_forward, set_forward
 from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.blocks import is_unit
-from quantempo.models.fusion import Conv, Linear, Need, Norm, Parts, find_parts
+from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
 from quantempo.models.layers import skip_segments
 from quantempo.quantized import (
@@ -126,25 +126,26 @@ class Blocks:
         """Return why this engine cannot fuse a block, or None."""
         if type(parts) not in self.builders:
             return f"engine {self.backend} has no fused form of it"
-        return next((reason for need in parts.needs() if (reason := self._lacks(need))), None)
+        reasons = (self._lacks(module, need) for module, need in needs(parts))
+        return next((reason for reason in reasons if reason is not None), None)
 
-    def _lacks(self, need: Need) -> str | None:
-        if isinstance(need, Norm):
-            return self.norm(need.layer) if need.layer.affine else "its norm has no weight"
-        layer, conv = need.layer, isinstance(need.layer, QConv2d)
-        if not isinstance(layer, QLayer):
-            return (
-                f"a {'convolution' if isinstance(need, Conv) else 'projection'} in it is in float"
-            )
-        found = getattr(layer.kernel, "backend", None)
+    def _lacks(self, module: nn.Module, need: Conv | Need) -> str | None:
+        if need is Need.NORM:
+            assert isinstance(module, nn.GroupNorm)
+            return self.norm(module) if module.affine else "its norm has no weight"
+        if not isinstance(module, QLayer):
+            what = "convolution" if isinstance(need, Conv) else "projection"
+            return f"a {what} in it is in float"
+        found = getattr(module.kernel, "backend", None)
         if found != self.backend:
             return f"a layer in it runs on {found}"
-        if isinstance(need, Conv) or (conv and not isinstance(need, Linear)):
-            need = need if isinstance(need, Conv) else Conv(layer, (1, 1))
-            plain = isinstance(layer, QConv2d) and _is_plain(layer, need)
-            size = "x".join(map(str, need.kernel or ()))
-            return None if plain else f"a convolution in it is not a plain {size or 'one'}"
-        plain = isinstance(layer, QLinear) and len(layer.segments) == 1
+        if need is Need.ROWS and isinstance(module, QConv2d):
+            need = Conv((1, 1))
+        if isinstance(need, Conv):
+            plain = isinstance(module, QConv2d) and _is_plain(module, need)
+            size = "x".join(map(str, need.kernel)) if need.kernel else "one"
+            return None if plain else f"a convolution in it is not a plain {size}"
+        plain = isinstance(module, QLinear) and len(module.segments) == 1
         return None if plain else "a projection in it is not a plain linear layer"
 
 

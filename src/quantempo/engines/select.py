@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from quantempo.core.instance import drop, keep, reset_forward, set_forward
 from quantempo.errors import QuantempoError
 from quantempo.quantized import find_clock
 from quantempo.registry import Registry
@@ -101,7 +102,7 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
         raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
     detach(denoiser)
     chosen.attach(denoiser)
-    object.__setattr__(denoiser, _MARK, chosen.name)
+    keep(denoiser, _MARK, chosen.name)
     log.info("engine: %s", chosen.name)
     return chosen.name
 
@@ -116,8 +117,8 @@ def detach(denoiser: nn.Module) -> None:
     name = attached(denoiser)
     if name is not None:
         ENGINES.get(name).detach(denoiser)
-        delattr(denoiser, _MARK)
-    denoiser.__dict__.pop("forward", None)
+        drop(denoiser, _MARK)
+    reset_forward(denoiser)
 
 
 class _AtFirstCall:
@@ -138,4 +139,4 @@ class _AtFirstCall:
 
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
     """Attach at the first call: only then is it known on which device the model ended up."""
-    denoiser.__dict__["forward"] = _AtFirstCall(denoiser, engine)
+    set_forward(denoiser, _AtFirstCall(denoiser, engine))

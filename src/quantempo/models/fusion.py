@@ -2,27 +2,32 @@
 
 A match gets the parts of a block, or says why the block is not a plain one. Names of sub-modules
 and arguments of diffusers live in these files; what runs the parts is in `engines`. To add a block:
-a dataclass of parts with `needs` and `given`, and a function under `@matches(its class)`.
+a dataclass of parts, and a function under `@matches(its class)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from typing import Annotated, Any, get_type_hints
 
 from torch import nn
 
 __all__ = [
     "Conv",
+    "Conv3x3",
     "Linear",
     "Need",
     "Norm",
     "Parts",
     "Rows",
+    "Sampler",
+    "Shortcut",
     "drops",
     "find_parts",
     "matches",
+    "needs",
     "no",
 ]
 
@@ -35,57 +40,57 @@ class Conv:
     segments of its input.
     """
 
-    layer: nn.Module
     kernel: tuple[int, int] | None = (3, 3)
     stride: tuple[int, int] | None = (1, 1)
     padded: bool = True
     operands: int = 1
 
 
+class Need(Enum):
+    """What a part must be, if not a convolution."""
+
+    LINEAR = "an integer linear layer of one segment"
+    ROWS = "an integer layer that multiplies each pixel or token by one matrix, linear or 1x1"
+    NORM = "an affine group normalisation"
+
+
+# Types of the fields of parts; what an engine must be able to run is read from them.
+Conv3x3 = Annotated[nn.Module, Conv()]
+Shortcut = Annotated[nn.Module | None, Conv((1, 1), operands=2)]
+Sampler = Annotated[nn.Module, Conv(kernel=None, stride=None, padded=False)]
+Linear = Annotated[nn.Module, Need.LINEAR]
+Rows = Annotated[nn.Module, Need.ROWS]
+Norm = Annotated[nn.GroupNorm, Need.NORM]
+
+
 @dataclass(frozen=True)
-class Linear:
-    """An integer linear layer of one segment."""
-
-    layer: nn.Module
-
-
-@dataclass(frozen=True)
-class Rows:
-    """An integer layer that multiplies each pixel or token by one matrix: linear or 1x1."""
-
-    layer: nn.Module
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An affine group normalisation."""
-
-    layer: nn.GroupNorm
-
-
-Need = Conv | Linear | Rows | Norm
-
-
-class Parts(Protocol):
+class Parts:
     """Sub-modules of one block, and how it is called.
 
     name, module: of the block in the denoiser.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def module(self) -> nn.Module: ...  # noqa: D102
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run for the block to be fused."""
+    name: str
+    module: nn.Module
 
     def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
         """Return the arguments of the fused `run` after the first, None for an unusual call.
 
         args, kwargs: of the module's own `forward`, after its first argument.
         """
+        return ()
+
+
+def needs(parts: Any) -> Iterator[tuple[Any, Conv | Need]]:
+    """Yield (module, what it must be) of all annotated fields, those of nested parts included."""
+    for name, kind in get_type_hints(type(parts), include_extras=True).items():
+        value = getattr(parts, name)
+        for need in getattr(kind, "__metadata__", ()):
+            if value is not None:
+                yield value, need
+        for inner in value if isinstance(value, tuple) else ():
+            if is_dataclass(inner):
+                yield from needs(inner)
 
 
 Match = Callable[[str, Any], Parts | str | None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from quantempo.models.fusion import Linear, Need, Norm, Rows, drops, matches, no
+from quantempo.models.fusion import Linear, Norm, Parts, Rows, drops, matches, no
 
 __all__ = ["TokenAttentionParts", "TransformerBlockParts", "TransformerParts"]
 
@@ -26,32 +26,25 @@ class TokenAttentionParts:
     """
 
     norm: nn.LayerNorm
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    out: nn.Module
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
     heads: int
     cross: bool
 
 
 @dataclass(frozen=True)
-class TransformerBlockParts:
+class TransformerBlockParts(Parts):
     """x = x + attention(norm(x)) for each; then x + down(value * gelu(gate)) on tokens (B, T, C).
 
     value and gate: the halves of up(norm(x)).
     """
 
-    name: str
-    module: nn.Module
     attentions: tuple[TokenAttentionParts, ...]
     norm: nn.LayerNorm
-    up: nn.Module
-    down: nn.Module
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        inside = [layer for a in self.attentions for layer in (a.q, a.k, a.v, a.out)]
-        return [Linear(layer) for layer in (*inside, self.up, self.down)]
+    up: Linear
+    down: Linear
 
     def given(
         self, attention_mask: Any = None, encoder_hidden_states: Any = None, **kwargs: Any
@@ -62,7 +55,7 @@ class TransformerBlockParts:
 
 
 @dataclass(frozen=True)
-class TransformerParts:
+class TransformerParts(Parts):
     """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W) as tokens.
 
     Projections are linear layers or 1x1 convolutions.
@@ -70,17 +63,11 @@ class TransformerParts:
     output: called as output(sample=y), makes what is returned; (y,) is without `return_dict`.
     """
 
-    name: str
-    module: nn.Module
-    norm: nn.GroupNorm
-    proj_in: nn.Module
+    norm: Norm
+    proj_in: Rows
     blocks: tuple[nn.Module, ...]
-    proj_out: nn.Module
+    proj_out: Rows
     output: Callable[..., Any]
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        return [Rows(self.proj_in), Rows(self.proj_out), Norm(self.norm)]
 
     def given(
         self,

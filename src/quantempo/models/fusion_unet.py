@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,17 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from quantempo.models.fusion import Conv, Linear, Need, Norm, drops, matches, no
+from quantempo.models.fusion import (
+    Conv3x3,
+    Linear,
+    Norm,
+    Parts,
+    Sampler,
+    Shortcut,
+    drops,
+    matches,
+    no,
+)
 
 __all__ = [
     "AttentionParts",
@@ -46,23 +55,15 @@ _APART = (
 
 
 @dataclass(frozen=True)
-class ResnetParts:
+class ResnetParts(Parts):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time(silu(temb))))), x through `shortcut`."""
 
-    name: str
-    module: nn.Module
-    norm1: nn.GroupNorm
-    conv1: nn.Module
+    norm1: Norm
+    conv1: Conv3x3
     time: nn.Module | None
-    norm2: nn.GroupNorm
-    conv2: nn.Module
-    shortcut: nn.Module | None
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        shortcut = () if self.shortcut is None else (Conv(self.shortcut, (1, 1), operands=2),)
-        norms = Norm(self.norm1), Norm(self.norm2)
-        return [Conv(self.conv1), Conv(self.conv2), *norms, *shortcut]
+    norm2: Norm
+    conv2: Conv3x3
+    shortcut: Shortcut
 
     def given(self, temb: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return (temb,)."""
@@ -70,21 +71,15 @@ class ResnetParts:
 
 
 @dataclass(frozen=True)
-class AttentionParts:
+class AttentionParts(Parts):
     """x + out(softmax(q k^T scale) v), q, k and v of norm(x), over the pixels of (B, C, H, W)."""
 
-    name: str
-    module: nn.Module
-    norm: nn.GroupNorm
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    out: nn.Module
+    norm: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
     heads: int
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        return [*(Linear(layer) for layer in (self.q, self.k, self.v, self.out)), Norm(self.norm)]
 
     def given(self, *args: Any, **kwargs: Any) -> tuple[()] | None:
         """Return (), or None with a context or a mask."""
@@ -93,34 +88,18 @@ class AttentionParts:
 
 
 @dataclass(frozen=True)
-class DownsampleParts:
+class DownsampleParts(Parts):
     """conv(x inside `border` = (top, bottom, left, right) zeros)."""
 
-    name: str
-    module: nn.Module
-    conv: nn.Module
+    conv: Sampler
     border: tuple[int, int, int, int]
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        return [Conv(self.conv, kernel=None, stride=None, padded=False)]
-
-    def given(self, *args: Any, **kwargs: Any) -> tuple[()]:
-        """Return ()."""
-        return ()
 
 
 @dataclass(frozen=True)
-class UpsampleParts:
+class UpsampleParts(Parts):
     """conv(x with every pixel repeated 2 x 2)."""
 
-    name: str
-    module: nn.Module
-    conv: nn.Module
-
-    def needs(self) -> Sequence[Need]:
-        """Return what an engine must be able to run."""
-        return [Conv(self.conv)]
+    conv: Conv3x3
 
     def given(self, output_size: Any = None, *args: Any, **kwargs: Any) -> tuple[()] | None:
         """Return (), or None for another size than twice that of x."""
@@ -128,24 +107,18 @@ class UpsampleParts:
 
 
 @dataclass(frozen=True)
-class UpBlockParts:
+class UpBlockParts(Parts):
     """For each resnet: x = attention(resnet(torch.cat([x, skip], 1), temb)); then upsample.
 
     more: names of the arguments after temb; cross: the attentions are whole transformers, given
     all of them but upsample_size.
     """
 
-    name: str
-    module: nn.Module
     resnets: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     upsamplers: tuple[nn.Module, ...]
     more: tuple[str, ...]
     cross: bool
-
-    def needs(self) -> Sequence[Need]:
-        """Return (): its blocks have needs of their own."""
-        return ()
 
     def given(
         self, res_hidden_states_tuple: Any, temb: Any = None, *args: Any, **kwargs: Any
@@ -161,26 +134,17 @@ class UpBlockParts:
 
 
 @dataclass(frozen=True)
-class HeadParts:
+class HeadParts(Parts):
     """out(silu(norm(x))), the end of the network; `stem` is its first layer, reading x_t.
 
     apart: names of its children that images do not pass through.
     """
 
-    name: str
-    module: nn.Module
     stem: nn.Conv2d
     norm: nn.GroupNorm
     activation: nn.Module
     out: nn.Conv2d
     apart: tuple[str, ...]
-
-    def needs(self) -> Sequence[Need]:
-        """Return (): stem and end are in float."""
-        return ()
-
-    def given(self, *args: Any, **kwargs: Any) -> None:
-        """Return None: the network itself is called as ever."""
 
 
 @matches(ResnetBlock2D)

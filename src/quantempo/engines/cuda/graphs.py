@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from quantempo.core.instance import keep
 from quantempo.models.layers import timestep_of
 from quantempo.quantized import quantized_layers
 
@@ -160,7 +161,7 @@ class Graphed(nn.Module):
         if not isinstance(self.denoiser, nn.Module):
             return
         if self._watched is None:
-            object.__setattr__(self, "_watched", _sample(self.denoiser))
+            keep(self, "_watched", _sample(self.denoiser))
         layer, places = self._watched
         now = (
             None if layer is None else layer.kernel,
@@ -168,7 +169,7 @@ class Graphed(nn.Module):
         )
         if self._seen is not None and (now[0] is not self._seen[0] or now[1] != self._seen[1]):
             self.clear()
-        object.__setattr__(self, "_seen", now)
+        keep(self, "_seen", now)
 
     def _record(self, args: Any, kwargs: Any, device: torch.device) -> _Recording | None:
         """Return a recording of this call, or None if it cannot be captured."""
@@ -213,15 +214,11 @@ def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
     return layer, owned[:: max(1, len(owned) // 8)]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    signature(value, found)
-    yield from found
-
-
 def _cuda_device(arguments: Any) -> torch.device | None:
     """Return the device of the first tensor on a GPU, or None."""
-    return next((t.device for t in _tensors(arguments) if t.device.type == "cuda"), None)
+    tensors: list[Tensor] = []
+    signature(arguments, tensors)
+    return next((t.device for t in tensors if t.device.type == "cuda"), None)
 
 
 def _mode() -> tuple[Any, ...]:
@@ -251,13 +248,11 @@ def _with_timestep(args: Any, kwargs: Any, device: torch.device) -> tuple[Any, A
     return (args[0], timestep, *args[2:]), kwargs
 
 
-def _copied(value: Any, inputs: list[Tensor]) -> Any:
+def _copied(arguments: Any, inputs: list[Tensor]) -> Any:
     """Return the arguments with copies of the tensors, and list these."""
-    if isinstance(value, Tensor):
-        inputs.append(value.detach().clone())
+
+    def copied(tensor: Tensor) -> Tensor:
+        inputs.append(tensor.detach().clone())
         return inputs[-1]
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item, inputs) for item in value)
-    if isinstance(value, dict):
-        return {key: _copied(item, inputs) for key, item in value.items()}
-    return value
+
+    return tree_map_only(Tensor, copied, arguments)

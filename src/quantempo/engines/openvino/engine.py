@@ -2,7 +2,7 @@
 
 The graph carries our integers and our scales of every time bucket, found by our search; nothing is
 calibrated here. It is compiled for the shapes at hand, at the first call with them. What lives
-elsewhere: the graph (`openvino_graph.py`), making its float parts cheap (`openvino_rewrite.py`).
+elsewhere: the graph (`graph.py`), making its float parts cheap (`rewrite.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import importlib.util
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from quantempo.core.instance import drop, keep, reset_forward, set_forward
 from quantempo.engines.base import too_many_terms
 from quantempo.errors import QuantempoError
 from quantempo.models.inputs import bind_inputs
 from quantempo.quantized import QConv2d, find_clock, quantized_layers
 
-__all__ = ["KernelRow", "OpenVinoEngine", "int8_share", "kernel_table"]
+__all__ = ["KernelRow", "OpenVinoEngine"]
 
 log = logging.getLogger("quantempo")
 
@@ -64,7 +66,7 @@ class KernelRow:
 
 
 class OpenVinoEngine:
-    """Run the denoiser as one compiled graph; the fastest engine on CPUs.
+    """Run the denoiser as one compiled graph.
 
     Args:
         precision: of what is not int8. "bfloat16" is 10-15 % faster and costs 5-6 dB of PSNR on a
@@ -86,7 +88,10 @@ class OpenVinoEngine:
         """Return why it cannot run here, or None."""
         if importlib.util.find_spec("openvino") is None:
             return "OpenVINO is not installed (pip install 'quantempo[openvino]')"
-        return _wrong_sums()
+        try:
+            return _wrong_sums()
+        except Exception as error:  # Private modules of it are imported: they may move.
+            return f"this version of OpenVINO cannot be used: {error}"
 
     def handicap(self) -> str | None:
         """Return None: it brings all it needs."""
@@ -104,20 +109,20 @@ class OpenVinoEngine:
                 reason = "groups and a split input" if len(layer.segments) > 1 else None
             if reason is not None:
                 raise QuantempoError(f"engine 'openvino' cannot take {name}: {reason}")
-        denoiser.__dict__.pop("forward", None)
+        reset_forward(denoiser)
         runner = _Runner(denoiser, self)
-        object.__setattr__(denoiser, _RUNNER, runner)
+        keep(denoiser, _RUNNER, runner)
 
         @functools.wraps(denoiser.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return runner(args, kwargs)
 
-        denoiser.forward = forward
+        set_forward(denoiser, forward)
 
     def detach(self, denoiser: nn.Module) -> None:
         """Give the denoiser its own `forward` back and free the graphs."""
-        denoiser.__dict__.pop("forward", None)
-        denoiser.__dict__.pop(_RUNNER, None)
+        reset_forward(denoiser)
+        drop(denoiser, _RUNNER)
 
     def config(self) -> dict[str, Any]:
         """Return the OpenVINO settings a graph is compiled with."""
@@ -132,26 +137,6 @@ class OpenVinoEngine:
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def kernel_table(denoiser: nn.Module) -> list[KernelRow]:
-    """List every convolution and linear layer of the graph that ran last, with its precision.
-
-    Read from the compiled graph, not from what was asked for.
-
-    Raises:
-        QuantempoError: the engine is not attached, or nothing ran yet.
-    """
-    runner: _Runner | None = getattr(denoiser, _RUNNER, None)
-    if runner is None or not runner.graphs:
-        raise QuantempoError("no OpenVINO graph yet: attach engine 'openvino' and call it once")
-    return next(reversed(runner.graphs.values())).rows
-
-
-def int8_share(denoiser: nn.Module) -> float:
-    """Return the share of multiply-accumulates of convolutions and linear layers done in int8."""
-    rows = kernel_table(denoiser)
-    return sum(row.macs for row in rows if row.int8) / max(1, sum(row.macs for row in rows))
-
-
 class _Runner:
     """Find or compile the graph for a call, and translate arguments and outputs."""
 
@@ -164,17 +149,16 @@ class _Runner:
         inputs = bind_inputs(self.denoiser, args, kwargs)
         arguments = dict(self.signature.bind(*args, **kwargs).arguments)
         arguments[inputs.timestep_name] = inputs.timestep
-        tensors: list[Tensor] = []
-        layout = _flatten(arguments, tensors)
+        layout, tensors = _Layout.of(arguments)
         values = [self._bucket(), *(_plain(tensor) for tensor in tensors)]
         parts = [self._infer(layout, part) for part in _chunks(values, len(inputs.sample))]
         outputs = parts[0]
         if len(parts) > 1:
             outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         graph = next(reversed(self.graphs.values()))
-        return _fill(graph.layout, [_cast(output, inputs.sample.dtype) for output in outputs])
+        return graph.layout.fill(_cast(output, inputs.sample.dtype) for output in outputs)
 
-    def _infer(self, layout: Any, values: list[Tensor]) -> list[Tensor]:
+    def _infer(self, layout: _Layout, values: list[Tensor]) -> list[Tensor]:
         """Run the graph for these shapes, compiled now if there is none yet."""
         shapes = tuple((tuple(value.shape), value.dtype) for value in values)
         key = (repr(layout), shapes, torch.get_num_threads())
@@ -196,7 +180,7 @@ class _Runner:
 class _Graph:
     """A compiled graph for one set of shapes."""
 
-    def __init__(self, compiled: Any, calls: list[Any], layout: Any) -> None:
+    def __init__(self, compiled: Any, calls: list[Any], layout: _Layout) -> None:
         self.compiled, self.layout = compiled, layout
         self.request = compiled.create_infer_request()
         self.rows = _kernel_rows(compiled, _macs(calls))
@@ -249,20 +233,20 @@ def _kernel_rows(compiled: Any, macs: dict[str, int]) -> list[KernelRow]:
 
 
 def _compile(
-    denoiser: nn.Module, engine: OpenVinoEngine, layout: Any, values: list[Tensor]
+    denoiser: nn.Module, engine: OpenVinoEngine, layout: _Layout, values: list[Tensor]
 ) -> _Graph:
     import openvino as ov
 
     from quantempo.engines.openvino.graph import build_graph
     from quantempo.engines.openvino.rewrite import rewrite
 
-    answer: list[Any] = []
+    answer: list[_Layout] = []
 
     def run(*tensors: Tensor) -> list[Tensor]:
         # Not denoiser(...): its `forward` is this engine, its pre-hook works on real time-steps.
-        output = type(denoiser).forward(denoiser, **_fill(layout, list(tensors)))
-        found: list[Tensor] = []
-        answer[:] = [_flatten(output, found)]
+        output = type(denoiser).forward(denoiser, **layout.fill(tensors))
+        made, found = _Layout.of(output)
+        answer[:] = [made]
         return found
 
     log.info("compiling the denoiser for inputs %s", [tuple(value.shape) for value in values[1:]])
@@ -274,37 +258,31 @@ def _compile(
     return _Graph(core.compile_model(graph, "CPU", engine.config()), calls, answer[0])
 
 
-class _Leaf(int):
-    """The place of a tensor in a list."""
+@dataclass(frozen=True)
+class _Layout:
+    """Nested values without their tensors; leaves are () for a tensor, else (value,)."""
 
+    tree: TreeSpec
+    leaves: tuple[Any, ...]
 
-def _flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """Return `value` with its tensors replaced by their place in `tensors`, which grows."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Leaf(len(tensors) - 1)
-    if isinstance(value, Mapping):
-        return type(value), {key: _flatten(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value), [_flatten(item, tensors) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise QuantempoError(
-        f"engine 'openvino' got a {type(value).__name__} in a call of the denoiser; expected "
-        "tensors, numbers and containers of them; use engine 'onednn'"
-    )
+    @classmethod
+    def of(cls, value: Any) -> tuple[_Layout, list[Tensor]]:
+        """Return the layout and the tensors, in order."""
+        leaves, tree = tree_flatten(value)
+        plain = (Tensor, bool, int, float, str, type(None))
+        odd = next((leaf for leaf in leaves if not isinstance(leaf, plain)), None)
+        if odd is not None:
+            raise QuantempoError(
+                f"engine 'openvino' got a {type(odd).__name__} in a call of the denoiser; expected "
+                "tensors, numbers and containers of them; use engine 'onednn'"
+            )
+        fixed = tuple(() if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves)
+        return cls(tree, fixed), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-
-def _fill(layout: Any, tensors: list[Tensor]) -> Any:
-    """Undo `_flatten`."""
-    if isinstance(layout, _Leaf):
-        return tensors[layout]
-    if not isinstance(layout, tuple):
-        return layout
-    kind, items = layout
-    if isinstance(items, dict):
-        return kind(**{key: _fill(item, tensors) for key, item in items.items()})
-    return kind(_fill(item, tensors) for item in items)
+    def fill(self, tensors: Iterable[Tensor]) -> Any:
+        """Return the values with these tensors."""
+        source = iter(tensors)
+        return tree_unflatten([*(x[0] if x else next(source) for x in self.leaves)], self.tree)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from quantempo.core.instance import keep, put_child
 from quantempo.quantized import QConv2d, QLayer, quantized_layers
 
 __all__ = ["LayerCall", "build_graph", "constant", "extreme_sums"]
@@ -153,7 +154,7 @@ class _Recorder(nn.Module):
     ) -> None:
         super().__init__()
         # Not a child: tracing reads every attribute of a module, also costly properties.
-        object.__setattr__(self, "layer", layer)
+        keep(self, "layer", layer)
         self.name, self.calls, self.bucket = name, calls, bucket
 
     def __getattr__(self, name: str) -> Any:
@@ -172,18 +173,13 @@ def _recorded(denoiser: nn.Module, calls: list[LayerCall]) -> Iterator[list[Tens
     """Put recorders in the places of all integer layers; yields the holder of the bucket."""
     bucket: list[Tensor] = []
     layers = list(quantized_layers(denoiser))
-
-    def place(name: str, module: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        denoiser.get_submodule(parent)._modules[leaf] = module
-
     for name, layer in layers:
-        place(name, _Recorder(name, layer, calls, bucket))
+        put_child(denoiser, name, _Recorder(name, layer, calls, bucket))
     try:
         yield bucket
     finally:
         for name, layer in layers:
-            place(name, layer)
+            put_child(denoiser, name, layer)
 
 
 @contextmanager
