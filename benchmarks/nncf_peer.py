@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.bench.turns import WallTimer, take_turns
+from quantempo.bench.turns import take_turns, wall_ms
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
 from quantempo.engines.select import attach
@@ -87,7 +87,7 @@ def compare(session: Session, batch: int, images: int, rounds: int, rows: int) -
     inputs = (part.x_t, part.t[:1].expand(batch).contiguous())
     calls = {"ours": lambda: denoiser_of(ours)[1](*inputs), "nncf": lambda: graph(*inputs)}
     with torch.no_grad():
-        times = take_turns(calls, WallTimer(), rounds=rounds)
+        times = take_turns(calls, wall_ms, rounds=rounds)
     denoiser.forward = graph.__call__  # type: ignore[method-assign]
     seeds = range(images // batch * batch)
     options: dict[str, Any] = {"steps": session.recipe.trace.steps, "batch_size": batch}

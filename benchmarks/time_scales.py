@@ -20,7 +20,7 @@ import torch
 from quantempo.version import __version__
 from torch import nn
 
-from quantempo.bench.turns import WallTimer, take_turns
+from quantempo.bench.turns import take_turns, wall_ms
 from quantempo.core.machine import machine
 from quantempo.engines.select import attach, detach
 from quantempo.models.layers import denoiser_of
@@ -56,7 +56,7 @@ def main() -> None:
         attach(net, given.engine)
         calls[name] = partial(net, x, torch.tensor(500))
     with torch.no_grad():
-        times = take_turns(calls, WallTimer(), rounds=given.rounds, seconds=0.3)
+        times = take_turns(calls, wall_ms, rounds=given.rounds, seconds=0.3)
     base = times["one scale"]
     report = {
         "benchmark": "time_scales",

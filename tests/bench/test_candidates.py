@@ -153,10 +153,9 @@ def test_a_graph_that_was_not_recorded_is_no_graph(subject: Subject, wanted: tor
         prepare(named("ours/graphed")[0], subject, wanted, Steady())
 
 
-def test_without_an_engine_or_a_quantized_network_ours_is_missing(subject: Subject) -> None:
+def test_without_a_quantized_network_ours_is_missing(subject: Subject) -> None:
     eager = named("ours/eager")[0]
     assert eager.missing(subject) is None
-    assert "no engine 'tritium'" in str(eager.missing(replace(subject, engine="tritium")))
     assert "no quantized network" in str(eager.missing(replace(subject, packed=None)))
 
 

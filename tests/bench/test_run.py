@@ -192,7 +192,7 @@ from quantempo.bench.run import bench
 
 class Stuck:
     calls = 0
-    def sample(self, call, count):
+    def __call__(self, call, count):
         call()
         self.calls += 1
         if self.calls == 2:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from quantempo.bench.turns import (
-    CudaTimer,
-    WallTimer,
+    cuda_ms,
     reason_of,
     take_turns,
     time_limit,
     timer_for,
+    wall_ms,
 )
 
 
@@ -25,7 +25,7 @@ class Scripted:
     def __init__(self, cost: dict[str, float]) -> None:
         self.cost, self.seen = cost, []
 
-    def sample(self, call, count: int) -> float:
+    def __call__(self, call, count: int) -> float:
         name = call()
         self.seen.append((name, count))
         return self.cost[name]
@@ -55,9 +55,8 @@ def test_the_wall_clock_is_in_milliseconds_per_call() -> None:
     def call() -> None:
         clock[0] += 0.25
 
-    assert WallTimer(lambda: clock[0]).sample(call, 3) == 250.0 and clock == [0.75]
-    assert isinstance(timer_for("cpu"), WallTimer)
-    assert isinstance(timer_for(torch.device("cuda:0")), CudaTimer)
+    assert wall_ms(call, 3, lambda: clock[0]) == 250.0 and clock == [0.75]
+    assert timer_for("cpu") is wall_ms and timer_for(torch.device("cuda:0")) is cuda_ms
 
 
 @pytest.mark.parametrize("at", [0, 5])

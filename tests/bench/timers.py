@@ -13,7 +13,7 @@ class Steady:
     def __init__(self, *costs: float) -> None:
         self.costs, self.seen = costs or (2.0,), []
 
-    def sample(self, call: Any, count: int) -> float:
+    def __call__(self, call: Any, count: int) -> float:
         call()
         if call not in self.seen:
             self.seen.append(call)

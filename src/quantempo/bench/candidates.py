@@ -234,10 +234,7 @@ def _ours(
     def missing(subject: Subject) -> str | None:
         if subject.packed is None:
             return "there is no quantized network"
-        chosen = engine or subject.engine
-        if chosen not in ENGINES.names():
-            return f"there is no engine '{chosen}' (known: {', '.join(ENGINES.names())})"
-        return ENGINES.get(chosen).missing()
+        return ENGINES.get(engine or subject.engine).missing()
 
     return Candidate(f"ours/{form}", build, graph, missing, devices, engine, compiled)
 

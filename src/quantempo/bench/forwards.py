@@ -111,7 +111,7 @@ def prepare(
         forward(**inputs)
         output = sample_of(forward(**inputs))
         quality = _judge(candidate, output, wanted)
-        ms = timer.sample(lambda: forward(**inputs), 1)
+        ms = timer(lambda: forward(**inputs), 1)
     seconds = time.perf_counter() - start
     log.info("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
     engine = candidate.engine or subject.engine
@@ -239,7 +239,7 @@ def images_per_second(
                "steps": steps, "from_forwards": speed(steps * found["ms_per_forward"])}  # fmt: skip
         try:
             run(2)
-            row["measured"] = speed(timer.sample(lambda: run(steps), 1))
+            row["measured"] = speed(timer(lambda: run(steps), 1))
         # The forward itself was timed: a loop that fails is told, not the end of the results.
         except Exception as error:
             row["failed"] = reason_of(error)

@@ -8,19 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 __all__ = [
     "Call",
-    "CudaTimer",
     "Timer",
-    "WallTimer",
+    "cuda_ms",
     "reason_of",
     "take_turns",
     "time_limit",
     "timer_for",
+    "wall_ms",
 ]
 
 log = logging.getLogger("quantempo")
@@ -28,48 +28,36 @@ log = logging.getLogger("quantempo")
 Call = Callable[[], Any]
 
 
-class Timer(Protocol):
-    """Measure calls; injected, so that tests need no clock."""
-
-    def sample(self, call: Call, count: int) -> float:
-        """Return milliseconds per call of `count` calls in a row."""
+# (call, count) -> milliseconds per call of `count` calls in a row.
+Timer = Callable[[Call, int], float]
 
 
-class CudaTimer:
-    """Two CUDA events around the calls: device time, gaps between kernels included.
+def cuda_ms(call: Call, count: int) -> float:
+    """Return milliseconds per call between two CUDA events, gaps between kernels included.
 
     A call that the host cannot launch fast enough is charged for the waiting.
     """
-
-    def sample(self, call: Call, count: int) -> float:
-        """Return milliseconds per call."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / count
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / count
 
 
-class WallTimer:
-    """A clock in seconds, for devices whose calls return when they are done."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-
-    def sample(self, call: Call, count: int) -> float:
-        """Return milliseconds per call."""
-        start = self.clock()
-        for _ in range(count):
-            call()
-        return 1000 * (self.clock() - start) / count
+def wall_ms(call: Call, count: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return milliseconds per call, for devices whose calls return when they are done."""
+    start = clock()
+    for _ in range(count):
+        call()
+    return 1000 * (clock() - start) / count
 
 
 def timer_for(device: torch.device | str) -> Timer:
     """Return the timer of a device type."""
-    return CudaTimer() if torch.device(device).type == "cuda" else WallTimer()
+    return cuda_ms if torch.device(device).type == "cuda" else wall_ms
 
 
 def take_turns(
@@ -88,9 +76,7 @@ def take_turns(
 
     Args:
         calls: by name, warm or not.
-        timer: what measures.
-        rounds: samples of each.
-        seconds: of one sample.
+        rounds: samples of each; seconds: of one.
         failed: takes name -> reason of calls that raise; without it they raise here.
         after: called with all samples so far after each round.
     """
@@ -99,7 +85,7 @@ def take_turns(
 
     def sample(name: str, count: int) -> float | None:
         try:
-            return timer.sample(calls[name], count)
+            return timer(calls[name], count)
         # Whatever it was belongs in the table, beside the candidates that ran.
         except Exception as error:
             if failed is None:
