@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## quantize, run and score the bundled CIFAR-10 model
 	@$(BIN)/quantempo demo $(ARGS)
 
 study-small: $(VENV)/.installed ## every table and figure of the paper, small, on the bundled model
-	@$(BIN)/quantempo study --small --compare none --out runs/study-small $(ARGS)
+	@$(BIN)/python -m studies.ptq4dm --small --compare none --out runs/study-small $(ARGS)
 
 test: $(VENV)/.installed ## all tests
 	@$(BIN)/python -m pytest -q -n auto $(ARGS)
@@ -49,7 +49,7 @@ bench: $(VENV)/.installed ## time the int8 engines against float32 and bfloat16
 
 clean: ## remove .venv, caches and built packages (keeps runs/)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src studies tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@set -- $(PYTHON); \

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 # Marker -> tests in its lane, by how their path begins; single tests are marked where they stand.
 LANES = {
     "compiled": ("gpu/", "kernels/test_ops_tracing.py", "bench/test_candidates.py"),
-    "study": ("study/", "studies/", "report/test_study_page.py", "test_ladder.py"),
+    "study": ("studies/",),
     "slow": (
         "engines/test_openvino",
         "checkpoint/test_fresh_process.py",

@@ -25,10 +25,8 @@ PACKAGE = REPOSITORY / "src" / "quantempo"
 # which the diagram in CONTRIBUTING.md is generated (`python tests/test_architecture.py --write`).
 ROWS: tuple[dict[str, str], ...] = (
     {"cli": "parse, call one library function, print"},
-    {"ladder": "ablation", "study": "the paper's tables"},
     {"bench": "time networks and kernels", "mixed_precision": "bits by layer"},
     {"pipeline": "the main line, its stages and its cache"},
-    {"rungs": "ablation rungs"},
     {"rounding": "fit integer weights", "checkpoint": "write and load packed folders"},
     {
         "calibration": "run data through a model",
@@ -62,10 +60,10 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # The one module that wraps `scheduler.step`; others ask it.
-STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py", "quantized/sites.py"}
+STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 28_800, "studies": 5_500, "tests": 20_100}
+BUDGETS = {"src": 25_000, "studies": 4_700, "tests": 20_100}
 MAX_ROOT = 8
 NOT_YET_USED = {"execution", "put_buffer", "put_child"}
 MAX_FAN_OUT = {"pipeline": 24}
@@ -260,8 +258,8 @@ def test_functions_are_short() -> None:
 
 def test_modules_say_what_they_are() -> None:
     broken = []
-    for path in MODULES:
-        where, tree = path.relative_to(PACKAGE).as_posix(), tree_of(path)
+    for path in MODULES + STUDIES:
+        where, tree = path.relative_to(REPOSITORY).as_posix(), tree_of(path)
         text = ast.get_docstring(tree) or ""
         if len(text) < 10:
             broken.append(f"{where}: no module docstring worth the name")

@@ -136,9 +136,7 @@ def test_a_component_is_told_from_a_pipeline(cli: Any, model: Path, tmp_path: Pa
         ("[trace]\ntime_sampler = 'ndct'\n", ("ndct", "ndtc")),
         ("[trace]\nsource = 'mimick'\n", ("mimick", "did you mean 'mimic'?")),
         ("[trace]\nsource = 'mimic'\n", ("'mimic' needs images", "--data")),
-        ("[trace]\nsource = 'raw'\nlegacy_pairing = true\n", ("legacy_pairing", "'raw'")),
         ("[rounding]\nname = 'nearst'\n", ("nearst", "nearest")),
-        ("[layers]\nsites = ['epsilon']\n", ("epsilon", "eps")),
         ("[activations]\nbits = 'eight'\n", ("activations.bits", "int")),
         ("[activations]\nbits = 16\n", ("activations.bits = 16", "2 to 8")),
         ("bits = = 3", ("not valid TOML",)),
@@ -301,8 +299,7 @@ def test_every_verb_is_there() -> None:
     group = typer.main.get_command(app)
     assert set(group.commands) == {
         *("quantize", "trace", "calibrate", "search", "round", "correct", "pack"),
-        *("sample", "evaluate", "report", "inspect", "bench", "demo", "study", "sensitivity"),
-        "ladder",
+        *("sample", "evaluate", "report", "inspect", "bench", "demo", "sensitivity"),
     }
 
 

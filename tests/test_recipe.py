@@ -60,10 +60,8 @@ def test_mistakes_are_named(values, message):
 
 def test_recipes_from_before_the_sources_stay_valid():
     old = Recipe().to_dict()
-    del old["trace"]["source"], old["trace"]["legacy_pairing"]
+    del old["trace"]["source"]
     assert Recipe.from_dict(old) == Recipe()
-    new = Recipe().override("trace", legacy_pairing=True)
-    assert Recipe.from_dict(tomllib.loads(new.to_toml())) == new and new.trace.legacy_pairing
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -38,8 +38,7 @@ class TraceSettings:
 
     steps: steps of the sampler that is traced; chains: images denoised; picks: inputs kept of
     each; seed: of the first chain; time_sampler: a registered law with its own parameters;
-    source: a registered source of x_t, "trajectory" for what the network received;
-    legacy_pairing: pair x_t and t as the released PTQ4DM program did, to measure what it did.
+    source: a registered source of x_t, "trajectory" for what the network received.
     """
 
     steps: int = 50
@@ -49,7 +48,6 @@ class TraceSettings:
     time_sampler: str = "ndtc"
     time_sampler_args: dict[str, Number] = field(default_factory=dict)
     source: str = "trajectory"
-    legacy_pairing: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,17 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Which layers stay in float, by role or by name pattern, and which optional sites are on.
+    """Which layers stay in float, by role or by name pattern, and their bits.
 
     float_roles: roles kept in higher precision; exclude: shell patterns of layer names kept in
-    float; split_skips: one scale for each half of a concatenated skip input; sites: optional
-    8-bit sites of the sampler ("eps", "mu", "sigma", "x_prev"); bits: a role or a shell pattern
-    of layer names -> "w8a8", bits of these layers where they differ from the recipe's.
+    float; split_skips: one scale for each half of a concatenated skip input; bits: a role or a
+    shell pattern of layer names -> "w8a8", bits of these layers where they differ from the
+    recipe's.
     """
 
     float_roles: tuple[str, ...] = ("input", "output", "time")
     exclude: tuple[str, ...] = ()
     split_skips: bool = True
-    sites: tuple[str, ...] = ()
     bits: dict[str, str] = field(default_factory=dict)
 
 
@@ -161,11 +158,6 @@ class Recipe:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
         for key, text in self.layers.bits.items():
             parse_bits(text, f"layers.bits.{key}")
-        if self.trace.legacy_pairing and self.trace.source != "trajectory":
-            raise QuantempoError(
-                f"got trace.legacy_pairing = true with trace.source = '{self.trace.source}'; the "
-                "legacy pairing is one of a trajectory, leave out one of the two"
-            )
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:

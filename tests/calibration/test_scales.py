@@ -11,7 +11,7 @@ from torch import Tensor
 from quantempo.core import WEIGHT
 from quantempo.recipe import Recipe
 from quantempo.scales import search_weight
-from quantempo.scales.search import LayerScales, search_scales, site_scales
+from quantempo.scales.search import search_scales
 
 T, K = 1000, 16
 BASE = Recipe.load("w8a8").override("activations", buckets=4)
@@ -107,17 +107,3 @@ def test_the_metric_of_weights_is_that_of_the_recipe() -> None:
         for metric in ("l1", "mse")
     ]
     assert not torch.equal(scales[0]["a.weight_scale"], scales[1]["a.weight_scale"])
-
-
-def test_sites_get_one_scale_each_and_are_read_back() -> None:
-    stats = statistics(STEPS)
-    stats |= {"site:eps.hist": stats["a.hist"], "site:eps.edges": stats["a.edges"]}
-    found = search_scales(stats, WEIGHTS, BASE.override("layers", sites=("eps",)))
-    sites = site_scales(found)
-    assert list(sites) == ["eps"]
-    assert sites["eps"][0].shape == () and sites["eps"][1].dtype == torch.int32
-    layers = LayerScales.read(found)
-    assert list(layers) == ["a"]
-    assert torch.equal(layers["a"].act_scale, found["a.act_scale"])
-    assert torch.equal(layers["a"].weight_scale, found["a.weight_scale"])
-    assert torch.equal(layers["a"].act_zero_point, found["a.act_zero_point"])

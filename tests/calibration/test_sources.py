@@ -170,9 +170,6 @@ def test_a_trace_of_another_source_or_of_other_images_is_refused(tmp_path: Path)
         run(tmp_path / "trace", source="noise", images=pictures())
     with pytest.raises(QuantempoError, match="other settings \\(images"):
         run(tmp_path / "trace", source="raw", images=255 - pictures())
-    with pytest.raises(QuantempoError, match="legacy_pairing false, now true"):
-        run(tmp_path / "other")
-        run(tmp_path / "other", legacy_pairing=True)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +182,6 @@ def test_a_trace_of_another_source_or_of_other_images_is_refused(tmp_path: Path)
         ({"source": "mimic", "images": pictures(size=8)}, r"\(3, 8, 8\).*\(3, 16, 16\)"),
         ({"source": "raw", "images": pictures() / 255.0}, "float64.*expected uint8"),
         ({"source": "raw", "images": pictures()[:0]}, r"\(0, 16, 16, 3\)"),
-        ({"source": "noise", "legacy_pairing": True}, "legacy_pairing with source 'noise'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(

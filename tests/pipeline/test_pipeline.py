@@ -18,7 +18,6 @@ from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
 from quantempo.quantized import Float16Linear, QConv2d, QLayer, find_clock, quantized_layers
-from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
 from tests.packed import KINDS, packed, recipe, saved
 from tests.tiny import tiny_unconditional
@@ -311,20 +310,6 @@ def test_a_source_that_changed_is_noticed(tmp_path: Path) -> None:
     tiny_unconditional(seed=1).save_pretrained(source)
     with pytest.raises(QuantempoError, match="belongs to another model"):
         pipeline.reopen(tmp_path / "run")
-
-
-def test_sites_of_the_sampler_go_through_the_main_line(tmp_path: Path) -> None:
-    chosen = recipe(exclude=("*_blocks.*", "mid_block.*"), sites=("eps", "x_prev"))
-    assert isinstance(chosen, Recipe)
-    folder = pipeline.quantize(saved("unconditional"), tmp_path / "run", chosen)
-    net = denoiser(folder)
-    tensors = RunFolder(tmp_path / "run").read_safetensors("scales.safetensors")
-    eps = net.get_submodule("quantempo_sites.eps")
-    assert torch.equal(eps.scale, tensors["site:eps.scale"])
-    with torch.no_grad():
-        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        codes = net(x, 500).sample / eps.scale
-    assert float((codes - codes.round()).abs().max()) < 1e-3 and len(codes.round().unique()) > 30
 
 
 def test_keys_do_not_depend_on_the_order_in_which_diffusers_lists_defaults(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from quantempo.errors import QuantempoError
@@ -151,48 +150,3 @@ def test_the_error_of_eps_is_there_for_every_part_of_time(evaluated: Any) -> Non
     table = evaluated[1]["eps_sqnr_db"]
     assert len(table["t"]) == len(table["sqnr_db"]) >= 2
     assert all(10 < value < 80 for value in table["sqnr_db"])
-
-
-def test_sites_of_the_sampler_act_when_a_model_is_opened(tmp_path: Path) -> None:
-    from tests.packed import recipe
-
-    chosen = recipe(exclude=("*_blocks.*", "mid_block.*"), sites=("x_prev",))
-    folder = pipeline.quantize(saved("unconditional"), tmp_path / "run", chosen)
-    opened = quality.open_model(folder, engine="simulated")
-    opened.scheduler.set_timesteps(4)
-    g = torch.Generator().manual_seed(0)
-    x, eps = (torch.randn(1, 3, 16, 16, generator=g) for _ in range(2))
-    step = opened.scheduler.step(eps, opened.scheduler.timesteps[1], x)
-    codes = step.prev_sample / opened.unet.get_submodule("quantempo_sites.x_prev").scale
-    assert float((codes - codes.round()).abs().max()) < 1e-3
-
-
-def test_sigma_of_a_plain_network_acts_on_the_scheduler_that_was_opened(tmp_path: Path) -> None:
-    from tests.packed import recipe
-
-    chosen = recipe(exclude=("*_blocks.*", "mid_block.*"), sites=("sigma", "x_prev"))
-    folder = pipeline.quantize(saved("unconditional"), tmp_path / "run", chosen)
-    opened = quality.open_model(folder, engine="simulated")
-    scale = opened.unet.get_submodule("quantempo_sites.sigma").scale
-    plain = quality.open_model(saved("unconditional")).scheduler
-    for scheduler in (opened.scheduler, plain):
-        scheduler.set_timesteps(4)
-    variances = [plain._get_variance(t, t - 250) for t in plain.timesteps.tolist()]
-    # One rounding to float32.
-    assert float(scale) == pytest.approx(float(max(variances)) / 255, rel=6e-8)
-    for t, variance in zip(plain.timesteps.tolist(), variances, strict=True):
-        got = opened.scheduler._get_variance(t, t - 250)
-        assert torch.equal(got, (variance / scale).round() * scale)
-    # The network's own output has no such part.
-    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert len((opened.unet(x, 500).sample / scale).frac().unique()) > 100
-
-
-def test_sigma_is_refused_where_the_sampler_has_no_variance(tmp_path: Path) -> None:
-    from tests.packed import recipe
-
-    source, chosen = saved("unconditional"), recipe(sites=("sigma",))
-    with pytest.raises(QuantempoError, match="DPMSolverMultistepScheduler has none"):
-        pipeline.load(source, tmp_path / "run", chosen, scheduler="dpm++")
-    assert not (tmp_path / "run").exists()

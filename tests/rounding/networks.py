@@ -57,7 +57,7 @@ class Case:
         tensors = self.session.run.read_safetensors("scales.safetensors")
         pack_denoiser(
             twin, plans, self.scales, codes, bucket_of=tensors["bucket_of"], per_unit=1.0,
-            sites={}, recipe=recipe, source_sha256="",
+            recipe=recipe, source_sha256="",
         )  # fmt: skip
         return twin
 

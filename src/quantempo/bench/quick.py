@@ -14,7 +14,7 @@ from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
-from quantempo.quantized import Float16Linear, LayerPlan, QLayer, SiteQuantizer, StepClock
+from quantempo.quantized import Float16Linear, LayerPlan, QLayer, StepClock
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding.nearest import nearest
@@ -26,7 +26,7 @@ log = logging.getLogger("quantempo")
 
 # Of a weight channel or an input that is zero throughout: any would do.
 _EMPTY = 2.0**-30
-_STATEFUL = (QLayer, Float16Linear, StepClock, SiteQuantizer)
+_STATEFUL = (QLayer, Float16Linear, StepClock)
 
 
 def quick_recipe(name: str = "w8a8") -> Recipe:
@@ -84,7 +84,6 @@ def quick_quantize(
         codes,
         bucket_of=bucket_of.to(device),
         per_unit=per_unit,
-        sites={},
         recipe=recipe,
         source_sha256="",
     )

@@ -64,21 +64,14 @@ def needs_images(source: str) -> bool:
     return SOURCES.get(source).needs_images
 
 
-def check_source(
-    source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None, legacy_pairing: bool
-) -> None:
+def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
     """Refuse a source that does not fit, before the pipeline runs.
 
     Raises:
         QuantempoError: unknown name, images missing or of the wrong shape, a pipeline whose x_t
-            is no image, a scheduler without abar_t, or a source beside the legacy pairing.
+            is no image, or a scheduler without abar_t.
     """
     chosen = SOURCES.get(source)
-    if legacy_pairing and chosen.make is not None:
-        raise QuantempoError(
-            f"got legacy_pairing with source '{source}'; the legacy pairing is one of a "
-            "trajectory, leave out one of the two"
-        )
     if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
         raise QuantempoError(
             f"source '{source}' needs abar_t, which {type(pipe.scheduler).__name__} does not "

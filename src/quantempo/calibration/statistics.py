@@ -1,4 +1,4 @@
-"""Collect the statistics of layer inputs (or outputs) over a calibration set.
+"""Collect the statistics of layer inputs over a calibration set.
 
 Two passes of the float denoiser: ranges, then histograms over those ranges. Order of batches does
 not matter (see search.histogram). Which scale is best is the business of the search.
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.errors import QuantempoError
-from quantempo.quantized import output_part
 from quantempo.scales import Histogram, MinMax
 
 __all__ = ["TIME_BINS", "collect_statistics", "state_tensors", "time_bin_edges"]
@@ -35,9 +33,7 @@ def collect_statistics(
     data: TraceSet,
     edges: Tensor,
     *,
-    sites: tuple[str, ...] = (),
     per_unit: float = 1.0,
-    side: str = "input",
 ) -> dict[str, tuple[MinMax, Histogram]]:
     """Return (ranges, histogram) of each named layer, by segment and fine time bin.
 
@@ -46,18 +42,12 @@ def collect_statistics(
         inputs: layer name -> input channels of its segments, () for one.
         data: the calibration set.
         edges: (K + 1,) edges of the time bins in training time-steps.
-        sites: sites of the sampler to collect as well, under "site:NAME".
         per_unit: training time-steps in one unit of t.
-        side: "input", or "output" for what the layers return, in one segment.
 
     Raises:
-        QuantempoError: another side, or NaN in an activation.
+        QuantempoError: NaN in an activation.
     """
-    if side not in ("input", "output"):
-        raise QuantempoError(f"got side '{side}'; expected 'input' or 'output'")
-    if side == "output":
-        inputs = dict.fromkeys(inputs, ())
-    collector = _Collector(denoiser, inputs, sites, len(edges) - 1, side)
+    collector = _Collector(denoiser, inputs, len(edges) - 1)
     with collector, torch.no_grad():
         for stage in ("ranges", "histograms"):
             collector.start(stage)
@@ -66,7 +56,7 @@ def collect_statistics(
             for batch in tqdm(data.batches(size), desc=stage, disable=None, leave=False):
                 t = (batch.t.double() * per_unit).clamp(0, float(edges[-1]) - 1e-6)
                 collector.time_bin = torch.bucketize(t, edges[1:-1].double(), right=True)
-                collector.see_sites(batch.x_t, data.replay(denoiser, batch))
+                data.replay(denoiser, batch)
     return {name: (collector.ranges[name], collector.histograms[name]) for name in collector.ranges}
 
 
@@ -88,26 +78,20 @@ class _Collector:
         self,
         denoiser: nn.Module,
         inputs: Mapping[str, tuple[int, ...]],
-        sites: tuple[str, ...],
         bins: int,
-        side: str,
     ) -> None:
-        self.denoiser, self.inputs, self.sites = denoiser, inputs, sites
+        self.denoiser, self.inputs = denoiser, inputs
         self.time_bin = torch.zeros(0, dtype=torch.int64)
         self.ranges = {name: MinMax(max(1, len(s)), bins) for name, s in inputs.items()}
-        self.ranges |= {f"site:{name}": MinMax(1, bins) for name in sites}
         self.histograms: dict[str, Histogram] = {}
         self.current: Mapping[str, MinMax | Histogram] = self.ranges
-        self.bins, self.side = bins, side
+        self.bins = bins
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
         for name, segments in self.inputs.items():
             layer, see = self.denoiser.get_submodule(name), self._hook(name, segments)
-            if self.side == "output":
-                self._handles.append(layer.register_forward_hook(see))
-            else:
-                self._handles.append(layer.register_forward_pre_hook(see))
+            self._handles.append(layer.register_forward_pre_hook(see))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -121,9 +105,8 @@ class _Collector:
             self.current = self.histograms
 
     def _hook(self, name: str, segments: tuple[int, ...]) -> Callable[..., None]:
-        def see(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-            x = args[0] if output is None else output
-            parts = x.split(segments, dim=1) if segments else (x,)
+        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            parts = args[0].split(segments, dim=1) if segments else args[:1]
             for index, part in enumerate(parts):
                 self.current[name].update(part, self._bins_of(part), index)
 
@@ -132,15 +115,3 @@ class _Collector:
     def _bins_of(self, x: Tensor) -> Tensor:
         """Return one time bin a row of x, whose rows may repeat a sample (frames, heads)."""
         return self.time_bin.repeat_interleave(max(1, x.shape[0] // len(self.time_bin)))
-
-    def see_sites(self, x_t: Tensor, output: Tensor) -> None:
-        """Feed the sites of the sampler: parts of the output, and x_t for x_{t-1}.
-
-        What the scheduler returns at one step is what the network receives at the next.
-        """
-        for site in self.sites:
-            if site == "x_prev":
-                value = x_t
-            else:
-                value = output[:, output_part(site, output, x_t.shape[1])]
-            self.current[f"site:{site}"].update(value, self.time_bin)

@@ -11,8 +11,7 @@ denoiser receives: that is the target time. During the run each target keeps the
 received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one
 is chosen with equal chances. Memory holds the kept rows only, never a trajectory.
 
-For studies, `sources` may replace x_t before a chunk is written, and `legacy` may pair x_t and t as
-a released program did; everything else stays as it was received.
+`sources` may replace x_t before a chunk is written; everything else stays as it was received.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
-from quantempo.calibration.legacy import legacy_indices, pair_as_released
 from quantempo.calibration.recorder import CHANGES, Recorder
 from quantempo.calibration.sources import check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler
@@ -62,7 +60,6 @@ def trace(
     call: Mapping[str, Any] | None = None,
     source: str = "trajectory",
     images: np.ndarray | None = None,
-    legacy_pairing: bool = False,
     model_hash: str | None = None,
     force: bool = False,
     progress: bool | None = None,
@@ -84,9 +81,8 @@ def trace(
         batch_size: chains in one call of the pipeline.
         num_train_timesteps: T of the model; None: as its scheduler says.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
-        source: where x_t comes from, a name in `calibrate.sources.SOURCES`.
+        source: where x_t comes from, a name in `calibration.sources.SOURCES`.
         images: (n, H, W, C) uint8 for the sources that need them.
-        legacy_pairing: pair x_t and t as the released program did, see `calibrate.legacy`.
         model_hash: identifies the weights; None: computed.
         force: replace a trace with other settings instead of refusing.
         progress: draw a bar on stderr; None: only on a terminal.
@@ -94,13 +90,13 @@ def trace(
     Raises:
         QuantempoError: the folder holds a trace with other settings or of another model, the
             denoiser is called in a way that cannot be recorded, or the source does not fit the
-            pipeline, the images or the pairing.
+            pipeline or the images.
     """
     call = dict(call or {})
-    check_source(source, pipe, denoiser, images, legacy_pairing)
+    check_source(source, pipe, denoiser, images)
     settings = _identity(pipe, denoiser, call, model_hash, num_train_timesteps)
-    settings |= {"time_sampler": _law(time_sampler), "legacy_pairing": legacy_pairing}
-    settings |= {"source": source, "images": image_digest(source, images), "batch_size": batch_size}
+    settings |= {"time_sampler": _law(time_sampler), "source": source}
+    settings |= {"images": image_digest(source, images), "batch_size": batch_size}
     settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     run = _Run(pipe, denoiser, settings, call, images)
@@ -150,21 +146,15 @@ def _record(
     """Run one batch of chains; return the chunk's tensors and metadata."""
     pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
-    indices = legacy_indices(targets, steps) if settings["legacy_pairing"] else targets
-    recorder = Recorder(pipe, indices, first, steps, seed, bar)
+    recorder = Recorder(pipe, targets, first, steps, seed, bar)
     with recorder.listening(run.denoiser):
         seeds = range(seed, seed + len(targets))
-        final = call_pipeline(
-            pipe, seeds, first=first, steps=steps, output_type="latent", **run.call
-        )
+        call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **run.call)
     tensors, details = recorder.result()
-    if settings["legacy_pairing"]:
-        tensors = pair_as_released(tensors, targets, first, steps, final, recorder.calls)
-    else:
-        schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
-        tensors["x_t"] = replace_rows(
-            settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
-        )
+    schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
+    tensors["x_t"] = replace_rows(
+        settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
+    )
     details |= {"rows": len(tensors["t"]), "sha256": _digest(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.
     return tensors, {_METADATA: _json(details)}

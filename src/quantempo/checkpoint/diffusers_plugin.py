@@ -22,15 +22,12 @@ from torch import Tensor, nn
 from quantempo.core import unpack_int12
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
-from quantempo.models.variance import has_learned_variance
 from quantempo.quantized import (
     CLOCK_NAME,
     Float16Linear,
     LayerPlan,
     QLayer,
-    SiteQuantizer,
     install_clock,
-    install_sites,
     swap_layers,
 )
 from quantempo.quantized.correction import OutputCorrection, install_correction
@@ -53,10 +50,11 @@ _REMOVED = {
     "correction": "a correction around the network",
     "delta": "layers that quantize changes between steps",
     "attention": "attention products on rounded operands",
+    "sites": "quantized tensors of the sampler",
 }
 # The parts of a 12-bit weight in format 2: W = scale (16 high + low).
 _INT12 = ("weight_high", "weight_low", "weight_scale")
-_OURS = (QLayer, Float16Linear, SiteQuantizer, OutputCorrection)
+_OURS = (QLayer, Float16Linear, OutputCorrection)
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -76,7 +74,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
-        sites: names of quantized sites of the sampler.
         correction: arguments of the `OutputCorrection` around the network, {} for none.
         hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
             model; "recipe".
@@ -94,7 +91,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: dict[str, list[int]] | None = None,
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
-        sites: list[str] | None = None,
         correction: dict[str, Any] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -124,7 +120,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits = buckets or {}, bits or {}
         self.num_train_timesteps = num_train_timesteps
-        self.per_unit, self.sites, self.hashes = per_unit, sites or [], hashes or {}
+        self.per_unit, self.hashes = per_unit, hashes or {}
         self.correction = correction or {}
         self.format_version, self.version = format_version, version
 
@@ -172,7 +168,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
         clock = install_clock(model, table, config.per_unit)
         swap_layers(model, config.plans(model), clock)
-        install_sites(model, config.sites)
         if config.correction:
             install_correction(model, OutputCorrection(**config.correction))
         self._ours = set(_quantized_state(model))
@@ -242,10 +237,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
             # Another precision or format: what a later save writes, its configuration first.
             self.quantization_config.hashes["tensors"] = _state_digest(state)
             self.quantization_config.format_version = FORMAT_VERSION
-        sites = set(self.quantization_config.sites)
-        ours = {"x_prev"} if has_learned_variance(model) else {"x_prev", "sigma"}
-        for name in sorted(sites & ours):
-            log.warning("site %s acts on the scheduler: load with quantempo.open_model", name)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily
 

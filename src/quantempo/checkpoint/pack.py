@@ -18,7 +18,6 @@ from quantempo.quantized import (
     QLayer,
     fill,
     install_clock,
-    install_sites,
     swap_layers,
 )
 from quantempo.quantized.correction import OutputCorrection, install_correction
@@ -37,7 +36,6 @@ def pack_denoiser(
     *,
     bucket_of: Tensor,
     per_unit: float,
-    sites: Mapping[str, tuple[Tensor, Tensor]],
     recipe: Recipe,
     source_sha256: str,
     correction: Mapping[str, Tensor] | None = None,
@@ -51,7 +49,6 @@ def pack_denoiser(
         codes: integer weight (O, ...) int8 of each int8 layer.
         bucket_of: (T,) int64 time bucket of each training time-step.
         per_unit: training time-steps in one unit of the network's time.
-        sites: scale () and zero point () of each quantized site of the sampler.
         recipe: written into the checkpoint.
         source_sha256: of the float denoiser.
         correction: tables of a fit, see `calibration.correction`; None for none.
@@ -60,9 +57,6 @@ def pack_denoiser(
     swap_layers(denoiser, plans, install_clock(denoiser, bucket_of, per_unit))
     for name, layer in floats.items():
         _fill(denoiser.get_submodule(name), layer, scales.get(name), codes.get(name))
-    for name, quantizer in install_sites(denoiser, list(sites)).items():
-        quantizer.scale.copy_(sites[name][0])
-        quantizer.zero_point.copy_(sites[name][1])
     around = {} if correction is None else _install_correction(denoiser, correction)
     int8 = [p for p in plans if p.kind == "int8"]
     config = QuantempoConfig(
@@ -74,7 +68,6 @@ def pack_denoiser(
         bits={p.name: list(bits) for p in int8 if (bits := (p.weight_bits, p.act_bits)) != (8, 8)},
         num_train_timesteps=len(bucket_of),
         per_unit=per_unit,
-        sites=list(sites),
         correction=around,
         hashes={"recipe": recipe.sha256, "source": source_sha256},
         version=__version__,

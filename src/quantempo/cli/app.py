@@ -12,13 +12,11 @@ from quantempo.cli import (
     demo,
     evaluate,
     inspect,
-    ladder,
     quantize,
     report,
     sample,
     sensitivity,
     stages,
-    study,
 )
 from quantempo.errors import QuantempoError
 
@@ -49,8 +47,6 @@ for _verb in (
     sensitivity.sensitivity,
     bench.bench,
     demo.demo,
-    study.study,
-    ladder.ladder,
 ):
     app.command(_verb.__name__.removesuffix("_weights"))(_verb)
 

@@ -66,7 +66,7 @@ class Grids:
         parts = ("hist", "edges", "range")
         self.stats = {key: stats[key] for part in parts if (key := f"{name}.{part}") in stats}
         self.stats["time_bin_edges"] = stats["time_bin_edges"]
-        self.name, self.recipe = name, recipe.override("layers", sites=())
+        self.name, self.recipe = name, recipe
         weight: Any = layer.weight
         self.weight = weight.detach().float().cpu()
         self.weights: dict[int, Tensor] = {}

@@ -24,7 +24,7 @@ from quantempo.models.sampling import run_pipeline, swap_scheduler
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import per_unit
-from quantempo.quantized import attach_scheduler_sites, find_clock
+from quantempo.quantized import find_clock
 from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
@@ -57,7 +57,6 @@ def open_model(
             raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
         return pipe
     attach(denoiser, engine)
-    attach_scheduler_sites(pipe.scheduler, denoiser)
     return pipe
 
 

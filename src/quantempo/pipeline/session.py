@@ -28,8 +28,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, check_roles, denoiser_of, sites
 from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import swap_scheduler
-from quantempo.models.variance import variance_grid
-from quantempo.quantized import check_sites, find_clock, measured_sites
+from quantempo.quantized import find_clock
 from quantempo.quantized.plan import check_bits
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start
@@ -281,8 +280,6 @@ def load(
     if find_clock(session.denoiser) is not None:
         raise QuantempoError(f"'{source}' is quantized already; start from the float model")
     check_finite(session.denoiser)
-    if set(recipe.layers.sites) - set(measured_sites(recipe.layers.sites, session.denoiser)):
-        variance_grid(session.pipe.scheduler, recipe.trace.steps)
     check_bits(session.sites, recipe)
     _check_owner(session)
     stages = folder.read_json("manifest.json")["stages"] if folder.has("manifest.json") else {}
@@ -315,7 +312,6 @@ def _check_names(recipe: Recipe, data: str | Path | None) -> None:
     if ROUNDINGS.get(recipe.rounding.name).needs == "block":
         check_start(recipe.rounding)
     check_roles(recipe.layers.float_roles)
-    check_sites(recipe.layers.sites)
 
 
 def _check_owner(session: Session) -> None:

@@ -33,12 +33,12 @@ from quantempo.models.load import load_pipeline
 from quantempo.models.macs import count_macs
 from quantempo.pipeline.layer_table import layer_rows, layer_sqnr
 from quantempo.pipeline.session import Session, load, reopen
-from quantempo.quantized import LayerPlan, bits_of, measured_sites
+from quantempo.quantized import LayerPlan, bits_of
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
 from quantempo.run_folder import atomic_path
-from quantempo.scales.search import LayerScales, schedule_scales, search_scales, site_scales
+from quantempo.scales.search import LayerScales, search_scales
 
 log = logging.getLogger("quantempo")
 
@@ -76,7 +76,6 @@ def trace(session: Session) -> TraceSet:
                 call=session.call,
                 source=settings.source,
                 images=_source_images(session),
-                legacy_pairing=settings.legacy_pairing,
                 force=session.force,
                 model_hash=session.model["sha256"],
             )
@@ -103,10 +102,7 @@ def calibrate(session: Session) -> None:
         inputs = {p.name: p.segments for p in plans if p.kind == "int8"}
         edges = time_bin_edges(session.num_train_timesteps)
         unit = per_unit(data, session.num_train_timesteps)
-        sites = measured_sites(recipe.layers.sites, session.denoiser)
-        statistics = collect_statistics(
-            session.denoiser, inputs, data, edges, sites=sites, per_unit=unit
-        )
+        statistics = collect_statistics(session.denoiser, inputs, data, edges, per_unit=unit)
         session.run.write_safetensors("stats.safetensors", state_tensors(edges, statistics))
 
 
@@ -124,12 +120,7 @@ def search(session: Session) -> None:
         stats = session.run.read_safetensors("stats.safetensors")
         bits = bits_of(plan_layers(session.sites, session.recipe))
         weights = {name: session.denoiser.get_submodule(name).weight.detach() for name in bits}
-        chosen = session.recipe.layers.sites
-        measured = measured_sites(chosen, session.denoiser)
-        recipe = session.recipe.override("layers", sites=measured)
-        tensors = search_scales(stats, weights, recipe, bits=bits)
-        given = set(chosen) - set(measured)
-        tensors |= schedule_scales(given, session.pipe.scheduler, session.recipe.trace.steps)
+        tensors = search_scales(stats, weights, session.recipe, bits=bits)
         session.run.write_safetensors("scales.safetensors", tensors)
 
 
@@ -194,7 +185,6 @@ def _assemble(
         {name: rounding[name] for name in scales},
         bucket_of=tensors["bucket_of"],
         per_unit=per_unit(data, session.num_train_timesteps),
-        sites=site_scales(tensors),
         recipe=recipe,
         source_sha256=session.model["sha256"],
         correction=run.read_safetensors("correction.safetensors") if corrected else None,

@@ -17,18 +17,20 @@ from quantempo.run_folder import RunFolder, atomic_path
 __all__ = ["load_template", "render"]
 
 
-def load_template(name: str) -> Any:
-    """Return a template of this package; text is escaped, an unknown variable is an error.
+def load_template(name: str, package: str = "quantempo.report") -> Any:
+    """Return a template of a package, which may include those of this one.
+
+    Text is escaped, an unknown variable is an error.
 
     Raises:
         QuantempoError: jinja2 is missing.
     """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise QuantempoError("the report needs jinja2; pip install 'quantempo[report]'") from error
     environment = Environment(
-        loader=PackageLoader("quantempo.report", "."),
+        loader=ChoiceLoader([PackageLoader(p, ".") for p in (package, "quantempo.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

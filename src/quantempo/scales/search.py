@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from quantempo.core import ACTIVATION, WEIGHT, QuantSpec
-from quantempo.models.variance import variance_grid
 from quantempo.recipe import ActivationSettings, Recipe
 from quantempo.scales import (
     ActivationScale,
@@ -23,9 +21,8 @@ from quantempo.scales import (
     segment_time,
 )
 
-__all__ = ["LayerScales", "schedule_scales", "search_scales", "site_scales"]
+__all__ = ["LayerScales", "search_scales"]
 
-_SITE = "site:"
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
 _SMOOTH = 0.01
 # About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default grid, and its
@@ -58,29 +55,6 @@ class LayerScales:
         }
 
 
-def site_scales(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (scale (), zero point ()) of each site of the sampler, by name."""
-    names = [key[len(_SITE) : -len(".scale")] for key in tensors if key.startswith(_SITE)]
-    names = [name for name in names if f"{_SITE}{name}.zero_point" in tensors]
-    return {
-        name: (tensors[f"{_SITE}{name}.scale"], tensors[f"{_SITE}{name}.zero_point"])
-        for name in names
-    }
-
-
-def schedule_scales(names: Iterable[str], scheduler: Any, steps: int) -> dict[str, Tensor]:
-    """Return the tensors of sites whose values the schedule gives, as `search_scales` names them.
-
-    Raises:
-        QuantempoError: see `variance_grid`.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        scale, zero_point = variance_grid(scheduler, steps)
-        tensors |= {f"{_SITE}{name}.scale": scale, f"{_SITE}{name}.zero_point": zero_point}
-    return tensors
-
-
 def search_scales(
     stats: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
@@ -91,9 +65,8 @@ def search_scales(
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
     For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), `NAME.weight_scale` (O,);
-    `bucket_of` (T,) int64, the time bucket of each training time-step; for each site of the
-    sampler `site:NAME.scale` () and `.zero_point` (). G is the number of buckets, or 1 for a
-    layer none of whose segments gains `min_gain` by it.
+    `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of buckets,
+    or 1 for a layer none of whose segments gains `min_gain` by it.
 
     Args:
         stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
@@ -105,9 +78,9 @@ def search_scales(
     """
     settings, bits = recipe.activations, bits or {}
     common = (recipe.weights.bits, settings.bits)
-    site_spec = replace(ACTIVATION, symmetric=settings.symmetric)
+    common_spec = replace(ACTIVATION, symmetric=settings.symmetric)
     specs = {
-        name: replace(site_spec, bits=bits.get(name, common)[1])
+        name: replace(common_spec, bits=bits.get(name, common)[1])
         for name in weights
         if f"{name}.hist" in stats
     }
@@ -130,11 +103,6 @@ def search_scales(
         tensors[f"{name}.act_zero_point"] = torch.tensor(
             [part.zero_point for part in parts], dtype=torch.int32
         )
-    for name in recipe.layers.sites:
-        hist, edges = stats[f"{_SITE}{name}.hist"][0], stats[f"{_SITE}{name}.edges"][0]
-        found = search_activation(hist, edges, site_spec, metric=settings.metric, p=settings.p)
-        tensors[f"{_SITE}{name}.scale"] = found.scale[0]
-        tensors[f"{_SITE}{name}.zero_point"] = torch.tensor(found.zero_point, dtype=torch.int32)
     return tensors
 
 

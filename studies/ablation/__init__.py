@@ -1,0 +1,3 @@
+"""The ablation from the paper's recipe to the shipped ones: `python -m studies.ablation`."""
+
+__all__: list[str] = []
