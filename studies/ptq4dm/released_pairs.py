@@ -20,13 +20,12 @@ import torch
 from torch import Generator, Tensor
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.calibration.timesteps import TIME_SAMPLERS, make_time_sampler
+from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.run_folder import read_tensors
 
 __all__ = ["ReleasedPairs", "finished_samples", "relabel"]
 
 
-@TIME_SAMPLERS.register("released_pairs")
 @dataclass(frozen=True)
 class ReleasedPairs:
     """Draw labels l of a distribution and return the indices max(K - 2 - l, 0) recorded for them.
