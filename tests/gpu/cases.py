@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction.tiles import Tile
+from tests.gpu.layers import contraction
 
 __all__ = ["Case", "Example", "check_values"]
 
@@ -54,9 +55,9 @@ class Case:
     zero: int = 37
 
     def size(self) -> tuple[int, int]:
-        return layout.output_size(
-            self.h, self.w, self.kernel, self.stride, list(self.border), self.upsample
-        )
+        repeat, (top, bottom, left, right) = 2 if self.upsample else 1, self.border
+        rows = (repeat * self.h + top + bottom - self.kernel) // self.stride + 1
+        return rows, (repeat * self.w + left + right - self.kernel) // self.stride + 1
 
 
 class Example:
@@ -140,7 +141,7 @@ class Example:
         return y if self.residual is None else y + self.residual.double()
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """Return what `launch.run` and `qconv2d.launch` both take, by name."""
+        """Return what `layers.contraction` and `ops.qconv2d` both take, by name."""
         count = len(self.case.sides)
         known: dict[str, Any] = {
             "codes": self.codes, "weight": layout.conv_weight(self.weight),
@@ -178,10 +179,11 @@ class Example:
             known |= {"side_codes": [], "side_weights": []}
         y = torch.empty((case.n, case.o, *case.size()), dtype=dtype, device=device)
         y = y.contiguous(memory_format=LAST)
-        launch.run(
-            y=y, tile=case.tile, path=path, border=(case.border[0], case.border[2]),
+        how = contraction(
+            y=y, border=(case.border[0], case.border[2]),
             activation="none" if sums else case.activation, **known,
         )  # fmt: skip
+        launch.run(**how, tile=case.tile, path=path)
         return y.cpu()
 
     def check(self, y: Tensor) -> None:

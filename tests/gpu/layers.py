@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +17,20 @@ from torch.nn import functional as F
 
 from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction.tiles import Problem, Tile, choose_tile
+from quantempo.kernels.ops.epilogue import Epilogue, Terms
+from quantempo.kernels.ops.qconv2d import Window
 
-__all__ = ["LAYERS", "Layer", "call", "covering", "expected", "expected_sums", "tensors", "ways"]
+__all__ = [
+    "LAYERS",
+    "Layer",
+    "call",
+    "contraction",
+    "covering",
+    "expected",
+    "expected_sums",
+    "tensors",
+    "ways",
+]
 
 LAST = torch.channels_last
 PROCESSORS = {80: 108, 89: 128, 90: 132}  # multiprocessors of an A100, an RTX 4090, an H100
@@ -233,7 +245,24 @@ def call(
     if dtype == torch.int32:
         keep = ("act_scale", "weight_scale", "table", "bucket", "kernel", "stride", "border")
         rest = {name: rest[name] for name in (*keep, "upsample")}
-    return launch.run(codes, known["weight"], y, tile, path=path, **rest)
+    return launch.run(
+        **contraction(codes=codes, weight=known["weight"], y=y, **rest), tile=tile, path=path
+    )
+
+
+def contraction(
+    *, codes: Tensor, weight: Tensor, y: Tensor, kernel: int, stride: int, upsample: bool,
+    border: tuple[int, int], activation: str = "none", out_zero: int = 0, out_qmax: int = 255,
+    side_codes: Sequence[Tensor] = (), side_weights: Sequence[Tensor] = (), **terms: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the arguments of `launch.run`; border: (top, left)."""
+    size = (*y.shape[:1], weight.shape[0], *y.shape[2:])
+    return {
+        "codes": codes, "weight": weight, "y": y, "size": codes.shape, "out_size": size,
+        "epilogue": Epilogue(Terms(**terms), activation, y.dtype, out_zero, out_qmax),
+        "window": Window(kernel, stride, *border, upsample), "side_codes": side_codes,
+        "side_weights": side_weights,
+    }  # fmt: skip
 
 
 def expected_sums(layer: Layer, known: dict[str, Any], zero_point: int = ZERO_POINT) -> Tensor:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from quantempo.kernels import layout
-from quantempo.kernels.gpu import qgemm
 from quantempo.kernels.gpu.contraction import launch
 from quantempo.kernels.gpu.contraction.tiles import Tile
+from quantempo.kernels.gpu.qgemm import launch as launch_qgemm
+from quantempo.kernels.ops import qconv2d, qgemm
 from tests.gpu import harness
 from tests.gpu.cases import Case, Example, check_values
 
@@ -91,9 +92,8 @@ def test_split_sums_use_the_counters():
 @pytest.mark.parametrize("name", ["odd", "one side", "stride below", "larger pixels", "quantized"])
 def test_convolution_entry(name):
     made, case = example(name), CASES[name]
-    launcher = harness.interpreted("qconv2d").launch
     known = made.arguments() | {"border": list(case.border), "out_dtype": HALF}
-    y = launcher(**known)
+    y = harness.interpreted("qconv2d").launch(qconv2d.__wrapped__(**known))
     assert y.is_contiguous(memory_format=torch.channels_last)
     scale = None if made.out_scale is None else made.per_image(made.out_scale)
     check_values(y, made.exact(), HALF, scale)
@@ -112,10 +112,11 @@ def test_linear_entry(activation, requantize):
     same = ("act_scale", "weight_scale", "bucket", "bias", "out_scale", "out_zero", "out_qmax")
     known = {key: value for key, value in made.arguments().items() if key in same}
     weight = made.weight.flatten(1)
-    y = harness.interpreted("qgemm").launch(
+    call = qgemm.__wrapped__(
         made.codes.flatten(1), weight, table=layout.row_table(weight, case.zero),
         residual=made.residual.flatten(1), activation=activation, out_dtype=torch.float32, **known,
     )  # fmt: skip
+    y = harness.interpreted("qgemm").launch(call)
     assert y.shape == (22, 48)
     assert y.is_contiguous()
     # The scale of each row, for the reference.
@@ -143,11 +144,12 @@ def check_gated(launcher, name: str, device: str, quantized: bool) -> None:
     y = sums * scales[now].double()[:, None] * weight_scale.double() + bias.double() - 2
     exact = y[:, :outs] * torch.nn.functional.gelu(y[:, outs:])
     how = {"out_scale": steps.to(device), "out_zero": 70, "out_qmax": 255} if quantized else {}
-    got = launcher(
-        *(part.to(device) for part in (codes, weight, scales, weight_scale, table, bucket)),
-        (bias - 2).to(device), None, "geglu", torch.float32,
-        how.get("out_scale"), how.get("out_zero", 0), how.get("out_qmax", 255),
-    ).cpu()  # fmt: skip
+    call = qgemm.__wrapped__(
+        *(part.to(device) for part in (codes, weight, scales, weight_scale, table)),
+        bucket=bucket.to(device), bias=(bias - 2).to(device), activation="geglu",
+        out_dtype=torch.float32, **how,
+    )  # fmt: skip
+    got = launcher(call).cpu()
     assert got.shape == (rows, outs) and got.is_contiguous()
     scale = steps[now].double()[:, None, None, None] if quantized else None
     check_values(got[:, :, None, None], exact[:, :, None, None], torch.float32, scale)
@@ -182,4 +184,4 @@ def test_on_a_device(name, path):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)
 def test_gates_on_a_device(name, quantized):
-    check_gated(qgemm.launch, name, "cuda", quantized)
+    check_gated(launch_qgemm, name, "cuda", quantized)

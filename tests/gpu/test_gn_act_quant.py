@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from quantempo.kernels import ops
 from quantempo.kernels.gpu import gn_act_quant
 from quantempo.kernels.gpu.group_norm import portable as norm_kernels
 from quantempo.kernels.gpu.group_norm.plan import Plan, make_plan
+from quantempo.kernels.ops.gn_act_quant import Normalization
 from tests.gpu import harness
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -49,7 +52,7 @@ class Case:
     one_launch: bool | None = None
     plan: Plan | None = None
 
-    def arguments(self, device: str = "cpu") -> tuple:
+    def call(self, device: str = "cpu") -> Normalization:
         g = torch.Generator().manual_seed(17)
 
         def image(channels: int, spread: float, offset: float) -> Tensor:
@@ -66,7 +69,7 @@ class Case:
         shape = (self.bucket_batch,) if self.bucket_batch else ()
         bucket = torch.randint(0, self.buckets, shape, generator=g).to(device)
         zeros = [90, 101][: self.raw_rows]
-        return (
+        return Normalization(
             x, skip, gamma, beta, self.groups, 1e-5, self.silu,
             scale.to(device) if self.quantize else None, self.zero_point, self.qmax, bucket,
             raw.to(device) if self.raw_rows else None, zeros, 255,
@@ -79,16 +82,16 @@ class Case:
         )
 
 
-def exact(x, skip, gamma, beta, groups, eps, silu) -> Tensor:
+def exact(call: Normalization) -> Tensor:
     """Return act(norm(cat)) in float64, from the formulas."""
-    v = x.double() if skip is None else torch.cat([x.double(), skip.double()], 1)
-    if gamma is not None:
-        grouped = v.reshape(v.shape[0], groups, -1)
+    v = torch.cat([image.double() for image in call.images], 1)
+    if call.gamma is not None:
+        grouped = v.reshape(v.shape[0], call.groups, -1)
         centred = grouped - grouped.mean(2, keepdim=True)
-        deviation = (centred.square().mean(2, keepdim=True) + eps).sqrt()
+        deviation = (centred.square().mean(2, keepdim=True) + call.eps).sqrt()
         v = (centred / deviation).reshape(v.shape)
-        v = v * gamma.double().view(1, -1, 1, 1) + beta.double().view(1, -1, 1, 1)
-    return v / (1 + torch.exp(-v)) if silu else v
+        v = v * call.gamma.double().view(1, -1, 1, 1) + call.beta.double().view(1, -1, 1, 1)
+    return v / (1 + torch.exp(-v)) if call.silu else v
 
 
 def check_codes(codes: Tensor, a: Tensor, scale: Tensor, bucket: Tensor, z: int, qmax: int) -> int:
@@ -107,27 +110,27 @@ def check_codes(codes: Tensor, a: Tensor, scale: Tensor, bucket: Tensor, z: int,
 
 def check(case: Case, launch, device: str = "cpu") -> int:
     """Run a case, assert its results, return how many codes differ from the float64 ones."""
-    arguments = case.arguments(device)
-    x, skip, *norm, scale, z, qmax, bucket, raw, zeros, raw_qmax = arguments
-    codes, raw_x, raw_skip = launch(*arguments, plan=case.tiles())
-    a = exact(x, skip, *norm)
-    different = 0
+    call = case.call(device)
+    x, bucket, raw = call.x, call.bucket, call.raw_scales
+    codes, raw_x, raw_skip = launch(call, plan=case.tiles())
+    a, different = exact(call), 0
     if case.quantize:
         assert codes.dtype == INT8 and codes.shape == a.shape
-        different += check_codes(codes, a, scale, bucket, z, qmax)
+        different += check_codes(codes, a, call.scale, bucket, call.zero_point, call.qmax)
     elif case.groups or case.silu:
         assert codes.dtype == x.dtype and codes.is_contiguous(memory_format=LAST)
         error = (codes.double() - a).abs()
         assert (error <= a.abs() * 1.01 * HALF_ULP[x.dtype] + 2e-5).all(), error.max()
     else:
         assert codes.shape == (0,)
-    for row, (result, image) in enumerate(((raw_x, x), (raw_skip, skip))):
+    for row, (result, image) in enumerate(((raw_x, x), (raw_skip, call.skip))):
         if raw is None or image is None:
             assert result.shape == (0,)
             continue
         assert result.shape == image.shape and result.dtype == INT8
         own = min(row, len(raw) - 1)
-        different += check_codes(result, image.double(), raw[own], bucket, zeros[own], raw_qmax)
+        zero = call.raw_zero_points[own]
+        different += check_codes(result, image.double(), raw[own], bucket, zero, call.raw_qmax)
     return different
 
 
@@ -205,9 +208,9 @@ def test_variance_survives_a_mean_a_thousand_times_larger(one_launch: bool, held
     case = Case(
         h=8, w=8, groups=2, dtype=torch.float32, silu=False, quantize=False, offset=2000.0
     )  # fmt: skip
-    arguments = case.arguments()
-    y, _, _ = harness.interpreted("gn_act_quant").launch(*arguments, plan=plan)
-    a = exact(*arguments[:7])
+    call = case.call()
+    y, _, _ = harness.interpreted("gn_act_quant").launch(call, plan=plan)
+    a = exact(call)
     # Float32 x a + b with x a 1000 times larger than the result.
     assert (y.double() - a).abs().max() < 1e-3 * a.abs().max()
 
@@ -216,9 +219,8 @@ def test_variance_survives_a_mean_a_thousand_times_larger(one_launch: bool, held
 def test_ties_go_to_even_whatever_the_zero_point(zero_point: int) -> None:
     launch = harness.interpreted("gn_act_quant").launch
     x = (torch.arange(-600, 600).float() / 4).view(1, 16, 75, 1).contiguous(memory_format=LAST)
-    nothing = (None, None, 0, 0.0, False)
-    rest = (zero_point, 255, torch.tensor(0), None, [], 255)
-    codes, _, _ = launch(x, None, *nothing, torch.tensor([0.5]), *rest)
+    how = {"bucket": torch.tensor(0), "scale": torch.tensor([0.5]), "zero_point": zero_point}
+    codes, _, _ = launch(ops.gn_act_quant.__wrapped__(x, **how))
     expected = (torch.round(x.double() * 2) + zero_point).clamp(0, 255) - 128
     assert torch.equal(codes.double(), expected)
 
@@ -226,8 +228,8 @@ def test_ties_go_to_even_whatever_the_zero_point(zero_point: int) -> None:
 def test_infinite_values_saturate() -> None:
     launch = harness.interpreted("gn_act_quant").launch
     x = torch.tensor([3e38, -3e38, torch.inf, -torch.inf]).repeat(4).view(1, 16, 1, 1)
-    rest = (torch.tensor([1e-3]), 5, 255, torch.tensor(0), None, [], 255)
-    codes, _, _ = launch(x.contiguous(memory_format=LAST), None, None, None, 0, 0.0, False, *rest)
+    how = {"bucket": torch.tensor(0), "scale": torch.tensor([1e-3]), "zero_point": 5}
+    codes, _, _ = launch(ops.gn_act_quant.__wrapped__(x.contiguous(memory_format=LAST), **how))
     assert codes.flatten().tolist() == [127, -128, 127, -128] * 4
 
 
@@ -243,8 +245,9 @@ MOST_REGISTERS = 128
 
 
 def recorded(
-    n: int, side: int, c1: int, c2: int, dtype=torch.bfloat16, raw: bool = False,
-    norm: bool = True, zero_point: int = 3, plan: Plan | None = None,
+    n: int, side: int, c1: int, c2: int = 0, dtype=torch.bfloat16, raw: bool = False,
+    norm: bool = True, zero_point: int = 3, plan: object = None, path: str | None = None,
+    module: ModuleType = norm_kernels,
 ) -> list[harness.Launch]:  # fmt: skip
     def empty(*shape: int, dtype=torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -253,12 +256,12 @@ def recorded(
     skip = empty(n, side, side, c2, dtype=dtype).permute(0, 3, 1, 2) if c2 else None
     rows = (2 if c2 else 1) if raw else 0
     gamma = empty(c1 + c2) if norm else None
-    with harness.recorded(norm_kernels) as launches:
-        gn_act_quant.launch(
-            x, skip, gamma, gamma, 32, 1e-5, norm, empty(8), zero_point, 255,
-            empty(dtype=torch.int64), empty(rows, 8) if raw else None, [7] * rows, 255,
-            plan=plan,
-        )  # fmt: skip
+    call = Normalization(
+        x, skip, gamma, gamma, 32, 1e-5, norm, empty(8), zero_point, 255,
+        empty(dtype=torch.int64), empty(rows, 8) if raw else None, [7] * rows, 255,
+    )  # fmt: skip
+    with harness.recorded(module) as launches:
+        gn_act_quant.launch(call, plan=plan, path=path)
     return launches
 
 
@@ -332,15 +335,13 @@ def test_small_batches_of_large_maps_fill_the_chip() -> None:
 
 def test_maps_too_large_for_their_indices_are_refused() -> None:
     x = torch.empty(1, 256, 256, 2**15, dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
-    rest = (None, None, None, 0, 0.0, True, None, 0, 255, torch.tensor(0), None, [], 255)
     with pytest.raises(ValueError, match=r"2\^31"):
-        gn_act_quant.launch(x, *rest)
+        gn_act_quant.launch(ops.gn_act_quant.__wrapped__(x, bucket=torch.tensor(0), silu=True))
 
 
 def test_empty_batches_give_empty_results() -> None:
-    codes, raw_x, raw_skip = harness.interpreted("gn_act_quant").launch(
-        *Case(n=0, raw_rows=1).arguments()
-    )
+    call = Case(n=0, raw_rows=1).call()
+    codes, raw_x, raw_skip = harness.interpreted("gn_act_quant").launch(call)
     assert codes.shape == raw_x.shape == (0, 32, 5, 7) and raw_skip.shape == (0,)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from quantempo.kernels import ops
 from quantempo.kernels.gpu import gn_act_quant
 from quantempo.kernels.gpu.contraction import launch as launches_of
 from quantempo.kernels.gpu.group_norm import cooperative as norm_cooperative
@@ -22,7 +24,8 @@ from quantempo.kernels.gpu.group_norm.plan import (
     make_cooperative_plan,
     make_plan,
 )
-from tests.gpu import harness
+from quantempo.kernels.ops.gn_act_quant import Normalization
+from tests.gpu import harness, test_gn_act_quant
 from tests.gpu.layers import PROCESSORS
 from tests.gpu.test_compiled import REGISTERS, SHARED
 from tests.gpu.test_gn_act_quant import LAST, Case, check, exact
@@ -30,9 +33,9 @@ from tests.gpu.test_gn_act_quant import LAST, Case, check, exact
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def launch(*arguments, plan: object = None) -> tuple[Tensor, Tensor, Tensor]:
+def launch(call: Normalization, plan: object = None) -> tuple[Tensor, Tensor, Tensor]:
     chosen = plan if isinstance(plan, CooperativePlan) else None
-    return gn_act_quant.launch(*arguments, plan=chosen, path=None if chosen else "cooperative")
+    return gn_act_quant.launch(call, plan=chosen, path=None if chosen else "cooperative")
 
 
 @pytest.fixture
@@ -40,12 +43,12 @@ def interpreted():
     """Return `launch`, interpreted."""
     copy = harness.interpreted("gn_act_quant")
 
-    def run(*arguments, plan: object = None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(call: Normalization, plan: object = None) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(plan, CooperativePlan):
-            plan = copy._choose(*arguments[:2], arguments[4], "cooperative")
+            plan = copy._choose(call.images, call.groups, "cooperative")
         # The copy has classes of its own.
         how = dataclasses.asdict(plan) | {"phases": (1, 2)}
-        return copy.launch(*arguments, plan=copy.CooperativePlan(**how))
+        return copy.launch(call, plan=copy.CooperativePlan(**how))
 
     return run
 
@@ -111,9 +114,9 @@ def test_variance_survives_a_large_mean(plan: CooperativePlan, offset: float, in
         h=9, w=9, c1=192, groups=24, silu=False, quantize=False, dtype=torch.float16,
         offset=offset, plan=plan,
     )  # fmt: skip
-    arguments = case.arguments()
-    y, _, _ = interpreted(*arguments, plan=plan)
-    a = exact(*arguments[:7])
+    call = case.call()
+    y, _, _ = interpreted(call, plan=plan)
+    a = exact(call)
     # Float32 x a + b with x a several hundred times larger than the result, cast once.
     assert ((y.double() - a).abs() <= 1e-4 * a.abs().max() + a.abs() * 2**-11).all()
 
@@ -121,13 +124,12 @@ def test_variance_survives_a_large_mean(plan: CooperativePlan, offset: float, in
 def test_chunks_of_different_means_are_put_together(interpreted) -> None:
     # Each chunk is constant: all the variance is between them, and between channels.
     case = Case(n=1, h=9, w=4, c1=96, groups=6, silu=False, quantize=False, dtype=torch.float16)
-    arguments = list(case.arguments())
     rows = torch.tensor([-7.0, 3, 40, 41, 5, 0, -90, 2, 1]).view(1, 1, 9, 1)
     channels = torch.arange(96.0).view(1, 96, 1, 1) / 8
     x = (rows + channels).expand(1, 96, 9, 4)
-    arguments[0] = x.half().contiguous(memory_format=LAST)
-    y, _, _ = interpreted(*arguments, plan=tiles(96, 4, 64, 32))
-    a = exact(*arguments[:7])
+    call = case.call()._replace(x=x.half().contiguous(memory_format=LAST))
+    y, _, _ = interpreted(call, plan=tiles(96, 4, 64, 32))
+    a = exact(call)
     assert ((y.double() - a).abs() <= 1e-6 * a.abs().max() + a.abs() * 2**-11).all()
 
 
@@ -141,24 +143,10 @@ SHIPPED = [
 
 
 def recorded(
-    n: int, side: int, c1: int, c2: int = 0, raw: bool = False,
-    dtype=torch.float16, path: str | None = "cooperative", zero_point: int = 3,
-    plan: CooperativePlan | None = None,
-) -> list[harness.Launch]:  # fmt: skip
-    def empty(*shape: int, dtype=torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x = empty(n, side, side, c1, dtype=dtype).permute(0, 3, 1, 2)
-    skip = empty(n, side, side, c2, dtype=dtype).permute(0, 3, 1, 2) if c2 else None
-    rows = (2 if c2 else 1) if raw else 0
-    gamma = empty(c1 + c2)
-    with harness.recorded(norm_cooperative) as launches:
-        gn_act_quant.launch(
-            x, skip, gamma, gamma, 32, 1e-5, True, empty(8), zero_point, 255,
-            empty(dtype=torch.int64), empty(rows, 8) if raw else None, [7] * rows, 255,
-            path=path, plan=plan,
-        )  # fmt: skip
-    return launches
+    *shape: int, dtype=torch.float16, path: str | None = "cooperative", **how: Any
+) -> list[harness.Launch]:
+    module = norm_cooperative
+    return test_gn_act_quant.recorded(*shape, dtype=dtype, path=path, module=module, **how)
 
 
 def room(launch: harness.Launch, arch: int) -> int:
@@ -253,7 +241,7 @@ def test_programs_release_acquire_and_leave_in_this_order(arch: int) -> None:
 def test_zero_points_and_map_sizes_share_a_binary() -> None:
     plan = tiles(80, 64, 64, 16, warps=8)
     variants = {
-        harness.variant(recorded(n, side, 320, zero_point=zero_point, plan=plan)[0])
+        harness.variant(recorded(n, side, 320, 0, zero_point=zero_point, plan=plan)[0])
         for n, side, zero_point in ((1, 16, 1), (2, 16, 16), (2, 16, 200))
     }
     assert len(variants) == 1
@@ -309,9 +297,9 @@ def test_what_cannot_be_held_is_refused_if_asked_for() -> None:
         with pytest.raises(ValueError, match="path='triton'"):
             recorded(*shape, dtype=dtype)
     x = torch.empty(1, 16, 4, 4, dtype=torch.float16, device="meta")
-    rest = (None, None, None, 0, 0.0, True, None, 0, 255, torch.tensor(0), None, [], 255)
+    call = ops.gn_act_quant.__wrapped__(x, bucket=torch.tensor(0), silu=True)
     with pytest.raises(ValueError, match="expected a norm"):
-        gn_act_quant.launch(x, *rest, path="cooperative")
+        gn_act_quant.launch(call, path="cooperative")
 
 
 # (images, side, channels of x, of skip, groups) -> whether it is the default on Hopper.
@@ -332,8 +320,8 @@ def test_it_is_chosen_where_it_was_faster(shape, wanted: bool, monkeypatch) -> N
     images, side, c1, c2, groups = shape
     parts = [torch.empty(images, c, side, side, dtype=torch.float16) for c in (c1, c2) if c]
     parts = [part.contiguous(memory_format=LAST) for part in parts]
-    both = (*parts, None)[:2]
-    assert not isinstance(gn_act_quant._choose(*both, groups, None), CooperativePlan)
+    parts = tuple(parts)
+    assert not isinstance(gn_act_quant._choose(parts, groups, None), CooperativePlan)
     monkeypatch.setattr(gn_act_quant, "_is_hopper", lambda device: True)
-    chosen = gn_act_quant._choose(*both, groups, None)
+    chosen = gn_act_quant._choose(parts, groups, None)
     assert isinstance(chosen, CooperativePlan) == wanted

@@ -57,43 +57,43 @@ def test_it_agrees_with_float64(name: str) -> None:
 def test_runs_agree_in_every_bit_and_with_three_launches(shape) -> None:
     case = sized(shape)
     skip_unless_held(case)
-    arguments = case.arguments("cuda")
+    call = case.call("cuda")
     check(case, launch, "cuda")
-    first = launch(*arguments)
-    several = gn_act_quant.launch(*arguments, path="triton")
+    first = launch(call)
+    several = gn_act_quant.launch(call, path="triton")
     for ours, theirs in zip(first, several, strict=True):
         off = (ours.int() - theirs.int()).abs()
         # Chance of a quotient so near a tie that float32 sums in another order matter: 1e-3.
         assert off.numel() == 0 or (off.max() <= 1 and (off > 0).float().mean() < 1e-3)
     for _ in range(RUNS - 1):
-        assert same(launch(*arguments), first)
+        assert same(launch(call), first)
     assert counters_are_zero()
 
 
 def test_it_is_the_default_in_place_of_three_launches() -> None:
     case = sized(ON_DEVICE[0])
     skip_unless_held(case)
-    arguments = case.arguments("cuda")
-    chosen = gn_act_quant._choose(arguments[0], arguments[1], 32, None)
+    call = case.call("cuda")
+    chosen = gn_act_quant._choose(call.images, 32, None)
     assert isinstance(chosen, CooperativePlan)
-    assert same(gn_act_quant.launch(*arguments), launch(*arguments))
+    assert same(gn_act_quant.launch(call), launch(call))
 
 
 @pytest.mark.parametrize("shape", [ON_DEVICE[0], ON_DEVICE[2]], ids=str)
 def test_a_recorded_graph_computes_the_same(shape) -> None:
     case = sized(shape)
     skip_unless_held(case)
-    arguments = case.arguments("cuda")
-    first = launch(*arguments)
+    call = case.call("cuda")
+    first = launch(call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        launch(*arguments)
+        launch(call)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             # Two that follow each other share counters.
-            launch(*arguments)
-            again = launch(*arguments)
+            launch(call)
+            again = launch(call)
     for _ in range(RUNS):
         for result in again:
             result.fill_(77)
@@ -107,15 +107,15 @@ def test_streams_do_not_wait_for_each_other_for_ever() -> None:
     # Launches that overlap in time, each of which fills the GPU.
     case = sized(ON_DEVICE[2])
     skip_unless_held(case)
-    arguments = case.arguments("cuda")
-    first = launch(*arguments)
+    call = case.call("cuda")
+    first = launch(call)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     results = []
     for _ in range(RUNS):
         for stream in streams:
             with torch.cuda.stream(stream):
-                results.append(launch(*arguments))
+                results.append(launch(call))
     torch.cuda.synchronize()
     assert all(same(result, first) for result in results)
     assert counters_are_zero()

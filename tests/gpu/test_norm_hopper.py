@@ -14,6 +14,7 @@ from torch import Tensor
 from quantempo.kernels.gpu import gn_act_quant
 from quantempo.kernels.gpu.group_norm import hopper as norm_hopper
 from quantempo.kernels.gpu.group_norm.plan import SharedPlan, make_shared_plan
+from quantempo.kernels.ops.gn_act_quant import Normalization
 from tests.gpu import harness
 from tests.gpu.test_gn_act_quant import LAST, Case, check, exact
 
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_hopper = pytest.mark.cuda(major=9)
 
 
-def launch(*arguments, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return gn_act_quant.launch(*arguments, plan=plan, path=None if plan else "hopper")
+def launch(call: Normalization, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return gn_act_quant.launch(call, plan=plan, path=None if plan else "hopper")
 
 
 def square(side: int, c1: int, c2: int = 0, groups: int = 32, **others) -> Case:
@@ -61,17 +62,17 @@ CASES = {
 }
 
 
-def meta(case: Case) -> tuple:
-    moved = (a.to("meta") if isinstance(a, Tensor) else a for a in case.arguments())
-    return tuple(
-        a.contiguous(memory_format=LAST) if isinstance(a, Tensor) and a.dim() == 4 else a
-        for a in moved
-    )
+def meta(case: Case) -> Normalization:
+    call = case.call()
+    moved = {k: v.to("meta") for k, v in call._asdict().items() if isinstance(v, Tensor)}
+    for name in {"x", "skip"} & set(moved):
+        moved[name] = moved[name].contiguous(memory_format=LAST)
+    return call._replace(**moved)
 
 
 def recorded(case: Case) -> harness.Launch:
     with harness.recorded(norm_hopper) as launches:
-        launch(*meta(case))
+        launch(meta(case))
     return launches[0]
 
 
@@ -97,9 +98,9 @@ def test_every_tile_agrees_with_float64(width: int, warps: int, pieces: int) -> 
 @pytest.mark.parametrize("offset", [0.0, 500.0, -500.0])
 def test_variance_survives_a_large_mean(offset: float) -> None:
     case = square(32, 64, groups=16, silu=False, quantize=False, dtype=torch.float16, offset=offset)
-    arguments = case.arguments("cuda")
-    y, _, _ = launch(*arguments)
-    a = exact(*arguments[:7])
+    call = case.call("cuda")
+    y, _, _ = launch(call)
+    a = exact(call)
     # Float32 x a + b with x a several hundred times larger than the result, cast once.
     assert ((y.double() - a).abs() <= 2e-3 * a.abs().max() + a.abs() * 2**-10).all()
 
@@ -107,10 +108,10 @@ def test_variance_survives_a_large_mean(offset: float) -> None:
 @needs_hopper
 def test_outliers_first_do_not_spoil_the_variance() -> None:
     case = square(32, 64, groups=16, silu=False, quantize=False, dtype=torch.float16)
-    arguments = list(case.arguments("cuda"))
-    arguments[0][:, ::3, 0, :] *= 1000.0
-    y, _, _ = launch(*arguments)
-    a = exact(*arguments[:7])
+    call = case.call("cuda")
+    call.x[:, ::3, 0, :] *= 1000.0
+    y, _, _ = launch(call)
+    a = exact(call)
     assert ((y.double() - a).abs() <= 1e-4 * a.abs().max() + a.abs() * 2**-10).all()
 
 
@@ -118,7 +119,7 @@ def test_outliers_first_do_not_spoil_the_variance() -> None:
 def test_it_is_the_default_where_it_pays() -> None:
     case = square(32, 128, n=64)
     with harness.recorded(norm_hopper) as launches:
-        gn_act_quant.launch(*case.arguments("cuda"))
+        gn_act_quant.launch(case.call("cuda"))
     assert len(launches) == 1
 
 
@@ -205,6 +206,6 @@ def test_what_does_not_fit_is_refused_if_asked_for() -> None:
         square(16, 64, groups=0),
     ):
         with pytest.raises(ValueError, match="path='triton'"):
-            launch(*meta(case))
+            launch(meta(case))
     with pytest.raises(ValueError, match="expected one of"):
-        gn_act_quant.launch(*meta(square(16, 64)), path="fast")
+        gn_act_quant.launch(meta(square(16, 64)), path="fast")

@@ -14,10 +14,8 @@ from torch import Tensor
 
 __all__ = [
     "OFFSET",
-    "border_class",
     "border_table",
     "conv_weight",
-    "output_size",
     "row_table",
 ]
 
@@ -60,29 +58,3 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
 def row_table(weight: Tensor, zero_point: int) -> Tensor:
     """Return table[o] = z' * sum_k w[o, k], int32 (O,), of an int8 weight (O, K)."""
     return ((zero_point - OFFSET) * weight.sum(1, dtype=torch.int64)).to(torch.int32)
-
-
-def output_size(
-    height: int, width: int, kernel: int, stride: int, border: list[int], upsample: bool
-) -> tuple[int, int]:
-    """Return the rows and columns of a convolution's result.
-
-    H' = (repeat H + top + bottom - kernel) // stride + 1, repeat = 2 if `upsample` else 1.
-    """
-    repeat = 2 if upsample else 1
-    top, bottom, left, right = border
-    rows = (repeat * height + top + bottom - kernel) // stride + 1
-    columns = (repeat * width + left + right - kernel) // stride + 1
-    return rows, columns
-
-
-def border_class(size: int, outputs: int, kernel: int, stride: int, before: int) -> Tensor:
-    """Return the class of each window along one axis, int64 (outputs,): (above) + 2 (below).
-
-    Args:
-        size: rows (or columns) of the image, upsampled.
-        outputs: windows along the axis.
-        before: padded rows before the image.
-    """
-    first = torch.arange(outputs) * stride - before
-    return (first < 0).long() + 2 * (first + kernel - 1 >= size).long()

@@ -1,20 +1,34 @@
-"""Whether kernels are put in place while the one before them ends.
+"""Programmatic dependent launch: kernels start while the one before them ends.
 
-Programmatic dependent launch, from compute capability 9.0 on: a kernel launched so begins when all
-programs of the one before it have begun or ended, sets up what does not depend on it, and waits for
-it (`griddepcontrol.wait`) before it reads or writes anything else. In a CUDA graph too.
+From compute capability 9.0 on, in a CUDA graph too: a kernel launched so begins when all programs
+of the one before it have begun or ended, and sets up what does not depend on it.
 """
+
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
 import functools
 
 import torch
+import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["early"]
+__all__ = ["early", "wait_for_predecessor"]
 
 
 @functools.cache
 def early(device: torch.device) -> bool:
-    """Return whether kernels on this device are launched early."""
+    """Return whether kernels on this device are launched as dependents."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_predecessor():
+    """Wait for the kernel before this one, and let the one after it start.
+
+    A program must touch nothing that the kernel before it writes or reads any sooner.
+    """
+    gdc_wait()
+    gdc_launch_dependents()

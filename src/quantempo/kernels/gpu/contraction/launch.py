@@ -1,4 +1,4 @@
-"""Call the contraction: which kernel, which tile, descriptors, grid, workspace."""
+"""Launch the contraction: which kernel, which tile, descriptors, grid, workspace."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from quantempo.kernels.gpu.contraction.portable import contract
+from quantempo.kernels.gpu.contraction.records import Block
 from quantempo.kernels.gpu.contraction.tiles import (
     Problem,
     Tile,
@@ -20,10 +21,12 @@ from quantempo.kernels.gpu.contraction.tiles import (
     tile_pixels,
 )
 from quantempo.kernels.gpu.dependent_launch import early
+from quantempo.kernels.ops.epilogue import Epilogue
+from quantempo.kernels.ops.qconv2d import Window
 
 try:
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from quantempo.kernels.gpu.contraction.hopper import contract_hopper
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs
@@ -63,58 +66,12 @@ def choose_path(device: torch.device) -> str:
     return "pointers" if contract_hopper is None else "hopper"
 
 
-def _image(codes: Tensor, stride: int, box: tuple[int, int, int], channels: int) -> tuple[Any, ...]:
-    """(N, C, H, W) channels_last seen as (N, H / s, s, W / s, s C), in boxes of one tap."""
-    n, c, h, w = codes.shape
-    s = stride
-    shape = [n, h // s, s, w // s, s * c]
-    strides = [h * w * c, s * w * c, w * c, s * c, 1]
-    return codes, shape, strides, [box[0], box[1], 1, box[2], channels]
-
-
-def _rows(weight: Tensor, outs: int, channels: int) -> tuple[Any, ...]:
-    """Weights (O, ...) seen as (O, K), in boxes (outs, channels)."""
-    width = weight.numel() // weight.shape[0]
-    return weight, [weight.shape[0], width], [width, 1], [outs, channels]
-
-
-def _describe(parts: tuple[Any, ...]) -> Any:
-    base, shape, strides, block = parts
-    kind = getattr(gl, _GLUON[base.dtype])
-    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    return GluonDescriptor(base, shape, strides, block, layout)
-
-
-def _half_tiles(residual: Tensor | None, tile: Tile, box: tuple[int, int, int], plain: bool) -> Any:
-    """Return the descriptor of a residual that is brought like operands are, None if it is not.
-
-    It takes the place of one step, so a tile of it must be as large: 128 x 128 values of two bytes.
-    """
-    whole = (tile.outs, tile.pixels, tile.channels, tile.splits) == (128, 128, 128, 1)
-    if residual is None or not plain or not whole or residual.element_size() != 2:
-        return None
-    if residual.data_ptr() % 16 or residual.shape[1] % 8:
-        return None
-    n, h, w = box
-    half = (n // 2, h, w) if n > 1 else (n, h // 2, w) if h > 1 else (n, h, w // 2)
-    return _describe(_image(residual, 1, half, tile.outs))
-
-
-def _workspace(tiles: int, slots: int, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return room for the sums that are shared, and counters for `tiles` tiles."""
-    if tiles > _MOST:
-        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
-    size = tiles * slots * tile.outs * tile.pixels
-    partial = torch.empty(size, dtype=torch.int32, device=device)
-    return partial, stream_counters(device)
-
-
 def stream_counters(device: torch.device) -> Tensor:
     """Return the zeroed counters (4096,), int32, of the current stream, which launches leave zero.
 
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
     share another set: graphs must not be replayed on two streams at once, nor fork into branches. A
-    norm whose programs meet would wait for ever.
+    norm with a grid barrier would wait for ever.
     """
     reserve(device)
     chosen = 0
@@ -128,108 +85,150 @@ def stream_counters(device: torch.device) -> Tensor:
     return _counters[device][chosen]
 
 
-def _has_parity(height: int, width: int, channels: int, sides: Sequence[Tensor]) -> bool:
+def _workspace(tiles: int, slots: int, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return room for the sums that are shared, and counters for `tiles` tiles."""
+    if tiles > _MOST:
+        raise ValueError(f"got {tiles} tiles to be shared; expected {_MOST} at most, do not split")
+    size = tiles * slots * tile.outs * tile.pixels
+    return torch.empty(size, dtype=torch.int32, device=device), stream_counters(device)
+
+
+def _describe(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _GLUON[base.dtype]))
+    return TensorDescriptor(base, shape, strides, block, layout)
+
+
+def _image(
+    x: Tensor, size: tuple[int, ...], stride: int, box: tuple[int, ...], channels: int
+) -> Any:
+    """Describe (N, C, H, W) channels_last as (N, H / s, s, W / s, s C), in boxes of one tap."""
+    n, c, h, w = size
+    s = stride
+    shape = [n, h // s, s, w // s, s * c]
+    strides = [h * w * c, s * w * c, w * c, s * c, 1]
+    return _describe(x, shape, strides, [box[0], box[1], 1, box[2], channels])
+
+
+def _rows(weight: Tensor, outs: int, channels: int) -> Any:
+    """Describe weights (O, ...) as (O, K), in boxes (outs, channels)."""
+    width = weight.numel() // weight.shape[0]
+    return _describe(weight, [weight.shape[0], width], [width, 1], [outs, channels])
+
+
+def _half_tiles(
+    residual: Tensor | None, size: tuple[int, ...], tile: Tile, box: tuple[int, int, int]
+) -> Any:
+    """Return the descriptor of a residual that is loaded like operands are, None if it is not.
+
+    It takes the place of one step, so a tile of it must be as large: 128 x 128 values of two bytes.
+    """
+    whole = (tile.outs, tile.pixels, tile.channels, tile.splits) == (128, 128, 128, 1)
+    if residual is None or not whole or residual.element_size() != 2:
+        return None
+    if residual.data_ptr() % 16 or size[1] % 8:
+        return None
+    n, h, w = box
+    half = (n // 2, h, w) if n > 1 else (n, h // 2, w) if h > 1 else (n, h, w // 2)
+    return _image(residual, size, 1, half, tile.outs)
+
+
+def _parity(size: Sequence[int], sides: Sequence[Tensor]) -> bool:
     """Return whether an image can be seen as pairs of rows and columns, in boxes of a pair each."""
+    _, channels, height, width = size
     return height % 2 == 0 and width % 2 == 0 and channels % (128 if sides else 64) == 0
 
 
 def run(
-    codes: Tensor, weight: Tensor, y: Tensor, tile: Tile | None = None, *,
-    path: str | None = None,
-    act_scale: Tensor, weight_scale: Tensor, table: Tensor, bucket: Tensor,
-    bias: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    side_codes: list[Tensor] | tuple[Tensor, ...] = (),
-    side_weights: list[Tensor] | tuple[Tensor, ...] = (), side_scales: Tensor | None = None,
-    side_weight_scale: Tensor | None = None, side_table: Tensor | None = None,
-    kernel: int = 1, stride: int = 1, border: tuple[int, int] = (0, 0), upsample: bool = False,
-    activation: str = "none",
-    out_scale: Tensor | None = None, out_zero: int = 0, out_qmax: int = 255,
+    codes: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, size: tuple[int, ...],
+    out_size: tuple[int, ...], window: Window = Window(), side_codes: Sequence[Tensor] = (),  # noqa: B008
+    side_weights: Sequence[Tensor] = (), *, tile: Tile | None = None, path: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Contract images (N, C, H, W), channels_last, into y (N, O, H', W').
+    """Contract images into y and return it.
 
-    Arguments as those of `kernels.ops.qconv2d`; border is (top, left). Tile and path are chosen by
-    measured rules unless given.
+    Args:
+        codes, weight, epilogue, window, side_codes, side_weights: as in `ops.qconv2d`.
+        size: (N, C, H, W) of the codes, channels_last; rows (M, K) are (1, K, 1, M).
+        out_size: (N, O, H', W') of y, of which geglu leaves half the channels.
+        tile, path: chosen by measured rules unless given.
     """
-    images, channels, in_h, in_w = codes.shape
-    outs, (out_h, out_w), gated = weight.shape[0], y.shape[2:], activation == "geglu"
     if y.numel() == 0:
         return y
-    odd = stride == 2 and not _has_parity(in_h, in_w, channels, side_codes)
+    images, channels, in_h, in_w = size
+    out_h, out_w = out_size[2:]
+    outs, terms, form = weight.shape[0], epilogue.terms, epilogue.form
+    gated, stride = epilogue.activation == "geglu", window.STRIDE
+    odd = stride == 2 and not _parity(size, side_codes)
     path = "pointers" if odd else path or choose_path(codes.device)
-    across = (in_h, in_w) if upsample else (out_h, out_w)
+    across = (in_h, in_w) if window.UPSAMPLE else (out_h, out_w)
     widths = tuple(side.shape[1] for side in side_codes)
-    phases = 4 if upsample else 1
+    phases = 4 if window.UPSAMPLE else 1
     tile = tile or choose_tile(
         Problem(
-            images, *across, phases, outs, channels, kernel, stride, widths, residual is not None,
-            gated,
+            images, *across, phases, outs, channels, window.KERNEL, stride, widths,
+            terms.residual is not None, gated,
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
-    if path == "hopper" and stride == 2 and channels % tile.channels:
-        raise ValueError(
-            f"got a tile of {tile.channels} channels for {channels} with stride 2; expected a "
-            "divisor: a box must not reach the next pixel of a pair"
-        )
     box = tile_pixels(tile.pixels, images, *across, tile.taps)
     tiles = triton.cdiv(images, box[0]) * triton.cdiv(across[0], box[1]) * phases
     tiles *= triton.cdiv(across[1], box[2]) * triton.cdiv(outs, tile.outs)
-    sides = len(side_codes)
-    slots = tile.splits + sides if tile.splits > 1 else 1
+    slots = tile.splits + len(widths) if tile.splits > 1 else 1
     partial = counters = None
     if tile.splits > 1:
         partial, counters = _workspace(tiles, slots, tile, codes.device)
     operands: list[Any] = [codes, weight]
-    for side, side_weight in zip(side_codes, side_weights, strict=True):
-        operands += [side, side_weight]
-    if path == "hopper":
-        for i in range(0, len(operands), 2):
-            by = stride if i == 0 else 1
-            part = (1, 1, box[2]) if tile.taps else box
-            operands[i] = _describe(_image(operands[i], by, part, tile.channels))
-            # Values and gates are two boxes, half as high.
-            rows = tile.outs // 2 if gated else tile.outs
-            operands[i + 1] = _describe(_rows(operands[i + 1], rows, tile.channels))
-    operands += [None] * (6 - len(operands))
-    if path == "hopper":
-        apart = 2 if upsample else 1
-        reach = (box[0] - 1) * out_h + (box[1] - 1) * apart
-        if (reach * out_w + (box[2] - 1) * apart + 1) * outs >= 2**31:
-            raise ValueError(
-                f"got a tile of {box[0]} images of {out_h} x {out_w} x {outs}; expected fewer than "
-                "2^31 values from its first to its last"
-            )
-        plain = not upsample and y.dtype != torch.int32
-        operands.append(_half_tiles(residual, tile, box, plain))
-    width0, width1 = (*widths, 0, 0)[:2]
-    args = (
-        *operands, y, partial, counters,
-        act_scale, weight_scale, table, bucket, bias, shift, residual,
-        side_scales, side_weight_scale, side_table, out_scale,
-        images, in_h, in_w, out_h, out_w, channels, width0, width1, outs,
-        images * out_h * out_w // bucket.numel(), 0 if shift is None else shift.stride(0),
-        out_zero, out_qmax,
+    for pair in zip(side_codes, side_weights, strict=True):
+        operands += pair
+    block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps)
+    numbers = (
+        images, in_h, in_w, out_h, out_w, channels, *(*widths, 0, 0)[:2], outs,
+        images * out_h * out_w // terms.bucket.numel(),
+        0 if terms.shift is None else terms.shift.stride(0), epilogue.out_zero, epilogue.out_qmax,
     )  # fmt: skip
-    switches = {
-        "KERNEL": kernel, "STRIDE": stride, "TOP": border[0], "LEFT": border[1],
-        "UPSAMPLE": upsample, "SIDES": sides, "BUCKETS": act_scale.shape[0],
-        "SIDE_BUCKETS": 1 if side_scales is None else side_scales.shape[1],
-        "OUT_BUCKETS": 1 if out_scale is None else out_scale.shape[0],
-        "MIXED": bucket.numel() > 1, "BORDER": kernel > 1, "RAW": y.dtype == torch.int32,
-        "ACTIVATION": activation, "BLOCK_N": box[0], "BLOCK_H": box[1], "BLOCK_W": box[2],
-        "BLOCK_O": tile.outs, "BLOCK_C": tile.channels, "STAGES": tile.stages,
-        "SPLITS": tile.splits, "num_warps": tile.warps,
-    }  # fmt: skip
-    if path == "hopper":
-        programs = min(tiles, tile.programs * multiprocessors(codes.device))
-        soon = early(codes.device)
-        # So many programs have room on a multiprocessor with so many registers a thread. The warp
-        # that brings operands counts as four, which give what they do not need to the others.
-        room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
-        contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
-            *args, tiles, **switches, TAPS=tile.taps, EARLY=soon, launch_pdl=soon,
-            maxnreg=min(room, 168),
+    if path == "pointers":
+        contract[(tiles, slots)](
+            *operands, *[None] * (6 - len(operands)), y, partial, counters, terms, *numbers,
+            form, window, block, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    else:
-        contract[(tiles, slots)](*args, **switches, num_stages=tile.stages)
+        return y
+    _check_hopper(size, out_size, window, tile, box)
+    for i in range(0, len(operands), 2):
+        shape, by = (size, stride) if i == 0 else (side_codes[i // 2 - 1].shape, 1)
+        part = (1, 1, box[2]) if tile.taps else box
+        operands[i] = _image(operands[i], shape, by, part, tile.channels)
+        # Values and gates are two boxes, half as high.
+        rows = tile.outs // 2 if gated else tile.outs
+        operands[i + 1] = _rows(operands[i + 1], rows, tile.channels)
+    plain = not window.UPSAMPLE and y.dtype != torch.int32
+    residual = _half_tiles(terms.residual, out_size, tile, box) if plain else None
+    programs = min(tiles, tile.programs * multiprocessors(codes.device))
+    soon = early(codes.device)
+    # So many programs have room on a multiprocessor with so many registers a thread. The producer
+    # warp counts as four, which give what they do not need to the others.
+    room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
+    contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
+        *operands, *[None] * (6 - len(operands)), residual, y, partial, counters, terms, *numbers,
+        tiles, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
+        maxnreg=min(room, 168),
+    )  # fmt: skip
     return y
+
+
+def _check_hopper(
+    size: tuple[int, ...], out_size: tuple[int, ...], window: Window, tile: Tile,
+    box: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Raise ValueError for what the kernel of Hopper cannot index."""
+    if window.STRIDE == 2 and size[1] % tile.channels:
+        raise ValueError(
+            f"got a tile of {tile.channels} channels for {size[1]} with stride 2; expected a "
+            "divisor: a box must not reach the next pixel of a pair"
+        )
+    _, outs, out_h, out_w = out_size
+    apart = 2 if window.UPSAMPLE else 1
+    reach = (box[0] - 1) * out_h + (box[1] - 1) * apart
+    if (reach * out_w + (box[2] - 1) * apart + 1) * outs >= 2**31:
+        raise ValueError(
+            f"got a tile of {box[0]} images of {out_h} x {out_w} x {outs}; expected fewer than "
+            "2^31 values from its first to its last"
+        )

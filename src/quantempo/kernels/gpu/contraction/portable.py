@@ -1,10 +1,11 @@
-"""The contraction behind qconv2d and qgemm: weights first, pixels second.
+"""The contraction behind qconv2d and qgemm, on any GPU with int8 tensor cores: weights first.
 
     acc[o, p] = sum over taps and channels of w[o, tap, c] x[p + tap, c]
 
-A tile is BLOCK_O output channels by BLOCK_N x BLOCK_H x BLOCK_W pixels; a linear layer is an image
-of one row. Split-K: `SPLITS` programs share the taps of a tile, and the last to finish adds their
-integers, in a fixed order.
+A tile is output channels by pixels; a linear layer is an image of one row. Split-K: `SPLITS`
+programs share the taps of a tile, and the last to finish adds their integers, in a fixed order.
+The epilogue (`kernels.ops.epilogue`) follows on tiles [pixels, output channels], so that every load
+and store runs along the channels, which are contiguous in memory.
 """
 
 # What a kernel gets is a Triton value, which has no Python type.
@@ -15,85 +16,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantempo.kernels.gpu.contraction.epilogue import finish, main_term, side_term
+from quantempo.kernels.gpu.contraction.records import (
+    Scalars,
+    border_row,
+    pixel,
+    place_of,
+    row_of,
+    tiles_of,
+)
 
 __all__ = ["contract"]
 
 
 @triton.jit
-def _tile(
-    tile, tiles_h, tiles_w, tiles_o, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_O: tl.constexpr, UPSAMPLE: tl.constexpr,
-):  # fmt: skip
-    """Return (n0, h0, w0, phase_h, phase_w, o0): tiles of one place stand side by side."""
-    o0 = (tile % tiles_o) * BLOCK_O
-    place = tile // tiles_o
-    phase = 0
-    if UPSAMPLE:
-        # The four pixels that one input pixel becomes are tiles of their own.
-        phase = place % 4
-        place = place // 4
-    w0 = (place % tiles_w) * BLOCK_W
-    place = place // tiles_w
-    h0 = (place % tiles_h) * BLOCK_H
-    n0 = (place // tiles_h) * BLOCK_N
-    return n0, h0, w0, phase // 2, phase % 2, o0
-
-
-@triton.jit
-def _pixels(
-    n0, h0, w0, phase_h, phase_w, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, UPSAMPLE: tl.constexpr,
-):  # fmt: skip
-    """Return image, row and column of every output pixel of a tile."""
-    p = tl.arange(0, BLOCK_N * BLOCK_H * BLOCK_W)
-    n = n0 + p // (BLOCK_H * BLOCK_W)
-    h = h0 + (p // BLOCK_W) % BLOCK_H
-    w = w0 + p % BLOCK_W
-    if UPSAMPLE:
-        h = 2 * h + phase_h
-        w = 2 * w + phase_w
-    return n, h, w
-
-
-@triton.jit
-def _edge(
-    h, w, in_h, in_w, KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr,
-    LEFT: tl.constexpr, UPSAMPLE: tl.constexpr,
-):  # fmt: skip
-    """Return the row of the border table: 4 (above + 2 below) + (left + 2 right)."""
-    if UPSAMPLE:
-        in_h = 2 * in_h
-        in_w = 2 * in_w
-    first_h = h * STRIDE - TOP
-    first_w = w * STRIDE - LEFT
-    rows = (first_h < 0).to(tl.int32) + 2 * (first_h + KERNEL > in_h).to(tl.int32)
-    columns = (first_w < 0).to(tl.int32) + 2 * (first_w + KERNEL > in_w).to(tl.int32)
-    return 4 * rows + columns
-
-
-@triton.jit
 def _sum(
     acc, x, weight, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    UPSAMPLE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add steps [first, last) to acc, BLOCK_C channels of one tap each; n, h, w: output pixels."""
-    per_tap = tl.cdiv(channels, BLOCK_C)
-    span = tl.arange(0, BLOCK_C)
-    for step in tl.range(first, last, num_stages=STAGES):
+    """Add steps [first, last) to acc, BLOCK.CHANNELS of one tap each; n, h, w: output pixels."""
+    per_tap = tl.cdiv(channels, BLOCK.CHANNELS)
+    span = tl.arange(0, BLOCK.CHANNELS)
+    for step in tl.range(first, last, num_stages=BLOCK.STAGES):
         tap = step // per_tap
-        c = (step - tap * per_tap) * BLOCK_C + span
-        row = h * STRIDE + tap // KERNEL - TOP
-        column = w * STRIDE + tap % KERNEL - LEFT
-        if UPSAMPLE:
+        c = (step - tap * per_tap) * BLOCK.CHANNELS + span
+        row = h * WINDOW.STRIDE + tap // WINDOW.KERNEL - WINDOW.TOP
+        column = w * WINDOW.STRIDE + tap % WINDOW.KERNEL - WINDOW.LEFT
+        if WINDOW.UPSAMPLE:
             row = row >> 1
             column = column >> 1
         seen = (n < images) & (row >= 0) & (row < in_h) & (column >= 0) & (column < in_w)
         at = ((n.to(tl.int64) * in_h + row) * in_w + column) * channels
         some = (c < channels)[None, :]
         tile = tl.load(x + at[:, None] + c[None, :], mask=seen[:, None] & some, other=0.0)
-        at_w = (o * (KERNEL * KERNEL) + tap) * channels
+        at_w = (o * (WINDOW.KERNEL * WINDOW.KERNEL) + tap) * channels
         rows = tl.load(
             weight + at_w[:, None] + c[None, :], mask=(o < outs)[:, None] & some, other=0.0
         )
@@ -102,13 +57,21 @@ def _sum(
 
 
 @triton.jit
-def _share(
-    acc, partial, counters, tile, slot, SLOTS: tl.constexpr, BLOCK_O: tl.constexpr,
-    PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Put down this program's sums; return whether it is the last of its tile to do so."""
-    area: tl.constexpr = BLOCK_O * PIXELS
-    at = tl.arange(0, BLOCK_O)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+def _side(acc, side, weight, channels, n, h, w, o, s, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the sums of a 1x1 segment to acc."""
+    ONE: tl.constexpr = WINDOW.ONE
+    steps = tl.cdiv(channels, BLOCK.CHANNELS)
+    return _sum(
+        acc, side, weight, 0, steps, channels, n, h, w, o, s.images, s.outs, s.out_h, s.out_w,
+        ONE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _share(acc, partial, counters, tile, slot, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write this program's partial sums; return whether it is the last of its tile to do so."""
+    area: tl.constexpr = BLOCK.OUTS * BLOCK.PIXELS
+    at = tl.arange(0, BLOCK.OUTS)[:, None] * BLOCK.PIXELS + tl.arange(0, BLOCK.PIXELS)[None, :]
     tl.store(partial + (tile * SLOTS + slot).to(tl.int64) * area + at, acc)
     # All threads' stores come before the one thread's release.
     tl.debug_barrier()
@@ -119,117 +82,174 @@ def _share(
 
 
 @triton.jit
-def _gather(
-    acc, partial, tile, first, last, SLOTS: tl.constexpr, BLOCK_O: tl.constexpr,
-    PIXELS: tl.constexpr,
-):  # fmt: skip
+def _gather(acc, partial, tile, first, last, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the sum of slots [first, last), in that order; read past the first-level cache."""
-    area: tl.constexpr = BLOCK_O * PIXELS
-    at = tl.arange(0, BLOCK_O)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    area: tl.constexpr = BLOCK.OUTS * BLOCK.PIXELS
+    at = tl.arange(0, BLOCK.OUTS)[:, None] * BLOCK.PIXELS + tl.arange(0, BLOCK.PIXELS)[None, :]
     for slot in range(first, last):
         where = partial + (tile * SLOTS + slot).to(tl.int64) * area + at
         acc += tl.load(where, cache_modifier=".cg")
     return acc
 
 
+@triton.jit
+def _scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: tl.constexpr, MIXED: tl.constexpr):
+    """Return the scale of each row [pixels, 1], or one for all if the batch is at one time."""
+    if BUCKETS == 1:
+        scale = tl.load(scales)
+    elif MIXED:
+        scale = tl.load(scales + tl.load(bucket + row // rows_per_bucket))[:, None]
+    else:
+        scale = tl.load(scales + tl.load(bucket))
+    return scale
+
+
+@triton.jit
+def _main_term(
+    acc, row, edge, o, inside, terms, s, FORM: tl.constexpr, BORDER: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """Return s_a s_w[o] (acc - its zero-point part), [pixels, O] float32; RAW: the integers."""
+    acc -= tl.load(terms.table + o, mask=o < s.outs, other=0)[None, :]
+    if BORDER:
+        rim = inside & (edge > 0)[:, None]
+        acc -= tl.load(terms.table + edge[:, None] * s.outs + o[None, :], mask=rim, other=0)
+    if RAW:
+        v = acc
+    else:
+        factor = tl.load(terms.weight_scale + o, mask=o < s.outs, other=0.0)
+        scale = _scale_of(
+            terms.act_scale, terms.bucket, row, s.rows_per_bucket, FORM.BUCKETS, FORM.MIXED
+        )
+        v = acc.to(tl.float32) * (scale * factor[None, :])
+    return v
+
+
+@triton.jit
+def _side_term(acc, side: tl.constexpr, row, o, terms, s, FORM: tl.constexpr):
+    """Return s_i s_w[o] (acc_i - table_i[o]) of one side segment, [pixels, O] float32."""
+    acc -= tl.load(terms.side_table + side * s.outs + o, mask=o < s.outs, other=0)[None, :]
+    factor = tl.load(terms.side_weight_scale + o, mask=o < s.outs, other=0.0)
+    scale = _scale_of(
+        terms.side_scales + side * FORM.SIDE_BUCKETS, terms.bucket, row, s.rows_per_bucket,
+        FORM.SIDE_BUCKETS, FORM.MIXED,
+    )  # fmt: skip
+    return acc.to(tl.float32) * (scale * factor[None, :])
+
+
+@triton.jit
+def _requantize(v, scale, zero, qmax):
+    """Return the stored codes of v, int8."""
+    v = v * tl.math.div_rn(1.0, scale)
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
+    v = tl.minimum(tl.maximum(v, -1024.0), 1024.0)
+    v = (v + 12582912.0) - 12582912.0 + zero
+    return (tl.minimum(tl.maximum(v, 0.0), qmax * 1.0) - 128.0).to(tl.int8)
+
+
+@triton.jit
+def _halves(v):
+    """Return the two halves of the columns of v."""
+    return tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, v.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(v, image, row, o, inside, y, terms, s, FORM: tl.constexpr):
+    """Add what there is to add, quantize if asked to, and store [pixels, O]."""
+    outs = s.outs
+    if terms.bias is not None:
+        v += tl.load(terms.bias + o, mask=o < outs, other=0.0)[None, :]
+    if terms.shift is not None:
+        where = image[:, None] * s.shift_stride + o[None, :]
+        v += tl.load(terms.shift + where, mask=inside, other=0.0).to(tl.float32)
+    if FORM.ACTIVATION == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif FORM.ACTIVATION == "silu":
+        v = v / (1.0 + tl.exp(-v))
+    if FORM.ACTIVATION == "geglu":
+        v, gate = _halves(v)
+        v = 0.5 * v * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        o = _halves(o[None, :])[0]
+        outs = outs // 2
+        inside = _halves(inside.to(tl.int1))[0] & (o < outs)
+    else:
+        o = o[None, :]
+    where = row[:, None].to(tl.int64) * outs + o
+    if terms.residual is not None:
+        v += tl.load(terms.residual + where, mask=inside, other=0.0).to(tl.float32)
+    if terms.out_scale is not None:
+        scale = _scale_of(
+            terms.out_scale, terms.bucket, row, s.rows_per_bucket, FORM.OUT_BUCKETS, FORM.MIXED
+        )
+        tl.store(y + where, _requantize(v, scale, s.out_zero, s.out_qmax), inside)
+    else:
+        tl.store(y + where, v.to(y.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax"])
 def contract(
-    x, weight, side0, weight0, side1, weight1, y, partial, counters,
-    act_scale, weight_scale, table, bucket, bias, shift, residual,
-    side_scales, side_weight_scale, side_table, out_scale,
+    x, weight, side0, weight0, side1, weight1, y, partial, counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
     rows_per_bucket, shift_stride, out_zero, out_qmax,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    UPSAMPLE: tl.constexpr, SIDES: tl.constexpr, BUCKETS: tl.constexpr,
-    SIDE_BUCKETS: tl.constexpr, OUT_BUCKETS: tl.constexpr, MIXED: tl.constexpr,
-    BORDER: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    FORM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of y (or one share of its sums); arguments as in `kernels.ops.qconv2d`.
+    """Compute one tile of y (or one share of its sums).
 
-    side_scales is (2, G), side_table (2, O). partial: (tiles, SPLITS + SIDES, BLOCK_O, PIXELS)
-    int32; counters: (tiles,) int32, zero before and after.
+    terms, FORM: of `kernels.ops.epilogue`; WINDOW: of `kernels.ops.qconv2d`.
+    partial: (tiles, SPLITS + SIDES, OUTS, PIXELS) int32; counters: (tiles,) int32, zero before and
+    after.
     """
-    PIXELS: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
+    s = Scalars(
+        images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax
+    )
+    SPLITS: tl.constexpr = BLOCK.SPLITS
+    SIDES: tl.constexpr = FORM.SIDES
     SLOTS: tl.constexpr = SPLITS + SIDES
+    # A tuple of a record's fields is none of constants.
+    OUTS: tl.constexpr = BLOCK.OUTS
+    PIXELS: tl.constexpr = BLOCK.PIXELS
     tile = tl.program_id(0)
-    rows = in_h if UPSAMPLE else out_h
-    columns = in_w if UPSAMPLE else out_w
-    n0, h0, w0, phase_h, phase_w, o0 = _tile(
-        tile, tl.cdiv(rows, BLOCK_H), tl.cdiv(columns, BLOCK_W), tl.cdiv(outs, BLOCK_O),
-        BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE,
-    )  # fmt: skip
-    n, h, w = _pixels(n0, h0, w0, phase_h, phase_w, BLOCK_N, BLOCK_H, BLOCK_W, UPSAMPLE)
-    o = o0 + tl.arange(0, BLOCK_O)
-    if ACTIVATION == "geglu":
+    tiles = tiles_of(tl.num_programs(0), s, WINDOW, BLOCK)
+    place = place_of(tile, tiles, WINDOW, BLOCK)
+    n, h, w = pixel(tl.arange(0, PIXELS), place, s, WINDOW, BLOCK)
+    o = place.o + tl.arange(0, BLOCK.OUTS)
+    if FORM.ACTIVATION == "geglu":
         # Values, and as many gates, which are the second half of all channels.
-        half = tl.arange(0, BLOCK_O) // (BLOCK_O // 2)
-        o = (o0 + half * (outs - BLOCK_O)) // 2 + tl.arange(0, BLOCK_O)
-    zeros = tl.zeros((BLOCK_O, PIXELS), tl.int32)
-    steps = KERNEL * KERNEL * tl.cdiv(channels, BLOCK_C)
-    steps0 = tl.cdiv(channels0, BLOCK_C)
-    steps1 = tl.cdiv(channels1, BLOCK_C)
+        half = tl.arange(0, BLOCK.OUTS) // (BLOCK.OUTS // 2)
+        o = (place.o + half * (outs - BLOCK.OUTS)) // 2 + tl.arange(0, BLOCK.OUTS)
+    zeros = tl.zeros((OUTS, PIXELS), tl.int32)
+    steps = WINDOW.KERNEL * WINDOW.KERNEL * tl.cdiv(channels, BLOCK.CHANNELS)
     slot = tl.program_id(1)
     acc = zeros
     if SPLITS == 1 or slot < SPLITS:
         acc = _sum(
             acc, x, weight, slot * steps // SPLITS, (slot + 1) * steps // SPLITS, channels,
-            n, h, w, o, images, outs, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, BLOCK_C,
-            STAGES,
+            n, h, w, o, images, outs, in_h, in_w, WINDOW, BLOCK,
         )  # fmt: skip
     if SPLITS > 1:
         # A constant condition of its own: the other way round the branch is compiled all the same.
         if SIDES > 0:  # noqa: SIM102
             if slot == SPLITS:
-                acc = _sum(
-                    acc, side0, weight0, 0, steps0, channels0, n, h, w, o, images, outs,
-                    out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
-                )  # fmt: skip
+                acc = _side(acc, side0, weight0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         if SIDES > 1:  # noqa: SIM102
             if slot == SPLITS + 1:
-                acc = _sum(
-                    acc, side1, weight1, 0, steps1, channels1, n, h, w, o, images, outs,
-                    out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
-                )  # fmt: skip
-        if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK_O, PIXELS):
+                acc = _side(acc, side1, weight1, channels1, n, h, w, o, s, WINDOW, BLOCK)
+        if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK):
             return
-        acc = _gather(zeros, partial, tile, 0, SPLITS, SLOTS, BLOCK_O, PIXELS)
-    row = (n * out_h + h) * out_w + w
-    seen = (n < images) & (h < out_h) & (w < out_w)
-    row = tl.where(seen, row, 0)
+        acc = _gather(zeros, partial, tile, 0, SPLITS, SLOTS, BLOCK)
+    row, seen = row_of(n, h, w, s)
     inside = seen[:, None] & (o < outs)[None, :]
-    edge = _edge(h, w, in_h, in_w, KERNEL, STRIDE, TOP, LEFT, UPSAMPLE)
-    v = main_term(
-        tl.trans(acc), row, edge, o, inside, outs, act_scale, weight_scale, table, bucket,
-        rows_per_bucket, BUCKETS, MIXED, BORDER, RAW,
+    edge = border_row(h, w, s, WINDOW)
+    v = _main_term(
+        tl.trans(acc), row, edge, o, inside, terms, s, FORM, WINDOW.KERNEL > 1,
+        y.dtype.element_ty == tl.int32,
     )  # fmt: skip
-    if SIDES > 0:
+    for side in tl.static_range(SIDES):
         if SPLITS > 1:
-            acc = _gather(zeros, partial, tile, SPLITS, SPLITS + 1, SLOTS, BLOCK_O, PIXELS)
+            acc = _gather(zeros, partial, tile, SPLITS + side, SPLITS + side + 1, SLOTS, BLOCK)
+        elif side == 0:
+            acc = _side(zeros, side0, weight0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         else:
-            acc = _sum(
-                zeros, side0, weight0, 0, steps0, channels0, n, h, w, o, images, outs,
-                out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
-            )  # fmt: skip
-        v += side_term(
-            tl.trans(acc), row, o, outs, side_scales, side_weight_scale, side_table, bucket,
-            rows_per_bucket, SIDE_BUCKETS, MIXED,
-        )  # fmt: skip
-    if SIDES > 1:
-        if SPLITS > 1:
-            acc = _gather(zeros, partial, tile, SPLITS + 1, SPLITS + 2, SLOTS, BLOCK_O, PIXELS)
-        else:
-            acc = _sum(
-                zeros, side1, weight1, 0, steps1, channels1, n, h, w, o, images, outs,
-                out_h, out_w, 1, 1, 0, 0, False, BLOCK_C, STAGES,
-            )  # fmt: skip
-        v += side_term(
-            tl.trans(acc), row, o, outs, side_scales + SIDE_BUCKETS, side_weight_scale,
-            side_table + outs, bucket, rows_per_bucket, SIDE_BUCKETS, MIXED,
-        )  # fmt: skip
-    image = tl.where(seen, n, 0)
-    finish(
-        v, image, row, o, inside, outs, y, bias, shift, shift_stride, residual, out_scale, bucket,
-        rows_per_bucket, out_zero, out_qmax, OUT_BUCKETS, MIXED, ACTIVATION,
-    )  # fmt: skip
+            acc = _side(zeros, side1, weight1, channels1, n, h, w, o, s, WINDOW, BLOCK)
+        v += _side_term(tl.trans(acc), side, row, o, terms, s, FORM)
+    _finish(v, tl.where(seen, n, 0), row, o, inside, y, terms, s, FORM)

@@ -1,4 +1,4 @@
-"""What the loading warp of the contraction on Hopper does: fill stages in shared memory.
+"""The producer warp of the contraction on Hopper: TMA loads into pipeline stages in shared memory.
 
 A stage holds the operands of one step: a box of pixels, and one of weights. The residual of a tile,
 128 x 128 values of two bytes, is as large: it comes after the last step, in a stage like any other.
@@ -11,45 +11,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-__all__ = ["bring", "halves", "next_stage", "place_of", "stage_before"]
+from quantempo.kernels.gpu.contraction.records import place_of
 
-
-@gluon.jit
-def place_of(
-    tile, tiles_h, tiles_w, tiles_o, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
-    BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, UPSAMPLE: gl.constexpr,
-):  # fmt: skip
-    """Return (n0, h0, w0, phase_h, phase_w, o0): tiles of one place stand side by side."""
-    o0 = (tile % tiles_o) * BLOCK_O
-    spot = tile // tiles_o
-    phase = 0
-    if UPSAMPLE:
-        # The four pixels that one input pixel becomes are tiles of their own.
-        phase = spot % 4
-        spot = spot // 4
-    w0 = (spot % tiles_w) * BLOCK_W
-    spot = spot // tiles_w
-    return (spot // tiles_h) * BLOCK_N, (spot % tiles_h) * BLOCK_H, w0, phase // 2, phase % 2, o0
-
-
-@gluon.jit
-def _copy(x, weight, from_x, from_o, from_c, apart, buffers, stage, some):
-    """Start the copies of a box of x and one of weight into a stage, if `some`.
-
-    Or of two boxes of weight, half as high: of values and, `apart` rows on, of their gates.
-    """
-    smem_x, smem_w, ready, _free = buffers
-    ROWS: gl.constexpr = weight.block_type.shape[0]
-    BOXES: gl.constexpr = smem_w.shape[1] // ROWS
-    bar = ready.index(stage)
-    mbarrier.expect(bar, x.block_type.nbytes + BOXES * weight.block_type.nbytes, pred=some)
-    tma.async_copy_global_to_shared(x, from_x, bar, smem_x.index(stage), pred=some)
-    for i in gl.static_range(BOXES):
-        there = smem_w.index(stage).slice(i * ROWS, ROWS)
-        from_w = [from_o // BOXES + i * apart, from_c]
-        tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
+__all__ = ["allocate", "next_stage", "produce", "residual_stage", "stage_before"]
 
 
 @gluon.jit
@@ -69,46 +35,79 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load(
+def allocate(x, weight, BLOCK: gl.constexpr):
+    """Return shared memory for the stages, and for each the barriers `ready` and `free`."""
+    STAGES: gl.constexpr = BLOCK.STAGES
+    box: gl.constexpr = [STAGES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
+    rows: gl.constexpr = [STAGES, BLOCK.OUTS, BLOCK.CHANNELS]
+    smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
+    smem_w = gl.allocate_shared_memory(weight.dtype, rows, weight.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+    return smem_x, smem_w, ready, free
+
+
+@gluon.jit
+def _load_boxes(x, weight, from_x, from_o, from_c, apart, buffers, stage, some):
+    """Start the loads of a box of x and one of weight into a stage, if `some`.
+
+    Or of two boxes of weight, half as high: of values and, `apart` rows on, of their gates.
+    """
+    smem_x, smem_w, ready, _free = buffers
+    ROWS: gl.constexpr = weight.block_type.shape[0]
+    BOXES: gl.constexpr = smem_w.shape[1] // ROWS
+    bar = ready.index(stage)
+    mbarrier.expect(bar, x.block_type.nbytes + BOXES * weight.block_type.nbytes, pred=some)
+    tma.async_copy_global_to_shared(x, from_x, bar, smem_x.index(stage), pred=some)
+    for i in gl.static_range(BOXES):
+        there = smem_w.index(stage).slice(i * ROWS, ROWS)
+        from_w = [from_o // BOXES + i * apart, from_c]
+        tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
+
+
+@gluon.jit
+def _load_step(
     operands, buffers, stage, step, tap, c, steps, steps0, channels, apart, place,
-    KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
-    UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BLOCK_C: gl.constexpr,
+    SIDES: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a step: channels from c on of a tap, from step `steps` on of a side."""
-    n0, h0, w0, phase_h, phase_w, o0 = place
-    h = phase_h + tap // KERNEL - TOP
-    w = phase_w + tap % KERNEL - LEFT
+    """Start the loads of a step: channels from c on of a tap, from step `steps` on of a side."""
+    h = place.phase_h + tap // WINDOW.KERNEL - WINDOW.TOP
+    w = place.phase_w + tap % WINDOW.KERNEL - WINDOW.LEFT
     odd = 0
     from_c = c
-    if STRIDE == 2:
+    if WINDOW.STRIDE == 2:
         # The image is seen as (N, H / 2, 2, W / 2, 2 C): parity is an index.
         odd = h & 1
         from_c = c + (w & 1) * channels
-    if STRIDE == 2 or UPSAMPLE:
+    if WINDOW.STRIDE == 2 or WINDOW.UPSAMPLE:
         h = h >> 1
         w = w >> 1
     mine = True
     if SIDES > 0:
         mine = step < steps
-    from_x = [n0, h0 + h, odd, w0 + w, from_c]
+    from_x = [place.n, place.h + h, odd, place.w + w, from_c]
     from_w = tap * channels + c
-    _copy(operands[0], operands[1], from_x, o0, from_w, apart, buffers, stage, mine)
+    _load_boxes(operands[0], operands[1], from_x, place.o, from_w, apart, buffers, stage, mine)
     if SIDES > 0:
-        c = (step - steps) * BLOCK_C
+        c = (step - steps) * BLOCK.CHANNELS
         mine = step >= steps
         if SIDES > 1:
             mine = mine & (step < steps + steps0)
-        from_x = [n0, h0, 0, w0, c]
-        _copy(operands[2], operands[3], from_x, o0, c, apart, buffers, stage, mine)
+        from_x = [place.n, place.h, 0, place.w, c]
+        _load_boxes(operands[2], operands[3], from_x, place.o, c, apart, buffers, stage, mine)
     if SIDES > 1:
-        c = (step - steps - steps0) * BLOCK_C
+        c = (step - steps - steps0) * BLOCK.CHANNELS
         mine = step >= steps + steps0
-        from_x = [n0, h0, 0, w0, c]
-        _copy(operands[4], operands[5], from_x, o0, c, apart, buffers, stage, mine)
+        from_x = [place.n, place.h, 0, place.w, c]
+        _load_boxes(operands[4], operands[5], from_x, place.o, c, apart, buffers, stage, mine)
 
 
 @gluon.jit
-def halves(rows, buffers, stage):
+def residual_stage(rows, buffers, stage):
     """Return the two parts of a stage as room for half a tile of `rows` each."""
     smem_x, smem_w, _ready, _free = buffers
     low = smem_x.index(stage)._reinterpret(rows.dtype, rows.block_type.shape, rows.layout)
@@ -117,60 +116,52 @@ def halves(rows, buffers, stage):
 
 
 @gluon.jit
-def _load_rows(
-    rows, buffers, stage, place, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
-    BLOCK_W: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of a tile of the residual into a stage: what follows the last step."""
+def _load_residual(rows, buffers, stage, place, BLOCK: gl.constexpr):
+    """Start the loads of a tile of the residual into a stage: what follows the last step."""
     ready = buffers[2]
-    low, high = halves(rows, buffers, stage)
-    n0, h0, w0, _phase_h, _phase_w, o0 = place
+    low, high = residual_stage(rows, buffers, stage)
     bar = ready.index(stage)
     mbarrier.expect(bar, 2 * rows.block_type.nbytes)
-    tma.async_copy_global_to_shared(rows, [n0, h0, 0, w0, o0], bar, low)
+    from_low = [place.n, place.h, 0, place.w, place.o]
+    tma.async_copy_global_to_shared(rows, from_low, bar, low)
     # The second half of its pixels: a box is halved where it is not one wide.
-    HALF_N: gl.constexpr = BLOCK_N // rows.block_type.shape[0]
-    HALF_H: gl.constexpr = BLOCK_H // rows.block_type.shape[1]
-    n1 = n0 + (BLOCK_N // 2 if HALF_N == 2 else 0)
-    h1 = h0 + (BLOCK_H // 2 if HALF_H == 2 else 0)
-    w1 = w0 + (BLOCK_W // 2 if HALF_N * HALF_H == 1 else 0)
-    tma.async_copy_global_to_shared(rows, [n1, h1, 0, w1, o0], bar, high)
+    HALF_N: gl.constexpr = BLOCK.N // rows.block_type.shape[0]
+    HALF_H: gl.constexpr = BLOCK.H // rows.block_type.shape[1]
+    n = place.n + (BLOCK.N // 2 if HALF_N == 2 else 0)
+    h = place.h + (BLOCK.H // 2 if HALF_H == 2 else 0)
+    w = place.w + (BLOCK.W // 2 if HALF_N * HALF_H == 1 else 0)
+    tma.async_copy_global_to_shared(rows, [n, h, 0, w, place.o], bar, high)
 
 
 @gluon.jit
-def bring(
-    operands, rows, buffers, tiles, tiles_h, tiles_w, tiles_o, begin, end, steps, steps0, channels,
-    apart,
-    KERNEL: gl.constexpr, STRIDE: gl.constexpr, TOP: gl.constexpr, LEFT: gl.constexpr,
-    UPSAMPLE: gl.constexpr, SIDES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_H: gl.constexpr,
-    BLOCK_W: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+def produce(
+    operands, rows, buffers, tiles, begin, end, steps, steps0, channels, apart,
+    SIDES: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """What one warp does: fill the stages, tile after tile, as they become free."""
+    """Fill the stages, steps [begin, end) of tile after tile, as they become free."""
     free = buffers[3]
-    per_tap = gl.cdiv(channels, BLOCK_C)
+    per_tap = gl.cdiv(channels, BLOCK.CHANNELS)
     stage = 0
     phase = 0
     tile = gl.program_id(0)
-    while tile < tiles:
-        place = place_of(
-            tile, tiles_h, tiles_w, tiles_o, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_O, UPSAMPLE
-        )
+    while tile < tiles.count:
+        place = place_of(tile, tiles, WINDOW, BLOCK)
         tap = begin // per_tap
-        c = (begin - tap * per_tap) * BLOCK_C
+        c = (begin - tap * per_tap) * BLOCK.CHANNELS
         for step in range(begin, end):
             # Of a barrier that none has arrived at yet, phase 1 counts as over.
             mbarrier.wait(free.index(stage), phase ^ 1)
-            _load(
+            _load_step(
                 operands, buffers, stage, step, tap, c, steps, steps0, channels, apart, place,
-                KERNEL, STRIDE, TOP, LEFT, UPSAMPLE, SIDES, BLOCK_C,
+                SIDES, WINDOW, BLOCK,
             )  # fmt: skip
-            stage, phase = next_stage(stage, phase, STAGES)
-            c += BLOCK_C
+            stage, phase = next_stage(stage, phase, BLOCK.STAGES)
+            c += BLOCK.CHANNELS
             over = c >= channels
             tap += over.to(gl.int32)
             c = gl.where(over, 0, c)
         if rows is not None:
             mbarrier.wait(free.index(stage), phase ^ 1)
-            _load_rows(rows, buffers, stage, place, BLOCK_N, BLOCK_H, BLOCK_W)
-            stage, phase = next_stage(stage, phase, STAGES)
+            _load_residual(rows, buffers, stage, place, BLOCK)
+            stage, phase = next_stage(stage, phase, BLOCK.STAGES)
         tile += gl.num_programs(0)

@@ -1,10 +1,11 @@
 """GroupNorm, SiLU and quantization of few large maps, in one launch that reads once.
 
-The registers of all programs together hold the map. A program takes the pixels of one chunk of an
-image and a slab of whole groups, writes mean and M2 of its part of each group, meets the programs
-of the same image and slab, puts together what they wrote, and normalizes what it holds. That works
-only if all of them are at work at once: the launch is cooperative, which the driver refuses
-otherwise, and no thread takes more registers than `norm_plan.make_cooperative_plan` counted on.
+The map is register-resident, spread over all programs. A program takes the pixels of one chunk of
+an image and a slab of whole groups, writes mean and M2 of its part of each group, waits at a grid
+barrier for the programs of the same image and slab, puts together what they wrote, and normalizes
+what it holds. That works only if all of them are resident at once: the launch is cooperative, which
+the driver refuses otherwise, and no thread takes more registers than `plan.make_cooperative_plan`
+counted on.
 """
 
 # What a kernel gets is a Triton value, which has no Python type.
@@ -17,32 +18,31 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from quantempo.kernels.gpu.contraction.launch import stream_counters
-from quantempo.kernels.gpu.dependent_launch import early
-from quantempo.kernels.gpu.group_norm.arguments import last_row, source, switches
+from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
+from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
 from quantempo.kernels.gpu.group_norm.plan import APART, CooperativePlan, power_of_two
 from quantempo.kernels.gpu.group_norm.portable import (
     _LOG2E,
     _VARYING,
-    _after_predecessor,
     _inverse,
     _own,
     _place,
     _stored,
     _write,
 )
+from quantempo.kernels.ops.gn_act_quant import Normalization
 
-__all__ = ["normalize_held", "run"]
+__all__ = ["normalize_resident", "run"]
 
 # Values of a thread that are written in one piece, at most.
 _WHOLE = 96
 
 
 @triton.jit
-def _count(counter, last, order: tl.constexpr):
-    """Add 1 to a counter, by one thread; from `last` it goes back to 0. Nothing is waited for."""
+def _arrive(counter, last, order: tl.constexpr):
+    """Arrive at a grid barrier: one thread adds 1 to its counter, which goes from `last` to 0."""
     tl.inline_asm_elementwise(
         "{ .reg .pred one; .reg .b32 me; mov.u32 me, %tid.x; setp.eq.u32 one, me, 0;"
         " @one red." + order + ".gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }",
@@ -51,24 +51,23 @@ def _count(counter, last, order: tl.constexpr):
 
 
 @triton.jit
-def _await(counter, least):
-    """Wait until a counter is at least so much, and see what was written before it was."""
-    # One thread looks: 256 of each program would keep the counter from those that add to it.
+def _grid_barrier(counter, least):
+    """Wait until `least` programs arrived (acquire): what they wrote before is seen after."""
+    # One thread polls: 256 of each program would keep the counter from those that add to it.
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 seen; mov.u32 seen, %tid.x; setp.ne.u32 p, seen, 0; @p bra MET;"
-        " LOOK: ld.acquire.gpu.global.u32 seen, [$1]; setp.lt.u32 p, seen, $2; @p bra LOOK;"
-        " MET: mov.b32 $0, 0; }",
+        "{ .reg .pred p; .reg .b32 seen; mov.u32 seen, %tid.x; setp.ne.u32 p, seen, 0; @p bra DONE;"
+        " POLL: ld.acquire.gpu.global.u32 seen, [$1]; setp.lt.u32 p, seen, $2; @p bra POLL;"
+        " DONE: mov.b32 $0, 0; }",
         "=r,l,r", [counter.to(tl.int64), least], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     tl.debug_barrier()
 
 
 @triton.jit
-def _anew(tile, zero, how: tl.constexpr, ON: tl.constexpr):
-    """Return a tile as if it were another: else its float32 values would be kept as well.
+def _opaque(tile, zero, how: tl.constexpr, ON: tl.constexpr):
+    """Return `tile` through an opaque no-op, so ptxas cannot keep its float32 copy live as well.
 
-    how: an operation whose result is the tile, which the assembler cannot know, since it does not
-    know zero; another one each time, or the results would be one.
+    how: the PTX operation (x or 0, x ^ 0, x - 0); another each time, or the results would be one.
     """
     if ON:
         tile = tl.inline_asm_elementwise(
@@ -109,7 +108,7 @@ def _left(group, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _moments(
     tile, count, zero, members, OFFSET: tl.constexpr, UNIT: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, HELD: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Return mean and M2 (groups,) of what a tile holds of each group, in two passes.
 
@@ -120,7 +119,7 @@ def _moments(
     cut: tl.constexpr = (tile.shape[0], UNITS, UNIT)
     value = tl.reshape(tile.to(tl.float32), cut)
     mean = tl.sum(tl.sum(value, axis=2), axis=0) / (count * UNIT)
-    again = _anew(tile, zero, "or.b32", HELD)
+    again = _opaque(tile, zero, "or.b32", KEEP)
     centred = tl.reshape(again.to(tl.float32), cut) - mean[None, :, None]
     if not EVEN:
         centred = tl.where(tl.arange(0, tile.shape[0])[:, None, None] < count, centred, 0.0)
@@ -243,7 +242,7 @@ def _vector(of_channel, first, C, OFFSET: tl.constexpr, LANES: tl.constexpr, WID
 
 
 @triton.jit(do_not_specialize=["zero", *_VARYING])
-def normalize_held(
+def normalize_resident(
     x, skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip, partial,
     counters, zero, slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
     raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -260,7 +259,7 @@ def normalize_held(
     (Chan), first over the units k of UNIT channels of a group within the chunk, each of n_k values,
     then over the chunks. A slab is BLOCK_C channels and, where a power of two would be padded,
     REST more. partial: float32 (N, slabs, 2, GROUPS, 1 or 2 parts, CHUNKS), mean and M2 of each
-    chunk's part of a group. SOURCE: as `norm_kernels`.
+    chunk's part of a group. SOURCE: as `portable`.
 
     Error: of the mean at most about 50 roundings of float32, relative to mean |x|; of M2 as many,
     relative to itself, since it is of centred values and nothing cancels.
@@ -268,8 +267,8 @@ def normalize_held(
     computing sample variances, 1979.
     """
     if EARLY:
-        _after_predecessor()
-    HELD: tl.constexpr = PHASE == 0
+        wait_for_predecessor()
+    KEEP: tl.constexpr = PHASE == 0
     program = tl.program_id(0)
     slab = program % slabs
     chunk = (program // slabs) % chunks
@@ -282,27 +281,27 @@ def normalize_held(
         rest = _fetch(
             x, skip, image, pixel, first, pixels, C1, C2, BLOCK_C, REST, WIDTH, EVEN, SOURCE
         )
-    meeting = image * slabs + slab
-    counter = counters + meeting * APART
+    barrier = image * slabs + slab
+    counter = counters + barrier * APART
     PARTS: tl.constexpr = 2 if REST else 1
-    here = partial + meeting * (2 * GROUPS * PARTS * CHUNKS)
+    here = partial + barrier * (2 * GROUPS * PARTS * CHUNKS)
     if PHASE != 2:
         count = tl.minimum(pixels - start, BLOCK_P)
         target = here + tl.arange(0, GROUPS) * (PARTS * CHUNKS) + chunk
         members = _left(tl.arange(0, GROUPS), BLOCK_C, GROUP)
-        mean, m2 = _moments(tile, count, zero, members, 0, UNIT, GROUP, EVEN, HELD)
+        mean, m2 = _moments(tile, count, zero, members, 0, UNIT, GROUP, EVEN, KEEP)
         tl.store(target, mean)
         tl.store(target + GROUPS * PARTS * CHUNKS, m2)
         if REST:
             mean, m2 = _moments(
-                rest, count, zero, GROUP - members, BLOCK_C, UNIT, GROUP, EVEN, HELD
+                rest, count, zero, GROUP - members, BLOCK_C, UNIT, GROUP, EVEN, KEEP
             )
             tl.store(target + CHUNKS, mean)
             tl.store(target + CHUNKS + GROUPS * PARTS * CHUNKS, m2)
     if PHASE == 0:
         # All threads' stores come before the one thread's release.
         tl.debug_barrier()
-        _count(counter, 2 * chunks - 1, "release")
+        _arrive(counter, 2 * chunks - 1, "release")
     if PHASE != 1:
         # What needs no moments is done while the others arrive.
         inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
@@ -312,27 +311,27 @@ def normalize_held(
             if SOURCE != 0:
                 of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
             _write_raw(
-                _anew(tile, zero, "xor.b32", HELD), image, start, first, pixels, C1, C2, raw_x,
+                _opaque(tile, zero, "xor.b32", KEEP), image, start, first, pixels, C1, C2, raw_x,
                 raw_skip, of_x, of_skip, raw_zero_x, raw_zero_skip, raw_qmax, 0, WIDTH, PIECES,
                 EVEN, SOURCE,
             )  # fmt: skip
             if REST:
                 _write_raw(
-                    _anew(rest, zero, "xor.b32", HELD), image, start, first, pixels, C1, C2, raw_x,
-                    raw_skip, of_x, of_skip, raw_zero_x, raw_zero_skip, raw_qmax, BLOCK_C, WIDTH,
-                    1, EVEN, SOURCE,
+                    _opaque(rest, zero, "xor.b32", KEEP), image, start, first, pixels, C1, C2,
+                    raw_x, raw_skip, of_x, of_skip, raw_zero_x, raw_zero_skip, raw_qmax, BLOCK_C,
+                    WIDTH, 1, EVEN, SOURCE,
                 )  # fmt: skip
         if PHASE == 0:
-            _await(counter, chunks)
+            _grid_barrier(counter, chunks)
             # The last that leaves finds 2 chunks - 1, and puts back the 0 that all began with.
-            _count(counter, 2 * chunks - 1, "relaxed")
+            _arrive(counter, 2 * chunks - 1, "relaxed")
         # Not sooner: a thread has many of each.
         weight = _vector(gamma, first, C1 + C2, 0, BLOCK_C, WIDTH)
         bias = _vector(beta, first, C1 + C2, 0, BLOCK_C, WIDTH)
         mean, m2 = _together(here, chunks, pixels, BLOCK_P, BLOCK_C, CHUNKS, GROUP, GROUPS, PARTS)
         rstd = tl.rsqrt(m2 / (pixels * GROUP).to(tl.float32) + eps)
         _finish(
-            _anew(tile, zero, "sub.s32", HELD), mean, rstd, weight, bias, inverse, image, start,
+            _opaque(tile, zero, "sub.s32", KEEP), mean, rstd, weight, bias, inverse, image, start,
             first, pixels, C1 + C2, codes, zero_point, qmax, 0, WIDTH, PIECES, EVEN, GROUP, SILU,
             QUANTIZE,
         )  # fmt: skip
@@ -340,49 +339,31 @@ def normalize_held(
             weight = _vector(gamma, first, C1 + C2, BLOCK_C, REST, WIDTH)
             bias = _vector(beta, first, C1 + C2, BLOCK_C, REST, WIDTH)
             _finish(
-                _anew(rest, zero, "sub.s32", HELD), mean, rstd, weight, bias, inverse, image, start,
-                first, pixels, C1 + C2, codes, zero_point, qmax, BLOCK_C, WIDTH, 1, EVEN, GROUP,
-                SILU, QUANTIZE,
+                _opaque(rest, zero, "sub.s32", KEEP), mean, rstd, weight, bias, inverse, image,
+                start, first, pixels, C1 + C2, codes, zero_point, qmax, BLOCK_C, WIDTH, 1, EVEN,
+                GROUP, SILU, QUANTIZE,
             )  # fmt: skip
 
 
-def run(
-    x: Tensor, skip: Tensor | None, norm: tuple[Tensor | None, Tensor | None, float], groups: int,
-    silu: bool, scales: tuple[Tensor | None, Tensor | None], quantization: tuple[int, ...],
-    bucket: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: CooperativePlan,
-) -> None:  # fmt: skip
-    """Normalize torch.cat([x, skip], 1) into `results`; arguments are checked already.
-
-    Args:
-        x, skip, scales, bucket: as those of `gn_act_quant.launch`.
-        norm: (gamma, beta, eps).
-        groups: at least 1.
-        quantization: (z, qmax, zero points of the raw codes, one or two, and their qmax).
-        results: (codes, raw codes of x, of skip), those not asked for empty.
-        plan: what `norm_plan.make_cooperative_plan` returned.
-    """
-    batch, c1, height, width = x.shape
-    c2 = 0 if skip is None else skip.shape[1]
-    channels, pixels = c1 + c2, height * width
-    zero_point, qmax, *points, raw_qmax = quantization
+def run(call: Normalization, results: Results, plan: CooperativePlan) -> None:
+    """Normalize into `results`; the call was checked, and has at least one group."""
+    x, channels = call.x, call.channels
+    batch, _, height, width = x.shape
+    pixels, group = height * width, channels // call.groups
     slabs, chunks = -(-channels // plan.width), -(-pixels // plan.block_p)
-    group = channels // groups
-    lines = power_of_two(plan.width // group)
+    norm, tensors, numbers, constants = shared_arguments(call, results, plan.width)
+    lines, parts = power_of_two(plan.width // group), 2 if plan.rest else 1
     counters = stream_counters(x.device)
     assert batch * slabs * APART <= counters.numel()
-    parts = 2 if plan.rest else 1
     size = (batch, slabs, 2, lines, parts, power_of_two(chunks))
     partial = torch.empty(size, dtype=torch.float32, device=x.device)
     soon = early(x.device)
     for phase in plan.phases:
-        normalize_held[(batch * slabs * chunks,)](
-            x, skip, *norm, *scales, last_row(scales[1], skip), bucket, *results, partial, counters,
-            0, slabs, chunks, pixels, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0],
-            points[-1], raw_qmax,
+        normalize_resident[(batch * slabs * chunks,)](
+            x, call.skip, *norm, *tensors, partial, counters, 0, slabs, chunks, pixels, *numbers,
             WIDTH=plan.width, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, REST=plan.rest,
             CHUNKS=power_of_two(chunks), EVEN=pixels % plan.block_p == 0, UNIT=gcd(group, 8),
-            GROUP=group, GROUPS=lines, SOURCE=source(c1, skip, plan.width),
-            **switches(silu, scales),
+            GROUP=group, GROUPS=lines, **constants,
             PIECES=2 if plan.block_p * plan.block_c > _WHOLE * 32 * plan.warps else 1,
             APART=APART, PHASE=phase, EARLY=soon, num_warps=plan.warps, maxnreg=plan.registers,
             launch_cooperative_grid=True, launch_pdl=soon,

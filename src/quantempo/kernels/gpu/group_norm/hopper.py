@@ -1,8 +1,8 @@
 """GroupNorm, SiLU and quantization on Hopper, with the slab in shared memory.
 
-What `norm_kernels.one_launch` does, with one difference: the copy engine (TMA) brings the slab of a
-program into shared memory once, a box of pixels at a time. Statistics start with the first box, and
-what is normalized is read from shared memory, not a second time out of the caches.
+What `portable.one_launch` does, with one difference: TMA loads the slab of a program into shared
+memory once, a box of pixels at a time. Statistics start with the first box, and what is normalized
+is read from shared memory, not a second time out of the caches.
 """
 
 # What a kernel gets is a Triton value, which has no Python type.
@@ -17,10 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quantempo.kernels.gpu.contraction.hopper_epilogue import after_predecessor
-from quantempo.kernels.gpu.dependent_launch import early
-from quantempo.kernels.gpu.group_norm.arguments import last_row, source, switches
+from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
+from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
 from quantempo.kernels.gpu.group_norm.plan import SharedPlan
+from quantempo.kernels.ops.gn_act_quant import Normalization
 
 __all__ = ["normalize_slab", "run"]
 
@@ -144,11 +144,11 @@ def _group(mean, var, eps, GROUP: gl.constexpr, tile: gl.constexpr):
 
 
 @gluon.jit
-def _carry(
+def _copy_slab(
     slab, from_x, from_skip, row, first, C1, C2, WIDTH: gl.constexpr, PIECE: gl.constexpr,
     tile: gl.constexpr,
 ):  # fmt: skip
-    """Fill a slab that begins in x and ends in skip, for which no box fits: by the threads."""
+    """Load a slab that begins in x and ends in skip, for which no box fits, by the threads."""
     COLS: gl.constexpr = slab.shape[2]
     ROWS: gl.constexpr = slab.shape[1]
     lane = gl.expand_dims(gl.arange(0, COLS, gl.SliceLayout(0, tile)), 0)
@@ -164,8 +164,8 @@ def _carry(
 
 
 @gluon.jit
-def _bring(slab, bars, x, skip, row, first, C1, SOURCE: gl.constexpr, across):
-    """Start the copies of a slab that lies in x or in skip; none where it is across both."""
+def _tma_load(slab, bars, x, skip, row, first, C1, SOURCE: gl.constexpr, across):
+    """Start the TMA loads of a slab that lies in x or in skip; none where it is across both."""
     BOXES: gl.constexpr = slab.shape[0]
     ROWS: gl.constexpr = slab.shape[1]
     right = False
@@ -216,18 +216,18 @@ def normalize_slab(
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     if EARLY:
-        after_predecessor()
+        wait_for_predecessor()
     image = gl.program_id(0) // slabs
     first = (gl.program_id(0) % slabs) * WIDTH
     row = image * PIXELS
     across = False
     if SOURCE == 2:
         across = (first < C1) & (first + WIDTH > C1)
-    _bring(slab, bars, x, skip, row, first, C1, SOURCE, across)
+    _tma_load(slab, bars, x, skip, row, first, C1, SOURCE, across)
     coming = not across
     if SOURCE == 2:  # noqa: SIM102 - decided while compiling, so not together with the other
         if across:
-            _carry(slab, from_x, from_skip, row, first, C1, C2, WIDTH, PIECE, tile)
+            _copy_slab(slab, from_x, from_skip, row, first, C1, C2, WIDTH, PIECE, tile)
     # What does not depend on the slab arrives while it is under way.
     lane = gl.arange(0, COLS, flat)
     known = (lane < WIDTH) & (first + lane < C1 + C2)
@@ -289,42 +289,26 @@ def normalize_slab(
                 gl.store(place, (value * factor).to(codes.dtype.element_ty), mask=inside)
 
 
-def run(
-    x: Tensor, skip: Tensor | None, norm: tuple[Tensor | None, Tensor | None, float], groups: int,
-    silu: bool, scales: tuple[Tensor | None, Tensor | None], quantization: tuple[int, ...],
-    bucket: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: SharedPlan,
-) -> None:  # fmt: skip
-    """Normalize torch.cat([x, skip], 1) into `results`; arguments are checked already.
-
-    Args:
-        x, skip, scales, bucket: as those of `gn_act_quant.launch`.
-        norm: (gamma, beta, eps).
-        groups: at least 1.
-        quantization: (z, qmax, zero points of the raw codes, one or two, and their qmax).
-        results: (codes, raw codes of x, of skip), those not asked for empty.
-        plan: what `norm_plan.make_shared_plan` returned.
-    """
-    batch, c1, height, width = x.shape
-    c2 = 0 if skip is None else skip.shape[1]
-    channels, pixels = c1 + c2, height * width
-    zero_point, qmax, *points, raw_qmax = quantization
+def run(call: Normalization, results: Results, plan: SharedPlan) -> None:
+    """Normalize into `results`; the call was checked, and has at least one group."""
+    x, channels = call.x, call.channels
+    batch, _, height, width = x.shape
+    pixels, slabs, soon = height * width, -(-channels // plan.width), early(x.device)
+    norm, tensors, numbers, constants = shared_arguments(call, results, plan.width)
     box = [plan.rows, plan.cols]
     kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(box, kind)
 
-    def describe(image: Tensor) -> TensorDescriptor:
+    def describe(image: Tensor | None) -> TensorDescriptor | None:
+        if image is None:
+            return None
         wide = image.shape[1]
         return TensorDescriptor(image, [batch * pixels, wide], [wide, 1], box, layout)
 
-    slabs, soon = -(-channels // plan.width), early(x.device)
     normalize_slab[(batch * slabs,)](
-        describe(x), None if skip is None else describe(skip), x, skip, *norm,
-        *scales, last_row(scales[1], skip), bucket, *results,
-        slabs, c1, c2, batch // bucket.numel(), zero_point, qmax, points[0], points[-1], raw_qmax,
-        PIXELS=pixels, WIDTH=plan.width, COLS=plan.cols, ROWS=plan.rows, GROUP=channels // groups,
-        SOURCE=source(c1, skip, plan.width),
-        EVEN=plan.width == plan.cols and channels % plan.width == 0,
-        **switches(silu, scales),
-        ALL=qmax == 255, RAW_ALL=raw_qmax == 255, EARLY=soon, num_warps=plan.warps,
-        launch_pdl=soon,
+        describe(x), describe(call.skip), x, call.skip, *norm, *tensors, slabs, *numbers,
+        PIXELS=pixels, WIDTH=plan.width, COLS=plan.cols, ROWS=plan.rows,
+        GROUP=channels // call.groups, EVEN=plan.width == plan.cols and channels % plan.width == 0,
+        **constants, ALL=call.qmax == 255, RAW_ALL=call.raw_qmax == 255, EARLY=soon,
+        num_warps=plan.warps, launch_pdl=soon,
     )  # fmt: skip

@@ -51,28 +51,28 @@ _SHARED_SLAB, _SHARED_LEAST = 32 << 10, 8 << 10
 # Measured on 60 layer shapes: with so many programs it was faster (1.06 to 1.75 times), but for
 # maps larger than L2 whose slabs are padded by more than a quarter.
 _SHARED_PROGRAMS, _SHARED_PADDED, _SHARED_CACHE = 64, 1.25, 64 << 20
-# Rows of 128 bytes at most, what one pattern of the copy engine spans. They begin at whole 16 bytes
-# (8 channels): from others the copy engine ends with an illegal instruction.
+# Rows of 128 bytes at most, what one swizzle pattern of TMA spans. They begin at whole 16 bytes
+# (8 channels): from others TMA ends with an illegal instruction.
 _SHARED_WIDE, _SHARED_STEP = 64, 8
-# A box of the copy engine has so many rows at most, and a slab so many boxes: each has a barrier.
+# A box of TMA has so many rows at most, and a slab so many boxes: each has a barrier.
 _BOX_ROWS, _BOXES = 256, 16
 
-# Programs that meet: 8 warps, a thread holds so many values of two bytes at most, or so many where
-# the map would not fit otherwise: half of the registers it has when two programs share a
+# Programs of a grid barrier: 8 warps, a thread holds so many values of two bytes at most, or so
+# many where the map would not fit otherwise: half of the registers it has when two programs share a
 # multiprocessor. Where one would do, another has room beside it: of the kernel that follows.
-_MEET_WARPS, _MEET_HELD, _MEET_MOST = 8, 96, 128
-_MEET_BESIDE, _MEET_REGISTERS = 2, 128
-# Slabs of so many channels, and programs of a meeting, at most.
-_MEET_WIDEST, _MEET_CHUNKS = 512, 64
+_GRID_WARPS, _GRID_HELD, _GRID_MOST = 8, 96, 128
+_GRID_BESIDE, _GRID_REGISTERS = 2, 128
+# Slabs of so many channels, and programs of a grid barrier, at most.
+_GRID_WIDEST, _GRID_CHUNKS = 512, 64
 # Groups times what is put together for them, units of channels or chunks, at most.
-_MEET_TABLE = 4096
+_GRID_TABLE = 4096
 # The sums across threads of one program take as long as so many values more.
-_MEET_SUMS = 4096
+_GRID_SUMS = 4096
 # Measured on 12 shapes of 2 and 8 images, 1 to 16 MB: 1.06 to 1.8 times as fast as the best other
-# way. Smaller maps take as long as the meeting.
+# way. Smaller maps take as long as the barrier.
 FEW_IMAGES, LARGE_MAP = 8, 1 << 20
 # Counters lie so far apart, each in a line of its own, and there are 4096 (`launch`).
-APART, _MEETINGS = 32, 128
+APART, _BARRIERS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """The tiles of a call whose slabs stay in shared memory (`norm_hopper`).
+    """The tiles of a call whose slabs stay in shared memory (`hopper`).
 
     Attributes:
         width: channels of a slab, whole groups.
         cols: `width` rounded up to a power of two, at least 8.
-        rows: pixels the copy engine brings at once, a divisor of all.
+        rows: pixels of one TMA load, a divisor of all.
         warps: warps of a program; each holds 256 values at a time.
     """
 
@@ -124,14 +124,14 @@ class SharedPlan:
 
 @dataclass(frozen=True)
 class CooperativePlan:
-    """The tiles of a call whose programs hold the whole map and meet (`norm_cooperative`).
+    """The tiles of a call whose registers hold the whole map (`cooperative`).
 
     Attributes:
         width: channels of a slab, whole groups.
         block_p: pixels of a program, a power of two.
         block_c, rest: powers of two, or no rest; together at least `width`.
         warps: warps of a program.
-        registers: of a thread at most: so all programs are at work at once.
+        registers: of a thread at most: so all programs are resident at once.
         phases: (0,) is one launch; (1, 2) are two, before and after the barrier: for an
             interpreter, whose programs run one after another.
     """
@@ -317,7 +317,7 @@ def _shared(pixels: int, width: int) -> SharedPlan | None:
     # 64 values a thread, 128 where the slab is large.
     warps = min(8, max(1, pixels * cols // 2048))
     warps = power_of_two(warps + 1) // 2
-    # The copy engine's swizzle repeats after 8 rows: a thread's pieces begin there.
+    # TMA's swizzle repeats after 8 rows: a thread's pieces begin there.
     piece = 256 * warps // cols
     most = min(4 * piece, _BOX_ROWS)
     fitting = [r for r in range(piece, most + 1, piece) if pixels % r == 0 and r & (r - 1) == 0]
@@ -330,7 +330,7 @@ def _shared(pixels: int, width: int) -> SharedPlan | None:
 def make_cooperative_plan(
     images: int, pixels: int, channels: int, groups: int, processors: int
 ) -> CooperativePlan | None:
-    """Return the tiles for N images of P pixels and C channels of two bytes, all held at once.
+    """Return the tiles for N images of P pixels and C channels of two bytes, all in registers.
 
     Args:
         images, pixels, channels: N, P, C >= 1.
@@ -341,26 +341,26 @@ def make_cooperative_plan(
         None where the registers of the GPU do not hold the map.
     """
     group = channels // groups
-    for most in (_MEET_HELD, _MEET_MOST):
+    for most in (_GRID_HELD, _GRID_MOST):
         best: tuple[float, CooperativePlan] | None = None
-        for width in range(group, min(_MEET_WIDEST, channels) + 1, group):
+        for width in range(group, min(_GRID_WIDEST, channels) + 1, group):
             slabs = _ceil(channels, width)
             block_c, rest = _parts(width)
-            block_p = power_of_two(_ceil(pixels, _MEET_CHUNKS))
-            while images * slabs <= _MEETINGS:
+            block_p = power_of_two(_ceil(pixels, _GRID_CHUNKS))
+            while images * slabs <= _BARRIERS:
                 held = block_p * (block_c + rest)
-                if held > 32 * _MEET_WARPS * most:
+                if held > 32 * _GRID_WARPS * most:
                     break
                 chunks = _ceil(pixels, block_p)
                 beside = _ceil(images * slabs * chunks, processors)
                 table = power_of_two(width // group) * max(block_c // gcd(group, 8), 2 * chunks)
-                if beside <= _MEET_BESIDE and table <= _MEET_TABLE:
-                    cost = beside * (held + _MEET_SUMS) * (1 + 0.5 * (_cut(width, 2) - 1))
+                if beside <= _GRID_BESIDE and table <= _GRID_TABLE:
+                    cost = beside * (held + _GRID_SUMS) * (1 + 0.5 * (_cut(width, 2) - 1))
                     cost *= {8: 1.0, 4: 1.1, 2: 1.3, 1: 1.6}[gcd(width, 8)] * (1 + 4 / width)
                     # What all chunks wrote is read by each of them.
                     cost += 4 * chunks * width // group
                     tiles = (width, block_p, block_c, rest)
-                    plan = CooperativePlan(*tiles, _MEET_WARPS, _MEET_REGISTERS)
+                    plan = CooperativePlan(*tiles, _GRID_WARPS, _GRID_REGISTERS)
                     if best is None or cost < best[0]:
                         best = cost, plan
                 if block_p >= pixels:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantempo.kernels.gpu.dependent_launch import wait_for_predecessor
 
 __all__ = ["apply", "channel_moments", "one_launch"]
 
@@ -143,18 +144,11 @@ def _affine(
     return a[None, :], b[None, :]
 
 
-@triton.jit
-def _after_predecessor():
-    """Wait for the kernel before this one, and let the one after it be put in place."""
-    gdc_wait()
-    gdc_launch_dependents()
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def one_launch(
     x, skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
     slabs, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax,
-    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDENT: tl.constexpr,
     EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr,
     SILU: tl.constexpr, QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
     MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
@@ -162,12 +156,12 @@ def one_launch(
 ):  # fmt: skip
     """Normalize one (image, slab of whole groups), BLOCK_P pixels at a time.
 
-    HELD: these are all pixels, and stay in registers. Otherwise the slab is read again to be
+    RESIDENT: these are all pixels, and stay in registers. Otherwise the slab is read again to be
     normalized, out of the caches. Each of the BLOCK_P x BLOCK_C places keeps mean and M2 of the
     pixels it saw (Welford); Chan's formula puts the places together.
     """
     if EARLY:
-        _after_predecessor()
+        wait_for_predecessor()
     program = tl.program_id(0)
     image = program // slabs
     first = (program % slabs) * WIDTH
@@ -184,7 +178,7 @@ def one_launch(
             of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
             raw_inverse = _own(raw_inverse, of_skip, channel, first, C1, SOURCE)
             raw_zero = _own(raw_zero_x, raw_zero_skip, channel, first, C1, SOURCE)
-    if HELD:
+    if RESIDENT:
         inside = (row < pixels) & known[None, :]
         place = _place(x, skip, image, row, channel, first, pixels, C1, C2, SOURCE)
         tile = tl.load(place, mask=inside, other=0.0)
@@ -213,7 +207,7 @@ def one_launch(
         off = means - mean[None, :]
         m2 = tl.sum(m2s + off * off * count, axis=0)
     a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
-    if HELD:
+    if RESIDENT:
         if MAIN:
             _write(
                 tile, a, b, inverse, image, row, channel, inside, pixels, C1 + C2, codes,
@@ -252,7 +246,7 @@ def channel_moments(
     moments: float32 (N, chunks, 2, C).
     """
     if EARLY:
-        _after_predecessor()
+        wait_for_predecessor()
     program = tl.program_id(0)
     first = (program % slabs) * BLOCK_C
     part = program // slabs
@@ -284,7 +278,7 @@ def channel_affine(
     Puts the moments of all chunks together, BLOCK_S at a time; affine: float32 (N, 2, C).
     """
     if EARLY:
-        _after_predecessor()
+        wait_for_predecessor()
     program = tl.program_id(0)
     image = program // slabs
     lane = tl.arange(0, BLOCK_C)
@@ -324,7 +318,7 @@ def apply(
 ):  # fmt: skip
     """Map (NORM: by `affine`), activate and quantize one (image, chunk of pixels, slab)."""
     if EARLY:
-        _after_predecessor()
+        wait_for_predecessor()
     program = tl.program_id(0)
     first = (program % slabs) * WIDTH
     part = program // slabs

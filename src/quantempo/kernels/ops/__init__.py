@@ -1,0 +1,22 @@
+"""Three operators that a quantized U-Net needs on a GPU: one schema for CUDA, CPU and tracing (L0).
+
+    gn_act_quant   codes of silu(GroupNorm(cat(x, skip)))       one pass instead of five
+    qconv2d        integer convolution with its whole epilogue
+    qgemm          the same for the rows of a linear layer
+
+Images are logically (N, C, H, W) in channels_last memory. CODES: an unsigned code q in [0, qmax]
+with zero point z is stored as int8 q' = q - 128; z is given unsigned. BUCKET: int64 () or (B,),
+read on the device; image (or row) n uses entry bucket[n // (N / B)] of every (G,) table, and entry
+0 if G = 1. Values are never read on the host, so one CUDA graph, and one trace of torch.compile,
+serves every time-step.
+
+CUDA runs the Triton kernels of `kernels.gpu`, a CPU the float64 definition beside each operator.
+No operator has gradients.
+"""
+
+from quantempo.kernels.ops.gn_act_quant import gn_act_quant
+from quantempo.kernels.ops.operator import reserve
+from quantempo.kernels.ops.qconv2d import qconv2d
+from quantempo.kernels.ops.qgemm import qgemm
+
+__all__ = ["gn_act_quant", "qconv2d", "qgemm", "reserve"]

@@ -1,0 +1,136 @@
+"""Make a torch operator of an annotated function, whose signature is the only one there is.
+
+The function describes a call: it returns a record of its arguments that can check them, compute the
+result exactly on a CPU, and say what it looks like. The schema is inferred from the annotations.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Call", "image", "operator", "reserve"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_library = torch.library.Library("quantempo", "DEF")
+
+
+class Call(Protocol):
+    """The record of one call."""
+
+    def check(self, strides: bool) -> None:
+        """Raise ValueError on other shapes, types or, with `strides`, memory layouts and devices.
+
+        Strides of fake tensors are not final. Values are not looked at: nothing waits for a GPU.
+        """
+
+    def exact(self) -> Any:
+        """Return the results, from float64 arithmetic on the CPU."""
+
+    def empty(self) -> Any:
+        """Return uninitialised results of the same shapes, types, strides and device."""
+
+
+def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised image (N, C, H, W), channels_last."""
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def operator(returns: type[R]) -> Callable[[Callable[P, Call]], Callable[P, R]]:
+    """Register `quantempo::NAME` for CPU, CUDA and fake tensors; return the function that calls it.
+
+    CUDA calls are handed to `kernels.gpu.NAME.launch`, which is imported at the first of them.
+
+    Args:
+        returns: what the operator returns, a type of which a schema can be inferred.
+    """
+
+    def register(describe: Callable[P, Call]) -> Callable[P, R]:
+        name = describe.__name__
+        positional = _positional(describe, returns)
+        # Lists may be empty, which a schema cannot say.
+        defaults = {
+            key: [] if p.default == () else p.default
+            for key, p in inspect.signature(describe).parameters.items()
+        }
+
+        def cpu(*args: Any) -> Any:
+            call = positional(*args)
+            call.check(strides=True)
+            # No gradients: not those that its torch functions happen to have either.
+            with torch.no_grad():
+                return call.exact()
+
+        def cuda(*args: Any) -> Any:
+            call = positional(*args)
+            call.check(strides=True)
+            device = args[0].device
+            if device.index == torch.cuda.current_device():
+                return _launcher(name)(call)
+            # Triton launches on the current device.
+            with torch.cuda.device(device):
+                return _launcher(name)(call)
+
+        def fake(*args: Any) -> Any:
+            call = positional(*args)
+            call.check(strides=False)
+            return call.empty()
+
+        # A compiler must not change the strides of the inputs.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+        schema = torch.library.infer_schema(positional, mutates_args=())
+        _library.define(name + schema, tags=tags)
+        _library.impl(name, cpu, "CPU")
+        _library.impl(name, cuda, "CUDA")
+        torch.library.register_fake(f"quantempo::{name}", fake, lib=_library)
+        overload = getattr(torch.ops.quantempo, name).default
+
+        @functools.wraps(describe)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = defaults | kwargs
+            if len(given) != len(defaults):
+                raise TypeError(f"got {sorted(given)}; expected arguments among {[*defaults]}")
+            result: R = overload(*args, *[*given.values()][len(args) :])
+            return result
+
+        return call
+
+    return register
+
+
+def _positional(describe: Callable[..., Any], returns: type) -> Any:
+    """Return a function that takes all arguments by position, with a signature for a schema.
+
+    Inductor does not keep the strides of keyword arguments (torch 2.13).
+    """
+    signature, code = inspect.signature(describe), describe.__code__
+    count = len(signature.parameters)
+    code = code.replace(co_argcount=count, co_kwonlyargcount=0, co_posonlyargcount=0)
+    positional: Any = types.FunctionType(code, describe.__globals__)
+    parameters = [
+        p.replace(default=inspect.Parameter.empty, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for p in signature.parameters.values()
+    ]
+    positional.__signature__ = signature.replace(parameters=parameters, return_annotation=returns)
+    return positional
+
+
+@functools.cache
+def _launcher(name: str) -> Callable[[Call], Any]:
+    launch: Callable[[Call], Any] = importlib.import_module(f"quantempo.kernels.gpu.{name}").launch
+    return launch
+
+
+def reserve(device: torch.device) -> None:
+    """Make what the operators keep on a GPU between calls, before a graph is recorded there."""
+    if device.type == "cuda":
+        importlib.import_module("quantempo.kernels.gpu.contraction.launch").reserve(device)
