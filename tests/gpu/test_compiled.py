@@ -132,7 +132,7 @@ def test_shipped(path, arch, layer, tile):
 KINDS = {
     "multiply": r"IGMMA\.",
     "wait for all but one": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",
-    "meet": r"BAR\.SYNC",
+    "barrier": r"BAR\.SYNC",
     "give back": r"SYNCS\.ARRIVE",
     "refill": r"UTMALDG",
     "load matrix": r"LDSM",
@@ -188,7 +188,7 @@ def check_pipeline(made: harness.Binary, count: int, steps: int) -> None:
         assert "give back" not in loop[: waits[0]] and "refill" not in loop
         for begin, end in itertools.pairwise([*waits, len(loop)]):
             behind = loop[begin:end]
-            assert "meet" in behind[: behind.index("give back")]
+            assert "barrier" in behind[: behind.index("give back")]
             last = len(behind) - behind[::-1].index("give back")
             assert "multiply" not in behind[:last]
     for body in bodies(made.sass):
@@ -225,7 +225,7 @@ def test_a_slow_or_wrong_kernel_would_be_seen(before, after, taps):
     made = binary("hopper", 90, layer, tile)
     (loop,) = main_loops(made.sass)
     changed = made.sass
-    for _ in range(loop.count("meet")):
+    for _ in range(loop.count("barrier")):
         changed = re.sub(before, after, changed)
     assert changed != made.sass
     with pytest.raises(AssertionError):
@@ -239,10 +239,10 @@ def descriptor_and_pointer(layer: Layer, tile: Tile, **others) -> tuple[object, 
         call(launch, layer, known, "hopper", tile)
     names = launches[0].kernel.arg_names
     given = dict(zip(names, launches[0].args, strict=False))
-    return given["rows"], given["residual"]
+    return given["rows"], given["terms"].residual
 
 
-def test_a_residual_is_brought_as_a_step_where_it_is_as_large():
+def test_a_residual_is_loaded_as_a_step_where_it_is_as_large():
     layer = Layer(256, 128, 32, 128)
     tile = Tile(128, 128, 128, 4, 3)
     rows, pointer = descriptor_and_pointer(layer, tile)

@@ -82,7 +82,7 @@ def test_runs_agree_in_every_bit(path, layer):
 
 
 # Halved by columns, by images, by rows; none a multiple of the tile.
-BROUGHT = {
+LOADED = {
     "rows of a product": Layer(333, 256, 1, 144, kernel=0),
     "small images": Layer(5, 128, 8, 144),
     "large images": Layer(3, 64, 20, 272),
@@ -91,10 +91,10 @@ BROUGHT = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", BROUGHT)
-def test_residuals_brought_as_a_step(name, dtype):
+@pytest.mark.parametrize("name", LOADED)
+def test_residuals_loaded_as_a_step(name, dtype):
     skip_unless("hopper")
-    layer = BROUGHT[name]
+    layer = LOADED[name]
     known = tensors(layer, "cuda")
     if "residual" not in known:
         shape = (layer.images, layer.out_size, layer.out_size, layer.outs)
@@ -120,7 +120,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_taps_that_share_their_pixels(name):
+def test_input_reuse_along_kernel_rows(name):
     skip_unless("hopper")
     layer, tile = SHARED[name]
     known = tensors(layer, "cuda")
