@@ -176,7 +176,7 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
         ("core/affine.py", "quantempo.run_folder"),
         ("models/layers.py", "quantempo.scales.activation"),
         ("calibration/trace.py", "quantempo.engines.base"),
-        ("kernels/reference.py", "quantempo.core.spec"),
+        ("kernels/reference.py", "quantempo.core.formats"),
         ("kernels/reference.py", "diffusers"),
         ("kernels/reference.py", "scipy.stats"),
         ("evaluation/fidelity.py", "quantempo.quantized"),
@@ -225,7 +225,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
         "import a.b\n"
         "def f():\n"
         "    from quantempo import core\n"
-        "    from . import spec\n"
+        "    from . import formats\n"
         "    from ..scales.activation import s\n"
         "    import_module('quantempo.checkpoint')\n"
     )
@@ -233,7 +233,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
     assert names == [
         "a.b",
         "quantempo.core",
-        "quantempo.core.spec",
+        "quantempo.core.formats",
         "quantempo.scales.activation.s",
         "quantempo.checkpoint",
     ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.checkpoint.pack import pack_denoiser
-from quantempo.core import WEIGHT
+from quantempo.core import weight_format
 from quantempo.engines.select import attach
 from quantempo.models.layers import sites
 from quantempo.quantized import LayerPlan, bits_of, fill, find_clock, quantized_layers
@@ -169,7 +169,7 @@ class Networks:
     ) -> dict[str, Tensor]:
         """Return the codes of each layer, and what the rounding changed besides."""
         bits, settings = bits_of(plans), recipe.rounding
-        specs = {name: replace(WEIGHT, bits=bits[name][0]) for name in scales}
+        specs = {name: weight_format(bits[name][0]) for name in scales}
         weights = {name: self.denoiser.get_submodule(name).weight.detach() for name in scales}
         name = settings.name if ROUNDINGS.get(settings.name).needs == "weights" else "nearest"
         chosen = {n: layer.weight_scale for n, layer in scales.items()}
@@ -185,7 +185,7 @@ class Networks:
         weights, outputs = output_side_layers(self.sites)
         floats = {name: self.denoiser.get_submodule(name).weight.detach() for name in weights}
         scales = {name: tensors[f"{name}.weight_scale"].to(floats[name].device) for name in floats}
-        grids_of = dict.fromkeys(floats, replace(WEIGHT, bits=recipe.weights.bits))
+        grids_of = dict.fromkeys(floats, weight_format(recipe.weights.bits))
         codes = round_by_weights(recipe.rounding.name, floats, scales, grids_of)
         dequantized = {
             name: code.float() * scales[name].reshape(-1, *[1] * (code.ndim - 1))

@@ -8,18 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantempo.core import QParams, QuantSpec, dequantize, fake_quantize, quantize
+from quantempo.core import Format, Grid, dequantize, fake_quantize, quantize
 from quantempo.errors import QuantempoError
 
 specs = st.builds(
-    lambda bits, kind: QuantSpec(bits, signed=kind > 0, narrow=kind == 2),
-    st.integers(2, 16),
+    lambda bits, kind: Format(bits, signed=kind > 0, narrow=kind == 2),
+    st.integers(2, 8),
     st.integers(0, 2),
 )
 
 
-def grid(scale: float, zero: int) -> QParams:
-    return QParams(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
+def grid(scale: float, zero: int) -> Grid:
+    return Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
 
 
 @given(spec=specs, exponent=st.integers(-20, 20), seed=st.integers(0, 2**31), shift=st.floats(0, 1))
@@ -56,42 +56,44 @@ def test_error_is_at_most_half_a_step_inside_and_clips_outside(spec, seed, scale
 
 
 def test_rounds_ties_to_even_and_represents_zero_exactly():
-    params, spec = grid(1.0, 3), QuantSpec(8)
+    params, spec = grid(1.0, 3), Format(8)
     x = torch.tensor([-1.5, -0.5, 0.0, 0.5, 1.5, 2.5])
     assert quantize(x, params, spec).tolist() == [1, 3, 3, 3, 5, 5]
     assert fake_quantize(torch.zeros(1), params, spec).item() == 0.0
 
 
 def test_saturates_at_both_ends_even_beyond_int32():
-    params, spec = grid(1e-6, 128), QuantSpec(8)
+    params, spec = grid(1e-6, 128), Format(8)
     assert quantize(torch.tensor([-1e9, 1e9, float("inf")]), params, spec).tolist() == [0, 255, 255]
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_per_channel_rows_run_along_their_axis(axis):
     x = torch.randn(4, 4, 5, 4, generator=torch.Generator().manual_seed(0))
-    spec = QuantSpec(8, signed=True, narrow=True)
+    spec = Format(8, signed=True, narrow=True)
     scale = torch.tensor([0.01, 0.1, 1.0, 10.0])
-    params = QParams(scale, torch.zeros(4, dtype=torch.int32))
+    params = Grid(scale, torch.zeros(4, dtype=torch.int32))
     whole = quantize(x, params, spec, axis=axis)
     for i in range(4):
-        alone = QParams(scale[i : i + 1], params.zero_point[i : i + 1])
+        alone = Grid(scale[i : i + 1], params.zero_point[i : i + 1])
         assert torch.equal(whole.select(axis, i), quantize(x.select(axis, i), alone, spec))
 
 
 def test_grids_and_their_mistakes():
-    assert (QuantSpec(8).qmin, QuantSpec(8).qmax) == (0, 255)
-    narrow = QuantSpec(8, signed=True, narrow=True)
+    assert (Format(8).qmin, Format(8).qmax) == (0, 255)
+    narrow = Format(8, signed=True, narrow=True)
     assert (narrow.qmin, narrow.qmax, narrow.symmetric_zero_point) == (-127, 127, 0)
-    assert QuantSpec(4, signed=True).qmin == -8
+    assert Format(4, signed=True).qmin == -8
     with pytest.raises(QuantempoError, match="narrow"):
-        QuantSpec(8, narrow=True)
+        Format(8, narrow=True)
     with pytest.raises(QuantempoError, match="bits=1"):
-        QuantSpec(1)
-    with pytest.raises(QuantempoError, match="positive"):
-        grid(0.0, 0)
+        Format(1)
+    # One bad value among good ones.
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(QuantempoError, match="positive"):
+            Grid(torch.tensor([1.0, bad, 2.0]), torch.zeros(3, dtype=torch.int32))
     with pytest.raises(QuantempoError, match="NaN"):
-        quantize(torch.tensor([float("nan")]), grid(1.0, 0), QuantSpec(8))
+        quantize(torch.tensor([1.0, float("nan"), 2.0]), grid(1.0, 0), Format(8))
     with pytest.raises(QuantempoError, match="3 channels"):
-        two = QParams(torch.ones(2), torch.zeros(2, dtype=torch.int32))
-        quantize(torch.zeros(3), two, QuantSpec(8), axis=0)
+        two = Grid(torch.ones(2), torch.zeros(2, dtype=torch.int32))
+        quantize(torch.zeros(3), two, Format(8), axis=0)

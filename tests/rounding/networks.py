@@ -14,7 +14,7 @@ from torch import nn
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.checkpoint.pack import pack_denoiser
-from quantempo.core import WEIGHT, QuantSpec
+from quantempo.core import WEIGHT, Format
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.session import Session
 from quantempo.quantized import bits_of
@@ -35,7 +35,7 @@ class Case:
     session: Session
     data: TraceSet
     scales: dict[str, LayerScales]
-    specs: dict[str, QuantSpec]
+    specs: dict[str, Format]
 
     @property
     def denoiser(self) -> nn.Module:

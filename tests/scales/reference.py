@@ -76,7 +76,7 @@ def candidates(
     floor: float,
     shrink: tuple[float, ...],
 ) -> list[tuple[float, int]]:
-    """Return the (scale, zero point) pairs that `Grid` describes, for unsigned codes."""
+    """Return the (scale, zero point) pairs that `Candidates` describes, for unsigned codes."""
     lo, hi, top = min(lo, 0.0), max(hi, 0.0), 2**bits - 1
     if symmetric:
         found = {2 ** (bits - 1)}

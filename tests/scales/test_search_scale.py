@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantempo.core import ACTIVATION, QParams, QuantSpec, fake_quantize, quantize
+from quantempo.core import ACTIVATION, Format, Grid, fake_quantize, quantize
 from quantempo.errors import QuantempoError
 from quantempo.scales import (
     METRICS,
-    Grid,
+    Candidates,
     Histogram,
     MinMax,
     bin_centers,
@@ -25,7 +25,7 @@ from tests.scales.reference import METRIC_OF, candidates, levels
 
 every_metric = pytest.mark.parametrize("metric", METRICS.names())
 seeds = st.integers(0, 2**32 - 1)
-SMALL = Grid(steps=7, floor=0.1, shrink=(1.0, 0.7, 0.4))
+SMALL = Candidates(steps=7, floor=0.1, shrink=(1.0, 0.7, 0.4))
 
 
 def _silu_rows(seed: int, bins: int = 48, rows: int = 4) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def _one(x: Tensor, bins: int = 2048) -> tuple[Tensor, Tensor]:
 
 
 def _brute_force(
-    hist: Tensor, edges: Tensor, spec: QuantSpec, metric: str
+    hist: Tensor, edges: Tensor, spec: Format, metric: str
 ) -> tuple[dict[int, float], dict[tuple[int, float], np.ndarray]]:
     """Return z -> best total, and (z, s) -> mass * metric of each row, in numpy."""
     lo, hi = edges.double().tolist()
@@ -72,14 +72,16 @@ def _brute_force(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_the_choice_is_the_argmin_of_brute_force(metric: str, symmetric: bool, bits: int) -> None:
-    spec = QuantSpec(bits, symmetric=symmetric)
+    spec = Format(bits, symmetric=symmetric)
     for seed in range(4):
         fine, edges = _silu_rows(seed)
         if seed % 2:
             fine, edges = fine.flip(1), -edges.flip(0)
         for buckets in (torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 2])):
             hist = torch.stack([fine[buckets == b].sum(0) for b in range(int(buckets.max()) + 1)])
-            found = search_activation(fine, edges, spec, metric=metric, buckets=buckets, grid=SMALL)
+            found = search_activation(
+                fine, edges, spec, metric=metric, buckets=buckets, candidates=SMALL
+            )
             best, cost = _brute_force(hist, edges, spec, metric)
             # Sums of the same numbers in another order: 1e-9 is far above their rounding and far
             # below the difference of two candidates.
@@ -94,11 +96,11 @@ def test_the_choice_is_the_argmin_of_brute_force(metric: str, symmetric: bool, b
 @given(seed=seeds, bits=st.sampled_from([2, 4, 8]), symmetric=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_never_worse_than_min_max(metric: str, seed: int, bits: int, symmetric: bool) -> None:
-    spec = QuantSpec(bits, symmetric=symmetric)
+    spec = Format(bits, symmetric=symmetric)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(500, generator=generator) ** 3 + torch.rand(1, generator=generator) * 4 - 2
     hist, edges = _one(x, bins=256)
-    found = search_activation(hist, edges, spec, metric=metric, grid=SMALL)
+    found = search_activation(hist, edges, spec, metric=metric, candidates=SMALL)
     assert found.cost <= found.min_max_cost
     # Min-max from its definition, through the arithmetic that layers use.
     lo, hi = min(float(edges[0]), 0.0), max(float(edges[1]), 0.0)
@@ -108,7 +110,7 @@ def test_never_worse_than_min_max(metric: str, seed: int, bits: int, symmetric: 
     else:
         scale = (hi - lo) / spec.qmax
         zero = round(-lo / scale)
-    qparams = QParams(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
+    qparams = Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
     centres = bin_centers(edges, 256)
     x_hat = fake_quantize(centres, qparams, spec)
     want = METRIC_OF[metric](centres.numpy(), x_hat.numpy(), hist[0].double().numpy())
@@ -126,10 +128,10 @@ def test_the_histogram_stays_within_its_bound(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.nn.functional.silu(torch.randn(400, generator=generator) * 2)
-    spec = QuantSpec(bits)
+    spec = Format(bits)
     hist, edges = _one(x, bins)
     width = float(edges[1] - edges[0]) / bins
-    table = cost_table(hist, edges, spec, metric=metric, p=p, grid=SMALL)
+    table = cost_table(hist, edges, spec, metric=metric, p=p, candidates=SMALL)
     exact = []
     for scale, zero in zip(table.scale, table.zero_point, strict=True):
         x_hat = levels(x.double().numpy(), float(scale), int(zero), spec.qmin, spec.qmax)
@@ -137,7 +139,7 @@ def test_the_histogram_stays_within_its_bound(
     norm = table.cost[0].numpy() ** (1 / p)
     # 1e-5 of a bin: float32 rounding in the placement of a value.
     assert np.abs(norm - exact).max() <= width / 2 * (1 + 1e-5)
-    found = search_activation(hist, edges, spec, metric=metric, p=p, grid=SMALL)
+    found = search_activation(hist, edges, spec, metric=metric, p=p, candidates=SMALL)
     index = int(
         ((table.scale == float(found.scale)) & (table.zero_point == found.zero_point)).nonzero()[0]
     )
@@ -159,7 +161,9 @@ def test_batches_in_any_order_give_the_same_bits(metric: str, seed: int) -> None
         for part in parts:
             histogram.update(part)
         results.append(
-            search_activation(histogram.counts[0], histogram.edges[0], metric=metric, grid=SMALL)
+            search_activation(
+                histogram.counts[0], histogram.edges[0], metric=metric, candidates=SMALL
+            )
         )
     assert torch.equal(results[0].scale, results[1].scale)
     assert results[0].zero_point == results[1].zero_point and results[0].cost == results[1].cost
@@ -186,22 +190,22 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", list(DEGENERATE))
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_degenerate_inputs(metric: str, name: str, symmetric: bool) -> None:
-    spec, x = QuantSpec(symmetric=symmetric), DEGENERATE[name]
+    spec, x = Format(symmetric=symmetric), DEGENERATE[name]
     hist, edges = _one(x)
-    found = search_activation(hist, edges, spec, metric=metric, grid=SMALL)
+    found = search_activation(hist, edges, spec, metric=metric, candidates=SMALL)
     scale = float(found.scale)
     assert scale >= torch.finfo(torch.float32).tiny and np.isfinite(scale)
     assert found.scale.dtype == torch.float32 and np.isfinite([found.cost, found.gain]).all()
     assert 0 <= found.zero_point <= 255 and (not symmetric or found.zero_point == 128)
     # Zero is exact, and q-parameters are such that the layers take them.
-    assert float(fake_quantize(torch.zeros(1), found.qparams, spec)) == 0.0
+    assert float(fake_quantize(torch.zeros(1), found.grid, spec)) == 0.0
     if not symmetric and name in ("constant", "positive", "two values"):
         assert found.zero_point == 0
     if not symmetric and name.startswith("negative"):
         assert found.zero_point == 255
     if "constant" in name or name == "zero":
         # Half a step, and the float32 rounding of values next to the end of the range.
-        error = (fake_quantize(x, found.qparams, spec) - x).abs().max()
+        error = (fake_quantize(x, found.grid, spec) - x).abs().max()
         assert float(error) <= scale * 0.5001
         assert float(error) <= 2e-6 * float(x.abs().max()) or symmetric or metric == "cosine"
 
@@ -210,8 +214,8 @@ def test_degenerate_inputs(metric: str, name: str, symmetric: bool) -> None:
 def test_signed_codes_are_unsigned_ones_moved(symmetric: bool) -> None:
     hist, edges = _silu_rows(6)
     buckets = torch.arange(4)
-    unsigned = search_activation(hist, edges, QuantSpec(8, symmetric=symmetric), buckets=buckets)
-    spec = QuantSpec(8, signed=True, symmetric=symmetric)
+    unsigned = search_activation(hist, edges, Format(8, symmetric=symmetric), buckets=buckets)
+    spec = Format(8, signed=True, symmetric=symmetric)
     signed = search_activation(hist, edges, spec, buckets=buckets)
     assert signed.zero_point == unsigned.zero_point - 128
     assert torch.equal(signed.scale, unsigned.scale) and signed.cost == unsigned.cost
@@ -220,24 +224,39 @@ def test_signed_codes_are_unsigned_ones_moved(symmetric: bool) -> None:
 def test_an_outlier_is_clipped_when_it_pays() -> None:
     # 3000 normal values and one at 1000: l1 gives the outlier up, p = 8 does not.
     hist, edges = _one(OUTLIER, bins=1 << 16)
-    low = search_activation(hist, edges, metric="l1", grid=Grid(steps=40, floor=1e-3))
-    high = search_activation(hist, edges, metric="lp", p=8, grid=Grid(steps=40, floor=1e-3))
+    low = search_activation(hist, edges, metric="l1", candidates=Candidates(steps=40, floor=1e-3))
+    high = search_activation(
+        hist, edges, metric="lp", p=8, candidates=Candidates(steps=40, floor=1e-3)
+    )
     assert float(low.scale) < 0.1 < 3 < float(high.scale)
 
 
 @every_metric
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_one_bucket_is_the_static_search_bit_for_bit(metric: str, symmetric: bool) -> None:
-    spec = QuantSpec(symmetric=symmetric)
+    spec = Format(symmetric=symmetric)
     hist, edges = _silu_rows(5)
-    static = search_activation(hist.sum(0, keepdim=True), edges, spec, metric=metric, grid=SMALL)
+    static = search_activation(
+        hist.sum(0, keepdim=True), edges, spec, metric=metric, candidates=SMALL
+    )
     for found in (
-        search_activation(hist, edges, spec, metric=metric, grid=SMALL),
+        search_activation(hist, edges, spec, metric=metric, candidates=SMALL),
         search_activation(
-            hist, edges, spec, metric=metric, buckets=torch.zeros(4, dtype=torch.int32), grid=SMALL
+            hist,
+            edges,
+            spec,
+            metric=metric,
+            buckets=torch.zeros(4, dtype=torch.int32),
+            candidates=SMALL,
         ),
         search_activation(
-            hist, edges, spec, metric=metric, buckets=torch.arange(4), min_gain=1.0, grid=SMALL
+            hist,
+            edges,
+            spec,
+            metric=metric,
+            buckets=torch.arange(4),
+            min_gain=1.0,
+            candidates=SMALL,
         ),
     ):
         assert torch.equal(found.scale, static.scale) and found.scale.shape == (1,)
@@ -248,16 +267,16 @@ def test_one_bucket_is_the_static_search_bit_for_bit(metric: str, symmetric: boo
 def test_buckets_gain_what_their_difference_allows(metric: str) -> None:
     hist, edges = _silu_rows(1, bins=512)
     buckets = torch.arange(4)
-    found = search_activation(hist, edges, QuantSpec(4), metric=metric, buckets=buckets)
+    found = search_activation(hist, edges, Format(4), metric=metric, buckets=buckets)
     assert found.scale.shape == (4,) and 0.02 < found.gain < 1
     assert found.scale[0] < found.scale[3]
     same = hist[:1].expand(4, -1)
-    alike = search_activation(same, edges, QuantSpec(4), metric=metric, buckets=buckets)
+    alike = search_activation(same, edges, Format(4), metric=metric, buckets=buckets)
     assert alike.gain == pytest.approx(0, abs=1e-12) and len(set(alike.scale.tolist())) == 1
     kept = search_activation(same, edges, metric=metric, buckets=buckets, min_gain=0.02)
     assert kept.scale.shape == (1,)
     # The fallback reports the gain that was too small.
-    asked = search_activation(hist, edges, QuantSpec(4), metric=metric, buckets=buckets, min_gain=1)
+    asked = search_activation(hist, edges, Format(4), metric=metric, buckets=buckets, min_gain=1)
     assert asked.gain == found.gain
 
 
@@ -265,9 +284,9 @@ def test_buckets_gain_what_their_difference_allows(metric: str) -> None:
 @settings(max_examples=10, deadline=None)
 def test_gain_is_between_none_and_all(seed: int) -> None:
     hist, edges = _silu_rows(seed)
-    table = cost_table(hist, edges, QuantSpec(4), grid=SMALL)
-    one = search_activation(hist, edges, QuantSpec(4), grid=SMALL)
-    own = search_activation(hist, edges, QuantSpec(4), buckets=torch.arange(4), grid=SMALL)
+    table = cost_table(hist, edges, Format(4), candidates=SMALL)
+    one = search_activation(hist, edges, Format(4), candidates=SMALL)
+    own = search_activation(hist, edges, Format(4), buckets=torch.arange(4), candidates=SMALL)
     assert 0 <= bucket_gain(table) <= 1
     assert bucket_gain(table) == pytest.approx(1 - own.cost / one.cost, abs=1e-9)
 
@@ -276,11 +295,13 @@ def test_an_empty_bucket_takes_the_nearest_scale() -> None:
     hist, edges = _silu_rows(2)
     spread = torch.zeros(8, hist.shape[1], dtype=torch.int64)
     spread[2], spread[5] = hist[0], hist[3]
-    found = search_activation(spread, edges, QuantSpec(4), buckets=torch.arange(8), grid=SMALL)
+    found = search_activation(spread, edges, Format(4), buckets=torch.arange(8), candidates=SMALL)
     scale = found.scale.tolist()
     assert scale[2] != scale[5]
     assert scale == [scale[2]] * 4 + [scale[5]] * 4
-    pair = search_activation(hist[[0, 3]], edges, QuantSpec(4), buckets=torch.arange(2), grid=SMALL)
+    pair = search_activation(
+        hist[[0, 3]], edges, Format(4), buckets=torch.arange(2), candidates=SMALL
+    )
     assert pair.scale.tolist() == [scale[2], scale[5]] and pair.cost == pytest.approx(found.cost)
 
 
@@ -288,11 +309,11 @@ def test_smoothing_pulls_towards_the_common_scale() -> None:
     hist, edges = _silu_rows(3, bins=512)
     spread = []
     for smooth in (0.0, 0.1, 10.0):
-        found = search_activation(hist, edges, QuantSpec(4), buckets=torch.arange(4), smooth=smooth)
+        found = search_activation(hist, edges, Format(4), buckets=torch.arange(4), smooth=smooth)
         spread.append(float(found.scale.max() / found.scale.min()))
         assert found.cost <= found.min_max_cost
     assert spread[0] >= spread[1] >= spread[2] == 1.0 and spread[0] > 1
-    one = search_activation(hist, edges, QuantSpec(4))
+    one = search_activation(hist, edges, Format(4))
     assert found.scale.tolist() == one.scale.tolist() * 4 and found.zero_point == one.zero_point
 
 
@@ -317,9 +338,7 @@ def test_the_grid_covers_the_range_and_starts_with_min_max() -> None:
         # A zero point at an end gives its side up; every other one can cover the range.
         assert z == 0 or z * top >= 0.28 * (1 - 1e-6)
         assert (255 - z) * top >= 7.0 * (1 - 1e-6)
-    codes = quantize(
-        edges, QParams(table.scale[:1].float(), table.zero_point[:1].int()), ACTIVATION
-    )
+    codes = quantize(edges, Grid(table.scale[:1].float(), table.zero_point[:1].int()), ACTIVATION)
     assert codes.tolist() == [0, 255]
 
 
@@ -346,4 +365,4 @@ def test_buckets_that_do_not_fit_are_refused(buckets: Tensor) -> None:
 @pytest.mark.parametrize("change", [{"steps": 0}, {"floor": 0.0}, {"shrink": (1.5,)}])
 def test_an_impossible_grid_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(QuantempoError, match="expected steps >= 1"):
-        Grid(**change)
+        Candidates(**change)

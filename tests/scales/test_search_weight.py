@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantempo.core import QParams, QuantSpec, quantize
+from quantempo.core import Format, Grid, quantize
 from quantempo.errors import QuantempoError
 from quantempo.scales import METRICS, search_weight
 from quantempo.scales.metrics import DENSITY_METRICS
@@ -16,8 +16,8 @@ from tests.scales.reference import METRIC_OF, levels
 every_metric = pytest.mark.parametrize("metric", METRICS.names())
 
 
-def _spec(bits: int) -> QuantSpec:
-    return QuantSpec(bits, signed=True, symmetric=True, narrow=True)
+def _spec(bits: int) -> Format:
+    return Format(bits, signed=True, symmetric=True, narrow=True)
 
 
 def _weight(seed: int = 0, channels: int = 6, inputs: int = 8) -> Tensor:
@@ -96,7 +96,7 @@ def test_a_channel_of_zeros(metric: str) -> None:
     w[2] = 0
     scale = search_weight(w, metric=metric)
     assert float(scale[2]) == 2.0**-30 and bool((scale > 0).all())
-    qparams = QParams(scale, torch.zeros(len(w), dtype=torch.int32))
+    qparams = Grid(scale, torch.zeros(len(w), dtype=torch.int32))
     codes = quantize(w, qparams, _spec(8), axis=0)
     assert not bool(codes[2].any()) and int(codes.abs().max()) == 127
     others = [0, 1, 3, 4, 5]
@@ -130,7 +130,7 @@ def test_half_weights_are_searched_in_float32() -> None:
         (torch.ones(3), {}, r"\(O, ...\)"),
         (torch.ones(3, 2).int(), {}, "floating"),
         (torch.tensor([[1.0, float("nan")]]), {}, "check the checkpoint"),
-        (torch.ones(3, 2), {"spec": QuantSpec(8)}, "signed, symmetric"),
+        (torch.ones(3, 2), {"spec": Format(8)}, "signed, symmetric"),
         (torch.ones(3, 2), {"steps": 0}, "steps >= 1"),
     ],
 )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantempo.checkpoint.pack import pack_denoiser
-from quantempo.core import WEIGHT
+from quantempo.core import activation_format, weight_format
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
 from quantempo.quantized import Float16Linear, LayerPlan, QLayer, StepClock
@@ -73,7 +72,9 @@ def quick_quantize(
     scales: dict[str, LayerScales] = {}
     for name, plan in chosen.items():
         codes[name], scale = _weight_codes(denoiser.get_submodule(name), plan.weight_bits)
-        grid = _grids(ranges[name], 2**plan.act_bits - 1, recipe.activations.symmetric)
+        grid = _grids(
+            ranges[name], activation_format(plan.act_bits).qmax, recipe.activations.symmetric
+        )
         scales[name] = LayerScales(*grid, scale)
     bucket_of = torch.zeros(num_train_timesteps, dtype=torch.int64)
     device = next(denoiser.parameters()).device
@@ -97,7 +98,7 @@ def quick_quantize(
 
 def _weight_codes(layer: Any, bits: int) -> tuple[Tensor, Tensor]:
     """Return int8 codes (O, ...) and min-max scales (O,) of a layer's weight."""
-    weight, spec = layer.weight.detach().float(), replace(WEIGHT, bits=bits)
+    weight, spec = layer.weight.detach().float(), weight_format(bits)
     peak = weight.flatten(1).abs().amax(1)
     scale = torch.where(peak > 0, peak / spec.qmax, _EMPTY)
     return nearest(weight, scale, spec), scale

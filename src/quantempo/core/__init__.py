@@ -1,26 +1,28 @@
-"""Core numerics: integer grids, packing, seeds."""
+"""Core numerics: formats of integers, affine grids, seeds."""
 
-from quantempo.core.affine import dequantize, fake_quantize, quantize
-from quantempo.core.packing import (
-    check_codes,
-    pack_int4,
-    unpack_int4,
+from quantempo.core.affine import Grid, dequantize, fake_quantize, quantize
+from quantempo.core.formats import (
+    ACTIVATION,
+    FORMATS,
+    WEIGHT,
+    Format,
+    activation_format,
     unpack_int12,
+    weight_format,
 )
 from quantempo.core.random import generators
-from quantempo.core.spec import ACTIVATION, WEIGHT, QParams, QuantSpec
 
 __all__ = [
     "ACTIVATION",
+    "FORMATS",
     "WEIGHT",
-    "QParams",
-    "QuantSpec",
-    "check_codes",
+    "Format",
+    "Grid",
+    "activation_format",
     "dequantize",
     "fake_quantize",
     "generators",
-    "pack_int4",
     "quantize",
-    "unpack_int4",
     "unpack_int12",
+    "weight_format",
 ]

@@ -8,13 +8,45 @@ zero point's sign turned (there z is subtracted before the clamp).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quantempo.core.spec import QParams, QuantSpec
+from quantempo.core.formats import Format
 from quantempo.errors import QuantempoError
 
-__all__ = ["dequantize", "fake_quantize", "quantize"]
+__all__ = ["Grid", "dequantize", "fake_quantize", "quantize"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Hold P grids: x_hat = scale * (q - zero_point).
+
+    Args:
+        scale: (P,) float32, > 0 and finite.
+        zero_point: (P,) int32.
+
+    Raises:
+        QuantempoError: wrong dtype or shape, or a scale that is not positive and finite.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __post_init__(self) -> None:
+        if self.scale.dtype != torch.float32 or self.zero_point.dtype != torch.int32:
+            raise QuantempoError(
+                f"got scale {self.scale.dtype} and zero_point {self.zero_point.dtype}; "
+                "expected float32 and int32"
+            )
+        if self.scale.ndim != 1 or self.scale.shape != self.zero_point.shape:
+            raise QuantempoError(
+                f"got scale {tuple(self.scale.shape)} and zero_point "
+                f"{tuple(self.zero_point.shape)}; expected the same shape (P,)"
+            )
+        if not bool(((self.scale > 0) & self.scale.isfinite()).all()):
+            raise QuantempoError("got a scale that is not positive and finite; recalibrate")
 
 
 def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -35,13 +67,13 @@ def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def quantize(x: Tensor, qparams: QParams, spec: QuantSpec, axis: int | None = None) -> Tensor:
+def quantize(x: Tensor, grid: Grid, spec: Format, axis: int | None = None) -> Tensor:
     """Return the int32 codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
 
     Args:
         x: floating, any shape.
-        qparams: P grids; P = 1, or one for each index of `axis`.
-        spec: the grid.
+        grid: P grids; P = 1, or one for each index of `axis`.
+        spec: the format of the codes.
         axis: dimension of x that the P grids run along; None for one grid.
 
     Raises:
@@ -51,21 +83,21 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec, axis: int | None = No
         raise QuantempoError(f"got {x.dtype}; expected a floating tensor to quantize")
     if bool(x.isnan().any()):
         raise QuantempoError("got NaN in a tensor to quantize; check the checkpoint")
-    scale, zero = _rows(qparams.scale, x, axis), _rows(qparams.zero_point, x, axis)
+    scale, zero = _rows(grid.scale, x, axis), _rows(grid.zero_point, x, axis)
     # The clamp precedes the cast: a float beyond int32 has no defined integer value.
     codes = torch.round(x.float() / scale) + zero
     return codes.clamp(spec.qmin, spec.qmax).to(torch.int32)
 
 
-def dequantize(q: Tensor, qparams: QParams, axis: int | None = None) -> Tensor:
+def dequantize(q: Tensor, grid: Grid, axis: int | None = None) -> Tensor:
     """Return x_hat = scale * (q - zero_point) in float32; same shape as q."""
-    return (q - _rows(qparams.zero_point, q, axis)).float() * _rows(qparams.scale, q, axis)
+    return (q - _rows(grid.zero_point, q, axis)).float() * _rows(grid.scale, q, axis)
 
 
-def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, axis: int | None = None) -> Tensor:
+def fake_quantize(x: Tensor, grid: Grid, spec: Format, axis: int | None = None) -> Tensor:
     """Return dequantize(quantize(x)) in the dtype of x.
 
     Error: |x - x_hat| <= scale / 2 for x inside [scale*(qmin - z), scale*(qmax - z)], plus the
     rounding of the dtype; outside, the distance to the nearest end of that range.
     """
-    return dequantize(quantize(x, qparams, spec, axis), qparams, axis).to(x.dtype)
+    return dequantize(quantize(x, grid, spec, axis), grid, axis).to(x.dtype)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from quantempo.core import ACTIVATION, WEIGHT
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
@@ -32,8 +33,8 @@ __all__ = [
     "too_many_terms",
 ]
 
-# Terms that an int32 holds whatever they are: |q_a - z| <= 255, |q_w| <= 127.
-MAX_TERMS = (2**31 - 1) // (255 * 127)
+# Terms (q_a - z) q_w that an int32 holds whatever they are.
+MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
 
 
 @runtime_checkable

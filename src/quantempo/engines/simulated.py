@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantempo.core import ACTIVATION
 from quantempo.engines.base import BACKENDS, Kernel, channel_dim, too_many_terms
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
@@ -23,7 +24,7 @@ EXACT = 2**24
 
 def sum_bound(weight_int: Tensor) -> int:
     """Return max_o sum_k |q_w| * 255, which no partial sum of (q_a - z) q_w exceeds."""
-    return int(weight_int.flatten(1).long().abs().sum(1).max()) * 255
+    return int(weight_int.flatten(1).long().abs().sum(1).max()) * ACTIVATION.qmax
 
 
 def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, torch.dtype]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantempo.core import weight_format
 from quantempo.errors import QuantempoError
 
 __all__ = ["Allocation", "allocate", "bit_operations", "weight_bytes"]
@@ -39,14 +40,11 @@ class Allocation:
 def weight_bytes(shape: Sequence[int], bits: int) -> int:
     """Return the bytes of an integer weight as stored: codes and one float32 scale a channel.
 
-    Codes of at most 4 bits stand two to a byte, row by row; wider ones take a byte each.
-
     Args:
         shape: (O, ...) of the weight.
         bits: of its codes, 2 to 8.
     """
-    terms = math.prod(shape[1:])
-    return shape[0] * ((terms + 1) // 2 if bits <= 4 else terms) + 4 * shape[0]
+    return math.prod(weight_format(bits).stored_shape(shape)) + 4 * shape[0]
 
 
 def bit_operations(macs: int, weight_bits: int, act_bits: int) -> int:

@@ -10,14 +10,13 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import check_codes, pack_int4, unpack_int4
+from quantempo.core import activation_format, weight_format
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock
 
@@ -29,10 +28,10 @@ Kernel = Callable[[Tensor], Tensor]
 class QLayer(nn.Module):
     """Hold what `QConv2d` and `QLinear` share.
 
-    Buffers: weight_int int8 (O, ...), for weights of at most 4 bits uint8 (O, ceil(K / 2)) with
-    two codes a byte; weight_scale float32 (O,); bias float32 (O,) or None; act_scale float32
-    (S, G), one row for each input segment, one column for each time bucket; act_zero_point int32
-    (S,). `weight_codes` is the weight as int8 (O, ...), unpacked once: kernels see bytes.
+    Buffers: weight_int as `core.formats` stores it, int8 (O, ...) or packed; weight_scale float32
+    (O,); bias float32 (O,) or None; act_scale float32 (S, G), one row for each input segment, one
+    column for each time bucket; act_zero_point int32 (S,). `weight_codes` is the weight as int8
+    (O, ...), unpacked once: kernels see bytes.
 
     Args:
         weight_shape: shape of the weight, output channels first.
@@ -70,10 +69,12 @@ class QLayer(nn.Module):
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
 
-        if weight_bits <= 4:
-            buffer("weight_int", (out, (math.prod(weight_shape[1:]) + 1) // 2), torch.uint8)
-        else:
-            buffer("weight_int", weight_shape, torch.int8)
+        self.weight_format, self.act_format = (
+            weight_format(weight_bits),
+            activation_format(act_bits),
+        )
+        stored = self.weight_format.stored_shape(weight_shape)
+        buffer("weight_int", stored, self.weight_format.storage)
         buffer("weight_scale", (out,), torch.float32)
         if bias:
             buffer("bias", (out,), torch.float32)
@@ -90,31 +91,24 @@ class QLayer(nn.Module):
     @property
     def weight_codes(self) -> Tensor:
         """Return the integer weight, int8 (O, ...)."""
-        packed = self.weight_int
-        if packed.dtype == torch.int8:
-            return packed
-        known = self._unpacked
-        if known is None or known.device != packed.device:
-            length = math.prod(self.weight_shape[1:])
-            self._unpacked = known = unpack_int4(packed, length).reshape(self.weight_shape)
+        stored, known = self.weight_int, self._unpacked
+        if not self.weight_format.packed:
+            return stored
+        if known is None or known.device != stored.device:
+            self._unpacked = known = self.weight_format.decode(stored, self.weight_shape)
         return known
 
     def set_codes(self, codes: Tensor) -> None:
-        """Store the integer weight, int8 (O, ...); raises QuantempoError outside its bits."""
-        top = 2 ** (self.weight_bits - 1)
-        check_codes(codes, -top, top - 1)
-        if self.weight_int.dtype == torch.int8:
-            self.weight_int.copy_(codes)
-        else:
-            self.weight_int.copy_(pack_int4(codes.flatten(1)))
-            self._unpacked = None
+        """Store the integer weight (O, ...); raises QuantempoError outside its format."""
+        self.weight_int.copy_(self.weight_format.encode(codes))
+        self._unpacked = None
 
     def relayout(self, codes: Tensor) -> None:
         """Keep the integer weight as this int8 tensor: equal values, another memory layout."""
-        if self.weight_int.dtype == torch.int8:
-            self.weight_int = codes
-        else:
+        if self.weight_format.packed:
             self._unpacked = codes
+        else:
+            self.weight_int = codes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -123,7 +117,7 @@ class QLayer(nn.Module):
     @property
     def act_qmax(self) -> int:
         """Largest code of an activation."""
-        return 2**self.act_bits - 1
+        return self.act_format.qmax
 
     @property
     def weight(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from quantempo.core import QuantSpec
+from quantempo.core import Format
 from quantempo.errors import QuantempoError
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
@@ -34,7 +34,7 @@ class Unit:
 
     weights: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
-    specs: Mapping[str, QuantSpec]
+    specs: Mapping[str, Format]
     settings: RoundingSettings
     block: Any = None
     notes: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ def round_by_weights(
     name: str,
     weights: Mapping[str, Tensor],
     scales: Mapping[str, Tensor],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, Format],
 ) -> dict[str, Tensor]:
     """Return the codes of layers by a rounding that looks at weights alone.
 

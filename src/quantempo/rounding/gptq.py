@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from quantempo.core import QuantSpec
+from quantempo.core import Format
 from quantempo.errors import QuantempoError
 from quantempo.rounding.base import ROUNDINGS, Needs, Unit
 from quantempo.rounding.hessian import input_hessian
@@ -30,7 +30,7 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     scale: Tensor,
-    spec: QuantSpec,
+    spec: Format,
     damping: float = 0.01,
     block: int = 128,
 ) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantempo.core import QParams, QuantSpec, quantize
+from quantempo.core import Format, Grid, quantize
 from quantempo.rounding.base import ROUNDINGS, Needs, Unit
 
 __all__ = ["NearestRounding", "nearest"]
 
 
-def nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
     """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
 
     Args:
@@ -21,7 +21,7 @@ def nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
     Error: |w - scale q| <= scale / 2 inside the range.
     """
-    grid = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+    grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32))
     return quantize(weight, grid, spec, axis=0).to(torch.int8)
 
 

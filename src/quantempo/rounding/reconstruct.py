@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceBatch, TraceSet
-from quantempo.core import QuantSpec
+from quantempo.core import Format
 from quantempo.engines.select import attach, attach_lazily, detach
 from quantempo.errors import QuantempoError
 from quantempo.models.blocks import Block, blocks
@@ -45,7 +45,7 @@ def round_denoiser(
     denoiser: nn.Module,
     twin: nn.Module,
     scales: Mapping[str, LayerScales],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, Format],
     data: TraceSet,
     settings: RoundingSettings,
     *,
@@ -152,7 +152,7 @@ class _Job:
     denoiser: nn.Module
     twin: nn.Module
     scales: Mapping[str, LayerScales]
-    specs: Mapping[str, QuantSpec]
+    specs: Mapping[str, Format]
     data: TraceSet
     settings: RoundingSettings
     budget: int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import QuantSpec
+from quantempo.core import Format
 from quantempo.engines.base import channel_dim
 from quantempo.quantized import QConv2d, QLayer
 
@@ -83,7 +83,7 @@ class SoftKernel(_Kernel):
     """
 
     def __init__(
-        self, layer: QLayer, weight: Tensor, codes: Tensor, spec: QuantSpec, spread: float = 1.0
+        self, layer: QLayer, weight: Tensor, codes: Tensor, spec: Format, spread: float = 1.0
     ) -> None:
         super().__init__(layer)
         self.spec = spec

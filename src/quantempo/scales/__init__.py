@@ -6,8 +6,8 @@ and holding scales in a layer that of `quantizers`.
 
 from quantempo.scales.activation import (
     ActivationScale,
+    Candidates,
     CostTable,
-    Grid,
     bucket_gain,
     cost_table,
     search_activation,
@@ -20,8 +20,8 @@ from quantempo.scales.weight import search_weight
 __all__ = [
     "METRICS",
     "ActivationScale",
+    "Candidates",
     "CostTable",
-    "Grid",
     "Histogram",
     "MinMax",
     "bin_centers",

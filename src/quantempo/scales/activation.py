@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantempo.core.spec import ACTIVATION, QParams, QuantSpec
+from quantempo.core import ACTIVATION, Format, Grid
 from quantempo.errors import QuantempoError
 from quantempo.scales.histogram import bin_centers
 from quantempo.scales.metrics import make_metric
 
 __all__ = [
     "ActivationScale",
+    "Candidates",
     "CostTable",
-    "Grid",
     "bucket_gain",
     "cost_table",
     "search_activation",
@@ -41,7 +41,7 @@ CHUNK = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
-class Grid:
+class Candidates:
     """Say which (scale, zero point) an activation search tries.
 
     Each zero point gets `steps` scales in equal ratios, from the one whose range just covers the
@@ -114,12 +114,14 @@ class ActivationScale:
     gain: float
 
     @property
-    def qparams(self) -> QParams:
+    def grid(self) -> Grid:
         """Return the G grids, with the zero point repeated."""
-        return QParams(self.scale, torch.full_like(self.scale, self.zero_point, dtype=torch.int32))
+        return Grid(self.scale, torch.full_like(self.scale, self.zero_point, dtype=torch.int32))
 
 
-def _candidates(lo: float, hi: float, spec: QuantSpec, grid: Grid) -> list[tuple[float, int]]:
+def _candidates(
+    lo: float, hi: float, spec: Format, candidates: Candidates
+) -> list[tuple[float, int]]:
     """Return (scale, zero point) pairs, min-max first; zero is exact in each of them."""
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     qmin, qmax = spec.qmin, spec.qmax
@@ -135,8 +137,8 @@ def _candidates(lo: float, hi: float, spec: QuantSpec, grid: Grid) -> list[tuple
     else:
         ranges = [
             (lo, hi),
-            *((lo * f, hi) for f in grid.shrink),
-            *((lo, hi * f) for f in grid.shrink),
+            *((lo * f, hi) for f in candidates.shrink),
+            *((lo, hi * f) for f in candidates.shrink),
         ]
         zeros = list(dict.fromkeys(zero_point(low, high) for low, high in ranges))
         min_max = (hi - lo) / (qmax - qmin)
@@ -144,12 +146,12 @@ def _candidates(lo: float, hi: float, spec: QuantSpec, grid: Grid) -> list[tuple
     for z in zeros:
         # A side without codes cannot be covered; the other one always has some.
         top = max(hi / (qmax - z) if qmax > z else 0.0, -lo / (z - qmin) if z > qmin else 0.0)
-        ratio = grid.floor ** (1 / max(grid.steps - 1, 1))
-        pairs += [(top * ratio**j, z) for j in range(grid.steps)]
+        ratio = candidates.floor ** (1 / max(candidates.steps - 1, 1))
+        pairs += [(top * ratio**j, z) for j in range(candidates.steps)]
     return pairs
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Format) -> Tensor:
     """Return x_hat (P, L) of x (L,) under P grids, in float64."""
     least, most = (spec.qmin - zero_point)[:, None], (spec.qmax - zero_point)[:, None]
     codes = (x / scale[:, None]).round_()
@@ -159,20 +161,20 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
 def cost_table(
     hist: Tensor,
     edges: Tensor,
-    spec: QuantSpec = ACTIVATION,
+    spec: Format = ACTIVATION,
     *,
     metric: str = "mse",
     p: float = 2.4,
-    grid: Grid | None = None,
+    candidates: Candidates | None = None,
 ) -> CostTable:
     """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
 
     Args:
         hist: (R, N) counts in equal bins.
         edges: (2,) [lo, hi] of the bins.
-        spec: the integer grid.
+        spec: the format of the codes.
         metric, p: a name in `METRICS`, and the exponent if it has one.
-        grid: which candidates; None for the default.
+        candidates: which to try; None for the default.
 
     Raises:
         QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
@@ -189,7 +191,7 @@ def cost_table(
     if not bool((counts >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
         raise QuantempoError("got a histogram without data or with negative counts; recalibrate")
     lo, hi = edges.tolist()
-    pairs = _candidates(lo, hi, spec, grid or Grid())
+    pairs = _candidates(lo, hi, spec, candidates or Candidates())
     scale = torch.tensor([pair[0] for pair in pairs], dtype=torch.float64)
     # Judged with the digits it will be stored with.
     scale = scale.to(torch.float32).clamp_min(TINY).to(torch.float64)
@@ -242,14 +244,14 @@ def _merge_rows(hist: Tensor, buckets: Tensor | None) -> Tensor:
 def search_activation(
     hist: Tensor,
     edges: Tensor,
-    spec: QuantSpec = ACTIVATION,
+    spec: Format = ACTIVATION,
     *,
     metric: str = "mse",
     p: float = 2.4,
     buckets: Tensor | None = None,
     min_gain: float = 0.0,
     smooth: float = 0.0,
-    grid: Grid | None = None,
+    candidates: Candidates | None = None,
 ) -> ActivationScale:
     """Choose a scale for each time bucket and one zero point for all of them.
 
@@ -261,12 +263,12 @@ def search_activation(
     Args:
         hist: (K, N) counts of K fine time bins.
         edges: (2,) [lo, hi] of the bins; zero may lie outside.
-        spec: the integer grid; symmetric fixes the zero point.
+        spec: the format of the codes; symmetric fixes the zero point.
         metric, p: a name in `METRICS`, and the exponent if it has one.
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
         smooth: see `CostTable.weighted`.
-        grid: which candidates; None for the default.
+        candidates: which to try; None for the default.
 
     Raises:
         QuantempoError: see `cost_table`; buckets that do not fit.
@@ -277,10 +279,10 @@ def search_activation(
     running mean over batches.
     """
     merged = _merge_rows(hist, buckets)
-    table = cost_table(merged, edges, spec, metric=metric, p=p, grid=grid)
+    table = cost_table(merged, edges, spec, metric=metric, p=p, candidates=candidates)
     gain = bucket_gain(table, smooth)
     if len(merged) > 1 and gain < min_gain:
-        one = search_activation(hist, edges, spec, metric=metric, p=p, grid=grid)
+        one = search_activation(hist, edges, spec, metric=metric, p=p, candidates=candidates)
         return ActivationScale(one.scale, one.zero_point, one.cost, one.min_max_cost, gain)
     index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
     contribution = table.weighted()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from quantempo.core import ACTIVATION, WEIGHT, QuantSpec
+from quantempo.core import ACTIVATION, Format, weight_format
 from quantempo.recipe import ActivationSettings, Recipe
 from quantempo.scales import (
     ActivationScale,
-    Grid,
+    Candidates,
     bucket_of_bin,
     cost_table,
     search_activation,
@@ -25,9 +25,9 @@ __all__ = ["LayerScales", "search_scales"]
 
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
 _SMOOTH = 0.01
-# About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default grid, and its
+# About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default, and its
 # best scale is within that step of the finer one's.
-_GRID = Grid(steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
+_CANDIDATES = Candidates(steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def search_scales(
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
         scale = (known or {}).get(name)
         if scale is None:
-            spec = replace(WEIGHT, bits=bits.get(name, common)[0])
+            spec = weight_format(bits.get(name, common)[0])
             scale = search_weight(weight, spec, metric=recipe.weights.metric, p=recipe.weights.p)
         tensors[f"{name}.weight_scale"] = scale.cpu()
         if name not in specs:
@@ -110,7 +110,7 @@ def _search(
     hist: Tensor,
     edges: Tensor,
     settings: ActivationSettings,
-    spec: QuantSpec,
+    spec: Format,
     buckets: Tensor | None,
 ) -> ActivationScale:
     return search_activation(
@@ -122,12 +122,12 @@ def _search(
         buckets=buckets,
         min_gain=settings.min_gain,
         smooth=_SMOOTH,
-        grid=_GRID,
+        candidates=_CANDIDATES,
     )
 
 
 def _cut_time(
-    stats: Mapping[str, Tensor], settings: ActivationSettings, specs: Mapping[str, QuantSpec]
+    stats: Mapping[str, Tensor], settings: ActivationSettings, specs: Mapping[str, Format]
 ) -> Tensor | None:
     """Return (K,) the bucket of each fine time bin, best for all layers together, or None."""
     if settings.buckets == 1 or not specs:
@@ -135,7 +135,9 @@ def _cut_time(
     tables = []
     for name, spec in tqdm(specs.items(), desc="buckets", disable=None, leave=False):
         for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
-            table = cost_table(hist, edges, spec, metric=settings.metric, p=settings.p, grid=_GRID)
+            table = cost_table(
+                hist, edges, spec, metric=settings.metric, p=settings.p, candidates=_CANDIDATES
+            )
             tables.append(table.at_best_zero_point())
     return bucket_of_bin(segment_time(tables, settings.buckets, _SMOOTH))
 

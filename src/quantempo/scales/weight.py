@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantempo.core.spec import WEIGHT, QuantSpec
+from quantempo.core import WEIGHT, Format
 from quantempo.errors import QuantempoError
 from quantempo.scales.activation import CHUNK, EMPTY_SCALE, TINY
 from quantempo.scales.histogram import bin_centers
@@ -23,7 +23,7 @@ BINS = 2048
 
 def search_weight(
     weight: Tensor,
-    spec: QuantSpec = WEIGHT,
+    spec: Format = WEIGHT,
     *,
     metric: str = "lp",
     p: float = 2.4,
@@ -72,9 +72,7 @@ def search_weight(
     return torch.where(peak > 0, best, EMPTY_SCALE)
 
 
-def _exact_costs(
-    rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: QuantSpec
-) -> Tensor:
+def _exact_costs(rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: Format) -> Tensor:
     """Return the (O, steps) metric of every scale on the rows (O, L) themselves."""
     cost = torch.empty_like(scale)
     for some, few in _blocks(len(rows), scale.shape[1], rows.shape[1]):
@@ -93,7 +91,7 @@ def _blocks(rows: int, steps: int, length: int) -> Iterator[tuple[slice, slice]]
             yield slice(i, i + some), slice(j, j + few)
 
 
-def _density_costs(unit: Tensor, ratios: Tensor, metric: Metric, spec: QuantSpec) -> Tensor:
+def _density_costs(unit: Tensor, ratios: Tensor, metric: Metric, spec: Format) -> Tensor:
     """Return the (O, steps) metric on the histograms of rows (O, L) scaled to a peak of 1."""
     x = bin_centers(torch.tensor([-1.0, 1.0]), BINS).to(unit.device)
     step = (ratios / spec.qmax)[:, None]
