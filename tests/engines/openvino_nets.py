@@ -263,5 +263,4 @@ class NormNet(nn.Module):
 
 def kernel_table(denoiser: nn.Module) -> list[KernelRow]:
     """Return how the graph that ran last executes each convolution and linear layer."""
-    graphs = denoiser._quantempo_openvino.graphs
-    return next(reversed(graphs.values())).rows
+    return next(reversed(denoiser.forward.graphs.values())).rows

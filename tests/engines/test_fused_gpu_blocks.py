@@ -17,6 +17,7 @@ from quantempo.models.fusion import find_parts
 from quantempo.models.fusion_unet import ResnetParts
 from quantempo.quantized import Float16Linear
 from tests.engines.quantized import make_clock, make_conv
+from tests.engines.truth import relative
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +27,6 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from quantempo.models.fusion import find_parts
 from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
+from tests.engines.truth import check_like_simulated, relative
 
 ENGINE = ENGINES.get("triton")
 # Tokens of the text, a multiple of nothing.
@@ -36,10 +37,6 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def tiny(linear: bool = False, layers: int = 1, **more: Any) -> UNet2DConditionModel:
@@ -157,10 +154,9 @@ def test_the_network_is_as_near_to_float_as_simulated(floats, network, kind, ste
     unfuse(network)
     unfused = network(*arguments).sample
     attach(network, "simulated")
-    level = relative(network(*arguments).sample, truth)
-    assert level <= LEVEL
-    assert relative(unfused, truth) <= 1.2 * level
-    assert relative(fused, truth) <= 1.2 * level
+    simulated = network(*arguments).sample
+    check_like_simulated(fused, simulated, truth, LEVEL)
+    check_like_simulated(unfused, simulated, truth, LEVEL)
 
 
 def test_all_layers_are_listed_as_fused(network, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -18,6 +19,7 @@ from quantempo.engines.per_forward import PerForward
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
+from tests.engines.truth import check_like_simulated
 from tests.tiny import tiny_dit, tiny_unet
 
 LAYERWISE = {
@@ -47,7 +49,8 @@ def engine(name: str) -> LayerwiseEngine:
 
 
 def unet(**how) -> nn.Module:
-    return quantize_network(tiny_unet(), [(noise(2, 3, 16, 16), torch.tensor(450))], **how)
+    inputs = [(noise(2, 3, 16, 16, seed=t), torch.tensor(t)) for t in (900, 500, 20)]
+    return quantize_network(tiny_unet(), inputs, **how)
 
 
 def dit() -> nn.Module:
@@ -147,6 +150,36 @@ def test_kernels_and_forwards_implement_their_protocols(engine, name):
         if hasattr(forward, "own"):
             assert isinstance(forward, FusedForward)
             forward.prepare(cpu)
+
+
+@pytest.mark.parametrize("name", ENGINES.names())
+@torch.no_grad()
+def test_an_engine_is_like_simulated_and_leaves_no_trace(name):
+    engine, float_network = ENGINES.get(name), tiny_unet()
+    if engine.missing() is not None:
+        pytest.skip(engine.missing())
+    network = unet()
+    before = {n: buffer.clone() for n, buffer in network.named_buffers()}
+    modules = dict(network.named_modules())
+    call = noise(3, 3, 16, 16, seed=1), torch.tensor([970, 10, 450])
+    simulated = copy.deepcopy(network)
+    ENGINES.get("simulated").attach(simulated)
+    engine.attach(network)
+    y, truth = network(*call).sample, float_network(*call).sample
+    assert torch.equal(network(*call).sample, y)
+    other = copy.deepcopy(network)
+    assert torch.equal(other(*call).sample, y)
+    for _, layer in quantized_layers(other):
+        layer.weight_int.zero_()
+    assert torch.equal(network(*call).sample, y)
+    if name != "simulated":
+        check_like_simulated(y, simulated(*call).sample, truth, 0.03)
+    engine.detach(network)
+    assert dict(network.named_modules()) == modules
+    assert not [n for n, m in modules.items() if "forward" in m.__dict__]
+    assert all(layer.kernel is None for _, layer in quantized_layers(network))
+    for n, buffer in network.named_buffers():
+        assert buffer.is_contiguous() and torch.equal(buffer, before[n]), n
 
 
 def test_every_backend_has_an_engine_and_every_engine_its_backend():

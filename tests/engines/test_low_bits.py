@@ -1,4 +1,4 @@
-"""Grids below 8 bits on every CPU backend: equal integers, and no code above the largest."""
+"""Grids below 8 bits on every backend: equal integers, and no code above the largest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantempo.engines import attach, detach
+from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS, ActivationGrids
 from quantempo.engines.fusion import unfuse
 from quantempo.engines.layerwise import execution
@@ -29,7 +29,6 @@ from tests.engines.quantized import make_clock, make_conv, make_linear, quantize
 from tests.engines.truth import codes_of, expected, noise
 from tests.tiny import tiny_unet
 
-NAMES = [name for name in BACKENDS.names() if name in ("simulated", "onednn")]
 # (weights, activations)
 BITS = [(8, 4), (8, 6), (8, 8), (4, 8), (4, 4), (2, 2), (3, 5), (5, 3), (6, 6), (7, 7)]
 needs_fused = pytest.mark.skipif(
@@ -38,9 +37,11 @@ needs_fused = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=NAMES)
-def backend(request):
+@pytest.fixture(params=BACKENDS.names())
+def backend(request, monkeypatch):
     found = BACKENDS.get(request.param)
+    if "cuda" in ENGINES.get(request.param).devices:
+        monkeypatch.setattr(type(found), "missing", lambda self: None)
     if found.missing() is not None:
         pytest.skip(found.missing())
     return found
@@ -61,17 +62,22 @@ def layers(bits: tuple[int, int]) -> list[tuple[nn.Module, Tensor]]:
         ),
         (make_linear(33, 7, plain=True, bits=bits), noise(2, 3, 33, spread=spread)),
         (make_linear(24, 7, (16, 8), plain=True, bits=bits), noise(5, 24, spread=spread)),
+        # What every backend takes.
+        (make_conv(32, 16, plain=True, bits=bits), noise(2, 32, 4, 5, spread=spread)),
+        (make_linear(48, 16, (16, 32), plain=True, bits=bits), noise(3, 48, spread=spread)),
     ]
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
 def test_integers_are_exact_at_every_width(backend, bits):
-    for layer, x in layers(bits):
+    for i, (layer, x) in enumerate(layers(bits)):
         # The input leaves the grid on both sides: the largest code is met, and not passed.
         for codes, weight, zero, _ in codes_of(layer, x):
             assert (int(codes.min()), int(codes.max())) == (0, 2 ** bits[1] - 1)
             assert zero <= layer.act_qmax
             assert int(weight.abs().max()) <= 2 ** (bits[0] - 1) - 1
+        if i < 5 and backend.unsupported(layer) is not None:
+            continue
         kernel = backend.lower(layer)
         assert torch.equal(kernel(x).double(), expected(layer, x))
         if x.ndim == 4:
@@ -81,7 +87,7 @@ def test_integers_are_exact_at_every_width(backend, bits):
 
 def test_time_steps_may_be_mixed_below_8_bits(backend):
     clock = make_clock(4)
-    layer, x = make_conv(20, 8, clock=clock, bits=(4, 5)), noise(3, 20, 4, 5, spread=1.0)
+    layer, x = make_conv(32, 16, clock=clock, bits=(4, 5)), noise(3, 32, 4, 5, spread=1.0)
     kernel, steps = backend.lower(layer), [999, 0, 300]
     clock.set(torch.tensor(steps))
     y = kernel(x)
@@ -169,12 +175,19 @@ def test_one_model_with_mixed_bits_runs_the_same_on_both_engines():
     attach(network, "onednn")
     fused = network(x, t).sample
     unfuse(network)
-    unfused = network(x, t).sample
-    detach(network)
+    simulated, errors = BACKENDS.get("simulated"), []
+
+    def compare(layer, args, y):
+        errors.append((simulated.lower(layer)(args[0]) - y).abs().max() / y.abs().max())
+
+    hooks = [layer.register_forward_hook(compare) for _, layer in quantized_layers(network)]
+    network(x, t)
+    for hook in hooks:
+        hook.remove()
+    # The same codes in every layer: only float32 roundings of the epilogues.
+    assert len(errors) == 39 and max(errors) <= 2e-6
     attach(network, "simulated")
     reference = network(x, t).sample
-    # The same codes in every layer: only float32 roundings of the epilogues (measured: 132 dB).
-    assert sqnr_db(reference, unfused) > 100
     # Fused blocks move codes of 4 bits, so they are another draw of the same error (0.6 dB off).
     assert sqnr_db(truth, fused) > sqnr_db(truth, reference) - 2
 

@@ -18,7 +18,7 @@ from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantize_network
-from tests.engines.truth import expected, noise
+from tests.engines.truth import noise
 from tests.tiny import tiny_unet
 
 
@@ -39,57 +39,6 @@ def poisoned_memory() -> Iterator[None]:
 
 
 ONE = {"kernel": (1, 1), "padding": (0, 0)}
-CONVOLUTIONS = {
-    "pointwise": (make_conv(16, 48, plain=True, **ONE), (5, 7)),
-    "odd": (make_conv(32, 16, plain=True), (5, 7)),
-    "stride": (make_conv(16, 16, stride=(2, 2), plain=True), (5, 7)),
-    "bare": (make_conv(16, 32, padding=(0, 0), plain=True), (5, 4)),
-    "rows": (make_conv(16, 16, padding=(1, 0), plain=True), (5, 4)),
-    "pixel": (make_conv(32, 16, plain=True), (1, 1)),
-    # At the side of the first.
-    "halves": (make_conv(48, 32, segments=(16, 32), plain=True, **ONE), (4, 3)),
-    "thirds": (make_conv(64, 32, segments=(16, 32, 16), plain=True, **ONE), (4, 3)),
-    # One after the other.
-    "quarters": (make_conv(64, 16, segments=(16,) * 4, plain=True, **ONE), (4, 3)),
-    "strided halves": (
-        make_conv(48, 32, stride=(2, 2), segments=(16, 32), plain=True, **ONE),
-        (4, 5),
-    ),
-    "wide halves": (make_conv(48, 16, segments=(32, 16), plain=True), (4, 5)),
-}
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolution_integers_are_exact(backend, case):
-    layer, size = CONVOLUTIONS[case]
-    x = noise(2, layer.in_channels, *size)
-    y = expected(layer, x)
-    assert y.abs().max() < 2**24
-    kernel = backend.lower(layer)
-    every_other = noise(2, layer.in_channels, *size).repeat_interleave(2, 3)[..., ::2]
-    for form in (x, x.to(memory_format=torch.channels_last), every_other):
-        found = kernel(form)
-        assert torch.equal(found.double(), y)
-        assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    ("channels", "out", "segments"),
-    [(16, 16, ()), (1040, 32, ()), (48, 32, (16, 32)), (64, 16, (16, 32, 16))],
-)
-@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 5), (1,), ()])
-def test_linear_integers_are_exact(backend, channels, out, segments, shape):
-    layer = make_linear(channels, out, segments, plain=True)
-    x = noise(*shape, channels)
-    kernel = backend.lower(layer)
-    y = kernel(x)
-    assert y.shape == (*shape, out)
-    assert torch.equal(y.double(), expected(layer, x))
-    if len(shape) == 3:
-        form = x.transpose(1, 2).contiguous().transpose(1, 2)
-        assert torch.equal(kernel(form), y)
-
-
 LAYERS = {
     "conv": (make_conv(48, 32), (2, 48, 5, 4)),
     "halves": (make_conv(48, 32, segments=(16, 32), **ONE), (2, 48, 5, 4)),
@@ -107,20 +56,12 @@ def test_the_output_is_that_of_simulated(backend, case, dtype):
     x = noise(*shape, spread=1.0).to(dtype)
     y, truth = backend.lower(layer)(x), BACKENDS.get("simulated").lower(layer)(x)
     assert y.dtype == dtype
+    if y.ndim == 4:
+        assert y.is_contiguous(memory_format=torch.channels_last)
     # The same integers; float32 roundings of three terms, then one to the dtype of x.
     unit = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
     error = (y.double() - truth.double()).abs()
     assert (error <= 1e-6 * truth.double().abs().max() + unit * truth.double().abs()).all()
-
-
-@pytest.mark.parametrize("bits", [(4, 8), (4, 4), (6, 6), (8, 5)], ids=str)
-def test_integers_are_exact_at_every_width(backend, bits):
-    spread = 2.0 ** (bits[1] - 2)
-    conv = make_conv(32, 16, plain=True, bits=bits)
-    linear = make_linear(48, 16, (16, 32), plain=True, bits=bits)
-    for layer, shape in ((conv, (2, 32, 4, 5)), (linear, (3, 48))):
-        x = noise(*shape, spread=spread)
-        assert torch.equal(backend.lower(layer)(x).double(), expected(layer, x))
 
 
 def traced(function, *arguments):
@@ -150,26 +91,6 @@ def test_traced_codes_are_the_same(dtype, qmax):
         scale = torch.tensor([0.25] if isinstance(steps, int) else [[[0.25]], [[0.037]]])
         ratio = (rows.float() * scale.reciprocal()).round() + grid.zero_point
         assert torch.equal(found, (ratio.clamp(0, qmax) - 128).to(torch.int8).reshape(-1, 16))
-
-
-@pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_a_batch_may_mix_time_steps(backend, kind):
-    clock = make_clock(4)
-    layer = make_conv(32, 16, clock=clock) if kind == "conv" else make_linear(32, 16, clock=clock)
-    kernel = backend.lower(layer)
-    x = noise(*((6, 32, 4, 5) if kind == "conv" else (6, 7, 32)), spread=1.0)
-    for steps in ([999, 0, 300, 300, 999, 10], [700, 100, 700], [5] * 6):
-        clock.set(torch.tensor(steps))
-        y = kernel(x)
-        for row in range(6):
-            step = steps[row // (6 // len(steps))]
-            truth = expected(layer, x[row : row + 1], int(clock.bucket_of[step]))
-            assert (y[row : row + 1] - truth).abs().max() <= 1e-6 * truth.abs().max()
-    clock.set(750)
-    assert torch.equal(kernel(x)[2:3], kernel(x[2:3]))
-    clock.set(torch.tensor([1, 2, 3, 4]))
-    with pytest.raises(ValueError, match="bucket"):
-        kernel(x)
 
 
 REFUSED = {
@@ -234,24 +155,12 @@ def test_weights_are_kept_once(backend):
         assert kernel.constants.weights[0].data_ptr() == layer.weight_codes.data_ptr(), name
         assert torch.equal(layer.weight_codes, before)
         assert torch.equal(layer.state_dict()["weight_int"], saved)
+        layer.kernel = kernel
+        other = copy.deepcopy(layer)
+        copied = other.kernel.constants.weights[0].data_ptr()
+        assert copied == other.weight_codes.data_ptr() != layer.weight_codes.data_ptr()
         layer.set_codes(before)
         assert torch.equal(layer.weight_codes, before)
-
-
-def test_a_copied_layer_runs_on_its_own(backend):
-    clock = make_clock(2)
-    layer = make_conv(16, 16, clock=clock)
-    layer.kernel = backend.lower(layer)
-    x = noise(1, 16, 4, 4)
-    clock.set(0)
-    y = layer(x)
-    other = copy.deepcopy(layer)
-    assert torch.equal(other(x), y)
-    assert other.kernel.constants.weights[0].data_ptr() == other.weight_int.data_ptr()
-    other.clock.set(999)
-    assert not torch.equal(other(x), y)
-    other.weight_int.zero_()
-    assert torch.equal(layer(x), y)
 
 
 def test_a_cpu_is_said_to_be_slow_once(backend, caplog):

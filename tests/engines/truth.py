@@ -8,7 +8,7 @@ from torch import Tensor
 from quantempo.kernels import reference
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["codes_of", "expected", "noise"]
+__all__ = ["check_like_simulated", "codes_of", "expected", "noise", "relative"]
 
 
 def codes_of(layer: QLayer, x: Tensor, bucket: int = 0) -> list[tuple[Tensor, Tensor, int, float]]:
@@ -44,3 +44,26 @@ def expected(layer: QLayer, x: Tensor, bucket: int = 0) -> Tensor:
 
 def noise(*shape: int, seed: int = 0, spread: float = 60.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def check_like_simulated(y: Tensor, simulated: Tensor, truth: Tensor, level: float) -> None:
+    """Assert that an engine's output is the simulated one but for codes that moved.
+
+    Moved codes decorrelate the rounding: y is as far from the float output as the simulated one
+    (at most `level`, relative), both are sqrt(2) of that apart, and their difference d is noise
+    that does not know the output: its share along it has a standard deviation of d / sqrt(n). A
+    scale off by a few thousandths is none.
+    """
+    noise_level, apart = relative(simulated, truth), relative(y, simulated)
+    assert noise_level <= level
+    assert relative(y, truth) <= 1.2 * noise_level
+    assert apart <= 1.2 * 2**0.5 * noise_level
+    y, simulated, truth = y.double(), simulated.double(), truth.double()
+    gain = float(((y - simulated) * truth).sum() / truth.square().sum())
+    # Where no code moved: float32 roundings.
+    assert abs(gain) <= 5 * apart / truth.numel() ** 0.5 + 1e-6, (gain, apart)

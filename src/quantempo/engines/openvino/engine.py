@@ -7,6 +7,7 @@ elsewhere: the graph (`graph.py`), making its float parts cheap (`rewrite.py`).
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quantempo.core.instance import drop, keep, reset_forward, set_forward
+from quantempo.core.instance import reset_forward, set_forward
 from quantempo.engines.base import too_many_terms
 from quantempo.errors import QuantempoError
 from quantempo.models.inputs import bind_inputs
@@ -31,7 +32,6 @@ __all__ = ["KernelRow", "OpenVinoEngine"]
 
 log = logging.getLogger("quantempo")
 
-_RUNNER = "_quantempo_openvino"
 _KERNELS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 _INT8 = ("u8", "i8")
 # Compiled graphs kept; each holds its own copy of the weights, one byte per weight.
@@ -109,20 +109,11 @@ class OpenVinoEngine:
                 reason = "groups and a split input" if len(layer.segments) > 1 else None
             if reason is not None:
                 raise QuantempoError(f"engine 'openvino' cannot take {name}: {reason}")
-        reset_forward(denoiser)
-        runner = _Runner(denoiser, self)
-        keep(denoiser, _RUNNER, runner)
-
-        @functools.wraps(denoiser.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return runner(args, kwargs)
-
-        set_forward(denoiser, forward)
+        set_forward(denoiser, _Runner(denoiser, self))
 
     def detach(self, denoiser: nn.Module) -> None:
         """Give the denoiser its own `forward` back and free the graphs."""
         reset_forward(denoiser)
-        drop(denoiser, _RUNNER)
 
     def config(self) -> dict[str, Any]:
         """Return the OpenVINO settings a graph is compiled with."""
@@ -138,16 +129,21 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class _Runner:
-    """Find or compile the graph for a call, and translate arguments and outputs."""
+    """Stand in for `forward`: find or compile the graph of a call, translate inputs and outputs."""
 
     def __init__(self, denoiser: nn.Module, engine: OpenVinoEngine) -> None:
         self.denoiser, self.engine = denoiser, engine
-        self.signature = inspect.signature(denoiser.forward)
+        # Pipelines look at it.
+        self.__signature__ = inspect.signature(type(denoiser).forward.__get__(denoiser))
         self.graphs: OrderedDict[Any, _Graph] = OrderedDict()
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
+        # Compiled graphs cannot be copied.
+        return _Runner(copy.deepcopy(self.denoiser, memo), self.engine)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = bind_inputs(self.denoiser, args, kwargs)
-        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
         arguments[inputs.timestep_name] = inputs.timestep
         layout, tensors = _Layout.of(arguments)
         values = [self._bucket(), *(_plain(tensor) for tensor in tensors)]
