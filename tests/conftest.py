@@ -16,18 +16,39 @@ import torch
 # Tiny tensors lose more to waiting threads than they gain.
 torch.set_num_threads(1)
 
-# Marker -> tests in its lane, by how their path begins; single tests are marked where they stand.
+# Marker -> tests in its lane, by how their name begins.
 LANES = {
     "compiled": ("gpu/", "kernels/test_ops_tracing.py", "bench/test_candidates.py"),
     "study": ("studies/",),
     "slow": (
-        "engines/test_openvino",
-        "checkpoint/test_fresh_process.py",
         "bench/test_run.py",
+        "checkpoint/test_fresh_process.py",
+        "checkpoint/test_plugin.py::test_the_bundled_model",
+        "engines/test_fused_gpu.py::test_a_network_compiles",
+        "engines/test_fused_transformer.py::test_a_network_compiles",
+        "engines/test_low_bits.py::test_openvino",
+        "engines/test_openvino",
+        "evaluation/test_evaluate_pairs.py",
+        "evaluation/test_features.py::test_lite0_equals",
+        "evaluation/test_scores.py::test_kernel_distance_of_large",
+        "kernels/test_fused_cpu.py::test_a_damaged",
+        "kernels/test_fused_cpu.py::test_the_avx2",
+        "kernels/test_fused_cpu.py::test_the_cache",
+        "kernels/test_fused_cpu.py::test_what_others",
+        "kernels/test_fused_cpu.py::test_without",
+        "kernels/test_onednn.py::test_kernels_without",
+        "mixed_precision/test_sensitivity.py",
+        "pipeline/test_correct.py",
+        "pipeline/test_main_line.py::test_a_run_killed",
+        "pipeline/test_main_line.py::test_another",
+        "pipeline/test_pipeline.py",
+        "report/test_report.py::test_times",
         "rounding/test_adaround.py",
         "rounding/test_reconstruct.py",
-        "pipeline/test_pipeline.py",
-        "mixed_precision/test_sensitivity.py",
+        "scales/test_search_weight.py::test_never_worse_than_min_max[kl]",
+        "test_architecture.py::test_heavy",
+        "test_cli.py::test_json_is_one",
+        "test_repository.py::test_wheel",
     ),
 }
 NO_DEVICE = "needs a CUDA device"
@@ -38,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    where = item.path.relative_to(Path(__file__).parent).as_posix()
+    where = f"{item.path.relative_to(Path(__file__).parent).as_posix()}::{item.name}"
     for marker, begins in LANES.items():
         if where.startswith(begins):
             item.add_marker(marker)

@@ -274,7 +274,6 @@ def test_modules_say_what_they_are() -> None:
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.slow
 def test_heavy_packages_are_imported_late() -> None:
     # diffusers imports transformers by itself, so what counts is what we add to it.
     script = (
