@@ -63,9 +63,9 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 25_000, "studies": 4_700, "tests": 20_100}
-MAX_ROOT = 8
-NOT_YET_USED = {"execution", "put_buffer", "put_child"}
+BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 19_850}
+MAX_ROOT = 6
+NOT_YET_USED = {"execution", "put_buffer"}
 MAX_FAN_OUT = {"pipeline": 24}
 MAX_FILE = 400
 MAX_FUNCTION = 60
