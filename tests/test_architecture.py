@@ -63,7 +63,7 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 19_850}
+BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_000}
 MAX_ROOT = 6
 NOT_YET_USED = {"execution", "put_buffer"}
 MAX_FAN_OUT = {"pipeline": 24}

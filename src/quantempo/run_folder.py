@@ -9,21 +9,32 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["RunFolder", "atomic_path", "file_sha256", "read_tensors"]
+__all__ = [
+    "RunFolder",
+    "atomic_path",
+    "canonical",
+    "file_sha256",
+    "hash_of",
+    "read_tensors",
+    "tensors_sha256",
+]
 
 
 @contextmanager
@@ -88,6 +99,43 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        # numpy knows no bfloat16, but bytes of any dtype.
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """Return settings as JSON types: tensors by their hash, numbers JSON lacks as text.
+
+    Raises:
+        TypeError: a value that is none of numbers, text, tensors, arrays and containers of them.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value.item()
+    if isinstance(value, Tensor):
+        return f"tensor {tensors_sha256({'': value})}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"it holds a {type(value).__name__}")
+
+
+def hash_of(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of settings; for errors see `canonical`."""
+    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

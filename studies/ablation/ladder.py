@@ -30,8 +30,9 @@ from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline
 from quantempo.pipeline import stages as pipeline
+from quantempo.pipeline.cache import ARTEFACTS, BESIDE
 from quantempo.pipeline.quality import open_model, summary
-from quantempo.pipeline.session import ARTEFACTS, BESIDE, Session
+from quantempo.pipeline.session import Session
 from quantempo.run_folder import RunFolder, atomic_path
 from studies.ablation.page import write_quality
 from studies.ablation.rungs import Rung, rungs

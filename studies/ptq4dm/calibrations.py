@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import needs_images
-from quantempo.calibration.statistics import collect_statistics, state_tensors, time_bin_edges
+from quantempo.calibration.statistics import collect_statistics
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.core import ACTIVATION
 from quantempo.models.layers import denoiser_of, sites
-from quantempo.pipeline.stages import per_unit
 from quantempo.quantized.plan import plan_layers
 from quantempo.scales import search_activation
 from quantempo.scales.search import search_scales
@@ -106,8 +105,6 @@ class Calibrator:
     def statistics(self, denoiser: nn.Module, cell: Cell, data: TraceSet) -> dict[str, Tensor]:
         """Return the tensors of `stats.safetensors` of a cell: of layers and sampler tensors."""
         assert cell.recipe is not None
-        edges = time_bin_edges(data.num_train_timesteps)
-        unit = per_unit(data, data.num_train_timesteps)
         inputs = self._inputs(denoiser, cell)
         measured = [n for n in cell.measured if n != "sigma" or learns_variance(denoiser)]
         with ExitStack() as stack:
@@ -120,11 +117,11 @@ class Calibrator:
                 pick = _pick(name, denoiser, data.names[0])
                 stack.enter_context(output_probe(denoiser, f"{_PROBE}:{name}", pick))
                 inputs[f"{_PROBE}:{name}"] = ()
-            found = collect_statistics(denoiser, inputs, data, edges, per_unit=unit)
+            found = collect_statistics(denoiser, inputs, data)
         named = {
-            n.removesuffix(f".{_PROBE}").removeprefix(f"{_PROBE}:"): s for n, s in found.items()
+            n.replace(f".{_PROBE}.", ".").removeprefix(f"{_PROBE}:"): s for n, s in found.items()
         }
-        return state_tensors(edges, named) | {"per_unit": torch.tensor(unit)}
+        return named | {"per_unit": torch.tensor(data.per_unit)}
 
     def _inputs(self, denoiser: nn.Module, cell: Cell) -> dict[str, tuple[int, ...]]:
         assert cell.recipe is not None

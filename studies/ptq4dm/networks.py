@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.checkpoint.pack import pack_denoiser
 from quantempo.core import weight_format
 from quantempo.engines.select import attach
 from quantempo.models.layers import sites
-from quantempo.quantized import LayerPlan, bits_of, fill, find_clock, quantized_layers
+from quantempo.pipeline.quantize import Quantized, round_weights
+from quantempo.quantized import LayerPlan, fill, find_clock, quantized_layers
 from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
-from quantempo.rounding import ROUNDINGS, round_by_weights, round_denoiser
-from quantempo.scales.search import LayerScales
+from quantempo.rounding import round_by_weights
+from quantempo.scales import LayerScales
 from studies.ptq4dm.output_side import install_output_side, output_side_layers
 from studies.ptq4dm.sampler_tensors import Grids, quantize_output
 
@@ -115,7 +115,8 @@ class Networks:
         for name, layer in LayerScales.read(tensors).items():
             last = layer.act_scale[:, -1:].expand(-1, buckets - layer.act_scale.shape[1])
             wide[name] = replace(layer, act_scale=torch.cat([layer.act_scale, last], 1))
-        codes = self._round(recipe, plans, wide, tensors, data)
+        full = {**tensors, **{f"{name}.act_scale": layer.act_scale for name, layer in wide.items()}}
+        codes = round_weights(self.denoiser, data, recipe, plans, full)
         key = tuple(replace(plan, reason=None) for plan in plans)
         if key not in self._copies:
             packed = self._pack(recipe, plans, wide, codes, tensors)
@@ -140,44 +141,16 @@ class Networks:
         codes: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor],
     ) -> nn.Module:
-        packed = copy.deepcopy(self.denoiser)
-        pack_denoiser(
-            packed,
-            plans,
-            scales,
-            codes,
-            bucket_of=tensors["bucket_of"],
-            per_unit=float(tensors["per_unit"]),
-            recipe=recipe,
-            source_sha256="",
-        )
-        return packed.to(next(self.denoiser.parameters()).device)
+        bucket_of, unit = tensors["bucket_of"], float(tensors["per_unit"])
+        codes = {name: codes[name] for name in scales}
+        found = Quantized(recipe, plans, dict(scales), codes, bucket_of, unit)
+        return found.install(self.denoiser, copy=True)
 
     def _prepare(self, packed: nn.Module) -> None:
         # What layers would otherwise read at their first call, when the compiler is watching.
         for _, layer in quantized_layers(packed):
             kernel: Any = layer.kernel
             kernel.prepare(layer.weight_scale.device)
-
-    def _round(
-        self,
-        recipe: Recipe,
-        plans: list[LayerPlan],
-        scales: Mapping[str, LayerScales],
-        tensors: Mapping[str, Tensor],
-        data: TraceSet,
-    ) -> dict[str, Tensor]:
-        """Return the codes of each layer, and what the rounding changed besides."""
-        bits, settings = bits_of(plans), recipe.rounding
-        specs = {name: weight_format(bits[name][0]) for name in scales}
-        weights = {name: self.denoiser.get_submodule(name).weight.detach() for name in scales}
-        name = settings.name if ROUNDINGS.get(settings.name).needs == "weights" else "nearest"
-        chosen = {n: layer.weight_scale for n, layer in scales.items()}
-        codes = round_by_weights(name, weights, chosen, specs)
-        if name == settings.name and not settings.bias and not settings.refine:
-            return codes
-        packed = self._pack(recipe, plans, scales, codes, tensors)
-        return round_denoiser(self.denoiser, packed, scales, specs, data, settings)
 
     def output_side(self, recipe: Recipe, tensors: Mapping[str, Tensor]) -> Frontend:
         """Return a network as the released program had it: quantizers on outputs, not compiled."""

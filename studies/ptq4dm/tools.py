@@ -22,7 +22,6 @@ from quantempo.evaluation.features import Extractor, Features, extract, load_ext
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import check_finite, load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline, swap_scheduler
-from quantempo.pipeline.stages import per_unit
 from quantempo.quantized import find_clock
 from quantempo.run_folder import atomic_path
 from studies.ptq4dm.calibrations import Calibrator
@@ -206,10 +205,9 @@ class Tools:
 
     def calls(self, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
         """Yield (args, kwargs, training time-step) of recorded calls, batch by batch."""
-        unit = per_unit(data, data.num_train_timesteps)
         like = next(self.denoiser.parameters())
         for batch in data.batches(self.settings.batch_size):
-            yield (), data.arguments(batch, like), batch.t.double() * unit
+            yield (), data.arguments(batch, like), batch.t.double() * data.per_unit
 
     @torch.no_grad()
     def probe_outputs(self, sampler: Sampler, data: TraceSet) -> list[torch.Tensor]:

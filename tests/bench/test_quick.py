@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantempo.bench.forwards import sample_of
-from quantempo.bench.quick import cast_floats, input_ranges, quick_quantize, quick_recipe
+from quantempo.bench.quick import cast_floats, quick_quantize, quick_recipe
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
@@ -142,13 +142,13 @@ def test_symmetric_grids_and_fewer_bits() -> None:
 
 def test_ranges_need_a_call_and_finite_values() -> None:
     net = tiny_unet()
-    with pytest.raises(QuantempoError, match="no input reached"):
-        input_ranges(net, {"mid_block.resnets.0.conv1": ()}, [])
+    with pytest.raises(QuantempoError, match="got no calls"):
+        quick_quantize(net, [])
     inputs = random_inputs(net, 1)
     inputs["sample"][0, 0, 0, 0] = torch.inf
-    with pytest.raises(QuantempoError, match="not finite"):
-        input_ranges(net, {"conv_in": ()}, [inputs])
-    assert not net.conv_in._forward_pre_hooks
+    with pytest.raises(QuantempoError, match="NaN or infinity"):
+        quick_quantize(net, [inputs])
+    assert not any(module._forward_pre_hooks for module in net.modules())
 
 
 def test_casting_leaves_integers_and_scales() -> None:

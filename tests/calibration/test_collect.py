@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.calibration.statistics import collect_statistics, time_bin_edges
 from quantempo.models.load import load_pipeline
+from quantempo.quantized import StepClock
+from quantempo.recipe import Recipe
+from quantempo.scales import search_scales
 from tests.packed import packed
 
 NAMES = {
@@ -62,7 +64,8 @@ def collected() -> tuple[dict[str, Any], Kept, Tensor]:
     data = TraceSet(run / "trace")
     net = load_pipeline(packed("unconditional").source).unet
     edges = time_bin_edges(1000, BINS)
-    found = collect_statistics(net, NAMES, data, edges)
+    found = collect_statistics(net, NAMES, data, bins=BINS)
+    assert torch.equal(found["time_bin_edges"], edges)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
     return found, Kept(net, data), edges
 
@@ -75,7 +78,7 @@ def test_ranges_are_those_of_the_inputs_in_each_bin(collected: Any) -> None:
     found, kept, edges = collected
     seen = 0
     for (name, segment), _ in kept.inputs.items():
-        ranges = found[name][0].state()["range"]
+        ranges = found[f"{name}.range"]
         for k in range(BINS):
             values = kept.of_bin((name, segment), float(edges[k]), float(edges[k + 1]))
             if not len(values):
@@ -92,8 +95,8 @@ def test_ranges_are_those_of_the_inputs_in_each_bin(collected: Any) -> None:
 def test_histograms_count_every_element_once_in_its_bin(collected: Any) -> None:
     found, kept, edges = collected
     for (name, segment), _ in kept.inputs.items():
-        state = found[name][1].state()
-        hist, (low, high) = state["hist"][segment].double(), state["edges"][segment].tolist()
+        hist = found[f"{name}.hist"][segment].double()
+        low, high = found[f"{name}.edges"][segment].tolist()
         for k in range(BINS):
             values = kept.of_bin((name, segment), float(edges[k]), float(edges[k + 1]))
             assert int(hist[k].sum()) == len(values), (name, k)
@@ -105,22 +108,34 @@ def test_histograms_count_every_element_once_in_its_bin(collected: Any) -> None:
             assert abs(mean - float(values.mean())) <= (high - low) / hist.shape[1]
 
 
-def test_fractions_of_time_are_binned_by_training_time(tmp_path: Path) -> None:
-    class Fractions:
-        """A set whose network is given t / T."""
+class Linear(torch.nn.Module):
+    """A denoiser of one layer."""
 
-        def batches(self, batch_size: int = 32) -> Any:
-            yield type(
-                "B", (), {"x_t": torch.tensor([[1.0], [2.0], [3.0]]), "t": torch.tensor(TIMES)}
-            )()
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
 
-        def replay(self, net: torch.nn.Module, batch: Any) -> Tensor:
-            return net(batch.x_t)
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.layer(sample)
 
-    TIMES = [0.05, 0.55, 1.0]
-    net = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    edges = time_bin_edges(1000, 10)
-    found = collect_statistics(net, {"0": ()}, Fractions(), edges, per_unit=1000.0)
-    ranges = found["0"][0].state()["range"][0]
+
+def test_fractions_of_time_are_binned_by_training_time() -> None:
+    data = MemorySet(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.05, 0.55, 1.0]))
+    found = collect_statistics(Linear(), {"layer": ()}, data, bins=10)
+    ranges = found["layer.range"][0]
     assert [ranges[k].tolist() for k in (0, 5, 9)] == [[1, 1], [2, 2], [3, 3]]
-    assert int(found["0"][1].state()["hist"].sum()) == 3
+    assert int(found["layer.hist"].sum()) == 3
+
+
+def test_a_time_step_on_an_edge_is_calibrated_in_the_bucket_the_clock_gives_it() -> None:
+    """All bin edges 0, 62.5, ... that are whole numbers, each between its two neighbours."""
+    times = torch.tensor([t + d for t in range(125, 1000, 125) for d in (-1, 0, 1)])
+    # Inputs as large as their bucket, so that a row in another one is seen in its range.
+    data = MemorySet((times // 125 + 1.0)[:, None].exp2(), times)
+    stats = collect_statistics(Linear(), {"layer": ()}, data, bins=8)
+    recipe = Recipe.load("w8a8").override("activations", buckets=8, min_gain=0.0)
+    clock = StepClock(search_scales(stats, {"layer": torch.ones(1, 1)}, recipe)["bucket_of"])
+    clock.set(times)
+    assert clock.bucket.unique().tolist() == list(range(8))
+    top = stats["layer.range"][0, :, 1]
+    assert torch.equal(top[clock.bucket], (times // 125 + 1.0).exp2())

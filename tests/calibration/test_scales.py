@@ -10,8 +10,7 @@ from torch import Tensor
 
 from quantempo.core import WEIGHT
 from quantempo.recipe import Recipe
-from quantempo.scales import search_weight
-from quantempo.scales.search import search_scales
+from quantempo.scales import LayerScales, search_scales, search_weight
 
 T, K = 1000, 16
 BASE = Recipe.load("w8a8").override("activations", buckets=4)
@@ -107,3 +106,12 @@ def test_the_metric_of_weights_is_that_of_the_recipe() -> None:
         for metric in ("l1", "mse")
     ]
     assert not torch.equal(scales[0]["a.weight_scale"], scales[1]["a.weight_scale"])
+
+
+def test_scales_are_read_back() -> None:
+    found = search_scales(statistics(STEPS), WEIGHTS, BASE)
+    layers = LayerScales.read(found)
+    assert list(layers) == ["a"]
+    assert torch.equal(layers["a"].act_scale, found["a.act_scale"])
+    assert torch.equal(layers["a"].weight_scale, found["a.weight_scale"])
+    assert torch.equal(layers["a"].act_zero_point, found["a.act_zero_point"])

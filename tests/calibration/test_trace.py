@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quantempo.calibration.dataset import TraceBatch, TraceSet, flatten, unflatten
+from quantempo.calibration.dataset import CalibrationData, MemorySet, TraceBatch, TraceSet
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import deal_targets, trace
 from quantempo.errors import QuantempoError
@@ -108,7 +109,7 @@ def test_guidance_halves_belong_to_their_chain(tmp_path: Path) -> None:
     ):
         source = "prompt_embeds" if half else "negative_prompt_embeds"
         assert torch.equal(states[row], embeds[source][int(chain) % 3])
-    assert data.info["constants"]["cross_attention_kwargs"] is None
+    assert data.rows(torch.arange(1)).cond["cross_attention_kwargs"] is None
 
     data = run(tiny_dit(), tmp_path / "dit", call={"class_labels": [7, 8, 9]})
     labels = data.rows(torch.arange(len(data))).cond["class_labels"]
@@ -224,12 +225,69 @@ def test_what_is_kept_is_a_copy(tmp_path: Path) -> None:
     assert int(data.timesteps.min()) == 0
 
 
-def test_flatten_round_trip() -> None:
-    nested = {"a": {"b": [1, {"c": None}], "d": {}}, "e": (2.5, "x"), "f": True}
-    flat = flatten(nested)
-    assert flat == {"a.b.0": 1, "a.b.1.c": None, "a.d": {}, "e.0": 2.5, "e.1": "x", "f": True}
-    assert unflatten(flat) == {"a": {"b": (1, {"c": None}), "d": {}}, "e": (2.5, "x"), "f": True}
-    assert flatten({}) == {} == unflatten({})
+class Nesting(nn.Module):
+    """Take nested arguments and hand the tensors in them on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, sample: Tensor, timestep: Tensor, more: Any, h: Any) -> Tensor:
+        return sample * self.weight
+
+
+def test_nested_arguments_come_back_as_they_were(tmp_path: Path) -> None:
+    pipe, net = tiny_unconditional(), Nesting()
+    given = {"a.b": {"c": [1, {"d": None}], "e": {}}, "f": (2.5, "x"), "g": True}
+
+    class Calling(nn.Module):
+        def __init__(self, unet: nn.Module) -> None:
+            super().__init__()
+            self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+            rows = sample.flatten(1)[:, :2]
+            net(sample, timestep, given, h={"rows": rows, "all": torch.arange(3)})
+            return SimpleNamespace(sample=sample)
+
+    pipe.unet = Calling(pipe.unet)
+    plan = {**PLAN, "time_sampler": make_time_sampler("linspace")}
+    data = trace(pipe, net, tmp_path / "trace", **plan)
+    batch = data.rows(torch.arange(len(data)))
+    nested = batch.cond.pop("h")
+    assert torch.equal(nested["rows"], batch.x_t.flatten(1)[:, :2])
+    assert torch.equal(nested["all"], torch.arange(3))
+    assert batch.cond == {"more": given}
+
+
+def test_a_set_in_memory_is_that_of_its_calls() -> None:
+    unet, g = tiny_text().unet, torch.Generator().manual_seed(0)
+    calls = [
+        {
+            "sample": torch.randn(rows, 4, 8, 8, generator=g),
+            "timestep": t,
+            "encoder_hidden_states": torch.randn(rows, 8, 16, generator=g),
+            "cross_attention_kwargs": {"scale": torch.tensor(2.0)},
+        }
+        for rows, t in ((1, 900), (3, torch.tensor([1, 2, 3])))
+    ]
+    data: CalibrationData = MemorySet.of_calls(unet, calls, 1000)
+    assert len(data) == 4 and data.timesteps.tolist() == [900, 1, 2, 3] and data.per_unit == 1
+    batch = data.rows(torch.tensor([2, 0]))
+    assert torch.equal(batch.x_t, torch.stack([calls[1]["sample"][1], calls[0]["sample"][0]]))
+    states = [call["encoder_hidden_states"] for call in calls]
+    assert torch.equal(batch.cond["encoder_hidden_states"], torch.cat(states)[[2, 0]])
+    assert batch.cond["cross_attention_kwargs"]["scale"] == 2
+    assert [len(b.t) for b in data.batches(3)] == [3, 1]
+    plain = {**calls[0], "cross_attention_kwargs": None}
+    one = MemorySet.of_calls(unet, [plain], 1000)
+    with torch.no_grad():
+        wanted = unet(**plain).sample
+        assert torch.equal(one.replay(unet, one.rows(torch.arange(1))), wanted)
+    fraction = MemorySet(torch.zeros(2, 1), torch.tensor([0.5, 1.0]), num_train_timesteps=500)
+    assert fraction.per_unit == 500
+    with pytest.raises(QuantempoError, match="no calls"):
+        MemorySet.of_calls(unet, [], 1000)
 
 
 def test_reading_back(tmp_path: Path) -> None:

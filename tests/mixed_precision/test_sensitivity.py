@@ -20,7 +20,6 @@ from quantempo.cli import main
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.mixed_precision import losses as losses_module
-from quantempo.mixed_precision import rollout
 from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.models.load import load_pipeline
@@ -137,10 +136,15 @@ def test_the_float_denoiser_is_as_it_was(run: Path, monkeypatch: pytest.MonkeyPa
 
     sensitivity.measure(session, ["w2a8"], **SHORT)
     unchanged()
-    monkeypatch.setattr(rollout, "fill", lambda *args: 1 / 0)
+    calls = itertools.count()
+    real = sensitivity.last_latent
+    monkeypatch.setattr(
+        losses_module, "last_latent", lambda *args: 1 / 0 if next(calls) else real(*args)
+    )
     with pytest.raises(ZeroDivisionError):
         sensitivity.measure(session, ["w2a2"], **SHORT)
     unchanged()
+    assert session.pipe.unet is session.denoiser
 
 
 def test_a_killed_measurement_resumes(

@@ -9,8 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from quantempo.models.blocks import blocks
-from quantempo.models.layers import sites
+from quantempo.models.layers import blocks, sites
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, tiny_dit, tiny_text, tiny_unet
 
 

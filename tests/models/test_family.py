@@ -6,11 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import FluxTransformer2DModel, UNet2DModel
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import ROLES, check_roles, denoiser_of, sites, timestep_of
+from quantempo.models.layers import (
+    ROLES,
+    check_roles,
+    denoiser_of,
+    sites,
+    timestep_of,
+    timestep_place,
+)
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
 
 
@@ -31,11 +38,23 @@ def test_a_pipeline_without_a_denoiser_is_refused() -> None:
 
 
 def test_the_time_step_is_found_by_position_and_by_name() -> None:
-    assert timestep_of(("x", 7), {}) == 7
-    assert timestep_of(("x",), {"timestep": 8}) == 8
-    assert timestep_of((), {"sample": "x", "timestep": 9}) == 9
+    assert timestep_of(("x", 7), {}, 1) == 7
+    assert timestep_of(("x",), {"timestep": 8}, 1) == 8
+    assert timestep_of((), {"sample": "x", "timestep": 9}, 1) == 9
     with pytest.raises(QuantempoError, match="without a time-step"):
-        timestep_of(("x",), {"class_labels": 3})
+        timestep_of(("x",), {"class_labels": 3}, 1)
+
+
+def test_the_place_of_the_time_step_is_that_of_the_signature() -> None:
+    assert timestep_place(tiny_unet()) == 1
+    # Flux: (hidden_states, encoder_hidden_states, pooled_projections, timestep, ...)
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=0)
+    assert timestep_place(flux) == 3
+    assert timestep_of(("x", "text", "pooled", 7), {}, timestep_place(flux)) == 7
+    found = roles(flux)
+    names = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+    assert {found[f"transformer_blocks.0.{name}"] for name in names} == {"attention"}
 
 
 def test_every_role_is_described_and_unknown_ones_are_refused() -> None:

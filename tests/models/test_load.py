@@ -13,8 +13,8 @@ from torch import nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.load import check_finite, load_pipeline, model_digest
-from tests.packed import saved
-from tests.tiny import tiny_unet
+from tests.packed import packed, saved
+from tests.tiny import tiny_unconditional, tiny_unet
 
 
 def cut(folder: Path) -> None:
@@ -88,6 +88,25 @@ def test_a_whole_folder_loads_with_its_own_bits() -> None:
     state = pipe.unet.state_dict()
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    tiny_unconditional().save_pretrained(tmp_path / "model", safe_serialization=False)
+    assert list((tmp_path / "model/unet").glob("*.bin"))
+    with pytest.raises(QuantempoError, match=r"cannot load .*safetensors"):
+        load_pipeline(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
+def test_a_bug_of_the_plug_in_is_no_broken_folder(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise kind("a bug")
+
+    monkeypatch.setattr("quantempo.checkpoint.diffusers_plugin.swap_layers", bug)
+    with pytest.raises(kind, match="a bug"):
+        load_pipeline(packed("unconditional").folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

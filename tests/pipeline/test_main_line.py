@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
 
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
+from quantempo.models.load import load_pipeline
 from quantempo.models.sampling import call_pipeline
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.layer_table import describe
@@ -61,17 +62,17 @@ def stamps(run: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     """A run with everything on, and the pipeline as it was in memory before it was saved."""
-    run, held = tmp_path_factory.mktemp("everything") / "run", []
-    assemble = pipeline._assemble
+    run, held = tmp_path_factory.mktemp("everything") / "run", load_pipeline(saved("unconditional"))
+    save = DDIMPipeline.save_pretrained
 
-    def holding(*args: Any, **kwargs: Any) -> Any:
-        held.append(assemble(*args, **kwargs))
-        return held[-1]
+    def holding(self: Any, *args: Any, **kwargs: Any) -> None:
+        held.unet = self.unet
+        save(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_assemble", holding)
+        patch.setattr(DDIMPipeline, "save_pretrained", holding)
         pipeline.quantize(saved("unconditional"), run, everything())
-    yield run, held[-1][0]
+    yield run, held
 
 
 @pytest.fixture

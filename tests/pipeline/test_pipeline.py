@@ -320,9 +320,9 @@ def test_keys_do_not_depend_on_the_order_in_which_diffusers_lists_defaults(tmp_p
             **session.pipe.scheduler.config,
             "_use_default_values": names,
         }
-        session.__dict__.pop("_surroundings", None)
+        session.__dict__.pop("identity", None)
         keys.add(session.key("trace"))
     assert len(keys) == 1
     sessions[0].pipe.scheduler._internal_dict["beta_end"] = 0.03
-    sessions[0].__dict__.pop("_surroundings")
+    sessions[0].__dict__.pop("identity")
     assert sessions[0].key("trace") not in keys

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import functools
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.checkpoint.pack import pack_denoiser
-from quantempo.core import WEIGHT, Format
+from quantempo.core import Format, weight_format
 from quantempo.pipeline import stages as pipeline
+from quantempo.pipeline.quantize import Quantized, plan
 from quantempo.pipeline.session import Session
 from quantempo.quantized import bits_of
-from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import nearest
-from quantempo.scales.search import LayerScales
+from quantempo.scales import LayerScales
 from tests.packed import recipe as tiny_recipe
 from tests.packed import saved
 
@@ -41,25 +39,18 @@ class Case:
     def denoiser(self) -> nn.Module:
         return self.session.denoiser
 
-    def twin(self) -> nn.Module:
-        """Return a new packed copy with the nearest codes."""
-        twin, recipe = copy.deepcopy(self.denoiser), self.session.recipe
-        plans = [
-            replace(p, buckets=self.scales[p.name].act_scale.shape[1]) if p.kind == "int8" else p
-            for p in plan_layers(self.session.sites, recipe)
-        ]
+    def twin(self, denoiser: nn.Module | None = None) -> nn.Module:
+        """Return a new quantized copy with the nearest codes, of another float copy if given."""
+        tensors = self.session.run.read_safetensors("scales.safetensors")
         codes = {
             name: nearest(
                 self.denoiser.get_submodule(name).weight.detach(), s.weight_scale, self.specs[name]
             )
             for name, s in self.scales.items()
         }
-        tensors = self.session.run.read_safetensors("scales.safetensors")
-        pack_denoiser(
-            twin, plans, self.scales, codes, bucket_of=tensors["bucket_of"], per_unit=1.0,
-            recipe=recipe, source_sha256="",
-        )  # fmt: skip
-        return twin
+        plans = plan(self.denoiser, self.session.recipe)
+        found = Quantized.of(self.session.recipe, plans, tensors, codes, 1.0)
+        return found.install(denoiser or self.denoiser, copy=True)
 
 
 @functools.cache
@@ -74,7 +65,6 @@ def case(kind: str, bits: int = 3, buckets: int = 1) -> Case:
     for stage in (pipeline.trace, pipeline.calibrate, pipeline.search):
         stage(session)
     scales = LayerScales.read(session.run.read_safetensors("scales.safetensors"))
-    plans = bits_of(plan_layers(session.sites, recipe))
-    specs = {name: replace(WEIGHT, bits=w) for name, (w, _) in plans.items()}
+    specs = {n: weight_format(w) for n, (w, _) in bits_of(plan(session.denoiser, recipe)).items()}
     scales = {name: scales[name] for name in specs}
     return Case(session, TraceSet(session.run / "trace"), scales, specs)

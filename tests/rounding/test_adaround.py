@@ -14,8 +14,8 @@ from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_lay
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
 from quantempo.rounding.base import Unit
-from quantempo.rounding.hessian import dequantized_input
-from quantempo.rounding.record import BlockRun, Inputs
+from quantempo.rounding.block_io import BlockRun, Inputs
+from quantempo.rounding.gptq import dequantized_input
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
 from tests.engines.quantized import make_clock, make_linear
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
 from quantempo.rounding import gptq, nearest
-from quantempo.rounding.hessian import dequantized_input, moments
+from quantempo.rounding.gptq import dequantized_input, moments
 from tests.engines.quantized import make_clock, make_conv, make_linear
 
 BITS = (2, 4, 8)

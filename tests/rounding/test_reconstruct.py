@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def _round(
     made: Case, settings: RoundingSettings, **options
 ) -> tuple[dict[str, Tensor], nn.Module]:
     twin = made.twin()
-    parts = (made.denoiser, twin, made.scales, made.specs, made.data, settings)
+    parts = (made.denoiser, twin, made.data, settings)
     return round_denoiser(*parts, **options), twin
 
 
@@ -76,22 +77,22 @@ def test_the_float_network_and_the_engine_are_left_as_they_were() -> None:
         assert all(p.grad is None for p in network.parameters())
         inner = [m for n, m in network.named_modules() if n]
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
-    # Attached anew at the first call, as after packing.
-    assert "forward" in twin.__dict__
-    assert all(layer.kernel is None for _, layer in quantized_layers(twin))
+    assert all(layer.kernel.backend == "simulated" for _, layer in quantized_layers(twin))
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "dit"])
 @torch.no_grad()
 def test_after_bias_correction_mean_outputs_are_the_float_ones(kind: str) -> None:
     made = case(kind)
+    # In float64, where sums in other batches move no code that sits on a rounding edge.
+    floats = copy.deepcopy(made.denoiser).double()
+    twin = made.twin(floats)
     settings = replace(QUICK, name="nearest", bias=True, samples=len(made.data))
-    result, twin = _round(made, settings)
-    attach(twin, "simulated")
+    result = round_denoiser(floats, twin, made.data, settings)
     names = [name for name, layer in quantized_layers(twin) if layer.bias is not None]
     assert {f"{name}.bias" for name in names} == {k for k in result if k.endswith(".bias")}
     means: list[dict[str, list[Tensor]]] = []
-    for network in (made.denoiser, twin):
+    for network in (floats, twin):
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         for name in names:
             layer = network.get_submodule(name)
@@ -165,12 +166,9 @@ def test_inputs_beyond_the_budget_are_kept_in_half_precision() -> None:
 
 def test_a_float_twin_and_wrong_names_are_refused() -> None:
     made = case("unconditional")
-    parts = (made.scales, made.specs, made.data)
     with pytest.raises(QuantempoError, match="not quantized"):
-        round_denoiser(made.denoiser, made.denoiser, *parts, QUICK)
+        round_denoiser(made.denoiser, made.denoiser, made.data, QUICK)
     with pytest.raises(QuantempoError, match="gptq"):
         _round(made, replace(QUICK, name="gtpq"))
     with pytest.raises(QuantempoError, match=r"rounding\.start = 'adaround'"):
         _round(made, replace(QUICK, name="adaround", start="adaround"))
-    with pytest.raises(QuantempoError, match="rerun the search"):
-        round_denoiser(made.denoiser, made.twin(), {}, made.specs, made.data, QUICK)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantempo.rounding.record import record, record_all
+from quantempo.rounding.block_io import record, record_all
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_all_at_once_is_one_by_one_bit_for_bit(network: nn.Sequential) -> None:
     for name, module in modules.items():
         alone = record(module, calls(network), budget=10**6)
         both = (found[name].take(rows, torch.device("cpu")), alone.take(rows, torch.device("cpu")))
-        assert torch.equal(both[0]["args"][0], both[1]["args"][0])
+        assert torch.equal(both[0][0][0], both[1][0][0])
     assert not network[0]._forward_pre_hooks
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantempo.checkpoint.pack import pack_denoiser
+from quantempo.calibration.dataset import MemorySet
+from quantempo.calibration.statistics import collect_ranges
 from quantempo.core import activation_format, weight_format
-from quantempo.errors import QuantempoError
-from quantempo.models.layers import sites
+from quantempo.pipeline.quantize import Quantized, plan, segments_of
 from quantempo.quantized import Float16Linear, LayerPlan, QLayer, StepClock
-from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import Recipe
-from quantempo.rounding.nearest import nearest
-from quantempo.scales.search import LayerScales
+from quantempo.rounding import nearest
+from quantempo.scales import LayerScales
 
-__all__ = ["cast_floats", "input_ranges", "quick_quantize", "quick_recipe"]
+__all__ = ["cast_floats", "quick_quantize", "quick_recipe"]
 
 log = logging.getLogger("quantempo")
 
@@ -65,33 +64,26 @@ def quick_quantize(
         QuantempoError: no calls, or activations that are not finite.
     """
     recipe = recipe or quick_recipe()
-    plans = plan_layers(sites(denoiser), recipe)
-    chosen = {plan.name: plan for plan in plans if plan.kind == "int8"}
-    ranges = input_ranges(denoiser, {n: p.segments for n, p in chosen.items()}, calls)
+    data = MemorySet.of_calls(denoiser, calls, num_train_timesteps)
+    plans = plan(denoiser, recipe)
+    ranges = collect_ranges(denoiser, segments_of(plans), data)
     codes: dict[str, Tensor] = {}
     scales: dict[str, LayerScales] = {}
-    for name, plan in chosen.items():
-        codes[name], scale = _weight_codes(denoiser.get_submodule(name), plan.weight_bits)
-        grid = _grids(
-            ranges[name], activation_format(plan.act_bits).qmax, recipe.activations.symmetric
-        )
-        scales[name] = LayerScales(*grid, scale)
+    for p in plans:
+        if p.kind == "int8":
+            codes[p.name], scale = _weight_codes(denoiser.get_submodule(p.name), p.weight_bits)
+            grid = _grids(
+                ranges[p.name].edges(),
+                activation_format(p.act_bits).qmax,
+                recipe.activations.symmetric,
+            )
+            scales[p.name] = LayerScales(*grid, scale)
     bucket_of = torch.zeros(num_train_timesteps, dtype=torch.int64)
-    device = next(denoiser.parameters()).device
-    pack_denoiser(
-        denoiser,
-        plans,
-        scales,
-        codes,
-        bucket_of=bucket_of.to(device),
-        per_unit=per_unit,
-        recipe=recipe,
-        source_sha256="",
-    )
+    Quantized(recipe, plans, scales, codes, bucket_of, per_unit).install(denoiser)
     if dtype is not None:
         cast_floats(denoiser, dtype)
     log.warning(
-        "quantized %d layers without data: such scales are for timing, not for images", len(chosen)
+        "quantized %d layers without data: such scales are for timing, not for images", len(codes)
     )
     return plans
 
@@ -115,53 +107,6 @@ def _grids(ranges: Tensor, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         zero = (-low / scale.clamp_min(_EMPTY)).round().clamp(0, qmax)
     scale = torch.where(scale > 0, scale, _EMPTY)
     return scale.float()[:, None], zero.to(torch.int32)
-
-
-@torch.no_grad()
-def input_ranges(
-    denoiser: nn.Module, inputs: dict[str, tuple[int, ...]], calls: Iterable[dict[str, Any]]
-) -> dict[str, Tensor]:
-    """Return (S, 2) the smallest and largest input of each named layer, by segment.
-
-    Args:
-        denoiser: float, left as it was.
-        inputs: layer name -> input channels of its segments, () for one.
-        calls: keyword arguments of each forward.
-
-    Raises:
-        QuantempoError: a layer that no call reaches, or inputs that are not finite.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str, segments: tuple[int, ...]) -> Callable[..., None]:
-        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            parts = args[0].split(segments, dim=1) if segments else (args[0],)
-            found = torch.stack([torch.stack(part.aminmax()) for part in parts]).float()
-            old = seen.get(name, found)
-            low, high = torch.minimum(old[:, 0], found[:, 0]), torch.maximum(old[:, 1], found[:, 1])
-            seen[name] = torch.stack([low, high], 1)
-
-        return see
-
-    handles = [
-        denoiser.get_submodule(name).register_forward_pre_hook(hook(name, segments))
-        for name, segments in inputs.items()
-    ]
-    try:
-        for call in calls:
-            denoiser(**call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = sorted(set(inputs) - set(seen))
-    if missed:
-        raise QuantempoError(
-            f"no input reached {len(missed)} layers ({missed[0]}, ...); give at least one call"
-        )
-    bad = [name for name, found in seen.items() if not bool(found.isfinite().all())]
-    if bad:
-        raise QuantempoError(f"the input of '{bad[0]}' is not finite; check the model")
-    return seen
 
 
 def cast_floats(denoiser: nn.Module, dtype: torch.dtype) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
-from quantempo.models.inputs import bind_inputs
-from quantempo.models.layers import denoiser_of, timestep_of
+from quantempo.models.layers import bind_inputs, denoiser_of, timestep_of, timestep_place
 from quantempo.models.sampling import call_pipeline
 from quantempo.quantized import find_clock
 from quantempo.quantized.correction import (
@@ -41,7 +40,7 @@ MIN_GAIN, MAX_GAIN = 0.5, 1.5
 class Fitted(NamedTuple):
     """What a fit gives.
 
-    tensors: tables for `checkpoint.pack.pack_denoiser` and a safetensors file; report: JSON types:
+    tensors: tables of an `OutputCorrection`; report: JSON types:
     "chains", "seed", "times", "clipped_gains" (of how many "gains"), "error_before" and
     "error_after" (mean squared error of the output over its mean square at each time).
     """
@@ -197,7 +196,13 @@ class _Fit:
         return Fitted(tensors, report)
 
     def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        t = torch.as_tensor(timestep_of(args, kwargs)).detach().cpu().double().reshape(-1)
+        t = (
+            torch.as_tensor(timestep_of(args, kwargs, timestep_place(self.denoiser)))
+            .detach()
+            .cpu()
+            .double()
+            .reshape(-1)
+        )
         if bool((t != t[0]).any()):
             raise QuantempoError(
                 "a call mixes time-steps in its batch; corrections are fitted on samplers that "

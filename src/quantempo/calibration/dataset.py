@@ -1,22 +1,21 @@
-"""The recorded network inputs, read back from a trace folder.
-
-What a trace holds, in a fixed order, without loading it whole. `trace` writes the folder.
-"""
+"""Calibration data: recorded denoiser inputs, from a trace folder or in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from quantempo.errors import QuantempoError
+from quantempo.models.layers import bind_inputs
 from quantempo.run_folder import RunFolder, read_tensors
 
-__all__ = ["TraceBatch", "TraceSet", "flatten", "index_of", "unflatten"]
+__all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
 
 
 def index_of(folder: str | Path) -> Path:
@@ -25,7 +24,7 @@ def index_of(folder: str | Path) -> Path:
 
 
 class TraceBatch(NamedTuple):
-    """Rows of a trace.
+    """Rows of a calibration set.
 
     x_t: (b, ...) float32, what the network received; t: (b,) int64 or float32, the time-step it
     received with it; cond: its other arguments by name, tensors (b, ...), as received.
@@ -36,8 +35,132 @@ class TraceBatch(NamedTuple):
     cond: dict[str, Any]
 
 
-class TraceSet:
-    """The calibration set: N recorded calls of one row each.
+class CalibrationData(Protocol):
+    """What calibration reads: N denoiser calls of one row each."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(N,) time-step of every row, int64 or floating point as received."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of training time-steps T of the model."""
+
+    @property
+    def per_unit(self) -> float:
+        """Training time-steps in one unit of the recorded time: 1, or T for t in [0, 1]."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
+        """Yield all rows in order, at most `batch_size` at a time."""
+
+    def rows(self, index: Tensor) -> TraceBatch:
+        """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
+
+    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
+        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
+
+
+class _Calls:
+    """Implement what does not depend on where the rows are."""
+
+    # What the denoiser calls its arguments x_t and t.
+    names: tuple[str, str]
+    timesteps: Any
+    num_train_timesteps: Any
+
+    @cached_property
+    def per_unit(self) -> float:
+        """Training time-steps in one unit of the recorded time: 1, or T for t in [0, 1]."""
+        t = self.timesteps
+        fraction = t.is_floating_point() and float(t.max()) <= 1
+        return float(self.num_train_timesteps) if fraction else 1.0
+
+    def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
+        """Return the keyword arguments of the recorded call, on the device of `like`.
+
+        Only x_t takes its dtype; the rest stays as it was received.
+        """
+        sample, timestep = self.names
+        cond = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), batch.cond)
+        cond[sample] = batch.x_t.to(like.device, like.dtype)
+        cond[timestep] = batch.t.to(like.device)
+        return cond
+
+    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
+        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
+        output = denoiser(**self.arguments(batch, next(denoiser.parameters())))
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class MemorySet(_Calls):
+    """A calibration set in memory.
+
+    Args:
+        x_t: (N, ...) float32; t: (N,).
+        cond: the other arguments by name; tensors of N rows are per row, all else is shared.
+        names: what the denoiser calls its arguments x_t and t.
+        num_train_timesteps: T.
+    """
+
+    def __init__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        names: tuple[str, str] = ("sample", "timestep"),
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        self.x_t, self.timesteps, self.cond = x_t, t, dict(cond or {})
+        self.names, self.num_train_timesteps = names, num_train_timesteps
+
+    @classmethod
+    def of_calls(
+        cls, denoiser: nn.Module, calls: Iterable[Mapping[str, Any]], num_train_timesteps: int
+    ) -> MemorySet:
+        """Return the set of some calls of a denoiser, given as keyword arguments.
+
+        Raises:
+            QuantempoError: no calls, or calls whose other arguments cannot be joined.
+        """
+        bound = [bind_inputs(denoiser, (), call) for call in calls]
+        if not bound:
+            raise QuantempoError("got no calls of the denoiser; give at least one")
+        leaves, shapes = zip(*(pytree.tree_flatten(b.conditioning) for b in bound), strict=True)
+        rows = [len(b.sample) for b in bound]
+        joined = []
+        for column in zip(*leaves, strict=True):
+            each = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in
+                    zip(column, rows, strict=True)]  # fmt: skip
+            joined.append(torch.cat(column) if all(each) else column[0])
+        cond = pytree.tree_unflatten(joined, shapes[0])
+        x_t, t = torch.cat([b.sample for b in bound]), torch.cat([b.timestep for b in bound])
+        names = bound[0].sample_name, bound[0].timestep_name
+        return cls(x_t, t, cond, names=names, num_train_timesteps=num_train_timesteps)
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
+        """Yield all rows in order, at most `batch_size` at a time."""
+        yield from map(self.rows, torch.arange(len(self)).split(batch_size))
+
+    def rows(self, index: Tensor) -> TraceBatch:
+        """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
+
+        def pick(value: Tensor) -> Tensor:
+            per_row = value.ndim > 0 and len(value) == len(self)
+            return value[index.to(value.device)] if per_row else value
+
+        cond = pytree.tree_map_only(Tensor, pick, self.cond)
+        return TraceBatch(pick(self.x_t), pick(self.timesteps), cond)
+
+
+class TraceSet(_Calls):
+    """The calibration set in a trace folder, read without loading it whole.
 
     Rows are ordered by chain, then pick, then half (of classifier-free guidance).
 
@@ -52,6 +175,8 @@ class TraceSet:
         self.folder = RunFolder(folder)
         index = index_of(folder)
         self.info: dict[str, Any] = RunFolder(index.parent).read_json(index.name)
+        self.names = self.info["sample_name"], self.info["timestep_name"]
+        self.num_train_timesteps: int = self.info["settings"]["num_train_timesteps"]
         for chunk in self.info["chunks"]:
             if not self.folder.has(chunk["file"]):
                 raise QuantempoError(
@@ -63,16 +188,6 @@ class TraceSet:
 
     def __iter__(self) -> Iterator[TraceBatch]:
         return self.batches()
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Number of training time-steps T of the model."""
-        return self.info["settings"]["num_train_timesteps"]
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """What the denoiser calls its arguments x_t and t."""
-        return self.info["sample_name"], self.info["timestep_name"]
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -87,9 +202,8 @@ class TraceSet:
         """Yield all rows in order, at most `batch_size` at a time, one chunk in memory."""
         for chunk in self.info["chunks"]:
             tensors = self._read(chunk["file"])
-            for first in range(0, chunk["rows"], batch_size):
-                last = min(first + batch_size, chunk["rows"])
-                yield self._batch(tensors, torch.arange(first, last))
+            for index in torch.arange(chunk["rows"]).split(batch_size):
+                yield self._batch(tensors, index)
 
     def rows(self, index: Tensor) -> TraceBatch:
         """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
@@ -102,7 +216,7 @@ class TraceSet:
             if len(here) or not picked:
                 tensors = self._read(chunk["file"])
                 for name, value in tensors.items():
-                    if name.startswith("shared."):
+                    if name.startswith("shared"):
                         picked[name] = value
                         continue
                     whole = picked.setdefault(name, value.new_empty(len(index), *value.shape[1:]))
@@ -110,75 +224,14 @@ class TraceSet:
             first += chunk["rows"]
         return self._batch(picked, torch.arange(len(index)))
 
-    def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
-        """Return the keyword arguments of the recorded call, on the device of `like`.
-
-        Only x_t takes its dtype; the rest stays as it was received.
-        """
-        sample, timestep = self.names
-        cond = unflatten(
-            {
-                name: value.to(like.device) if isinstance(value, Tensor) else value
-                for name, value in flatten(batch.cond).items()
-            }
-        )
-        cond[sample] = batch.x_t.to(like.device, like.dtype)
-        cond[timestep] = batch.t.to(like.device)
-        return cond
-
-    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
-        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
-        output = denoiser(**self.arguments(batch, next(denoiser.parameters())))
-        return output if isinstance(output, Tensor) else output[0]
-
     def _read(self, file: str) -> dict[str, Tensor]:
         return read_tensors(self.folder / file)[0]
 
     def _batch(self, tensors: dict[str, Tensor], index: Tensor) -> TraceBatch:
-        cond: dict[str, Any] = dict(self.info["constants"])
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "cond":
-                cond[rest] = value[index]
-            elif kind == "shared":
-                cond[rest] = value
-        return TraceBatch(tensors["x_t"][index], tensors["t"][index], unflatten(cond))
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts, lists and tuples into one dict with dotted keys ("a.b", "a.0").
-
-    Empty containers stay as leaves.
-    """
-    if isinstance(value, dict) and value:
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple) and value:
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value} if prefix else {}
-    result: dict[str, Any] = {}
-    for key, item in items:
-        if "." in key:
-            raise QuantempoError(f"cannot record an argument called '{key}': it has a dot")
-        result.update(flatten(item, f"{prefix}.{key}" if prefix else key))
-    return result
-
-
-def unflatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`; containers with the keys 0, 1, ... come back as tuples."""
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return {name: _tuples(value) for name, value in tree.items()}
-
-
-def _tuples(value: Any) -> Any:
-    if not isinstance(value, dict) or not value:
-        return value
-    if all(key.isdigit() for key in value):
-        return tuple(_tuples(value[str(index)]) for index in range(len(value)))
-    return {key: _tuples(item) for key, item in value.items()}
+        """Put the arguments together again: each leaf is a constant or a tensor of the chunk."""
+        leaves: list[Any] = []
+        for kind, place, value in self.info["leaves"]:
+            found = value if kind == "constant" else tensors[kind + place]
+            leaves.append(found[index] if kind == "cond" else found)
+        cond = pytree.tree_unflatten(leaves, pytree.treespec_loads(self.info["tree"]))
+        return TraceBatch(tensors["x_t"][index], tensors["t"][index], cond)

@@ -5,19 +5,17 @@ Separate from `trace`, which decides the times, runs the pipeline and writes fil
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from quantempo.calibration.dataset import flatten
 from quantempo.errors import QuantempoError
-from quantempo.models.inputs import bind_inputs
+from quantempo.models.layers import bind_inputs, hooked
 from quantempo.models.sampling import schedule_times
 
 __all__ = ["CHANGES", "Recorder"]
@@ -67,21 +65,19 @@ class Recorder:
         self.targets: Tensor | None = None
         self.per_unit = 1.0
         self.slots = [[_Slot() for _ in row] for row in indices]
-        self.constants: dict[str, Any] | None = None
+        # How the other arguments are put together again, see `TraceSet`.
+        self.details: dict[str, Any] | None = None
         self.shared: dict[str, Tensor] = {}
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)
 
-    @contextmanager
-    def listening(self, denoiser: nn.Module) -> Iterator[None]:
+    def listening(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Hook into `denoiser` for a while."""
-        handle = denoiser.register_forward_pre_hook(self._hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return hooked({"": denoiser}, self._hook, before=True)
 
-    def _hook(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hook(
+        self, _: str, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         inputs = bind_inputs(denoiser, args, kwargs)
         rows, chains = inputs.sample.shape[0], len(self.slots)
         if rows % chains:
@@ -140,29 +136,32 @@ class Recorder:
 
     def _conditioning(self, given: dict[str, Any], rows: int) -> dict[str, Tensor]:
         """Split the other arguments into per-row tensors, shared tensors and constants."""
-        batched, constants = {}, {}
-        for name, value in flatten(given).items():
+        batched, found = {}, []
+        leaves, tree = pytree.tree_flatten_with_path(given)
+        for path, value in leaves:
+            place, kind = pytree.keystr(path), "constant"
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-                batched[f"cond.{name}"] = value
+                kind, batched[f"cond{place}"] = "cond", value
             elif isinstance(value, Tensor):
-                old = self.shared.setdefault(f"shared.{name}", value.detach().cpu().clone())
+                kind = "shared"
+                old = self.shared.setdefault(f"shared{place}", value.detach().cpu().clone())
                 if old.shape != value.shape or not torch.equal(old, value.detach().cpu()):
-                    raise QuantempoError(CHANGES.format(name=name))
-            elif value is None or isinstance(value, bool | int | float | str | dict | list | tuple):
-                constants[name] = value
-            else:
+                    raise QuantempoError(CHANGES.format(name=place))
+            elif not (value is None or isinstance(value, bool | int | float | str)):
                 raise QuantempoError(
-                    f"the denoiser's argument '{name}' is a {type(value).__name__}, which cannot "
+                    f"the denoiser's argument {place} is a {type(value).__name__}, which cannot "
                     "be recorded; expected tensors, numbers, text, or containers of them"
                 )
-        if self.constants is not None and _canonical(constants) != _canonical(self.constants):
-            raise QuantempoError(CHANGES.format(name=", ".join(constants)))
-        self.constants = constants
+            found.append([kind, place, value if kind == "constant" else None])
+        details = {"leaves": found, "tree": pytree.treespec_dumps(tree)}
+        if self.details is not None and details != self.details:
+            raise QuantempoError(CHANGES.format(name=", ".join(given)))
+        self.details = details
         return batched
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the kept tensors, rows ordered by chain, pick, half, and how they were passed."""
-        if self.targets is None:
+        if self.targets is None or self.details is None:
             raise QuantempoError(
                 "the pipeline never called the denoiser; pass the network it denoises with"
             )
@@ -180,13 +179,5 @@ class Recorder:
         if any(part.keys() != parts[0].keys() for part in parts):
             raise QuantempoError(CHANGES.format(name="conditioning"))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        details = {
-            "constants": self.constants,
-            "sample_name": self.argument_names[0],
-            "timestep_name": self.argument_names[1],
-        }
-        return {**tensors, **self.shared}, details
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+        names = dict(zip(("sample_name", "timestep_name"), self.argument_names, strict=True))
+        return {**tensors, **self.shared}, {**names, **self.details}

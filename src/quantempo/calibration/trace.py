@@ -16,30 +16,28 @@ is chosen with equal chances. Memory holds the kept rows only, never a trajector
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
 from quantempo.calibration.recorder import CHANGES, Recorder
-from quantempo.calibration.sources import check_source, image_digest, replace_rows
-from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler
+from quantempo.calibration.sources import check_source, image_digest, needs_images, replace_rows
+from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
 from quantempo.models.load import model_digest
-from quantempo.models.sampling import call_pipeline
-from quantempo.run_folder import RunFolder, read_tensors
+from quantempo.models.sampling import call_pipeline, scheduler_settings
+from quantempo.recipe import TraceSettings
+from quantempo.run_folder import RunFolder, canonical, read_tensors, tensors_sha256
 
-__all__ = ["deal_targets", "trace"]
+__all__ = ["check_settings", "deal_targets", "trace"]
 
 _FORMAT = 1
 _METADATA = "quantempo_trace"
@@ -105,6 +103,19 @@ def trace(
     return TraceSet(folder)
 
 
+def check_settings(settings: TraceSettings, data: str | None) -> None:
+    """Refuse settings that name nothing known, or images that are not given.
+
+    Raises:
+        QuantempoError: see `make_time_sampler`; a source that needs a folder of images.
+    """
+    make_time_sampler(settings.time_sampler, settings.time_sampler_args)
+    if needs_images(settings.source) and data is None:
+        raise QuantempoError(
+            f"source '{settings.source}' needs images; pass a folder of them (--data)"
+        )
+
+
 class _Run(NamedTuple):
     """What every chunk is made with."""
 
@@ -155,7 +166,7 @@ def _record(
     tensors["x_t"] = replace_rows(
         settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
     )
-    details |= {"rows": len(tensors["t"]), "sha256": _digest(tensors), "settings": settings}
+    details |= {"rows": len(tensors["t"]), "sha256": tensors_sha256(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.
     return tensors, {_METADATA: _json(details)}
 
@@ -188,8 +199,8 @@ def _identity(
         "model": model_hash or model_digest(denoiser),
         "dtype": str(next(denoiser.parameters()).dtype),
         "pipeline": type(pipe).__name__,
-        "scheduler": _plain({"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}),
-        "arguments": _plain(call),
+        "scheduler": scheduler_settings(pipe.scheduler),
+        "arguments": canonical(call),
         "num_train_timesteps": num_train_timesteps
         or int(pipe.scheduler.config.num_train_timesteps),
     }
@@ -215,7 +226,7 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
             f"{store.path} holds a trace with other settings ({changes}); "
             "choose another folder, delete this one, or force"
         )
-    return not differing and details["sha256"] == _digest(tensors)
+    return not differing and details["sha256"] == tensors_sha256(tensors)
 
 
 def _finish(
@@ -232,7 +243,7 @@ def _finish(
             details = json.loads(stream.metadata()[_METADATA])
             details["tensors"] = sorted(stream.keys())
         chunks.append({"file": name, "rows": details["rows"], "sha256": details["sha256"]})
-        common = ("sample_name", "timestep_name", "constants", "tensors")
+        common = ("sample_name", "timestep_name", "leaves", "tree", "tensors")
         found.append({key: details[key] for key in common})
         if found[-1] != found[0]:
             raise QuantempoError(CHANGES.format(name="between batches"))
@@ -255,32 +266,6 @@ def _finish(
 def _law(law: Any) -> dict[str, Any]:
     names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
     return {"name": names.get(type(law), type(law).__name__), **asdict(law)}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        # numpy knows no bfloat16, but bytes of any dtype.
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Describe settings in JSON types: tensors by their hash, private keys of configs left out."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(item) for k, item in value.items() if not str(k).startswith("_")}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return f"tensor {_digest({'': value})}"
-    # JSON has no infinity (lambda_min_clipped of DPM-Solver).
-    finite = isinstance(value, float) and math.isfinite(value)
-    if finite or value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
 
 
 def _json(value: Any) -> str:

@@ -19,6 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from quantempo import __version__
 from quantempo.core import unpack_int12
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
@@ -31,6 +32,7 @@ from quantempo.quantized import (
     swap_layers,
 )
 from quantempo.quantized.correction import OutputCorrection, install_correction
+from quantempo.recipe import Recipe
 
 __all__ = [
     "FORMAT_VERSION",
@@ -123,6 +125,32 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.per_unit, self.hashes = per_unit, hashes or {}
         self.correction = correction or {}
         self.format_version, self.version = format_version, version
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        plans: list[LayerPlan],
+        *,
+        num_train_timesteps: int,
+        per_unit: float,
+        source_sha256: str,
+    ) -> QuantempoConfig:
+        """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
+        int8 = [p for p in plans if p.kind == "int8"]
+        bits = {p.name: [p.weight_bits, p.act_bits] for p in int8}
+        return cls(
+            recipe=recipe.to_dict(),
+            float16={p.name: p.reason or "" for p in plans if p.kind == "float16"},
+            float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
+            segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
+            buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
+            bits={name: both for name, both in bits.items() if both != [8, 8]},
+            num_train_timesteps=num_train_timesteps,
+            per_unit=per_unit,
+            hashes={"recipe": recipe.sha256, "source": source_sha256},
+            version=__version__,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""

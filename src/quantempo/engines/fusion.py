@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import drop, keep, reset_forward, set_forward
 from quantempo.models import fusion_transformer, fusion_unet
-from quantempo.models.blocks import is_unit
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
-from quantempo.models.layers import skip_segments
+from quantempo.models.layers import is_unit, skip_segments
 from quantempo.quantized import (
     QConv2d,
     QLayer,

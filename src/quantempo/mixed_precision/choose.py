@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from quantempo.mixed_precision.allocate import allocate, bit_operations, weight_
 from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe, parse_bits
-from quantempo.run_folder import RunFolder
+from quantempo.run_folder import RunFolder, hash_of
 
 __all__ = ["choose_bits", "recall"]
 
@@ -188,5 +186,4 @@ def _options(
 
 def _request(base: Recipe, budgets: dict[str, int], options: Sequence[str]) -> str:
     """Return a hash of what was asked for."""
-    text = json.dumps([base.sha256, budgets, list(options)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_of([base.sha256, budgets, list(options)])

@@ -9,13 +9,10 @@ Source: after MixDQ (Zhao et al., ECCV 2024), with the error of the latent in pl
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +22,15 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.mixed_precision.allocate import weight_bytes
-from quantempo.mixed_precision.rollout import Grids, last_latent, one_quantized
+from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
+from quantempo.models.sampling import denoising_with
+from quantempo.pipeline.quantize import plan
 from quantempo.pipeline.session import Session
-from quantempo.pipeline.stages import calibrate, per_unit, trace
-from quantempo.quantized.plan import plan_layers
+from quantempo.pipeline.stages import calibrate, trace
 from quantempo.recipe import parse_bits
 from quantempo.report.sensitivity_plot import draw, standalone
-from quantempo.run_folder import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path, hash_of
 
 __all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
 
@@ -124,18 +122,17 @@ def _measure(
         return last_latent(session.pipe, seeds, settings["steps"], session.call)
 
     stats = session.run.read_safetensors("stats.safetensors")
-    plans = {plan.name: plan for plan in plan_layers(session.sites, session.recipe)}
-    unit = per_unit(TraceSet(session.run / "trace"), session.num_train_timesteps)
+    plans = {p.name: p for p in plan(session.denoiser, session.recipe)}
+    unit = TraceSet(session.run / "trace").per_unit
     target = rollout()
     table["signal"] = float(target.square().mean())
     count = sum(len(todo) for _, todo in missing)
     with tqdm(total=count, desc="sensitivity", unit="rollout", disable=None) as bar:
         for done, (row, todo) in enumerate(missing, 1):
             name = row["name"]
-            grids = Grids(stats, session.denoiser.get_submodule(name), name, session.recipe)
+            layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, unit)
             for option in todo:
-                plan = replace(plans[name], weight_bits=bits[option][0], act_bits=bits[option][1])
-                with one_quantized(session.denoiser, plan, *grids.at(*bits[option]), unit):
+                with denoising_with(session.pipe, layer.at(*bits[option])):
                     loss = float((rollout() - target).square().mean())
                 if not math.isfinite(loss):
                     raise QuantempoError(
@@ -164,8 +161,7 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
     chosen = {name: getattr(session.recipe, name) for name in ("activations", "weights")}
     # `bits` are what is varied here.
     text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
-    text |= {"inputs": session.key("calibrate"), "settings": settings}
-    key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    key = hash_of({**text, "inputs": session.key("calibrate"), "settings": settings})
     if session.run.has(ARTEFACT):
         table = session.run.read_json(ARTEFACT)
         if table["key"] == key:
@@ -175,7 +171,7 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
                 f"{session.run / ARTEFACT} was made with other settings; use another --run "
                 "folder, or --force to redo it"
             )
-    plans = [p for p in plan_layers(session.sites, session.recipe) if p.kind == "int8"]
+    plans = [p for p in plan(session.denoiser, session.recipe) if p.kind == "int8"]
     if not plans:
         raise QuantempoError("the recipe keeps every layer in float; nothing to measure")
     data = TraceSet(session.run / "trace")
@@ -183,9 +179,9 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
     macs = count_macs(session.denoiser, lambda: data.replay(session.denoiser, batch), 1)
     roles = {site.name: site.role for site in session.sites}
     layers = []
-    for plan in plans:
-        weight: Any = session.denoiser.get_submodule(plan.name).weight
-        row = {"name": plan.name, "role": roles[plan.name], "macs": macs.get(plan.name, 0)}
+    for name in (p.name for p in plans):
+        weight: Any = session.denoiser.get_submodule(name).weight
+        row = {"name": name, "role": roles[name], "macs": macs.get(name, 0)}
         layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
     empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
     return {**empty, "layers": layers, "choice": None}

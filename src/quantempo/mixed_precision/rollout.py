@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantempo.core import WEIGHT
+from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import timestep_of
 from quantempo.models.sampling import call_pipeline
-from quantempo.quantized import LayerPlan, StepClock, fill, swap_layers
+from quantempo.pipeline.quantize import Quantized
+from quantempo.quantized import LayerPlan
 from quantempo.recipe import Recipe
 from quantempo.rounding import nearest
-from quantempo.scales import search_weight
-from quantempo.scales.search import LayerScales, search_scales
+from quantempo.scales import search_scales, search_weight
 
-__all__ = ["Grids", "last_latent", "one_quantized"]
+__all__ = ["OneLayer", "last_latent"]
 
 
 def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any]) -> Tensor:
@@ -57,64 +55,51 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
     return last[0].detach().double().cpu()
 
 
-class Grids:
-    """Search the scales of one layer alone, each number of bits once."""
+class OneLayer:
+    """Quantize one layer alone; scales are searched once for each number of bits.
+
+    Args:
+        denoiser: float.
+        stats: of `collect_statistics`.
+        plan: of the layer; its bits do not matter.
+        recipe: metrics and buckets.
+        per_unit: training time-steps in one unit of the network's time.
+    """
 
     def __init__(
-        self, stats: Mapping[str, Tensor], layer: nn.Module, name: str, recipe: Recipe
+        self,
+        denoiser: nn.Module,
+        stats: Mapping[str, Tensor],
+        plan: LayerPlan,
+        recipe: Recipe,
+        per_unit: float,
     ) -> None:
-        parts = ("hist", "edges", "range")
-        self.stats = {key: stats[key] for part in parts if (key := f"{name}.{part}") in stats}
-        self.stats["time_bin_edges"] = stats["time_bin_edges"]
-        self.name, self.recipe = name, recipe
-        weight: Any = layer.weight
-        self.weight = weight.detach().float().cpu()
+        self.denoiser, self.stats, self.plan = denoiser, stats, plan
+        self.recipe, self.per_unit = recipe, per_unit
+        layer: Any = denoiser.get_submodule(plan.name)
+        self.weight = layer.weight.detach().float().cpu()
         self.weights: dict[int, Tensor] = {}
         self.activations: dict[int, dict[str, Tensor]] = {}
 
-    def at(self, weight_bits: int, act_bits: int) -> tuple[LayerScales, Tensor, Tensor]:
-        """Return the scales, (O, ...) int8 codes rounded to nearest and (T,) time buckets."""
-        settings, spec = self.recipe.weights, replace(WEIGHT, bits=weight_bits)
+    def at(self, weight_bits: int, act_bits: int) -> nn.Module:
+        """Return a copy of the denoiser in which the layer is integer, rounded to nearest."""
+        name, settings, spec = (
+            self.plan.name,
+            self.recipe.weights,
+            weight_format(weight_bits),
+        )
         if weight_bits not in self.weights:
             scale = search_weight(self.weight, spec, metric=settings.metric, p=settings.p)
             self.weights[weight_bits] = scale
-        scale = self.weights[weight_bits]
+        known, bits = {name: self.weights[weight_bits]}, {name: (weight_bits, act_bits)}
         if act_bits not in self.activations:
-            given = ({self.name: self.weight}, self.recipe, {self.name: scale})
-            bits = {self.name: (weight_bits, act_bits)}
-            self.activations[act_bits] = search_scales(self.stats, *given, bits=bits)
-        found = self.activations[act_bits]
-        grids = (found[f"{self.name}.act_scale"], found[f"{self.name}.act_zero_point"])
-        codes = nearest(self.weight, scale, spec)
-        return LayerScales(*grids, scale), codes, found["bucket_of"]
-
-
-@contextmanager
-def one_quantized(
-    denoiser: nn.Module,
-    plan: LayerPlan,
-    scales: LayerScales,
-    codes: Tensor,
-    bucket_of: Tensor,
-    unit: float,
-) -> Iterator[None]:
-    """Put an integer layer in the place of one float layer for a while."""
-    parent_name, _, leaf = plan.name.rpartition(".")
-    parent, layer = denoiser.get_submodule(parent_name), denoiser.get_submodule(plan.name)
-    # Not a child: the denoiser must be found as it was, also when something fails inside.
-    clock = StepClock(bucket_of, unit).to(next(denoiser.parameters()).device)
-
-    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        clock.set(timestep_of(args, kwargs))
-
-    handle = denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
-    try:
-        swap_layers(denoiser, [replace(plan, buckets=scales.act_scale.shape[1])], clock)
-        twin: Any = denoiser.get_submodule(plan.name)
-        grids = (scales.weight_scale, layer.bias, scales.act_scale, scales.act_zero_point)
-        fill(twin, codes, *grids)
-        twin.kernel = BACKENDS.get("simulated").lower(twin)
-        yield
-    finally:
-        setattr(parent, leaf, layer)
-        handle.remove()
+            given = (self.stats, {name: self.weight}, self.recipe, known, bits)
+            self.activations[act_bits] = search_scales(*given)
+        scales = self.activations[act_bits] | {f"{name}.weight_scale": known[name]}
+        plan = replace(self.plan, weight_bits=weight_bits, act_bits=act_bits)
+        codes = {name: nearest(self.weight, known[name], spec)}
+        found = Quantized.of(self.recipe, [plan], scales, codes, self.per_unit)
+        twin = found.install(self.denoiser, copy=True)
+        layer: Any = twin.get_submodule(name)
+        layer.kernel = BACKENDS.get("simulated").lower(layer)
+        return twin

@@ -1,4 +1,4 @@
-"""What a denoiser looks like: its layers, their roles, how a pipeline holds it.
+"""Describe a denoiser: its layers and their roles, its blocks, the arguments of its calls.
 
 All name strings of architectures live in `models/`; the rest of the program sees roles. A role is
 decided by structure and name, never by position in a list.
@@ -6,22 +6,32 @@ decided by structure and name, never by position in a list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
 
 __all__ = [
     "ROLES",
+    "Block",
+    "DenoiserInputs",
     "Site",
+    "bind_inputs",
+    "blocks",
     "check_roles",
     "denoiser_of",
+    "hooked",
+    "is_unit",
     "sites",
     "skip_segments",
     "timestep_of",
+    "timestep_place",
 ]
 
 ROLES = {
@@ -49,7 +59,35 @@ _TIME = (
     "time_text_embed",
     "guidance_embedder",
 )
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn", "to_qkv")
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn", "to_qkv"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+_TIMESTEP = "timestep"
+# How the answer is wrapped; says nothing about the network's input.
+_WRAPPING = ("return_dict",)
+# In the name of a class: parts that are rounded together.
+_UNITS = ("ResnetBlock", "ResBlock", "TransformerBlock")
+# Children that do not run where they are defined; all others run in between, as defined.
+_RANK = {
+    "time_proj": 0,
+    "time_embedding": 0,
+    "class_embedding": 0,
+    "add_time_proj": 0,
+    "add_embedding": 0,
+    "encoder_hid_proj": 0,
+    "down_blocks": 2,
+    "transformer_blocks": 3,
+    "mid_block": 3,
+    "single_transformer_blocks": 4,
+    "up_blocks": 5,
+    "norm_out": 6,
+    "conv_norm_out": 6,
+    "conv_out": 6,
+    "proj_out": 6,
+    "proj_out_1": 6,
+    "proj_out_2": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -90,19 +128,6 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         f"{type(pipe).__name__} has no denoiser; expected a component called one of: "
         f"{', '.join(_DENOISERS)}"
     )
-
-
-def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the time-step among the arguments of a denoiser call, as the pipeline passed it.
-
-    Raises:
-        QuantempoError: there is none (some single-step networks are not conditioned on time).
-    """
-    if "timestep" in kwargs:
-        return kwargs["timestep"]
-    if len(args) > 1:
-        return args[1]
-    raise QuantempoError("the denoiser was called without a time-step; expected `timestep`")
 
 
 def sites(denoiser: nn.Module) -> list[Site]:
@@ -162,3 +187,175 @@ def skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             if skip > 0 and getattr(resnet, "conv_shortcut", None) is not None:
                 yield f"up_blocks.{i}.resnets.{j}.conv_shortcut", (hidden, skip)
             hidden = resnet.conv2.out_channels
+
+
+@dataclass(frozen=True)
+class DenoiserInputs:
+    """One call of a denoiser, by argument name.
+
+    Args:
+        sample: (B, ...) x_t as the network receives it.
+        timestep: (B,) int64, or floating point as received.
+        conditioning: the other arguments by name, as received; defaults are not filled in.
+        sample_name: name of the first argument ("sample", "hidden_states").
+        timestep_name: name of the time-step argument.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    conditioning: dict[str, Any]
+    sample_name: str
+    timestep_name: str = _TIMESTEP
+
+
+def bind_inputs(
+    denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> DenoiserInputs:
+    """Name the arguments of one call of `denoiser`.
+
+    The time-step may come as a number or as a tensor of shape (), (1,) or (B,); it is repeated
+    to (B,) and its value is not changed: integers become int64, Python floats float32.
+
+    Raises:
+        QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
+    """
+    # A compiled module hides the signature; an engine may have replaced `forward` on the instance.
+    module = getattr(denoiser, "_orig_mod", denoiser)
+    signature = inspect.signature(type(module).forward)
+    given = dict(signature.bind(module, *args, **kwargs).arguments)
+    names = list(signature.parameters)
+    given.pop(names[0])
+    sample_name = names[1]
+    sample = given.pop(sample_name, None)
+    if not isinstance(sample, Tensor) or given.get(_TIMESTEP) is None:
+        raise QuantempoError(
+            f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected x_t "
+            f"first and an argument '{_TIMESTEP}'; only denoisers called like this can be traced"
+        )
+    timestep = _rows(given.pop(_TIMESTEP), sample)
+    for name in _WRAPPING:
+        given.pop(name, None)
+    return DenoiserInputs(sample, timestep, given, sample_name)
+
+
+def _rows(timestep: Any, sample: Tensor) -> Tensor:
+    if isinstance(timestep, float):
+        timestep = torch.tensor(timestep, dtype=torch.float32)
+    t = torch.as_tensor(timestep, device=sample.device)
+    if not t.is_floating_point():
+        t = t.to(torch.int64)
+    if t.numel() != 1 and t.shape != sample.shape[:1]:
+        raise QuantempoError(
+            f"got a time-step of shape {tuple(t.shape)} for x_t of shape {tuple(sample.shape)}; "
+            "expected (), (1,) or (B,)"
+        )
+    return t.reshape(-1).expand(sample.shape[0])
+
+
+def timestep_place(denoiser: nn.Module) -> int:
+    """Return the place of the time-step among the positional arguments of a denoiser."""
+    module = getattr(denoiser, "_orig_mod", denoiser)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return names.index(_TIMESTEP) if _TIMESTEP in names else 1
+
+
+def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int) -> Any:
+    """Return the time-step of a denoiser call as the pipeline passed it.
+
+    Args:
+        place: from `timestep_place`.
+
+    Raises:
+        QuantempoError: there is none (some single-step networks are not conditioned on time).
+    """
+    if _TIMESTEP in kwargs:
+        return kwargs[_TIMESTEP]
+    if len(args) > place:
+        return args[place]
+    raise QuantempoError("the denoiser was called without a time-step; expected `timestep`")
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    hook: Callable[..., Any],
+    *,
+    before: bool = False,
+) -> Iterator[None]:
+    """Call hook(name, module, args, kwargs[, output]) at every call of the modules for a while.
+
+    Args:
+        modules: name -> module.
+        hook: what it returns is ignored; before: called before the module, without an output.
+    """
+
+    def named(name: str) -> Callable[..., None]:
+        def call(*seen: Any) -> None:
+            hook(name, *seen)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(named(name), with_kwargs=True).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit.
+
+    name: of the module; module: what is called; layers: full names of the Conv2d and Linear in it,
+    as defined.
+    """
+
+    name: str
+    module: nn.Module
+    layers: tuple[str, ...]
+
+
+def blocks(denoiser: nn.Module) -> list[Block]:
+    """Return the units of a float denoiser in the order in which its forward runs them.
+
+    Every Conv2d and Linear is in exactly one of them. After packing the same names hold the
+    quantized layers. The order is that of diffusers' U-Nets and of transformers whose blocks stand
+    in a list; whoever needs it of another network compares with a run.
+    """
+    found = []
+    for name, module in _units(denoiser, ""):
+        inner = module.named_modules(prefix=name)
+        layers = tuple(n for n, layer in inner if isinstance(layer, nn.Conv2d | nn.Linear))
+        if layers:
+            found.append(Block(name, module, layers))
+    return found
+
+
+def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, nn.Conv2d | nn.Linear) or (name and is_unit(module)):
+        yield name, module
+        return
+    for child, part in _in_order(module):
+        yield from _units(part, f"{name}.{child}" if name else child)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Return whether a module is an attention, residual or transformer block, by its class."""
+    kind = type(module).__name__
+    return kind.endswith("Attention") or any(part in kind for part in _UNITS)
+
+
+def _in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module as its forward calls them."""
+    children = dict(module.named_children())
+    resnets, attentions = children.pop("resnets", None), children.get("attentions")
+    if resnets is None:
+        yield from sorted(children.items(), key=lambda item: _RANK.get(item[0], 1))
+        return
+    # A level of a U-Net: residual block and attention in turns, the sampler last.
+    children.pop("attentions", None)
+    turns = [(int(i), 0, f"resnets.{i}", part) for i, part in resnets.named_children()]
+    if attentions is not None:
+        turns += [(int(i), 1, f"attentions.{i}", p) for i, p in attentions.named_children()]
+    yield from ((name, part) for _, _, name, part in sorted(turns, key=lambda turn: turn[:2]))
+    yield from children.items()

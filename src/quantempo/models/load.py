@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -18,23 +19,17 @@ from quantempo.models.layers import denoiser_of
 __all__ = ["check_device", "check_finite", "load_pipeline", "model_digest"]
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
-_BROKEN = (
-    OSError,
-    SafetensorError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    LookupError,
-    ImportError,
-    EOFError,
-)
+_BROKEN = (OSError, SafetensorError, ValueError, RuntimeError, ImportError, EOFError)
+# Also for names and values in its JSON files; from our own code they are bugs.
+_ODD = (AttributeError, TypeError, LookupError)
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
+
+    Weights are read from safetensors files alone.
 
     Raises:
         QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
@@ -50,10 +45,14 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
 
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, variant=_variant(folder))
+        # Never a pickled .bin, which runs code.
+        how: dict[str, Any] = {"variant": _variant(folder), "use_safetensors": True}
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **how)
     except QuantempoError:
         raise
-    except _BROKEN as error:
+    except (*_BROKEN, *_ODD) as error:
+        if isinstance(error, _ODD) and _is_ours(error):
+            raise
         first = " ".join(str(error).split())[:300]
         hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
@@ -61,6 +60,12 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
         _check_complete(folder, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether an error went through another module of this package (the plug-in)."""
+    names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith("quantempo.") and name != __name__ for name in names)
 
 
 def _check_complete(folder: Path, pipe: Any) -> None:

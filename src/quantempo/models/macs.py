@@ -6,33 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = ["ATTENTION_MATMULS", "count_macs"]
 
 # The entry of `count_macs` that holds the matrix products between activations.
 ATTENTION_MATMULS = "(attention matmuls)"
+_PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
 
 
-class _ActivationMatmuls(TorchDispatchMode):
-    """Sum the MACs of products of two activations: batched matmuls and fused attention."""
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if "scaled_dot_product" in name:
-            query, key = args[0], args[1]
-            self.macs += 2 * query.numel() * key.shape[-2]
-        elif name in ("bmm", "baddbmm"):
-            left, right = args[-2:]
-            self.macs += left.numel() * right.shape[-1]
-        return func(*args, **(kwargs or {}))
+# The fused attention of the CPU, which torch's counter does not know.
+_MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @torch.no_grad()
@@ -44,26 +33,19 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Any], batch: int) -> dict
         call: runs one forward of it.
         batch: samples in that forward.
     """
-    macs: dict[str, int] = {}
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE)
+    with counter:
+        call()
+    flops, root = counter.get_flop_counts(), type(denoiser).__name__
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            weight: Any = layer.weight
-            macs[name] = macs.get(name, 0) + output.numel() * (weight[0].numel()) // batch
+    def products(where: str) -> int:
+        """Return the FLOPs of batched products; those inside a layer are the layer's."""
+        return sum(n for op, n in flops[where].items() if any(p in str(op) for p in _PRODUCTS))
 
-        return hook
-
-    layers = [
-        (name, layer)
-        for name, layer in denoiser.named_modules()
-        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
-    ]
-    handles = [layer.register_forward_hook(record(name)) for name, layer in layers]
-    try:
-        with _ActivationMatmuls() as attention:
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    macs[ATTENTION_MATMULS] = attention.macs // batch
-    return macs
+    macs, attention = {}, products("Global")
+    for name, layer in denoiser.named_modules():
+        where = f"{root}.{name}"
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and where in flops:
+            macs[name] = sum(flops[where].values()) // (2 * batch)
+            attention -= products(where)
+    return {**macs, ATTENTION_MATMULS: attention // (2 * batch)}

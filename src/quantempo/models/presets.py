@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.inputs import bind_inputs
+from quantempo.models.layers import bind_inputs
 from quantempo.registry import nearest
 
 __all__ = [

@@ -15,15 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.registry import nearest
+from quantempo.run_folder import canonical
 
-__all__ = ["SCHEDULERS", "call_pipeline", "run_pipeline", "schedule_times", "swap_scheduler"]
+__all__ = [
+    "SCHEDULERS",
+    "call_pipeline",
+    "denoising_with",
+    "entries",
+    "run_pipeline",
+    "schedule_times",
+    "scheduler_settings",
+    "swap_scheduler",
+]
 
 # Name in a recipe or on the command line -> (diffusers class, settings that make the name true).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -137,6 +147,24 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     return swapped
 
 
+@contextmanager
+def denoising_with(pipe: Any, denoiser: nn.Module) -> Iterator[None]:
+    """Let a pipeline call another denoiser for a while."""
+    name, before = denoiser_of(pipe)
+    setattr(pipe, name, denoiser)
+    try:
+        yield
+    finally:
+        setattr(pipe, name, before)
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Return class and settings of a scheduler as JSON types, without diffusers' own notes."""
+    # A list of names among the private entries is in the order of a set.
+    known = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return canonical({"class": type(scheduler).__name__, **known})
+
+
 def schedule_times(pipe: Any) -> Tensor:
     """Return the times of the sampling run under way: (K,) float64, ascending, each once.
 
@@ -226,10 +254,7 @@ def call_pipeline(
     _check_call(pipe, known, given)
     _check_ranges(pipe, steps, given)
     count = len(seeds)
-    arguments = {
-        key: _rows(value, first, count) if key in _PER_IMAGE else value
-        for key, value in given.items()
-    }
+    arguments = entries(given, range(first, first + count))
     if "batch_size" in known:
         arguments["batch_size"] = count
     # The stock pixel pipelines hand bfloat16 to numpy, which does not know it.
@@ -296,15 +321,25 @@ def _article(key: str) -> str:
     return key if key.endswith("s") else f"a {key}"
 
 
-def _rows(value: Any, first: int, count: int) -> Any:
-    """Return the entries of images first .. first + count - 1, cycling through `value`."""
+def entries(call: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of a call for the images at some places of the whole set.
+
+    Arguments with one entry an image are picked modulo their length; the others stay.
+    """
+    return {
+        key: _picked(value, places) if key in _PER_IMAGE and value is not None else value
+        for key, value in call.items()
+    }
+
+
+def _picked(value: Any, places: Sequence[int]) -> Any:
     if isinstance(value, Tensor):
-        return value[torch.arange(first, first + count) % len(value)]
+        return value[torch.tensor(places) % len(value)]
     if isinstance(value, list | tuple | np.ndarray):
         if not len(value):
             raise QuantempoError("got an empty list of prompts or labels; give at least one")
-        return [value[i % len(value)] for i in range(first, first + count)]
-    return [value] * count
+        return [value[place % len(value)] for place in places]
+    return [value] * len(places)
 
 
 def _hidden(progress: bool | None) -> bool | None:

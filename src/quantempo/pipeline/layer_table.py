@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.calibration.dataset import CalibrationData
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.select import choose
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models.layers import Site, denoiser_of, sites
+from quantempo.models.layers import Site, denoiser_of, hooked, sites
 from quantempo.models.load import load_pipeline
-from quantempo.models.macs import ATTENTION_MATMULS
+from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import (
     Float16Linear,
     LayerPlan,
@@ -25,7 +26,29 @@ from quantempo.quantized import (
     quantized_layers,
 )
 
-__all__ = ["describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits"]
+__all__ = [
+    "describe",
+    "int8_share",
+    "layer_rows",
+    "layer_sqnr",
+    "mean_weight_bits",
+    "measured_rows",
+]
+
+
+def measured_rows(
+    denoiser: nn.Module, packed: nn.Module, plans: list[LayerPlan], data: CalibrationData
+) -> list[dict[str, Any]]:
+    """Return `layer_rows` with work and errors measured on a few rows of the calibration set."""
+    # Spread evenly over the set, so that every part of time is in the figures.
+    batch = data.rows(torch.linspace(0, len(data) - 1, min(16, len(data))).long())
+
+    def forward() -> Tensor:
+        return data.replay(denoiser, batch)
+
+    macs = count_macs(denoiser, forward, len(batch.x_t))
+    sqnr = layer_sqnr(denoiser, packed, batch.t, forward)
+    return layer_rows(sites(denoiser), plans, packed, macs, sqnr)
 
 
 def layer_rows(
@@ -112,23 +135,13 @@ def layer_sqnr(
     clock.set(timestep)
     result: dict[str, float] = {}
 
-    def compare(name: str, kernel: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            result[name] = sqnr_db(output, kernel(args[0]))
+    kernels = {name: simulated.lower(layer) for name, layer in quantized_layers(packed)}
 
-        return hook
+    def compare(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        result[name] = sqnr_db(output, kernels[name](args[0]))
 
-    handles = [
-        float_denoiser.get_submodule(name).register_forward_hook(
-            compare(name, simulated.lower(layer))
-        )
-        for name, layer in quantized_layers(packed)
-    ]
-    try:
+    with hooked({name: float_denoiser.get_submodule(name) for name in kernels}, compare):
         call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return result
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +18,11 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation import eps_sqnr, evaluate_pairs
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import check_device, load_pipeline
-from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.models.sampling import entries, run_pipeline, swap_scheduler
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.session import Session
-from quantempo.pipeline.stages import per_unit
 from quantempo.quantized import find_clock
-from quantempo.run_folder import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path, hash_of
 
 __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
 
@@ -108,23 +105,19 @@ def sample(
     if todo:
         # Prompts and labels go by position in the whole list, whatever is left to do.
         places = [list(seeds).index(seed) for seed in todo]
-        arguments: dict[str, Any] = {
-            key: [value[i % len(value)] for i in places] if isinstance(value, list) else value
-            for key, value in call.items()
-        }
+        arguments = entries(call, places)
         run_pipeline(pipe, todo, steps=steps, batch_size=batch_size, on_batch=write, **arguments)
     return np.stack([_read(out / f"{seed}.png") for seed in seeds])
 
 
 def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dict[str, Any]:
     """Return what decides the images of a folder, apart from their seeds."""
-    text = json.dumps(call, default=str, sort_keys=True)
     return {
         "model": identity,
         "engine": attached(denoiser_of(pipe)[1]) or "float",
         "scheduler": type(pipe.scheduler).__name__,
         "steps": steps,
-        "call": hashlib.sha256(text.encode()).hexdigest(),
+        "call": hash_of(call),
     }
 
 
@@ -215,11 +208,10 @@ def _calls(
     """Yield (args, kwargs, training time-step) of recorded calls, about 128 spread over the set."""
     count = min(128, len(trace)) // batch_size * batch_size or len(trace)
     index = torch.linspace(0, len(trace) - 1, count).long()
-    unit = per_unit(trace, session.num_train_timesteps)
     for rows in index.split(batch_size):
         batch = trace.rows(rows)
         arguments = trace.arguments(batch, next(session.denoiser.parameters()))
-        yield (), arguments, batch.t.double() * unit
+        yield (), arguments, batch.t.double() * trace.per_unit
 
 
 def summary(session: Session) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import timestep_of
+from quantempo.models.layers import timestep_of, timestep_place
 from quantempo.quantized.swap import find_clock
 
 __all__ = [
@@ -151,7 +151,7 @@ def _correct(
     correction, clock = find_correction(denoiser), find_clock(denoiser)
     assert correction is not None and clock is not None
     sample = output if isinstance(output, Tensor) else output[0]
-    t = torch.as_tensor(timestep_of(args, kwargs), device=sample.device)
+    t = torch.as_tensor(timestep_of(args, kwargs, timestep_place(denoiser)), device=sample.device)
     sample = correction(sample, t * clock.per_unit)
     if isinstance(output, Tensor):
         return sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import timestep_of
+from quantempo.models.layers import timestep_of, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
 from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
 
@@ -72,10 +72,11 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0)
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     clock = StepClock(bucket_of, per_unit)
     denoiser.add_module(CLOCK_NAME, clock)
+    place = timestep_place(denoiser)
 
     def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Asked of the module at hand: a copy of the denoiser has a clock of its own.
-        getattr(module, CLOCK_NAME).set(timestep_of(args, kwargs))
+        getattr(module, CLOCK_NAME).set(timestep_of(args, kwargs, place))
 
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
     return clock

@@ -1,7 +1,6 @@
 """Choose integer weights; only integers leave a rounding."""
 
-from quantempo.rounding.base import ROUNDINGS, check_start, round_by_weights
-from quantempo.rounding.nearest import nearest
+from quantempo.rounding.base import ROUNDINGS, check_start, nearest, round_by_weights
 
 # Registered by import, nearest first: it is the default.
 from quantempo.rounding.gptq import gptq  # isort: skip

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quantempo.rounding.base import ROUNDINGS, Needs, Unit, check_start
+from quantempo.rounding.block_io import BlockRun
 from quantempo.rounding.learn import errors, learn
-from quantempo.rounding.record import BlockRun
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
 
 __all__ = ["START_KEPT", "AdaroundRounding", "refine_scales"]

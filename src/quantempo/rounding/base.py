@@ -1,4 +1,4 @@
-"""The registry of roundings, and what a rounding sees.
+"""The registry of roundings, what a rounding sees, and the nearest codes.
 
 A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
 packing, backends and files never know how they were found.
@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from quantempo.core import Format
+from quantempo.core import Format, Grid, quantize
 from quantempo.errors import QuantempoError
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
-__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "round_by_weights"]
+__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "nearest", "round_by_weights"]
 
 Needs = Literal["weights", "hessian", "block"]
 
@@ -90,3 +91,33 @@ def round_by_weights(
         )
     near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
     return rounding(Unit(weights, near, specs, RoundingSettings(name=name)))
+
+
+def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
+    """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
+
+    Args:
+        weight: (O, ...) floating.
+        scale: (O,) float32, > 0.
+        spec: signed grid of at most 8 bits.
+
+    Error: |w - scale q| <= scale / 2 inside the range.
+    """
+    grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32))
+    return quantize(weight, grid, spec, axis=0).to(torch.int8)
+
+
+class NearestRounding:
+    """Round every layer of a unit by `nearest`."""
+
+    needs: Needs = "weights"
+
+    def __call__(self, unit: Unit) -> dict[str, Tensor]:
+        """Return the nearest codes of each layer."""
+        return {
+            name: nearest(weight, unit.scales[name], unit.specs[name])
+            for name, weight in unit.weights.items()
+        }
+
+
+ROUNDINGS.register("nearest")(NearestRounding())

@@ -9,41 +9,32 @@ are those behind the quantized part of the network, mixed element by element wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from quantempo.calibration.dataset import flatten, unflatten
-from quantempo.rounding.record import BlockRun
+from quantempo.models.layers import hooked
+from quantempo.rounding.block_io import BlockRun
 
 __all__ = ["LAYER_SHARE", "errors", "learn"]
 
 LAYER_SHARE = 0.8
 
 
-class _Outputs(AbstractContextManager["_Outputs"]):
-    """Keep the last output of each layer of a block."""
+@contextmanager
+def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield the last output of each layer of a block."""
+    last: dict[str, Tensor] = {}
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self.layers = layers
-        self.last: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        last[name] = output
 
-    def __enter__(self) -> _Outputs:
-        for name, layer in self.layers.items():
-
-            def see(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-                self.last[name] = output
-
-            self.handles.append(layer.register_forward_hook(see))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    with hooked(layers, see):
+        yield last
 
 
 def learn(
@@ -76,9 +67,7 @@ def learn(
     mixing = torch.Generator(block.device).manual_seed(seed)
     rows = torch.randint(len(block), (iterations, batch), generator=host).to(block.device)
     adam = torch.optim.Adam(parameters, lr=rate)
-    floats: dict[str, nn.Module] = dict(block.floats)
-    twins: dict[str, nn.Module] = dict(block.twins)
-    with _Outputs(floats) as exact, _Outputs(twins) as quantized:
+    with _outputs(block.floats) as exact, _outputs(block.twins) as quantized:
         for iteration in range(iterations):
             index = rows[iteration]
             with torch.no_grad():
@@ -88,7 +77,7 @@ def learn(
             with torch.enable_grad():
                 got = block.call(index, mixed, exact=False)
                 whole = block.error(got, wanted, powers, index)
-                layers = _layer_error(quantized.last, exact.last)
+                layers = _layer_error(quantized, exact)
                 loss = whole / start[0] + LAYER_SHARE * layers / start[1]
                 if penalty is not None:
                     loss = loss + penalty(iteration)
@@ -103,13 +92,11 @@ def learn(
 def errors(block: BlockRun, powers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return () error of the block and () sum of its layers' errors over all rows, as they are."""
     totals: list[tuple[Tensor, Tensor]] = []
-    floats: dict[str, nn.Module] = dict(block.floats)
-    twins: dict[str, nn.Module] = dict(block.twins)
-    with _Outputs(floats) as exact, _Outputs(twins) as quantized:
+    with _outputs(block.floats) as exact, _outputs(block.twins) as quantized:
         for index in block.batches():
             wanted = block.run(index, exact=True)
             whole = block.error(block.run(index, exact=False), wanted, powers, index)
-            layers = _layer_error(quantized.last, exact.last)
+            layers = _layer_error(quantized, exact)
             totals.append((whole * len(index), layers * len(index)))
     whole, layers = (torch.stack(column).sum() / len(block) for column in zip(*totals, strict=True))
     tiny = torch.finfo(torch.float32).tiny
@@ -125,15 +112,13 @@ def _relative(got: Tensor, wanted: Tensor) -> Tensor:
     return (got - wanted).square().mean() / power
 
 
-def _mix(
-    quantized: dict[str, Any], exact: dict[str, Any], drop: float, generator: torch.Generator
-) -> dict[str, Any]:
+def _mix(quantized: Any, exact: Any, drop: float, generator: torch.Generator) -> Any:
     """Return arguments with each element from `exact` with probability `drop`."""
-    if drop == 0:
-        return quantized
-    floats, mixed = flatten(exact), flatten(quantized)
-    for key, value in mixed.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
-            chance = torch.rand(value.shape, generator=generator, device=value.device)
-            mixed[key] = torch.where(chance < drop, floats[key], value)
-    return unflatten(mixed)
+
+    def mixed(value: Any, wanted: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1):
+            return value
+        chance = torch.rand(value.shape, generator=generator, device=value.device)
+        return torch.where(chance < drop, wanted, value)
+
+    return quantized if drop == 0 else pytree.tree_map(mixed, quantized, exact)

@@ -1,7 +1,12 @@
 """Round a whole denoiser, block after block in the order in which it runs them.
 
 Each block is rounded on the inputs it will really get: those behind the blocks that are quantized
-already. Its target is what the float block makes of the float network's inputs.
+already. Its target is what the float block makes of the float network's inputs. Afterwards the
+mean output of every layer can be made that of the float layer:
+
+    bias[o] += mean over rows and positions of (y_float - y_quantized)[o]
+
+Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirical form.
 """
 
 from __future__ import annotations
@@ -18,21 +23,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantempo.calibration.dataset import TraceBatch, TraceSet
-from quantempo.core import Format
-from quantempo.engines.select import attach, attach_lazily, detach
+from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.models.blocks import Block, blocks
-from quantempo.quantized import QLayer, find_clock, quantized_layers
+from quantempo.models.layers import Block, blocks, hooked
+from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, Unit, check_start
-from quantempo.rounding.bias import correct_bias
-from quantempo.rounding.record import BlockRun, Inputs, record, record_all
+from quantempo.rounding.block_io import BlockRun, Inputs, record, record_all
 from quantempo.run_folder import RunFolder, read_tensors
-from quantempo.scales.search import LayerScales
 
-__all__ = ["BUDGET", "apply_rounding", "execution_order", "round_denoiser"]
+__all__ = ["BUDGET", "apply_rounding", "correct_bias", "execution_order", "round_denoiser"]
 
 log = logging.getLogger("quantempo")
 
@@ -44,9 +46,7 @@ BUDGET = 4 * 2**30
 def round_denoiser(
     denoiser: nn.Module,
     twin: nn.Module,
-    scales: Mapping[str, LayerScales],
-    specs: Mapping[str, Format],
-    data: TraceSet,
+    data: CalibrationData,
     settings: RoundingSettings,
     *,
     folder: str | Path | None = None,
@@ -60,9 +60,8 @@ def round_denoiser(
 
     Args:
         denoiser: float, left as it was.
-        twin: the same network packed, on the same device; changed in place: it ends with what is
-            returned in its layers.
-        scales: of each integer layer; specs: its weight grid.
+        twin: its quantized copy, on the same device; changed in place: its layers end with what is
+            returned, and with simulated kernels.
         data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
         settings: of the recipe.
         folder: where finished blocks are kept and found again.
@@ -70,41 +69,34 @@ def round_denoiser(
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
 
     Raises:
-        QuantempoError: unknown rounding; `twin` is not packed; a folder without a key; a layer
-            without scales or grid.
+        QuantempoError: unknown rounding; `twin` is not quantized; a folder without a key.
     """
     if folder is not None and not key:
         raise QuantempoError("got a folder for finished blocks without a key; pass key=")
-    job = _Job(denoiser, twin, scales, specs, data, settings, budget)
+    job = _Job(denoiser, twin, data, settings, budget)
     kept = None if folder is None else RunFolder(folder)
-    attach(twin, "simulated")
     result: dict[str, Tensor] = {}
     digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
-    try:
-        for number, block in enumerate(tqdm(job.blocks, desc="round", disable=None)):
-            digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
-            name = f"{number:04d}.safetensors"
-            found = None if kept is None else _read(kept, name, digest)
-            if found is None:
-                found = job.round(block)
-                if kept is not None:
-                    kept.write_safetensors(name, found, {"key": digest})
-            else:
-                log.info("%s: rounded before", block.name)
-                job.apply(block, found)
-            result |= {k: v.cpu() for k, v in found.items()}
-        if job.rounding.needs == "block":
-            log.info("%d of %d blocks keep their start", job.kept, len(job.blocks))
-        result |= job.as_packed()
-    finally:
-        detach(twin)
-        attach_lazily(twin)
-    return result
+    for number, block in enumerate(tqdm(job.blocks, desc="round", disable=None, leave=False)):
+        digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
+        name = f"{number:04d}.safetensors"
+        found = None if kept is None else _read(kept, name, digest)
+        if found is None:
+            found = job.round(block)
+            if kept is not None:
+                kept.write_safetensors(name, found, {"key": digest})
+        else:
+            log.debug("%s: rounded before", block.name)
+            job.apply(block, found)
+        result |= {k: v.cpu() for k, v in found.items()}
+    if job.rounding.needs == "block":
+        log.debug("%d of %d blocks keep their start", job.kept, len(job.blocks))
+    return result | job.as_packed()
 
 
 @torch.no_grad()
 def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `round_denoiser` returned into the layers of a twin.
+    """Put what `round_denoiser` returned into the layers of a quantized copy.
 
     Layers that `tensors` does not name stay as they are. An engine that was attached before has
     to be attached again. Not for a denoiser that is to be saved: its hash is taken when it is
@@ -130,18 +122,9 @@ def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None
 def execution_order(network: nn.Module, names: list[str], call: Callable[[], Any]) -> list[str]:
     """Return those of the modules `names` that a call of the network runs, in that order."""
     seen: dict[str, None] = {}
-    handles = []
-    for name in names:
-
-        def see(module: nn.Module, args: Any, name: str = name) -> None:
-            seen.setdefault(name)
-
-        handles.append(network.get_submodule(name).register_forward_pre_hook(see))
-    try:
+    with hooked({n: network.get_submodule(n) for n in names}, lambda n, *_: seen.setdefault(n),
+                before=True):  # fmt: skip
         call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(seen)
 
 
@@ -151,19 +134,19 @@ class _Job:
 
     denoiser: nn.Module
     twin: nn.Module
-    scales: Mapping[str, LayerScales]
-    specs: Mapping[str, Format]
-    data: TraceSet
+    data: CalibrationData
     settings: RoundingSettings
     budget: int
 
     def __post_init__(self) -> None:
         clock = find_clock(self.twin)
         if clock is None:
-            raise QuantempoError("got a twin that is not quantized; pack a copy of the denoiser")
+            raise QuantempoError("got a copy that is not quantized; see Quantized.install")
         self.clock = clock
         self.device = next(self.denoiser.parameters()).device
         self.twin.to(self.device)
+        for _, layer in quantized_layers(self.twin):
+            layer.kernel = BACKENDS.get("simulated").lower(layer)
         self.rounding = ROUNDINGS.get(self.settings.name)
         if self.rounding.needs == "block":
             check_start(self.settings)
@@ -178,9 +161,6 @@ class _Job:
         found = []
         for block in blocks(self.denoiser):
             layers = [n for n in block.layers if isinstance(self.twin.get_submodule(n), QLayer)]
-            for name in layers:
-                if name not in self.scales or name not in self.specs:
-                    raise QuantempoError(f"no scales or grid for '{name}'; rerun the search")
             if layers:
                 found.append(replace(block, layers=tuple(layers)))
         known = {block.name: block for block in found}
@@ -209,9 +189,10 @@ class _Job:
         """Round one block; its layers in the twin hold the result."""
         floats = {name: self.denoiser.get_submodule(name) for name in block.layers}
         weights: dict[str, Any] = {name: layer.weight for name, layer in floats.items()}
-        scales = {n: self.scales[n].weight_scale.to(self.device) for n in block.layers}
-        unit = Unit(weights, scales, self.specs, self.settings)
-        settings = self.settings
+        twins: dict[str, Any] = {name: self.twin.get_submodule(name) for name in block.layers}
+        scales = {name: layer.weight_scale for name, layer in twins.items()}
+        specs = {name: layer.weight_format for name, layer in twins.items()}
+        unit, settings = Unit(weights, scales, specs, self.settings), self.settings
         if self.rounding.needs == "weights" and not settings.bias and settings.refine == 0:
             codes = self.rounding(unit)
             self.apply(block, dict(codes))
@@ -231,7 +212,7 @@ class _Job:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
         self.kept += any(START_KEPT in note for note in unit.notes)
         notes = "".join(f"; {note}" for note in unit.notes)
-        log.info("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
+        log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
         return result
 
     def as_packed(self) -> dict[str, Tensor]:
@@ -261,14 +242,14 @@ class _Job:
             exact = record(block.module, calls(self.denoiser), self.budget)
         quantized = record(twin, calls(self.twin), self.budget)
         if exact.halved:
-            log.info("%s: its inputs lie on the host in half precision", block.name)
+            log.debug("%s: its inputs lie on the host in half precision", block.name)
         layers: dict[str, Any] = {n: self.twin.get_submodule(n) for n in block.layers}
         times = torch.cat([b.t for b in self.batches])
         names = (block.name, block.module, twin, floats, layers)
         return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
 
 
-def _draw(data: TraceSet, settings: RoundingSettings) -> list[TraceBatch]:
+def _draw(data: CalibrationData, settings: RoundingSettings) -> list[TraceBatch]:
     """Return the rows to look at, in calls of one row, then `batch` rows each.
 
     The sizes differ so that what grows with the rows of a call can be told from what does not.
@@ -278,3 +259,51 @@ def _draw(data: TraceSet, settings: RoundingSettings) -> list[TraceBatch]:
     index = torch.randperm(len(data), generator=generator)[:count].sort().values
     parts = [index[:1], *index[1:].split(settings.batch)]
     return [data.rows(part) for part in parts if len(part)]
+
+
+@torch.no_grad()
+def correct_bias(block: BlockRun) -> dict[str, Tensor]:
+    """Change the biases of a block's layers in place and return them, (O,) float32 each.
+
+    A layer without a bias is left alone and logged.
+
+    Error: means are float64 sums of float32 outputs; equal to the float ones up to float32
+    rounding of the outputs, on the recorded rows.
+    """
+    wanted = _float_means(block)
+    result = {}
+    for name, layer in block.twins.items():
+        if layer.bias is None:
+            log.debug("bias: %s has none, its mean output stays as it is", name)
+            continue
+        sums, count = None, 0
+        for x in block.layer_inputs(name):
+            total, terms = _sums(layer, layer(x))
+            sums, count = total if sums is None else sums + total, count + terms
+        assert sums is not None
+        layer.bias += (wanted[name] - sums / count).float()
+        result[name] = layer.bias.clone()
+    return result
+
+
+def _float_means(block: BlockRun) -> dict[str, Tensor]:
+    """Return (O,) float64 mean output of each float layer, in one pass over the rows."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        total, terms = _sums(module, output)
+        sums[name] = sums[name] + total if name in sums else total
+        counts[name] = counts.get(name, 0) + terms
+
+    with hooked(block.floats, see):
+        for index in block.batches():
+            block.run(index, exact=True)
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _sums(layer: nn.Module, output: Tensor) -> tuple[Tensor, int]:
+    """Return (O,) float64 sums over rows and positions, and how many terms each has."""
+    axis = 1 if isinstance(layer, nn.Conv2d | QConv2d) else output.ndim - 1
+    others = [i for i in range(output.ndim) if i != axis]
+    return output.double().sum(others), output.numel() // output.shape[axis]

@@ -14,8 +14,14 @@ from quantempo.scales.activation import (
 )
 from quantempo.scales.histogram import Histogram, MinMax, bin_centers
 from quantempo.scales.metrics import METRICS, make_metric
-from quantempo.scales.time_groups import bucket_of_bin, segment_costs, segment_time
-from quantempo.scales.weight import search_weight
+from quantempo.scales.search import (
+    LayerScales,
+    bucket_of_bin,
+    search_scales,
+    search_weight,
+    segment_costs,
+    segment_time,
+)
 
 __all__ = [
     "METRICS",
@@ -23,6 +29,7 @@ __all__ = [
     "Candidates",
     "CostTable",
     "Histogram",
+    "LayerScales",
     "MinMax",
     "bin_centers",
     "bucket_gain",
@@ -30,6 +37,7 @@ __all__ = [
     "cost_table",
     "make_metric",
     "search_activation",
+    "search_scales",
     "search_weight",
     "segment_costs",
     "segment_time",

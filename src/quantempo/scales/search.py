@@ -1,28 +1,47 @@
-"""Choose every scale of a model from its statistics and weights."""
+"""Choose every scale of a model from its statistics and weights.
+
+Activations: per segment and time bucket. The clock has one bucket table for the whole network, so
+its boundaries are chosen for all layers together, by a dynamic programme over the fine time bins; a
+layer that gains too little from them keeps a single scale (`search_activation`, min_gain).
+Weights: per output channel, symmetric; which integer a weight is rounded to is `rounding`'s
+business.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from quantempo.core import ACTIVATION, Format, weight_format
+from quantempo.core import ACTIVATION, WEIGHT, Format, weight_format
+from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe
-from quantempo.scales import (
+from quantempo.scales.activation import (
+    CHUNK,
+    EMPTY_SCALE,
+    TINY,
     ActivationScale,
     Candidates,
-    bucket_of_bin,
+    CostTable,
     cost_table,
     search_activation,
-    search_weight,
-    segment_time,
 )
+from quantempo.scales.histogram import bin_centers
+from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
 
-__all__ = ["LayerScales", "search_scales"]
+__all__ = [
+    "LayerScales",
+    "bucket_of_bin",
+    "search_scales",
+    "search_weight",
+    "segment_costs",
+    "segment_time",
+]
 
+BINS = 2048
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
 _SMOOTH = 0.01
 # About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default, and its
@@ -65,8 +84,8 @@ def search_scales(
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
     For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), `NAME.weight_scale` (O,);
-    `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of buckets,
-    or 1 for a layer none of whose segments gains `min_gain` by it.
+    `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of
+    buckets, or 1 for a layer none of whose segments gains `min_gain` by it.
 
     Args:
         stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
@@ -78,9 +97,8 @@ def search_scales(
     """
     settings, bits = recipe.activations, bits or {}
     common = (recipe.weights.bits, settings.bits)
-    common_spec = replace(ACTIVATION, symmetric=settings.symmetric)
     specs = {
-        name: replace(common_spec, bits=bits.get(name, common)[1])
+        name: replace(ACTIVATION, symmetric=settings.symmetric, bits=bits.get(name, common)[1])
         for name in weights
         if f"{name}.hist" in stats
     }
@@ -148,3 +166,169 @@ def _bucket_table(edges: Tensor, of_bin: Tensor | None) -> Tensor:
     if of_bin is None:
         return torch.zeros_like(t)
     return of_bin[torch.bucketize(t.double(), edges[1:-1].double(), right=True)]
+
+
+def bucket_of_bin(boundaries: Tensor) -> Tensor:
+    """Return (K,) int64, the bucket of each fine bin, from boundaries (B + 1,) = [0, ..., K]."""
+    return torch.arange(len(boundaries) - 1).repeat_interleave(boundaries.diff())
+
+
+def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
+    """Return (K, K + 1): what bins i..j-1 add to a layer's error with one scale of their own.
+
+    cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
+    the best scale for all bins (so 0 to 1); infinite for j <= i; 0 for a layer without error.
+
+    Args:
+        table: rows are the K fine bins in order of time, all candidates of one zero point:
+            `cost_table(...).at_best_zero_point()`.
+        smooth: see `CostTable.weighted`.
+
+    Raises:
+        QuantempoError: candidates of several zero points; the layer can use only one.
+    """
+    if len(table.zero_point.unique()) > 1:
+        raise QuantempoError(
+            "got a table over several zero points, but all buckets of a layer share one; "
+            "use its at_best_zero_point()"
+        )
+    contribution = table.weighted(smooth)
+    sums = torch.nn.functional.pad(contribution.cumsum(0), (0, 0, 1, 0))
+    cost = torch.full((len(contribution), len(sums)), torch.inf, dtype=torch.float64)
+    for i in range(len(contribution)):
+        cost[i, i + 1 :] = (sums[i + 1 :] - sums[i]).amin(1).clamp_min(0)
+    whole = float(cost[0, -1])
+    return cost / whole if whole > 0 else torch.where(cost.isinf(), cost, 0)
+
+
+def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0) -> Tensor:
+    """Cut K fine bins into contiguous buckets that suit all layers best.
+
+    Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
+    scale in every bucket, and counts relative to its error with one scale, so that no layer
+    decides by the size of its activations. (The minimum over scales is inside the sum over
+    layers: adding the layers' tables first would give all of them the same candidate.) Exact, in
+    O(layers K^2 P + B K^2).
+
+    Args:
+        tables: one for each layer, rows the K fine bins, one zero point each.
+        buckets: B; fewer are returned if fewer bins hold data.
+        smooth: see `CostTable.weighted`.
+
+    Returns:
+        (B + 1,) int64 boundaries [0, ..., K]; bucket b holds fine bins boundaries[b] up to, not
+        including, boundaries[b + 1]. Every bucket holds data.
+
+    Raises:
+        QuantempoError: no tables, tables over different bins, buckets < 1.
+
+    Source: optimal partition of a sequence, Bellman 1961; scales by time bucket, Q-Diffusion's
+    successors (TDQ, So et al. 2023; APQ-DM, Wang et al. 2024).
+    """
+    if not tables or len({len(table.mass) for table in tables}) != 1 or buckets < 1:
+        raise QuantempoError(
+            f"got tables over {[len(table.mass) for table in tables]} bins and {buckets} buckets; "
+            "expected the same number of bins for every layer and at least one bucket"
+        )
+    # Bins without data join the bin before them, so that no bucket is empty.
+    filled = torch.stack([table.mass for table in tables]).sum(0).nonzero()[:, 0]
+    starts = [0, *filled[1:].tolist(), len(tables[0].mass)]
+    cost = torch.stack([segment_costs(table, smooth) for table in tables]).sum(0)
+    cut = _cut(cost[starts[:-1]][:, starts], min(buckets, len(filled)))
+    return torch.tensor([starts[i] for i in cut])
+
+
+def _cut(cost: Tensor, buckets: int) -> list[int]:
+    """Return the boundaries of the best partition; cost (n, n + 1) of items i..j-1 together."""
+    best, back = cost[0], []
+    for _ in range(buckets - 1):
+        # best[i]: items before i in the buckets so far; the next bucket starts at i.
+        best, previous = (best[:-1, None] + cost).min(0)
+        back.append(previous)
+    cut = [cost.shape[1] - 1]
+    for previous in reversed(back):
+        cut.append(int(previous[cut[-1]]))
+    return [0, *reversed(cut)]
+
+
+def search_weight(
+    weight: Tensor,
+    spec: Format = WEIGHT,
+    *,
+    metric: str = "lp",
+    p: float = 2.4,
+    steps: int = 80,
+) -> Tensor:
+    """Choose the scale of every output channel: argmin over clip ratios r of metric(w, Q(w; s_r)).
+
+    s_r = r max|w| / qmax for `steps` ratios from 1 to 0.2 in equal distances; 1 is min-max, is
+    first, and wins ties. The metric sees w / max|w|, so tiny weights do not underflow. A metric of
+    densities (kl) sees a histogram of 2048 bins over [-max|w|, max|w|] of the channel.
+
+    Args:
+        weight: (O, ...) floating.
+        spec: a signed symmetric grid.
+        metric, p: a name in `METRICS`, and the exponent if it has one.
+        steps: number of ratios.
+
+    Returns:
+        (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
+
+    Raises:
+        QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
+
+    Error: float32; of candidates whose metrics agree to about 1e-6 either may win.
+    """
+    if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise QuantempoError(
+            f"got a weight {tuple(weight.shape)} {weight.dtype}; "
+            "expected a finite floating tensor (O, ...); check the checkpoint"
+        )
+    if not (spec.signed and spec.symmetric) or steps < 1:
+        raise QuantempoError(
+            f"got {spec} and steps={steps}; expected signed, symmetric, steps >= 1"
+        )
+    rows = weight.detach().flatten(1).float()
+    peak = rows.abs().amax(1)
+    safe = torch.where(peak > 0, peak, 1)
+    ratios = torch.linspace(1.0, 0.2, steps, dtype=torch.float64, device=rows.device)
+    scale = (peak.double()[:, None] * ratios / spec.qmax).float().clamp_min(TINY)
+    function = make_metric(metric, p)
+    if metric in DENSITY_METRICS:
+        cost = _density_costs(rows / safe[:, None], ratios, function, spec)
+    else:
+        cost = _exact_costs(rows, safe, scale, function, spec)
+    best = scale.gather(1, cost.argmin(1, keepdim=True))[:, 0]
+    return torch.where(peak > 0, best, EMPTY_SCALE)
+
+
+def _exact_costs(rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: Format) -> Tensor:
+    """Return the (O, steps) metric of every scale on the rows (O, L) themselves."""
+    cost = torch.empty_like(scale)
+    for some, few in _blocks(len(rows), scale.shape[1], rows.shape[1]):
+        x, s, top = rows[some, None], scale[some, few, None], peak[some, None, None]
+        codes = (x / s).round_().clamp_(spec.qmin, spec.qmax)
+        cost[some, few] = metric(x / top, codes.mul_(s / top))
+    return cost
+
+
+def _blocks(rows: int, steps: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of (channels, ratios) of about CHUNK elements."""
+    few = min(steps, max(1, CHUNK // length))
+    some = max(1, CHUNK // (few * length))
+    for i in range(0, rows, some):
+        for j in range(0, steps, few):
+            yield slice(i, i + some), slice(j, j + few)
+
+
+def _density_costs(unit: Tensor, ratios: Tensor, metric: Metric, spec: Format) -> Tensor:
+    """Return the (O, steps) metric on the histograms of rows (O, L) scaled to a peak of 1."""
+    x = bin_centers(torch.tensor([-1.0, 1.0]), BINS).to(unit.device)
+    step = (ratios / spec.qmax)[:, None]
+    x_hat = (x / step).round_().clamp_(spec.qmin, spec.qmax).mul_(step)
+    place = ((unit + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+    cost = []
+    for part in place.split(64):
+        counts = part.new_zeros(len(part), BINS).scatter_add_(1, part, torch.ones_like(part))
+        cost.append(metric(x, x_hat, counts[:, None]))
+    return torch.cat(cost)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from quantempo.core.instance import keep
-from quantempo.models.layers import timestep_of
+from quantempo.models.layers import timestep_of, timestep_place
 from quantempo.quantized import quantized_layers
 
 __all__ = ["Graphed", "capture", "graphed", "signature"]
@@ -136,7 +136,7 @@ class Graphed(nn.Module):
         if torch.is_grad_enabled():
             self._tell("it was called with gradients enabled; use torch.no_grad()")
             return self.denoiser(*args, **kwargs)
-        args, kwargs = _with_timestep(args, kwargs, device)
+        args, kwargs = _with_timestep(self.denoiser, args, kwargs, device)
         tensors: list[Tensor] = []
         key = (signature((args, kwargs), tensors), _mode())
         self._check()
@@ -227,14 +227,15 @@ def _mode() -> tuple[Any, ...]:
     return autocast, torch.get_autocast_dtype("cuda") if autocast else None
 
 
-def _with_timestep(args: Any, kwargs: Any, device: torch.device) -> tuple[Any, Any]:
+def _with_timestep(denoiser: Any, args: Any, kwargs: Any, device: torch.device) -> tuple[Any, Any]:
     """Return the arguments with the time-step as a tensor on the device.
 
     A number would be part of the recording; from the CPU it would be copied during one.
     """
-    if "timestep" not in kwargs and len(args) < 2:
+    place = timestep_place(denoiser)
+    if "timestep" not in kwargs and len(args) <= place:
         return args, kwargs
-    timestep = timestep_of(args, kwargs)
+    timestep = timestep_of(args, kwargs, place)
     if isinstance(timestep, Tensor) and timestep.device.type == "cpu" and timestep.ndim == 0:
         timestep = timestep.item()
     if isinstance(timestep, int | float) and not isinstance(timestep, bool):
@@ -245,7 +246,7 @@ def _with_timestep(args: Any, kwargs: Any, device: torch.device) -> tuple[Any, A
         timestep = timestep.to(device)
     if "timestep" in kwargs:
         return args, {**kwargs, "timestep": timestep}
-    return (args[0], timestep, *args[2:]), kwargs
+    return (*args[:place], timestep, *args[place + 1 :]), kwargs
 
 
 def _copied(arguments: Any, inputs: list[Tensor]) -> Any:

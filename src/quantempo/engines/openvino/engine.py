@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from quantempo.core.instance import reset_forward, set_forward
 from quantempo.engines.base import too_many_terms
 from quantempo.errors import QuantempoError
-from quantempo.models.inputs import bind_inputs
+from quantempo.models.layers import bind_inputs
 from quantempo.quantized import QConv2d, find_clock, quantized_layers
 
 __all__ = ["KernelRow", "OpenVinoEngine"]

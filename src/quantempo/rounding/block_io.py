@@ -5,15 +5,16 @@ The network is stopped at the block, so a recording costs what comes before it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from quantempo.calibration.dataset import flatten, unflatten
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
+from quantempo.models.layers import hooked
 from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until", "tensors_of"]
@@ -30,23 +31,21 @@ def run_until(module: nn.Module, call: Callable[[], Any], see: Callable[..., Non
         QuantempoError: `call` never reached the module.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(args, kwargs)
         raise _StopError
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        call()
-    except _StopError:
-        return
-    finally:
-        handle.remove()
+    with hooked({"": module}, stop, before=True):
+        try:
+            call()
+        except _StopError:
+            return
     raise QuantempoError("a block was not reached by the network's forward; exclude its layers")
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the floating tensors in the output of a block, in order."""
-    leaves = flatten({"output": output}).values()
+    leaves = pytree.tree_leaves(output)
     return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
 
 
@@ -65,18 +64,18 @@ class Inputs:
     def __init__(self, rows: int, budget: int) -> None:
         self.rows, self.budget = rows, budget
         self.halved = False
-        self._parts: list[tuple[int, dict[str, Any]]] = []
-        self._whole: dict[str, Tensor] = {}
-        self._rest: dict[str, Any] = {}
+        self._parts: list[tuple[int, list[Any]]] = []
+        # (whether it grows with the rows, value) of each leaf of the arguments.
+        self._leaves: list[tuple[bool, Any]] = []
+        self._tree: Any = None
 
     def add(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call of `count` rows."""
-        leaves = flatten({"args": args, "kwargs": kwargs})
+        leaves, self._tree = pytree.tree_flatten((args, kwargs))
         if not self._parts:
-            size = sum(v.nbytes for v in leaves.values() if isinstance(v, Tensor))
+            size = sum(v.nbytes for v in leaves if isinstance(v, Tensor))
             self.halved = size / count * self.rows > self.budget
-        kept = {key: self._keep(value) for key, value in leaves.items()}
-        self._parts.append((count, kept))
+        self._parts.append((count, [self._keep(value) for value in leaves]))
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -91,46 +90,35 @@ class Inputs:
     def expected_bytes(self) -> float:
         """Bytes that all rows will take, from those of the calls so far."""
         rows = sum(count for count, _ in self._parts)
-        tensors = [v for _, part in self._parts for v in part.values() if isinstance(v, Tensor)]
+        tensors = [v for _, part in self._parts for v in part if isinstance(v, Tensor)]
         return sum(v.nbytes for v in tensors) / max(1, rows) * self.rows
 
     def close(self) -> None:
         """Join the calls; nothing can be added afterwards."""
-        first = self._parts[0][1]
-        for key, value in first.items():
-            column = [part[key] for _, part in self._parts]
-            counts = [count for count, _ in self._parts]
-            if isinstance(value, Tensor) and _grows(column, counts):
-                self._whole[key] = torch.cat(column)
-            else:
-                self._rest[key] = value
+        counts = [count for count, _ in self._parts]
+        for column in zip(*(part for _, part in self._parts), strict=True):
+            grows = _grows(column, counts)
+            self._leaves.append((grows, torch.cat(column) if grows else column[0]))
         self._parts.clear()
 
-    def take(self, index: Tensor, device: torch.device) -> dict[str, Any]:
-        """Return the arguments {"args": ..., "kwargs": ...} of rows `index` (k,), float32."""
-        leaves = {key: self._at(value, device) for key, value in self._rest.items()}
-        for key, whole in self._whole.items():
-            # Waits for the device where rows lie on the host: read while it is on its way, the
-            # index would be garbage.
-            near = index.to(whole.device)
-            picked = whole.unflatten(0, (self.rows, -1)).index_select(0, near)
-            leaves[key] = self._at(picked.flatten(0, 1), device)
-        # The order of the arguments is that of the call.
-        order = list(self._rest) + list(self._whole)
-        return unflatten({key: leaves[key] for key in sorted(order, key=_position)})
+    def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of rows `index` (k,), float32."""
 
-    def _at(self, value: Any, device: torch.device) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.to(device, non_blocking=True)
-        return value.float() if value.dtype == torch.float16 and self.halved else value
+        def at(grows: bool, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if grows:
+                # Waits for the device where rows lie on the host: read while it is on its way,
+                # the index would be garbage.
+                rows = value.unflatten(0, (self.rows, -1))
+                value = rows.index_select(0, index.to(value.device)).flatten(0, 1)
+            value = value.to(device, non_blocking=True)
+            return value.float() if value.dtype == torch.float16 and self.halved else value
+
+        return pytree.tree_unflatten([at(*leaf) for leaf in self._leaves], self._tree)
 
 
-def _position(key: str) -> tuple[Any, ...]:
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split("."))
-
-
-def _grows(column: list[Any], counts: list[int]) -> bool:
+def _grows(column: Sequence[Any], counts: list[int]) -> bool:
     """Return whether the first dimensions are a common multiple of the rows of the calls."""
     if any(not isinstance(v, Tensor) or v.ndim == 0 for v in column):
         return False
@@ -160,24 +148,19 @@ def record_all(
     total = sum(rows for rows, _ in calls)
     found = {name: Inputs(total, budget) for name in modules}
     seen: set[str] = set()
-    handles = []
-    for name, module in modules.items():
+    rows = 0
 
-        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-            if name not in seen:
-                found[name].add(rows, args, kwargs)
-                seen.add(name)
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in seen:
+            found[name].add(rows, args, kwargs)
+            seen.add(name)
 
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        for rows, call in calls:  # noqa: B007 (the hooks read it)
+    with hooked(modules, see, before=True):
+        for rows, call in calls:  # noqa: B007 (the hook reads it)
             seen.clear()
             call()
             if sum(inputs.expected_bytes for inputs in found.values()) > budget:
                 return None
-    finally:
-        for handle in handles:
-            handle.remove()
     for inputs in found.values():
         inputs.close()
     return found
@@ -227,11 +210,11 @@ class BlockRun:
         inputs = self.exact if exact else self.quantized
         return self.call(index, inputs.take(index, self.device), exact=exact)
 
-    def call(self, index: Tensor, arguments: dict[str, Any], *, exact: bool) -> list[Tensor]:
-        """Return the outputs of the block on given arguments, at the times of rows `index`."""
+    def call(self, index: Tensor, arguments: Any, *, exact: bool) -> list[Tensor]:
+        """Return the outputs of the block on (args, kwargs), at the times of rows `index`."""
         self.clock.set(self.times.index_select(0, index))
-        module = self.module if exact else self.twin
-        return tensors_of(module(*arguments["args"], **arguments["kwargs"]))
+        module, (args, kwargs) = self.module if exact else self.twin, arguments
+        return tensors_of(module(*args, **kwargs))
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
         """Yield the input of one quantized layer for all rows, the block's integers as they are.

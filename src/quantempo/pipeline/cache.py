@@ -1,0 +1,213 @@
+"""The run folder as a cache: which file each stage leaves, and the key that says what made it.
+
+A stage is reused if the hash of all that decides its artefact (model, settings of its sections of
+the recipe and of the stages before) is the one noted when it was made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from quantempo.errors import QuantempoError
+from quantempo.recipe import Recipe
+from quantempo.run_folder import RunFolder, canonical, hash_of
+
+__all__ = ["ARTEFACTS", "BESIDE", "Cache", "arrays_as_tensors", "read_call", "write_call"]
+
+log = logging.getLogger("quantempo")
+
+# Stage -> the artefact that is there when it is done.
+ARTEFACTS = {
+    "trace": "trace.json",
+    "calibrate": "stats.safetensors",
+    "search": "scales.safetensors",
+    "round": "rounding.safetensors",
+    "correct": "correction.safetensors",
+    "pack": "packed",
+}
+# What a stage leaves besides its artefact.
+BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
+# Stage -> sections of the recipe that it reads, besides those of the stages before it.
+_SECTIONS = {
+    "trace": ("trace",),
+    "calibrate": ("layers",),
+    "search": ("activations", "weights"),
+    "round": ("rounding",),
+    "correct": ("correction",),
+    "pack": (),
+}
+_OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
+_CALL = "call.safetensors"
+
+
+@dataclass
+class Cache:
+    """The artefacts of one run folder under one recipe.
+
+    Args:
+        run: the folder.
+        recipe: the resolved recipe.
+        force: redo stages whose settings changed instead of refusing.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    force: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides all artefacts besides the recipe: the model, its call, its surroundings."""
+        raise NotImplementedError
+
+    def key(self, stage: str) -> str:
+        """Return a hash of everything that decides the artefact of a stage."""
+        settings = dict(self.identity)
+        for name, sections in _SECTIONS.items():
+            settings |= {section: asdict(getattr(self.recipe, section)) for section in sections}
+            if name == stage:
+                break
+        if stage == "calibrate":
+            # Statistics are of the float model: the same for any bits.
+            del settings["layers"]["bits"]
+        return hash_of(settings)
+
+    def done(self) -> dict[str, Any]:
+        """Return stage -> {"key", "seconds"} of what the folder holds."""
+        return self.run.read_json("manifest.json")["stages"]
+
+    def stale(self, stage: str) -> bool:
+        """Return whether the run folder holds this stage's artefact of other settings."""
+        entry = self.done().get(stage)
+        return entry is not None and entry["key"] != self.key(stage)
+
+    def refuse_stale(self) -> None:
+        """Raise QuantempoError if the run folder holds an artefact of other settings."""
+        for stage, artefact in ARTEFACTS.items():
+            if self.run.has(artefact) and self.stale(stage):
+                raise QuantempoError(_OTHER.format(path=self.run / artefact))
+
+    def seconds(self) -> dict[str, float]:
+        """Return stage -> seconds of those that made what the run folder holds."""
+        return {
+            name: entry["seconds"]
+            for name, entry in self.done().items()
+            if name not in ARTEFACTS or not self.stale(name)
+        }
+
+    def require_packed(self) -> Path:
+        """Return the packed folder.
+
+        Raises:
+            QuantempoError: nothing is packed yet, or it was made with other settings.
+        """
+        packed = self.run / "packed"
+        if not packed.is_dir() or "pack" not in self.done():
+            raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
+        if self.stale("pack"):
+            raise QuantempoError(_OTHER.format(path=packed))
+        return packed
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[bool]:
+        """Yield whether the stage has to run; note its key and seconds when it ends.
+
+        Raises:
+            QuantempoError: the artefact is there but was made with other settings, and `force`
+                is off; or a stage before it is missing or of other settings.
+        """
+        artefact, done = ARTEFACTS[name], self.done()
+        if name in done and self.run.has(artefact):
+            if not self.stale(name):
+                log.info("%-10s     done before  %s", name, self.run / artefact)
+                yield False
+                return
+            if not self.force:
+                raise QuantempoError(_OTHER.format(path=self.run / artefact))
+        self._check_before(name)
+        # Not after it: killed on the way, the new artefact would pass for the old one.
+        self._undo(name)
+        start = time.perf_counter()
+        yield True
+        seconds = round(time.perf_counter() - start, 3)
+        self.run.update_manifest(stages={name: {"key": self.key(name), "seconds": seconds}})
+        log.info("%-10s %8.1f s     %s", name, seconds, self.run / artefact)
+
+    def forget(self, stage: str) -> None:
+        """Remove what a stage left that this recipe does not have."""
+        self._undo(stage)
+        for name in (ARTEFACTS[stage], *BESIDE.get(stage, ())):
+            (self.run / name).unlink(missing_ok=True)
+
+    def _undo(self, stage: str) -> None:
+        manifest = self.run.read_json("manifest.json")
+        if manifest["stages"].pop(stage, None) is not None:
+            self.run.write_json("manifest.json", manifest)
+
+    def _check_before(self, name: str) -> None:
+        """Refuse to build a stage on one that is not done, or was done with other settings."""
+        done = self.done()
+        for stage, artefact in ARTEFACTS.items():
+            if stage == name:
+                return
+            if stage == "correct" and not self.recipe.correction.affine:
+                continue
+            if stage not in done or not self.run.has(artefact):
+                raise QuantempoError(
+                    f"{stage} is not done in {self.run.path}; run quantempo {stage} before {name}"
+                )
+            if self.stale(stage):
+                raise QuantempoError(
+                    f"{self.run / artefact} was made with other settings; run quantempo {stage} "
+                    f"--force before {name}"
+                )
+
+
+def arrays_as_tensors(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call with arrays as tensors.
+
+    Raises:
+        QuantempoError: one that a run folder cannot keep.
+    """
+    call = pytree.tree_map_only(np.ndarray, torch.from_numpy, call)
+    for name, value in call.items():
+        try:
+            canonical(value)
+        except TypeError as error:
+            raise QuantempoError(
+                f"cannot keep the argument '{name}' of the call ({error}); expected numbers, "
+                "text, tensors, or lists and dictionaries of them"
+            ) from error
+    return call
+
+
+def write_call(run: RunFolder, call: dict[str, Any]) -> Any:
+    """Return the arguments of a call as JSON types; tensors are written to `call.safetensors`."""
+    leaves, tree = pytree.tree_flatten(call)
+    tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    if tensors:
+        run.write_safetensors(_CALL, tensors)
+    plain = [{"tensor": str(i)} if str(i) in tensors else v for i, v in enumerate(leaves)]
+    return pytree.tree_unflatten(plain, tree)
+
+
+def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
+    """Undo `write_call`; tuples come back as lists."""
+
+    def is_tensor(value: Any) -> bool:
+        return isinstance(value, dict) and value.keys() == {"tensor"}
+
+    leaves, tree = pytree.tree_flatten(plain, is_leaf=is_tensor)
+    tensors = run.read_safetensors(_CALL) if any(map(is_tensor, leaves)) else {}
+    found = [tensors[value["tensor"]] if is_tensor(value) else value for value in leaves]
+    return pytree.tree_unflatten(found, tree)

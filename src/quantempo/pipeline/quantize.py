@@ -1,0 +1,217 @@
+"""Quantize a denoiser in memory: layers -> statistics -> scales -> integers.
+
+No run folder and no pipeline: `stages` wraps a cache around these steps, benchmarks and studies
+call them directly.
+"""
+
+from __future__ import annotations
+
+import copy as copies
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.calibration.dataset import CalibrationData
+from quantempo.calibration.statistics import collect_statistics
+from quantempo.core import weight_format
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import check_roles, sites
+from quantempo.quantized import (
+    LayerPlan,
+    QLayer,
+    bits_of,
+    fill,
+    find_clock,
+    install_clock,
+    swap_layers,
+)
+from quantempo.quantized.plan import check_bits, plan_layers
+from quantempo.recipe import Recipe
+from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_denoiser
+from quantempo.scales import LayerScales, make_metric, search_scales
+
+__all__ = [
+    "Quantized",
+    "calibrate",
+    "check_recipe",
+    "plan",
+    "quantize",
+    "round_weights",
+    "search",
+    "segments_of",
+]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized denoiser as plain data.
+
+    recipe: it was made by; plans: one for each Conv2d and Linear; scales: of each int8 layer;
+    codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each training
+    time-step; per_unit: training time-steps in one unit of the network's time; biases: (O,)
+    float32 of layers whose bias the rounding changed.
+    """
+
+    recipe: Recipe
+    plans: list[LayerPlan]
+    scales: dict[str, LayerScales]
+    codes: dict[str, Tensor]
+    bucket_of: Tensor
+    per_unit: float = 1.0
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        plans: list[LayerPlan],
+        scales: Mapping[str, Tensor],
+        rounding: Mapping[str, Tensor],
+        per_unit: float = 1.0,
+    ) -> Quantized:
+        """Join the tensors of `search_scales` and of `round_weights`."""
+        found = {
+            name: replace(layer, act_scale=rounding.get(f"{name}.act_scale", layer.act_scale))
+            for name, layer in LayerScales.read(scales).items()
+        }
+        codes = {name: rounding[name] for name in found}
+        biases = {n: rounding[f"{n}.bias"] for n in found if f"{n}.bias" in rounding}
+        # The search decides which layers have several buckets.
+        plans = [
+            replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
+            for p in plans
+        ]
+        return cls(recipe, plans, found, codes, scales["bucket_of"], per_unit, biases)
+
+    @torch.no_grad()
+    def install(self, denoiser: nn.Module, *, copy: bool = False) -> nn.Module:
+        """Replace the planned layers of a float denoiser by integer ones; names of modules stay.
+
+        Args:
+            denoiser: float; changed in place.
+            copy: return a quantized copy instead, which shares all parameters that stay float.
+
+        Raises:
+            QuantempoError: the denoiser is quantized already, or is another network.
+        """
+        if copy:
+            state = [*denoiser.parameters(), *denoiser.buffers()]
+            denoiser = copies.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
+        device = next(denoiser.parameters()).device
+        floats = {p.name: denoiser.get_submodule(p.name) for p in self.plans if p.kind != "float"}
+        clock = install_clock(denoiser, self.bucket_of.to(device), self.per_unit)
+        swap_layers(denoiser, self.plans, clock)
+        for name, layer in floats.items():
+            self._fill(name, denoiser.get_submodule(name), layer)
+        return denoiser
+
+    def _fill(self, name: str, layer: nn.Module, old: Any) -> None:
+        """Fill the layer that took the place of an old one."""
+        if not isinstance(layer, QLayer):
+            layer.fill(old)  # type: ignore[operator]
+            return
+        if name not in self.scales or name not in self.codes:
+            raise QuantempoError(f"no scales or codes for '{name}'; rerun search and round")
+        chosen, bias = self.scales[name], self.biases.get(name, old.bias)
+        scales = (chosen.weight_scale, bias, chosen.act_scale, chosen.act_zero_point)
+        fill(layer, self.codes[name], *scales)
+
+
+def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
+    """Refuse what cannot end well, before anything is computed.
+
+    Raises:
+        QuantempoError: a quantized denoiser; unknown metric, rounding, role or layer.
+    """
+    if find_clock(denoiser) is not None:
+        raise QuantempoError("this denoiser is quantized already; start from the float model")
+    make_metric(recipe.activations.metric, recipe.activations.p)
+    make_metric(recipe.weights.metric, recipe.weights.p)
+    if ROUNDINGS.get(recipe.rounding.name).needs == "block":
+        check_start(recipe.rounding)
+    check_roles(recipe.layers.float_roles)
+    check_bits(sites(denoiser), recipe)
+
+
+def plan(denoiser: nn.Module, recipe: Recipe) -> list[LayerPlan]:
+    """Return what each Conv2d and Linear becomes, see `plan_layers`."""
+    return plan_layers(sites(denoiser), recipe)
+
+
+def calibrate(
+    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan]
+) -> dict[str, Tensor]:
+    """Return the statistics of the inputs of all integer layers, see `collect_statistics`."""
+    return collect_statistics(denoiser, segments_of(plans), data)
+
+
+def segments_of(plans: list[LayerPlan]) -> dict[str, tuple[int, ...]]:
+    """Return the input channels of the segments of each integer layer, () for one."""
+    return {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
+
+
+def search(
+    denoiser: nn.Module, statistics: Mapping[str, Tensor], plans: list[LayerPlan], recipe: Recipe
+) -> dict[str, Tensor]:
+    """Return the scales of all integer layers, see `search_scales`."""
+    weights = _weights(denoiser, plans)
+    return search_scales(statistics, weights, recipe, bits=bits_of(plans))
+
+
+def _weights(denoiser: nn.Module, plans: list[LayerPlan]) -> dict[str, Tensor]:
+    """Return the float weight (O, ...) of each integer layer."""
+    layers: dict[str, Any] = {name: denoiser.get_submodule(name) for name in bits_of(plans)}
+    return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+def round_weights(
+    denoiser: nn.Module,
+    data: CalibrationData,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    scales: Mapping[str, Tensor],
+    *,
+    folder: str | Path | None = None,
+    key: str = "",
+) -> dict[str, Tensor]:
+    """Choose the integers; return codes, biases and scales as `round_denoiser` does.
+
+    Args:
+        denoiser: float, left as it was.
+        scales: from `search_scales`.
+        folder, key: where finished blocks are kept, see `round_denoiser`.
+    """
+    settings = recipe.rounding
+    weights = {name: weight.cpu() for name, weight in _weights(denoiser, plans).items()}
+    specs = {name: weight_format(weight) for name, (weight, _) in bits_of(plans).items()}
+    steps = {name: scales[f"{name}.weight_scale"] for name in weights}
+    alone = ROUNDINGS.get(settings.name).needs == "weights"
+    codes = round_by_weights(settings.name if alone else "nearest", weights, steps, specs)
+    if alone and not settings.bias and not settings.refine:
+        return codes
+    start = Quantized.of(recipe, plans, scales, codes, data.per_unit)
+    twin = start.install(denoiser, copy=True)
+    return round_denoiser(denoiser, twin, data, settings, folder=folder, key=key)
+
+
+def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:
+    """Quantize a float denoiser from the inputs it is to be good at; it is left as it was.
+
+    Args:
+        denoiser: float32.
+        data: recorded inputs: a `TraceSet`, or a `MemorySet`.
+        recipe: its trace section is not read.
+
+    Raises:
+        QuantempoError: a recipe that does not fit, or activations that are not finite.
+    """
+    check_recipe(recipe, denoiser)
+    plans = plan(denoiser, recipe)
+    statistics = calibrate(denoiser, data, plans)
+    scales = search(denoiser, statistics, plans, recipe)
+    codes = round_weights(denoiser, data, recipe, plans, scales)
+    return Quantized.of(recipe, plans, scales, codes, data.per_unit)
