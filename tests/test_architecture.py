@@ -245,6 +245,14 @@ def test_files_are_short() -> None:
     assert not long, f"over {MAX_FILE} lines: {long}"
 
 
+def test_state_of_instances_is_set_in_one_module() -> None:
+    tricks = re.compile(
+        r"object\.__setattr__\(|__dict__(\[|\.pop)|\._(buffers|modules)\[|\.forward = "
+    )
+    users = {p.relative_to(PACKAGE).as_posix() for p in MODULES if tricks.search(p.read_text())}
+    assert users == {"core/instance.py"}
+
+
 def test_functions_are_short() -> None:
     long = []
     for path in SOURCES:

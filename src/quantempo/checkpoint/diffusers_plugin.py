@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quantempo import __version__
 from quantempo.core import unpack_int12
+from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
 from quantempo.quantized import (
@@ -248,12 +249,11 @@ class QuantempoQuantizer(DiffusersQuantizer):
             )
         device = next(p.device for p in model.parameters() if p.device.type != "meta")
         for name, tensor in self._exact.items():
-            owner, _, leaf = name.rpartition(".")
             # A copy, so that the file is not kept mapped and may be overwritten.
             value = tensor.to(device).clone()
             # What is float16 in the file is computed in float32, see `Float16Linear`.
             value = value.float() if value.dtype == torch.float16 else value
-            model.get_submodule(owner)._buffers[leaf] = value
+            put_buffer(model, name, value)
         self._exact.clear()
         if self.quantization_config.hashes.get("tensors") != _joined(self._digests):
             raise QuantempoError(

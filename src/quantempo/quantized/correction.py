@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import timestep_of, timestep_place
 from quantempo.quantized.swap import find_clock
@@ -75,7 +76,7 @@ class OutputCorrection(nn.Module):
                     f"got a table '{name}' for a correction; expected {', '.join(_TABLES)}"
                 )
             device = self.get_buffer(name).device
-            self._buffers[name] = value.detach().to(device, torch.float32).contiguous()
+            put_buffer(self, name, value.detach().to(device, torch.float32).contiguous())
 
     def at(self, table: Tensor, t: Tensor) -> Tensor:
         """Return rows of a (K, C) table at times t (n,): linear between points, (n, C).

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core import activation_format, weight_format
+from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock
 
@@ -84,8 +85,8 @@ class QLayer(nn.Module):
         buffer("act_zero_point", (parts,), torch.int32)
         self.segments = tuple(segments)
         # Not registered as a child: the clock belongs to the denoiser, once.
-        object.__setattr__(self, "clock", clock)
-        object.__setattr__(self, "kernel", None)
+        keep(self, "clock", clock)
+        keep(self, "kernel", None)
         self._unpacked: Tensor | None = None
 
     @property

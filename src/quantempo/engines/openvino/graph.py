@@ -158,10 +158,10 @@ class _Recorder(nn.Module):
         self.name, self.calls, self.bucket = name, calls, bucket
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
+        return getattr(vars(self)["layer"], name)
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.__dict__["layer"]
+        layer = vars(self)["layer"]
         call = LayerCall(self.name, layer, tuple(map(int, x.shape)), _out_shape(layer, x))
         self.calls.append(call)
         op = getattr(torch.ops.quantempo, _OP)
