@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantempo.core import activation_format
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS, ActivationGrids
 from quantempo.engines.fusion import unfuse
@@ -117,7 +118,7 @@ def test_grids_of_other_bits_are_other_grids():
     wide.act_scale.copy_(narrow.act_scale)
     assert ActivationGrids(narrow) != ActivationGrids(wide)
     assert ActivationGrids(narrow).of(0, 0)[2] == 63 and ActivationGrids(wide).of(0, 0)[2] == 255
-    wide.act_bits = 6
+    wide.act_format = activation_format(6)
     assert ActivationGrids(narrow) == ActivationGrids(wide)
 
 

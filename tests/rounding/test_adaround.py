@@ -73,9 +73,7 @@ def _unit(settings: RoundingSettings = SETTINGS, shrink: float = 1.0) -> Unit:
 
 
 def _layer(bits: int = 3) -> QLayer:
-    layer = make_linear(20, 8, clock=make_clock(2))
-    layer.weight_bits = bits
-    return layer
+    return make_linear(20, 8, clock=make_clock(2), bits=(bits, 8))
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 0, 1, 2])
@@ -107,7 +105,7 @@ def test_kernels_with_fixed_codes_compute_what_the_integers_give() -> None:
 
 
 def test_scale_gradients_are_those_of_lsq_and_of_the_batchs_buckets_only() -> None:
-    layer = _layer()
+    layer = _layer(8)
     layer.weight_int.fill_(0).fill_diagonal_(1)
     layer.weight_scale.fill_(1)
     kernel = ScaleKernel(layer)

@@ -65,17 +65,14 @@ class QLayer(nn.Module):
     ) -> None:
         super().__init__()
         out, parts = weight_shape[0], len(segments)
-        self.weight_shape, self.weight_bits, self.act_bits = weight_shape, weight_bits, act_bits
+        self.weight_shape = weight_shape
+        self.weight_format = codes = weight_format(weight_bits)
+        self.act_format = activation_format(act_bits)
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
 
-        self.weight_format, self.act_format = (
-            weight_format(weight_bits),
-            activation_format(act_bits),
-        )
-        stored = self.weight_format.stored_shape(weight_shape)
-        buffer("weight_int", stored, self.weight_format.storage)
+        buffer("weight_int", codes.stored_shape(weight_shape), codes.storage)
         buffer("weight_scale", (out,), torch.float32)
         if bias:
             buffer("bias", (out,), torch.float32)
@@ -114,6 +111,16 @@ class QLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._unpacked = None
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of the weight."""
+        return self.weight_format.bits
+
+    @property
+    def act_bits(self) -> int:
+        """Bits of the input."""
+        return self.act_format.bits
 
     @property
     def act_qmax(self) -> int:
