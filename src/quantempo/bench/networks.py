@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,23 @@ import torch
 from torch import nn
 
 from quantempo.bench.candidates import Subject
-from quantempo.bench.quick import quick_quantize
-from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.presets import PRESETS, build_preset, random_inputs
+from quantempo.pipeline.quantize import quantize
 from quantempo.pipeline.session import Session
+from quantempo.quantized import Float16Linear, QLayer, StepClock
 from quantempo.recipe import Recipe
 
-__all__ = ["Network", "model_network", "quick_network", "run_network"]
+__all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
+
+log = logging.getLogger("quantempo")
 
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)
 _RANGE_BATCH = 2
+_STATEFUL = (QLayer, Float16Linear, StepClock)
 
 
 @dataclass(frozen=True)
@@ -104,17 +109,42 @@ def model_network(source: str, device: torch.device | str, recipe: Recipe | None
 def quick_network(
     name: str, floating: nn.Module, scheduler: Any = None, recipe: Recipe | None = None
 ) -> Network:
-    """Return a float32 denoiser on its device and its copy, quantized from random inputs."""
-    device = next(floating.parameters()).device
-    packed, dtype = copy.deepcopy(floating), _float_type(device)
-    calls = (
+    """Return a float32 denoiser on its device and its copy, quantized from random inputs.
+
+    Args:
+        name: of the network; floating: the denoiser, left as it was.
+        scheduler: of its pipeline, None for DDIM's defaults.
+        recipe: by default the layers and bits of w8a8 with one scale a layer, rounded to nearest.
+    """
+    dtype = _float_type(next(floating.parameters()).device)
+    steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000
+    calls = [
         random_inputs(floating, _RANGE_BATCH, time=time, seed=i + 1)
         for i, time in enumerate(_TIMES)
-    )
-    steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000
-    quick_quantize(packed, calls, recipe, dtype=dtype, num_train_timesteps=steps)
+    ]
+    data = MemorySet.of_calls(floating, calls, steps)
+    recipe = recipe or quick_recipe()
+    packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
+    cast_floats(packed, dtype)
+    log.warning("%s: scales are from random inputs, for timing and not for images", name)
 
     def inputs(rows: int) -> dict[str, Any]:
         return random_inputs(floating, rows)
 
     return Network(name, floating, packed, inputs, scheduler, "random inputs, for timing", dtype)
+
+
+def quick_recipe(name: str = "w8a8") -> Recipe:
+    """Return a shipped recipe's layers and bits, one bucket, rounded to nearest."""
+    recipe = Recipe.load(name).override("rounding", name="nearest", bias=False, refine=0)
+    return recipe.override("activations", buckets=1)
+
+
+def cast_floats(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is left in float in place; integers, scales and biases of integer layers stay."""
+    for module in denoiser.modules():
+        if not isinstance(module, _STATEFUL):
+            for tensors in (module._parameters, module._buffers):
+                for value in tensors.values():
+                    if value is not None and value.is_floating_point():
+                        value.data = value.data.to(dtype)
