@@ -63,10 +63,10 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_000}
+BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_200}
 MAX_ROOT = 6
 NOT_YET_USED = {"execution", "put_buffer"}
-MAX_FAN_OUT = {"pipeline": 24}
+MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
 MAX_FUNCTION = 60
 MAX_KERNEL_FUNCTION = 120
@@ -172,8 +172,8 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        ("core/affine.py", "quantempo.models.layers"),
-        ("core/affine.py", "quantempo.run_folder"),
+        ("core/formats.py", "quantempo.models.layers"),
+        ("core/formats.py", "quantempo.run_folder"),
         ("models/layers.py", "quantempo.scales.activation"),
         ("calibration/trace.py", "quantempo.engines.base"),
         ("kernels/reference.py", "quantempo.core.formats"),
@@ -201,7 +201,7 @@ def test_the_rule_refuses(where: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        ("core/affine.py", "quantempo.errors"),
+        ("core/formats.py", "quantempo.errors"),
         ("kernels/reference.py", "torch.nn.functional"),
         ("report/html.py", "quantempo.run_folder"),
         ("models/layers.py", "diffusers"),

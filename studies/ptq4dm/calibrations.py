@@ -21,7 +21,7 @@ from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.core import ACTIVATION
 from quantempo.models.layers import denoiser_of, sites
-from quantempo.quantized.plan import plan_layers
+from quantempo.quantized import plan_layers
 from quantempo.scales import search_activation
 from quantempo.scales.search import search_scales
 from studies.ptq4dm.cells import Cell

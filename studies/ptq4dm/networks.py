@@ -19,8 +19,7 @@ from quantempo.core import weight_format
 from quantempo.engines.select import attach
 from quantempo.models.layers import sites
 from quantempo.pipeline.quantize import Quantized, round_weights
-from quantempo.quantized import LayerPlan, fill, find_clock, quantized_layers
-from quantempo.quantized.plan import plan_layers
+from quantempo.quantized import LayerPlan, fill, find_clock, plan_layers, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import round_by_weights
 from quantempo.scales import LayerScales

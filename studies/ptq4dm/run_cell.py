@@ -16,7 +16,7 @@ from quantempo.evaluation.features import Features
 from quantempo.evaluation.fidelity import SQNR_CAP_DB
 from quantempo.evaluation.scores import frechet_distance, score_set
 from quantempo.models.layers import denoiser_of
-from quantempo.quantized.plan import plan_layers
+from quantempo.quantized import plan_layers
 from quantempo.run_folder import atomic_path, read_tensors
 from studies.ptq4dm.cells import Cell
 from studies.ptq4dm.networks import Frontend

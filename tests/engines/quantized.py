@@ -16,9 +16,9 @@ from quantempo.quantized import (
     StepClock,
     fill,
     install_clock,
+    plan_layers,
     swap_layers,
 )
-from quantempo.quantized.plan import plan_layers
 from quantempo.recipe import LayerSettings, Recipe
 
 __all__ = ["make_clock", "make_conv", "make_linear", "quantize_network"]

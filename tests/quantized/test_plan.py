@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, sites
-from quantempo.quantized import LayerPlan
-from quantempo.quantized.plan import plan_layers
+from quantempo.quantized import LayerPlan, plan_layers
 from quantempo.recipe import LayerSettings, Recipe
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, tiny_dit, tiny_text, tiny_unet
 

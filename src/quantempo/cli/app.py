@@ -34,12 +34,7 @@ app = typer.Typer(
 )
 for _verb in (
     quantize.quantize,
-    stages.trace,
-    stages.calibrate,
-    stages.search,
-    stages.round_weights,
-    stages.correct,
-    stages.pack,
+    *stages.STAGES,
     sample.sample,
     evaluate.evaluate,
     report.report,
@@ -48,14 +43,15 @@ for _verb in (
     bench.bench,
     demo.demo,
 ):
-    app.command(_verb.__name__.removesuffix("_weights"))(_verb)
+    app.command(_verb.__name__)(_verb)
 
 
 @app.callback()
 def _options(
     quiet: bool = typer.Option(False, "--quiet", help="Only results and errors."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Also what each block became."),
 ) -> None:
-    level = logging.ERROR if quiet else logging.INFO
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("quantempo").setLevel(level)
 

@@ -22,11 +22,14 @@ __all__ = [
     "RecipeName",
     "Run",
     "Scheduler",
+    "Source",
     "Steps",
     "call_arguments",
+    "open_session",
     "show",
 ]
 
+Source = Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder, one artefact a stage.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
 Scheduler = Annotated[
@@ -79,6 +82,24 @@ def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
                 f"got --class-labels {labels}; expected integers: 1,2,3"
             ) from error
     return call
+
+
+def open_session(
+    source: str,
+    run: Path,
+    recipe: Any,
+    prompts: Path | None,
+    labels: str | None,
+    scheduler: str | None,
+    force: bool,
+    device: str,
+    data: str | None,
+) -> Any:
+    """Open the float pipeline and its run folder from the options of a command."""
+    from quantempo.pipeline.session import load
+
+    options: dict[str, Any] = {"scheduler": scheduler, "force": force, "device": device}
+    return load(source, run, recipe, call=call_arguments(prompts, labels), data=data, **options)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

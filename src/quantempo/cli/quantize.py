@@ -16,8 +16,9 @@ from quantempo.cli.common import (
     RecipeName,
     Run,
     Scheduler,
+    Source,
     Steps,
-    call_arguments,
+    open_session,
     show,
 )
 
@@ -25,7 +26,7 @@ __all__ = ["quantize"]
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    source: Source,
     run: Run,
     recipe: RecipeName = "w8a8",
     steps: Steps = None,
@@ -64,15 +65,8 @@ def quantize(
     budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
     if limited := any(budgets.values()):
         resolved = sensitivity.recall(run, resolved, **budgets)
-    session = pipeline.load(
-        source,
-        run,
-        resolved,
-        call=call_arguments(prompts, class_labels),
-        scheduler=scheduler,
-        force=force,
-        device=device,
-        data=data,
+    session = open_session(
+        source, run, resolved, prompts, class_labels, scheduler, force, device, data
     )
     if limited:
         sensitivity.choose_bits(session, **budgets)

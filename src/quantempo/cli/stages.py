@@ -1,7 +1,8 @@
-"""quantempo trace, calibrate, search, round, pack: the stages one by one."""
+"""quantempo trace, calibrate, search, round, correct, pack: the stages one by one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -16,18 +17,28 @@ from quantempo.cli.common import (
     RecipeName,
     Run,
     Scheduler,
+    Source,
     Steps,
-    call_arguments,
+    open_session,
     show,
 )
 
-__all__ = ["calibrate", "correct", "pack", "round_weights", "search", "trace"]
+__all__ = ["STAGES", "trace"]
 
 Changed = Annotated[str | None, typer.Option("--recipe", help="Another recipe from this stage on.")]
 
+_HELP = {
+    "calibrate": "Collect the statistics of every layer input over the trace.",
+    "search": "Choose time buckets and scales by the recipe's metrics.",
+    "round": "Choose the integer weights.",
+    "correct": "Fit what the recipe corrects around the network, on the packed model's own "
+    "trajectories.",
+    "pack": "Write the packed diffusers folder and the layer table.",
+}
+
 
 def trace(
-    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    source: Source,
     run: Run,
     recipe: RecipeName = "w8a8",
     steps: Steps = None,
@@ -47,96 +58,32 @@ def trace(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    session = pipeline.load(
-        source,
-        run,
-        resolved,
-        call=call_arguments(prompts, class_labels),
-        scheduler=scheduler,
-        force=force,
-        device=device,
-        data=data,
+    session = open_session(
+        source, run, resolved, prompts, class_labels, scheduler, force, device, data
     )
     rows = len(pipeline.trace(session))
     show({"trace": str(run / "trace"), "rows": rows}, as_json)
 
 
-def _stage(
-    name: str, run: Any, recipe: str | None, device: str, force: bool, as_json: bool
-) -> None:
-    from quantempo.pipeline import stages as pipeline
+def _command(verb: str, text: str) -> Callable[..., None]:
+    """Return the command of a stage that reads the run folder."""
 
-    session = pipeline.reopen(run, recipe, force=force, device=device)
-    getattr(pipeline, name)(session)
-    seconds = session.run.read_json("manifest.json")["stages"]
-    show({key: value["seconds"] for key, value in seconds.items()}, as_json)
+    def command(
+        run: Run,
+        recipe: Changed = None,
+        device: Device = "cpu",
+        force: Force = False,
+        as_json: Json = False,
+    ) -> None:
+        from quantempo.pipeline import stages as pipeline
 
+        session = pipeline.reopen(run, recipe, force=force, device=device)
+        getattr(pipeline, "round_weights" if verb == "round" else verb)(session)
+        show({name: entry["seconds"] for name, entry in session.done().items()}, as_json)
 
-def calibrate(
-    run: Run,
-    recipe: Changed = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Collect the statistics of every layer input over the trace.
-
-    Example: quantempo calibrate --run runs/cifar
-    """
-    _stage("calibrate", run, recipe, device, force, as_json)
+    command.__name__ = verb
+    command.__doc__ = f"{text}\n\n    Example: quantempo {verb} --run runs/cifar\n    "
+    return command
 
 
-def search(
-    run: Run,
-    recipe: Changed = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Choose time buckets and scales by the recipe's metrics.
-
-    Example: quantempo search --run runs/cifar
-    """
-    _stage("search", run, recipe, device, force, as_json)
-
-
-def round_weights(
-    run: Run,
-    recipe: Changed = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the integer weights.
-
-    Example: quantempo round --run runs/cifar
-    """
-    _stage("round_weights", run, recipe, device, force, as_json)
-
-
-def correct(
-    run: Run,
-    recipe: Changed = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Fit what the recipe corrects around the network, on the packed model's own trajectories.
-
-    Example: quantempo correct --run runs/cifar
-    """
-    _stage("correct", run, recipe, device, force, as_json)
-
-
-def pack(
-    run: Run,
-    recipe: Changed = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Write the packed diffusers folder and the layer table.
-
-    Example: quantempo pack --run runs/cifar
-    """
-    _stage("pack", run, recipe, device, force, as_json)
+STAGES: tuple[Any, ...] = (trace, *(_command(verb, text) for verb, text in _HELP.items()))

@@ -1,12 +1,15 @@
 """Core numerics: formats of integers, affine grids, seeds."""
 
-from quantempo.core.affine import Grid, dequantize, fake_quantize, quantize
 from quantempo.core.formats import (
     ACTIVATION,
     FORMATS,
     WEIGHT,
     Format,
+    Grid,
     activation_format,
+    dequantize,
+    fake_quantize,
+    quantize,
     unpack_int12,
     weight_format,
 )

@@ -24,12 +24,13 @@ from quantempo.quantized import (
     LayerPlan,
     QLayer,
     bits_of,
+    check_bits,
     fill,
     find_clock,
     install_clock,
+    plan_layers,
     swap_layers,
 )
-from quantempo.quantized.plan import check_bits, plan_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_denoiser
 from quantempo.scales import LayerScales, make_metric, search_scales

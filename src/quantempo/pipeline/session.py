@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,13 +18,15 @@ from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, denoiser_of, sites
 from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
-from quantempo.models.sampling import scheduler_settings, swap_scheduler
+from quantempo.models.sampling import denoising_with, scheduler_settings, swap_scheduler
 from quantempo.pipeline.cache import Cache, arrays_as_tensors, read_call, write_call
 from quantempo.pipeline.quantize import check_recipe
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
 
 __all__ = ["Session", "load", "reopen"]
+
+log = logging.getLogger("quantempo")
 
 
 @dataclass
@@ -68,6 +71,16 @@ class Session(Cache):
     def num_train_timesteps(self) -> int:
         """T of the scheduler the model was trained with."""
         return int(self.pipe.scheduler.config.num_train_timesteps)
+
+    def save(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write the pipeline with another denoiser, and with the scheduler it was traced with."""
+        pipe = self.pipe
+        if type(pipe) is not type(self.original):
+            # The pipeline that runs this scheduler is none that diffusers can load.
+            pipe = self.original
+            log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
+        with denoising_with(pipe, denoiser):
+            pipe.save_pretrained(folder)
 
     @cached_property
     def model(self) -> dict[str, Any]:

@@ -8,25 +8,21 @@ their own (`pipeline.quality`, `report`).
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantempo.calibration.correction import fit_correction
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import needs_images
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized
-from quantempo.engines.select import attach
 from quantempo.evaluation import load_images
-from quantempo.models.sampling import denoising_with
 from quantempo.pipeline import quantize as core
+from quantempo.pipeline.correct import around, fit
 from quantempo.pipeline.layer_table import measured_rows
 from quantempo.pipeline.session import Session, load, reopen
-from quantempo.quantized.correction import OutputCorrection, install_correction
 from quantempo.recipe import Recipe
 from quantempo.run_folder import atomic_path
 
@@ -43,8 +39,6 @@ __all__ = [
     "search",
     "trace",
 ]
-
-log = logging.getLogger("quantempo")
 
 
 def trace(session: Session) -> TraceSet:
@@ -134,12 +128,7 @@ def correct(session: Session) -> None:
         return
     with session.stage("correct") as needed:
         if needed:
-            packed = _quantized(session).install(session.denoiser, copy=True)
-            attach(packed, "auto" if session.device == "cpu" else "simulated")
-            settings, steps = session.recipe.correction, session.recipe.trace.steps
-            fitted = fit_correction(session.pipe, packed, settings, steps=steps, call=session.call)
-            session.run.write_json("correction.json", fitted.report)
-            session.run.write_safetensors("correction.safetensors", fitted.tensors)
+            fit(session, _quantized(session).install(session.denoiser, copy=True))
 
 
 def pack(session: Session) -> Path:
@@ -158,24 +147,11 @@ def pack(session: Session) -> Path:
                 per_unit=found.per_unit,
                 source_sha256=session.model["sha256"],
             )
-            if session.recipe.correction.affine:
-                tables = OutputCorrection.of(run.read_safetensors("correction.safetensors"))
-                install_correction(packed, tables.to(session.device))
-                config.correction = tables.settings
+            config.correction = around(session, packed)
             mark_quantized(packed, config)
-            pipe = _saved(session)
-            with atomic_path(run / "packed") as temporary, denoising_with(pipe, packed):
-                pipe.save_pretrained(temporary)
+            with atomic_path(run / "packed") as temporary:
+                session.save(packed, temporary)
     return run / "packed"
-
-
-def _saved(session: Session) -> Any:
-    """Return the pipeline that is written: with the scheduler it was traced with, if it can be."""
-    if type(session.pipe) is type(session.original):
-        return session.pipe
-    # The pipeline that runs this scheduler is none that diffusers can load.
-    log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
-    return session.original
 
 
 def _trace_of(session: Session) -> TraceSet:

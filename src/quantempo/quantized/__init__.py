@@ -5,9 +5,11 @@ from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
 from quantempo.quantized.swap import (
     LayerPlan,
     bits_of,
+    check_bits,
     fill,
     find_clock,
     install_clock,
+    plan_layers,
     quantized_layers,
     swap_layers,
 )
@@ -21,9 +23,11 @@ __all__ = [
     "QLinear",
     "StepClock",
     "bits_of",
+    "check_bits",
     "fill",
     "find_clock",
     "install_clock",
+    "plan_layers",
     "quantized_layers",
     "swap_layers",
 ]

@@ -1,0 +1,110 @@
+"""The pure core: the same numbers as the stages, no run folder, few files to read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantempo
+from quantempo.calibration.dataset import MemorySet, TraceSet
+from quantempo.engines.select import attach
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.pipeline import stages
+from quantempo.pipeline.quantize import quantize
+from quantempo.quantized import find_clock, quantized_layers
+from quantempo.recipe import Recipe
+from quantempo.run_folder import RunFolder
+from tests.packed import recipe, saved
+from tests.tiny import tiny_unet
+
+PACKAGE = Path(quantempo.__file__).parent
+SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("rounding", bias=True)
+
+
+def random_set() -> MemorySet:
+    g = torch.Generator().manual_seed(0)
+    times = torch.randint(0, 1000, (16,), generator=g)
+    return MemorySet(torch.randn(16, 3, 16, 16, generator=g), times)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_the_core_gives_what_the_stages_write(rounding: str, tmp_path: Path) -> None:
+    chosen = SMALL.override("rounding", name=rounding)
+    packed = load_pipeline(stages.quantize(saved("unconditional"), tmp_path / "run", chosen)).unet
+    net = load_pipeline(saved("unconditional")).unet
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = quantize(net, TraceSet(tmp_path / "run/trace"), chosen)
+    written = RunFolder(tmp_path / "run").read_safetensors("rounding.safetensors")
+    assert found.codes and all(torch.equal(found.codes[n], written[n]) for n in found.codes)
+    copy = found.install(net, copy=True)
+    state, wanted = copy.state_dict(), packed.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+    # The float network is left as it was, and shares what stays float with its copy.
+    assert find_clock(net) is None and net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert copy.conv_in.weight is net.conv_in.weight
+
+
+def test_a_quantized_copy_runs_without_a_folder() -> None:
+    net = tiny_unet()
+    found = quantize(net, random_set(), SMALL)
+    copy, g = found.install(net, copy=True), torch.Generator().manual_seed(1)
+    assert attach(copy, "simulated") == "simulated"
+    assert {name for name, _ in quantized_layers(copy)} == set(found.codes)
+    x = torch.randn(2, 3, 16, 16, generator=g)
+    with torch.no_grad():
+        wanted, got = net(x, 400).sample, copy(x, 400).sample
+    assert 0 < float((got - wanted).square().mean()) < 1e-3 * float(wanted.square().mean())
+    with pytest.raises(QuantempoError, match="quantized already"):
+        quantize(copy, random_set(), SMALL)
+
+
+def files_of(call: Any) -> set[str]:
+    """Return the project's files whose functions a call runs."""
+    found = set()
+
+    def see(frame: Any, event: str, arg: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            found.add(str(path.relative_to(PACKAGE)))
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_a_reader_opens_at_most_twenty_files(tmp_path: Path) -> None:
+    default = Recipe.load("w8a8").override("layers", exclude=("down_blocks.*", "up_blocks.*"))
+    net, data = tiny_unet(), random_set()
+    core = files_of(lambda: quantize(net, data, default))
+    assert len(core) <= 20, sorted(core)
+    # The whole command, with what loads, traces, caches and packs.
+    small = SMALL.override("rounding", name="gptq")
+    whole = files_of(lambda: stages.quantize(saved("unconditional"), tmp_path / "run", small))
+    assert len(whole) <= 37, sorted(whole)
+
+
+def test_the_denoiser_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def counted(source: Any, *args: Any) -> Any:
+        loaded.append(source)
+        return load_pipeline(source, *args)
+
+    monkeypatch.setattr("quantempo.pipeline.session.load_pipeline", counted)
+    session = stages.load(saved("unconditional"), tmp_path / "run", SMALL)
+    stages.finish(session)
+    assert len(loaded) == 1
+    assert session.pipe.unet is session.denoiser is denoiser_of(session.pipe)[1]
+    assert not dict(quantized_layers(session.denoiser))
