@@ -39,6 +39,7 @@ LANES = {
         "kernels/test_onednn.py::test_kernels_without",
         "mixed_precision/test_sensitivity.py",
         "pipeline/test_correct.py",
+        "pipeline/test_golden.py",
         "pipeline/test_main_line.py::test_a_run_killed",
         "pipeline/test_main_line.py::test_another",
         "pipeline/test_pipeline.py",
