@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from quantempo.report import sections
 from quantempo.report.bits import bits_facts, bits_label, layer_cells
 from tests.report.run_folder import make_run
 
@@ -54,28 +53,3 @@ def test_products_of_attention_are_shown_as_what_they_are(tmp_path: Path) -> Non
     rows = run.read_json("layers.json")
     head, cells, _ = layer_cells(rows)
     assert head[3] == "bits w / a" and cells[-1][3] == "–" and "product" in cells[-1][-1]
-
-
-def test_the_page_does_not_call_a_low_bit_model_int8(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", seeds=2, blocks=1)
-    before = {key: dict(section) for key, section in _facts(run).items()}
-    assert "Quality: int8 against float, same seeds" in before
-    rows = run.read_json("layers.json")
-    for layer in rows:
-        if layer["bits_activation"] == 8:
-            layer["bits_weight"] = 4
-    run.write_json("layers.json", rows)
-    metrics = run.read_json("metrics.json") | {"weight_bits_mean": 4.0}
-    run.write_json("metrics.json", metrics)
-    after = {key: dict(section) for key, section in _facts(run).items()}
-    quality = after["Quality: W4A8 against float, same seeds"]
-    assert any(name.startswith("fed_lite0, W4A8") for name in quality)
-    assert not any("int8" in name for name in quality)
-    assert after["Cost"]["bits a weight, mean"] == "4.00"
-    assert after["Cost"]["W4A8"].startswith("4 layers")
-    assert sections._samples(run)[0].head == ("float", "W4A8", sections._samples(run)[0].head[2])
-
-
-def _facts(run: Any) -> dict[str, Any]:
-    blocks = [block for block in sections._summary(run) if block.kind == "facts"]
-    return dict(blocks[0].content)

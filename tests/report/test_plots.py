@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 
-from quantempo.report import plots, sections, sensitivity_plot
+from quantempo.report import plots, sensitivity_plot
+from quantempo.report.sections import window_of
 from tests.report.run_folder import make_run
 
 pytest.importorskip("matplotlib", reason="extra 'report'")
@@ -38,28 +37,11 @@ def test_the_window_is_what_the_codes_stand_for() -> None:
         "x.act_zero_point": np.array([100, 0], np.int32),
         "bucket_of": np.array([0, 0, 1]),
     }
-    window = sections._window(scales, {"name": "x", "bits_activation": 8})
     # x_hat = scale * (q - zero_point) at q = 0 and 255.
-    np.testing.assert_allclose(window, [[-50, 77.5], [-50, 77.5], [-25, 38.75]])
+    np.testing.assert_allclose(window_of(scales, "x", 8), [[-50, 77.5], [-50, 77.5], [-25, 38.75]])
     scales["x.act_scale"] = scales["x.act_scale"][:, :1]
-    assert (sections._window(scales, {"name": "x", "bits_activation": 8}) == [-50, 77.5]).all()
-    scales.pop("bucket_of")
-    assert sections._window(scales, {"name": "x", "bits_activation": 8}) is None
-
-
-def test_chosen_layers_are_integer_spread_and_varied() -> None:
-    roles = ["conv"] * 10 + ["attention"] * 2 + ["conv"] * 10 + ["shortcut"] * 2
-    rows = [
-        {"name": str(i), "role": role, "buckets": None if i == 0 else 4}
-        for i, role in enumerate(roles)
-    ]
-    chosen = sections._choose(rows, {str(i) for i in range(len(rows))})
-    assert len({row["name"] for row in chosen}) == 4
-    assert {row["role"] for row in chosen} == {"conv", "attention", "shortcut"}
-    places = [int(row["name"]) for row in chosen]
-    assert places == sorted(places) and places[0] < 8 and places[-1] > 16
-    assert all(row["buckets"] for row in chosen)
-    assert sections._choose(rows[:2], {"1"}) == [rows[1]]
+    assert (window_of(scales, "x", 8) == [-50, 77.5]).all()
+    assert window_of({}, "x", 8) is None
 
 
 def test_density_bars_and_law_are_on_one_scale() -> None:
@@ -68,29 +50,6 @@ def test_density_bars_and_law_are_on_one_scale() -> None:
     assert svg.startswith("<svg") and svg.endswith("</svg>\n")
     assert "law" in svg and "drawn" in svg
     assert "law" not in plots.time_law(drawn, None, None, 4, 1000)
-
-
-def test_numbers_are_put_into_words() -> None:
-    assert sections._listed([3, 4, 5]) == "3 to 5"
-    assert sections._listed([0, 63]) == "0 to 63"
-    assert sections._listed([3, 5, 4]) == "3, 5, 4"
-    assert sections._listed({"cpu": "a", "isa": ["x", "y"]}) == "cpu a, isa x, y"
-    assert sections._listed(None) == "not recorded"
-    assert sections._megabytes(9_120_000) == "9.12 MB"
-    assert sections._megabytes(5_600_000_000) == "5,600 MB"
-
-
-def test_a_model_of_one_bucket_has_words_instead_of_curves(tmp_path) -> None:
-    run = make_run(tmp_path, seeds=1, blocks=1)
-    tensors = run.read_safetensors("scales.safetensors")
-    for key in [key for key in tensors if key.endswith("act_scale")]:
-        tensors[key] = tensors[key][:, :1]
-    tensors["bucket_of"] = torch.zeros(1000, dtype=torch.int64)
-    run.write_safetensors("scales.safetensors", tensors)
-    blocks = sections._scales(run)
-    assert [block.kind for block in blocks] == ["text"]
-    assert re.search(r"All 4 integer layers keep one", blocks[0].content)
-    assert "<svg" in sections._activations(run)[0].content
 
 
 def test_a_figure_of_its_own_has_colours_and_no_variables(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from quantempo.errors import QuantempoError
@@ -232,6 +233,47 @@ def test_metrics_without_speed_or_steps_say_so(tmp_path: Path, no_drawing: None)
     page = _Page(render(run.path).read_text())
     assert "eps_sqnr_db" in page.sections["steps"] and "not run" in page.sections["speed"]
     assert "36.4 dB" in page.sections["summary"] and "not run" in page.sections["summary"]
+
+
+def test_a_model_of_one_bucket_has_words_instead_of_curves(
+    tmp_path: Path, no_drawing: None
+) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    tensors = run.read_safetensors("scales.safetensors")
+    for key in [key for key in tensors if key.endswith("act_scale")]:
+        tensors[key] = tensors[key][:, :1]
+    tensors["bucket_of"] = torch.zeros(1000, dtype=torch.int64)
+    run.write_safetensors("scales.safetensors", tensors)
+    page = _Page(render(run.path).read_text())
+    assert "All 4 integer layers keep one activation scale" in page.sections["scales"]
+    assert "orange lines" in page.sections["activations"]
+
+
+def test_a_low_bit_model_is_not_called_int8(tmp_path: Path, no_drawing: None) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    rows = run.read_json("layers.json")
+    for row in rows:
+        row["bits_weight"] = 4 if row["bits_activation"] == 8 else row["bits_weight"]
+    run.write_json("layers.json", rows)
+    metrics = run.read_json("metrics.json") | {"weight_bits_mean": 4.0, "engine": "x"}
+    run.write_json("metrics.json", metrics)
+    sections = _Page(render(run.path).read_text()).sections
+    summary = " ".join(sections["summary"].split())
+    for words in ("W4A8 against float", "fed_lite0, W4A8", "W4A8 4 layers", "mean 4.00"):
+        assert words in summary, words
+    assert "int8" not in summary and "W4A8" in sections["samples"]
+
+
+def test_pictures_that_are_no_seeds_or_have_no_pair(tmp_path: Path, no_drawing: None) -> None:
+    run = make_run(tmp_path / "run", seeds=2, blocks=1)
+    for kind in ("float", "int8"):
+        shutil.copy(run / f"samples/{kind}/100.png", run / f"samples/{kind}/best.png")
+    (run / "samples/int8/101.png").unlink()
+    assert "2 of 2 pairs" in render(run.path).read_text()
+    assert Image.open(run / "pairs.png").width == 2 * 96
+    (run / "samples/int8/best.png").write_bytes(b"no picture")
+    with pytest.raises(QuantempoError, match=r"cannot read .*best\.png"):
+        render(run.path)
 
 
 def test_times_of_a_bench_file_are_shown_by_batch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantempo.errors import QuantempoError
-from quantempo.report.pictures import write_pairs
+from quantempo.report.pictures import seeds_of, write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
 from quantempo.run_folder import RunFolder, atomic_path
 
@@ -66,7 +66,7 @@ def render(run_path: str | Path) -> Path:
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     samples = (run / "samples/float", run / "samples/int8")
-    if all(folder.is_dir() for folder in samples):
+    if seeds_of(*samples):
         with atomic_path(run / "pairs.png") as temporary:
             write_pairs(*samples, temporary)
     return target

@@ -12,11 +12,19 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["compare", "write_pairs"]
+from quantempo.errors import QuantempoError
+
+__all__ = ["compare", "seeds_of", "write_pairs"]
 
 SEEDS_SHOWN = 16
 SMALLEST_SIDE, LARGEST_SIDE = 112, 256
 DIFFERENCE_GAINS = (32, 16, 8, 4, 2, 1)
+
+
+def seeds_of(first: Path, second: Path) -> list[str]:
+    """Return the names without suffix of PNG files that both folders have, seeds in order."""
+    found = {path.stem for path in first.glob("*.png")} & {p.stem for p in second.glob("*.png")}
+    return sorted(found, key=lambda seed: (len(seed), seed))
 
 
 def compare(
@@ -34,43 +42,41 @@ def compare(
         |first - second| times the gain, which leaves 99 % of the differences unclipped; whether
         pictures were enlarged.
     """
-    from PIL import Image
-
-    pairs = []
-    for seed in seeds[:SEEDS_SHOWN]:
-        files = (first / f"{seed}.png", second / f"{seed}.png")
-        pairs.append([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    seeds = seeds[:SEEDS_SHOWN]
+    pairs = [(_pixels(first / f"{seed}.png"), _pixels(second / f"{seed}.png")) for seed in seeds]
     differences = [np.abs(a.astype(np.int32) - b.astype(np.int32)) for a, b in pairs]
     peak = max(float(np.percentile(difference, 99)) for difference in differences)
     gain = next((g for g in DIFFERENCE_GAINS if g * peak <= 255), 1)
     cells = [
         (seed, _shown(a), _shown(b), _shown(np.clip(gain * d, 0, 255).astype(np.uint8)))
-        for seed, (a, b), d in zip(seeds, pairs, differences, strict=False)
+        for seed, (a, b), d in zip(seeds, pairs, differences, strict=True)
     ]
     return cells, gain, max(pairs[0][0].shape[:2]) < SMALLEST_SIDE
 
 
 def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> None:
-    """Write one PNG: pictures of `first` in the upper row, of `second` with the same seeds below.
-
-    Args:
-        first, second: folders with a PNG file per seed, the same ones.
-        target: file to write.
-        columns: pictures in a row, the lowest seeds.
-    """
+    """Write one PNG: `columns` pictures of `first`, below them those of `second`, equal seeds."""
     from PIL import Image
 
-    seeds = sorted(int(path.stem) for path in first.glob("*.png"))[:columns]
+    seeds = seeds_of(first, second)[:columns]
     rows = [
-        np.concatenate(
-            [np.asarray(Image.open(folder / f"{seed}.png").convert("RGB")) for seed in seeds], 1
-        )
+        np.concatenate([_pixels(folder / f"{seed}.png") for seed in seeds], 1)
         for folder in (first, second)
     ]
     whole = Image.fromarray(np.concatenate(rows))
     factor = max(1, 96 // (whole.height // 2))
     size = (whole.width * factor, whole.height * factor)
     whole.resize(size, Image.Resampling.NEAREST).save(target, "PNG", optimize=True)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """Return (H, W, 3) uint8."""
+    from PIL import Image
+
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise QuantempoError(f"cannot read {path} ({error}); sample it again") from error
 
 
 def _png(image: Any) -> str:

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 from quantempo.report import plots, sensitivity_plot
 from quantempo.report.bits import bits_facts, bits_label, layer_cells, layer_rows
-from quantempo.report.pictures import compare
+from quantempo.report.pictures import compare, seeds_of
 from quantempo.run_folder import RunFolder
 
-__all__ = ["SECTIONS", "Block", "NotRunError"]
+__all__ = ["SECTIONS", "Block", "NotRunError", "window_of"]
 
 SEEDS_A_ROW = 8
 LAYERS_SHOWN = 4
@@ -153,11 +153,11 @@ def _summary(run: RunFolder) -> list[Block]:
 
 
 def _samples(run: RunFolder) -> list[Block]:
-    found = [{p.stem for p in (run / f"samples/{k}").glob("*.png")} for k in ("float", "int8")]
-    common = sorted(found[0] & found[1], key=lambda seed: (len(seed), seed))
+    folders = run / "samples/float", run / "samples/int8"
+    common = seeds_of(*folders)
     if not common:
         raise NotRunError("samples/ holds no pairs of images: quantempo evaluate")
-    cells, gain, enlarged = compare(run / "samples/float", run / "samples/int8", common)
+    cells, gain, enlarged = compare(*folders, common)
     bands = [cells[i : i + SEEDS_A_ROW] for i in range(0, len(cells), SEEDS_A_ROW)]
     labels = ("float", bits_label(layer_rows(run)), f"difference × {gain}")
     side = "Enlarged without smoothing. " if enlarged else ""
@@ -204,13 +204,12 @@ def _choose(rows: list[dict[str, Any]], known: set[str]) -> list[dict[str, Any]]
     return sorted(chosen, key=rows.index)
 
 
-def _window(scales: dict[str, np.ndarray], row: dict[str, Any]) -> np.ndarray | None:
+def window_of(scales: dict[str, np.ndarray], name: str, bits: int) -> np.ndarray | None:
     """Return (T, 2): the smallest and largest value the layer's codes stand for at each t."""
-    name = row["name"]
     if f"{name}.act_scale" not in scales or "bucket_of" not in scales:
         return None
     scale = scales[f"{name}.act_scale"][0]
-    zero, top = scales[f"{name}.act_zero_point"][0], 2 ** row["bits_activation"] - 1
+    zero, top = scales[f"{name}.act_zero_point"][0], 2**bits - 1
     per_time = np.broadcast_to(scale, (max(scales["bucket_of"].max() + 1, len(scale)),))
     per_time = per_time[scales["bucket_of"]]
     return np.stack([-zero * per_time, (top - zero) * per_time], axis=1)
@@ -228,7 +227,7 @@ def _activations(run: RunFolder) -> list[Block]:
         hist = stats[f"{name}.hist"][0].astype(np.float64)
         if hi > lo and hist.sum() > 0:
             label, extremes = f"{name}  ({row['role']}{part})", stats[f"{name}.range"][0]
-            times, window = stats["time_bin_edges"], _window(scales, row)
+            times, window = stats["time_bin_edges"], window_of(scales, name, row["bits_activation"])
             layers.append(plots.Activation(label, hist, (lo, hi), extremes, times, window))
     if not layers:
         raise NotRunError("stats.safetensors holds no integer layer: quantempo calibrate")
