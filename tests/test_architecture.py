@@ -63,7 +63,7 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_200}
+BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_300}
 MAX_ROOT = 6
 NOT_YET_USED = {"execution", "put_buffer"}
 MAX_FAN_OUT = {"pipeline": 12}
@@ -341,10 +341,13 @@ def test_public_names_are_used() -> None:
 
 
 def test_every_setting_of_a_recipe_is_read() -> None:
-    used = set().union(*(words_of(path) for path in MODULES if unit_of(path) != "recipe"))
+    """By `.NAME`, outside of the recipe itself."""
+    modules = [tree_of(path) for path in MODULES if unit_of(path) != "recipe"]
+    nodes = [node for tree in modules for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     for group, settings in Recipe().to_dict().items():
         names = {group, *(settings if isinstance(settings, dict) else ())}
-        assert names <= used, f"nothing reads {sorted(names - used)} of {group}"
+        assert names <= read, f"nothing reads {sorted(names - read)} of {group}"
 
 
 def test_scheduler_step_is_wrapped_in_one_place() -> None:

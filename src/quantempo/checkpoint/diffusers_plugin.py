@@ -20,6 +20,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from quantempo import __version__
+from quantempo.checkpoint.values import check_layers, check_plans, check_time
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
@@ -119,6 +120,7 @@ class QuantempoConfig(QuantizationConfigMixin):
                 )
         if unknown:
             warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
+        check_time(num_train_timesteps, per_unit)
         self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits = buckets or {}, bits or {}
@@ -196,7 +198,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
         clock = install_clock(model, table, config.per_unit)
-        swap_layers(model, config.plans(model), clock)
+        plans = config.plans(model)
+        check_plans(model, plans)
+        swap_layers(model, plans, clock)
         if config.correction:
             install_correction(model, OutputCorrection(**config.correction))
         self._ours = set(_quantized_state(model))
@@ -260,6 +264,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "the tensors do not match the hash in config.json; the checkpoint is damaged or "
                 "was edited: save or fetch it again"
             )
+        check_layers(model)
         state = model.state_dict()
         if self._int12 or any(state[name].dtype != dtype for name, dtype in self._dtypes.items()):
             # Another precision or format: what a later save writes, its configuration first.

@@ -11,7 +11,7 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class QLayer(nn.Module):
     act_scale: Tensor
     act_zero_point: Tensor
     clock: StepClock
+    # Attributes of the float layer that the constructor takes besides.
+    copied: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -85,6 +87,22 @@ class QLayer(nn.Module):
         keep(self, "clock", clock)
         keep(self, "kernel", None)
         self._unpacked: Tensor | None = None
+
+    @classmethod
+    def like(
+        cls,
+        layer: Any,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        buckets: int,
+        weight_bits: int = 8,
+        act_bits: int = 8,
+    ) -> Self:
+        """Return an empty quantized copy of a float layer, on its device; no segments: one."""
+        how = {name: getattr(layer, name) for name in cls.copied}
+        shape, width = tuple(layer.weight.shape), layer.weight.shape[1] * how.get("groups", 1)
+        how |= {"weight_bits": weight_bits, "act_bits": act_bits, "device": layer.weight.device}
+        return cls(shape, layer.bias is not None, clock, segments or (width,), buckets, **how)
 
     @property
     def weight_codes(self) -> Tensor:
@@ -152,53 +170,22 @@ class QLayer(nn.Module):
 class QConv2d(QLayer):
     """Quantized 2-D convolution with zero padding; weight_int (O, C_in/groups, kh, kw)."""
 
+    copied = ("stride", "padding", "dilation", "groups")
+
     def __init__(
         self,
         weight_shape: tuple[int, ...],
-        bias: bool,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        buckets: int,
-        *,
+        *args: Any,
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
         groups: int,
-        weight_bits: int = 8,
-        act_bits: int = 8,
-        device: torch.device | str = "cpu",
+        **kwargs: Any,
     ) -> None:
-        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
-        super().__init__(weight_shape, bias, clock, segments, buckets, **bits, device=device)
+        super().__init__(weight_shape, *args, **kwargs)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
         self.kernel_size = tuple(weight_shape[2:])
-
-    @classmethod
-    def like(
-        cls,
-        layer: nn.Conv2d,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        buckets: int,
-        weight_bits: int = 8,
-        act_bits: int = 8,
-    ) -> QConv2d:
-        """Return an empty quantized twin of a float convolution, on its device."""
-        return cls(
-            tuple(layer.weight.shape),
-            layer.bias is not None,
-            clock,
-            segments or (layer.in_channels,),
-            buckets,
-            stride=tuple(layer.stride),
-            padding=tuple(layer.padding),
-            dilation=tuple(layer.dilation),
-            groups=layer.groups,
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            device=layer.weight.device,
-        )
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
@@ -221,28 +208,6 @@ class QLinear(QLayer):
     def out_features(self) -> int:
         """Output channels."""
         return self.weight_shape[0]
-
-    @classmethod
-    def like(
-        cls,
-        layer: nn.Linear,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        buckets: int,
-        weight_bits: int = 8,
-        act_bits: int = 8,
-    ) -> QLinear:
-        """Return an empty quantized twin of a float linear layer, on its device."""
-        return cls(
-            tuple(layer.weight.shape),
-            layer.bias is not None,
-            clock,
-            segments or (layer.in_features,),
-            buckets,
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            device=layer.weight.device,
-        )
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""

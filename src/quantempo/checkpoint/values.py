@@ -1,0 +1,66 @@
+"""Check what a checkpoint says before it is run, because kernels trust it.
+
+A time bucket beyond the table of scales is a read out of bounds on a GPU. The hash in config.json
+finds damage, not a file that was made so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from quantempo.errors import QuantempoError
+from quantempo.quantized import LayerPlan, find_clock, quantized_layers
+
+__all__ = ["check_layers", "check_plans", "check_time"]
+
+MAX_TIMESTEPS = 100_000
+
+
+def check_time(num_train_timesteps: Any, per_unit: Any) -> None:
+    """Raise QuantempoError unless these make a clock: 1 to 100,000 steps, a unit above 0."""
+    steps = type(num_train_timesteps) is int and 1 <= num_train_timesteps <= MAX_TIMESTEPS
+    _expect(steps, f"num_train_timesteps {num_train_timesteps!r}", f"1 to {MAX_TIMESTEPS}")
+    unit = type(per_unit) in (int, float) and math.isfinite(per_unit) and per_unit > 0
+    _expect(unit, f"per_unit {per_unit!r}", "a number above 0")
+
+
+def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
+    """Raise QuantempoError unless the inputs of all layers are cut as they are wide."""
+    for plan in plans:
+        layer: Any = denoiser.get_submodule(plan.name)
+        width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        parts = plan.segments or (width,)
+        whole = sum(parts) == width and min(parts) > 0
+        _expect(whole, f"segments {list(parts)} of {plan.name}", f"parts of {width} channels")
+        known = type(plan.buckets) is int and plan.buckets > 0
+        _expect(known, f"{plan.buckets!r} buckets of {plan.name}", "1 or more")
+
+
+def check_layers(denoiser: nn.Module) -> None:
+    """Raise QuantempoError unless every scale, zero point and time bucket can be used."""
+    clock = find_clock(denoiser)
+    assert clock is not None
+    tables = [("time buckets", clock.bucket_of, 0, len(clock.bucket_of) - 1)]
+    for name, layer in quantized_layers(denoiser):
+        if (columns := layer.act_scale.shape[1]) > 1:
+            tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
+        zero = layer.act_zero_point
+        tables.append((f"zero points of {name}", zero, layer.act_format.qmin, layer.act_qmax))
+        for key in ("act_scale", "weight_scale"):
+            scale = layer.get_buffer(key)
+            positive = bool(((scale > 0) & scale.isfinite()).all())
+            _expect(positive, f"a bad value in {key} of {name}", "positive and finite ones")
+    for what, values, low, high in tables:
+        least, largest = int(values.min()), int(values.max())
+        inside = low <= least and largest <= high
+        _expect(inside, f"{what} from {least} to {largest}", f"{low} to {high}")
+
+
+def _expect(good: bool, got: str, expected: str) -> None:
+    if not good:
+        raise QuantempoError(
+            f"this checkpoint has {got}; expected {expected}: save or fetch it again"
+        )
