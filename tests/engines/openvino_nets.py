@@ -224,21 +224,6 @@ def simulated(net: nn.Module) -> nn.Module:
     return twin
 
 
-def spatial_size(net: nn.Module, name: str) -> int:
-    """Return the number of output positions of a layer, from a float forward pass."""
-    sizes = []
-    layer = net.get_submodule(name)
-
-    def note(_: nn.Module, __: Any, output: Tensor) -> None:
-        sizes.append(output[0].numel() // layer.weight.shape[0])
-
-    hook = layer.register_forward_hook(note)
-    with torch.no_grad():
-        net(torch.zeros(1, 3, 16, 16), 0)
-    hook.remove()
-    return sizes[0]
-
-
 class NormNet(nn.Module):
     """Group norms behind everything that is folded into them, and behind what must not be."""
 

@@ -75,10 +75,7 @@ COMMON = {
     "two": (make_conv(48, 32, segments=(16, 32), plain=True, **ONE), (4, 3)),
     "three": (make_conv(64, 32, segments=(16, 32, 16), plain=True, **ONE), (4, 3)),
     "four": (make_conv(64, 16, segments=(16,) * 4, plain=True, **ONE), (4, 3)),
-    "strided two": (
-        make_conv(48, 32, stride=(2, 2), segments=(16, 32), plain=True, **ONE),
-        (4, 5),
-    ),
+    "strided two": (make_conv(48, 32, stride=(2, 2), segments=(16, 32), plain=True, **ONE), (4, 5)),
     "wide two": (make_conv(48, 16, segments=(32, 16), plain=True), (4, 5)),
 }
 

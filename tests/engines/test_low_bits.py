@@ -226,11 +226,7 @@ def test_openvino_takes_the_scales_of_each_time_step_below_8_bits():
 @needs_openvino
 def test_openvino_clamps_what_was_moved():
     net = one_layer(
-        nn.Linear(16, 8),
-        (9,),
-        (-4, -2),
-        before=lambda x: x.flatten(2).transpose(1, 2),
-        bits=(8, 5),
+        nn.Linear(16, 8), (9,), (-4, -2), before=lambda x: x.flatten(2).transpose(1, 2), bits=(8, 5)
     )
     x = draw_inputs((2, 16, 3, 5))
     OpenVinoEngine().attach(net)

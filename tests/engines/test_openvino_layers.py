@@ -50,8 +50,6 @@ def test_both_halves_of_a_concatenation_have_their_own_grid(zeros: tuple[int, in
         ("layer/0", True),
         ("layer/1", True),
     ]
-    macs = [row.macs for row in kernel_table(net)]
-    assert macs == [16 * 16 * 36, 8 * 16 * 36]
 
 
 @pytest.mark.parametrize(

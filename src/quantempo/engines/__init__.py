@@ -10,13 +10,4 @@ from quantempo.engines import simulated
 from quantempo.engines import openvino
 from quantempo.engines.select import ENGINES, attach, attached, detach
 
-__all__ = [
-    "ENGINES",
-    "attach",
-    "attached",
-    "cuda",
-    "detach",
-    "onednn",
-    "openvino",
-    "simulated",
-]
+__all__ = ["ENGINES", "attach", "attached", "cuda", "detach", "onednn", "openvino", "simulated"]

@@ -20,13 +20,7 @@ from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
 from quantempo.models.layers import is_unit, skip_segments
-from quantempo.quantized import (
-    QConv2d,
-    QLayer,
-    QLinear,
-    find_clock,
-    quantized_layers,
-)
+from quantempo.quantized import QConv2d, QLayer, QLinear, find_clock, quantized_layers
 
 __all__ = [
     "FAMILIES",

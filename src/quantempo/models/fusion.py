@@ -2,7 +2,7 @@
 
 A match gets the parts of a block, or says why the block is not a plain one. Names of sub-modules
 and arguments of diffusers live in these files; what runs the parts is in `engines`. To add a block:
-a dataclass of parts, and a function under `@matches(its class)`.
+a dataclass of parts, and a function under `@matches(parts, its class)`.
 """
 
 from __future__ import annotations
@@ -93,19 +93,20 @@ def needs(parts: Any) -> Iterator[tuple[Any, Conv | Need]]:
                 yield from needs(inner)
 
 
-Match = Callable[[str, Any], Parts | str | None]
-_MATCHES: dict[type, Match] = {}
+# From a module to the fields of its parts after `module`, or why there are none (one clause), or
+# None if it is part of a block and not one by itself.
+Match = Callable[[Any], tuple[Any, ...] | str | None]
+_MATCHES: dict[type, tuple[type[Parts], Match]] = {}
 
 
-def matches(*kinds: type) -> Callable[[Match], Match]:
-    """Register a match for modules of exactly these types: a subclass may have another forward.
+def matches(parts: type[Parts], *kinds: type) -> Callable[[Match], Match]:
+    """Register what gets the parts of modules of exactly these types.
 
-    It is called with the name and the module, and returns the parts, or why there are none (one
-    clause), or None if the module is part of a block and not one by itself.
+    A subclass of one may have another forward, and is not matched.
     """
 
     def add(match: Match) -> Match:
-        _MATCHES.update(dict.fromkeys(kinds, match))
+        _MATCHES.update(dict.fromkeys(kinds, (parts, match)))
         return match
 
     return add
@@ -114,10 +115,10 @@ def matches(*kinds: type) -> Callable[[Match], Match]:
 def find_parts(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, Parts | str]]:
     """Yield (name, module, parts or reason) of known blocks, inner ones before outer ones."""
     for name, module in reversed(list(denoiser.named_modules())):
-        match = _MATCHES.get(type(module))
-        found = None if match is None else match(name, module)
+        kind, match = _MATCHES.get(type(module), (Parts, lambda module: None))
+        found = match(module)
         if found is not None:
-            yield name, module, found
+            yield name, module, found if isinstance(found, str) else kind(name, module, *found)
 
 
 def no(*checks: tuple[bool, str]) -> str | None:

@@ -70,11 +70,7 @@ class TransformerParts(Parts):
     output: Callable[..., Any]
 
     def given(
-        self,
-        encoder_hidden_states: Any = None,
-        timestep: Any = None,
-        *args: Any,
-        **kwargs: Any,
+        self, encoder_hidden_states: Any = None, timestep: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...] | None:
         """Return (context, {name: argument} for blocks that are not fused), None with a mask."""
         plain = not args and _plain(kwargs)
@@ -93,8 +89,8 @@ def _plain(arguments: dict[str, Any]) -> bool:
     )
 
 
-@matches(BasicTransformerBlock)
-def _block(name: str, block: Any) -> TransformerBlockParts | str:
+@matches(TransformerBlockParts, BasicTransformerBlock)
+def _block(block: Any) -> tuple[Any, ...] | str:
     net = block.ff.net
     reason = no(
         (block.norm_type == "layer_norm", f"its norm is '{block.norm_type}', not 'layer_norm'"),
@@ -115,26 +111,19 @@ def _block(name: str, block: Any) -> TransformerBlockParts | str:
         attentions.append(_token_attention(block.norm2, block.attn2, cross=True))
     found = tuple(a for a in attentions if isinstance(a, TokenAttentionParts))
     reason = reason or next((a for a in attentions if isinstance(a, str)), None)
-    return reason or TransformerBlockParts(name, block, found, block.norm3, net[0].proj, net[2])
+    return reason or (found, block.norm3, net[0].proj, net[2])
 
 
-@matches(Transformer2DModel)
-def _transformer(name: str, model: Any) -> TransformerParts | str:
-    blocks = tuple(model.transformer_blocks)
+@matches(TransformerParts, Transformer2DModel)
+def _transformer(model: Any) -> tuple[Any, ...] | str:
+    blocks, norm = tuple(model.transformer_blocks), model.config.norm_type
+    known = all(type(block) is BasicTransformerBlock for block in blocks)
     return no(
         (model.is_input_continuous, "its input is no image"),
-        (model.config.norm_type == "layer_norm", f"its norm is '{model.config.norm_type}'"),
+        (norm == "layer_norm", f"its norm is '{norm}', not 'layer_norm'"),
         (model.in_channels == model.out_channels, "it changes the number of channels"),
-        (all(type(block) is BasicTransformerBlock for block in blocks), "its blocks are unknown"),
-    ) or TransformerParts(
-        name,
-        model,
-        model.norm,
-        model.proj_in,
-        blocks,
-        model.proj_out,
-        Transformer2DModelOutput,
-    )
+        (known, "its blocks are unknown"),
+    ) or (model.norm, model.proj_in, blocks, model.proj_out, Transformer2DModelOutput)
 
 
 def _token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | str:

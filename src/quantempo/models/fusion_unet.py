@@ -147,113 +147,69 @@ class HeadParts(Parts):
     apart: tuple[str, ...]
 
 
-@matches(ResnetBlock2D)
-def _resnet(name: str, block: Any) -> ResnetParts | str:
-    kind = type(block.nonlinearity).__name__
+@matches(ResnetParts, ResnetBlock2D)
+def _resnet(block: Any) -> tuple[Any, ...] | str:
+    time, act = block.time_embedding_norm, type(block.nonlinearity).__name__
+    fields = (block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2)
     return no(
-        (
-            block.time_embedding_norm == "default" and not block.skip_time_act,
-            f"its time embedding is '{block.time_embedding_norm}'",
-        ),
+        (time == "default" and not block.skip_time_act, f"its time embedding is '{time}'"),
         (block.upsample is None and block.downsample is None, "it changes the size of its input"),
         (block.output_scale_factor == 1.0, "its output is scaled"),
-        (isinstance(block.nonlinearity, nn.SiLU), f"its activation is {kind}, not SiLU"),
+        (isinstance(block.nonlinearity, nn.SiLU), f"its activation is {act}, not SiLU"),
         (not drops(block), "its dropout is active"),
-    ) or ResnetParts(
-        name,
-        block,
-        block.norm1,
-        block.conv1,
-        block.time_emb_proj,
-        block.norm2,
-        block.conv2,
-        block.conv_shortcut,
-    )
+    ) or (*fields, block.conv_shortcut)
 
 
-@matches(Attention)
-def _attention(name: str, block: Any) -> AttentionParts | str | None:
-    if block.group_norm is None:
+@matches(AttentionParts, Attention)
+def _attention(block: Any) -> tuple[Any, ...] | str | None:
+    b, kind = block, type(block.processor)
+    if b.group_norm is None:
         # Of a transformer block, where the norm is outside.
         return None
+    plain = b.residual_connection and b.rescale_output_factor == 1.0
     return no(
-        (
-            type(block.processor) is AttnProcessor2_0,
-            f"its processor is {type(block.processor).__name__}",
-        ),
-        (
-            block.spatial_norm is None and block.norm_q is None and block.norm_k is None,
-            "it has a second norm",
-        ),
-        (not block.norm_cross and not block.is_cross_attention, "it reads a context"),
-        (
-            block.residual_connection and block.rescale_output_factor == 1.0,
-            "its output is scaled or not added to its input",
-        ),
-        (not drops(block), "its dropout is active"),
-    ) or AttentionParts(
-        name,
-        block,
-        block.group_norm,
-        block.to_q,
-        block.to_k,
-        block.to_v,
-        block.to_out[0],
-        block.heads,
-    )
+        (kind is AttnProcessor2_0, f"its processor is {kind.__name__}"),
+        (b.spatial_norm is b.norm_q is b.norm_k is None, "it has a second norm"),
+        (not b.norm_cross and not b.is_cross_attention, "it reads a context"),
+        (plain, "its output is scaled or not added to its input"),
+        (not drops(b), "its dropout is active"),
+    ) or (b.group_norm, b.to_q, b.to_k, b.to_v, b.to_out[0], b.heads)
 
 
-@matches(Downsample2D)
-def _downsample(name: str, block: Any) -> DownsampleParts | str | None:
+@matches(DownsampleParts, Downsample2D)
+def _downsample(block: Any) -> tuple[Any, ...] | str | None:
     if not block.use_conv:
         return None
     # With padding 0 the block itself appends one row and one column of zeros.
     border = (0, 1, 0, 1) if block.padding == 0 else (block.padding,) * 4
-    plain = block.norm is None
-    return no((plain, "it has a norm")) or DownsampleParts(name, block, block.conv, border)
+    return "it has a norm" if block.norm is not None else (block.conv, border)
 
 
-@matches(Upsample2D)
-def _upsample(name: str, block: Any) -> UpsampleParts | str | None:
+@matches(UpsampleParts, Upsample2D)
+def _upsample(block: Any) -> tuple[Any, ...] | str | None:
     if not block.use_conv:
         return None
     plain = not block.use_conv_transpose and block.norm is None and block.interpolate
     conv = block.conv if block.name == "conv" else block.Conv2d_0
-    return no((plain, "it does more than repeat pixels")) or UpsampleParts(name, block, conv)
+    return (conv,) if plain else "it does more than repeat pixels"
 
 
-@matches(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D)
-def _up_block(name: str, block: Any) -> UpBlockParts | str:
-    upsamplers = tuple(block.upsamplers or ())
-    cross = type(block) is CrossAttnUpBlock2D
+@matches(UpBlockParts, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D)
+def _up_block(block: Any) -> tuple[Any, ...] | str:
+    upsamplers, cross = tuple(block.upsamplers or ()), type(block) is CrossAttnUpBlock2D
+    if any(type(upsampler) is not Upsample2D for upsampler in upsamplers):
+        return "it upsamples by a residual block"
+    attentions = tuple(getattr(block, "attentions", ()))
+    more = _CROSS_ARGUMENTS if cross else ("upsample_size",)
+    return tuple(block.resnets), attentions, upsamplers, more, cross
+
+
+@matches(HeadParts, UNet2DModel, UNet2DConditionModel)
+def _head(model: Any) -> tuple[Any, ...] | str:
+    m = model
+    plain = m.conv_norm_out is not None and isinstance(m.conv_act, nn.SiLU)
+    in_float = isinstance(m.conv_in, nn.Conv2d) and isinstance(m.conv_out, nn.Conv2d)
     return no(
-        (all(type(u) is Upsample2D for u in upsamplers), "it upsamples by a residual block"),
-    ) or UpBlockParts(
-        name,
-        block,
-        tuple(block.resnets),
-        tuple(getattr(block, "attentions", ())),
-        upsamplers,
-        _CROSS_ARGUMENTS if cross else ("upsample_size",),
-        cross,
-    )
-
-
-@matches(UNet2DModel, UNet2DConditionModel)
-def _head(name: str, model: Any) -> HeadParts | str:
-    float_ends = isinstance(model.conv_in, nn.Conv2d) and isinstance(model.conv_out, nn.Conv2d)
-    return no(
-        (
-            model.conv_norm_out is not None and isinstance(model.conv_act, nn.SiLU),
-            "it does not end in a norm and SiLU",
-        ),
-        (float_ends, "its first or last layer is quantized"),
-    ) or HeadParts(
-        name,
-        model,
-        model.conv_in,
-        model.conv_norm_out,
-        model.conv_act,
-        model.conv_out,
-        _APART,
-    )
+        (plain, "it does not end in a norm and SiLU"),
+        (in_float, "its first or last layer is quantized"),
+    ) or (m.conv_in, m.conv_norm_out, m.conv_act, m.conv_out, _APART)

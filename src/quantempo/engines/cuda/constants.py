@@ -31,7 +31,7 @@ __all__ = [
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
 ALIGNED = 16
-# LayerConstants that a convolution takes at its side.
+# Shortcut operands of one convolution.
 MOST_SIDES = 2
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -88,11 +88,7 @@ def quantize(x: Tensor, grid: ActivationGrid) -> Tensor:
         return last(grid.traced(x))
     x = last(x if x.dtype in FLOATS else x.float())
     codes, _, _ = ops.gn_act_quant(
-        x,
-        bucket=grid.clock.bucket,
-        scale=grid.scale,
-        zero_point=grid.zero_point,
-        qmax=grid.qmax,
+        x, bucket=grid.clock.bucket, scale=grid.scale, zero_point=grid.zero_point, qmax=grid.qmax
     )
     return codes
 
@@ -291,27 +287,10 @@ class LayerConstants:
         rows.tables = [constant(self.tables[0][0])]
         return rows
 
-    def conv(
-        self,
-        codes: Tensor,
-        dtype: torch.dtype,
-        part: int = 0,
-        table: Tensor | None = None,
-        **how: Any,
-    ) -> Tensor:
-        """Return the convolution of one segment's codes, (B, O, H', W').
-
-        table: of another zero point than the segment's; `how`: of `ops.qconv2d`.
-        """
+    def conv(self, codes: Tensor, dtype: torch.dtype, part: int = 0, **how: Any) -> Tensor:
+        """Return the convolution of one segment's codes, (B, O, H', W'); how: of `ops.qconv2d`."""
         return ops.qconv2d(
-            codes,
-            self.weights[part],
-            self.grids[part].scale,
-            self.weight_scale,
-            self.tables[part] if table is None else table,
-            bucket=self.layer.clock.bucket,
-            out_dtype=dtype,
-            **how,
+            codes, *self._of(part), out_dtype=dtype, bucket=self.layer.clock.bucket, **how
         )
 
     def gemm(
@@ -319,26 +298,21 @@ class LayerConstants:
         codes: Tensor,
         dtype: torch.dtype,
         part: int = 0,
-        table: Tensor | None = None,
         grid: ActivationGrid | None = None,
         **how: Any,
     ) -> Tensor:
-        """Return the product (M, O) of one segment's codes (M, K_i); else as `conv`.
+        """Return the product (M, O) of one segment's codes (M, K_i); how: of `ops.qgemm`.
 
         grid: to get its int8 codes on this grid instead.
         """
         if grid is not None:
             how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
         return ops.qgemm(
-            codes,
-            self.weights[part],
-            self.grids[part].scale,
-            self.weight_scale,
-            self.tables[part] if table is None else table,
-            bucket=self.layer.clock.bucket,
-            out_dtype=dtype,
-            **how,
+            codes, *self._of(part), out_dtype=dtype, bucket=self.layer.clock.bucket, **how
         )
+
+    def _of(self, part: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weights[part], self.grids[part].scale, self.weight_scale, self.tables[part]
 
 
 def constants_of(layer: Any, device: torch.device) -> LayerConstants:

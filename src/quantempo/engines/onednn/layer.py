@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["OneDNNBackend", "quantize_image", "quantize_tokens"]
+__all__ = ["OneDNNBackend", "OneDNNKernel", "quantize_image", "quantize_tokens"]
 
 
 class OneDNNBackend:
@@ -39,7 +38,7 @@ class OneDNNBackend:
         reason = self.missing() or self.unsupported(layer)
         if reason is not None:
             raise QuantempoError(f"backend 'onednn' cannot take this layer: {reason}")
-        return _ConvKernel(layer) if isinstance(layer, QConv2d) else _LinearKernel(layer)
+        return OneDNNKernel(layer)
 
 
 def quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
@@ -65,14 +64,8 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -
     return library.quantize_rows(rows, scale, zero_point, qmax)
 
 
-def _sum_dtype(x: Tensor, parts: int) -> torch.dtype:
-    # Parts are added up in float32; half precision is left to a last cast.
-    half = x.dtype == torch.bfloat16 and parts == 1 and onednn.native_bfloat16()
-    return torch.bfloat16 if half else torch.float32
-
-
-class _Int8Kernel:
-    """What both kinds share: one packed operator for each segment, grids as numbers."""
+class OneDNNKernel:
+    """Run one layer: a packed operator for each segment, grids as numbers."""
 
     backend = "onednn"
 
@@ -82,10 +75,12 @@ class _Int8Kernel:
         self.parts: list[Any] = []
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of x."""
         grids = self.here(x.device)
+        run = self._convolve if isinstance(self.layer, QConv2d) else self._multiply
         if grids.buckets == 1:
-            return self._run(grids, 0, x)
-        return run_per_bucket(grids.clock, functools.partial(self._run, grids), x)
+            return run(0, x)
+        return run_per_bucket(grids.clock, run, x)
 
     def prepare(self, device: torch.device) -> None:
         """Read the layer's integers and scales (again); weights are packed by the next call."""
@@ -101,45 +96,35 @@ class _Int8Kernel:
         assert self.grids is not None
         return self.grids
 
-    def _pack(self, weight: Tensor) -> Any:
-        raise NotImplementedError
-
-    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _ConvKernel(_Int8Kernel):
-    layer: QConv2d
-
-    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d:
+    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d | onednn.Int8Linear:
         layer = self.layer
-        return onednn.Int8Conv2d(
-            weight, layer.weight_scale, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+        if not isinstance(layer, QConv2d):
+            return onednn.Int8Linear(weight, layer.weight_scale)
+        how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return onednn.Int8Conv2d(weight, layer.weight_scale, *how)
 
-    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
-        bias = self.layer.bias
-        y: Tensor | None = None
+    def _convolve(self, bucket: int, x: Tensor) -> Tensor:
+        grids, bias = self.here(x.device), self.layer.bias
+        y: Any = None
         for i, part in enumerate(x.split(grids.segments, 1)):
-            scale, zero, qmax = grids.of(bucket, i)
-            codes = quantize_image(part, scale, zero, qmax)
-            term = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)))
+            grid = grids.of(bucket, i)
+            term = self.parts[i](quantize_image(part, *grid), *grid[:2], bias, self._dtype(x))
             y, bias = (term if y is None else y.add_(term)), None
-        assert y is not None
-        return y.to(x.dtype)
+        result: Tensor = y.to(x.dtype)
+        return result
 
-
-class _LinearKernel(_Int8Kernel):
-    def _pack(self, weight: Tensor) -> onednn.Int8Linear:
-        return onednn.Int8Linear(weight, self.layer.weight_scale)
-
-    def _run(self, grids: ActivationGrids, bucket: int, x: Tensor) -> Tensor:
-        bias = self.layer.bias
-        y: Tensor | None = None
+    def _multiply(self, bucket: int, x: Tensor) -> Tensor:
+        grids, bias = self.here(x.device), self.layer.bias
+        y: Any = None
         for i, part in enumerate(x.split(grids.segments, -1)):
-            scale, zero, qmax = grids.of(bucket, i)
-            codes = quantize_tokens(part, scale, zero, qmax)
-            y = self.parts[i](codes, scale, zero, bias, _sum_dtype(x, len(self.parts)), into=y)
+            grid = grids.of(bucket, i)
+            codes = quantize_tokens(part, *grid)
+            y = self.parts[i](codes, *grid[:2], bias, self._dtype(x), into=y)
             bias = None
-        assert y is not None
-        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+        result: Tensor = y.reshape(*x.shape[:-1], -1).to(x.dtype)
+        return result
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        # Parts are added up in float32; half precision is left to a last cast.
+        half = x.dtype == torch.bfloat16 and len(self.parts) == 1 and onednn.native_bfloat16()
+        return torch.bfloat16 if half else torch.float32

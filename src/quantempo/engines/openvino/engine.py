@@ -47,14 +47,13 @@ class KernelRow:
 
     name: of the layer (with "/i" for segment i of a split input), or OpenVINO's name for a layer
     that is not quantized; precision: of its input ("u8", "i8", "f32", "bf16", or "none" when no
-    kernel of that name exists); primitive: OpenVINO's name of the kernel; macs: of one sample.
+    kernel of that name exists); primitive: OpenVINO's name of the kernel.
     """
 
     name: str
     quantized: bool
     precision: str
     primitive: str
-    macs: int
 
     @property
     def int8(self) -> bool:
@@ -179,7 +178,7 @@ class _Graph:
     def __init__(self, compiled: Any, calls: list[Any], layout: _Layout) -> None:
         self.compiled, self.layout = compiled, layout
         self.request = compiled.create_infer_request()
-        self.rows = _kernel_rows(compiled, _macs(calls))
+        self.rows = _kernel_rows(compiled, calls)
         floats = [row.name for row in self.rows if row.quantized and not row.int8]
         if floats:
             log.warning("OpenVINO does not run these layers in int8: %s", ", ".join(floats))
@@ -206,9 +205,10 @@ def _chunks(values: list[Tensor], rows: int) -> list[list[Tensor]]:
     return [[part.contiguous() for part in parts] for parts in zip(*cut, strict=True)]
 
 
-def _kernel_rows(compiled: Any, macs: dict[str, int]) -> list[KernelRow]:
-    """Return how each layer of a compiled graph is executed; `macs` by name, of the whole batch."""
-    rows, left, batch = [], dict(macs), compiled.input(1).shape[0]
+def _kernel_rows(compiled: Any, calls: list[Any]) -> list[KernelRow]:
+    """Return how each layer of a compiled graph is executed."""
+    rows = []
+    left = {f"{call.name}/{i}" for call in calls for i in range(len(call.layer.segments))}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         if _text(info, "layerType") not in _KERNELS:
@@ -220,12 +220,10 @@ def _kernel_rows(compiled: Any, macs: dict[str, int]) -> list[KernelRow]:
         if name is None and _text(info, "layerType") == "MatMul":
             # A product of two activations, as in attention.
             continue
-        work = left.pop(name) if name else _float_macs(node)
+        left.discard(name or "")
         precision, primitive = _text(info, "runtimePrecision"), _text(info, "primitiveType")
-        rows.append(
-            KernelRow(name or merged[0], name is not None, precision, primitive, work // batch)
-        )
-    return rows + [KernelRow(name, True, "none", "", work // batch) for name, work in left.items()]
+        rows.append(KernelRow(name or merged[0], name is not None, precision, primitive))
+    return rows + [KernelRow(name, True, "none", "") for name in sorted(left)]
 
 
 def _compile(
@@ -288,21 +286,6 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _cast(output: Tensor, dtype: torch.dtype) -> Tensor:
     return output.to(dtype) if output.is_floating_point() else output
-
-
-def _macs(calls: list[Any]) -> dict[str, int]:
-    """Return the multiply-accumulates of each segment of each layer, by node name."""
-    table = {}
-    for call in calls:
-        total = sum(call.layer.segments)
-        for i, width in enumerate(call.layer.segments):
-            table[f"{call.name}/{i}"] = call.macs * width // total
-    return table
-
-
-def _float_macs(node: Any) -> int:
-    shape, weight = list(node.get_output_shape(0)), list(node.get_input_shape(1))
-    return int(np.prod(shape)) * int(np.prod(weight[1:]))
 
 
 def _text(info: Any, key: str) -> str:

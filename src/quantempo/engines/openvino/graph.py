@@ -57,11 +57,6 @@ class LayerCall:
     shape: tuple[int, ...]
     out_shape: tuple[int, ...]
 
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of this call."""
-        return int(np.prod(self.out_shape)) * self.layer.weight_codes[0].numel()
-
 
 def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
     """Return a constant node."""
@@ -203,12 +198,7 @@ def _out_shape(layer: QLayer, x: Tensor) -> tuple[int, ...]:
     sizes = (
         (int(size) + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for size, pad, dilation, kernel, stride in zip(
-            x.shape[2:],
-            layer.padding,
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
         )
     )
     return (int(x.shape[0]), out, *sizes)

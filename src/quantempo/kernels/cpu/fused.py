@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,61 +37,41 @@ MAX_CHANNELS = 16384
 _PARALLEL_FROM = 16384
 
 
+_TYPES = {
+    "pointer": ctypes.c_void_p,
+    "int64": ctypes.c_int64,
+    "int32": ctypes.c_int32,
+    "float": ctypes.c_float,
+}
+
+
+def _fields(text: str) -> list[tuple[str, Any]]:
+    """Return the fields of a structure from lines of a type and names, as in `fused.c`."""
+    lines = [line.split() for line in text.split(";")]
+    return [(name, _TYPES[kind]) for kind, *names in lines for name in names]
+
+
 class _PartStruct(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("channels", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("raw", ctypes.c_void_p),
-        ("raw_scale", ctypes.c_float),
-        ("raw_zero", ctypes.c_int32),
-        ("raw_qmax", ctypes.c_int32),
-    ]
+    _fields_ = _fields(
+        "pointer x; int64 channels stride; pointer raw; float raw_scale; int32 raw_zero raw_qmax"
+    )
+
+
+_TYPES["parts"] = _PartStruct * 2
 
 
 class _NormStruct(ctypes.Structure):
-    _fields_ = [
-        ("part", _PartStruct * 2),
-        ("parts", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("bf16", ctypes.c_int32),
-        ("silu", ctypes.c_int32),
-        ("gamma", ctypes.c_void_p),
-        ("beta", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("shift_stride", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("out", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("edge", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("zero", ctypes.c_int32),
-        ("qmax", ctypes.c_int32),
-    ]
+    _fields_ = _fields(
+        "parts part; int64 parts n height width groups; int32 bf16 silu; pointer gamma beta shift;"
+        "int64 shift_stride; float eps; pointer out codes edge; float scale; int32 zero qmax"
+    )
 
 
 class _QuantizeStruct(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("bf16", ctypes.c_int32),
-        ("repeat", ctypes.c_int32),
-        ("top", ctypes.c_int64),
-        ("bottom", ctypes.c_int64),
-        ("left", ctypes.c_int64),
-        ("right", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("zero", ctypes.c_int32),
-        ("qmax", ctypes.c_int32),
-        ("codes", ctypes.c_void_p),
-    ]
+    _fields_ = _fields(
+        "pointer x; int64 n height width channels stride; int32 bf16 repeat;"
+        "int64 top bottom left right; float scale; int32 zero qmax; pointer codes"
+    )
 
 
 @dataclass(frozen=True)
