@@ -1,4 +1,4 @@
-"""The page as a whole: whole and partial run folders, what it may contain, what a browser shows."""
+"""The page as a whole: whole and partial run folders, what it may contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,44 +17,13 @@ from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
 from quantempo.report import plots, render, sensitivity_plot
 from quantempo.report.sections import SECTIONS
+from tests.report.page import Page, check_nothing_is_fetched_or_run
 from tests.report.run_folder import RECIPE, make_run
 
 pytest.importorskip("matplotlib", reason="extra 'report'")
 pytest.importorskip("jinja2", reason="extra 'report'")
 
 SECTION_IDS = [name for name, _, _ in SECTIONS]
-VOID = {"meta", "img", "br", "link", "hr", "input"}
-
-
-class _Page(HTMLParser):
-    """Collect tags, attributes and the text of each section; check that tags nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.sections: dict[str, str] = {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.attributes += [(tag, key, value or "") for key, value in attrs]
-        if tag == "section":
-            self.current = dict(attrs)["id"]
-            self.sections[self.current] = ""
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.attributes += [(tag, key, value or "") for key, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-        self.handle_data(" ")
-
-    def handle_data(self, data: str) -> None:
-        if "section" in self.open:
-            self.sections[self.current] += data
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +43,11 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(folder: Path) -> _Page:
-    return _Page((folder / "report.html").read_text())
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text())
 
 
-def test_every_section_is_there_and_filled(page: _Page) -> None:
+def test_every_section_is_there_and_filled(page: Page) -> None:
     assert list(page.sections) == SECTION_IDS
     assert not page.open
     for name, text in page.sections.items():
@@ -88,15 +56,15 @@ def test_every_section_is_there_and_filled(page: _Page) -> None:
     assert len(pictures) == 3 * 10
 
 
-def test_numbers_and_names_come_from_the_files(page: _Page) -> None:
-    summary = " ".join(page.sections["summary"].split())
+def test_numbers_and_names_come_from_the_files(page: Page) -> None:
+    summary = page.sections["summary"]
     for words in ("36.4 dB", "2.63×", "2.23×", "97.3 %", "9.12 MB", "0.9871", "openvino/int8",
                   "DDIMScheduler", "100 to 109", "not FID", "fed_lite0, int8, against 10",
                   "0.0012 ± 0.0004", "a tie", "1,720 MB"):  # fmt: skip
         assert words in summary, words
     # 35.79 / 9.12
     assert "3.92×" in summary
-    layers = " ".join(page.sections["layers"].split())
+    layers = page.sections["layers"]
     assert "down_blocks.4.resnets.0.conv_shortcut shortcut 64 × 128 × 1 × 1 8 / 8 2 4" in layers
     assert "input layer: reads x_t itself" in layers
     assert "[activations]" in page.sections["recipe"] and "p = 2.4" in page.sections["recipe"]
@@ -105,8 +73,8 @@ def test_numbers_and_names_come_from_the_files(page: _Page) -> None:
     assert "Some CPU" in environment and "2.13.0" in environment and "4.8 s" in environment
 
 
-def test_sensitivity_lists_the_choice_and_what_it_spends(page: _Page) -> None:
-    text = " ".join(page.sections["sensitivity"].split())
+def test_sensitivity_lists_the_choice_and_what_it_spends(page: Page) -> None:
+    text = page.sections["sensitivity"]
     for words in ("600,000 of 640,000 (93.8 %)", "12,000,000, no budget", "6.02", "0.00123"):
         assert words in text, words
     # The largest loss first: the last of 20 layers, at w4a8.
@@ -115,23 +83,13 @@ def test_sensitivity_lists_the_choice_and_what_it_spends(page: _Page) -> None:
     assert "w4a8 2.00e-03 2.00e-05" in text and "0.00e+00" in text
 
 
-def test_the_recipe_is_toml_that_reads_back(page: _Page) -> None:
-    text = page.sections["recipe"].replace("Recipe", "", 1)
+def test_the_recipe_is_toml_that_reads_back(page: Page) -> None:
+    text = page.raw["recipe"].replace("Recipe", "", 1)
     assert Recipe.from_dict(tomllib.loads(text)) == RECIPE != Recipe()
 
 
-def test_nothing_is_fetched_and_nothing_is_run(folder: Path, page: _Page) -> None:
-    text = (folder / "report.html").read_text()
-    for tag, key, value in page.attributes:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
-        assert not key.startswith("on"), key
-        if key in ("src", "href", "xlink:href", "srcset", "action", "poster"):
-            assert value.startswith(("data:image/png;base64,", "#")), (tag, key, value[:60])
-    assert "@import" not in text
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
-    # Only the names of XML namespaces look like addresses; nothing reads them.
-    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", text))
-    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+def test_nothing_is_fetched_and_nothing_is_run(page: Page) -> None:
+    check_nothing_is_fetched_or_run(page)
 
 
 def test_figures_follow_the_theme(folder: Path) -> None:
@@ -140,8 +98,6 @@ def test_figures_follow_the_theme(folder: Path) -> None:
     assert len(figures) == 10
     for figure in figures:
         assert "var(--muted)" in figure or "var(--ink)" in figure
-        # Any colour left fixed would vanish on one of the two backgrounds.
-        assert not re.findall(r"(?:fill|stroke): #(?:0{6}|f{6})", figure)
     assert "prefers-color-scheme: dark" in text and "@media print" in text
 
 
@@ -201,7 +157,7 @@ def test_a_missing_file_empties_its_sections_only(
     run = make_run(tmp_path / "run", seeds=2, blocks=1)
     target = run / missing
     shutil.rmtree(target) if target.is_dir() else target.unlink()
-    page = _Page(render(run.path).read_text())
+    page = Page(render(run.path).read_text())
     assert list(page.sections) == SECTION_IDS
     empty = {name for name, text in page.sections.items() if "not run – " in text}
     assert empty == ABSENT[missing]
@@ -210,7 +166,7 @@ def test_a_missing_file_empties_its_sections_only(
 
 
 def test_an_empty_folder_and_no_folder(tmp_path: Path) -> None:
-    page = _Page(render(tmp_path).read_text())
+    page = Page(render(tmp_path).read_text())
     assert all("not run – " in text for text in page.sections.values())
     with pytest.raises(QuantempoError, match="no run folder"):
         render(tmp_path / "absent")
@@ -230,7 +186,7 @@ def test_metrics_without_speed_or_steps_say_so(tmp_path: Path, no_drawing: None)
     gone = ("eps_sqnr_db", "ms_per_forward", "bytes_float32", "bytes_packed", "engine",
             "speedup_vs_best_fp32", "scores", "extractor_note", "int8_mac_share")  # fmt: skip
     run.write_json("metrics.json", {k: v for k, v in metrics.items() if k not in gone})
-    page = _Page(render(run.path).read_text())
+    page = Page(render(run.path).read_text())
     assert "eps_sqnr_db" in page.sections["steps"] and "not run" in page.sections["speed"]
     assert "36.4 dB" in page.sections["summary"] and "not run" in page.sections["summary"]
 
@@ -244,7 +200,7 @@ def test_a_model_of_one_bucket_has_words_instead_of_curves(
         tensors[key] = tensors[key][:, :1]
     tensors["bucket_of"] = torch.zeros(1000, dtype=torch.int64)
     run.write_safetensors("scales.safetensors", tensors)
-    page = _Page(render(run.path).read_text())
+    page = Page(render(run.path).read_text())
     assert "All 4 integer layers keep one activation scale" in page.sections["scales"]
     assert "orange lines" in page.sections["activations"]
 
@@ -257,8 +213,8 @@ def test_a_low_bit_model_is_not_called_int8(tmp_path: Path, no_drawing: None) ->
     run.write_json("layers.json", rows)
     metrics = run.read_json("metrics.json") | {"weight_bits_mean": 4.0, "engine": "x"}
     run.write_json("metrics.json", metrics)
-    sections = _Page(render(run.path).read_text()).sections
-    summary = " ".join(sections["summary"].split())
+    sections = Page(render(run.path).read_text()).sections
+    summary = sections["summary"]
     for words in ("W4A8 against float", "fed_lite0, W4A8", "W4A8 4 layers", "mean 4.00"):
         assert words in summary, words
     assert "int8" not in summary and "W4A8" in sections["samples"]
@@ -290,7 +246,7 @@ def test_times_of_a_bench_file_are_shown_by_batch(tmp_path: Path) -> None:
     ]
     ratios = {"speedup_vs_best_fp32": {"m_b8": 7.25}, "speedup_vs_best_bf16": {"m_b8": None}}
     run.write_json("bench.json", {"cpu": {**ratios, "rows": rows}, "cuda": {"rows": []}})
-    page = _Page(render(run.path).read_text())
+    page = Page(render(run.path).read_text())
     assert "batch 8" in page.sections["speed"] and "1.38 ms" in page.sections["speed"]
     assert "7.25×" in page.sections["summary"]
 
