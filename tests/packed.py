@@ -53,21 +53,19 @@ def _root() -> Path:
 def plain() -> Recipe:
     """Return w8a8 with integers and scales only, whatever the shipped recipe adds to them.
 
-    Rounded to nearest, float biases as they are, nothing corrected: what a packed layer holds and
+    Rounded to nearest, float biases as they are: what a packed layer holds and
     computes can be said from its float layer alone.
     """
-    chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
-    return chosen.override("correction", affine=False)
+    return Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
 
 
 def recipe(symmetric: bool = True, buckets: int = 2, **layers: Any) -> Recipe:
     """Return a plain recipe of seconds; symmetric scales are searched 40 times faster than affine.
 
-    What costs time where a test switches it on (rounding, correction) is small as well.
+    What costs time where a test switches it on (rounding) is small as well.
     """
     tiny = plain().override("trace", steps=4, chains=2, picks=2)
     tiny = tiny.override("rounding", samples=8, iterations=10, batch=4)
-    tiny = tiny.override("correction", chains=2)
     tiny = tiny.override("activations", buckets=buckets, symmetric=symmetric, min_gain=0.0)
     return tiny.override("layers", **layers)
 

@@ -298,7 +298,7 @@ VERBS = [command.callback.__name__ for command in app.registered_commands]
 def test_every_verb_is_there() -> None:
     group = typer.main.get_command(app)
     assert set(group.commands) == {
-        *("quantize", "trace", "calibrate", "search", "round", "correct", "pack"),
+        *("quantize", "trace", "calibrate", "search", "round", "pack"),
         *("sample", "evaluate", "report", "inspect", "bench", "demo", "sensitivity"),
     }
 

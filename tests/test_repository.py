@@ -28,8 +28,8 @@ TEXTS = sorted(
 # Files a run, a save or a tool writes: named in texts, not in the repository.
 GENERATED = re.compile(
     r"^(\.venv|runs|packed|samples|trace|blocks|unet|scheduler|build|dist)/|"
-    r"^(manifest|metrics|model|layers|trace|config|correction|attention|sensitivity|model_index)\.json$|"
-    r"^(stats|scales|rounding|correction)\.safetensors$|^report\.html$|^sensitivity\.svg$"
+    r"^(manifest|metrics|model|layers|trace|config|sensitivity|model_index)\.json$|"
+    r"^(stats|scales|rounding)\.safetensors$|^report\.html$|^sensitivity\.svg$"
 )
 
 

@@ -20,7 +20,6 @@ from quantempo.registry import nearest
 
 __all__ = [
     "ActivationSettings",
-    "CorrectionSettings",
     "LayerSettings",
     "Recipe",
     "RoundingSettings",
@@ -114,19 +113,6 @@ class RoundingSettings:
 
 
 @dataclass(frozen=True)
-class CorrectionSettings:
-    """What is corrected around the network, fitted on the packed model's own trajectories.
-
-    affine: the output, per step and channel, by a gain and a shift; chains: trajectories; seed: of
-    the first.
-    """
-
-    affine: bool = False
-    chains: int = 64
-    seed: int = 2_000_000
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the integers, in the order of the main line."""
 
@@ -136,7 +122,6 @@ class Recipe:
     activations: ActivationSettings = field(default_factory=ActivationSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
-    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
 
     def __post_init__(self) -> None:
         for path, value, low, high in (
@@ -152,7 +137,6 @@ class Recipe:
             ("rounding.refine", self.rounding.refine, 0, 1_000_000),
             ("rounding.batch", self.rounding.batch, 1, 100_000),
             ("rounding.drop", self.rounding.drop, 0, 1),
-            ("correction.chains", self.correction.chains, 1, 1_000_000),
         ):
             if not low <= value <= high:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")

@@ -53,12 +53,10 @@ def rungs() -> list[Rung]:
     now = add("split", "W8A8", "shortcuts split in two", now.override("layers", split_skips=True))
     buckets = {"buckets": final.activations.buckets, "min_gain": final.activations.min_gain}
     now = add("buckets", "W8A8", "scales per time", now.override("activations", **buckets))
-    corrected = now.override("correction", affine=True)
-    add("corrected", "W8A8", "beside the chain: affine correction of the output", corrected)
     _towards(now, final, "w8a8", "W8A8", add)
     for name in ("w4a8",):
         final, family = Recipe.load(name), name.upper()
-        start = replace(final, rounding=plain.rounding, correction=plain.correction)
+        start = replace(final, rounding=plain.rounding)
         start = start.override("layers", bits={})
         at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
         if final.layers.bits:
@@ -96,8 +94,7 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
         step("adaround", "AdaRound by blocks, QDrop", replace(last(), rounding=start))
     if chosen.bias:
         step("bias", "bias correction", replace(last(), rounding=chosen))
-    step("final", "affine correction of the output" if final.correction.affine else "as shipped",
-         final)  # fmt: skip
+    step("final", "as shipped", final)
     # The recipe as it ships has its own name, whatever it adds last.
     for (rung, idea), recipe in zip(steps[:-1], recipes[:-1], strict=True):
         add(rung, family, idea, recipe)

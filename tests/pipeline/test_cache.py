@@ -24,7 +24,6 @@ FIRST = {
     "activations": "search",
     "weights": "search",
     "rounding": "round",
-    "correction": "correct",
 }
 SETTINGS = [
     (section.name, setting.name)

@@ -24,7 +24,6 @@ from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.layer_table import describe
 from quantempo.pipeline.quality import summary
 from quantempo.quantized import quantized_layers
-from quantempo.quantized.correction import find_correction
 from quantempo.recipe import Recipe
 from quantempo.rounding import reconstruct
 from quantempo.run_folder import RunFolder
@@ -43,14 +42,13 @@ def everything() -> Recipe:
     """Return a recipe of seconds with everything switched on."""
     chosen = recipe(exclude=FEW, bits={"shortcut": "w8a8"}).override("rounding", name="gptq")
     chosen = chosen.override("rounding", bias=True).override("weights", bits=4)
-    return chosen.override("correction", affine=True).override("activations", bits=4)
+    return chosen.override("activations", bits=4)
 
 
 def tiny(name: str) -> Recipe:
     """Return a shipped recipe with few layers and small sizes, otherwise as it is."""
     chosen = Recipe.load(name).override("trace", steps=4, chains=2, picks=2)
     chosen = chosen.override("rounding", samples=4, iterations=2, refine=0, batch=4)
-    chosen = chosen.override("correction", chains=2)
     return chosen.override("layers", exclude=FEW)
 
 
@@ -96,12 +94,9 @@ def test_a_loaded_folder_samples_as_the_model_in_memory(made: Any) -> None:
         attach(pipe.unet, "simulated")
         images.append(call_pipeline(pipe, [1, 2], steps=4))
     assert np.array_equal(*images)
-    # Each of the parts is at work: without it the images are others.
+    # Biases are those of bias correction.
     tensors = load_file(run / "rounding.safetensors")
     assert any(not torch.equal(tensors[f"{n}.bias"], b) for n, b in float_biases(layers).items())
-    find_correction(loaded.unet).gain.fill_(1.0)
-    find_correction(loaded.unet).shift.fill_(0.0)
-    assert not np.array_equal(images[0], call_pipeline(loaded, [1, 2], steps=4))
 
 
 def float_biases(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -138,8 +133,7 @@ def test_a_run_killed_while_rounding_goes_on_from_its_blocks(
 ) -> None:
     run, done, rounded = tmp_path / "run", reconstruct._Job.round, []
     shutil.copytree(made[0], run)
-    for name in ("rounding.safetensors", "correction.safetensors"):
-        (run / name).unlink()
+    (run / "rounding.safetensors").unlink()
     shutil.rmtree(run / "blocks")
     shutil.rmtree(run / "packed")
 
@@ -163,30 +157,23 @@ def test_a_run_killed_while_rounding_goes_on_from_its_blocks(
     monkeypatch.setattr(reconstruct._Job, "round", counted)
     pipeline.finish(pipeline.reopen(run))
     assert rounded and not set(rounded) & set(first)
-    for name in ("rounding.safetensors", "correction.safetensors", WEIGHTS):
+    for name in ("rounding.safetensors", WEIGHTS):
         assert (run / name).read_bytes() == (made[0] / name).read_bytes(), name
 
 
-def test_another_correction_leaves_the_stages_before_it(run: Path) -> None:
+def test_another_rounding_leaves_the_stages_before_it(run: Path) -> None:
     before = stamps(run)
-    changed = everything().override("correction", chains=3)
-    with pytest.raises(QuantempoError, match=r"correction\.safetensors was made with other settin"):
+    changed = everything().override("rounding", bias=False)
+    with pytest.raises(QuantempoError, match=r"rounding\.safetensors was made with other settings"):
         pipeline.reopen(run, changed)
     assert stamps(run) == before
     pipeline.finish(pipeline.reopen(run, changed, force=True))
     after = stamps(run)
-    assert all(after[name] == before[name] for name in EARLY)
-    assert after["correction.safetensors"] != before["correction.safetensors"]
-    assert after[WEIGHTS] != before[WEIGHTS]
-    # Switched off, the tables of before are not used.
-    pipeline.finish(
-        pipeline.reopen(run, everything().override("correction", affine=False), force=True)
-    )
-    assert all(stamps(run)[name] == before[name] for name in EARLY)
+    assert all(after[name] == before[name] for name in EARLY[:-1])
+    assert after[EARLY[-1]] != before[EARLY[-1]] and after[WEIGHTS] != before[WEIGHTS]
     stages = pipeline.reopen(run).seconds()
     assert set(stages) == {"trace", "calibrate", "search", "round", "pack"}
     assert summary(pipeline.reopen(run))["calibration_seconds"] == round(sum(stages.values()), 2)
-    assert find_correction(DiffusionPipeline.from_pretrained(run / "packed").unet) is None
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -231,13 +218,13 @@ def test_a_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_a_stage_is_not_built_on_what_is_missing_or_stale(run: Path) -> None:
-    (run / "correction.safetensors").unlink()
+    (run / "rounding.safetensors").unlink()
     shutil.rmtree(run / "packed")
-    with pytest.raises(QuantempoError, match=r"correct is not done .* before pack"):
+    with pytest.raises(QuantempoError, match=r"round is not done .* before pack"):
         pipeline.pack(pipeline.reopen(run))
-    other = everything().override("rounding", bias=False)
-    with pytest.raises(QuantempoError, match="run quantempo round --force before correct"):
-        pipeline.correct(pipeline.reopen(run, other, force=True))
+    other = everything().override("activations", metric="l1")
+    with pytest.raises(QuantempoError, match="run quantempo search --force before round"):
+        pipeline.round_weights(pipeline.reopen(run, other, force=True))
     assert not (run / "packed").exists()
 
 

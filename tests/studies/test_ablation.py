@@ -63,15 +63,13 @@ def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
         # The base of fewer bits: scales alone.
         base = chain[0].recipe
         assert base.rounding.name == "nearest" and not base.rounding.bias and not base.layers.bits
-        assert not base.correction.affine
 
 
 @pytest.mark.parametrize(
     ("section", "values", "rung"),
     [
-        ("correction", {"affine": True}, "w8a8-bias"),
         ("weights", {"metric": "mse"}, "w8a8-scales"),
-        ("rounding", {"name": "adaround", "bias": False}, "w8a8-adaround"),
+        ("rounding", {"name": "adaround"}, "w8a8-adaround"),
         ("rounding", {"name": "nearest", "bias": False}, None),
     ],
 )
@@ -80,9 +78,8 @@ def test_the_rungs_follow_a_shipped_recipe_that_changes(
 ) -> None:
     load = Recipe.load.__func__
     base = Recipe.load("w8a8").override("rounding", name="gptq", bias=True)
-    base = base.override("correction", affine=section != "correction")
-    # One more idea behind the one that is looked at, so that it has a rung of its own.
-    other = base.override("correction", affine=True).override(section, **values)
+    # Bias correction is behind the one that is looked at, so that it has a rung of its own.
+    other = base.override(section, **values)
     monkeypatch.setattr(
         Recipe,
         "load",

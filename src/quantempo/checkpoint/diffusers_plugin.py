@@ -33,7 +33,6 @@ from quantempo.quantized import (
     install_clock,
     swap_layers,
 )
-from quantempo.quantized.correction import OutputCorrection, install_correction
 from quantempo.recipe import Recipe
 
 __all__ = [
@@ -58,7 +57,7 @@ _REMOVED = {
 }
 # The parts of a 12-bit weight in format 2: W = scale (16 high + low).
 _INT12 = ("weight_high", "weight_low", "weight_scale")
-_OURS = (QLayer, Float16Linear, OutputCorrection)
+_OURS = (QLayer, Float16Linear)
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -78,7 +77,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
-        correction: arguments of the `OutputCorrection` around the network, {} for none.
         hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
             model; "recipe".
         format_version: of this layout; a newer one is refused.
@@ -95,7 +93,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: dict[str, list[int]] | None = None,
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
-        correction: dict[str, Any] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         version: str = "",
@@ -110,8 +107,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
         self.float16 = (float16 or {}) | unknown.pop("int12", {})
-        if correction and format_version < 3:
-            unknown["correction"] = correction
         for key, what in _REMOVED.items():
             if unknown.pop(key, None):
                 raise QuantempoError(
@@ -126,7 +121,6 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.buckets, self.bits = buckets or {}, bits or {}
         self.num_train_timesteps = num_train_timesteps
         self.per_unit, self.hashes = per_unit, hashes or {}
-        self.correction = correction or {}
         self.format_version, self.version = format_version, version
 
     @classmethod
@@ -201,8 +195,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         plans = config.plans(model)
         check_plans(model, plans)
         swap_layers(model, plans, clock)
-        if config.correction:
-            install_correction(model, OutputCorrection(**config.correction))
         self._ours = set(_quantized_state(model))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""quantempo trace, calibrate, search, round, correct, pack: the stages one by one."""
+"""quantempo trace, calibrate, search, round, pack: the stages one by one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ _HELP = {
     "calibrate": "Collect the statistics of every layer input over the trace.",
     "search": "Choose time buckets and scales by the recipe's metrics.",
     "round": "Choose the integer weights.",
-    "correct": "Fit what the recipe corrects around the network, on the packed model's own "
-    "trajectories.",
     "pack": "Write the packed diffusers folder and the layer table.",
 }
 

@@ -33,18 +33,16 @@ ARTEFACTS = {
     "calibrate": "stats.safetensors",
     "search": "scales.safetensors",
     "round": "rounding.safetensors",
-    "correct": "correction.safetensors",
     "pack": "packed",
 }
 # What a stage leaves besides its artefact.
-BESIDE = {"trace": ("trace",), "correct": ("correction.json",)}
+BESIDE = {"trace": ("trace",)}
 # Stage -> sections of the recipe that it reads, besides those of the stages before it.
 _SECTIONS = {
     "trace": ("trace",),
     "calibrate": ("layers",),
     "search": ("activations", "weights"),
     "round": ("rounding",),
-    "correct": ("correction",),
     "pack": (),
 }
 _OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
@@ -143,12 +141,6 @@ class Cache:
         self.run.update_manifest(stages={name: {"key": self.key(name), "seconds": seconds}})
         log.info("%-10s %8.1f s     %s", name, seconds, self.run / artefact)
 
-    def forget(self, stage: str) -> None:
-        """Remove what a stage left that this recipe does not have."""
-        self._undo(stage)
-        for name in (ARTEFACTS[stage], *BESIDE.get(stage, ())):
-            (self.run / name).unlink(missing_ok=True)
-
     def _undo(self, stage: str) -> None:
         manifest = self.run.read_json("manifest.json")
         if manifest["stages"].pop(stage, None) is not None:
@@ -160,8 +152,6 @@ class Cache:
         for stage, artefact in ARTEFACTS.items():
             if stage == name:
                 return
-            if stage == "correct" and not self.recipe.correction.affine:
-                continue
             if stage not in done or not self.run.has(artefact):
                 raise QuantempoError(
                     f"{stage} is not done in {self.run.path}; run quantempo {stage} before {name}"

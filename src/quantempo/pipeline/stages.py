@@ -20,7 +20,6 @@ from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized
 from quantempo.evaluation import load_images
 from quantempo.pipeline import quantize as core
-from quantempo.pipeline.correct import around, fit
 from quantempo.pipeline.layer_table import measured_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
@@ -29,7 +28,6 @@ from quantempo.run_folder import atomic_path
 __all__ = [
     "Session",
     "calibrate",
-    "correct",
     "finish",
     "load",
     "pack",
@@ -120,17 +118,6 @@ def _quantized(session: Session) -> core.Quantized:
     )
 
 
-def correct(session: Session) -> None:
-    """Fit what is corrected around the network; writes `correction.safetensors` and `.json`."""
-    if not session.recipe.correction.affine:
-        # Left in place it would be of other settings for whoever opens the folder next.
-        session.forget("correct")
-        return
-    with session.stage("correct") as needed:
-        if needed:
-            fit(session, _quantized(session).install(session.denoiser, copy=True))
-
-
 def pack(session: Session) -> Path:
     """Write the quantized pipeline, the diffusers folder `packed/`, and the table `layers.json`."""
     run, denoiser = session.run, session.denoiser
@@ -147,7 +134,6 @@ def pack(session: Session) -> Path:
                 per_unit=found.per_unit,
                 source_sha256=session.model["sha256"],
             )
-            config.correction = around(session, packed)
             mark_quantized(packed, config)
             with atomic_path(run / "packed") as temporary:
                 session.save(packed, temporary)
@@ -171,6 +157,6 @@ def quantize(
 
 def finish(session: Session) -> Path:
     """Run every stage that is not done yet, trace to pack, and return the packed folder."""
-    for stage in (trace, calibrate, search, round_weights, correct):
+    for stage in (trace, calibrate, search, round_weights):
         stage(session)
     return pack(session)
