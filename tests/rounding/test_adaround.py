@@ -13,6 +13,7 @@ from quantempo.core import WEIGHT
 from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
+from quantempo.rounding import learn as learning
 from quantempo.rounding.base import Unit
 from quantempo.rounding.block_io import BlockRun, Inputs
 from quantempo.rounding.gptq import dequantized_input
@@ -37,15 +38,26 @@ class _Toy(nn.Module):
         return x + self.linear(hidden).permute(0, 3, 1, 2)
 
 
-def _unit(settings: RoundingSettings = SETTINGS, shrink: float = 1.0) -> Unit:
-    """Return the toy with three-bit weights, two time buckets, correlated inputs."""
+def _unit(
+    settings: RoundingSettings = SETTINGS,
+    shrink: float = 1.0,
+    repeat: int = 1,
+    noise: float = 0.0,
+) -> Unit:
+    """Return the toy with three-bit weights, two time buckets, correlated inputs.
+
+    Args:
+        repeat: rows at a time-step; noise: on the inputs behind the quantized network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         toy = _Toy().eval()
         mixing = torch.randn(6, 6)
         x = torch.einsum("nchw,cd->ndhw", torch.randn(64, 6, 5, 5), mixing)
-    times = torch.arange(64) * 15
+    times = torch.arange(64) // repeat * repeat * 15
     x = x * (1 + 3 * (times >= 500).float())[:, None, None, None]
+    g = torch.Generator().manual_seed(1)
+    moved = x + noise * torch.randn(x.shape, generator=g)
     twin = copy.deepcopy(toy)
     clock = install_clock(twin, torch.arange(1000) * 2 // 1000)
     names = ("conv", "linear")
@@ -60,12 +72,13 @@ def _unit(settings: RoundingSettings = SETTINGS, shrink: float = 1.0) -> Unit:
         codes = nearest(float_layer.weight.detach(), scales[name], SPEC)
         zero = torch.tensor([128], dtype=torch.int32)
         fill(layer, codes, scales[name], float_layer.bias, act, zero)
-    recorded = Inputs(64, 2**30)
-    recorded.add(64, (x, times), {})
-    recorded.close()
+    recorded, behind = Inputs(64, 2**30), Inputs(64, 2**30)
+    for kept, value in ((recorded, x), (behind, moved)):
+        kept.add(64, (value, times), {})
+        kept.close()
     floats = {n: toy.get_submodule(n) for n in names}
     twins = {n: twin.get_submodule(n) for n in names}
-    run = BlockRun("toy", toy, twin, floats, twins, recorded, recorded, times, clock, 16)
+    run = BlockRun("toy", toy, twin, floats, twins, recorded, behind, times, clock, 16)
     for name in names:
         run.assign(name, twins[name].weight_codes.clone())
     weights = {n: layer.weight for n, layer in floats.items()}
@@ -173,14 +186,78 @@ def test_refined_scales_are_better_or_not_kept() -> None:
     try:
         unit = _unit(replace(SETTINGS, refine=1))
         before = {n: layer.act_scale.clone() for n, layer in unit.block.twins.items()}
+        inputs = {n: next(unit.block.layer_inputs(n)) for n in before}
+        outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.twins.items()}
         with torch.no_grad():
             assert not refine_scales(unit.block, unit)
     finally:
         adaround.SCALE_RATE = adaround_rate
     for name, layer in unit.block.twins.items():
         assert torch.equal(layer.act_scale, before[name])
-        x = next(unit.block.layer_inputs(name))
-        assert torch.equal(layer.kernel(x), layer.kernel(x))
+        assert torch.equal(next(unit.block.layer_inputs(name)), inputs[name])
+        assert torch.equal(layer.kernel(inputs[name]), outputs[name])
+
+
+@pytest.mark.parametrize("start", ["nearest", "gptq"])
+def test_learning_starts_near_codes_that_know_more_than_the_weight(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H is at most 0.2 / 2 from the codes of gptq, and anywhere for the nearest ones."""
+    seen: list[Tensor] = []
+
+    def stop(block: BlockRun, *args: object, **kwargs: object) -> None:
+        h = torch.cat([layer.kernel.h().flatten() for layer in block.twins.values()])
+        seen.append((h - h.round()).abs().max())
+
+    monkeypatch.setattr(adaround, "learn", stop)
+    with torch.no_grad():
+        ROUNDINGS.get("adaround")(_unit(replace(SETTINGS, start=start)))
+    assert (float(seen[0]) <= 0.101) == (start == "gptq")
+
+
+@pytest.mark.parametrize("change", ["drop", "layers"])
+def test_each_part_of_the_loss_is_at_work(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs from the float model while learning (QDrop), and the errors of single layers."""
+
+    def codes(drop: float) -> dict[str, Tensor]:
+        unit = _unit(replace(SETTINGS, drop=drop, iterations=40), noise=0.5)
+        with torch.no_grad():
+            return adaround._learn_codes(unit, ROUNDINGS.get("nearest")(unit), unit.block.powers())
+
+    whole = codes(0.0)
+    if change == "layers":
+        monkeypatch.setattr(learning, "LAYER_SHARE", 0.0)
+    other = codes(1.0 if change == "drop" else 0.0)
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_elements_are_the_float_ones_with_the_probability_asked_for() -> None:
+    quantized, exact = (torch.zeros(100, 100), {"a": 1}), (torch.ones(100, 100), {"a": 1})
+    generator = torch.Generator().manual_seed(0)
+    mixed, rest = learning._mix(quantized, exact, 0.2, generator)
+    # 10,000 draws: 5 standard deviations are 0.02.
+    assert float(mixed.mean()) == pytest.approx(0.2, abs=0.02) and rest == {"a": 1}
+    assert torch.equal(learning._mix(quantized, exact, 0.0, generator)[0], quantized[0])
+
+
+def test_each_time_step_has_its_own_power() -> None:
+    block = _unit(repeat=3).block
+    (power,) = block.powers()
+    (output,) = block.run(torch.arange(64), exact=True)
+    each = output.detach().square().flatten(1).mean(1)
+    assert len(block.times.unique()) == 22
+    for t in block.times.unique():
+        here = block.times == t
+        torch.testing.assert_close(power[here], each[here].mean().expand(int(here.sum())))
+
+
+def test_inputs_in_half_precision_are_clipped_to_its_range() -> None:
+    inputs = Inputs(2, 0)
+    inputs.add(2, (torch.tensor([[1e6, -1e6], [1.0, 2.0]]),), {})
+    inputs.close()
+    assert inputs.halved
+    (value,), _ = inputs.take(torch.arange(2), torch.device("cpu"))
+    assert value.tolist() == [[65504.0, -65504.0], [1.0, 2.0]] and value.dtype == torch.float32
 
 
 def test_gptq_of_a_block_uses_the_inputs_behind_its_rounded_layers() -> None:

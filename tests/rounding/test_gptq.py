@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,10 @@ from torch.nn import functional as F
 
 from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
-from quantempo.rounding import gptq, nearest
+from quantempo.quantized import QLayer
+from quantempo.recipe import RoundingSettings
+from quantempo.rounding import ROUNDINGS, gptq, nearest
+from quantempo.rounding.base import Unit
 from quantempo.rounding.gptq import dequantized_input, moments
 from tests.engines.quantized import make_clock, make_conv, make_linear
 
@@ -114,7 +118,10 @@ def test_a_near_singular_hessian_is_damped_harder_and_said(caplog) -> None:
     broken = hessian - (0.05 * top * torch.outer(vector, vector)).float()
     with caplog.at_level(logging.WARNING, logger="quantempo"):
         codes = gptq(weight, broken, scale, replace(WEIGHT, bits=4))
-    assert "near singular" in caplog.text
+    # Ten times the damping is the first that makes it positive.
+    assert "near singular" in caplog.text and "damping 0.1 instead" in caplog.text
+    expected = _reference(weight, broken, scale, 7, damping=0.1)
+    assert float((codes.double() != expected).double().mean()) < 0.02
     assert _loss(weight, codes, hessian, scale) < _loss(
         weight, nearest(weight, scale, replace(WEIGHT, bits=4)), hessian, scale
     )
@@ -161,3 +168,51 @@ def test_the_dequantized_input_is_what_the_kernel_multiplies() -> None:
     hessian = moments(layer, x_hat)
     flat = x_hat.reshape(-1, 12)
     assert torch.allclose(hessian[0], flat.t() @ flat, rtol=1e-6)
+
+
+class _Block:
+    """Layers and what each receives."""
+
+    def __init__(self, twins: dict[str, QLayer], inputs: dict[str, Tensor]) -> None:
+        self.twins, self.inputs = twins, inputs
+
+    def layer_inputs(self, name: str) -> Iterator[Tensor]:
+        yield self.inputs[name]
+
+    def assign(self, name: str, codes: Tensor) -> None:
+        self.twins[name].set_codes(codes)
+
+
+def test_every_layer_and_group_is_rounded_on_its_own_inputs() -> None:
+    """Two layers of equal width in a block, and a convolution of two groups."""
+    g, clock = torch.Generator().manual_seed(0), make_clock()
+    twins: dict[str, QLayer] = {"first": make_linear(12, 5, clock=clock)}
+    twins |= {"second": make_linear(12, 5, clock=clock)}
+    twins |= {"conv": make_conv(6, 4, groups=2, clock=clock)}
+    tokens = [torch.randn(80, 12, generator=g) @ torch.randn(12, 12, generator=g) for _ in "ab"]
+    image = torch.randn(8, 6, 5, 5, generator=g).cumsum(2).cumsum(1)
+    inputs = dict(zip(twins, (*tokens, image), strict=True))
+    spec = replace(WEIGHT, bits=3)
+    weights, scales = {}, {}
+    for name, layer in twins.items():
+        weights[name] = torch.randn(layer.weight_shape, generator=g)
+        scales[name] = weights[name].flatten(1).abs().amax(1) / 3
+    unit = Unit(
+        weights, scales, dict.fromkeys(twins, spec), RoundingSettings(), _Block(twins, inputs)
+    )
+    codes = ROUNDINGS.get("gptq")(unit)
+    own = {n: moments(layer, dequantized_input(layer, inputs[n])) for n, layer in twins.items()}
+
+    def rounded(name: str, hessian: Tensor) -> Tensor:
+        rows = len(weights[name]) // len(hessian)
+        parts = zip(
+            weights[name].flatten(1).split(rows), hessian, scales[name].split(rows), strict=True
+        )
+        whole = torch.cat([gptq(w, h / len(inputs[name]), s, spec) for w, h, s in parts])
+        return whole.reshape(codes[name].shape)
+
+    for name, hessian in own.items():
+        assert torch.equal(codes[name], rounded(name, hessian)), name
+    # What another layer, or the other group, receives gives others.
+    assert not torch.equal(codes["second"], rounded("second", own["first"]))
+    assert not torch.equal(codes["conv"], rounded("conv", own["conv"].flip(0)))
