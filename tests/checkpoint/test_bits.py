@@ -117,7 +117,7 @@ def test_the_file_says_the_bits_and_the_tables_show_them(kind: str) -> None:
     assert config["format_version"] == FORMAT_VERSION == 3
     other = {n: [q.weight_bits, q.act_bits] for n, q in found.items()}
     assert config["bits"] == {n: bits for n, bits in other.items() if bits != [8, 8]} != {}
-    for rows in (run.read_json("layers.json"), describe(run / "packed")):
+    for rows in (run.read_json("layers.json"), describe(run / "packed", "cpu")[0]):
         shown = {r["name"]: [r["bits_weight"], r["bits_activation"]] for r in rows}
         assert {name: shown[name] for name in found} == other
     sizes = {name: math.prod(layer.weight_shape) for name, layer in found.items()}

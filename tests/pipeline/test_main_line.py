@@ -113,7 +113,7 @@ def test_the_tables_say_what_the_bits_are(made: Any) -> None:
     assert shares["int8_mac_share_with_attention"] == pytest.approx(
         shares["int8_mac_share"] * (1 - matmuls["macs"] / sum(row["macs"] for row in rows))
     )
-    described = {row["name"]: row for row in describe(made[0] / "packed")}
+    described = {row["name"]: row for row in describe(made[0] / "packed", "cpu")[0]}
     for row in rows:
         same = ("bits_weight", "bits_activation", "reason")
         assert {k: row[k] for k in same} == {k: described[row["name"]][k] for k in same}

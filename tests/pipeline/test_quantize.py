@@ -11,16 +11,19 @@ import torch
 
 import quantempo
 from quantempo.calibration.dataset import MemorySet, TraceSet
+from quantempo.engines.fusion import report
+from quantempo.engines.layerwise import execution
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages
+from quantempo.pipeline.layer_table import describe
 from quantempo.pipeline.quantize import quantize
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
-from tests.packed import recipe, saved
+from tests.packed import packed, recipe, saved
 from tests.tiny import tiny_unet
 
 PACKAGE = Path(quantempo.__file__).parent
@@ -36,14 +39,14 @@ def random_set() -> MemorySet:
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_the_core_gives_what_the_stages_write(rounding: str, tmp_path: Path) -> None:
     chosen = SMALL.override("rounding", name=rounding)
-    packed = load_pipeline(stages.quantize(saved("unconditional"), tmp_path / "run", chosen)).unet
+    made = load_pipeline(stages.quantize(saved("unconditional"), tmp_path / "run", chosen)).unet
     net = load_pipeline(saved("unconditional")).unet
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = quantize(net, TraceSet(tmp_path / "run/trace"), chosen)
     written = RunFolder(tmp_path / "run").read_safetensors("rounding.safetensors")
     assert found.codes and all(torch.equal(found.codes[n], written[n]) for n in found.codes)
     copy = found.install(net, copy=True)
-    state, wanted = copy.state_dict(), packed.state_dict()
+    state, wanted = copy.state_dict(), made.state_dict()
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], value) for name, value in wanted.items())
     # The float network is left as it was, and shares what stays float with its copy.
@@ -108,3 +111,16 @@ def test_the_denoiser_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(loaded) == 1
     assert session.pipe.unet is session.denoiser is denoiser_of(session.pipe)[1]
     assert not dict(quantized_layers(session.denoiser))
+
+
+def test_the_table_names_what_runs_each_layer_on_the_device() -> None:
+    for kind in ("unconditional", "dit"):
+        rows, unfused = describe(packed(kind).folder, "cpu")
+        net = denoiser_of(load_pipeline(packed(kind).folder))[1]
+        engine, runs = attach(net), execution(net)
+        integer = {row["name"]: row["backend"] for row in rows if row["bits_activation"] <= 8}
+        assert integer == {n: engine if how == "none" else how for n, how in runs.items()}
+        assert {row["backend"] for row in rows if row["name"] not in integer} == {"float"}
+        assert unfused == {row.name: row.reason for row in report(net) if row.reason}
+    with pytest.raises(QuantempoError, match="cannot use --device nowhere"):
+        describe(packed("dit").folder, "nowhere")

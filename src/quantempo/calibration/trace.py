@@ -138,7 +138,9 @@ def _fill(
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
     hidden = None if progress is None else not progress
-    with tqdm(total=steps * len(missing), desc="trace", unit="call", disable=hidden) as bar:
+    with tqdm(
+        total=steps * len(missing), desc="trace", unit="call", disable=hidden, leave=False
+    ) as bar:
         for name in missing:
             first = files[name]
             batch = targets[first : first + size]

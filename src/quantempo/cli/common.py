@@ -27,6 +27,7 @@ __all__ = [
     "call_arguments",
     "open_session",
     "show",
+    "show_summary",
 ]
 
 Source = Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")]
@@ -114,3 +115,31 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         elif isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         typer.echo(f"{key:<{width}}  {value}")
+
+
+def show_summary(values: dict[str, Any], where: Path) -> None:
+    """Print what a quantized model is worth: quality, size, share of integers, speed, its place."""
+    small, large = values["bytes_packed"] / 1e6, values["bytes_float32"] / 1e6
+    lines = {
+        "size": f"{small:.1f} MB, {large / small:.1f} times smaller than float32 ({large:.1f} MB)",
+        "integers": f"{values['int8_mac_share']:.1%} of the work of layers "
+        f"({values['int8_mac_share_with_attention']:.1%} with the products of attention)",
+    }
+    if "psnr_db_mean" in values:
+        lines["quality"] = (
+            f"{values['psnr_db_mean']:.1f} dB PSNR to the float images, "
+            f"{values['psnr_db_p05']:.1f} dB for the worst 5 % ({len(values['seeds'])} pairs)"
+        )
+    if "engine" in values:
+        lines["engine"] = values["engine"]
+    if "speedup_vs_best_fp32" in values:
+        lines["speed"] = (
+            f"{values['speedup_vs_best_fp32']:.2f} times the best float32, "
+            f"{values['speedup_vs_best_bf16']:.2f} times bfloat16"
+        )
+    if "total_seconds" in values:
+        lines["time"] = f"{values['total_seconds']:.0f} s"
+    lines["result"] = str(where)
+    typer.echo("")
+    for name, text in lines.items():
+        typer.echo(f"{name:<10} {text}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantempo.cli.common import Force, Json, show
+from quantempo.cli.common import Force, Json, show, show_summary
 
 __all__ = ["demo"]
 
@@ -25,22 +25,7 @@ def demo(
     from quantempo.cli.run_demo import run_demo
 
     metrics = run_demo(run, images=images, force=force)
-    keys = (
-        "psnr_db_mean",
-        "psnr_db_p05",
-        "ssim_mean",
-        "fed_lite0",
-        "engine",
-        "int8_mac_share",
-        "int8_mac_share_with_attention",
-        "bytes_float32",
-        "bytes_packed",
-        "ms_per_forward",
-        "speedup_vs_best_fp32",
-        "speedup_vs_best_bf16",
-        "calibration_seconds",
-        "total_seconds",
-        "peak_rss_bytes",
-    )
-    shown = {key: metrics[key] for key in keys if key in metrics}
-    show(metrics if as_json else {**shown, "report": str(run / "report.html")}, as_json)
+    if as_json:
+        show(metrics, as_json)
+    else:
+        show_summary(metrics, run / "report.html")

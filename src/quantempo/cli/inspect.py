@@ -14,18 +14,21 @@ __all__ = ["inspect"]
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="Packed diffusers folder, or a run folder.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="Torch device; the GPU if there is one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the layer table of a packed model: bits, scales over time, backend, reasons.
+    """Print the layers of a packed model: bits, scales over time, what runs them here, reasons.
 
     Example: quantempo inspect runs/cifar/packed
     """
     from quantempo.pipeline.layer_table import describe
     from quantempo.report.bits import bits_cell
 
-    rows = describe(model / "packed" if (model / "packed").is_dir() else model)
+    rows, unfused = describe(model / "packed" if (model / "packed").is_dir() else model, device)
     if as_json:
-        show({"layers": rows}, as_json)
+        show({"layers": rows, "unfused": unfused}, as_json)
         return
     width = max(len(row["name"]) for row in rows)
     typer.echo(
@@ -42,3 +45,5 @@ def inspect(
         typer.echo(
             f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<7} {scales:<37} {backend}"
         )
+    for name, reason in unfused.items():
+        typer.echo(f"not fused: {name}: {reason}")

@@ -20,6 +20,7 @@ from quantempo.cli.common import (
     Steps,
     open_session,
     show,
+    show_summary,
 )
 
 __all__ = ["quantize"]
@@ -72,5 +73,8 @@ def quantize(
         sensitivity.choose_bits(session, **budgets)
     packed = pipeline.finish(session)
     summary = quality.summary(session)
+    if not as_json:
+        show_summary(summary, packed)
+        return
     summary["float_layers"] = len(summary["float_layers"])
     show({"packed": str(packed), **summary}, as_json)

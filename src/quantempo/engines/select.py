@@ -103,7 +103,7 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     detach(denoiser)
     chosen.attach(denoiser)
     keep(denoiser, _MARK, chosen.name)
-    log.info("engine: %s", chosen.name)
+    log.debug("engine: %s", chosen.name)
     return chosen.name
 
 

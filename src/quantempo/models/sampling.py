@@ -210,7 +210,9 @@ def run_pipeline(
     if not len(seeds):
         raise QuantempoError("got no seeds; give at least one")
     batches = []
-    with tqdm(total=len(seeds), desc="sample", unit="image", disable=_hidden(progress)) as bar:
+    with tqdm(
+        total=len(seeds), desc="sample", unit="image", disable=_hidden(progress), leave=False
+    ) as bar:
         for first in range(0, len(seeds), batch_size):
             batch = seeds[first : first + batch_size]
             images = call_pipeline(pipe, batch, first=first, steps=steps, **call_kwargs)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.engines.base import BACKENDS
-from quantempo.engines.select import choose
+from quantempo.engines.fusion import report
+from quantempo.engines.layerwise import execution
+from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoiser_of, hooked, sites
-from quantempo.models.load import load_pipeline
+from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import (
     Float16Linear,
@@ -145,30 +147,34 @@ def layer_sqnr(
     return result
 
 
-def describe(packed: str | Path) -> list[dict[str, Any]]:
-    """Return the layer table of a packed folder from its files alone, with what runs each layer.
+def describe(
+    packed: str | Path, device: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the layer table of a packed folder, with what runs each layer, and unfused blocks.
+
+    The default engine of the device is attached, so "backend" is what really runs there: "onednn,
+    fused", "onednn", "simulated", "float". Unfused: name of a block -> why it is not fused.
+
+    Args:
+        packed: folder of a packed pipeline.
+        device: torch device; None for the GPU if there is one.
 
     Raises:
-        QuantempoError: not a packed pipeline.
+        QuantempoError: not a packed pipeline, or no such device.
     """
-    pipe = load_pipeline(packed)
-    denoiser = denoiser_of(pipe)[1]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    denoiser = denoiser_of(load_pipeline(packed))[1].to(device)
     if find_clock(denoiser) is None:
         raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
     config = denoiser.hf_quantizer.quantization_config
     settings = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
     with torch.device("meta"):
-        float_twin = type(denoiser).from_config(settings)
-    found = sites(float_twin)
-    plans = config.plans(float_twin)
-    engine = choose("cpu").name
-    backend = BACKENDS.get(engine) if engine in BACKENDS.names() else None
-    rows = layer_rows(found, plans, denoiser, {}, {})
+        floating = type(denoiser).from_config(settings)
+    rows = layer_rows(sites(floating), config.plans(floating), denoiser, {}, {})
+    engine, runs = attach(denoiser), execution(denoiser)
     for row in rows:
-        row["backend"] = "float"
-        if row["bits_activation"] <= 8:
-            layer: Any = denoiser.get_submodule(row["name"])
-            row["backend"] = engine
-            if backend is not None and backend.unsupported(layer) is not None:
-                row["backend"] = "simulated"
-    return rows
+        known = runs.get(row["name"], "float")
+        # An engine that compiles the whole network has no kernels of layers.
+        row["backend"] = engine if known == "none" else known
+    return rows, {row.name: row.reason for row in report(denoiser) if row.reason is not None}

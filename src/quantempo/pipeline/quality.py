@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ def evaluate(
     Raises:
         QuantempoError: nothing packed yet, or see `sample` and `evaluate_pairs`.
     """
+    start = time.perf_counter()
     run, seeds = session.run, list(range(seed, seed + images))
     packed = open_model(
         session.require_packed(), engine=engine, scheduler=session.scheduler, device=device
@@ -199,6 +201,7 @@ def evaluate(
     before = run.read_json("metrics.json") if run.has("metrics.json") else {}
     metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
     run.write_json("metrics.json", metrics)
+    log.info("evaluate   %8.1f s     %d pairs of images", time.perf_counter() - start, images)
     return metrics
 
 
