@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from quantempo.bench.candidates import Candidate, Forward, Subject
 from quantempo.bench.results import Results, best
@@ -113,7 +114,7 @@ def prepare(
         quality = _judge(candidate, output, wanted)
         ms = timer(lambda: forward(**inputs), 1)
     seconds = time.perf_counter() - start
-    log.info("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
+    log.debug("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
     engine = candidate.engine or subject.engine
     return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak)
 
@@ -181,7 +182,7 @@ def compare(
         log.warning("bench: %s is not timed: %s", name, reason)
         results.put({**head, "candidate": name, "failed": reason})
 
-    for candidate in candidates:
+    for candidate in tqdm(candidates, desc="bench", disable=None, leave=False):
         reason = candidate.missing(subject)
         if reason is None:
             try:
