@@ -175,8 +175,8 @@ def evaluate(
         session.require_packed(), engine=engine, scheduler=session.scheduler, device=device
     )
     pipe = open_model(session.source, scheduler=session.scheduler, device=device)
-    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
-    how |= {"call": session.call, "force": session.force}
+    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "force": session.force}
+    how["call"] = session.call
     hashes = (session.model["sha256"], session.key("pack"))
     pairs = (
         sample(pipe, run / "samples/float", seeds, identity=hashes[0], **how),
@@ -186,10 +186,9 @@ def evaluate(
     if inception is not None:
         more = evaluate_pairs(*pairs, reference=data, extractor="inception", weights=inception)
         metrics = more | metrics | {"scores": metrics["scores"] + more["scores"]}
-    networks = (denoiser_of(pipe)[1], denoiser_of(packed)[1])
+    networks = denoiser_of(pipe)[1], denoiser_of(packed)[1]
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
-    calls = _calls(session, TraceSet(run / "trace"))
-    metrics["eps_sqnr_db"] = eps_sqnr(*networks, calls, bins=edges)
+    metrics["eps_sqnr_db"] = eps_sqnr(*networks, _calls(session), bins=edges)
     metrics |= summary(session) | {
         "engine": attached(networks[1]),
         "sampler": type(pipe.scheduler).__name__,
@@ -206,9 +205,10 @@ def evaluate(
 
 
 def _calls(
-    session: Session, trace: TraceSet, batch_size: int = 16
+    session: Session, batch_size: int = 16
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
     """Yield (args, kwargs, training time-step) of recorded calls, about 128 spread over the set."""
+    trace = TraceSet(session.run / "trace")
     count = min(128, len(trace)) // batch_size * batch_size or len(trace)
     index = torch.linspace(0, len(trace) - 1, count).long()
     for rows in index.split(batch_size):
