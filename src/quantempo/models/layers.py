@@ -252,10 +252,11 @@ def _rows(timestep: Any, sample: Tensor) -> Tensor:
     return t.reshape(-1).expand(sample.shape[0])
 
 
-def timestep_place(denoiser: nn.Module) -> int:
-    """Return the place of the time-step among the positional arguments of a denoiser."""
+def timestep_place(denoiser: Callable[..., Any]) -> int:
+    """Return the place of the time-step among positional arguments of a denoiser, 1 if unknown."""
     module = getattr(denoiser, "_orig_mod", denoiser)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    forward = getattr(type(module), "forward", None)
+    names = [] if forward is None else list(inspect.signature(forward).parameters)[1:]
     return names.index(_TIMESTEP) if _TIMESTEP in names else 1
 
 

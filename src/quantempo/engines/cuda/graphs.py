@@ -105,7 +105,7 @@ class Graphed(nn.Module):
     def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.warmup = max(1, warmup)
+        self.warmup, self.place = max(1, warmup), timestep_place(denoiser)
         self._recordings: dict[Any, _Recording | None] = {}
         self._pool: Any = None
         self._watched: Any = None
@@ -136,7 +136,7 @@ class Graphed(nn.Module):
         if torch.is_grad_enabled():
             self._tell("it was called with gradients enabled; use torch.no_grad()")
             return self.denoiser(*args, **kwargs)
-        args, kwargs = _with_timestep(self.denoiser, args, kwargs, device)
+        args, kwargs = _with_timestep(args, kwargs, device, self.place)
         tensors: list[Tensor] = []
         key = (signature((args, kwargs), tensors), _mode())
         self._check()
@@ -227,12 +227,11 @@ def _mode() -> tuple[Any, ...]:
     return autocast, torch.get_autocast_dtype("cuda") if autocast else None
 
 
-def _with_timestep(denoiser: Any, args: Any, kwargs: Any, device: torch.device) -> tuple[Any, Any]:
+def _with_timestep(args: Any, kwargs: Any, device: torch.device, place: int = 1) -> tuple[Any, Any]:
     """Return the arguments with the time-step as a tensor on the device.
 
     A number would be part of the recording; from the CPU it would be copied during one.
     """
-    place = timestep_place(denoiser)
     if "timestep" not in kwargs and len(args) <= place:
         return args, kwargs
     timestep = timestep_of(args, kwargs, place)
