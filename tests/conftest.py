@@ -1,11 +1,12 @@
 """One thread a test process, lanes by folder, tests of a device, and `--no-skips`.
 
 `cuda` marks what needs a CUDA device: `make test-gpu` runs it. Without a device it is skipped, and
-only that is: under `--no-skips`, which `.ci/run` asks for, any other skip is a failure.
+only that is: under `--no-skips`, which `.ci/run` asks for, a skip for another reason is a failure.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ LANES = {
     ),
 }
 NO_DEVICE = "needs a CUDA device"
+# What a skip may want: a device, another one, or that there is none.
+DEVICE = re.compile(r"Skipped: .*(CUDA|GPU|Hopper)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,6 +93,6 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def strict(config: pytest.Config, report: Any) -> Any:
     """Return the report of a test or a file, a failure if `--no-skips` does not allow its skip."""
     text = str(report.longrepr)
-    if report.skipped and config.getoption("no_skips") and NO_DEVICE not in text:
+    if report.skipped and config.getoption("no_skips") and not DEVICE.search(text):
         report.outcome, report.longrepr = "failed", f"skipped, against --no-skips: {text}"
     return report

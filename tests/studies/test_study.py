@@ -80,7 +80,7 @@ def test_several_processes_give_the_same_bits(whole: Path, tmp_path: Path) -> No
     out = tmp_path / "shared"
     script = (
         "from tests.studies.test_study import PLAN, settings, run_study, Path\n"
-        f"run_study(settings(Path({str(out)!r})), PLAN, only=('Legacy', 'T1'))\n"
+        f"run_study(settings(Path({str(out)!r})), PLAN, only=('Legacy',))\n"
     )
     file = tmp_path / "shared.py"
     file.write_text("import sys; sys.path.insert(0, '.')\n" + script)
@@ -89,13 +89,12 @@ def test_several_processes_give_the_same_bits(whole: Path, tmp_path: Path) -> No
         [*command, "--nproc-per-node=2", str(file)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert cells(out) == cells(whole)
-    for name in ("T1", "Legacy"):
-        tables = [json.loads((o / f"items/{name}.json").read_text()) for o in (out, whole)]
-        for table in tables:
-            for row in table["rows"]:
-                del row["seconds"]
-        assert tables[0] == tables[1]
+    mine = cells(out)
+    assert len(mine) == 10 and mine.items() <= cells(whole).items()
+    tables = [json.loads((o / "items/Legacy.json").read_text()) for o in (out, whole)]
+    for row in (row for table in tables for row in table["rows"]):
+        del row["seconds"]
+    assert tables[0] == tables[1]
 
 
 def test_a_killed_study_resumes(
@@ -146,8 +145,8 @@ def test_a_failed_cell_loses_no_other_and_is_tried_again(
     again = settings(out, batch_size=3)
     text = run_study(again, PLAN, only=("F3",)).with_suffix(".md").read_text()
     assert "## F3" in text and "## Legacy" in text
-    tables = run_study(again, PLAN, only=("Legacy", "T1"))
-    assert json.loads((out / "study.json").read_text())["items"] == ["T1", "F3", "Legacy"]
+    tables = run_study(again, PLAN, only=("Legacy",))
+    assert json.loads((out / "study.json").read_text())["items"] == ["F3", "Legacy"]
     assert "failed" not in tables.with_suffix(".md").read_text()
 
 
@@ -171,7 +170,7 @@ def test_real_images_are_the_reference(tmp_path: Path) -> None:
         Image.fromarray(image).save(folder / f"{i}.png")
     out = tmp_path / "study"
     plan = make_plan(compare=None, images=4, seeds=2, small=True)
-    run_study(settings(out, data=str(folder), reference=4), plan, only=("F3", "T2"), minutes=None)
+    run_study(settings(out, data=str(folder), reference=4), plan, only=("T2",))
     about = json.loads((out / "study.json").read_text())
     assert about["data"] == {"source": "data", "images": 4} and about["failed"] == []
     with pytest.raises(QuantempoError, match="another model, data or precision"):
