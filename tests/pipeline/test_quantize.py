@@ -124,3 +124,16 @@ def test_the_table_names_what_runs_each_layer_on_the_device() -> None:
         assert unfused == {row.name: row.reason for row in report(net) if row.reason}
     with pytest.raises(QuantempoError, match="cannot use --device nowhere"):
         describe(packed("dit").folder, "nowhere")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_the_core_and_the_stages_run_on_a_device(rounding: str, tmp_path: Path) -> None:
+    chosen = SMALL.override("rounding", name=rounding, iterations=2)
+    found, data = tiny_unet().cuda(), random_set()
+    there = MemorySet(data.x_t.cuda(), data.timesteps.cuda())
+    copy = quantize(found, there, chosen).install(found, copy=True)
+    attach(copy, "simulated")
+    assert copy(data.x_t.cuda(), data.timesteps.cuda()).sample.isfinite().all()
+    stages.quantize(saved("unconditional"), tmp_path / "run", chosen, device="cuda")
+    assert describe(tmp_path / "run/packed")

@@ -114,7 +114,9 @@ class MemorySet(_Calls):
         names: tuple[str, str] = ("sample", "timestep"),
         num_train_timesteps: int = 1000,
     ) -> None:
-        self.x_t, self.timesteps, self.cond = x_t, t, dict(cond or {})
+        # On the CPU, like rows read from a folder; a replay moves them to the denoiser.
+        here = pytree.tree_map_only(Tensor, Tensor.cpu, (x_t, t, dict(cond or {})))
+        self.x_t, self.timesteps, self.cond = here
         self.names, self.num_train_timesteps = names, num_train_timesteps
 
     @classmethod
