@@ -41,6 +41,7 @@ LANES = {
         "mixed_precision/test_sensitivity.py",
         "pipeline/test_correct.py",
         "pipeline/test_golden.py",
+        "pipeline/test_quantize.py::test_a_reader_opens",
         "pipeline/test_main_line.py::test_a_run_killed",
         "pipeline/test_main_line.py::test_another",
         "pipeline/test_pipeline.py",

@@ -36,8 +36,8 @@ class TraceSettings:
     """Which network inputs to record.
 
     steps: steps of the sampler that is traced; chains: images denoised; picks: inputs kept of
-    each; seed: of the first chain; time_sampler: a registered law with its own parameters;
-    source: a registered source of x_t, "trajectory" for what the network received.
+    each; seed: of the first chain; time_sampler: a registered timestep distribution with its own
+    parameters; source: a registered source of x_t, "trajectory" for what the network received.
     """
 
     steps: int = 50

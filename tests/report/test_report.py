@@ -140,7 +140,7 @@ ABSENT = {
     "metrics.json": {"summary", "steps", "speed"},
     "sensitivity.json": {"sensitivity"},
     "samples": {"samples"},
-    "trace.json": {"time-law"},
+    "trace.json": {"timesteps"},
     "stats.safetensors": {"activations"},
     "scales.safetensors": {"activations", "scales"},
     "layers.json": {"activations", "scales", "layer-sqnr", "layers"},

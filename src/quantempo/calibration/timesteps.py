@@ -1,12 +1,12 @@
-"""Laws by which calibration inputs are spread over the sampling steps.
+"""Timestep distributions: how calibration inputs are spread over the sampling steps.
 
-A law lives on step indices i in [0, num_steps): 0 is the last call of a sampler, nearest to the
+Each is over step indices i in [0, num_steps): 0 is the last call of a sampler, nearest to the
 image, num_steps - 1 the first, nearest to pure noise. Its parameters are fractions of num_steps,
 so one recipe serves every step count. `trace` turns an index into the training time-step the
 network receives there; nothing here knows about networks.
 
-Three laws go by the name of the paper's NDTC: what it prints, what its released program does, and
-a normal law truncated properly, which is our default.
+Three go by the name of the paper's NDTC: what it prints, what its released program does, and a
+properly truncated normal distribution, our default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TIME_SAMPLERS", "TimeSampler", "make_time_sampler"]
 
 
 class TimeSampler(Protocol):
-    """A law over step indices, with its parameters as fractions of the number of steps."""
+    """A distribution of step indices, with its parameters as fractions of the number of steps."""
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         """Draw (n,) int64 step indices in [0, num_steps)."""
@@ -39,18 +39,18 @@ TIME_SAMPLERS: Registry[type] = Registry("time sampler")
 
 
 def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> TimeSampler:
-    """Make the law a recipe names.
+    """Make the timestep distribution a recipe names.
 
     Args:
         name: a name in `TIME_SAMPLERS`.
-        args: parameters of the law as fractions of num_steps; the others keep their defaults.
+        args: its parameters as fractions of num_steps; the others keep their defaults.
 
     Raises:
         QuantempoError: unknown name or parameter (the nearest one is named), or a parameter that
             is not a number or out of its range.
     """
-    law = TIME_SAMPLERS.get(name)
-    known = [field.name for field in fields(law)]
+    kind = TIME_SAMPLERS.get(name)
+    known = [field.name for field in fields(kind)]
     for key, value in (args or {}).items():
         if key not in known:
             raise QuantempoError(
@@ -62,7 +62,7 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
                 f"time sampler '{name}': got {key} = {value!r}; expected a number, "
                 "a fraction of the number of steps"
             )
-    return law(**dict(args or {}))
+    return kind(**dict(args or {}))
 
 
 @TIME_SAMPLERS.register("ndtc")
@@ -100,7 +100,7 @@ class TruncatedNormal:
 @TIME_SAMPLERS.register("ndtc_paper")
 @dataclass(frozen=True)
 class PaperNormal:
-    """Draw the law as printed: i = clamp(floor(N(mean T, T / 2)), 0, T - 1), std sqrt(T / 2).
+    """Draw as printed: i = clamp(floor(N(mean T, T / 2)), 0, T - 1), std sqrt(T / 2).
 
     Relative to T the width shrinks as 1 / sqrt(2 T): 10 % at 50 steps, 4.5 % at 250. The printed
     clamp is at T, which is no index; it is T - 1 here. The paper asks for mean <= 1/2 and prints
@@ -127,7 +127,7 @@ class PaperNormal:
 @TIME_SAMPLERS.register("ndtc_repo")
 @dataclass(frozen=True)
 class RepoNormal:
-    """Draw the law of the released program: i = clamp(floor(N(mean T, (std T)^2)), 0, T - 1).
+    """Draw as the released program does: i = clamp(floor(N(mean T, (std T)^2)), 0, T - 1).
 
     At the defaults and 250 steps the clamp puts 16.1 % of the draws on index 0 exactly and 6.8 %
     on T - 1.
@@ -171,7 +171,7 @@ class SkewNormal:
     def __post_init__(self) -> None:
         _check("skew_normal", "xi", self.xi, 0.0, 1.0)
         _check("skew_normal", "omega", self.omega, 1e-3, 10.0)
-        # A law that lies wholly outside [0, 1) could not be drawn by rejection.
+        # A distribution wholly outside [0, 1) could not be drawn by rejection.
         _check("skew_normal", "alpha", self.alpha, -100.0, 100.0)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
@@ -264,10 +264,10 @@ _GAUSS_NODES = (torch.tensor([-_OUTER, -_INNER, _INNER, _OUTER], dtype=torch.flo
 _GAUSS = torch.tensor([_LIGHT, _HEAVY, _HEAVY, _LIGHT], dtype=torch.float64)
 
 
-def _check(law: str, key: str, value: float, low: float, high: float) -> None:
+def _check(name: str, key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise QuantempoError(
-            f"time sampler '{law}': got {key} = {value}; expected {low:g} to {high:g}"
+            f"time sampler '{name}': got {key} = {value}; expected {low:g} to {high:g}"
         )
 
 
@@ -295,7 +295,7 @@ def _normal_cells(mean: float, std: float, num_steps: int) -> Tensor:
 
 
 def _clamped_cells(mean: float, std: float, num_steps: int) -> Tensor:
-    """Return the cells of a normal law with both tails added to the end cells."""
+    """Return the cells of a normal distribution with both tails added to the end cells."""
     mass = _normal_cells(mean, std, num_steps)
     root = std * math.sqrt(2)
     mass[0] += math.erfc(mean / root) / 2

@@ -38,7 +38,7 @@ __all__ = [
     "scale_curves",
     "step_curve",
     "time_axis",
-    "time_law",
+    "timestep_distribution",
     "trim",
 ]
 
@@ -154,18 +154,18 @@ def bare(axis: Any, grid: str) -> None:
     axis.tick_params(length=0, pad=5)
 
 
-def time_law(
+def timestep_distribution(
     drawn: np.ndarray,
     density: np.ndarray | None,
     actual: np.ndarray | None,
     steps: int,
     num_train_timesteps: int,
 ) -> str:
-    """Draw the law of time-steps: drawn step indices against its density, and the t recorded.
+    """Draw the timestep distribution: drawn step indices against its density, and the t recorded.
 
     Args:
         drawn: (n,) step indices in [0, steps).
-        density: (steps,) probabilities of the law, or None.
+        density: (steps,) probabilities, or None.
         actual: (m,) training time-steps the network received, or None.
         steps: of the traced sampler.
         num_train_timesteps: T.
@@ -181,7 +181,7 @@ def time_law(
                 where="post",
                 color=ACCENT,
                 linewidth=1.4,
-                label="law",
+                label="density",
             )
         left.set_xlim(steps - 0.5, -0.5)
         left.set_xlabel("step of the sampler   (noise → image)")

@@ -165,7 +165,7 @@ def _samples(run: RunFolder) -> list[Block]:
     return [Block("grid", bands, caption, labels)]
 
 
-def _time_law(run: RunFolder) -> list[Block]:
+def _timesteps(run: RunFolder) -> list[Block]:
     trace = _json(run, "trace.json", "trace")
     settings = trace["settings"]
     last = int(settings["num_train_timesteps"])
@@ -179,13 +179,13 @@ def _time_law(run: RunFolder) -> list[Block]:
         actual = actual * last
     density = np.asarray(trace["density"]) if trace.get("density") else None
     drawn = np.asarray(trace["target_steps"]).ravel()
-    law = dict(settings["time_sampler"])
-    name, details = law.pop("name"), _listed(law)
+    sampler = dict(settings["time_sampler"])
+    name, details = sampler.pop("name"), _listed(sampler)
     caption = (
         f"{settings['chains']} chains of {settings['steps']} steps, {settings['picks']} inputs "
-        f"kept of each, drawn by the law {name}{f' ({details})' if details else ''}."
+        f"kept of each, drawn from {name}{f' ({details})' if details else ''}."
     )
-    figure = plots.time_law(drawn, density, actual, int(settings["steps"]), last)
+    figure = plots.timestep_distribution(drawn, density, actual, int(settings["steps"]), last)
     return [Block("svg", figure, caption)]
 
 
@@ -369,7 +369,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFolder], list[Block]]], ...] = (
     ("samples", "Same seeds, two models", _samples),
     ("steps", "Error at each step", _step_sqnr),
     ("speed", "Speed and size", _speed),
-    ("time-law", "Which inputs were looked at", _time_law),
+    ("timesteps", "Which inputs were looked at", _timesteps),
     ("activations", "Activations over time", _activations),
     ("scales", "Scales over time", _scales),
     ("layer-sqnr", "Error of each layer", _layer_sqnr),
