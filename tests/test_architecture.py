@@ -63,9 +63,8 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 24_000, "studies": 4_700, "tests": 20_300}
+BUDGETS = {"src": 23_400, "studies": 4_600, "tests": 20_050}
 MAX_ROOT = 6
-NOT_YET_USED = {"put_buffer"}
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
 MAX_FUNCTION = 60
@@ -328,7 +327,7 @@ def words_of(path: Path) -> set[str]:
 
 def test_public_names_are_used() -> None:
     # What a registry or the command line takes by a decorator is used by its name as a string.
-    used = set().union(*map(words_of, MODULES), quantempo.__all__, NOT_YET_USED)
+    used = set().union(*map(words_of, MODULES), quantempo.__all__)
     unused = {
         f"{path.relative_to(PACKAGE)}: {node.name}"
         for path in MODULES
