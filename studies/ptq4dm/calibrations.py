@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.calibration.dataset import TraceSet
-from quantempo.calibration.sources import needs_images
+from quantempo.calibration.dataset import TraceSet, index_of
+from quantempo.calibration.sources import check_source, replace_rows
 from quantempo.calibration.statistics import collect_statistics
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.core import ACTIVATION
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.quantized import plan_layers
+from quantempo.run_folder import read_tensors
 from quantempo.scales import search_activation
 from quantempo.scales.search import search_scales
 from studies.ptq4dm.cells import Cell
@@ -57,16 +58,14 @@ class Calibrator:
         cell: Cell,
         seed: int,
         call: Mapping[str, Any] | None = None,
-        images: np.ndarray | None = None,
     ) -> Iterator[TraceSet]:
-        """Yield the calibration set of a cell under this pipeline, on disk for that long.
+        """Yield a cell's trajectories under this pipeline, on disk for that long.
 
         Args:
             pipe: with the scheduler to trace and the float denoiser, or a `Frontend` of it.
             cell: its recipe, pairs and calibrating sampler.
             seed: of the first chain.
             call: further arguments of the pipeline.
-            images: (n, H, W, C) uint8 for sources that need them.
         """
         assert cell.recipe is not None
         settings, steps = cell.recipe.trace, cell.calibrated.steps
@@ -91,14 +90,39 @@ class Calibrator:
                     batch_size=self.batch_size,
                     num_train_timesteps=int(pipe.scheduler.config.num_train_timesteps),
                     call=call,
-                    source=settings.source,
-                    images=images if needs_images(settings.source) else None,
                     model_hash=self.model,
                     progress=False,
                 )
             if cell.released:
                 relabel(data, law, finished, seed ^ _DRAW)
             yield data
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def sourced(
+        self, data: TraceSet, pipe: Any, cell: Cell, images: np.ndarray
+    ) -> Iterator[TraceSet]:
+        """Yield the calibration set of a cell: its trajectories, or what its source puts there.
+
+        Equal to a trace with that source, which would run the same trajectories once more.
+        """
+        assert cell.recipe is not None
+        source = cell.recipe.trace.source
+        if source == "trajectory":
+            yield data
+            return
+        check_source(source, pipe, denoiser_of(pipe)[1], images)
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        schedule, seed = pipe.scheduler.alphas_cumprod, data.info["settings"]["seed"]
+        unit = data.per_unit
+        try:
+            copied = TraceSet(copy_trace(data, folder / "trace"))
+            for chunk in copied.info["chunks"]:
+                tensors, metadata = read_tensors(copied.folder / chunk["file"])
+                tensors["x_t"] = replace_rows(source, tensors, schedule, unit, images, seed)
+                copied.folder.write_safetensors(chunk["file"], tensors, metadata)
+            yield copied
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -166,6 +190,13 @@ class Calibrator:
             zero_point = torch.tensor(best.zero_point, dtype=torch.int32)
             found[name] = (best.scale[0], zero_point)
         return found
+
+
+def copy_trace(data: TraceSet, folder: Path) -> Path:
+    """Copy a trace and its index to a folder that is not there yet; return it."""
+    shutil.copytree(data.folder.path, folder)
+    shutil.copy(index_of(data.folder.path), index_of(folder))
+    return folder
 
 
 def _pick(name: str, denoiser: nn.Module, sample: str) -> Callable[[Any, Any], Tensor]:

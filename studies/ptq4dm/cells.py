@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantempo.calibration.timesteps import make_time_sampler
@@ -109,6 +109,13 @@ class Cell:
         of = (self.calibrated, self.measured, self.released, side, self.repetition)
         return repr((self.recipe.trace, self.recipe.layers, of))
 
+    @property
+    def trajectories(self) -> str:
+        """Name of the trajectories that its calibration set comes from."""
+        assert self.recipe is not None
+        trace = replace(self.recipe.trace, source="trajectory")
+        return repr((trace, self.calibrated, self.released, self.repetition))
+
     def group(self, main: Sampler) -> str:
         """Return what it shares with others that one process should run, given the main sampler.
 
@@ -119,7 +126,15 @@ class Cell:
         if others or self.recipe is None:
             return repr((sorted(map(str, others)), self.repetition))
         recipe = self.recipe
-        return repr((recipe.trace, recipe.layers, recipe.weights, self.inputs))
+        return repr(
+            (
+                self.trajectories,
+                recipe.layers,
+                recipe.weights,
+                self.measured,
+                self.graph == "output",
+            )
+        )
 
     @property
     def structure(self) -> str | None:

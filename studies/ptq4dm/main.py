@@ -120,7 +120,8 @@ def run_study(
     Raises:
         QuantempoError: unknown study, a folder with something else in it, or what `Tools` raises.
     """
-    chosen = [STUDIES.get(name) for name in only or STUDIES.names()]
+    names = [name for name in STUDIES.names() if plan.ours or name != "Ours"]
+    chosen = [STUDIES.get(name) for name in only or names]
     out, world = RunFolder(settings.out), World()
     _check_folder(out)
     settings = replace(settings, device=world.device(settings.device))
@@ -280,7 +281,7 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
 def _kept(out: RunFolder, name: str, make: Callable[[], Any]) -> Any:
     """Return what stands in `cells/NAME.json`; make and write it first if nothing does."""
     name = f"cells/{name}.json"
-    if not out.has(name) and (made := make()) is not None:
+    if not out.has(name) and (made := make()):
         out.write_json(name, made)
     return out.read_json(name) if out.has(name) else None
 
@@ -289,7 +290,7 @@ def _extra(tools: Tools, plan: Plan, item: Any, out: RunFolder) -> dict[str, Any
     """Return what a figure needs besides rows, from disk if it was made for this plan before."""
     settings = Row("figure", plan.sampler, 1, plan.base()).cells(1)[0]
     key = digest([tools.identity, item.name, settings.describe()])
-    return dict(_kept(out, f"figure-{key}", lambda: item.extra(plan, tools)))
+    return _kept(out, f"figure-{key}", lambda: item.extra(plan, tools)) or {}
 
 
 def _pooled(tools: Tools, cells: list[Cell], out: RunFolder) -> dict[str, Any] | None:

@@ -83,7 +83,8 @@ class Tools:
         self._features: dict[tuple[Sampler, int, int], Features] = {}
         self._outputs: dict[Sampler, list[torch.Tensor]] = {}
         self._calibrated: tuple[str, TraceSet, dict[str, torch.Tensor]] | None = None
-        self._kept = ExitStack()
+        self._traced: tuple[str, TraceSet] | None = None
+        self._kept, self._sourced = ExitStack(), ExitStack()
         self.digest = digest
 
     @cached_property
@@ -148,21 +149,28 @@ class Tools:
         """Return a cell's calibration set and statistics; the last ones are kept for the next."""
         assert cell.recipe is not None
         if self._calibrated is None or self._calibrated[0] != cell.inputs:
-            self.close()
+            self._calibrated = None
+            self._sourced.close()
             network = self.networks.exact()
             # A network compiled for one batch size is not compiled again for another.
             network.compiled &= cell.recipe.trace.chains % self.settings.batch_size == 0
-            how = (CALIBRATION + cell.repetition * STRIDE, self.call(cell.calibrated), self.data)
             pipe = self.pipe(cell.calibrated, network)
-            data = self._kept.enter_context(self.calibrator.traced(pipe, cell, *how))
+            if self._traced is None or self._traced[0] != cell.trajectories:
+                self.close()
+                how = (CALIBRATION + cell.repetition * STRIDE, self.call(cell.calibrated))
+                traced = self._kept.enter_context(self.calibrator.traced(pipe, cell, *how))
+                self._traced = (cell.trajectories, traced)
+            sourced = self.calibrator.sourced(self._traced[1], pipe, cell, self.data)
+            data = self._sourced.enter_context(sourced)
             found = self.calibrator.statistics(self.denoiser, cell, data)
             self._calibrated = (cell.inputs, data, found)
         return self._calibrated[1:]
 
     def close(self) -> None:
-        """Remove the calibration set that is kept."""
+        """Remove the trajectories and the calibration set that are kept."""
+        self._sourced.close()
         self._kept.close()
-        self._calibrated = None
+        self._calibrated = self._traced = None
 
     def quantized(self, cell: Cell) -> Any:
         """Return the pipeline of a cell: its network and its sampler tensors quantized."""

@@ -74,3 +74,26 @@ def test_labels_and_indices_are_one_draw_at_the_sizes_of_the_paper() -> None:
     wanted = make_time_sampler("ndtc_repo").density(250)
     assert float(density[174]) == float(wanted[74]) and density[249] == 0
     assert float(density[0]) == pytest.approx(float(wanted[248] + wanted[249]))
+
+
+@pytest.mark.parametrize("source", ["mimic", "raw", "noise"])
+def test_a_source_put_into_kept_trajectories_is_that_of_a_trace(
+    tmp_path: Path, source: str
+) -> None:
+    pipe, images = tiny_unconditional(), np.zeros((3, 16, 16, 3), np.uint8) + np.uint8(200)
+    recipe = Recipe.load("ptq4dm").override("trace", chains=CHAINS, source=source)
+    cell = Row("", Sampler("ddim", STEPS), 2, recipe).cells(1)[0]
+    calibrator = Calibrator(tmp_path / "scratch", "model", BATCH)
+    law = make_time_sampler(recipe.trace.time_sampler)
+    how: dict[str, Any] = {"steps": STEPS, "chains": CHAINS, "picks": 1, "time_sampler": law}
+    how |= {"seed": SEED, "batch_size": BATCH, "source": source, "images": images}
+    wanted = trace(pipe, pipe.unet, tmp_path / "wanted", **how)
+    with ExitStack() as stack:
+        kept = stack.enter_context(calibrator.traced(pipe, cell, SEED))
+        plain = kept.column("x_t")
+        got = stack.enter_context(calibrator.sourced(kept, pipe, cell, images))
+        for name in ("x_t", "t", "chain", "pick", "call"):
+            assert torch.equal(got.column(name), wanted.column(name)), name
+        assert torch.equal(kept.column("x_t"), plain)
+        assert not torch.equal(got.column("x_t"), plain)
+    assert list((tmp_path / "scratch").iterdir()) == []
