@@ -63,7 +63,7 @@ DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 23_400, "studies": 4_600, "tests": 20_050}
+BUDGETS = {"src": 23_400, "studies": 4_700, "tests": 20_050}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
