@@ -59,9 +59,6 @@ ENGINES = ("engines.onednn", "engines.cuda", "engines.openvino")
 APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
-# The one module that wraps `scheduler.step`; others ask it.
-STEP_AT = {"models/sampling.py", "mixed_precision/rollout.py"}
-
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
 BUDGETS = {"src": 23_400, "studies": 4_700, "tests": 20_050}
 MAX_ROOT = 6
@@ -356,7 +353,7 @@ def test_scheduler_step_is_wrapped_in_one_place() -> None:
             targets = node.targets if isinstance(node, ast.Assign) else []
             if any(isinstance(to, ast.Attribute) and to.attr == "step" for to in targets):
                 found.add(path.relative_to(PACKAGE).as_posix())
-    assert found == STEP_AT
+    assert found == {"models/scheduler_step.py"}
 
 
 def diagram() -> str:

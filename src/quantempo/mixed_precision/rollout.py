@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.sampling import call_pipeline
+from quantempo.models.scheduler_step import wrapped_step
 from quantempo.pipeline.quantize import Quantized
 from quantempo.quantized import LayerPlan
 from quantempo.recipe import Recipe
@@ -31,25 +31,15 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
     Raises:
         QuantempoError: see `call_pipeline`; the pipeline did not step its scheduler.
     """
-    scheduler, last = pipe.scheduler, list[Any]()
-    step, before = scheduler.step, scheduler.__dict__.get("step")
+    last = list[Any]()
 
-    # `wraps` keeps the signature, which pipelines inspect.
-    @functools.wraps(step)
-    def keep(*args: Any, **kwargs: Any) -> Any:
+    def keep(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
         return result
 
-    scheduler.step = keep
-    try:
+    with wrapped_step(pipe.scheduler, keep):
         call_pipeline(pipe, seeds, steps=steps, output_type="latent", **call)
-    finally:
-        # A site of the sampler may have wrapped the step of this instance already.
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
     if not last:
         raise QuantempoError(f"{type(pipe).__name__} did not call the step of its scheduler")
     return last[0].detach().double().cpu()

@@ -7,7 +7,6 @@ timing share these functions. `unconditional` holds the one pipeline that diffus
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
+from quantempo.models.scheduler_step import scheduler_noise
 from quantempo.registry import nearest
 from quantempo.run_folder import canonical
 
@@ -262,7 +262,7 @@ def call_pipeline(
     # The stock pixel pipelines hand bfloat16 to numpy, which does not know it.
     kind = "pt" if type(pipe).__name__ in _PIXEL_PIPELINES else output_type
     noise = generators(seeds)
-    with _quiet(pipe), _scheduler_noise(pipe.scheduler, noise):
+    with _quiet(pipe), scheduler_noise(pipe.scheduler, noise):
         images = pipe(
             generator=noise, num_inference_steps=steps, output_type=kind, **arguments
         ).images
@@ -361,36 +361,3 @@ def _quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = old
-
-
-@contextmanager
-def _scheduler_noise(scheduler: Any, noise: list[torch.Generator]) -> Iterator[None]:
-    """Hand the generators to `scheduler.step` when a pipeline forgets to (DiTPipeline does).
-
-    A step over several copies of the batch (guidance) goes round the generators again.
-    """
-    step = scheduler.step
-    signature = inspect.signature(step)
-    if "generator" not in signature.parameters:
-        yield
-        return
-
-    # `wraps` keeps the signature, which pipelines inspect.
-    @functools.wraps(step)
-    def seeded(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        if bound.arguments.get("generator") is None:
-            rows = bound.arguments["sample"].shape[0]
-            bound.arguments["generator"] = [noise[i % len(noise)] for i in range(rows)]
-        return step(*bound.args, **bound.kwargs)
-
-    before = scheduler.__dict__.get("step")
-    scheduler.step = seeded
-    try:
-        yield
-    finally:
-        # A site of the sampler may have wrapped the step of this instance already.
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before

@@ -1,0 +1,56 @@
+"""Wrap the step of a scheduler for a while, and give it its noise."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Generator
+
+__all__ = ["scheduler_noise", "wrapped_step"]
+
+
+@contextmanager
+def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
+    """Let `scheduler.step(...)` call `around(step, ...)` for a while."""
+    step, before = scheduler.step, scheduler.__dict__.get("step")
+
+    # `wraps` keeps the signature, which pipelines inspect.
+    @functools.wraps(step)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(step, *args, **kwargs)
+
+    scheduler.step = wrapped
+    try:
+        yield
+    finally:
+        # The step of this instance may have been wrapped before.
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
+
+
+@contextmanager
+def scheduler_noise(scheduler: Any, noise: Sequence[Generator]) -> Iterator[None]:
+    """Hand the generators to `scheduler.step` when a pipeline forgets to (DiTPipeline does).
+
+    A step over several copies of the batch (guidance) goes round the generators again.
+    """
+    signature = inspect.signature(scheduler.step)
+    if "generator" not in signature.parameters:
+        yield
+        return
+
+    def seeded(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments.get("generator") is None:
+            rows = bound.arguments["sample"].shape[0]
+            bound.arguments["generator"] = [noise[i % len(noise)] for i in range(rows)]
+        return step(*bound.args, **bound.kwargs)
+
+    with wrapped_step(scheduler, seeded):
+        yield
