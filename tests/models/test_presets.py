@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models.presets import build_preset, ddim_loop, fuse_projections, random_inputs
+from quantempo.models.presets import build_preset, ddim_loop, random_inputs
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
 
 MAKERS: dict[str, Any] = {
@@ -92,13 +91,3 @@ def test_the_loop_drops_a_learned_variance() -> None:
     net = tiny_dit().transformer
     inputs = random_inputs(net, 2)
     assert ddim_loop(net, net, inputs, 2).shape == inputs["hidden_states"].shape
-
-
-def test_projections_are_fused_where_diffusers_can() -> None:
-    net = tiny_text().unet
-    inputs = random_inputs(net, 1)
-    with torch.no_grad():
-        wanted = net(**inputs).sample
-        assert fuse_projections(net)
-        assert sqnr_db(wanted, net(**inputs).sample) > 80
-    assert not fuse_projections(tiny_unet())

@@ -22,7 +22,6 @@ from quantempo.engines.cuda.graphs import capture, graphed
 from quantempo.engines.select import ENGINES, attach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
-from quantempo.models.presets import fuse_projections
 from quantempo.registry import nearest
 
 __all__ = ["CANDIDATES", "Candidate", "Forward", "Subject", "cast_inputs", "record", "select"]
@@ -191,7 +190,8 @@ def _autotuned(subject: Subject, flags: bool = False) -> Forward:
 
     net, mode = _floating(subject), list_mode_options("max-autotune")
     if flags:
-        fuse_projections(net)
+        # Query, key and value in one product, where diffusers offers it.
+        getattr(net, "fuse_qkv_projections", lambda: None)()
     return _compiled(net, **mode, **(_FLAGS if flags else {}))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from quantempo.evaluation.features import Extractor, Features, extract, load_extractor
 from quantempo.evaluation.fidelity import PSNR_CAP_DB, check_pairs, eps_sqnr, psnr_db, ssim
 from quantempo.evaluation.scores import (
-    ImageSet,
     compare_sets,
     frechet_distance,
     load_images,
@@ -33,22 +32,18 @@ def evaluate_pairs(
     float_images: np.ndarray,
     other_images: np.ndarray,
     *,
-    reference: str | Path | np.ndarray | ImageSet | None = None,
+    reference: str | Path | None = None,
     extractor: str = "lite0",
     weights: str | Path | None = None,
     sha256: str | None = None,
-    reference_limit: int | None = None,
 ) -> dict[str, Any]:
     """Compare the images of a float and a quantized model that started from the same seeds.
 
     Args:
-        float_images: (n, H, W, 3) or (n, H, W, 1) uint8.
-        other_images: the same shape, image i from the same seed as float image i.
-        reference: a folder of real images, or images; both sets are then also scored against it.
-        extractor: registered name; "lite0" works offline, "inception" gives FID and needs weights.
-        weights: weights file of the extractor.
-        sha256: its expected hash; None: that of the published file.
-        reference_limit: use that many images of a reference folder.
+        float_images, other_images: (n, H, W, 3) or (n, H, W, 1) uint8, same seeds in same places.
+        reference: a folder of real images; both sets are then also scored against it.
+        extractor, weights, sha256: of `load_extractor`; "lite0" works offline, "inception" gives
+            FID and needs weights.
 
     Returns:
         JSON-ready dict. Paired: psnr_db (list), psnr_db_mean, psnr_db_p05, psnr_db_cap,
@@ -77,7 +72,7 @@ def evaluate_pairs(
         result[f"{row['name']}_{name}"] = row["value"]
         scores.append(row)
     if reference is not None:
-        images = _reference(reference, float_images.shape[1:3], reference_limit)
+        images = load_images(reference, (float_images.shape[1], float_images.shape[2]))
         real = extract(network, images.images)
         for name, features in sets.items():
             rows = compare_sets(network, features, real, (name, images.source))
@@ -101,16 +96,6 @@ def _paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
         "ssim_mean": float(similarity.mean()),
         "ssim_p05": float(np.percentile(similarity, 5)),
     }
-
-
-def _reference(
-    reference: str | Path | np.ndarray | ImageSet, size: tuple[int, ...], limit: int | None
-) -> ImageSet:
-    if isinstance(reference, ImageSet):
-        return reference
-    if isinstance(reference, np.ndarray):
-        return ImageSet(reference, "given images", 0)
-    return load_images(reference, (size[0], size[1]), limit)
 
 
 def _tie(extractor: Extractor, sets: dict[str, Features], real: Features) -> dict[str, Any]:

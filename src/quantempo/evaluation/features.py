@@ -23,6 +23,7 @@ from quantempo.run_folder import file_sha256
 __all__ = ["EXTRACTORS", "Extractor", "Features", "Lite0", "extract", "load_extractor"]
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_LITE0_NAMES = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
 
 # The official file weights-inception-2015-12-05-6726825d.pth carries the head of its hash.
 INCEPTION_SHA256 = "6726825d"
@@ -72,14 +73,12 @@ def load_extractor(
     sha256: str | None = None,
     device: str = "cpu",
 ) -> Extractor:
-    """Load a registered feature extractor.
+    """Load a registered feature extractor, "lite0" or "inception", onto a device.
 
     Args:
-        name: "lite0" or "inception".
         weights: weights file; None: the file that ships with the extractor, if one does.
         sha256: expected SHA-256 of the file, whole or at least its first 8 digits; None: that of
             the published file.
-        device: where its network is put.
 
     Raises:
         QuantempoError: unknown name, a package or the file is missing, the hash differs.
@@ -94,16 +93,9 @@ def load_extractor(
 def extract(
     extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
 ) -> Features:
-    """Compute the features of images, batch by batch.
+    """Return the features, float32, of (n, H, W, 3) or (n, H, W, 1) uint8 images, in their order.
 
-    Args:
-        extractor: from `load_extractor`.
-        images: (n, H, W, 3) or (n, H, W, 1) uint8; one channel is repeated.
-        batch: images per call of the network.
-        device: where the extractor's network is; the scores are computed there too.
-
-    Returns:
-        Features of all n images, in their order, on that device, float32.
+    One channel is repeated. `device` is that of the extractor's network, and of the result.
 
     Raises:
         QuantempoError: wrong shape or dtype, or no image.
@@ -149,8 +141,7 @@ class Lite0(nn.Module):
     uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128 when no side exceeds 64
     pixels, then (x - 127) / 128.
 
-    Args:
-        state: the published state dict.
+    `state` is the published state dict.
 
     Error: folding changes features by float32 rounding only (relative 1e-5).
     Source: Tan and Le, EfficientNet, 2019, https://arxiv.org/abs/1905.11946, table 1; "lite"
@@ -248,12 +239,7 @@ def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
         "EfficientNet-Lite0 features: a Frechet distance on them is not FID and must not be "
         "compared with one",
         network,
-        {
-            "frechet": "fed_lite0",
-            "spatial": "sfed_lite0",
-            "kernel": "kid_lite0",
-            "inception": "is_lite0",
-        },
+        {kind: f"{name}_lite0" for kind, name in _LITE0_NAMES.items()},
     )
 
 

@@ -32,11 +32,7 @@ SSIM_MIN_SIDE = 6
 
 
 def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
-    """Check that two image sets can be compared image by image.
-
-    Args:
-        first: (n, H, W, C) uint8.
-        second: the same shape and dtype; image i of both comes from the same seed.
+    """Check that two image sets, (n, H, W, 3) or (n, H, W, 1) uint8, can be compared in pairs.
 
     Raises:
         QuantempoError: wrong rank, dtype, channel count, no image at all or different shapes.
@@ -60,17 +56,7 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Compute the peak signal-to-noise ratio of each pair of images.
 
     PSNR_i = 10 log10(255^2 / mean((first_i - second_i)^2)), at most `PSNR_CAP_DB`, which identical
-    images get.
-
-    Args:
-        first: (n, H, W, C) uint8.
-        second: (n, H, W, C) uint8.
-
-    Returns:
-        (n,) float64.
-
-    Raises:
-        QuantempoError: see `check_pairs`.
+    images get. Takes (n, H, W, C) uint8, returns (n,) float64; raises as `check_pairs`.
 
     Error: exact integer differences, then one float64 logarithm.
     """
@@ -86,16 +72,8 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     """Compute the structural similarity of each pair of images (1 when equal).
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
-    channels; torchmetrics does the computation in float64.
-
-    Args:
-        first: (n, H, W, C) uint8, H and W at least 6.
-        second: (n, H, W, C) uint8.
-        batch: pairs per call.
-        device: where it is computed; a processor core takes about 20 ms for a pair of 32 x 32.
-
-    Returns:
-        (n,) float64.
+    channels; torchmetrics does the computation in float64, `batch` pairs at a time. A processor
+    core takes about 20 ms for a pair of 32 x 32. Takes (n, H, W, C) uint8, returns (n,) float64.
 
     Raises:
         QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
@@ -179,14 +157,12 @@ def eps_sqnr(
     `SQNR_CAP_DB`. Errors do not accumulate along the trajectory: both see the float model's x_t.
 
     Args:
-        float_denoiser: called as `float_denoiser(*args, **kwargs)`.
-        int8_denoiser: called with the same inputs, after the float one, batch by batch.
+        float_denoiser, int8_denoiser: called with the same inputs, the float one first.
         batches: (args, kwargs, t), t a number, () or (B,) tensor of training time-steps; read once.
         bins: increasing edges of time intervals; results are then per interval, keyed by its
             centre. None: per distinct t.
 
-    Returns:
-        {"t": ascending, "sqnr_db": one value per t}, plain floats.
+    Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
 
     Raises:
         QuantempoError: no batch, outputs of different shapes, outputs that are not finite, or a
@@ -215,15 +191,12 @@ def eps_sqnr(
     if not signal:
         raise QuantempoError("got no batches to compare denoisers on; trace some inputs first")
     steps = sorted(signal)
-    return {"t": steps, "sqnr_db": [_ratio_db(signal[t], noise[t], t) for t in steps]}
-
-
-def _ratio_db(signal: float, noise: float, t: float) -> float:
-    if signal == 0.0:
-        raise QuantempoError(
-            f"the float denoiser returned only zeros at t = {t:g}; check its input"
-        )
-    return _decibels(signal, noise)
+    for t in steps:
+        if signal[t] == 0.0:
+            raise QuantempoError(
+                f"the float denoiser returned only zeros at t = {t:g}; check its input"
+            )
+    return {"t": steps, "sqnr_db": [_decibels(signal[t], noise[t]) for t in steps]}
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -234,9 +207,6 @@ def _decibels(signal: float, noise: float) -> float:
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Return 10 log10(sum reference^2 / sum (reference - other)^2), at most `SQNR_CAP_DB`.
-
-    Args:
-        reference, other: of one shape and device, any float dtype.
 
     Error: sums in float64, as in `eps_sqnr`.
     """

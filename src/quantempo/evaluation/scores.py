@@ -104,9 +104,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Sets with n + m < D are first rotated into their common span: rotations do not change d, and
     the eigenvalue problem shrinks from D to n + m.
 
-    Args:
-        first: (n, D) any float dtype.
-        second: (m, D).
+    Sets are (n, D) and (m, D), any float dtype.
 
     Raises:
         QuantempoError: different D, fewer than 2 rows.
@@ -136,13 +134,7 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
     k(x, y) = (x.y / D + 1)^3; mean and standard deviation over 50 random subsets of 1000 images,
     or the one value of all images when both sets have the same size of at most 1000.
 
-    Args:
-        first: (n, D).
-        second: (m, D).
-        seed: of the subsets.
-
-    Returns:
-        (mean, std); std is 0 when there is one subset.
+    Sets are (n, D) and (m, D); `seed` draws the subsets. Returns (mean, std), std 0 for one subset.
 
     Raises:
         QuantempoError: different D, fewer than 2 rows.
@@ -164,15 +156,8 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
 def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None, int]:
     """Compute exp(E_x KL(p(y|x) || p(y))) from class logits.
 
-    Split at random into one part per 1000 images, at most 10, as published scores do; small sets
-    stay whole.
-
-    Args:
-        logits: (n, K).
-        seed: of the split.
-
-    Returns:
-        (mean, std over the splits or None for one split, number of splits).
+    Logits (n, K) are split at random into one part per 1000 images, at most 10, as published scores
+    do; small sets stay whole. Returns (mean, std over the splits or None for one, their number).
 
     Raises:
         QuantempoError: no rows.
@@ -192,35 +177,29 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None,
     return float(mean), None if splits == 1 else float(std), splits
 
 
-def _provenance(extractor: Extractor, images: int) -> dict[str, Any]:
+def _provenance(
+    extractor: Extractor, images: int, name: str, reference: str | None, reference_images: int
+) -> dict[str, Any]:
     return {
         "extractor": extractor.name,
         "weights_sha256": extractor.sha256,
         "images": images,
         "note": extractor.note,
+        "set": name,
+        "reference": reference,
+        "reference_images": reference_images,
     }
 
 
 def compare_sets(
     extractor: Extractor, samples: Features, other: Features, names: tuple[str, str]
 ) -> list[dict[str, Any]]:
-    """Score the distance of two feature sets in every way the extractor offers.
+    """Score the distance of samples to a reference set in every way their extractor offers.
 
-    Args:
-        extractor: that made both sets.
-        samples: of the images being judged.
-        other: of the reference set.
-        names: how to call the two sets in the result.
-
-    Returns:
-        One dict per score: name, value, std (or None), extractor, weights_sha256, images, note,
-        set, reference, reference_images.
+    Returns one dict per score: name, value, std (or None), extractor, weights_sha256, images, note,
+    set and reference (the given names), reference_images.
     """
-    common = _provenance(extractor, len(samples)) | {
-        "set": names[0],
-        "reference": names[1],
-        "reference_images": len(other),
-    }
+    common = _provenance(extractor, len(samples), *names, len(other))
     label = extractor.score_names
     kernel, kernel_std = kernel_distance(samples.pooled, other.pooled)
     rows: list[tuple[str, float, float | None]] = [
@@ -233,22 +212,15 @@ def compare_sets(
 
 
 def score_set(extractor: Extractor, samples: Features, name: str) -> dict[str, Any]:
-    """Score one feature set by itself: the inception score of its logits.
-
-    Returns:
-        A dict as of `compare_sets`, with `splits` and without a reference (None).
-    """
+    """Return the inception score of a set: as of `compare_sets`, with `splits`, no reference."""
     mean, std, splits = inception_score(samples.logits)
-    return {
+    score = {
         "name": extractor.score_names["inception"],
         "value": mean,
         "std": std,
         "splits": splits,
-        **_provenance(extractor, len(samples)),
-        "set": name,
-        "reference": None,
-        "reference_images": 0,
     }
+    return score | _provenance(extractor, len(samples), name, None, 0)
 
 
 @dataclass(frozen=True)
@@ -314,7 +286,6 @@ def load_images(
     """Load the PNG and JPEG images of a folder and its subfolders, in sorted path order.
 
     Args:
-        folder: where to look, recursively.
         size: (H, W) wanted; images of another size are cropped centrally to its aspect and resized
             (bicubic, antialiased) and counted. None: all must have one size.
         limit: take that many, spread evenly over the sorted list (classes in subfolders stay

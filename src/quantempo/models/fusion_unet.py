@@ -25,6 +25,7 @@ from quantempo.models.fusion import (
     matches,
     no,
 )
+from quantempo.models.layers import EMBEDDINGS
 
 __all__ = [
     "AttentionParts",
@@ -37,20 +38,8 @@ __all__ = [
 
 # Of CrossAttnUpBlock2D after temb, in their order.
 _CROSS_ARGUMENTS = (
-    "encoder_hidden_states",
-    "cross_attention_kwargs",
-    "upsample_size",
-    "attention_mask",
-    "encoder_attention_mask",
-)
-# Children of a U-Net that images do not pass through.
-_APART = (
-    "time_proj",
-    "time_embedding",
-    "class_embedding",
-    "add_time_proj",
-    "add_embedding",
-    "encoder_hid_proj",
+    *("encoder_hidden_states", "cross_attention_kwargs", "upsample_size"),
+    *("attention_mask", "encoder_attention_mask"),
 )
 
 
@@ -212,4 +201,4 @@ def _head(model: Any) -> tuple[Any, ...] | str:
     return no(
         (plain, "it does not end in a norm and SiLU"),
         (in_float, "its first or last layer is quantized"),
-    ) or (m.conv_in, m.conv_norm_out, m.conv_act, m.conv_out, _APART)
+    ) or (m.conv_in, m.conv_norm_out, m.conv_act, m.conv_out, EMBEDDINGS)

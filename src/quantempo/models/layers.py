@@ -6,6 +6,7 @@ decided by structure and name, never by position in a list.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from quantempo.errors import QuantempoError
 
 __all__ = [
+    "EMBEDDINGS",
     "ROLES",
     "Block",
     "DenoiserInputs",
@@ -49,44 +51,31 @@ _INPUT = {"conv_in", "pos_embed.proj", "x_embedder", "img_in", "proj_in"}
 _OUTPUT = {"conv_out", "proj_out", "proj_out_2", "final_layer.linear"}
 # Anywhere in the dotted name.
 _TIME = (
-    "time_embedding",
-    "time_emb_proj",
-    "timestep_embedder",
-    "class_embedding",
-    "class_embedder",
-    "add_embedding",
-    "adaln",
-    "time_text_embed",
-    "guidance_embedder",
+    *("time_embedding", "time_emb_proj", "timestep_embedder", "class_embedding", "class_embedder"),
+    *("add_embedding", "adaln", "time_text_embed", "guidance_embedder"),
 )
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn", "to_qkv"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
 _TIMESTEP = "timestep"
-# How the answer is wrapped; says nothing about the network's input.
-_WRAPPING = ("return_dict",)
 # In the name of a class: parts that are rounded together.
 _UNITS = ("ResnetBlock", "ResBlock", "TransformerBlock")
+# Children of a U-Net that images do not pass through.
+EMBEDDINGS = (
+    *("time_proj", "time_embedding", "class_embedding"),
+    *("add_time_proj", "add_embedding", "encoder_hid_proj"),
+)
 # Children that do not run where they are defined; all others run in between, as defined.
 _RANK = {
-    "time_proj": 0,
-    "time_embedding": 0,
-    "class_embedding": 0,
-    "add_time_proj": 0,
-    "add_embedding": 0,
-    "encoder_hid_proj": 0,
+    **dict.fromkeys(EMBEDDINGS, 0),
     "down_blocks": 2,
     "transformer_blocks": 3,
     "mid_block": 3,
     "single_transformer_blocks": 4,
     "up_blocks": 5,
-    "norm_out": 6,
-    "conv_norm_out": 6,
-    "conv_out": 6,
-    "proj_out": 6,
-    "proj_out_1": 6,
-    "proj_out_2": 6,
+    **dict.fromkeys(("norm_out", "conv_norm_out", "conv_out", "proj_out"), 6),
+    **dict.fromkeys(("proj_out_1", "proj_out_2"), 6),
 }
 
 
@@ -193,12 +182,9 @@ def skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 class DenoiserInputs:
     """One call of a denoiser, by argument name.
 
-    Args:
-        sample: (B, ...) x_t as the network receives it.
-        timestep: (B,) int64, or floating point as received.
-        conditioning: the other arguments by name, as received; defaults are not filled in.
-        sample_name: name of the first argument ("sample", "hidden_states").
-        timestep_name: name of the time-step argument.
+    sample: (B, ...) x_t as the network receives it; timestep: (B,) int64, or floating point as
+    received; conditioning: the other arguments by name, defaults not filled in; sample_name: of the
+    first argument ("sample", "hidden_states").
     """
 
     sample: Tensor
@@ -233,8 +219,8 @@ def bind_inputs(
             f"first and an argument '{_TIMESTEP}'; only denoisers called like this can be traced"
         )
     timestep = _rows(given.pop(_TIMESTEP), sample)
-    for name in _WRAPPING:
-        given.pop(name, None)
+    # How the answer is wrapped says nothing about the network's input.
+    given.pop("return_dict", None)
     return DenoiserInputs(sample, timestep, given, sample_name)
 
 
@@ -261,10 +247,7 @@ def timestep_place(denoiser: Callable[..., Any]) -> int:
 
 
 def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int) -> Any:
-    """Return the time-step of a denoiser call as the pipeline passed it.
-
-    Args:
-        place: from `timestep_place`.
+    """Return the time-step of a denoiser call as the pipeline passed it; `place` is its place.
 
     Raises:
         QuantempoError: there is none (some single-step networks are not conditioned on time).
@@ -278,28 +261,20 @@ def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int) ->
 
 @contextmanager
 def hooked(
-    modules: Mapping[str, nn.Module],
-    hook: Callable[..., Any],
-    *,
-    before: bool = False,
+    modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False
 ) -> Iterator[None]:
     """Call hook(name, module, args, kwargs[, output]) at every call of the modules for a while.
 
-    Args:
-        modules: name -> module.
-        hook: what it returns is ignored; before: called before the module, without an output.
+    What it returns is ignored; `before` the module it gets no output.
     """
 
-    def named(name: str) -> Callable[..., None]:
-        def call(*seen: Any) -> None:
-            hook(name, *seen)
-
-        return call
+    def call(name: str, *seen: Any) -> None:
+        hook(name, *seen)
 
     with ExitStack() as stack:
         for name, module in modules.items():
             register = module.register_forward_pre_hook if before else module.register_forward_hook
-            stack.callback(register(named(name), with_kwargs=True).remove)
+            stack.callback(register(functools.partial(call, name), with_kwargs=True).remove)
         yield
 
 

@@ -14,14 +14,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.registry import nearest
 
-__all__ = [
-    "PRESETS",
-    "build_preset",
-    "check_preset",
-    "ddim_loop",
-    "fuse_projections",
-    "random_inputs",
-]
+__all__ = ["PRESETS", "build_preset", "check_preset", "ddim_loop", "random_inputs"]
 
 # Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
@@ -118,7 +111,6 @@ def random_inputs(
 
     Args:
         denoiser: a U-Net or DiT of diffusers, float32, on its device.
-        batch: rows.
         time: the training time-step of all rows.
         seed: of the values, which do not depend on the device.
 
@@ -131,7 +123,9 @@ def random_inputs(
             f"cannot make inputs for a {kind}; bench a run folder of it (--run), whose trace has "
             "them (known: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)"
         )
-    if config.get("class_embed_type") or config.get("encoder_hid_dim_type"):
+    added = config.get("addition_embed_type")
+    unknown = config.get("class_embed_type") or config.get("encoder_hid_dim_type")
+    if unknown or added not in (None, "text_time"):
         raise QuantempoError(
             f"this {kind} takes further conditioning; bench a run folder of it (--run)"
         )
@@ -150,7 +144,7 @@ def random_inputs(
     }
     if kind == "UNet2DConditionModel":
         inputs["encoder_hidden_states"] = normal(batch, _TEXT_TOKENS, config["cross_attention_dim"])
-        if config.get("addition_embed_type") == "text_time":
+        if added:
             times = 6
             pooled = config["projection_class_embeddings_input_dim"]
             pooled -= times * config["addition_time_embed_dim"]
@@ -159,23 +153,10 @@ def random_inputs(
                 "text_embeds": normal(batch, pooled),
                 "time_ids": ids.float().expand(batch, times).contiguous(),
             }
-        elif config.get("addition_embed_type"):
-            raise QuantempoError(
-                f"this {kind} takes further conditioning; bench a run folder of it (--run)"
-            )
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if classes and (kind != "UNet2DConditionModel"):
         inputs["class_labels"] = torch.arange(batch, device=device) % classes
     return inputs
-
-
-def fuse_projections(denoiser: nn.Module) -> bool:
-    """Join the query, key and value projections where diffusers offers it; return whether."""
-    fuse = getattr(denoiser, "fuse_qkv_projections", None)
-    if fuse is None:
-        return False
-    fuse()
-    return True
 
 
 @torch.no_grad()
@@ -185,11 +166,9 @@ def ddim_loop(
     """Denoise x_T with DDIM and a forward of fixed shapes; return x_0 float32, latents as such.
 
     Args:
-        forward: takes the keyword arguments `inputs`; its output may be overwritten by its next
-            call.
+        forward: takes the keyword arguments `inputs`, whose x_t and time-step are replaced at every
+            step; its output may be overwritten by its next call.
         denoiser: whose argument names `inputs` has.
-        inputs: of the first call; x_t and the time-step are replaced at every step.
-        steps: of DDIM.
         scheduler: whose noise law is used; None for DDIM's default (linear betas, T = 1000).
     """
     from diffusers import DDIMScheduler

@@ -95,9 +95,7 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     with their own schedulers only, give an UnconditionalPipeline.
 
     Args:
-        pipe: a diffusers pipeline.
-        name: a key of `SCHEDULERS`.
-        overrides: further settings of the scheduler (timestep_spacing="trailing").
+        name: a key of `SCHEDULERS`; overrides: further settings (timestep_spacing="trailing").
 
     Raises:
         QuantempoError: unknown name or setting, or a model that this kind of scheduler cannot
@@ -187,10 +185,8 @@ def run_pipeline(
     """Make one image for each seed; image i depends on seeds[i] (and its prompt) only.
 
     Args:
-        pipe: a diffusers pipeline.
         seeds: one seed an image; it drives x_T and the noise of the scheduler.
-        steps: num_inference_steps.
-        batch_size: images in one call of the pipeline.
+        batch_size: images in one call of the pipeline, of `steps` steps.
         on_batch: called with (index of the first image, (b, H, W, C) uint8) after every call.
         progress: draw a bar on stderr; None: only on a terminal.
         call_kwargs: further arguments of the pipeline. Arguments with one entry an image (prompt,
@@ -210,9 +206,9 @@ def run_pipeline(
     if not len(seeds):
         raise QuantempoError("got no seeds; give at least one")
     batches = []
-    with tqdm(
-        total=len(seeds), desc="sample", unit="image", disable=_hidden(progress), leave=False
-    ) as bar:
+    # tqdm reads None as "only when stderr is a terminal".
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(seeds), desc="sample", unit="image", disable=hidden, leave=False) as bar:
         for first in range(0, len(seeds), batch_size):
             batch = seeds[first : first + batch_size]
             images = call_pipeline(pipe, batch, first=first, steps=steps, **call_kwargs)
@@ -240,16 +236,9 @@ def call_pipeline(
 ) -> np.ndarray:
     """Call a pipeline once for a batch of images, with per-image noise and no progress bar.
 
-    Args:
-        pipe, seeds, steps, call_kwargs: as for `run_pipeline`.
-        first: index of the first image, which picks its prompt or label.
-        output_type: "np", or "latent" to spare a decoder where the pipeline has one.
-
-    Returns:
-        What the pipeline returns as images: for "np" (b, H, W, C) float32 in [0, 1].
-
-    Raises:
-        QuantempoError: as for `run_pipeline`.
+    Arguments and errors as of `run_pipeline`; `first`, the index of the first image, picks its
+    prompt or label; `output_type` "latent" spares a decoder where the pipeline has one. Returns the
+    pipeline's images, for "np" (b, H, W, C) float32 in [0, 1].
     """
     known = inspect.signature(pipe.__call__).parameters
     given = {key: value for key, value in call_kwargs.items() if value is not None}
@@ -301,7 +290,8 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], given: dict[s
     for key in needed:
         if key not in given:
             how = _PER_IMAGE.get(key) or f"it as {key}=..."
-            raise QuantempoError(f"{name} needs {_article(key)}: pass {how}")
+            article = "" if key.endswith("s") else "a "
+            raise QuantempoError(f"{name} needs {article}{key}: pass {how}")
     if "batch_size" not in known and not any(key in given for key in _PER_IMAGE):
         raise QuantempoError(f"cannot tell {name} how many images to make; expected 'batch_size'")
 
@@ -317,10 +307,6 @@ def _check_ranges(pipe: Any, steps: int, given: dict[str, Any]) -> None:
     for label in np.ravel(given.get("class_labels", [])).tolist():
         if classes and not 0 <= label < classes:
             raise QuantempoError(f"got class label {label}; this model has 0 to {classes - 1}")
-
-
-def _article(key: str) -> str:
-    return key if key.endswith("s") else f"a {key}"
 
 
 def entries(call: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
@@ -342,11 +328,6 @@ def _picked(value: Any, places: Sequence[int]) -> Any:
             raise QuantempoError("got an empty list of prompts or labels; give at least one")
         return [value[place % len(value)] for place in places]
     return [value] * len(places)
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    # tqdm reads None as "only when stderr is a terminal".
-    return None if progress is None else not progress
 
 
 @contextmanager

@@ -46,12 +46,9 @@ class UnconditionalPipeline(DiffusionPipeline):
         """Sample images.
 
         Args:
-            batch_size: number of images.
             generator: one for all images, or one an image.
-            num_inference_steps: steps of the scheduler.
             eta: DDIM's noise share in [0, 1]; other schedulers ignore it.
             output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
-            return_dict: return an ImagePipelineOutput instead of a tuple.
         """
         config = self.unet.config
         size = config.sample_size
@@ -65,9 +62,12 @@ class UnconditionalPipeline(DiffusionPipeline):
         known = inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator, "eta": eta}
         options = {name: value for name, value in options.items() if name in known}
+        variance = getattr(self.scheduler.config, "variance_type", None)
+        learned = variance in ("learned", "learned_range")
         for t in self.progress_bar(self.scheduler.timesteps):
             output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
-            output = self._without_variance(output, shape[1])
+            # Without the learned variance channels where the scheduler has no use for them.
+            output = output if learned else output[:, : shape[1]]
             x = self.scheduler.step(output, t, x, **options).prev_sample
 
         x = (x / 2 + 0.5).clamp(0, 1)
@@ -78,11 +78,3 @@ class UnconditionalPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _without_variance(self, output: torch.Tensor, channels: int) -> torch.Tensor:
-        """Drop the learned variance channels when the scheduler has no use for them."""
-        learned = getattr(self.scheduler.config, "variance_type", None) in (
-            "learned",
-            "learned_range",
-        )
-        return output if learned else output[:, :channels]
