@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantempo.bench.turns import (
-    cuda_ms,
+    _cuda_ms,
     reason_of,
     take_turns,
     time_limit,
@@ -56,7 +56,7 @@ def test_the_wall_clock_is_in_milliseconds_per_call() -> None:
         clock[0] += 0.25
 
     assert wall_ms(call, 3, lambda: clock[0]) == 250.0 and clock == [0.75]
-    assert timer_for("cpu") is wall_ms and timer_for(torch.device("cuda:0")) is cuda_ms
+    assert timer_for("cpu") is wall_ms and timer_for(torch.device("cuda:0")) is _cuda_ms
 
 
 @pytest.mark.parametrize("at", [0, 5])

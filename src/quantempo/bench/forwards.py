@@ -83,11 +83,7 @@ def prepare(
 ) -> Ready:
     """Build a candidate and call it, before and after recording it.
 
-    Args:
-        candidate: one that `missing` nothing.
-        subject: the network and its arguments; wanted: its float32 output.
-        timer: measures the first call.
-        budget: seconds that this may take, None for no limit.
+    `wanted` is the float32 output; `budget` the seconds this may take, None for no limit.
 
     Raises:
         QuantempoError: an output that is not finite or not near the wanted one.
@@ -170,10 +166,7 @@ def compare(
     A candidate has a row once it is ready ("rounds": 0, the time of one call), again after each
     round (medians so far), or when it failed.
 
-    Args:
-        candidates, subject, wanted, timer, budget: of `prepare`.
-        results: gets the rows; head: {"model", "batch"}, what they share.
-        rounds, seconds: of `take_turns`.
+    `head`, {"model", "batch"}, is what the rows share. Arguments as of `prepare`, `take_turns`.
     """
     ready: dict[str, Ready] = {}
     head = {"kind": "forward", **head}

@@ -111,10 +111,8 @@ def quick_network(
 ) -> Network:
     """Return a float32 denoiser on its device and its copy, quantized from random inputs.
 
-    Args:
-        name: of the network; floating: the denoiser, left as it was.
-        scheduler: of its pipeline, None for DDIM's defaults.
-        recipe: by default the layers and bits of w8a8 with one scale a layer, rounded to nearest.
+    `recipe` is by default the layers and bits of w8a8 with one scale a layer, rounded to nearest;
+    `scheduler` that of its pipeline, None for DDIM's defaults.
     """
     dtype = _float_type(next(floating.parameters()).device)
     steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000

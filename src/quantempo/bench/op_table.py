@@ -127,12 +127,10 @@ def time_op(
     rounds: int = 5,
     seconds: float = 0.25,
 ) -> dict[str, Any]:
-    """Return the row of one case.
-
-    Returns:
-        {"kind", "op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and,
-        where ours ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and
-        "speedup_vs_NAME" over each rival. Ours is "ours"; one that fails its check is not timed.
+    """Return the row of one case: ours is "ours"; one that fails its check is not timed.
+    {"kind", "op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and, where
+    ours ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and
+    "speedup_vs_NAME" over each rival.
     """
     row: dict[str, Any] = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
 
@@ -171,15 +169,7 @@ def time_op(
 def measure_limits(
     device: torch.device, timer: Timer, *, rounds: int = 5, size: int = 8192, copy: int = 1 << 30
 ) -> Limits:
-    """Measure the best bfloat16 product and a copy within the device.
-
-    Args:
-        device: where.
-        timer: what measures.
-        rounds: samples of each; the median counts.
-        size: of a square product beside those of `PRODUCTS`.
-        copy: bytes copied; twice as many are moved.
-    """
+    """Measure the best bfloat16 product, of `PRODUCTS` and a square one, and a copy of some bytes."""
     best = 0.0
     for case in (gemm(size, size, size), *(PRODUCTS if device.type == "cuda" else ())):
         call, copies = _rotated(case.rivals["bf16"], device, 2 * case.moved)
@@ -204,14 +194,8 @@ def bench_ops(
 ) -> None:
     """Check and time each kernel on the shapes of real layers; `results` gets a row after each.
 
-    Args:
-        results: gets {"kind": "limits", ...} and for each case the row of `time_op`.
-        cases: see `op_cases`.
-        device: where.
-        rounds, seconds: samples of each, and of one: so long that the GPU's power control settles.
-            In shorter turns each kernel has the clock that the one before it left.
-        timer: what measures; by default that of the device.
-        sizes: of `measure_limits`.
+    In turns shorter than the default each kernel has the clock that the one before it left, since
+    the GPU's power control does not settle; `sizes` are of `measure_limits`.
     """
     where = torch.device(device)
     timer = timer or timer_for(where)

@@ -62,9 +62,8 @@ def best(rows: list[Row], kind: str, engine: str | None = None) -> Row | None:
 def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float | None]]:
     """Return what ours gains over the best float forms.
 
-    Returns:
-        "speedup_vs_best_bf16", "speedup_vs_best_fp32": {"MODEL_bBATCH": best float ms / best ms of
-        the engine, None without one of them}; for bf16 also {"OPERATOR": see `_slowest`}.
+    "speedup_vs_best_bf16", "speedup_vs_best_fp32": {"MODEL_bBATCH": best float ms / best ms of the
+    engine, None without one of them}; for bf16 also {"OPERATOR": see `_slowest`}.
     """
     found: dict[str, dict[str, float | None]] = {}
     for kind in ("bf16", "fp32"):

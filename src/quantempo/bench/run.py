@@ -87,10 +87,8 @@ def bench(
         batches: by default 8 and 16 on a CPU; 16 and 256 on a GPU, for text-to-image 2 and 8.
         engines: that run the quantized network, the first one judged by; by default all that a CPU
             has, and the fastest one of a GPU.
-        candidates: shell patterns of their names, see `candidates`; all by default.
-        compiled: with torch.compile in baselines.
-        ops: time the kernels too; out: JSON file for the record.
-        settings: of `bench_network`.
+        candidates: shell patterns of their names, all by default; compiled: with torch.compile in
+            baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
 
     Returns:
         The record, see `Results.record`.
@@ -206,10 +204,8 @@ def bench_network(
     """Time every candidate at every batch size; `results` gets the rows as they come.
 
     Args:
-        network: of `networks`; candidates: see `select`.
         results: whose "engine" runs the quantized network where a candidate names none.
         steps: of DDIM, to measure images a second as well.
-        timer: what measures; by default that of the device.
         settings: rounds, seconds, budget of `compare`.
     """
     timer = timer or timer_for(network.device)

@@ -12,27 +12,17 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "Call",
-    "Timer",
-    "cuda_ms",
-    "reason_of",
-    "take_turns",
-    "time_limit",
-    "timer_for",
-    "wall_ms",
-]
+__all__ = ["Call", "Timer", "reason_of", "take_turns", "time_limit", "timer_for", "wall_ms"]
 
 log = logging.getLogger("quantempo")
 
 Call = Callable[[], Any]
 
-
 # (call, count) -> milliseconds per call of `count` calls in a row.
 Timer = Callable[[Call, int], float]
 
 
-def cuda_ms(call: Call, count: int) -> float:
+def _cuda_ms(call: Call, count: int) -> float:
     """Return milliseconds per call between two CUDA events, gaps between kernels included.
 
     A call that the host cannot launch fast enough is charged for the waiting.
@@ -57,7 +47,7 @@ def wall_ms(call: Call, count: int, clock: Callable[[], float] = time.perf_count
 
 def timer_for(device: torch.device | str) -> Timer:
     """Return the timer of a device type."""
-    return cuda_ms if torch.device(device).type == "cuda" else wall_ms
+    return _cuda_ms if torch.device(device).type == "cuda" else wall_ms
 
 
 def take_turns(
@@ -74,11 +64,8 @@ def take_turns(
     One sample repeats the call for about `seconds`; two short samples before choose the count.
     The order is forwards, then backwards, so that clocks and drifts are shared.
 
-    Args:
-        calls: by name, warm or not.
-        rounds: samples of each; seconds: of one.
-        failed: takes name -> reason of calls that raise; without it they raise here.
-        after: called with all samples so far after each round.
+    A call that raises has its reason put into `failed`, or raises here without that; `after` is
+    called with all samples so far after each round.
     """
     counts: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in calls}

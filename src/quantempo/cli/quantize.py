@@ -6,36 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import (
-    Data,
-    Device,
-    Force,
-    Json,
-    Labels,
-    Prompts,
-    RecipeName,
-    Run,
-    Scheduler,
-    Source,
-    Steps,
-    open_session,
-    show,
-    show_summary,
-)
+from quantempo.cli import common as use
 
 __all__ = ["quantize"]
 
 
 def quantize(
-    source: Source,
-    run: Run,
-    recipe: RecipeName = "w8a8",
-    steps: Steps = None,
-    scheduler: Scheduler = None,
-    prompts: Prompts = None,
-    class_labels: Labels = None,
-    data: Data = None,
-    device: Device = "cpu",
+    source: use.Source,
+    run: use.Run,
+    recipe: use.RecipeName = "w8a8",
+    steps: use.Steps = None,
+    scheduler: use.Scheduler = None,
+    prompts: use.Prompts = None,
+    class_labels: use.Labels = None,
+    data: use.Data = None,
+    device: use.Device = "cpu",
     budget_bytes: Annotated[
         int | None,
         typer.Option(min=1, help="Choose bits a layer: bytes of integer weights at most."),
@@ -46,8 +31,8 @@ def quantize(
             min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
         ),
     ] = None,
-    force: Force = False,
-    as_json: Json = False,
+    force: use.Force = False,
+    as_json: use.Json = False,
 ) -> None:
     """Quantize a diffusers pipeline: load, trace, calibrate, search, round, pack.
 
@@ -66,7 +51,7 @@ def quantize(
     budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
     if limited := any(budgets.values()):
         resolved = sensitivity.recall(run, resolved, **budgets)
-    session = open_session(
+    session = use.open_session(
         source, run, resolved, prompts, class_labels, scheduler, force, device, data
     )
     if limited:
@@ -74,7 +59,7 @@ def quantize(
     packed = pipeline.finish(session)
     summary = quality.summary(session)
     if not as_json:
-        show_summary(summary, packed)
+        use.show_summary(summary, packed)
         return
     summary["float_layers"] = len(summary["float_layers"])
-    show({"packed": str(packed), **summary}, as_json)
+    use.show({"packed": str(packed), **summary}, as_json)

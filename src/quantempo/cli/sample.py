@@ -7,18 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantempo.cli.common import (
-    BatchSize,
-    Device,
-    EngineName,
-    Force,
-    Json,
-    Labels,
-    Prompts,
-    Scheduler,
-    call_arguments,
-    show,
-)
+from quantempo.cli import common as use
 
 __all__ = ["sample"]
 
@@ -29,14 +18,14 @@ def sample(
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first; the next count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    batch_size: BatchSize = 16,
-    engine: EngineName = "auto",
-    scheduler: Scheduler = None,
-    device: Device = "cpu",
-    prompts: Prompts = None,
-    class_labels: Labels = None,
-    force: Force = False,
-    as_json: Json = False,
+    batch_size: use.BatchSize = 16,
+    engine: use.EngineName = "auto",
+    scheduler: use.Scheduler = None,
+    device: use.Device = "cpu",
+    prompts: use.Prompts = None,
+    class_labels: use.Labels = None,
+    force: use.Force = False,
+    as_json: use.Json = False,
 ) -> None:
     """Make images from seeds; image i depends on its seed only.
 
@@ -55,8 +44,10 @@ def sample(
         range(seed, seed + images),
         steps=steps,
         batch_size=batch_size,
-        call=call_arguments(prompts, class_labels),
+        call=use.call_arguments(prompts, class_labels),
         identity=model_digest(denoiser),
         force=force,
     )
-    show({"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}, as_json)
+    use.show(
+        {"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}, as_json
+    )

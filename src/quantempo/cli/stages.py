@@ -7,21 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import (
-    Data,
-    Device,
-    Force,
-    Json,
-    Labels,
-    Prompts,
-    RecipeName,
-    Run,
-    Scheduler,
-    Source,
-    Steps,
-    open_session,
-    show,
-)
+from quantempo.cli import common as use
 
 __all__ = ["STAGES", "trace"]
 
@@ -36,17 +22,17 @@ _HELP = {
 
 
 def trace(
-    source: Source,
-    run: Run,
-    recipe: RecipeName = "w8a8",
-    steps: Steps = None,
-    scheduler: Scheduler = None,
-    prompts: Prompts = None,
-    class_labels: Labels = None,
-    data: Data = None,
-    device: Device = "cpu",
-    force: Force = False,
-    as_json: Json = False,
+    source: use.Source,
+    run: use.Run,
+    recipe: use.RecipeName = "w8a8",
+    steps: use.Steps = None,
+    scheduler: use.Scheduler = None,
+    prompts: use.Prompts = None,
+    class_labels: use.Labels = None,
+    data: use.Data = None,
+    device: use.Device = "cpu",
+    force: use.Force = False,
+    as_json: use.Json = False,
 ) -> None:
     """Record what the denoiser receives while the float pipeline samples.
 
@@ -56,28 +42,28 @@ def trace(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    session = open_session(
+    session = use.open_session(
         source, run, resolved, prompts, class_labels, scheduler, force, device, data
     )
     rows = len(pipeline.trace(session))
-    show({"trace": str(run / "trace"), "rows": rows}, as_json)
+    use.show({"trace": str(run / "trace"), "rows": rows}, as_json)
 
 
 def _command(verb: str, text: str) -> Callable[..., None]:
     """Return the command of a stage that reads the run folder."""
 
     def command(
-        run: Run,
+        run: use.Run,
         recipe: Changed = None,
-        device: Device = "cpu",
-        force: Force = False,
-        as_json: Json = False,
+        device: use.Device = "cpu",
+        force: use.Force = False,
+        as_json: use.Json = False,
     ) -> None:
         from quantempo.pipeline import stages as pipeline
 
         session = pipeline.reopen(run, recipe, force=force, device=device)
         getattr(pipeline, "round_weights" if verb == "round" else verb)(session)
-        show({name: entry["seconds"] for name, entry in session.done().items()}, as_json)
+        use.show({name: entry["seconds"] for name, entry in session.done().items()}, as_json)
 
     command.__name__ = verb
     command.__doc__ = f"{text}\n\n    Example: quantempo {verb} --run runs/cifar\n    "

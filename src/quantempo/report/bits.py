@@ -28,11 +28,7 @@ def _span(values: set[int]) -> str:
 
 
 def bits_label(rows: Sequence[Row]) -> str:
-    """Return a name for the packed model: "int8", or "W4A8", or "W4-8A8" where layers differ.
-
-    Args:
-        rows: of `layers.json`; none of them in integers, or no rows: "int8".
-    """
+    """Return "int8", or "W4A8", or "W4-8A8" where layers differ; "int8" without integer layers."""
     layers = _integer(rows)
     weights = {int(row["bits_weight"]) for row in layers} or {8}
     activations = {int(row["bits_activation"]) for row in layers} or {8}
@@ -49,27 +45,25 @@ def bits_cell(row: Row) -> str:
     return f"{'–' if weight is None else weight} / {activation}"
 
 
-def _stored(row: Row) -> int:
-    """Return the bytes of an integer weight on disk: up to 4 bits two to a byte, else one each."""
-    inputs = math.prod(row["weight_shape"][1:])
-    return int(row["weight_shape"][0] * ((inputs + 1) // 2 if row["bits_weight"] <= 4 else inputs))
+def _megabytes(rows: Sequence[Row]) -> float:
+    """Return what integer weights take on disk: up to 4 bits two to a byte, else one each."""
+    total = 0
+    for row in rows:
+        inputs = math.prod(row["weight_shape"][1:])
+        total += row["weight_shape"][0] * (-(-inputs // 2) if row["bits_weight"] <= 4 else inputs)
+    return total / 1e6
 
 
 def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]:
     """Return (bits, how many layers and bytes have them), fewest bits first, and the mean.
 
-    Args:
-        rows: of `layers.json`.
-        mean: bits a weight of the integer layers has, `weight_bits_mean` of metrics.json.
+    `mean` is `weight_bits_mean` of metrics.json, of the integer layers.
     """
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in _integer(rows):
         groups.setdefault((row["bits_weight"], row["bits_activation"]), []).append(row)
     facts = [
-        (
-            f"W{w}A{a}",
-            f"{len(group)} layers, {sum(map(_stored, group)) / 1e6:.2f} MB of weights",
-        )
+        (f"W{w}A{a}", f"{len(group)} layers, {_megabytes(group):.2f} MB of weights")
         for (w, a), group in sorted(groups.items())
     ]
     return facts if mean is None else [*facts, ("bits a weight, mean", f"{mean:.2f}")]

@@ -44,9 +44,6 @@ def render(run_path: str | Path) -> Path:
 
     Sections whose files are missing say "not run" and which command makes them.
 
-    Args:
-        run_path: the run folder.
-
     Raises:
         QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
     """

@@ -8,7 +8,6 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,15 +31,9 @@ def compare(
 ) -> tuple[list[tuple[str, str, str, str]], int, bool]:
     """Load pairs of pictures of the same seeds and show how they differ.
 
-    Args:
-        first: folder with a PNG file per seed.
-        second: the same of the other model.
-        seeds: file names without suffix; the first 16 are taken.
-
-    Returns:
-        (cells, gain, enlarged): per seed its name and three data addresses, first, second and
-        |first - second| times the gain, which leaves 99 % of the differences unclipped; whether
-        pictures were enlarged.
+    Folders hold a PNG file per seed; the first 16 seeds are taken. Returns (cells, gain, enlarged):
+    per seed its name and three data addresses, first, second and |first - second| times the gain,
+    which leaves 99 % of the differences unclipped; whether pictures were enlarged.
     """
     seeds = seeds[:SEEDS_SHOWN]
     pairs = [(_pixels(first / f"{seed}.png"), _pixels(second / f"{seed}.png")) for seed in seeds]
@@ -79,12 +72,6 @@ def _pixels(path: Path) -> np.ndarray:
         raise QuantempoError(f"cannot read {path} ({error}); sample it again") from error
 
 
-def _png(image: Any) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
 def _shown(pixels: np.ndarray) -> str:
     """Return a PNG address, enlarged by a whole factor (nearest neighbour) or reduced to fit."""
     from PIL import Image
@@ -97,4 +84,6 @@ def _shown(pixels: np.ndarray) -> str:
     elif factor > 1:
         size = (image.width * factor, image.height * factor)
         image = image.resize(size, Image.Resampling.NEAREST)
-    return _png(image)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -43,19 +43,11 @@ __all__ = [
 ]
 
 # Colours stand for variables of the page, so that figures follow its light and dark themes.
-INK, MUTED, RULE = "#11181f", "#5b6671", "#d4dade"
-INT8, FLOAT, ACCENT = "#0b7a75", "#97a3ae", "#c4622d"
-INDIGO, OCHRE = "#5561a9", "#a08019"
 VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    RULE: "rule",
-    INT8: "int8",
-    FLOAT: "float",
-    ACCENT: "accent",
-    INDIGO: "indigo",
-    OCHRE: "ochre",
-}
+    "#11181f": "ink", "#5b6671": "muted", "#d4dade": "rule", "#0b7a75": "int8",
+    "#97a3ae": "float", "#c4622d": "accent", "#5561a9": "indigo", "#a08019": "ochre",
+}  # fmt: skip
+INK, MUTED, RULE, INT8, FLOAT, ACCENT, INDIGO, OCHRE = VARIABLES
 ROLE_COLOURS = {"conv": INT8, "shortcut": ACCENT, "attention": INDIGO, "linear": OCHRE}
 STYLE = {
     "svg.fonttype": "none",
@@ -68,20 +60,15 @@ STYLE = {
     "axes.titlesize": 8.5,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": RULE,
     "grid.linewidth": 0.5,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    **dict.fromkeys(("xtick.color", "ytick.color"), RULE),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), MUTED),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
     "legend.frameon": False,
-    "legend.fontsize": 8,
     "savefig.transparent": True,
 }
 # How boxplots look, as options of matplotlib's `bxp`.
@@ -89,15 +76,10 @@ BOXES: dict[str, Any] = {
     "patch_artist": True,
     "boxprops": {"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
     "medianprops": {"color": INK, "linewidth": 1.2},
-    "whiskerprops": {"color": MUTED, "linewidth": 0.8},
-    "capprops": {"color": MUTED, "linewidth": 0.8},
-    "flierprops": {
-        "marker": ".",
-        "markersize": 4.5,
-        "markerfacecolor": MUTED,
-        "markeredgewidth": 0,
-    },
-}
+    **{name: {"color": MUTED, "linewidth": 0.8} for name in ("whiskerprops", "capprops")},
+    "flierprops": {"marker": ".", "markersize": 4.5, "markerfacecolor": MUTED,
+                   "markeredgewidth": 0},
+}  # fmt: skip
 WIDTH = 10.0
 SHOWN = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -109,9 +91,8 @@ def new_figure(rows: int, columns: int, height: float, **options: Any) -> Iterat
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise QuantempoError(
-            "the report needs matplotlib; pip install 'quantempo[report]'"
-        ) from error
+        hint = "pip install 'quantempo[report]'"
+        raise QuantempoError(f"the report needs matplotlib; {hint}") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         # Two panels: keep the last tick label of the left one off the first of the right one.
@@ -129,8 +110,8 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Nothing refers to the names of groups, and they repeat from figure to figure.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg
@@ -155,42 +136,28 @@ def bare(axis: Any, grid: str) -> None:
 
 
 def timestep_distribution(
-    drawn: np.ndarray,
-    density: np.ndarray | None,
-    actual: np.ndarray | None,
-    steps: int,
-    num_train_timesteps: int,
+    drawn: np.ndarray, density: np.ndarray | None, actual: np.ndarray | None, steps: int, last: int
 ) -> str:
     """Draw the timestep distribution: drawn step indices against its density, and the t recorded.
 
-    Args:
-        drawn: (n,) step indices in [0, steps).
-        density: (steps,) probabilities, or None.
-        actual: (m,) training time-steps the network received, or None.
-        steps: of the traced sampler.
-        num_train_timesteps: T.
+    drawn: (n,) in [0, steps); density: (steps,); actual: (m,) training time-steps the network
+    received; last: the number of training time-steps.
     """
     with new_figure(1, 2, 2.6) as (figure, axes):
         left, right = axes[0]
         counts = np.bincount(drawn, minlength=steps) / max(1, len(drawn))
         left.bar(np.arange(steps), counts, width=0.86, color=INT8, label="drawn")
         if density is not None:
-            left.step(
-                np.arange(steps + 1) - 0.5,
-                np.append(density, density[-1]),
-                where="post",
-                color=ACCENT,
-                linewidth=1.4,
-                label="density",
-            )
+            left.step(np.arange(steps + 1) - 0.5, np.append(density, density[-1]), where="post",
+                      color=ACCENT, linewidth=1.4, label="density")  # fmt: skip
         left.set_xlim(steps - 0.5, -0.5)
         left.set_xlabel("step of the sampler   (noise → image)")
         left.set_title("share of the calibration set at each step")
         left.xaxis.get_major_locator().set_params(integer=True)
         legend_above(left, 2)
         if actual is not None:
-            right.hist(actual, bins=np.linspace(0, num_train_timesteps, 51), color=FLOAT)
-        time_axis(right, num_train_timesteps)
+            right.hist(actual, bins=np.linspace(0, last, 51), color=FLOAT)
+        time_axis(right, last)
         right.set_title("inputs recorded, by the t the network received")
         for axis in (left, right):
             bare(axis, "y")
@@ -233,17 +200,10 @@ def activation_boxes(layers: Sequence[Activation]) -> str:
             boxes = []
             for k in filled:
                 q = quantiles(layer.hist[k], *layer.edges, SHOWN)
-                boxes.append(
-                    dict(zip(("whislo", "q1", "med", "q3", "whishi"), q, strict=True))
-                    | {"fliers": layer.extremes[k]}
-                )
-            axis.bxp(
-                boxes,
-                positions=centres[filled],
-                widths=0.6 * float(np.diff(layer.time_edges).min()),
-                manage_ticks=False,
-                **BOXES,
-            )
+                box = dict(zip(("whislo", "q1", "med", "q3", "whishi"), q, strict=True))
+                boxes.append({**box, "fliers": layer.extremes[k]})
+            widths = 0.6 * float(np.diff(layer.time_edges).min())
+            axis.bxp(boxes, positions=centres[filled], widths=widths, manage_ticks=False, **BOXES)
             if layer.window is not None:
                 t = np.arange(len(layer.window))
                 for end in layer.window.T:
@@ -294,9 +254,7 @@ def trim(axes: Any, used: int) -> None:
 def scale_curves(scales: Sequence[tuple[str, np.ndarray]], bucket_of: np.ndarray) -> str:
     """Draw how activation scales move over time, each relative to its own geometric mean.
 
-    Args:
-        scales: (role, (G,) scales of the G > 1 time buckets) of each input.
-        bucket_of: (T,) bucket of each training time-step.
+    scales: (role, (G,) of the G > 1 time buckets) of each input; bucket_of: (T,) bucket of each t.
     """
     t = np.arange(len(bucket_of))
     centres = np.array([t[bucket_of == bucket].mean() for bucket in range(bucket_of.max() + 1)])
@@ -355,12 +313,7 @@ def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str
 
 
 def bars(rows: Sequence[tuple[str, float, str, bool]], title: str) -> str:
-    """Draw horizontal bars.
-
-    Args:
-        rows: (label, value, text beside the bar, whether it is ours).
-        title: with the unit.
-    """
+    """Draw horizontal bars of (label, value, text beside the bar, whether it is ours)."""
     height = 0.34 + 0.26 * len(rows)
     with new_figure(1, 1, height) as (figure, axes):
         axis = axes[0, 0]

@@ -7,18 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantempo.report.plots import (
-    ACCENT,
-    FLOAT,
-    INDIGO,
-    INK,
-    INT8,
-    OCHRE,
-    VARIABLES,
-    bare,
-    legend_above,
-    new_figure,
-)
+from quantempo.report import plots
+from quantempo.report.plots import ACCENT, FLOAT, INDIGO, INK, INT8, OCHRE
 
 __all__ = ["HEAD", "budget_facts", "draw", "layer_cells", "options_of", "standalone"]
 
@@ -37,14 +27,11 @@ def draw(table: dict[str, Any]) -> str:
     Rings mark the chosen options. A loss of 0 has no place on the axis and is left out.
     """
     layers, bits = table["layers"], (table["choice"] or {}).get("bits", {})
-    with new_figure(1, 1, 2.9) as (figure, axes):
+    with plots.new_figure(1, 1, 2.9) as (figure, axes):
         axis = axes[0, 0]
         for place, option in enumerate(options_of(table)):
-            points = [
-                (i, row["losses"][option])
-                for i, row in enumerate(layers)
-                if row["losses"].get(option, 0) > 0
-            ]
+            losses = [(i, row["losses"].get(option, 0)) for i, row in enumerate(layers)]
+            points = [(i, loss) for i, loss in losses if loss > 0]
             if not points:
                 continue
             colour = _COLOURS[place % len(_COLOURS)]
@@ -62,14 +49,14 @@ def draw(table: dict[str, Any]) -> str:
         axis.set_xlabel("layers in the order of the network")
         axis.set_title("mean squared error of the last latent with this layer alone quantized")
         if axis.lines:
-            legend_above(axis, 6)
-        bare(axis, "y")
+            plots.legend_above(axis, 6)
+        plots.bare(axis, "y")
     return figure.svg
 
 
 def standalone(svg: str) -> str:
     """Return a figure as a file of its own: colours in place of the page's variables."""
-    for colour, variable in VARIABLES.items():
+    for colour, variable in plots.VARIABLES.items():
         svg = svg.replace(f"var(--{variable})", colour)
     # Readable where the page behind is dark.
     end = svg.index(">") + 1
@@ -88,10 +75,8 @@ def budget_facts(table: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]
     spent.append(("bits a weight, with scales", f"{choice['effective_bits']:.2f}"))
     chosen = list(choice["bits"].values())
     counts = [(option, f"{chosen.count(option)} layers") for option in choice["options"]]
-    loss = [
-        ("sum of losses", f"{choice['loss']:.3g}"),
-        ("no choice has less than", f"{choice['bound']:.3g}"),
-    ]
+    names = ("loss", "sum of losses"), ("bound", "no choice has less than")
+    loss = [(text, f"{choice[key]:.3g}") for key, text in names]
     return [("Budget", spent), ("Layers", counts), ("Loss", loss)]
 
 
