@@ -169,7 +169,7 @@ def time_op(
 def measure_limits(
     device: torch.device, timer: Timer, *, rounds: int = 5, size: int = 8192, copy: int = 1 << 30
 ) -> Limits:
-    """Measure the best bfloat16 product, of `PRODUCTS` and a square one, and a copy of some bytes."""
+    """Measure the best bfloat16 product (`PRODUCTS`, a square) and a copy of some bytes."""
     best = 0.0
     for case in (gemm(size, size, size), *(PRODUCTS if device.type == "cuda" else ())):
         call, copies = _rotated(case.rivals["bf16"], device, 2 * case.moved)

@@ -79,9 +79,8 @@ def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
         try:
             call["class_labels"] = [int(label) for label in labels.split(",")]
         except ValueError as error:
-            raise QuantempoError(
-                f"got --class-labels {labels}; expected integers: 1,2,3"
-            ) from error
+            wanted = "expected integers: 1,2,3"
+            raise QuantempoError(f"got --class-labels {labels}; {wanted}") from error
     return call
 
 

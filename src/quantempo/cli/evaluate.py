@@ -12,19 +12,9 @@ from quantempo.cli.common import BatchSize, Device, EngineName, Force, Json, Run
 __all__ = ["evaluate"]
 
 _SHOWN = (
-    "psnr_db_mean",
-    "psnr_db_p05",
-    "ssim_mean",
-    "fed_lite0",
-    "is_lite0_float",
-    "is_lite0_int8",
-    "fed_lite0_reference_float",
-    "fed_lite0_reference_int8",
-    "engine",
-    "int8_mac_share",
-    "int8_mac_share_with_attention",
-    "bytes_float32",
-    "bytes_packed",
+    *("psnr_db_mean", "psnr_db_p05", "ssim_mean", "fed_lite0", "is_lite0_float", "is_lite0_int8"),
+    *("fed_lite0_reference_float", "fed_lite0_reference_int8", "engine", "int8_mac_share"),
+    *("int8_mac_share_with_attention", "bytes_float32", "bytes_packed"),
 )
 
 
@@ -54,14 +44,7 @@ def evaluate(
 
     session = pipeline.reopen(run, force=force)
     metrics = quality.evaluate(
-        session,
-        images=images,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-        engine=engine,
-        device=device,
-        data=data,
-        inception=inception,
-    )
+        session, images=images, steps=steps, seed=seed, batch_size=batch_size, engine=engine,
+        device=device, data=data, inception=inception,
+    )  # fmt: skip
     show(metrics if as_json else {k: metrics[k] for k in _SHOWN if k in metrics}, as_json)

@@ -28,10 +28,8 @@ DEMO_MODEL = Path(str(files("quantempo"))) / "data" / "ddpm-cifar10-9m"
 def run_demo(run: str | Path = "runs/demo", *, images: int = 64, force: bool = False) -> dict:
     """Quantize, sample, score, time and report the bundled model; return the metrics.
 
-    Args:
-        run: run folder; a killed demo resumes in it.
-        images: pairs of images, DDIM 50 steps.
-        force: redo what other settings made.
+    `images` pairs are sampled by DDIM of 50 steps; a killed demo resumes in its run folder, and
+    `force` redoes what other settings made.
     """
     start = time.perf_counter()
     session = pipeline.load(DEMO_MODEL, run, "w8a8", force=force)
@@ -42,14 +40,9 @@ def run_demo(run: str | Path = "runs/demo", *, images: int = 64, force: bool = F
     log.info("bench      %8.1f s     %s", time.perf_counter() - timed, session.run / "bench.json")
     metrics = session.run.read_json("metrics.json")
     metrics["total_seconds"] = round(time.perf_counter() - start, 1)
-    metrics["peak_rss_bytes"] = peak_rss_bytes()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    metrics["peak_rss_bytes"] = peak if sys.platform == "darwin" else peak * 1024
     session.run.write_json("metrics.json", metrics)
     render(session.run.path)
     return metrics
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -48,6 +48,5 @@ def sample(
         identity=model_digest(denoiser),
         force=force,
     )
-    use.show(
-        {"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}, as_json
-    )
+    made = {"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}
+    use.show(made, as_json)

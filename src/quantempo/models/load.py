@@ -98,9 +98,8 @@ def _check_folder(folder: Path) -> None:
     """Refuse what diffusers would explain badly: other folders, broken JSON, torn safetensors."""
     index = folder / "model_index.json"
     if not index.is_file():
-        hint = ""
-        if (folder / "config.json").is_file():
-            hint = " (this is one component of a pipeline: give the folder above it)"
+        part = " (this is one component of a pipeline: give the folder above it)"
+        hint = part if (folder / "config.json").is_file() else ""
         raise QuantempoError(
             f"'{folder}' is not a diffusers pipeline: it has no model_index.json{hint}"
         )
@@ -132,10 +131,8 @@ def check_finite(module: nn.Module) -> None:
     """Raise QuantempoError naming the first parameter that holds NaN or infinity."""
     for name, value in module.named_parameters():
         if not bool(torch.isfinite(value).all()):
-            raise QuantempoError(
-                f"weight '{name}' holds NaN or infinity; the checkpoint is broken, train or "
-                "convert it again"
-            )
+            hint = "the checkpoint is broken, train or convert it again"
+            raise QuantempoError(f"weight '{name}' holds NaN or infinity; {hint}")
 
 
 def model_digest(module: nn.Module) -> str:

@@ -28,10 +28,7 @@ _MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_
 def count_macs(denoiser: nn.Module, call: Callable[[], Any], batch: int) -> dict[str, int]:
     """Return MACs per sample by layer name, and of attention under `ATTENTION_MATMULS`.
 
-    Args:
-        denoiser: a float denoiser.
-        call: runs one forward of it.
-        batch: samples in that forward.
+    `call` runs one forward of the float denoiser, over `batch` samples.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)
     with counter:

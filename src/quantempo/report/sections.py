@@ -41,16 +41,17 @@ class Block:
     head: Sequence[str] = ()
 
 
-def _json(run: RunFolder, name: str, command: str) -> Any:
+def _file(run: RunFolder, name: str, command: str) -> Any:
+    """Return the JSON value, or the arrays by name, of a file that a command writes."""
     if not run.has(name):
         raise NotRunError(f"{name} is missing: quantempo {command}")
-    return run.read_json(name)
-
-
-def _tensors(run: RunFolder, name: str, command: str) -> dict[str, np.ndarray]:
-    if not run.has(name):
-        raise NotRunError(f"{name} is missing: quantempo {command}")
+    if name.endswith(".json"):
+        return run.read_json(name)
     return {key: value.numpy() for key, value in run.read_safetensors(name).items()}
+
+
+def _optional(run: RunFolder, name: str) -> dict[str, Any]:
+    return run.read_json(name) if run.has(name) else {}
 
 
 def _metric(metrics: dict[str, Any], key: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
@@ -82,7 +83,7 @@ def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
         ("SSIM, mean of images", _metric(metrics, "ssim_mean", "{:.4f}")),
     ]
     if metrics.get("psnr_identical"):
-        rows.append(("identical images", f"{metrics['psnr_identical']}"))
+        rows.append(("identical images", str(metrics["psnr_identical"])))
     for row in metrics.get("scores", []):
         against = f", against {row['reference_images']} {row['reference']}"
         against = against if row["reference"] else ""
@@ -92,16 +93,15 @@ def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
     ties = {True: "a tie (inside the spread)", False: "differ (outside the spread)"}
     for key, value in metrics.items():
         if key.endswith("_reference_tie") and value is not None:
-            rows.append(
-                (key.removesuffix("_reference_tie") + f", float against {label}", ties[value])
-            )
+            name = key.removesuffix("_reference_tie")
+            rows.append((f"{name}, float against {label}", ties[value]))
     return rows
 
 
 def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Return batch -> CPU measurements of `bench.json`, or else of `metrics.json`."""
     batches: dict[str, dict[str, Any]] = {}
-    if run.has("bench.json") and (timed := run.read_json("bench.json").get("cpu")):
+    if timed := _optional(run, "bench.json").get("cpu"):
         for row in timed["rows"]:
             if row["kind"] == "forward" and "failed" not in row:
                 batch = batches.setdefault(str(row["batch"]), {"ms_per_forward": {}})
@@ -109,7 +109,7 @@ def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
                 for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
                     batch[key] = timed[key][f"{row['model']}_b{row['batch']}"]
         return batches
-    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    metrics = _optional(run, "metrics.json")
     for key, value in (metrics.get("ms_per_forward") or {}).items():
         name, _, batch_size = key.partition("@")
         batches.setdefault(batch_size, {"ms_per_forward": {}})["ms_per_forward"][name] = value
@@ -117,7 +117,7 @@ def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def _summary(run: RunFolder) -> list[Block]:
-    metrics, rows = _json(run, "metrics.json", "evaluate"), layer_rows(run)
+    metrics, rows = _file(run, "metrics.json", "evaluate"), layer_rows(run)
     for measured in _times(run).values():
         for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
             if metrics.get(key) is None and measured.get(key) is not None:
@@ -166,7 +166,7 @@ def _samples(run: RunFolder) -> list[Block]:
 
 
 def _timesteps(run: RunFolder) -> list[Block]:
-    trace = _json(run, "trace.json", "trace")
+    trace = _file(run, "trace.json", "trace")
     settings = trace["settings"]
     last = int(settings["num_train_timesteps"])
     times = []
@@ -216,9 +216,9 @@ def window_of(scales: dict[str, np.ndarray], name: str, bits: int) -> np.ndarray
 
 
 def _activations(run: RunFolder) -> list[Block]:
-    stats = _tensors(run, "stats.safetensors", "calibrate")
-    rows = _json(run, "layers.json", "pack")
-    scales = _tensors(run, "scales.safetensors", "search")
+    stats = _file(run, "stats.safetensors", "calibrate")
+    rows = _file(run, "layers.json", "pack")
+    scales = _file(run, "scales.safetensors", "search")
     names = {key.removesuffix(".hist") for key in stats if key.endswith(".hist")}
     layers = []
     for row in _choose(rows, names):
@@ -243,8 +243,8 @@ def _activations(run: RunFolder) -> list[Block]:
 
 
 def _scales(run: RunFolder) -> list[Block]:
-    tensors = _tensors(run, "scales.safetensors", "search")
-    roles = {row["name"]: row["role"] for row in _json(run, "layers.json", "pack")}
+    tensors = _file(run, "scales.safetensors", "search")
+    roles = {row["name"]: row["role"] for row in _file(run, "layers.json", "pack")}
     bucket_of = tensors.get("bucket_of")
     moving, fixed = [], 0
     for key, scale in tensors.items():
@@ -265,7 +265,7 @@ def _scales(run: RunFolder) -> list[Block]:
 
 
 def _layer_sqnr(run: RunFolder) -> list[Block]:
-    rows = [r for r in _json(run, "layers.json", "pack") if r["sqnr_db"] is not None]
+    rows = [r for r in _file(run, "layers.json", "pack") if r["sqnr_db"] is not None]
     if not rows:
         raise NotRunError("layers.json holds no SQNR: quantempo pack")
     lowest = sorted(range(len(rows)), key=lambda i: rows[i]["sqnr_db"])[:3]
@@ -278,7 +278,7 @@ def _layer_sqnr(run: RunFolder) -> list[Block]:
 
 
 def _sensitivity(run: RunFolder) -> list[Block]:
-    table = _json(run, "sensitivity.json", "sensitivity")
+    table = _file(run, "sensitivity.json", "sensitivity")
     how, choice = table["settings"], table["choice"]
     caption = f"{how['chains']} chains of {how['steps']} steps, one layer quantized at a time."
     caption += " Rings: the bits chosen." if choice else ""
@@ -289,17 +289,17 @@ def _sensitivity(run: RunFolder) -> list[Block]:
 
 
 def _step_sqnr(run: RunFolder) -> list[Block]:
-    curve = _json(run, "metrics.json", "evaluate").get("eps_sqnr_db")
+    curve = _file(run, "metrics.json", "evaluate").get("eps_sqnr_db")
     if not curve or not curve["t"]:
         raise NotRunError("metrics.json holds no eps_sqnr_db: quantempo evaluate")
-    trace = run.read_json("trace.json") if run.has("trace.json") else {}
+    trace = _optional(run, "trace.json")
     last = trace.get("settings", {}).get("num_train_timesteps") or max(curve["t"])
     figure = plots.step_curve(curve["t"], curve["sqnr_db"], float(last))
     return [Block("svg", figure, "Both models see the float model's inputs.")]
 
 
 def _speed(run: RunFolder) -> list[Block]:
-    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    metrics = _optional(run, "metrics.json")
     blocks, times = [], _times(run)
     for batch, measured in times.items():
         rows = [
@@ -320,7 +320,7 @@ def _speed(run: RunFolder) -> list[Block]:
 
 
 def _layers(run: RunFolder) -> list[Block]:
-    head, cells, caption = layer_cells(_json(run, "layers.json", "pack"))
+    head, cells, caption = layer_cells(_file(run, "layers.json", "pack"))
     return [Block("table", cells, caption, head)]
 
 
@@ -332,7 +332,7 @@ def _toml(value: Any) -> str:
 
 
 def _recipe(run: RunFolder) -> list[Block]:
-    recipe = _json(run, "manifest.json", "trace").get("recipe")
+    recipe = _file(run, "manifest.json", "trace").get("recipe")
     if not recipe:
         raise NotRunError("manifest.json holds no recipe: quantempo trace")
     # Sections after plain keys, as TOML wants it.
@@ -345,23 +345,21 @@ def _recipe(run: RunFolder) -> list[Block]:
 
 
 def _environment(run: RunFolder) -> list[Block]:
-    manifest = _json(run, "manifest.json", "trace")
-    model = run.read_json("model.json") if run.has("model.json") else {}
+    manifest = _file(run, "manifest.json", "trace")
+    model = _optional(run, "model.json")
     facts = [
         ("model", f"{Path(model['path']).name} ({model['class']})" if model else "not recorded"),
         ("parameters", f"{model['parameters']:,}" if model else "not recorded"),
         ("model SHA-256", _listed(model.get("sha256"))),
         ("recipe SHA-256", _listed(manifest.get("recipe_sha256"))),
         ("scheduler", _listed(manifest.get("scheduler") or model.get("scheduler"))),
-        ("seeds", _listed(manifest.get("seeds"))),
-        ("versions", _listed(manifest.get("versions"))),
-        ("machine", _listed(manifest.get("machine"))),
-    ]
-    stages = [
-        (name, f"{entry['seconds']:.1f} s") for name, entry in manifest.get("stages", {}).items()
+        *((key, _listed(manifest.get(key))) for key in ("seeds", "versions", "machine")),
     ]
     groups = [("Model, settings, machine", facts)]
-    return [Block("facts", [*groups, ("Seconds per stage", stages)] if stages else groups)]
+    if stages := manifest.get("stages"):
+        seconds = [(name, f"{entry['seconds']:.1f} s") for name, entry in stages.items()]
+        groups.append(("Seconds per stage", seconds))
+    return [Block("facts", groups)]
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[RunFolder], list[Block]]], ...] = (
