@@ -14,7 +14,6 @@ import torch
 from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction import launch
 from quantempo.kernels.gpu.contraction.tiles import Tile
-from quantempo.kernels.gpu.qgemm import launch as launch_qgemm
 from quantempo.kernels.ops import qconv2d, qgemm
 from tests.gpu import harness
 from tests.gpu.cases import Case, Example, check_values
@@ -93,7 +92,7 @@ def test_split_sums_use_the_counters():
 def test_convolution_entry(name):
     made, case = example(name), CASES[name]
     known = made.arguments() | {"border": list(case.border), "out_dtype": HALF}
-    y = harness.interpreted("qconv2d").launch(qconv2d.__wrapped__(**known))
+    y = harness.interpreted("contraction.launch").launch(qconv2d.__wrapped__(**known))
     assert y.is_contiguous(memory_format=torch.channels_last)
     scale = None if made.out_scale is None else made.per_image(made.out_scale)
     check_values(y, made.exact(), HALF, scale)
@@ -116,7 +115,7 @@ def test_linear_entry(activation, requantize):
         made.codes.flatten(1), weight, table=layout.row_table(weight, case.zero),
         residual=made.residual.flatten(1), activation=activation, out_dtype=torch.float32, **known,
     )  # fmt: skip
-    y = harness.interpreted("qgemm").launch(call)
+    y = harness.interpreted("contraction.launch").launch(call)
     assert y.shape == (22, 48)
     assert y.is_contiguous()
     # The scale of each row, for the reference.
@@ -158,7 +157,7 @@ def check_gated(launcher, name: str, device: str, quantized: bool) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)
 def test_gates_interpreted(name, quantized):
-    check_gated(harness.interpreted("qgemm").launch, name, "cpu", quantized)
+    check_gated(harness.interpreted("contraction.launch").launch, name, "cpu", quantized)
 
 
 def test_without_images_there_is_no_launch():
@@ -184,4 +183,4 @@ def test_on_a_device(name, path):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)
 def test_gates_on_a_device(name, quantized):
-    check_gated(launch_qgemm, name, "cuda", quantized)
+    check_gated(launch.launch, name, "cuda", quantized)

@@ -278,25 +278,17 @@ def check_binaries(launches: list[harness.Launch], arch: int) -> None:
             assert binary.count(r"LDG\.E\.128|LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128") > 0
 
 
-@pytest.mark.parametrize("shape", SHIPPED, ids=str)
-def test_shipped_shapes_compile_without_spills(shape: tuple[int, int, int, int]) -> None:
-    check_binaries(recorded(*shape), 90)
+COMPILED = [
+    *((90, shape, {}) for shape in SHIPPED),
+    *((arch, SHIPPED[i], {}) for arch in (80, 89) for i in (0, 1, 2, 7)),
+    *((90, SHIPPED[i], {"raw": True}) for i in (0, 1, 3, 12)),
+    *((arch, SHIPPED[0], {"norm": False}) for arch in (89, 90)),
+]
 
 
-@pytest.mark.parametrize("arch", [80, 89])
-@pytest.mark.parametrize("shape", [SHIPPED[0], SHIPPED[1], SHIPPED[2], SHIPPED[7]], ids=str)
-def test_older_chips_compile_without_spills(arch: int, shape: tuple[int, int, int, int]) -> None:
-    check_binaries(recorded(*shape), arch)
-
-
-@pytest.mark.parametrize("shape", [SHIPPED[0], SHIPPED[1], SHIPPED[3], SHIPPED[12]], ids=str)
-def test_raw_codes_compile_without_spills(shape: tuple[int, int, int, int]) -> None:
-    check_binaries(recorded(*shape, raw=True), 90)
-
-
-@pytest.mark.parametrize("arch", [89, 90])
-def test_quantization_alone_compiles_without_spills(arch: int) -> None:
-    check_binaries(recorded(*SHIPPED[0], norm=False), arch)
+@pytest.mark.parametrize(("arch", "shape", "how"), COMPILED, ids=str)
+def test_shipped_shapes_compile_without_spills(arch: int, shape, how: dict[str, bool]) -> None:
+    check_binaries(recorded(*shape, **how), arch)
 
 
 def test_zero_points_batches_and_map_sizes_share_a_binary() -> None:

@@ -124,7 +124,7 @@ class Normalization(NamedTuple):
         return channels_last(quantize(value, scale, zero, qmax))
 
 
-@operator(tuple[Tensor, Tensor, Tensor])
+@operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant")
 def gn_act_quant(
     x: Tensor,
     skip: Tensor | None = None,

@@ -45,13 +45,14 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-def operator(returns: type[R]) -> Callable[[Callable[P, Call]], Callable[P, R]]:
+def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Callable[P, R]]:
     """Register `quantempo::NAME` for CPU, CUDA and fake tensors; return the function that calls it.
 
-    CUDA calls are handed to `kernels.gpu.NAME.launch`, which is imported at the first of them.
+    CUDA calls are handed to `launch` of `module`, which is imported at the first of them.
 
     Args:
         returns: what the operator returns, a type of which a schema can be inferred.
+        module: in `kernels.gpu`.
     """
 
     def register(describe: Callable[P, Call]) -> Callable[P, R]:
@@ -75,10 +76,10 @@ def operator(returns: type[R]) -> Callable[[Callable[P, Call]], Callable[P, R]]:
             call.check(strides=True)
             device = args[0].device
             if device.index == torch.cuda.current_device():
-                return _launcher(name)(call)
+                return _launcher(module)(call)
             # Triton launches on the current device.
             with torch.cuda.device(device):
-                return _launcher(name)(call)
+                return _launcher(module)(call)
 
         def fake(*args: Any) -> Any:
             call = positional(*args)
@@ -125,8 +126,9 @@ def _positional(describe: Callable[..., Any], returns: type) -> Any:
 
 
 @functools.cache
-def _launcher(name: str) -> Callable[[Call], Any]:
-    launch: Callable[[Call], Any] = importlib.import_module(f"quantempo.kernels.gpu.{name}").launch
+def _launcher(module: str) -> Callable[[Call], Any]:
+    found = importlib.import_module(f"quantempo.kernels.gpu.{module}")
+    launch: Callable[[Call], Any] = found.launch
     return launch
 
 

@@ -151,7 +151,7 @@ def _border_class(size: int, outputs: int, kernel: int, stride: int, before: int
     return (first < 0).long() + 2 * (first + kernel - 1 >= size).long()
 
 
-@operator(Tensor)
+@operator(Tensor, "contraction.launch")
 def qconv2d(
     codes: Tensor,
     weight: Tensor,

@@ -59,7 +59,7 @@ class Product(NamedTuple):
         return self.epilogue.exact(sums - self.epilogue.terms.table.double())
 
 
-@operator(Tensor)
+@operator(Tensor, "contraction.launch")
 def qgemm(
     codes: Tensor,
     weight: Tensor,

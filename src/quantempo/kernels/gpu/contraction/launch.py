@@ -1,4 +1,4 @@
-"""Launch the contraction: which kernel, which tile, descriptors, grid, workspace."""
+"""Launch `ops.qconv2d` and `ops.qgemm`: which kernel, tile, descriptors, grid, workspace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from quantempo.kernels.gpu.contraction.tiles import (
 )
 from quantempo.kernels.gpu.dependent_launch import early
 from quantempo.kernels.ops.epilogue import Epilogue
-from quantempo.kernels.ops.qconv2d import Window
+from quantempo.kernels.ops.qconv2d import Convolution, Window
+from quantempo.kernels.ops.qgemm import Product
 
 try:
     from triton.experimental.gluon import language as gl
@@ -32,7 +33,7 @@ try:
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs
     contract_hopper = None
 
-__all__ = ["PATHS", "choose_path", "reserve", "run", "stream_counters"]
+__all__ = ["PATHS", "choose_path", "launch", "reserve", "run", "stream_counters"]
 
 # "hopper": `hopper.contract_hopper`; "pointers": `portable.contract`, on any GPU with int8 tensor
 # cores.
@@ -138,6 +139,16 @@ def _parity(size: Sequence[int], sides: Sequence[Tensor]) -> bool:
     return height % 2 == 0 and width % 2 == 0 and channels % (128 if sides else 64) == 0
 
 
+def launch(call: Convolution | Product) -> Tensor:
+    """Return y of a call, which was checked; rows (M, K) are an image (1, K, 1, M)."""
+    operands = call.codes, call.weight, call.empty(), call.epilogue
+    if isinstance(call, Convolution):
+        sides = call.side_codes, call.side_weights
+        return run(*operands, call.codes.shape, call.shape, call.window, *sides)
+    (count, width), (_, features) = call.codes.shape, call.shape
+    return run(*operands, (1, width, 1, count), (1, features, 1, count))
+
+
 def run(
     codes: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, size: tuple[int, ...],
     out_size: tuple[int, ...], window: Window = Window(), side_codes: Sequence[Tensor] = (),  # noqa: B008
@@ -147,7 +158,7 @@ def run(
 
     Args:
         codes, weight, epilogue, window, side_codes, side_weights: as in `ops.qconv2d`.
-        size: (N, C, H, W) of the codes, channels_last; rows (M, K) are (1, K, 1, M).
+        size: (N, C, H, W) of the codes, channels_last.
         out_size: (N, O, H', W') of y, of which geglu leaves half the channels.
         tile, path: chosen by measured rules unless given.
     """
