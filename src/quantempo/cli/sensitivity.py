@@ -46,10 +46,9 @@ def _print(rows: list[dict[str, Any]], options: list[str]) -> None:
     """Print one line a layer, the largest loss first."""
     name, role = (max(len(row[key]) for row in rows) for key in ("name", "role"))
     sizes = list(rows[0]["bytes"])
-    heads = [f"bytes {size}" for size in sizes]
     typer.echo(
         f"{'layer':<{name}}  {'role':<{role}}  {'MACs':>13}"
-        + "".join(f"  {head:>10}" for head in heads)
+        + "".join(f"  {f'bytes {size}':>10}" for size in sizes)
         + "".join(f"  {option:>9}" for option in options)
     )
     for row in rows:

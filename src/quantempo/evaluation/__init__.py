@@ -104,11 +104,10 @@ def _tie(extractor: Extractor, sets: dict[str, Features], real: Features) -> dic
     key = f"{extractor.score_names['frechet']}_reference"
     if len(sets["float"]) < parts * IMAGES_PER_PART:
         return {f"{key}_tie": None}
-    found = {
-        name: spread_over_parts(
-            lambda part: frechet_distance(part.pooled, real.pooled), features, parts
-        )
-        for name, features in sets.items()
-    }
+
+    def distance(part: Features) -> float:
+        return frechet_distance(part.pooled, real.pooled)
+
+    found = {name: spread_over_parts(distance, features, parts) for name, features in sets.items()}
     result: dict[str, Any] = {f"{key}_{name}_std": value.std for name, value in found.items()}
     return result | {f"{key}_tie": tie(found["float"], found["int8"])}

@@ -112,14 +112,9 @@ def extract(
         # One layout, so that equal images have equal features however they lie in memory.
         chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).contiguous()
         parts.append(extractor.network(chunk.to(device).expand(-1, 3, -1, -1)))
-    spatial = None
-    if parts[0].spatial is not None:
-        spatial = torch.cat([part.spatial for part in parts])
-    return Features(
-        torch.cat([part.pooled for part in parts]),
-        torch.cat([part.logits for part in parts]),
-        spatial,
-    )
+    pooled, logits = (torch.cat([getattr(p, key) for p in parts]) for key in ("pooled", "logits"))
+    spatial = [part.spatial for part in parts if part.spatial is not None]
+    return Features(pooled, logits, torch.cat(spatial) if spatial else None)
 
 
 def _check_weights(path: Path, expected: str, hint: str) -> str:

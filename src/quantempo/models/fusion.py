@@ -65,19 +65,13 @@ Norm = Annotated[nn.GroupNorm, Need.NORM]
 
 @dataclass(frozen=True)
 class Parts:
-    """Sub-modules of one block, and how it is called.
-
-    name, module: of the block in the denoiser.
-    """
+    """Sub-modules of one block in the denoiser, and how it is called."""
 
     name: str
     module: nn.Module
 
     def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
-        """Return the arguments of the fused `run` after the first, None for an unusual call.
-
-        args, kwargs: of the module's own `forward`, after its first argument.
-        """
+        """Return the arguments of the fused `run`, both after the first; None: an unusual call."""
         return ()
 
 

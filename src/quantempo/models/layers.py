@@ -280,11 +280,7 @@ def hooked(
 
 @dataclass(frozen=True)
 class Block:
-    """One unit.
-
-    name: of the module; module: what is called; layers: full names of the Conv2d and Linear in it,
-    as defined.
-    """
+    """One unit; `layers`: full names of the Conv2d and Linear in its module, as defined."""
 
     name: str
     module: nn.Module

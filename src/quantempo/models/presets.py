@@ -19,6 +19,7 @@ __all__ = ["PRESETS", "build_preset", "check_preset", "ddim_loop", "random_input
 # Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
 
+_LATENT = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 # Name -> (diffusers class, its configuration).
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # Stable Diffusion 1.5: 859.5 M parameters.
@@ -26,12 +27,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "UNet2DConditionModel",
         {
             "sample_size": 64,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_LATENT,
             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
             "block_out_channels": (320, 640, 1280, 1280),
-            "layers_per_block": 2,
             "cross_attention_dim": 768,
             "attention_head_dim": 8,
         },
@@ -41,12 +40,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "UNet2DConditionModel",
         {
             "sample_size": 128,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_LATENT,
             "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
             "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
             "block_out_channels": (320, 640, 1280),
-            "layers_per_block": 2,
             "transformer_layers_per_block": (1, 2, 10),
             "cross_attention_dim": 2048,
             "attention_head_dim": (5, 10, 20),
@@ -61,12 +58,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "UNet2DModel",
         {
             "sample_size": 32,
-            "in_channels": 3,
-            "out_channels": 3,
+            "layers_per_block": 2,
             "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (128, 256, 256, 256),
-            "layers_per_block": 2,
             "attention_head_dim": None,
             "downsample_padding": 0,
             "flip_sin_to_cos": False,
@@ -81,9 +76,9 @@ def check_preset(name: str) -> None:
     """Raise QuantempoError for a name that is no preset."""
     if name not in PRESETS:
         hint = nearest(name, list(PRESETS)).removeprefix("; ")
+        hint = f" ({hint})" if hint else ""
         raise QuantempoError(
-            f"no model '{name}'; expected a diffusers folder or one of: {', '.join(PRESETS)}"
-            + (f" ({hint})" if hint else "")
+            f"no model '{name}'; expected a diffusers folder or one of: {', '.join(PRESETS)}{hint}"
         )
 
 

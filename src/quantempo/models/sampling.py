@@ -52,13 +52,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 # The noise law belongs to the weights. It is passed on explicitly because `from_config` drops
 # values that were defaults of the old class and takes the new class's, and Heun's betas differ.
 _NOISE_LAW = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
 )
 
 # Schedulers the stock pixel pipelines run correctly, their own first (the one they give all
@@ -72,18 +67,11 @@ _PIXEL_PIPELINES = {
 _PER_IMAGE = {
     "prompt": "--prompts FILE",
     "class_labels": "--class-labels",
-    "prompt_2": None,
-    "prompt_3": None,
-    "negative_prompt": None,
-    "negative_prompt_2": None,
-    "prompt_embeds": None,
-    "negative_prompt_embeds": None,
-    "pooled_prompt_embeds": None,
-    "negative_pooled_prompt_embeds": None,
-    "prompt_attention_mask": None,
-    "negative_prompt_attention_mask": None,
-    "latents": None,
-    "image": None,
+    **dict.fromkeys(("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2")),
+    **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds")),
+    **dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds")),
+    **dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask")),
+    **dict.fromkeys(("latents", "image")),
 }
 
 
