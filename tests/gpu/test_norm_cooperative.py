@@ -1,12 +1,13 @@
-"""The norm whose programs meet: interpreted against float64, and as machine code.
+"""The norm with a grid barrier: interpreted against float64, and as machine code.
 
-Interpreted, programs run one after another and cannot meet: what they do before and after it are
-two launches there (`norm_cooperative.PHASES`).
+The interpreter runs one program after another, so there what comes before the barrier and what
+comes after it are two launches (`CooperativePlan.phases`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -282,9 +283,8 @@ def test_plans_fit(channels: int, processors: int) -> None:
 )  # fmt: skip
 def test_plans_of_stable_diffusion(side: int, channels: int, width: int, programs: int) -> None:
     plan = make_cooperative_plan(2, side * side, channels, 32, 132)
-    assert plan is not None and plan.width == width and not make_plan(
-        2, side * side, channels, 32, 2
-    ).one_launch  # fmt: skip
+    assert plan is not None and plan.width == width
+    assert not make_plan(2, side * side, channels, 32, 2).one_launch
     assert 2 * (-(-channels // width)) * (side * side // plan.block_p) == programs
 
 
@@ -318,9 +318,8 @@ CHOSEN = {
 @pytest.mark.parametrize(("shape", "wanted"), CHOSEN.items(), ids=str)
 def test_it_is_chosen_where_it_was_faster(shape, wanted: bool, monkeypatch) -> None:
     images, side, c1, c2, groups = shape
-    parts = [torch.empty(images, c, side, side, dtype=torch.float16) for c in (c1, c2) if c]
-    parts = [part.contiguous(memory_format=LAST) for part in parts]
-    parts = tuple(parts)
+    empty = functools.partial(torch.empty, dtype=torch.float16, memory_format=LAST)
+    parts = tuple(empty(images, c, side, side) for c in (c1, c2) if c)
     assert not isinstance(gn_act_quant._choose(parts, groups, None), CooperativePlan)
     monkeypatch.setattr(gn_act_quant, "_is_hopper", lambda device: True)
     chosen = gn_act_quant._choose(parts, groups, None)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.kernels import layout, ops
 
@@ -113,20 +114,8 @@ def test_opcheck(call, arguments):
 def test_fake_results_have_the_strides_of_real_ones(call, arguments):
     real = call(**arguments)
     with FakeTensorMode() as mode:
-        faked = {
-            key: mode.from_tensor(value)
-            if isinstance(value, torch.Tensor)
-            else [mode.from_tensor(each) for each in value]
-            if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
-            else value
-            for key, value in arguments.items()
-        }
-        fake = call(**faked)
-    for got, wanted in zip(
-        fake if isinstance(fake, tuple) else (fake,),
-        real if isinstance(real, tuple) else (real,),
-        strict=True,
-    ):
+        fake = call(**tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+    for got, wanted in zip(tree_leaves(fake), tree_leaves(real), strict=True):
         assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
 
 
