@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantempo.engines import ENGINES
 from quantempo.engines.base import BACKENDS, Kernel
 from quantempo.engines.cuda.layer import TritonBackend
-from quantempo.engines.fusion import BlockRow, FusedForward, fused_modules, report, unfuse
+from quantempo.engines.fusion import BlockRow, FusedBlock, fused_modules, report, unfuse
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.per_forward import PerForward
 from quantempo.kernels.cpu import fused as fused_cpu
@@ -148,7 +148,7 @@ def test_kernels_and_forwards_implement_their_protocols(engine, name):
     assert bool(blocks) == (name in FUSING)
     for forward in blocks:
         if hasattr(forward, "own"):
-            assert isinstance(forward, FusedForward)
+            assert isinstance(forward, FusedBlock)
             forward.prepare(cpu)
 
 

@@ -3,8 +3,7 @@
     y = s_a[t] * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
     q_a = clamp(round(x / s_a) + z, 0, qmax)        qmax = 255, or less below 8 bits
 
-A backend sees one layer; an engine (`select.py`) attaches one, or something larger, to a whole
-denoiser. The integer sums of all backends are equal; only the float epilogue has a tolerance.
+The integer sums of all backends are equal; only the float epilogue has a tolerance.
 """
 
 from __future__ import annotations
@@ -21,17 +20,7 @@ from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
 
-__all__ = [
-    "BACKENDS",
-    "MAX_TERMS",
-    "ActivationGrids",
-    "Backend",
-    "Kernel",
-    "bucket_rows",
-    "channel_dim",
-    "run_per_bucket",
-    "too_many_terms",
-]
+__all__ = ["BACKENDS", "ActivationGrids", "Backend", "Kernel", "channel_dim", "run_per_bucket"]
 
 # Terms (q_a - z) q_w that an int32 holds whatever they are.
 MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
@@ -39,10 +28,7 @@ MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
 
 @runtime_checkable
 class Kernel(Protocol):
-    """One lowered layer.
-
-    It reads the layer's integers and scales once: `prepare` again after changing them.
-    """
+    """One lowered layer; `prepare` it again after changing the layer's integers or scales."""
 
     backend: str
 
@@ -56,23 +42,26 @@ class Kernel(Protocol):
         """Return the constants on a device, made now if they are not there."""
 
 
-class Backend(Protocol):
-    """What every backend offers."""
+class Backend:
+    """Lower layers to kernels of one class."""
 
     name: str
+    kernel: Callable[[QLayer], Kernel]
 
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
+        return None
 
     def unsupported(self, layer: QLayer) -> str | None:
         """Return why it cannot take this layer (one clause), or None."""
+        return too_many_terms(layer)
 
     def lower(self, layer: QLayer) -> Kernel:
-        """Return a callable from the layer's float input to its output, same dtype.
-
-        Raises:
-            QuantempoError: `missing` or `unsupported` has a reason.
-        """
+        """Return the layer's kernel; QuantempoError if `missing` or `unsupported` has a reason."""
+        reason = self.missing() or self.unsupported(layer)
+        if reason is not None:
+            raise QuantempoError(f"backend '{self.name}' cannot take this layer: {reason}")
+        return type(self).kernel(layer)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -92,11 +81,7 @@ def channel_dim(layer: QLayer) -> int:
 
 
 class ActivationGrids:
-    """The activation grids of a layer as Python numbers, because oneDNN takes them as such.
-
-    Args:
-        layer: its act_scale (S, G) and act_zero_point (S,) are read once, here.
-    """
+    """The activation grids of a layer as Python numbers, because oneDNN takes them as such."""
 
     def __init__(self, layer: QLayer) -> None:
         self.clock = layer.clock
@@ -129,10 +114,7 @@ _rows: WeakKeyDictionary[StepClock, tuple[Tensor, int, dict[int, Tensor]]] = Wea
 
 
 def bucket_rows(clock: StepClock) -> int | dict[int, Tensor]:
-    """Return the current time bucket, or bucket -> (n,) rows of it when the batch mixes several.
-
-    Worked out once for each forward: every layer asks.
-    """
+    """Return the current time bucket, or bucket -> (n,) rows of it when the batch mixes several."""
     bucket = clock.bucket
     known = _rows.get(clock)
     if known is None or known[0] is not bucket:
@@ -146,12 +128,7 @@ def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor
     """Return run(bucket, *inputs), called once for each time bucket in the batch.
 
     Args:
-        clock: of the denoiser.
-        run: its inputs and output have the batch first.
-        inputs: (B', ...), B' a multiple of the clock's batch; None is passed on.
-
-    Raises:
-        QuantempoError: B' is no such multiple.
+        inputs: (B', ...), B' a multiple of the clock's batch (else QuantempoError), or None.
     """
     buckets = bucket_rows(clock)
     if isinstance(buckets, int):

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,13 @@ from quantempo.models.layers import is_unit, skip_segments
 from quantempo.quantized import QConv2d, QLayer, QLinear, find_clock, quantized_layers
 
 __all__ = [
-    "FAMILIES",
     "BlockRow",
     "Blocks",
     "FusedBlock",
-    "FusedForward",
-    "FusedResnetForward",
     "FusedUpBlock",
     "Network",
     "fuse",
-    "fused_layers",
-    "fused_modules",
     "report",
-    "same",
-    "time_layers",
     "unfuse",
 ]
 
@@ -48,37 +41,8 @@ _FUSED = "_quantempo_fused"
 T = TypeVar("T")
 
 
-@runtime_checkable
-class FusedForward(Protocol):
-    """What stands in for the `forward` of a block.
-
-    own: names of the children that it runs itself, "" for all.
-    """
-
-    own: tuple[str, ...]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; the arguments are those of its class."""
-
-    def takes(self, *args: Any, **kwargs: Any) -> bool:
-        """Return whether `run` can be given these."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block fused."""
-
-    def prepare(self, device: torch.device) -> None:
-        """Make all constants for a device; engines that need them before the first call ask."""
-
-
-class FusedResnetForward(FusedForward, Protocol):
-    """A residual block, `run(x, temb, skip)` on torch.cat([x, skip], 1) without making it."""
-
-    def accept(self, widths: tuple[int, int]) -> None:
-        """Expect inputs x and skip of these channels."""
-
-
 # One forward for the block, or forwards for some modules in it, or why there is none (one clause).
-Built = FusedForward | list[tuple[nn.Module, Callable[..., Any]]] | str
+Built: TypeAlias = "FusedBlock | list[tuple[nn.Module, Callable[..., Any]]] | str"
 Builder = Callable[[Any, "Network"], Built]
 
 
@@ -157,9 +121,8 @@ def _is_plain(layer: QConv2d, need: Conv) -> bool:
 class Network:
     """What builders may ask of the network around their block, while it is fused.
 
-    Attributes:
-        parts: of all blocks that the engine can fuse, inner ones first.
-        forwards: name -> (module, forward) of the blocks built so far.
+    parts: of all blocks that the engine can fuse, inner ones first; forwards: name -> (module,
+    forward) of the blocks built so far.
     """
 
     def __init__(self, denoiser: nn.Module, parts: list[Parts]) -> None:
@@ -207,7 +170,7 @@ class Network:
 class FusedBlock:
     """The forward of a block: `run` where `takes` agrees, else that of its class.
 
-    An engine's block has `takes` and `run`; `parts.given` knows diffusers' arguments.
+    own: names of the children that it runs itself, "" for all.
     """
 
     own: tuple[str, ...] = ("",)
@@ -249,7 +212,7 @@ class FusedUpBlock(FusedBlock):
 
     own: tuple[str, ...] = ()
 
-    def __init__(self, parts: UpBlockParts, resnets: list[FusedResnetForward]) -> None:
+    def __init__(self, parts: UpBlockParts, resnets: list[Any]) -> None:
         super().__init__(parts)
         self.resnets = resnets
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import Blocks, fuse, fused_layers, fused_modules, unfuse
+from quantempo.engines.select import Engine
 from quantempo.kernels import ops
 from quantempo.quantized import quantized_layers
 
@@ -21,13 +22,11 @@ __all__ = ["LayerwiseEngine", "execution"]
 log = logging.getLogger("quantempo")
 
 
-class LayerwiseEngine:
-    """Run every integer layer with one backend, and what is around them fused if asked for.
+class LayerwiseEngine(Engine):
+    """Run every integer layer with the backend `name`, and the blocks around them fused.
 
     Args:
-        name: of the engine and of its backend.
         devices: torch device types, or ("any",).
-        blocks: the fused ones; None to leave the network's own.
         slow: why it is slower than it should be wherever it runs, or None.
     """
 
@@ -70,8 +69,7 @@ class LayerwiseEngine:
             if reason is not None:
                 log.warning("%s runs on 'simulated': %s", name, reason)
                 left += 1
-            chosen = backend if reason is None else fallback
-            layer.kernel = chosen.lower(layer)
+            layer.kernel = (backend if reason is None else fallback).lower(layer)
         if left:
             log.warning(
                 "%d of %d integer layers cannot run on '%s'; they run in float arithmetic",

@@ -30,10 +30,7 @@ class PerForward:
     def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
         """Return make(given, *how), made now unless known.
 
-        Args:
-            reader: 0 ... readers - 1.
-            given: the input.
-            now: the clock's bucket, where the same input may be read at several times.
+        now: the clock's bucket, where the same input may be read at several times.
         """
         hidden = torch.compiler.is_compiling() or given.is_inference()
         version = None if hidden else given._version

@@ -8,7 +8,7 @@ and files never depend on it.
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +25,10 @@ log = logging.getLogger("quantempo")
 _MARK = "_quantempo_engine"
 
 
-class Engine(Protocol):
+class Engine:
     """What every engine offers.
 
-    name: as a user writes it; devices: torch device types it runs on, the fastest engine of a
-    device is registered first.
+    devices: torch device types it runs on; the fastest engine of a device is registered first.
     """
 
     name: str
@@ -37,15 +36,19 @@ class Engine(Protocol):
 
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
+        return None
 
     def handicap(self) -> str | None:
         """Return why it is slower here than it should be (one clause), or None."""
+        return None
 
     def attach(self, denoiser: nn.Module) -> None:
         """Make `denoiser(...)` run on this engine."""
+        raise NotImplementedError
 
     def detach(self, denoiser: nn.Module) -> None:
         """Undo `attach`."""
+        raise NotImplementedError
 
 
 ENGINES: Registry[Engine] = Registry("engine")
@@ -53,9 +56,6 @@ ENGINES: Registry[Engine] = Registry("engine")
 
 def choose(device: str) -> Engine:
     """Return the fastest engine that can run on a device type; log what was passed over, and why.
-
-    Args:
-        device: torch device type.
 
     Raises:
         QuantempoError: none can.
@@ -83,7 +83,6 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     """Attach an engine to a quantized denoiser and return its name.
 
     Args:
-        denoiser: quantized in place.
         engine: a registered name, or "auto" for the fastest that is installed for its device.
 
     Raises:

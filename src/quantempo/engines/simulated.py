@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.core import ACTIVATION
-from quantempo.engines.base import BACKENDS, Kernel, channel_dim, too_many_terms
+from quantempo.engines.base import BACKENDS, Backend, channel_dim
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
-from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["SimulatedBackend", "SimulatedKernel", "exact_parts", "sum_bound"]
+__all__ = ["SimulatedBackend", "exact_parts", "sum_bound"]
 
 # Integers up to here, and sums of them, are exact in float32.
 EXACT = 2**24
@@ -31,11 +30,7 @@ def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, to
     """Yield runs of input channels with the float type in which their sums are exact.
 
     Float32 for runs whose `sum_bound` is below 2^24, found by halving; float64 where a run cannot
-    be halved. They depend on the weight only, so layers that differ in scales have equal parts.
-
-    Args:
-        weight_int: (O, C / groups, ...) int8.
-        groups: of a grouped convolution, which is not cut.
+    be halved or is of a grouped convolution; weight_int int8 (O, C / groups, ...).
     """
 
     def cut(first: int, last: int) -> Iterator[tuple[slice, torch.dtype]]:
@@ -51,30 +46,7 @@ def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, to
     yield from cut(0, weight_int.shape[1])
 
 
-class SimulatedBackend:
-    """Run each layer as float convolutions or matmuls of integers, whose sums are exact."""
-
-    name = "simulated"
-
-    def missing(self) -> str | None:
-        """Return None: it runs wherever torch does."""
-        return None
-
-    def unsupported(self, layer: QLayer) -> str | None:
-        """Return why it cannot take this layer, or None."""
-        return too_many_terms(layer)
-
-    def lower(self, layer: QLayer) -> Kernel:
-        """Return the layer's kernel; see `Backend`."""
-        reason = self.unsupported(layer)
-        if reason is not None:
-            raise QuantempoError(f"backend 'simulated' cannot take this layer: {reason}")
-        return SimulatedKernel(layer)
-
-
-class SimulatedKernel:
-    """Run one layer."""
-
+class _Kernel:
     backend = "simulated"
 
     def __init__(self, layer: QLayer) -> None:
@@ -84,7 +56,6 @@ class SimulatedKernel:
         self.qmax = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the dtype of x."""
         layer, axis = self.layer, channel_dim(self.layer)
         self.here(x.device)
         # (O,) -> the shape that broadcasts over the output.
@@ -101,11 +72,8 @@ class SimulatedKernel:
         return y.to(x.dtype)
 
     def prepare(self, device: torch.device) -> None:
-        """Read the layer's integers (again); done by the first call if nobody asked before.
-
-        Cuts that still hold are kept: a compiled network is compiled for its parts.
-        """
         layer = self.layer
+        # Cuts that still hold are kept: a compiled network is compiled for its parts.
         # A tensor: layers that differ in bits alone are one compiled network.
         self.qmax = torch.tensor(float(layer.act_qmax), device=device)
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
@@ -125,18 +93,12 @@ class SimulatedKernel:
         self.parts = parts
 
     def here(self, device: torch.device) -> list[tuple[int, slice, Tensor]]:
-        """Return the parts on a device, made now if they are not there."""
         if not self.parts or self.parts[0][2].device != device:
             self.prepare(device)
         return self.parts
 
     def sums(self, segment: int, codes: Tensor) -> Tensor:
-        """Return sum_k q q_w rounded once to float32; the padding is 0.
-
-        Args:
-            segment: of the layer's input.
-            codes: float32 integers q = q_a - z of that segment, |q| <= 255.
-        """
+        """Return sum_k q q_w rounded once to float32; codes: float32 q = q_a - z of a segment."""
         layer = self.layer
         sums: list[Tensor] = []
         parts = self.here(codes.device)
@@ -152,6 +114,13 @@ class SimulatedKernel:
             else:
                 sums.append(F.linear(part, weight))
         return sums[0].float() if len(sums) == 1 else sum(s.double() for s in sums).float()
+
+
+class SimulatedBackend(Backend):
+    """Run each layer as float convolutions or matmuls of integers, whose sums are exact."""
+
+    name = "simulated"
+    kernel = _Kernel
 
 
 @torch.library.custom_op("quantempo::exact_conv2d", mutates_args=())

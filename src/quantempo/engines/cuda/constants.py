@@ -16,18 +16,7 @@ from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
-__all__ = [
-    "ActivationGrid",
-    "LayerConstants",
-    "Norm",
-    "Sides",
-    "constant",
-    "constants_of",
-    "last",
-    "quantize",
-    "quantize_rows",
-    "rows_of",
-]
+__all__ = ["ActivationGrid", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows"]
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
 ALIGNED = 16
@@ -55,12 +44,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 class ActivationGrid:
-    """One activation grid, the operators' way.
-
-    Attributes:
-        scale, inverse: float32 (G,), and 1 / scale.
-        zero_point, qmax: of the unsigned codes.
-    """
+    """An activation grid: scale and inverse float32 (G,); zero_point, qmax of unsigned codes."""
 
     def __init__(self, clock: StepClock, scale: Tensor, zero_point: int, qmax: int) -> None:
         self.clock, self.zero_point, self.qmax = clock, zero_point, qmax
@@ -130,27 +114,15 @@ class Norm:
         if sides is not None:
             how["raw_scales"] = sides.scales
             how |= {"raw_zero_points": sides.zero_points, "raw_qmax": sides.qmax}
-        y, *raws = ops.gn_act_quant(
-            x,
-            skip,
-            bucket=bucket,
-            gamma=self.gamma,
-            beta=self.beta,
-            groups=self.groups,
-            eps=self.eps,
-            silu=silu,
-            **how,
-        )
+        how |= {"gamma": self.gamma, "beta": self.beta, "groups": self.groups, "eps": self.eps}
+        y, *raws = ops.gn_act_quant(x, skip, bucket=bucket, silu=silu, **how)
         return y, raws[: 0 if sides is None else len(sides.weights)]
 
 
 class Sides:
     """A 1x1 convolution of one or two images, added to the sums of another convolution.
 
-    Args:
-        layer: its first segment serves every image if it has only one.
-        widths: channels of each image.
-        skip: images at the front that are not part of it.
+    widths: channels of each image; skip: images at the front that are not part of it.
     """
 
     def __init__(self, layer: QConv2d, widths: tuple[int, ...], skip: int = 0) -> None:
@@ -186,12 +158,8 @@ class Sides:
 class LayerConstants:
     """What the operators are given of one layer, an operand for each segment of its input.
 
-    Attributes:
-        weights: int8, (O, taps, C_i) of convolutions, (O, K_i) of linear layers.
-        tables: int32 (16, O) or (O,).
-        grids: one for each segment.
-        weight_scale, bias: float32 (O,); bias may be None.
-        sides: all segments but the first, of a 1x1 convolution of several; else None.
+    weights: int8 (O, taps, C_i) or (O, K_i); tables: int32 (16, O) or (O,); weight_scale, bias:
+    float32 (O,); sides: all segments but the first, of a 1x1 convolution of several, else None.
     """
 
     def __init__(self, layer: QLayer) -> None:
@@ -258,19 +226,13 @@ class LayerConstants:
         return whole
 
     def reads_the_same(self, other: LayerConstants) -> bool:
-        """Return whether another layer, of one segment too, takes the same codes.
-
-        Waits for the device.
-        """
+        """Return whether another layer, of one segment too, takes the same codes (synchronises)."""
         same_width = self.weights[0].shape[-1] == other.weights[0].shape[-1]
         return same_width and self.grids[0].same(other.grids[0])
 
     @classmethod
     def together(cls, layers: list[LayerConstants]) -> list[LayerConstants]:
-        """Return linear layers that read the same input, joined if they share its codes.
-
-        Waits for the device.
-        """
+        """Return linear layers that read the same input, joined if they share its codes."""
         alike = all(layers[0].reads_the_same(layer) for layer in layers[1:])
         return [cls.joined(layers)] if alike else layers
 
@@ -301,10 +263,7 @@ class LayerConstants:
         grid: ActivationGrid | None = None,
         **how: Any,
     ) -> Tensor:
-        """Return the product (M, O) of one segment's codes (M, K_i); how: of `ops.qgemm`.
-
-        grid: to get its int8 codes on this grid instead.
-        """
+        """Return the product (M, O) of a segment's codes (M, K_i), or its int8 codes on `grid`."""
         if grid is not None:
             how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
         return ops.qgemm(

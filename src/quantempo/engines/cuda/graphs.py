@@ -33,8 +33,8 @@ def graphed(denoiser: Callable[..., Any], warmup: int = _WARMUP) -> Graphed:
     """Return a module that calls a denoiser through CUDA graphs.
 
     Args:
-        denoiser: a denoiser with its engine attached, compiled or not, or any function of tensors
-            that waits for no value of theirs.
+        denoiser: with its engine attached, compiled or not, or any function that waits for no value
+            of its tensors.
         warmup: eager calls before each recording, at least 1.
     """
     return Graphed(denoiser, warmup)
@@ -43,12 +43,7 @@ def graphed(denoiser: Callable[..., Any], warmup: int = _WARMUP) -> Graphed:
 def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
     """Return what a recording depends on: structure, shapes, dtypes, devices, other values.
 
-    Args:
-        value: arguments, nested in tuples, lists and dicts.
-        tensors: gets the tensors in it, in order.
-
-    Returns:
-        Something hashable, if all values that are no tensors are.
+    It is hashable if all values that are no tensors are; `tensors` gets the tensors, in order.
     """
     if isinstance(value, Tensor):
         if tensors is not None:
@@ -69,7 +64,6 @@ def capture(
 
     Args:
         call: launches kernels without waiting for the device; what it reads must outlive the graph.
-        warmup: calls before the recording, on another stream.
         pool: memory of the graph; None for its own.
     """
     stream = torch.cuda.Stream()
@@ -129,7 +123,7 @@ class Graphed(nn.Module):
         return Graphed(copy.deepcopy(self.denoiser, memo), self.warmup)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the denoiser returns."""
+        """Run the denoiser, replayed where possible."""
         device = _cuda_device((args, kwargs))
         if device is None or torch.compiler.is_compiling():
             return self.denoiser(*args, **kwargs)
@@ -186,7 +180,6 @@ class Graphed(nn.Module):
         return _Recording(graph, inputs, output)
 
     def _capture(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the graph of a call and what the call returned."""
         if self._pool is None:
             # One for all: a replay has no use for what another left.
             self._pool = torch.cuda.graph_pool_handle()

@@ -1,8 +1,8 @@
 """Int8 layers on a GPU through the operators of `kernels.ops`.
 
-One layer at a time; `unet` and `transformer` join them. Eagerly a layer is two launches: quantize,
-multiply. Inside a compiled network its input is quantized by plain operations, which the compiler
-joins with what comes before (a LayerNorm, a GEGLU, a softmax); the integers are the same.
+Eagerly a layer is two launches: quantize, multiply. Inside a compiled network its input is
+quantized by plain operations, which the compiler joins with what comes before (a LayerNorm, a
+GEGLU, a softmax); the integers are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import Kernel, too_many_terms
+from quantempo.engines.base import Backend
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FLOATS,
@@ -26,52 +26,13 @@ from quantempo.engines.cuda.constants import (
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["TritonBackend", "TritonKernel"]
+__all__ = ["TritonBackend"]
 
 log = logging.getLogger("quantempo")
 
 _CAPABILITY = (8, 0)
 # The first with all that the kernels import; 3.6 is what they were measured with.
 _TRITON = (3, 4)
-
-
-class TritonBackend:
-    """Run each layer as one int8 kernel on NVIDIA GPUs from compute capability 8.0 on."""
-
-    name = "triton"
-
-    def missing(self) -> str | None:
-        """Return why the kernels cannot be used here, or None."""
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        found = metadata.version("triton")
-        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
-            return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        if torch.version.hip is not None:
-            return "the GPU is not NVIDIA's"
-        major, minor = torch.cuda.get_device_capability()
-        if (major, minor) < _CAPABILITY:
-            return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
-        return None
-
-    def unsupported(self, layer: QLayer) -> str | None:
-        """Return why it cannot take this layer, or None."""
-        out = layer.weight_shape[0]
-        for channels in (*layer.segments, out):
-            if channels % ALIGNED:
-                what = "output" if channels == out else "input"
-                return f"{channels} {what} channels are no multiple of {ALIGNED}"
-        shape = _unsupported_shape(layer) if isinstance(layer, QConv2d) else None
-        return shape or too_many_terms(layer)
-
-    def lower(self, layer: QLayer) -> Kernel:
-        """Return the layer's kernel; see `Backend`."""
-        reason = self.missing() or self.unsupported(layer)
-        if reason is not None:
-            raise QuantempoError(f"backend 'triton' cannot take this layer: {reason}")
-        return TritonKernel(layer)
 
 
 def _unsupported_shape(layer: QConv2d) -> str | None:
@@ -99,11 +60,9 @@ def _say_slow() -> None:
     )
 
 
-class TritonKernel:
-    """Run one layer; `constants` are made by `prepare`, or by the first call.
-
-    A layer of several segments is one launch where it is a 1x1 convolution (the others at the
-    side of the first), else one launch for each segment, added up in float32.
+class _Kernel:
+    """A layer of several segments is one launch where it is a 1x1 convolution (the others are
+    shortcut operands of the first), else one launch for each segment, added up in float32.
     """
 
     backend = "triton"
@@ -113,7 +72,6 @@ class TritonKernel:
         self.constants: LayerConstants | None = None
 
     def prepare(self, device: torch.device) -> None:
-        """Read the layer's integers and scales (again); outside of any trace."""
         if self.layer.weight_scale.device != device:
             raise QuantempoError(
                 f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
@@ -124,11 +82,6 @@ class TritonKernel:
         self.constants = LayerConstants.of(self.layer)
 
     def here(self, device: torch.device) -> LayerConstants:
-        """Return the constants on this device.
-
-        Raises:
-            QuantempoError: they are not, inside a trace, which could not keep them.
-        """
         if self.constants is None or self.constants.device != device:
             if torch.compiler.is_compiling():
                 raise QuantempoError("the model was moved; attach the engine, then compile")
@@ -137,7 +90,6 @@ class TritonKernel:
         return self.constants
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the dtype of x."""
         constants = self.here(x.device)
         dtype = x.dtype if x.dtype in FLOATS else torch.float32
         if isinstance(self.layer, QConv2d):
@@ -145,6 +97,39 @@ class TritonKernel:
         else:
             y = _multiply(constants, x, dtype).reshape(*x.shape[:-1], -1)
         return y.to(x.dtype)
+
+
+class TritonBackend(Backend):
+    """Run each layer as one int8 kernel on NVIDIA GPUs from compute capability 8.0 on."""
+
+    name = "triton"
+    kernel = _Kernel
+
+    def missing(self) -> str | None:
+        """Return why the kernels cannot be used here, or None."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        found = metadata.version("triton")
+        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+            return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < _CAPABILITY:
+            return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
+        return None
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer, or None."""
+        out = layer.weight_shape[0]
+        for channels in (*layer.segments, out):
+            if channels % ALIGNED:
+                what = "output" if channels == out else "input"
+                return f"{channels} {what} channels are no multiple of {ALIGNED}"
+        shape = _unsupported_shape(layer) if isinstance(layer, QConv2d) else None
+        return shape or super().unsupported(layer)
 
 
 def _convolve(layer: QConv2d, constants: LayerConstants, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,13 +39,7 @@ class SharedShifts(Prepared, TimeShifts):
 
 
 class SharedContext(Prepared, PerForward):
-    """Keys and values of the context, of all attention layers that read it, in one product.
-
-    Or in as many as there are grids: layers calibrated on one context have one.
-
-    Args:
-        attentions: all that read a context.
-    """
+    """Keys and values of the context, of all attention layers that read it: one product a grid."""
 
     def __init__(self, attentions: list[TokenAttentionParts]) -> None:
         super().__init__(len(attentions))

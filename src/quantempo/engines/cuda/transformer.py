@@ -157,8 +157,7 @@ def _like(x: Tensor, weight: Tensor | None) -> Tensor:
 class FusedTransformer(GpuBlock):
     """A transformer over the pixels of an image, whose projections read and write pixel rows.
 
-    Args:
-        blocks: the fused forward of each block, None where it is not fused.
+    blocks: the fused forward of each block, None where it is not fused.
     """
 
     # The blocks inside are fused, or not, on their own.

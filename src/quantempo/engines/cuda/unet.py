@@ -43,15 +43,7 @@ from quantempo.models.fusion_unet import (
 )
 from quantempo.quantized import StepClock
 
-__all__ = [
-    "FusedAttention",
-    "FusedDownsample",
-    "FusedHead",
-    "FusedOut",
-    "FusedResnet",
-    "FusedStem",
-    "FusedUpsample",
-]
+__all__ = ["FusedAttention", "FusedDownsample", "FusedResnet", "FusedUpsample"]
 
 # Codes for the norm's convolution and for the shortcut are written together, unless the images are
 # of more bytes: both would be the peak of the memory.
@@ -84,10 +76,8 @@ class FusedResnet(GpuBlock):
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.norm1, self.norm2 = Norm(parts.norm1), Norm(parts.norm2)
-        self.conv1, self.conv2 = (
-            constants_of(parts.conv1, device),
-            constants_of(parts.conv2, device),
-        )
+        self.conv1 = constants_of(parts.conv1, device)
+        self.conv2 = constants_of(parts.conv2, device)
         if self.index is not None and self.shifts.device != device:
             self.shifts.prepare(device)
         shortcut: Any = parts.shortcut
@@ -213,11 +203,7 @@ class FusedUpsample(_Sampler):
 
 
 class _End(Prepared):
-    """A float convolution at an end of the network, in the type of the stream.
-
-    Args:
-        dtype: of the stream, or None for that of x.
-    """
+    """A float convolution at an end of the network; dtype: of the stream, or None for x's."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype | None) -> None:
         self.conv, self.dtype = conv, dtype
@@ -236,23 +222,21 @@ class _End(Prepared):
         return y
 
 
-class FusedStem(_End):
+class _Stem(_End):
     """The first convolution, writing channels_last in the type of the stream."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W), channels_last."""
         return last(self._run(x))
 
 
-class FusedOut(_End):
+class _Out(_End):
     """The last convolution, from the type of the stream to that of the model."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W)."""
         return self._run(x).to(self.conv.weight.dtype)
 
 
-class FusedHead(Prepared):
+class _Head(Prepared):
     """The last GroupNorm and SiLU in one pass, in the type of the stream."""
 
     def __init__(self, parts: HeadParts, clock: StepClock) -> None:
@@ -262,7 +246,6 @@ class FusedHead(Prepared):
         self.norm = Norm(self.parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return silu(norm(x)), (B, C, H, W)."""
         self.here(x)
         y, _ = self.norm(last(x), bucket=self.clock.bucket, silu=True)
         return y
@@ -278,8 +261,8 @@ def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[.
     if head.stem.weight.dtype in (torch.float16, torch.bfloat16):
         dtype = None
     return [
-        (head.stem, FusedStem(head.stem, dtype)),
-        (head.norm, FusedHead(head, network.clock)),
+        (head.stem, _Stem(head.stem, dtype)),
+        (head.norm, _Head(head, network.clock)),
         (head.activation, same),
-        (head.out, FusedOut(head.out, dtype)),
+        (head.out, _Out(head.out, dtype)),
     ]

@@ -34,16 +34,7 @@ from quantempo.models.fusion_unet import (
 )
 from quantempo.quantized import StepClock
 
-__all__ = [
-    "BLOCKS",
-    "FloatTimeShifts",
-    "FusedAttention",
-    "FusedDownsample",
-    "FusedHead",
-    "FusedResnet",
-    "FusedStem",
-    "FusedUpsample",
-]
+__all__ = ["BLOCKS", "FloatTimeShifts"]
 
 # More tokens than this, and attention that never stores its scores is faster.
 MAX_TOKENS = 1024
@@ -110,7 +101,6 @@ class _Block(FusedBlock):
         return (x.dtype == torch.float32 or half) and x.device.type == "cpu" and x.ndim == 4
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block fused."""
         return run_per_bucket(self.clock, self._run, _last(x))
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
@@ -118,7 +108,7 @@ class _Block(FusedBlock):
 
 
 @BLOCKS.build(ResnetParts)
-class FusedResnet(_Block):
+class _Resnet(_Block):
     """A residual block: two passes that write codes, two convolutions, one sum."""
 
     def __init__(self, parts: ResnetParts, shifts: TimeShifts) -> None:
@@ -131,15 +121,10 @@ class FusedResnet(_Block):
         self.shortcuts: dict[tuple[int, ...], FoldedLayer] = {}
 
     @classmethod
-    def build(cls, parts: ResnetParts, network: Network) -> FusedResnet:
-        """Return the forward of a block."""
+    def build(cls, parts: ResnetParts, network: Network) -> _Resnet:
         return cls(parts, network.once(FloatTimeShifts.of))
 
-    def accept(self, widths: tuple[int, int]) -> None:
-        """Do nothing: weights are packed for the inputs of the first call."""
-
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        """Run the block on torch.cat([x, skip], 1), without making it."""
         shift = None
         if temb is not None and self.parts.time is not None:
             if self.index is not None:
@@ -154,20 +139,12 @@ class FusedResnet(_Block):
         inputs = self._inputs(x, skip)
         shortcut = self._shortcut(inputs)
         raw = [None if shortcut is None else shortcut.grid(bucket, i) for i in range(len(inputs))]
-        codes, raws = library.group_norm(
-            [Part(part, grid) for part, grid in zip(inputs, raw, strict=True)],
-            self.norm1,
-            silu=True,
-            grid=self.conv1.grid(bucket),
-        )
-        hidden = self.conv1(codes, bucket, dtype)
+        parts, grid = list(map(Part, inputs, raw)), self.conv1.grid(bucket)
+        codes, raws = library.group_norm(parts, self.norm1, silu=True, grid=grid)
+        hidden = [Part(self.conv1(codes, bucket, dtype))]
+        edge, grid = self.conv1.edge(bucket), self.conv2.grid(bucket)
         codes, _ = library.group_norm(
-            [Part(hidden)],
-            self.norm2,
-            silu=True,
-            grid=self.conv2.grid(bucket),
-            shift=shift,
-            edge=self.conv1.edge(bucket),
+            hidden, self.norm2, silu=True, grid=grid, shift=shift, edge=edge
         )
         y = self.conv2(codes, bucket, dtype)
         library.add(y, x if shortcut is None else None, self.conv2.edge(bucket))
@@ -191,7 +168,7 @@ class FusedResnet(_Block):
 
 
 @BLOCKS.build(AttentionParts)
-class FusedAttention(_Block):
+class _Attention(_Block):
     """Self-attention over pixels: one pass that writes codes for q, k and v; products in bf16."""
 
     def __init__(self, parts: AttentionParts) -> None:
@@ -243,16 +220,14 @@ class _Sampler(_Block):
 
 
 @BLOCKS.build(DownsampleParts)
-class FusedDownsample(_Sampler):
-    """The strided convolution."""
-
+class _Downsample(_Sampler):
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         codes = _library().quantize(x, *self.conv.grid(bucket), border=self.parts.border)
         return self.conv(codes, bucket, x.dtype)
 
 
 @BLOCKS.build(UpsampleParts)
-class FusedUpsample(_Sampler):
+class _Upsample(_Sampler):
     """Repeat the codes, not the floats (a quarter of the work, a sixteenth of the memory)."""
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
@@ -261,25 +236,23 @@ class FusedUpsample(_Sampler):
         return self.conv(codes, bucket, x.dtype)
 
 
-class FusedStem:
+class _Stem:
     """The first convolution, in float, writing channels_last in the type of the stream."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         self.conv, self.dtype = conv, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W), channels_last."""
         return _last(type(self.conv).forward(self.conv, _last(x))).to(self.dtype)
 
 
-class FusedHead:
+class _Head:
     """The last GroupNorm and SiLU in one pass, float32 out; the activation becomes a no-op."""
 
     def __init__(self, parts: HeadParts) -> None:
         self.parts, self.norm = parts, _norm(parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return silu(norm(x)), (B, C, H, W), float32 or the type of the last layer."""
         y, _ = _library().group_norm([Part(_last(x))], self.norm, silu=True, grid=None)
         return y.to(self.parts.out.weight.dtype)
 
@@ -289,7 +262,7 @@ def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[.
     """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds."""
     half = network.closed(head) and onednn.native_bfloat16()
     return [
-        (head.stem, FusedStem(head.stem, torch.bfloat16 if half else torch.float32)),
-        (head.norm, FusedHead(head)),
+        (head.stem, _Stem(head.stem, torch.bfloat16 if half else torch.float32)),
+        (head.norm, _Head(head)),
         (head.activation, same),
     ]

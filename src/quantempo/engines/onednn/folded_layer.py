@@ -23,7 +23,6 @@ class FoldedLayer:
     convolution. It then pads zeros instead of zero points: `edge` is what that leaves out.
 
     Args:
-        layer: one of the int8 layers.
         factor: multiplies the result.
         widths: input channels of each operand; the layer's segments if None.
         bordered: the codes bring their border of zero points with them, nothing is padded.

@@ -7,41 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import ActivationGrids, Kernel, run_per_bucket, too_many_terms
-from quantempo.errors import QuantempoError
+from quantempo.engines.base import ActivationGrids, Backend, run_per_bucket
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["OneDNNBackend", "OneDNNKernel", "quantize_image", "quantize_tokens"]
+__all__ = ["OneDNNBackend", "quantize_tokens"]
 
 
-class OneDNNBackend:
-    """Run each layer as one int8 kernel of oneDNN, a scale row a time bucket."""
-
-    name = "onednn"
-
-    def missing(self) -> str | None:
-        """Return why the kernels cannot be used here, or None."""
-        return onednn.missing()
-
-    def unsupported(self, layer: QLayer) -> str | None:
-        """Return why it cannot take this layer, or None."""
-        if layer.weight_scale.device.type != "cpu":
-            return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
-        if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
-            return "a grouped convolution cannot have one scale for each half of its input"
-        return too_many_terms(layer)
-
-    def lower(self, layer: QLayer) -> Kernel:
-        """Return the layer's kernel; see `Backend`. Weights are packed at its first call."""
-        reason = self.missing() or self.unsupported(layer)
-        if reason is not None:
-            raise QuantempoError(f"backend 'onednn' cannot take this layer: {reason}")
-        return OneDNNKernel(layer)
-
-
-def quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
+def _quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
     """Return uint8 codes (B, C, H, W), channels_last; x floating, any layout."""
     library = fused_cpu.load()
     if library is None or x.dtype not in (torch.float32, torch.bfloat16):
@@ -64,8 +38,8 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -
     return library.quantize_rows(rows, scale, zero_point, qmax)
 
 
-class OneDNNKernel:
-    """Run one layer: a packed operator for each segment, grids as numbers."""
+class _Kernel:
+    """A packed operator for each segment, grids as numbers."""
 
     backend = "onednn"
 
@@ -75,7 +49,6 @@ class OneDNNKernel:
         self.parts: list[Any] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the dtype of x."""
         grids = self.here(x.device)
         run = self._convolve if isinstance(self.layer, QConv2d) else self._multiply
         if grids.buckets == 1:
@@ -83,14 +56,12 @@ class OneDNNKernel:
         return run_per_bucket(grids.clock, run, x)
 
     def prepare(self, device: torch.device) -> None:
-        """Read the layer's integers and scales (again); weights are packed by the next call."""
         layer = self.layer
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
         self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
         self.grids = ActivationGrids(layer)
 
     def here(self, device: torch.device) -> ActivationGrids:
-        """Return the grids, read now if they were not."""
         if self.grids is None:
             self.prepare(device)
         assert self.grids is not None
@@ -108,7 +79,7 @@ class OneDNNKernel:
         y: Any = None
         for i, part in enumerate(x.split(grids.segments, 1)):
             grid = grids.of(bucket, i)
-            term = self.parts[i](quantize_image(part, *grid), *grid[:2], bias, self._dtype(x))
+            term = self.parts[i](_quantize_image(part, *grid), *grid[:2], bias, self._dtype(x))
             y, bias = (term if y is None else y.add_(term)), None
         result: Tensor = y.to(x.dtype)
         return result
@@ -119,8 +90,7 @@ class OneDNNKernel:
         for i, part in enumerate(x.split(grids.segments, -1)):
             grid = grids.of(bucket, i)
             codes = quantize_tokens(part, *grid)
-            y = self.parts[i](codes, *grid[:2], bias, self._dtype(x), into=y)
-            bias = None
+            y, bias = self.parts[i](codes, *grid[:2], bias, self._dtype(x), into=y), None
         result: Tensor = y.reshape(*x.shape[:-1], -1).to(x.dtype)
         return result
 
@@ -128,3 +98,22 @@ class OneDNNKernel:
         # Parts are added up in float32; half precision is left to a last cast.
         half = x.dtype == torch.bfloat16 and len(self.parts) == 1 and onednn.native_bfloat16()
         return torch.bfloat16 if half else torch.float32
+
+
+class OneDNNBackend(Backend):
+    """Run each layer as one int8 kernel of oneDNN, a scale row a time bucket."""
+
+    name = "onednn"
+    kernel = _Kernel
+
+    def missing(self) -> str | None:
+        """Return why the kernels cannot be used here, or None."""
+        return onednn.missing()
+
+    def unsupported(self, layer: QLayer) -> str | None:
+        """Return why it cannot take this layer, or None."""
+        if layer.weight_scale.device.type != "cpu":
+            return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
+        if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
+            return "a grouped convolution cannot have one scale for each half of its input"
+        return super().unsupported(layer)

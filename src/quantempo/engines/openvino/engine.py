@@ -1,8 +1,6 @@
 """The engine that runs a whole packed denoiser as an OpenVINO graph.
 
-The graph carries our integers and our scales of every time bucket, found by our search; nothing is
-calibrated here. It is compiled for the shapes at hand, at the first call with them. What lives
-elsewhere: the graph (`graph.py`), making its float parts cheap (`rewrite.py`).
+Compiled for the shapes at hand, at the first call with them; nothing is calibrated here.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quantempo.core.instance import reset_forward, set_forward
 from quantempo.engines.base import too_many_terms
+from quantempo.engines.select import Engine
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import QConv2d, find_clock, quantized_layers
@@ -43,11 +42,10 @@ MAX_ROWS = 8
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Say how one convolution or linear layer was executed.
+    """How one convolution or linear layer was executed.
 
-    name: of the layer (with "/i" for segment i of a split input), or OpenVINO's name for a layer
-    that is not quantized; precision: of its input ("u8", "i8", "f32", "bf16", or "none" when no
-    kernel of that name exists); primitive: OpenVINO's name of the kernel.
+    name: of the layer, "/i" appended for segment i, or OpenVINO's name of a layer in float;
+    precision: of its input, "none" when no kernel has that name; primitive: OpenVINO's kernel.
     """
 
     name: str
@@ -64,7 +62,7 @@ class KernelRow:
         return self.precision in _INT8 and self.primitive.lower().endswith(_INT8)
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """Run the denoiser as one compiled graph.
 
     Args:
@@ -92,16 +90,8 @@ class OpenVinoEngine:
         except Exception as error:  # Private modules of it are imported: they may move.
             return f"this version of OpenVINO cannot be used: {error}"
 
-    def handicap(self) -> str | None:
-        """Return None: it brings all it needs."""
-        return None
-
     def attach(self, denoiser: nn.Module) -> None:
-        """Set `denoiser.forward`; graphs are compiled at the first call of each input shape.
-
-        Raises:
-            QuantempoError: a layer has sums that may overflow.
-        """
+        """Set `denoiser.forward`; QuantempoError for a layer whose sums may overflow."""
         for name, layer in quantized_layers(denoiser):
             reason = too_many_terms(layer)
             if reason is None and isinstance(layer, QConv2d) and layer.groups > 1:
@@ -128,11 +118,10 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class _Runner:
-    """Stand in for `forward`: find or compile the graph of a call, translate inputs and outputs."""
+    """The `forward`: finds or compiles the graph of a call."""
 
     def __init__(self, denoiser: nn.Module, engine: OpenVinoEngine) -> None:
         self.denoiser, self.engine = denoiser, engine
-        # Pipelines look at it.
         self.__signature__ = inspect.signature(type(denoiser).forward.__get__(denoiser))
         self.graphs: OrderedDict[Any, _Graph] = OrderedDict()
 
@@ -145,16 +134,17 @@ class _Runner:
         arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
         arguments[inputs.timestep_name] = inputs.timestep
         layout, tensors = _Layout.of(arguments)
-        values = [self._bucket(), *(_plain(tensor) for tensor in tensors)]
+        tensors = [t.detach().contiguous() for t in tensors]
+        tensors = [t.float() if t.is_floating_point() else t for t in tensors]
+        values = [self._bucket(), *tensors]
         parts = [self._infer(layout, part) for part in _chunks(values, len(inputs.sample))]
         outputs = parts[0]
         if len(parts) > 1:
             outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
-        graph = next(reversed(self.graphs.values()))
-        return graph.layout.fill(_cast(output, inputs.sample.dtype) for output in outputs)
+        graph, dtype = next(reversed(self.graphs.values())), inputs.sample.dtype
+        return graph.layout.fill(y.to(dtype) if y.is_floating_point() else y for y in outputs)
 
     def _infer(self, layout: _Layout, values: list[Tensor]) -> list[Tensor]:
-        """Run the graph for these shapes, compiled now if there is none yet."""
         shapes = tuple((tuple(value.shape), value.dtype) for value in values)
         key = (repr(layout), shapes, torch.get_num_threads())
         if key not in self.graphs:
@@ -173,8 +163,6 @@ class _Runner:
 
 
 class _Graph:
-    """A compiled graph for one set of shapes."""
-
     def __init__(self, compiled: Any, calls: list[Any], layout: _Layout) -> None:
         self.compiled, self.layout = compiled, layout
         self.request = compiled.create_infer_request()
@@ -206,7 +194,6 @@ def _chunks(values: list[Tensor], rows: int) -> list[list[Tensor]]:
 
 
 def _kernel_rows(compiled: Any, calls: list[Any]) -> list[KernelRow]:
-    """Return how each layer of a compiled graph is executed."""
     rows = []
     left = {f"{call.name}/{i}" for call in calls for i in range(len(call.layer.segments))}
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -261,7 +248,6 @@ class _Layout:
 
     @classmethod
     def of(cls, value: Any) -> tuple[_Layout, list[Tensor]]:
-        """Return the layout and the tensors, in order."""
         leaves, tree = tree_flatten(value)
         plain = (Tensor, bool, int, float, str, type(None))
         odd = next((leaf for leaf in leaves if not isinstance(leaf, plain)), None)
@@ -274,18 +260,8 @@ class _Layout:
         return cls(tree, fixed), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def fill(self, tensors: Iterable[Tensor]) -> Any:
-        """Return the values with these tensors."""
         source = iter(tensors)
         return tree_unflatten([*(x[0] if x else next(source) for x in self.leaves)], self.tree)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().contiguous()
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _cast(output: Tensor, dtype: torch.dtype) -> Tensor:
-    return output.to(dtype) if output.is_floating_point() else output
 
 
 def _text(info: Any, key: str) -> str:

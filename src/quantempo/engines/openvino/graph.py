@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from quantempo.core.instance import keep, put_child
 from quantempo.quantized import QConv2d, QLayer, quantized_layers
 
-__all__ = ["LayerCall", "build_graph", "constant", "extreme_sums"]
+__all__ = ["build_graph", "constant", "extreme_sums"]
 
 _OP = "packed_layer"
 # 8 bits; low-precision transformations know no other number.
@@ -46,11 +46,8 @@ _LIBRARY.impl(_OP, lambda x, bucket, index, shape: x.new_zeros(shape), "CPU")
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """One use of an integer layer in the forward pass.
-
-    name: in the denoiser; shape, out_shape: of its input and output.
-    """
+class _LayerCall:
+    """One use of an integer layer in the forward pass; shape, out_shape: of input and output."""
 
     name: str
     layer: QLayer
@@ -65,19 +62,15 @@ def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
 
 def build_graph(
     denoiser: nn.Module, run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
-) -> tuple[ov.Model, list[LayerCall]]:
-    """Trace `run(*tensors)`, which calls the denoiser, and return its graph for these shapes.
+) -> tuple[ov.Model, list[_LayerCall]]:
+    """Trace `run(*inputs[1:])`, which calls the denoiser; return its graph and integer layers.
 
     Args:
-        denoiser: quantized in place; its integer layers are replaced while this runs.
-        run: from `inputs[1:]` to the output tensors.
         inputs: the bucket, int64 (1,) or (B,), then the tensors; floating ones float32.
 
-    Returns:
-        The graph (inputs in the given order, shapes fixed) and the integer layers it uses. The
-        node that does the sums of layer `name` and segment i is called "name/i".
+    The node that does the sums of layer `name` and segment i is called "name/i".
     """
-    calls: list[LayerCall] = []
+    calls: list[_LayerCall] = []
     with torch.no_grad(), _float32(denoiser), _recorded(denoiser, calls) as bucket:
         program = _Program(denoiser, run, bucket)
         with warnings.catch_warnings():
@@ -101,10 +94,9 @@ def build_graph(
 
 
 def extreme_sums() -> tuple[float, float, str]:
-    """Sum the largest products that 8 bits allow in a convolution.
+    """Sum the largest products of 8 bits in a convolution.
 
-    Returns:
-        The sum expected, the one found, and the precision of the input of the kernel that ran.
+    Return the sum expected, the one found, and the precision of the kernel's input.
     """
     # 255 * 127 * 288 < 2^24: exact in float32 as well.
     channels, kernel = 32, 3
@@ -130,9 +122,7 @@ def extreme_sums() -> tuple[float, float, str]:
 class _Program(nn.Module):
     """Make `run` a module, so that tracing finds the parameters of the denoiser."""
 
-    def __init__(
-        self, denoiser: nn.Module, run: Callable[..., Sequence[Tensor]], bucket: list[Tensor]
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, run: Callable[..., Any], bucket: list[Tensor]) -> None:
         super().__init__()
         self.denoiser, self.run, self.bucket = denoiser, run, bucket
 
@@ -145,7 +135,7 @@ class _Recorder(nn.Module):
     """Stand where an integer layer stands while tracing: one opaque node, and a line in `calls`."""
 
     def __init__(
-        self, name: str, layer: QLayer, calls: list[LayerCall], bucket: list[Tensor]
+        self, name: str, layer: QLayer, calls: list[_LayerCall], bucket: list[Tensor]
     ) -> None:
         super().__init__()
         # Not a child: tracing reads every attribute of a module, also costly properties.
@@ -157,14 +147,14 @@ class _Recorder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = vars(self)["layer"]
-        call = LayerCall(self.name, layer, tuple(map(int, x.shape)), _out_shape(layer, x))
+        call = _LayerCall(self.name, layer, tuple(map(int, x.shape)), _out_shape(layer, x))
         self.calls.append(call)
         op = getattr(torch.ops.quantempo, _OP)
         return op(x, self.bucket[0], len(self.calls) - 1, list(call.out_shape))
 
 
 @contextmanager
-def _recorded(denoiser: nn.Module, calls: list[LayerCall]) -> Iterator[list[Tensor]]:
+def _recorded(denoiser: nn.Module, calls: list[_LayerCall]) -> Iterator[list[Tensor]]:
     """Put recorders in the places of all integer layers; yields the holder of the bucket."""
     bucket: list[Tensor] = []
     layers = list(quantized_layers(denoiser))
@@ -206,14 +196,12 @@ def _out_shape(layer: QLayer, x: Tensor) -> tuple[int, ...]:
 
 @dataclass
 class _LayerConverter:
-    """Spell out the nodes of integer layers.
+    """Spell out the nodes of integer layers, whose `index` points into `calls`.
 
-    Args:
-        calls: filled by tracing; the node's `index` points into it.
-        rows: 1 when the whole batch is in one bucket, else B.
+    rows: 1 when the whole batch is in one bucket, else B.
     """
 
-    calls: list[LayerCall]
+    calls: list[_LayerCall]
     rows: int
     # Layers that read the same tensor on the same grid (q, k, v) share one quantizer.
     shared: dict[Any, ov.Output] = field(default_factory=dict)
@@ -237,13 +225,15 @@ class _LayerConverter:
             if back is not None and bias is not None and joined:
                 # A constant bias right behind a convolution is free, and keeps the (constant)
                 # scale of its sums there too: (y + b) r + b (1 - r) = y r + b.
-                y, bias = ops.add(y, constant(bias)), self._leftover(call, bias, bucket)
+                scales = _numpy(layer.act_scale[0])
+                rest = (1 - scales / np.float32(_reference(layer, 0))).reshape(-1, 1, 1, 1)
+                y, bias = ops.add(y, constant(bias)), self._lookup(call, bias * rest, bucket)
             terms.append(y if back is None else ops.multiply(y, back))
         if bias is not None:
             terms.append(bias if isinstance(bias, ov.Node) else constant(bias))
         return [reduce(ops.add, terms).output(0)]
 
-    def _quantized(self, call: LayerCall, i: int, bucket: ov.Output, x: ov.Output) -> ov.Output:
+    def _quantized(self, call: _LayerCall, i: int, bucket: ov.Output, x: ov.Output) -> ov.Output:
         """Return the tensor on its grid (still float): s_ref * (clamp(round(x/s) + z) - z)."""
         layer = call.layer
         scale, zero = _reference(layer, i), int(layer.act_zero_point[i])
@@ -253,20 +243,18 @@ class _LayerConverter:
         if key not in self.shared:
             to = self._table(call, i, bucket, inverse=True)
             scaled = x if to is None else ops.multiply(x, to)
-            low = constant(-zero * scale)
-            high = constant((_LEVELS - 1 - zero) * scale)
+            low, high = constant(-zero * scale), constant((_LEVELS - 1 - zero) * scale)
             if layer.act_qmax < _LEVELS - 1:
                 # Of its own: low-precision transformations know quantizers of 256 levels only.
                 scaled = ops.clamp(scaled, -zero * scale, (layer.act_qmax - zero) * scale)
             self.shared[key] = ops.fake_quantize(scaled, low, high, low, high, _LEVELS).output(0)
         return self.shared[key]
 
-    def _sum(self, call: LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
+    def _sum(self, call: _LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
         layer = call.layer
-        integers = (
-            layer.weight_codes if len(layer.segments) == 1 else layer.weight_codes[:, columns]
-        )
-        integers = np.ascontiguousarray(_numpy(integers))
+        codes_ = layer.weight_codes
+        cut = codes_ if len(layer.segments) == 1 else codes_[:, columns]
+        integers = np.ascontiguousarray(_numpy(cut))
         scale = _numpy(layer.weight_scale).reshape(-1, *[1] * (integers.ndim - 1))
         if isinstance(layer, QConv2d) and layer.groups > 1:
             # (groups, O / groups, ...)
@@ -284,7 +272,7 @@ class _LayerConverter:
         return y
 
     def _table(
-        self, call: LayerCall, i: int, bucket: ov.Output, *, inverse: bool
+        self, call: _LayerCall, i: int, bucket: ov.Output, *, inverse: bool
     ) -> ov.Node | None:
         """Return s_ref / s[bucket] (inverse) or s[bucket] / s_ref, or None with one bucket."""
         scales = _numpy(call.layer.act_scale[i])
@@ -294,12 +282,7 @@ class _LayerConverter:
         values = reference / scales if inverse else scales / reference
         return self._lookup(call, values.reshape(-1, *[1] * (len(call.shape) - 1)), bucket)
 
-    def _leftover(self, call: LayerCall, bias: np.ndarray, bucket: ov.Output) -> ov.Node:
-        scales = _numpy(call.layer.act_scale[0])
-        back = scales / np.float32(_reference(call.layer, 0))
-        return self._lookup(call, bias * (1 - back).reshape(-1, 1, 1, 1), bucket)
-
-    def _lookup(self, call: LayerCall, values: np.ndarray, bucket: ov.Output) -> ov.Node:
+    def _lookup(self, call: _LayerCall, values: np.ndarray, bucket: ov.Output) -> ov.Node:
         index: Any = bucket
         if self.rows > 1 and call.shape[0] != self.rows:
             # Row i of the batch stands for `repeat` rows of this layer's input.
@@ -309,7 +292,7 @@ class _LayerConverter:
         return ops.gather(constant(values), index, constant(0, np.int64))
 
 
-def _part(x: ov.Output, call: LayerCall, axis: int, start: int, width: int) -> ov.Output:
+def _part(x: ov.Output, call: _LayerCall, axis: int, start: int, width: int) -> ov.Output:
     if len(call.layer.segments) == 1:
         return x
     ends = ([start], [start + width], [1], [axis])

@@ -25,9 +25,6 @@ _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 def rewrite(graph: ov.Model, *, bfloat16_attention: bool) -> None:
     """Rewrite a graph with fixed shapes in place.
 
-    Args:
-        bfloat16_attention: compute attention (softmax(q k^T / sqrt(d)) v) in bfloat16.
-
     Error: a group norm loses about log2(1 + mean^2 / var) of its 24 bits, mean and var those of
         single channels before anything is added to them (E[x^2] - E[x]^2 cancels); bfloat16
         attention rounds q, k, v and the probabilities to 8 bits.
@@ -96,17 +93,13 @@ class _GroupNorms:
     moments: dict[tuple[str, int], tuple[ov.Output, ov.Output]] = field(default_factory=dict)
 
     def rewrite(self) -> None:
-        """Rewrite every group norm over two spatial dimensions."""
         for norm in _nodes(self.graph, "GroupNormalization"):
             x = _before_flattening(norm.input_value(0))
             weight, bias = (_values(norm.input_value(i)) for i in (1, 2))
             if x is None or weight is None or bias is None:
                 continue
-            settings = norm.get_attributes()
-            y = self._normalised(
-                x, weight, bias, int(settings["num_groups"]), float(settings["epsilon"])
-            )
-            shape = list(norm.get_output_shape(0))
+            how, shape = norm.get_attributes(), list(norm.get_output_shape(0))
+            y = self._normalised(x, weight, bias, int(how["num_groups"]), float(how["epsilon"]))
             if len(shape) != 4:
                 y = ops.reshape(y, constant(shape, np.int64), False)
             y.set_friendly_name(norm.get_friendly_name())
@@ -194,11 +187,8 @@ def _peel(x: ov.Output) -> _Scaled:
 def _is_row(value: ov.Output, shape: list[int]) -> bool:
     """Return whether a value broadcasts over the pixels of a tensor (B, C, H, W)."""
     own = list(value.get_shape())
-    return (
-        len(own) == 4
-        and own[2:] == [1, 1]
-        and all(n in (1, full) for n, full in zip(own[:2], shape[:2], strict=True))
-    )
+    fits = all(n in (1, full) for n, full in zip(own, shape, strict=False))
+    return len(own) == 4 and own[2:] == [1, 1] and fits
 
 
 def _quantize_before_moving(graph: ov.Model) -> None:
