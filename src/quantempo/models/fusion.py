@@ -1,8 +1,7 @@
 """Blocks that one fused pass can run: a registry from the exact type of a module to its parts.
 
-A match gets the parts of a block, or says why the block is not a plain one. Names of sub-modules
-and arguments of diffusers live in these files; what runs the parts is in `engines`. To add a block:
-a dataclass of parts, and a function under `@matches(parts, its class)`.
+To add a block: a dataclass of parts, and a function under `@matches(parts, its class)` that returns
+their fields, or why the block is not a plain one. What runs the parts is in `engines`.
 """
 
 from __future__ import annotations
@@ -14,22 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 from torch import nn
 
-__all__ = [
-    "Conv",
-    "Conv3x3",
-    "Linear",
-    "Need",
-    "Norm",
-    "Parts",
-    "Rows",
-    "Sampler",
-    "Shortcut",
-    "drops",
-    "find_parts",
-    "matches",
-    "needs",
-    "no",
-]
+__all__ = ["Conv", "Need", "Parts", "drops", "find_parts", "matches", "needs", "no"]
 
 
 @dataclass(frozen=True)
@@ -94,10 +78,7 @@ _MATCHES: dict[type, tuple[type[Parts], Match]] = {}
 
 
 def matches(parts: type[Parts], *kinds: type) -> Callable[[Match], Match]:
-    """Register what gets the parts of modules of exactly these types.
-
-    A subclass of one may have another forward, and is not matched.
-    """
+    """Register what gets the parts of modules of exactly these types, no subclasses."""
 
     def add(match: Match) -> Match:
         _MATCHES.update(dict.fromkeys(kinds, (parts, match)))

@@ -99,8 +99,7 @@ class UpsampleParts(Parts):
 class UpBlockParts(Parts):
     """For each resnet: x = attention(resnet(torch.cat([x, skip], 1), temb)); then upsample.
 
-    more: names of the arguments after temb; cross: the attentions are whole transformers, given
-    all of them but upsample_size.
+    more: names of the arguments after temb; cross: the attentions are transformers.
     """
 
     resnets: tuple[nn.Module, ...]
@@ -124,10 +123,7 @@ class UpBlockParts(Parts):
 
 @dataclass(frozen=True)
 class HeadParts(Parts):
-    """out(silu(norm(x))), the end of the network; `stem` is its first layer, reading x_t.
-
-    apart: names of its children that images do not pass through.
-    """
+    """out(silu(norm(x))), the end of the network; `stem`: its first layer; apart: see `_APART`."""
 
     stem: nn.Conv2d
     norm: nn.GroupNorm

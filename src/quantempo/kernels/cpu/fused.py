@@ -128,11 +128,8 @@ class Library:
 
         Args:
             x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor.
-            scale, zero_point, qmax: of the grid; 0 <= zero_point <= qmax <= 255.
+            zero_point, qmax: 0 <= zero_point <= qmax <= 255.
             border: pixels added (top, bottom, left, right).
-
-        Returns:
-            uint8 (B, C, top + repeat H + bottom, left + repeat W + right), channels_last.
         """
         batch, channels, height, width = x.shape
         stride = _pixel_stride(x)
@@ -311,12 +308,7 @@ def _resolve_openmp() -> bool:
 
 
 def _cached(compiler: str) -> Library:
-    """Return the kernels for this source, compiler and CPU, from the cache or compiled into it.
-
-    Raises:
-        OSError: others can write to the cache, or it cannot be written.
-        subprocess.SubprocessError: the compiler fails.
-    """
+    """Return the kernels for this source, compiler and CPU, from the cache or compiled into it."""
     version = _run(compiler, "--version")
     cpu = (platform.machine(), sorted(torch.cpu.get_capabilities().items()))
     key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, version, cpu)).encode()).hexdigest()
@@ -344,7 +336,6 @@ def _cached(compiler: str) -> Library:
 
 
 def _only_ours(path: Path) -> bool:
-    """Return whether a file or folder belongs to this user and no other can write to it."""
     found = path.lstat()
     return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 

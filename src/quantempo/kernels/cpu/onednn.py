@@ -26,12 +26,8 @@ _OTHERS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
 
 def _operator(*names: str) -> Any:
     """Return the first of these oneDNN operators that this torch has, or None."""
-    for name in names:
-        try:
-            return getattr(torch.ops.onednn, name)
-        except AttributeError:
-            continue
-    return None
+    found = (getattr(torch.ops.onednn, name, None) for name in names)
+    return next((operator for operator in found if operator is not None), None)
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
@@ -41,16 +37,9 @@ def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tenso
 
 
 class Int8Conv2d:
-    """A convolution with packed int8 weights.
+    """A convolution with packed weights, int8 (O, C / groups, kh, kw); weight_scale float32 (O,).
 
-    Args:
-        weight: int8 (O, C / groups, kh, kw).
-        weight_scale: float32 (O,).
-        stride, padding, dilation: (vertical, horizontal).
-        groups: as in torch.
-
-    Raises (when called):
-        RuntimeError: what oneDNN says of shapes it cannot take.
+    Calls raise RuntimeError for shapes that oneDNN cannot take.
     """
 
     def __init__(
@@ -82,13 +71,9 @@ class Int8Conv2d:
         bias: Tensor | None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return y (B, O, H', W'), channels_last; padding pads the zero point.
+        """Return y (B, O, H', W'), channels_last, float32 or bfloat16; padding pads the zero point.
 
-        Args:
-            x: uint8 (B, C, H, W).
-            scale, zero_point: of x.
-            bias: float32 (O,).
-            dtype: of y, float32 or bfloat16.
+        x: uint8 (B, C, H, W); bias: float32 (O,).
         """
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
@@ -128,11 +113,7 @@ class Int8Linear:
     ) -> Tensor:
         """Return y (R, O), plus `add` (R, O) of the same dtype; or add y to `into` in place.
 
-        Args:
-            x: uint8 (R, K), contiguous.
-            scale, zero_point: of x.
-            bias: float32 (O,).
-            dtype: of y, float32 or bfloat16.
+        x: uint8 (R, K), contiguous; bias: float32 (O,); dtype: float32 or bfloat16.
         """
         if self._packed is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight, list(x.shape))
