@@ -5,8 +5,7 @@
 Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its
 zero point's sign turned (there z is subtracted before the clamp).
 
-All that is particular to one width is here: a new packed format is an entry of `FORMATS` and, where
-it should be fast, a kernel.
+A new packed format is an entry of `FORMATS` and, where it should be fast, a kernel.
 """
 
 from __future__ import annotations
@@ -48,12 +47,8 @@ class Format:
 
     Args:
         bits: width b, 2 to 8.
-        signed: two's complement instead of unsigned.
         symmetric: the zero point is fixed: 0 if signed, 2^(b-1) if unsigned.
         narrow: drop the most negative code, so that the range is symmetric about 0 (signed only).
-
-    Raises:
-        QuantempoError: bits out of range, or narrow without signed.
     """
 
     bits: int = 8
@@ -98,10 +93,7 @@ class Format:
         return torch.uint8 if self.packed or not self.signed else torch.int8
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape that codes of a shape (O, ...) are stored in: (O, ceil(K/2)) or its own.
-
-        K is the number of codes of a row.
-        """
+        """Return the shape that codes (O, ...) are stored in: (O, ceil(K/2)) if packed."""
         return (shape[0], (math.prod(shape[1:]) + 1) // 2) if self.packed else tuple(shape)
 
     def check(self, codes: Tensor) -> None:
@@ -115,11 +107,7 @@ class Format:
             )
 
     def encode(self, codes: Tensor) -> Tensor:
-        """Return integer codes (O, ...) as stored: two to a byte, the even index low, or as is.
-
-        Raises:
-            QuantempoError: codes out of range.
-        """
+        """Return codes (O, ...) as stored: two to a byte, the even index low, or as is."""
         self.check(codes)
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
@@ -183,15 +171,7 @@ WEIGHT, ACTIVATION = weight_format(8), activation_format(8)
 
 @dataclass(frozen=True)
 class Grid:
-    """Hold P grids: x_hat = scale * (q - zero_point).
-
-    Args:
-        scale: (P,) float32, > 0 and finite.
-        zero_point: (P,) int32.
-
-    Raises:
-        QuantempoError: wrong dtype or shape, or a scale that is not positive and finite.
-    """
+    """P grids, x_hat = scale * (q - zero_point): scale (P,) float32, finite, > 0; int32 (P,)."""
 
     scale: Tensor
     zero_point: Tensor
@@ -234,8 +214,6 @@ def quantize(x: Tensor, grid: Grid, spec: Format, axis: int | None = None) -> Te
 
     Args:
         x: floating, any shape.
-        grid: P grids; P = 1, or one for each index of `axis`.
-        spec: the format of the codes.
         axis: dimension of x that the P grids run along; None for one grid.
 
     Raises:

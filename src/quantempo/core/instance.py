@@ -1,7 +1,4 @@
-"""State set on one module and not on its class: forwards, attributes that are no children.
-
-Every exception to torch's own rules for attributes of modules is here, with its way back.
-"""
+"""State set on one module and not on its class: forwards, attributes that are no children."""
 
 from __future__ import annotations
 

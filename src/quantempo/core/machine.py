@@ -10,7 +10,6 @@ import torch
 
 __all__ = ["machine"]
 
-# What decides the speed of 8- and 16-bit kernels.
 _ISA = ("vnni", "bf16", "amx")
 
 

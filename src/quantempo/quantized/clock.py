@@ -54,12 +54,8 @@ class StepClock(nn.Module):
     def rows(self, table: Tensor, like: Tensor) -> Tensor:
         """Return the row of a (G,) table for the current bucket, shaped to broadcast over `like`.
 
-        Args:
-            table: (G,), G = 1 (constant in time) or the number of buckets.
-            like: (B', ...) with B' a multiple of the clock's batch.
-
-        Returns:
-            (), or (B', 1, ...) when the batch mixes time-steps.
+        G = 1 (constant in time) or the number of buckets; like: (B', ...), B' a multiple of the
+        clock's batch. Return (), or (B', 1, ...) when the batch mixes time-steps.
         """
         if len(table) == 1:
             return table[0]

@@ -35,12 +35,8 @@ class QLayer(nn.Module):
     (O, ...), unpacked once: kernels see bytes.
 
     Args:
-        weight_shape: shape of the weight, output channels first.
-        bias: whether there is one.
-        clock: the denoiser's clock.
         segments: input channels of each segment with a scale of its own; sums to C_in.
         buckets: G, 1 for one scale at all times.
-        weight_bits, act_bits: of the grids, 2 to 8.
         device: where the (uninitialised) buffers are made.
     """
 
@@ -199,15 +195,9 @@ class QConv2d(QLayer):
 class QLinear(QLayer):
     """Quantized linear layer; weight_int (O, C_in), input (..., C_in)."""
 
-    @property
-    def in_features(self) -> int:
-        """Input channels."""
-        return self.weight_shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Output channels."""
-        return self.weight_shape[0]
+    def __init__(self, weight_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        super().__init__(weight_shape, *args, **kwargs)
+        self.out_features, self.in_features = weight_shape
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
@@ -239,11 +229,7 @@ class Float16Linear(nn.Linear):
         return cls(layer.in_features, layer.out_features, bias, layer.weight.device)
 
     def fill(self, layer: nn.Linear) -> Float16Linear:
-        """Round the weight of a float layer to float16; return self.
-
-        Raises:
-            QuantempoError: a weight beyond the range of float16.
-        """
+        """Round the weight of a float layer to float16; QuantempoError beyond its range."""
         self.weight = layer.weight.detach().half().float()
         if not bool(self.weight.isfinite().all()):
             raise QuantempoError(

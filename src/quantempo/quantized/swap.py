@@ -39,11 +39,10 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Say what one layer becomes.
+    """What one layer becomes.
 
-    kind: "int8" (QConv2d or QLinear, run by kernels of 8-bit integers whatever its bits), "float16"
-    (Float16Linear) or "float" (left alone); segments: input split; buckets: columns of its scale
-    table; reason: why not int8; weight_bits, act_bits: of its grids, 2 to 8.
+    kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear) or "float" (left
+    alone); buckets: columns of its scale table; reason: why not int8.
     """
 
     name: str
@@ -57,12 +56,8 @@ class LayerPlan:
     @property
     def shape(self) -> dict[str, Any]:
         """What a quantized layer is built with, besides the float layer and the clock."""
-        return {
-            "segments": self.segments,
-            "buckets": self.buckets,
-            "weight_bits": self.weight_bits,
-            "act_bits": self.act_bits,
-        }
+        names = ("segments", "buckets", "weight_bits", "act_bits")
+        return {name: getattr(self, name) for name in names}
 
 
 def bits_of(plans: list[LayerPlan]) -> dict[str, tuple[int, int]]:
@@ -119,11 +114,7 @@ def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:
 
 
 def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0) -> StepClock:
-    """Add the clock as a child of the denoiser, set by a pre-hook at every call; return it.
-
-    Args:
-        bucket_of: (T,) bucket of each training time-step.
-        per_unit: training time-steps in one unit of the time the denoiser receives.
+    """Add the clock (see `StepClock`) as a child of the denoiser, set at every call; return it.
 
     Raises:
         QuantempoError: the denoiser has a clock already.
@@ -148,9 +139,9 @@ def find_clock(denoiser: nn.Module) -> StepClock | None:
 
 
 def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -> None:
-    """Put an empty quantized twin in the place of every planned layer.
+    """Put an empty quantized copy in the place of every planned layer, on any device.
 
-    Works on the meta device too (loading). Buffers are uninitialised until filled.
+    Buffers are uninitialised until filled.
 
     Raises:
         QuantempoError: a plan names a layer the model does not have, or one of another type.
@@ -167,19 +158,17 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
                 f"the checkpoint names a layer '{plan.name}' that this model does not have; "
                 "it belongs to another model"
             ) from error
-        twin: nn.Module
-        if plan.kind == "float16" and isinstance(layer, nn.Linear):
-            twin = Float16Linear.like(layer)
-        elif isinstance(layer, nn.Conv2d):
-            twin = QConv2d.like(layer, clock, **plan.shape)
-        elif isinstance(layer, nn.Linear):
-            twin = QLinear.like(layer, clock, **plan.shape)
-        else:
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
             raise QuantempoError(
                 f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected Conv2d or Linear"
             )
-        twin.train(layer.training)
-        setattr(parent, leaf, twin)
+        empty: nn.Module
+        if plan.kind == "float16" and isinstance(layer, nn.Linear):
+            empty = Float16Linear.like(layer)
+        else:
+            kind = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
+            empty = kind.like(layer, clock, **plan.shape)
+        setattr(parent, leaf, empty.train(layer.training))
 
 
 @torch.no_grad()
