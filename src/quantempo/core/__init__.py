@@ -16,16 +16,6 @@ from quantempo.core.formats import (
 from quantempo.core.random import generators
 
 __all__ = [
-    "ACTIVATION",
-    "FORMATS",
-    "WEIGHT",
-    "Format",
-    "Grid",
-    "activation_format",
-    "dequantize",
-    "fake_quantize",
-    "generators",
-    "quantize",
-    "unpack_int12",
-    "weight_format",
-]
+    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "Grid", "activation_format", "dequantize",
+    "fake_quantize", "generators", "quantize", "unpack_int12", "weight_format",
+]  # fmt: skip

@@ -22,18 +22,9 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
 __all__ = [
-    "ACTIVATION",
-    "FORMATS",
-    "WEIGHT",
-    "Format",
-    "Grid",
-    "activation_format",
-    "dequantize",
-    "fake_quantize",
-    "quantize",
-    "unpack_int12",
-    "weight_format",
-]
+    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "Grid", "activation_format", "dequantize",
+    "fake_quantize", "quantize", "unpack_int12", "weight_format",
+]  # fmt: skip
 
 _INT32 = 2**31 - 1
 

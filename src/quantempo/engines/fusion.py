@@ -23,15 +23,8 @@ from quantempo.models.layers import is_unit, skip_segments
 from quantempo.quantized import QConv2d, QLayer, QLinear, find_clock, quantized_layers
 
 __all__ = [
-    "BlockRow",
-    "Blocks",
-    "FusedBlock",
-    "FusedUpBlock",
-    "Network",
-    "fuse",
-    "report",
-    "unfuse",
-]
+    "BlockRow", "Blocks", "FusedBlock", "FusedUpBlock", "Network", "fuse", "report", "unfuse",
+]  # fmt: skip
 
 log = logging.getLogger("quantempo")
 

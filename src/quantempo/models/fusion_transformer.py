@@ -58,8 +58,6 @@ class TransformerBlockParts(Parts):
 class TransformerParts(Parts):
     """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W) as tokens.
 
-    Projections are linear layers or 1x1 convolutions.
-
     output: called as output(sample=y), makes what is returned; (y,) is without `return_dict`.
     """
 

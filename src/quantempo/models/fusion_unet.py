@@ -28,13 +28,9 @@ from quantempo.models.fusion import (
 from quantempo.models.layers import EMBEDDINGS
 
 __all__ = [
-    "AttentionParts",
-    "DownsampleParts",
-    "HeadParts",
-    "ResnetParts",
-    "UpBlockParts",
+    "AttentionParts", "DownsampleParts", "HeadParts", "ResnetParts", "UpBlockParts",
     "UpsampleParts",
-]
+]  # fmt: skip
 
 # Of CrossAttnUpBlock2D after temb, in their order.
 _CROSS_ARGUMENTS = (

@@ -15,19 +15,7 @@ from quantempo.quantized.swap import (
 )
 
 __all__ = [
-    "CLOCK_NAME",
-    "Float16Linear",
-    "LayerPlan",
-    "QConv2d",
-    "QLayer",
-    "QLinear",
-    "StepClock",
-    "bits_of",
-    "check_bits",
-    "fill",
-    "find_clock",
-    "install_clock",
-    "plan_layers",
-    "quantized_layers",
-    "swap_layers",
-]
+    "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "StepClock",
+    "bits_of", "check_bits", "fill", "find_clock", "install_clock", "plan_layers",
+    "quantized_layers", "swap_layers",
+]  # fmt: skip

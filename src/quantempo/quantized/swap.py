@@ -18,16 +18,9 @@ from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
 __all__ = [
-    "LayerPlan",
-    "bits_of",
-    "check_bits",
-    "fill",
-    "find_clock",
-    "install_clock",
-    "plan_layers",
-    "quantized_layers",
-    "swap_layers",
-]
+    "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "plan_layers",
+    "quantized_layers", "swap_layers",
+]  # fmt: skip
 
 
 _REASONS = {

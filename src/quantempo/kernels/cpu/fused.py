@@ -170,8 +170,6 @@ class Library:
 
         Args:
             parts: one or two tensors of one dtype and size; no copy of their union is made.
-            norm: of all channels.
-            silu: apply SiLU after it.
             grid: (scale, zero_point, qmax) of the codes; None for floats.
             shift: float32 (B, C), rows contiguous, added to every pixel before the norm; or None.
             edge: float32 (16, C), added to x itself before all else, see `add`; or None.
