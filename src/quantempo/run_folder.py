@@ -157,11 +157,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class RunFolder:
-    """Name, write and read the artefacts of one run.
-
-    Args:
-        path: the folder; made when something is first written.
-    """
+    """Name, write and read the artefacts of one run; the folder is made at the first write."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

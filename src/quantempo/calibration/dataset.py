@@ -102,7 +102,6 @@ class MemorySet(_Calls):
         x_t: (N, ...) float32; t: (N,).
         cond: the other arguments by name; tensors of N rows are per row, all else is shared.
         names: what the denoiser calls its arguments x_t and t.
-        num_train_timesteps: T.
     """
 
     def __init__(
@@ -165,9 +164,6 @@ class TraceSet(_Calls):
     """The calibration set in a trace folder, read without loading it whole.
 
     Rows are ordered by chain, then pick, then half (of classifier-free guidance).
-
-    Args:
-        folder: a finished trace folder.
 
     Raises:
         QuantempoError: the trace is missing, unfinished or damaged.

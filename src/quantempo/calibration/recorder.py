@@ -41,12 +41,8 @@ class Recorder:
     Memory holds the kept rows only, never a trajectory.
 
     Args:
-        pipe: the pipeline, asked for its schedule while it runs.
         indices: (b, k) step indices in [0, steps), the targets of each chain.
-        first: number of the first chain.
-        steps: number of sampling steps.
         seed: decides between calls at the same time.
-        bar: moved on by every call.
 
     Attributes:
         calls: how often the denoiser was called.

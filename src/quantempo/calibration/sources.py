@@ -129,7 +129,6 @@ def replace_rows(
     last; a fractional t takes abar from its two neighbours, linearly.
 
     Args:
-        source: a name in `SOURCES`.
         rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
         alphas_cumprod: (T,) abar of each training time-step.
         per_unit: training time-steps in one unit of t.

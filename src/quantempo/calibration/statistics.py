@@ -37,14 +37,11 @@ def collect_statistics(
 ) -> dict[str, Tensor]:
     """Return the tensors of `stats.safetensors`.
 
-    `time_bin_edges` (K + 1,); for each named layer, by segment and fine time bin, `NAME.range`
-    (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms.
+    `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
+    `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms.
 
     Args:
-        denoiser: float, left as it was.
         inputs: layer name -> input channels of its segments, () for one.
-        data: the calibration set.
-        bins: K.
 
     Raises:
         QuantempoError: NaN in an activation, or a layer that no row reaches.

@@ -42,7 +42,6 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
     """Make the timestep distribution a recipe names.
 
     Args:
-        name: a name in `TIME_SAMPLERS`.
         args: its parameters as fractions of num_steps; the others keep their defaults.
 
     Raises:

@@ -71,18 +71,14 @@ def trace(
         pipe: a diffusers pipeline; its scheduler is the one that is traced.
         denoiser: the network of `pipe` whose inputs are kept.
         folder: where the chunks go; their index is the JSON file of the same name beside it.
-        steps: num_inference_steps.
         chains: number of images; chain c starts from seed + c.
         picks: calls kept of each chain (each gives one row, or one for each half of guidance).
         time_sampler: the law of the kept steps (`make_time_sampler`).
         seed: of the first chain, and of the draw of the steps.
-        batch_size: chains in one call of the pipeline.
         num_train_timesteps: T of the model; None: as its scheduler says.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
         source: where x_t comes from, a name in `calibration.sources.SOURCES`.
         images: (n, H, W, C) uint8 for the sources that need them.
-        model_hash: identifies the weights; None: computed.
-        force: replace a trace with other settings instead of refusing.
         progress: draw a bar on stderr; None: only on a terminal.
 
     Raises:

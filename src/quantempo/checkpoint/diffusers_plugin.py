@@ -35,13 +35,7 @@ from quantempo.quantized import (
 )
 from quantempo.recipe import Recipe
 
-__all__ = [
-    "FORMAT_VERSION",
-    "QuantempoConfig",
-    "QuantempoQuantizer",
-    "mark_quantized",
-    "register",
-]
+__all__ = ["FORMAT_VERSION", "QuantempoConfig", "QuantempoQuantizer", "mark_quantized", "register"]
 
 log = logging.getLogger("quantempo")
 

@@ -72,8 +72,6 @@ def allocate(
     Args:
         losses: (L, O) finite.
         costs: (L, O), or (M, L, O) for M = 1 or 2 budgets; >= 0.
-        budgets: one for each.
-        names: of the budgets, for the error.
 
     Raises:
         QuantempoError: shapes or values that make no sense; a budget below the least possible,

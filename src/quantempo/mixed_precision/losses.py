@@ -58,10 +58,6 @@ def measure(
     Args:
         session: its recipe says which layers are integer, and how scales are searched; its bits
             do not matter.
-        options: bits like "w4a8".
-        chains: trajectories, in one batch.
-        steps: of each.
-        seed: of the first.
 
     Raises:
         QuantempoError: an option that is none, no integer layer, a file of other settings without
@@ -71,10 +67,8 @@ def measure(
     """
     table = outline(session, options, chains=chains, steps=steps, seed=seed)
     bits = {option: parse_bits(option, "options") for option in options}
-    missing = [
-        (row, [option for option in bits if option not in row["losses"]]) for row in table["layers"]
-    ]
-    missing = [(row, todo) for row, todo in missing if todo]
+    todo = ([o for o in bits if o not in row["losses"]] for row in table["layers"])
+    missing = [(row, some) for row, some in zip(table["layers"], todo, strict=True) if some]
     if missing:
         _measure(session, table, missing, bits)
     else:
@@ -188,12 +182,7 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_rows(table: dict[str, Any], options: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the layers of a table, the largest loss first, with bytes for each weight width.
-
-    Args:
-        table: of `measure`.
-        options: those to show.
-    """
+    """Return the layers of a table, the largest loss first, with bytes for each weight width."""
     widths = sorted({parse_bits(option, "options")[0] for option in options})
     rows = [
         {

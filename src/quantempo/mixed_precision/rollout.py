@@ -46,15 +46,7 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
 
 
 class OneLayer:
-    """Quantize one layer alone; scales are searched once for each number of bits.
-
-    Args:
-        denoiser: float.
-        stats: of `collect_statistics`.
-        plan: of the layer; its bits do not matter.
-        recipe: metrics and buckets.
-        per_unit: training time-steps in one unit of the network's time.
-    """
+    """Quantize one layer alone, whatever its plan's bits; scales are searched once for each."""
 
     def __init__(
         self,
@@ -73,14 +65,9 @@ class OneLayer:
 
     def at(self, weight_bits: int, act_bits: int) -> nn.Module:
         """Return a copy of the denoiser in which the layer is integer, rounded to nearest."""
-        name, settings, spec = (
-            self.plan.name,
-            self.recipe.weights,
-            weight_format(weight_bits),
-        )
+        name, how, spec = self.plan.name, self.recipe.weights, weight_format(weight_bits)
         if weight_bits not in self.weights:
-            scale = search_weight(self.weight, spec, metric=settings.metric, p=settings.p)
-            self.weights[weight_bits] = scale
+            self.weights[weight_bits] = search_weight(self.weight, spec, metric=how.metric, p=how.p)
         known, bits = {name: self.weights[weight_bits]}, {name: (weight_bits, act_bits)}
         if act_bits not in self.activations:
             given = (self.stats, {name: self.weight}, self.recipe, known, bits)
@@ -89,7 +76,7 @@ class OneLayer:
         plan = replace(self.plan, weight_bits=weight_bits, act_bits=act_bits)
         codes = {name: nearest(self.weight, known[name], spec)}
         found = Quantized.of(self.recipe, [plan], scales, codes, self.per_unit)
-        twin = found.install(self.denoiser, copy=True)
-        layer: Any = twin.get_submodule(name)
+        quantized = found.install(self.denoiser, copy=True)
+        layer: Any = quantized.get_submodule(name)
         layer.kernel = BACKENDS.get("simulated").lower(layer)
-        return twin
+        return quantized

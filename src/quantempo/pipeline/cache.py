@@ -51,13 +51,7 @@ _CALL = "call.safetensors"
 
 @dataclass
 class Cache:
-    """The artefacts of one run folder under one recipe.
-
-    Args:
-        run: the folder.
-        recipe: the resolved recipe.
-        force: redo stages whose settings changed instead of refusing.
-    """
+    """The artefacts of one run folder under one recipe; `force` redoes stages of other settings."""
 
     run: RunFolder
     recipe: Recipe

@@ -20,13 +20,7 @@ from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoiser_of, hooked, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
-from quantempo.quantized import (
-    Float16Linear,
-    LayerPlan,
-    QLayer,
-    find_clock,
-    quantized_layers,
-)
+from quantempo.quantized import Float16Linear, LayerPlan, QLayer, find_clock, quantized_layers
 
 __all__ = [
     "describe",
@@ -127,7 +121,6 @@ def layer_sqnr(
 
     Args:
         float_denoiser: runs; packed: gives the integer layers, executed by `simulated`.
-        timestep: (B,) of that batch.
         call: runs one forward of `float_denoiser`.
     """
     clock, simulated = find_clock(packed), BACKENDS.get("simulated")
@@ -152,12 +145,8 @@ def describe(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return the layer table of a packed folder, with what runs each layer, and unfused blocks.
 
-    The default engine of the device is attached, so "backend" is what really runs there: "onednn,
-    fused", "onednn", "simulated", "float". Unfused: name of a block -> why it is not fused.
-
-    Args:
-        packed: folder of a packed pipeline.
-        device: torch device; None for the GPU if there is one.
+    The default engine of the device (None: a GPU if there is one) is attached, so "backend" is what
+    runs there: "onednn, fused", "onednn", "simulated", "float". Unfused: name of a block -> why.
 
     Raises:
         QuantempoError: not a packed pipeline, or no such device.

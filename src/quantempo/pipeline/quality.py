@@ -34,11 +34,7 @@ log = logging.getLogger("quantempo")
 
 
 def open_model(
-    path: str | Path,
-    *,
-    engine: str = "auto",
-    scheduler: str | None = None,
-    device: str = "cpu",
+    path: str | Path, *, engine: str = "auto", scheduler: str | None = None, device: str = "cpu"
 ) -> Any:
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
@@ -75,12 +71,7 @@ def sample(
     resumes. The settings stand in `settings.json` beside them.
 
     Args:
-        pipe: from `open_model`.
-        folder: where the pictures go.
-        seeds: one an image.
-        steps: sampling steps.
         batch_size: images a call; an engine compiles for it.
-        call: extra arguments of the pipeline's call.
         identity: what else decides the images (hash of the model).
         force: throw away pictures of other settings.
 
@@ -159,10 +150,6 @@ def evaluate(
     Args:
         session: a run folder whose `packed/` is there.
         images: number of pairs, seeds `seed`, `seed + 1`, ...
-        steps: sampling steps.
-        batch_size: images a call.
-        engine: of the packed model.
-        device: where both run.
         data: folder of real images for scores against a reference set.
         inception: weights of the Inception network for FID, IS, sFID and KID.
 
@@ -176,11 +163,10 @@ def evaluate(
     )
     pipe = open_model(session.source, scheduler=session.scheduler, device=device)
     how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "force": session.force}
-    how["call"] = session.call
-    hashes = (session.model["sha256"], session.key("pack"))
+    how |= {"call": session.call, "seeds": seeds}
     pairs = (
-        sample(pipe, run / "samples/float", seeds, identity=hashes[0], **how),
-        sample(packed, run / "samples/int8", seeds, identity=hashes[1], **how),
+        sample(pipe, run / "samples/float", identity=session.model["sha256"], **how),
+        sample(packed, run / "samples/int8", identity=session.key("pack"), **how),
     )
     metrics = evaluate_pairs(*pairs, reference=data)
     if inception is not None:
@@ -220,14 +206,12 @@ def _calls(
 def summary(session: Session) -> dict[str, Any]:
     """Return what the run folder says of size, share of integers and time spent."""
     run = session.run
-    rows = run.read_json("layers.json")
-    component = run.read_json("model.json")["component"]
-    files = (run / "packed" / component).glob("*.safetensors")
-    share = int8_share(rows)
+    rows, model = run.read_json("layers.json"), run.read_json("model.json")
+    files = (run / "packed" / model["component"]).glob("*.safetensors")
     return {
-        **share,
+        **int8_share(rows),
         "weight_bits_mean": mean_weight_bits(rows),
-        "bytes_float32": 4 * run.read_json("model.json")["parameters"],
+        "bytes_float32": 4 * model["parameters"],
         "bytes_packed": sum(file.stat().st_size for file in files),
         "calibration_seconds": round(sum(session.seconds().values()), 2),
         "float_layers": [

@@ -37,7 +37,6 @@ class Session(Cache):
         source: where the float pipeline was loaded from.
         call: extra arguments of the pipeline's call (prompts, class labels, guidance).
         scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
-        device: torch device that traces and calibrates.
         data: folder of images for the sources of x_t that need them.
     """
 
@@ -128,13 +127,9 @@ def load(
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
     Args:
-        source: diffusers pipeline folder or hub name.
-        run: run folder.
         recipe: a `Recipe`, the name of a shipped one or a TOML file.
         call: extra arguments of the pipeline's call: numbers, text, tensors, lists of them.
-        scheduler: sampler to use instead of the pipeline's own.
         force: let a run folder be taken over by another model or other settings.
-        device: torch device that traces and calibrates.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
 
     Raises:
@@ -195,11 +190,7 @@ def _check_owner(session: Session) -> None:
 
 
 def reopen(
-    run: str | Path,
-    recipe: str | Recipe | None = None,
-    *,
-    force: bool = False,
-    device: str = "cpu",
+    run: str | Path, recipe: str | Recipe | None = None, *, force: bool = False, device: str = "cpu"
 ) -> Session:
     """Continue a run folder from its manifest, with another recipe if one is given.
 

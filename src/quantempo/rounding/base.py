@@ -76,7 +76,6 @@ def round_by_weights(
     """Return the codes of layers by a rounding that looks at weights alone.
 
     Args:
-        name: of a registered rounding.
         weights: (O, ...) of each layer; scales: (O,), on any device; specs: their grids.
 
     Raises:

@@ -56,7 +56,6 @@ class Inputs:
     taken to be the same for every call.
 
     Args:
-        rows: N.
         budget: bytes kept on the device they come from; what would be more lies on the host, in
             half precision (values beyond its range are clipped to it).
     """

@@ -55,12 +55,9 @@ def learn(
     Args:
         block: its layers have kernels that depend on the parameters.
         parameters: leaves with gradients.
-        powers: from `BlockRun.powers`.
         start: from `errors`, of the integers it starts from.
         iterations: of `batch` rows each, drawn with repeats.
         drop: probability that an element of the input is the float block's.
-        rate: of Adam.
-        seed: of the rows and the mixing.
         penalty: iteration -> term added to the loss, which is 1.8 for the integers at the start.
     """
     host = torch.Generator().manual_seed(seed)

@@ -59,11 +59,9 @@ def round_denoiser(
     `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones.
 
     Args:
-        denoiser: float, left as it was.
-        twin: its quantized copy, on the same device; changed in place: its layers end with what is
-            returned, and with simulated kernels.
+        twin: quantized copy of `denoiser`, on the same device; changed in place: its layers end
+            with what is returned, and with simulated kernels.
         data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
-        settings: of the recipe.
         folder: where finished blocks are kept and found again.
         key: hash of all else that decides the result (model, trace, scales); needed with `folder`.
         budget: bytes of a block's inputs kept on the device, see `Inputs`.

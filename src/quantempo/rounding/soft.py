@@ -74,7 +74,6 @@ class SoftKernel(_Kernel):
     side of c, so that rounding h gives c back.
 
     Args:
-        layer: gives scales, bias and clock.
         weight: float, (O, ...).
         codes: int8, the shape of the weight.
         spec: the weight grid.

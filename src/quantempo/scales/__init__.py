@@ -1,8 +1,4 @@
-"""Scale search: metrics, whole-set histograms, scales of activations and weights.
-
-Reads tensors and counts, returns scales. Running data through a model is `calibrate`'s business,
-and holding scales in a layer that of `quantizers`.
-"""
+"""Scale search: metrics, whole-set histograms, scales of activations and weights."""
 
 from quantempo.scales.activation import (
     ActivationScale,

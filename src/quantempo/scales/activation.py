@@ -1,8 +1,7 @@
 """Choose the scales of activations from their histograms.
 
 A search tries every candidate of a grid and keeps the one of the smallest metric, so that brute
-force can check it. What the buckets of time are is decided in `segment`, how an error is measured
-in `metrics`; weights have `weight`.
+force can check it.
 
 Every tensor operation here stays below the size from which torch uses threads: layers are
 independent, so a caller who wants both cores runs two layers at a time.
@@ -135,11 +134,8 @@ def _candidates(
         zeros = [spec.symmetric_zero_point]
         min_max = max(-lo, hi) / (qmax - zeros[0])
     else:
-        ranges = [
-            (lo, hi),
-            *((lo * f, hi) for f in candidates.shrink),
-            *((lo, hi * f) for f in candidates.shrink),
-        ]
+        shrunk = [(f, 1.0) for f in candidates.shrink] + [(1.0, f) for f in candidates.shrink]
+        ranges = [(lo, hi), *((lo * a, hi * b) for a, b in shrunk)]
         zeros = list(dict.fromkeys(zero_point(low, high) for low, high in ranges))
         min_max = (hi - lo) / (qmax - qmin)
     pairs = [(min_max, zeros[0])]
@@ -174,7 +170,6 @@ def cost_table(
         edges: (2,) [lo, hi] of the bins.
         spec: the format of the codes.
         metric, p: a name in `METRICS`, and the exponent if it has one.
-        candidates: which to try; None for the default.
 
     Raises:
         QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
@@ -267,8 +262,6 @@ def search_activation(
         metric, p: a name in `METRICS`, and the exponent if it has one.
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
-        smooth: see `CostTable.weighted`.
-        candidates: which to try; None for the default.
 
     Raises:
         QuantempoError: see `cost_table`; buckets that do not fit.

@@ -61,10 +61,6 @@ def _check_same(ours: object, theirs: object, what: str) -> None:
 class MinMax:
     """Keep the smallest and largest value of every segment and time bin.
 
-    Args:
-        segments: S.
-        time_bins: K.
-
     Attributes:
         range: (S, K, 2) float32, (+inf, -inf) where nothing was seen.
     """
@@ -145,8 +141,6 @@ class Histogram:
 
     Args:
         edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data.
-        time_bins: K.
-        bins: N.
 
     Attributes:
         counts: (S, K, N) int64. edges: as given.
@@ -221,12 +215,7 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
 
 
 def _count(
-    values: Tensor,
-    lo: float,
-    hi: float,
-    bins: int,
-    first: Tensor | None = None,
-    tables: int = 1,
+    values: Tensor, lo: float, hi: float, bins: int, first: Tensor | None = None, tables: int = 1
 ) -> Tensor:
     """Return (tables * bins,) int64 counts: bin floor((v - lo) * bins / (hi - lo)), plus `first`.
 

@@ -118,10 +118,8 @@ def cosine(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     for tensors that few levels can hold exactly.
     """
     difference = x - x_hat
-    total = x + x_hat
-    a = _mean(x * x, weight).sqrt()
-    b = _mean(x_hat * x_hat, weight).sqrt()
-    gap = _mean(difference * total, weight) / torch.where(a + b > 0, a + b, 1)
+    a, b = (_mean(v * v, weight).sqrt() for v in (x, x_hat))
+    gap = _mean(difference * (x + x_hat), weight) / torch.where(a + b > 0, a + b, 1)
     product = 2 * a * b
     ratio = (_mean(difference.square_(), weight) - gap * gap) / torch.where(product > 0, product, 1)
     return torch.where(product > 0, ratio.clamp_min(0), (a != b).to(ratio.dtype))
@@ -161,10 +159,7 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
             return _kl_rows(x, x_hat, weight[None])[0]
         if weight.ndim == 3 and weight.shape[1] == 1:
             return _kl_rows(x, x_hat, weight[:, 0])
-    rows = [
-        tensor.expand(*shape, tensor.shape[-1]).reshape(-1, tensor.shape[-1])
-        for tensor in (x, x_hat, weight)
-    ]
+    rows = [v.expand(*shape, v.shape[-1]).reshape(-1, v.shape[-1]) for v in (x, x_hat, weight)]
     each = [_kl_rows(a, b[None], w[None])[0, 0] for a, b, w in zip(*rows, strict=True)]
     return torch.stack(each).reshape(shape)
 

@@ -3,14 +3,13 @@
 Activations: per segment and time bucket. The clock has one bucket table for the whole network, so
 its boundaries are chosen for all layers together, by a dynamic programme over the fine time bins; a
 layer that gains too little from them keeps a single scale (`search_activation`, min_gain).
-Weights: per output channel, symmetric; which integer a weight is rounded to is `rounding`'s
-business.
+Weights: per output channel, symmetric.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -64,14 +63,8 @@ class LayerScales:
     def read(cls, tensors: Mapping[str, Tensor]) -> dict[str, LayerScales]:
         """Return the scales of every layer in the tensors of `scales.safetensors`."""
         names = [key.removesuffix(".weight_scale") for key in tensors if "weight_scale" in key]
-        return {
-            name: cls(
-                tensors[f"{name}.act_scale"],
-                tensors[f"{name}.act_zero_point"],
-                tensors[f"{name}.weight_scale"],
-            )
-            for name in names
-        }
+        keys = [field.name for field in fields(cls)]
+        return {name: cls(*(tensors[f"{name}.{key}"] for key in keys)) for name in names}
 
 
 def search_scales(
@@ -125,11 +118,7 @@ def search_scales(
 
 
 def _search(
-    hist: Tensor,
-    edges: Tensor,
-    settings: ActivationSettings,
-    spec: Format,
-    buckets: Tensor | None,
+    hist: Tensor, edges: Tensor, settings: ActivationSettings, spec: Format, buckets: Tensor | None
 ) -> ActivationScale:
     return search_activation(
         hist,
@@ -182,7 +171,6 @@ def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
     Args:
         table: rows are the K fine bins in order of time, all candidates of one zero point:
             `cost_table(...).at_best_zero_point()`.
-        smooth: see `CostTable.weighted`.
 
     Raises:
         QuantempoError: candidates of several zero points; the layer can use only one.
@@ -213,7 +201,6 @@ def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0)
     Args:
         tables: one for each layer, rows the K fine bins, one zero point each.
         buckets: B; fewer are returned if fewer bins hold data.
-        smooth: see `CostTable.weighted`.
 
     Returns:
         (B + 1,) int64 boundaries [0, ..., K]; bucket b holds fine bins boundaries[b] up to, not
@@ -252,12 +239,7 @@ def _cut(cost: Tensor, buckets: int) -> list[int]:
 
 
 def search_weight(
-    weight: Tensor,
-    spec: Format = WEIGHT,
-    *,
-    metric: str = "lp",
-    p: float = 2.4,
-    steps: int = 80,
+    weight: Tensor, spec: Format = WEIGHT, *, metric: str = "lp", p: float = 2.4, steps: int = 80
 ) -> Tensor:
     """Choose the scale of every output channel: argmin over clip ratios r of metric(w, Q(w; s_r)).
 
@@ -269,7 +251,6 @@ def search_weight(
         weight: (O, ...) floating.
         spec: a signed symmetric grid.
         metric, p: a name in `METRICS`, and the exponent if it has one.
-        steps: number of ratios.
 
     Returns:
         (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
