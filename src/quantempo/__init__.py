@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Name -> module that has it; imported when first used, so that `import quantempo` is quick.
 _PUBLIC = {
+    "DEMO_MODEL": "quantempo.cli.run_demo",
     "QuantempoError": "quantempo.errors",
     "Recipe": "quantempo.recipe",
     "attach": "quantempo.engines.select",
