@@ -90,7 +90,8 @@ def _curve(tools: Tools, cell: Cell, network: Frontend) -> dict[str, list[float]
     known = iter(tools.probe_outputs(cell.sampler, data))
     network.compiled = False
     try:
-        return eps_sqnr(lambda **arguments: next(known), network, tools.calls(data))
+        here = network.device
+        return eps_sqnr(lambda **arguments: next(known).to(here), network, tools.calls(data))
     finally:
         network.compiled = tools.settings.compiled and network.fast is not None
 
