@@ -25,7 +25,7 @@ from studies.ptq4dm.page import render_study
 from studies.ptq4dm.plots import write_plots
 from studies.ptq4dm.results import Found, rows_csv, summarize
 from studies.ptq4dm.run_cell import pooled
-from studies.ptq4dm.runner import World, run_cells
+from studies.ptq4dm.runner import World, run_cells, write_cells
 from studies.ptq4dm.text import study_text
 from studies.ptq4dm.tools import Settings, Tools
 
@@ -168,15 +168,6 @@ def read_cells(out: RunFolder, known: Path | None) -> None:
     for key, row in cells.items():
         if not out.has(f"cells/{key}.json"):
             out.write_json(f"cells/{key}.json", row)
-
-
-def write_cells(out: RunFolder) -> None:
-    """Write `cells.jsonl`, one line a result, from `cells/`."""
-    found = sorted((out / "cells").glob("*.json"))
-    names = [path.stem for path in found if not path.stem.endswith(".failed")]
-    lines = [json.dumps(out.read_json(f"cells/{name}.json") | {"key": name}) for name in names]
-    with atomic_path(out / "cells.jsonl") as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _check_folder(out: RunFolder) -> None:

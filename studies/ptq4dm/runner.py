@@ -7,6 +7,7 @@ no result depends on it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from quantempo.run_folder import RunFolder
+from quantempo.run_folder import RunFolder, atomic_path
 from studies.ptq4dm.base import Plan
 from studies.ptq4dm.cells import Cell, Row
 from studies.ptq4dm.run_cell import run_cell
 from studies.ptq4dm.tools import Tools
 
-__all__ = ["Job", "World", "run_cells", "share"]
+__all__ = ["Job", "World", "jobs_of", "run_cells", "share", "write_cells"]
 
 log = logging.getLogger("quantempo")
 
@@ -146,7 +147,11 @@ def run_cells(
     deadline = None if minutes is None else time.perf_counter() + 60 * minutes
     _references(tools, [cell for cell, _, _ in todo.values()], plan, world, deadline)
     world.wait()
-    mine = [key for keys in share(_jobs(todo, plan, tools), world.size)[world.rank] for key in keys]
+    mine = [
+        key
+        for keys in share(jobs_of(todo, plan, tools.settings.compiled), world.size)[world.rank]
+        for key in keys
+    ]
     progress = _Progress(len(mine), sum(todo[key][0].cost for key in mine), world)
     for key in mine:
         if deadline is not None and time.perf_counter() > deadline:
@@ -155,7 +160,19 @@ def run_cells(
         cell, name, _ = todo[key]
         run = partial(run_cell, tools, cell)
         progress.tell(name, cell.cost, _attempt(folder, key, cell, name, run))
+        if world.rank == 0:
+            # Whoever ends this process loses no more than what runs.
+            write_cells(RunFolder(tools.settings.out))
     world.wait()
+
+
+def write_cells(out: RunFolder) -> None:
+    """Write `cells.jsonl`, one line a result, from `cells/`."""
+    found = sorted((out / "cells").glob("*.json"))
+    names = [path.stem for path in found if not path.stem.endswith(".failed")]
+    lines = [json.dumps(out.read_json(f"cells/{name}.json") | {"key": name}) for name in names]
+    with atomic_path(out / "cells.jsonl") as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _done(folder: RunFolder, name: str) -> bool:
@@ -163,15 +180,20 @@ def _done(folder: RunFolder, name: str) -> bool:
     return folder.has(name) and "note" not in folder.read_json(name)
 
 
-def _jobs(todo: dict[str, tuple[Cell, str, int]], plan: Plan, tools: Tools) -> list[Job]:
+def jobs_of(todo: dict[str, tuple[Cell, str, int]], plan: Plan, compiled: bool) -> list[Job]:
     """Join cells that share float images or calibration inputs."""
     jobs: dict[tuple[int, str], Job] = {}
     for key, (cell, _, rank) in sorted(todo.items(), key=lambda item: item[1][0].cost):
         job = jobs.setdefault((rank, cell.group(plan.sampler)), Job([], 0, rank))
         job.work.append(key)
         job.cost += cell.cost
-        if tools.settings.compiled and cell.structure:
+        if compiled and cell.structure:
             job.structures.add(cell.structure)
+    for job in jobs.values():
+        # The last calibration is kept: those who share one come together, the cheapest first.
+        kinds = [cell.recipe and cell.inputs for cell in (todo[key][0] for key in job.work)]
+        order = sorted(range(len(kinds)), key=lambda i: kinds.index(kinds[i]))
+        job.work = [job.work[i] for i in order]
     return list(jobs.values())
 
 

@@ -13,7 +13,7 @@ from quantempo.errors import QuantempoError
 from studies.ptq4dm import STUDIES, Plan, make_plan
 from studies.ptq4dm import cells as cells_module
 from studies.ptq4dm.cells import Cell, Row, Sampler
-from studies.ptq4dm.runner import Job, share
+from studies.ptq4dm.runner import Job, jobs_of, share
 
 PLAN = make_plan()
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -158,6 +158,17 @@ def test_jobs_of_one_sampler_share_a_process() -> None:
     groups = {row.cells(3)[1].group(main) for row in under}
     assert len(groups) == 1
     assert groups != {under[0].cells(3)[2].group(main)}
+
+
+def test_cells_of_one_calibration_come_one_after_the_other() -> None:
+    main, other = PLAN.sampler, Sampler("ddpm", 1000)
+    rows = [Row("own", other, 6, PLAN.recipe), Row("there", main, 6, PLAN.recipe, other),
+            Row("here", other, 6, PLAN.recipe, main), Row("float", other, 6)]  # fmt: skip
+    todo = {row.label: (row.cells(3)[0], row.label, 0) for row in rows}
+    (job,) = jobs_of(todo, PLAN, compiled=True)
+    assert sorted(job.work) == sorted(todo) and len(job.structures) == 1
+    assert abs(job.work.index("own") - job.work.index("there")) == 1
+    assert job.cost == sum(cell.cost for cell, _, _ in todo.values())
 
 
 @pytest.mark.parametrize(("images", "seeds"), [(5, 3), (3, 2), (1, 1)])

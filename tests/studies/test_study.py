@@ -113,6 +113,7 @@ def test_a_killed_study_resumes(
     with pytest.raises(KeyboardInterrupt):
         run_study(settings(out), PLAN, only=("Legacy",))
     assert len(cells(out)) == 3 and not (out / "study.html").exists()
+    assert len((out / "cells.jsonl").read_text().splitlines()) == 3
     monkeypatch.setattr(runner, "run_cell", real)
     with caplog.at_level(logging.INFO, "quantempo"):
         run_study(settings(out), PLAN, only=("Legacy",))
@@ -236,6 +237,17 @@ def test_a_copy_that_is_refilled_is_a_new_one(tmp_path: Path) -> None:
     assert torch.equal(outputs[0], outputs[3]) and torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], outputs[1])
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.cuda
+def test_cells_run_on_a_device(tmp_path: Path) -> None:
+    """One of every kind: quantizers on inputs and outputs, sampler tensors, sources, GPTQ."""
+    plan = make_plan(compare="w8a8", images=4, seeds=2, small=True)
+    out = tmp_path / "device"
+    how = {"device": "cuda", "tf32": True, "batch_size": 2}
+    run_study(settings(out, **how), plan, only=("Legacy", "T1", "T2", "Ours"), tables=False)
+    failed = [path.read_text() for path in (out / "cells").glob("*.failed.json")]
+    assert not failed and len(cells(out)) > 80
 
 
 def test_what_was_known_is_not_run_again_unless_it_is_void(whole: Path, tmp_path: Path) -> None:
