@@ -25,11 +25,11 @@ from studies.ptq4dm.page import render_study
 from studies.ptq4dm.plots import write_plots
 from studies.ptq4dm.results import Found, rows_csv, summarize
 from studies.ptq4dm.run_cell import pooled
-from studies.ptq4dm.runner import World, run_cells, write_cells
+from studies.ptq4dm.runner import World, is_done, run_cells, write_cells
 from studies.ptq4dm.text import study_text
 from studies.ptq4dm.tools import Settings, Tools
 
-__all__ = ["make_plan", "run_study"]
+__all__ = ["make_plan", "read_cells", "run_study"]
 
 log = logging.getLogger("quantempo")
 
@@ -166,7 +166,8 @@ def read_cells(out: RunFolder, known: Path | None) -> None:
             f"cannot read {known} ({error}); expected cells.jsonl of a study"
         ) from error
     for key, row in cells.items():
-        if not out.has(f"cells/{key}.json"):
+        # What is void there gives way to a result, not the other way round.
+        if not is_done(out, f"cells/{key}.json"):
             out.write_json(f"cells/{key}.json", row)
 
 

@@ -26,7 +26,7 @@ from studies.ptq4dm.cells import Cell, Row
 from studies.ptq4dm.run_cell import run_cell
 from studies.ptq4dm.tools import Tools
 
-__all__ = ["Job", "World", "jobs_of", "run_cells", "share", "write_cells"]
+__all__ = ["Job", "World", "is_done", "jobs_of", "run_cells", "share", "write_cells"]
 
 log = logging.getLogger("quantempo")
 
@@ -141,7 +141,7 @@ def run_cells(
             label = f"{item} {row.group + ' ' if row.group else ''}{row.label}"
             name = f"{label} seed {cell.repetition}"
             names.setdefault(cell.key(tools.identity), (cell, name, rank))
-    todo = {key: entry for key, entry in names.items() if not _done(folder, f"{key}.json")}
+    todo = {key: entry for key, entry in names.items() if not is_done(folder, f"{key}.json")}
     if world.rank == 0:
         log.info("%d cells, %d done before", len(names), len(names) - len(todo))
     deadline = None if minutes is None else time.perf_counter() + 60 * minutes
@@ -175,7 +175,8 @@ def write_cells(out: RunFolder) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _done(folder: RunFolder, name: str) -> bool:
+def is_done(folder: RunFolder, name: str) -> bool:
+    """Return whether a folder holds a result that need not be made again."""
     # A note says what of a result is void: it stays until the cell has been run again.
     return folder.has(name) and "note" not in folder.read_json(name)
 
