@@ -288,6 +288,11 @@ def test_a_set_in_memory_is_that_of_its_calls() -> None:
     assert fraction.per_unit == 500
     with pytest.raises(QuantempoError, match="no calls"):
         MemorySet.of_calls(unet, [], 1000)
+    other = {**calls[1], "cross_attention_kwargs": {"scale": torch.tensor(3.0)}}
+    with pytest.raises(QuantempoError, match="changes between the calls"):
+        MemorySet.of_calls(unet, [calls[0], other], 1000)
+    with pytest.raises(QuantempoError, match="other arguments than the first"):
+        MemorySet.of_calls(unet, [calls[0], {**other, "cross_attention_kwargs": None}], 1000)
 
 
 def test_reading_back(tmp_path: Path) -> None:

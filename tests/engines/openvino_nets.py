@@ -212,16 +212,16 @@ def sample_shape(net: Any) -> tuple[int, int, int]:
 
 def simulated(net: nn.Module) -> nn.Module:
     """Return a copy of a packed network that runs on the simulated backend."""
-    twin = copy.deepcopy(net)
-    clock = find_clock(twin)
-    twin.register_forward_pre_hook(
+    copied = copy.deepcopy(net)
+    clock = find_clock(copied)
+    copied.register_forward_pre_hook(
         lambda _, args, kwargs: clock.set(kwargs.get("timestep", args[1] if args[1:] else None)),
         with_kwargs=True,
     )
-    for _, layer in quantized_layers(twin):
+    for _, layer in quantized_layers(copied):
         object.__setattr__(layer, "clock", clock)
         layer.kernel = SimulatedBackend().lower(layer)
-    return twin
+    return copied
 
 
 class NormNet(nn.Module):

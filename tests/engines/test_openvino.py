@@ -104,15 +104,15 @@ def test_group_norms_equal_torch() -> None:
     torch.manual_seed(0)
     net = NormNet().eval()
     x, t = torch.randn(3, 3, 9, 7), torch.tensor([0, 500, 999])
-    twin, ratios = copy.deepcopy(net).double(), []
+    copied, ratios = copy.deepcopy(net).double(), []
 
     def note(norm: Any, args: tuple[Tensor]) -> None:
         groups = args[0].reshape(len(args[0]), norm.num_groups, -1)
         ratios.append((groups.mean(2) ** 2 / (groups.var(2, correction=0) + norm.eps)).max())
 
-    for norm in twin.norms:
+    for norm in copied.norms:
         norm.register_forward_pre_hook(note)
-    truth = twin(x.double(), t.double())
+    truth = copied(x.double(), t.double())
     install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
     OpenVinoEngine().attach(net)
     found = net(x, t)

@@ -69,14 +69,14 @@ def convert_float(
 
 @functools.cache
 def interpreted_standard_library() -> tuple[tuple[ModuleType, str, InterpretedFunction], ...]:
-    """Return (module, name, interpreted twin) of tl.sum, tl.max, ...: compiled at import time."""
-    twins: dict[JITFunction, InterpretedFunction] = {}
+    """Return (module, name, interpreted copied) of tl.sum, tl.max, ...: compiled at import time."""
+    copies: dict[JITFunction, InterpretedFunction] = {}
     found = []
     for module in (tl, tl.standard):
         for name, value in vars(module).items():
             if isinstance(value, JITFunction):
-                twin = twins.setdefault(value, InterpretedFunction(value.fn))
-                found.append((module, name, twin))
+                copied = copies.setdefault(value, InterpretedFunction(value.fn))
+                found.append((module, name, copied))
     return tuple(found)
 
 
@@ -100,14 +100,14 @@ def restore(before: list[dict[str, Any]]) -> None:
 @contextmanager
 def interpreting() -> Iterator[None]:
     """Make Triton interpret what is defined or launched inside the block."""
-    twins = interpreted_standard_library()
+    copies = interpreted_standard_library()
     interpret, convert = triton.knobs.runtime.interpret, interpreter._convert_float
     before = [dict(vars(owner)) for owner in PATCHED]
     try:
         triton.knobs.runtime.interpret = True
         interpreter._convert_float = convert_float
-        for module, name, twin in twins:
-            setattr(module, name, twin)
+        for module, name, copied in copies:
+            setattr(module, name, copied)
         # exp2 of a large exponent is inf on the chip, without a warning.
         with np.errstate(over="ignore"):
             yield

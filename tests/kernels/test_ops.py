@@ -233,6 +233,14 @@ def test_a_bucket_of_a_table_is_that_entry_alone():
 # --- qgemm ----------------------------------------------------------------------------------------
 
 
+def test_an_argument_given_twice_or_of_no_operator_is_refused():
+    q, w = stored(codes(4, 48)), weights(32, 48)
+    given = (q, w, torch.ones(1), torch.ones(32), layout.row_table(w, 0))
+    for wrong in ({"weight": w}, {"wieght": w}):
+        with pytest.raises(TypeError, match="expected each of"):
+            ops.qgemm(*given, bucket=NOW, **wrong)
+
+
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_gemm_sums_are_exact(rows):
     q, w = codes(rows, 48), weights(32, 48)

@@ -140,8 +140,8 @@ def test_bytes_are_those_of_the_stored_buffers(bits: int) -> None:
     clock = StepClock(torch.zeros(4, dtype=torch.int64))
     # Odd lengths: the last byte of a row of 4-bit codes is half empty.
     for layer, kind in ((nn.Conv2d(3, 5, 3), QConv2d), (nn.Linear(7, 3), QLinear)):
-        twin = kind.like(layer, clock, (), 1, weight_bits=bits)
-        stored = sum(t.numel() * t.element_size() for t in (twin.weight_int, twin.weight_scale))
+        copied = kind.like(layer, clock, (), 1, weight_bits=bits)
+        stored = sum(t.numel() * t.element_size() for t in (copied.weight_int, copied.weight_scale))
         assert weight_bytes(layer.weight.shape, bits) == stored
 
 

@@ -79,8 +79,8 @@ def test_engines_agree_with_the_float_model_with_rounded_inputs(kind: str, engin
     except QuantempoError as error:
         pytest.skip(str(error))
     got = answer(kind, net)
-    twin = rounded_twin(packed(kind).source, net)
-    wanted, plain = answer(kind, twin), answer(kind, denoiser(packed(kind).source))
+    copied = rounded_twin(packed(kind).source, net)
+    wanted, plain = answer(kind, copied), answer(kind, denoiser(packed(kind).source))
 
     def rms(x: Tensor) -> float:
         return float(x.square().mean().sqrt())
@@ -96,7 +96,7 @@ def test_engines_agree_with_the_float_model_with_rounded_inputs(kind: str, engin
 
 def rounded_twin(source: Path, net: nn.Module) -> nn.Module:
     """Return the float network with the packed weights, each int8 layer's input on its grid."""
-    twin = denoiser(source)
+    copied = denoiser(source)
     clock = find_clock(net)
     times: dict[str, Tensor] = {}
 
@@ -121,18 +121,18 @@ def rounded_twin(source: Path, net: nn.Module) -> nn.Module:
 
         return hook
 
-    twin.register_forward_pre_hook(note, with_kwargs=True)
+    copied.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         for name, layer in net.named_modules():
             if not isinstance(layer, QLayer | Float16Linear):
                 continue
-            copy = twin.get_submodule(name)
+            copy = copied.get_submodule(name)
             copy.weight.copy_(layer.weight)
             if layer.bias is not None:
                 copy.bias.copy_(layer.bias)
             if isinstance(layer, QLayer):
                 copy.register_forward_pre_hook(put_on_grid(layer))
-    return twin
+    return copied
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,101 +48,101 @@ CONVS = [
 
 @pytest.mark.parametrize("conv", CONVS, ids=["plain", "odd", "groups"])
 def test_a_twin_has_the_shape_of_its_convolution(conv: nn.Conv2d) -> None:
-    twin = QConv2d.like(conv, CLOCK, (), 3)
-    assert (twin.stride, twin.padding, twin.dilation, twin.groups) == (
+    copied = QConv2d.like(conv, CLOCK, (), 3)
+    assert (copied.stride, copied.padding, copied.dilation, copied.groups) == (
         conv.stride,
         conv.padding,
         conv.dilation,
         conv.groups,
     )
-    assert (twin.in_channels, twin.out_channels, twin.kernel_size) == (6, 4, conv.kernel_size)
-    assert twin.weight_int.shape == conv.weight.shape
-    assert (twin.bias is None) == (conv.bias is None)
-    assert twin.segments == (6,) and twin.act_scale.shape == (1, 3)
+    assert (copied.in_channels, copied.out_channels, copied.kernel_size) == (6, 4, conv.kernel_size)
+    assert copied.weight_int.shape == conv.weight.shape
+    assert (copied.bias is None) == (conv.bias is None)
+    assert copied.segments == (6,) and copied.act_scale.shape == (1, 3)
     x = torch.randn(2, 6, 9, 8)
-    assert filled(twin)(x).shape == conv(x).shape
+    assert filled(copied)(x).shape == conv(x).shape
 
 
 def test_a_twin_has_the_shape_of_its_linear_layer() -> None:
-    twin = QLinear.like(nn.Linear(6, 4, bias=False), CLOCK, (2, 4), 1)
-    assert (twin.in_features, twin.out_features, twin.bias) == (6, 4, None)
-    assert twin.segments == (2, 4) and twin.act_scale.shape == (2, 1)
-    assert filled(twin)(torch.randn(2, 5, 6)).shape == (2, 5, 4)
+    copied = QLinear.like(nn.Linear(6, 4, bias=False), CLOCK, (2, 4), 1)
+    assert (copied.in_features, copied.out_features, copied.bias) == (6, 4, None)
+    assert copied.segments == (2, 4) and copied.act_scale.shape == (2, 1)
+    assert filled(copied)(torch.randn(2, 5, 6)).shape == (2, 5, 4)
 
 
 def test_buffers_have_the_documented_types_and_the_clock_is_no_child() -> None:
-    twin = QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3)
-    assert {name: value.dtype for name, value in twin.state_dict().items()} == {
+    copied = QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3)
+    assert {name: value.dtype for name, value in copied.state_dict().items()} == {
         "weight_int": torch.int8,
         "weight_scale": torch.float32,
         "bias": torch.float32,
         "act_scale": torch.float32,
         "act_zero_point": torch.int32,
     }
-    assert list(twin.children()) == [] and twin.clock is CLOCK
+    assert list(copied.children()) == [] and copied.clock is CLOCK
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("layer", [nn.Conv2d(5, 4, 3, bias=False), nn.Linear(7, 4)], ids=str)
 def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module) -> None:
     make = QConv2d.like if isinstance(layer, nn.Conv2d) else QLinear.like
-    twin = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
-    assert (twin.act_qmax, twin.weight_bits) == (2**bits - 1, bits)
+    copied = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
+    assert (copied.act_qmax, copied.weight_bits) == (2**bits - 1, bits)
     shape, low, high = layer.weight.shape, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
     codes = torch.randint(
         low, high + 1, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int8
     )
     codes.view(-1)[:2] = torch.tensor([low, high])
-    twin.set_codes(codes)
-    assert torch.equal(twin.weight_codes, codes) and twin.weight_codes.dtype == torch.int8
+    copied.set_codes(codes)
+    assert torch.equal(copied.weight_codes, codes) and copied.weight_codes.dtype == torch.int8
     inputs = layer.weight[0].numel()
     # An odd number of inputs: the last nibble of each row is empty.
-    assert inputs % 2 and twin.weight_int.nbytes == 4 * (inputs // 2 + 1 if bits <= 4 else inputs)
-    twin.weight_scale.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0]))
-    wanted = codes.float() * twin.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
-    assert torch.equal(twin.weight, wanted)
+    assert inputs % 2 and copied.weight_int.nbytes == 4 * (inputs // 2 + 1 if bits <= 4 else inputs)
+    copied.weight_scale.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    wanted = codes.float() * copied.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
+    assert torch.equal(copied.weight, wanted)
     # Codes that were unpacked before are replaced, however they come.
-    twin.set_codes(-codes)
-    assert torch.equal(twin.weight_codes, -codes)
+    copied.set_codes(-codes)
+    assert torch.equal(copied.weight_codes, -codes)
     other = make(layer, CLOCK, (), 1, weight_bits=bits)
     other.set_codes(codes)
-    twin.load_state_dict(other.state_dict())
-    assert torch.equal(twin.weight_codes, codes)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied.weight_codes, codes)
     for wrong in (low - 1, high + 1):
         with pytest.raises(QuantempoError, match=rf"outside \[{low}, {high}\]"):
-            twin.set_codes(torch.full(shape, wrong, dtype=torch.int16))
+            copied.set_codes(torch.full(shape, wrong, dtype=torch.int16))
 
 
 def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
-    twins = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
-    for twin in (*twins, Float16Linear.like(layers[1])):
-        assert all(value.is_meta for value in twin.state_dict().values())
+    copies = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
+    for copied in (*copies, Float16Linear.like(layers[1])):
+        assert all(value.is_meta for value in copied.state_dict().values())
 
 
 def test_the_dequantized_weight_scales_every_output_channel() -> None:
-    twin = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
+    copied = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
     wanted = torch.stack(
         [
             codes.double() * s
-            for codes, s in zip(twin.weight_int, twin.weight_scale.double(), strict=True)
+            for codes, s in zip(copied.weight_int, copied.weight_scale.double(), strict=True)
         ]
     )
     # One float32 product: relative error 2^-24.
-    torch.testing.assert_close(twin.weight.double(), wanted, rtol=2**-24, atol=0)
+    torch.testing.assert_close(copied.weight.double(), wanted, rtol=2**-24, atol=0)
 
 
 def test_the_scale_is_that_of_the_segment_and_the_bucket() -> None:
-    twin = filled(QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3))
+    copied = filled(QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3))
     x = torch.zeros(2, 6, 3, 3)
     for t, column in ((0, 0), (1, 0), (2, 1), (3, 2)):
         CLOCK.set(t)
         for segment in range(2):
-            assert torch.equal(twin.scale_now(segment, x), twin.act_scale[segment, column])
+            assert torch.equal(copied.scale_now(segment, x), copied.act_scale[segment, column])
     CLOCK.set(torch.tensor([3, 0]))
-    assert twin.scale_now(1, x).shape == (2, 1, 1, 1)
-    assert twin.scale_now(1, x).flatten().tolist() == twin.act_scale[1, [2, 0]].tolist()
+    assert copied.scale_now(1, x).shape == (2, 1, 1, 1)
+    assert copied.scale_now(1, x).flatten().tolist() == copied.act_scale[1, [2, 0]].tolist()
     CLOCK.set(0)
 
 

@@ -1,4 +1,4 @@
-"""Tiny float networks, their traces and packed twins, made once for all tests of a process."""
+"""Tiny float networks, their traces and packed copies, made once for all tests of a process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
     def denoiser(self) -> nn.Module:
         return self.session.denoiser
 
-    def twin(self, denoiser: nn.Module | None = None) -> nn.Module:
+    def copied(self, denoiser: nn.Module | None = None) -> nn.Module:
         """Return a new quantized copy with the nearest codes, of another float copy if given."""
         tensors = self.session.run.read_safetensors("scales.safetensors")
         codes = {

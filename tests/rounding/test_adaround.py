@@ -58,14 +58,14 @@ def _unit(
     x = x * (1 + 3 * (times >= 500).float())[:, None, None, None]
     g = torch.Generator().manual_seed(1)
     moved = x + noise * torch.randn(x.shape, generator=g)
-    twin = copy.deepcopy(toy)
-    clock = install_clock(twin, torch.arange(1000) * 2 // 1000)
+    copied = copy.deepcopy(toy)
+    clock = install_clock(copied, torch.arange(1000) * 2 // 1000)
     names = ("conv", "linear")
-    swap_layers(twin, [LayerPlan(n, buckets=2, weight_bits=3) for n in names], clock)
+    swap_layers(copied, [LayerPlan(n, buckets=2, weight_bits=3) for n in names], clock)
     inputs = {"conv": x, "linear": nn.functional.silu(toy.conv(x)).movedim(1, -1)}
     scales = {}
     for name in names:
-        layer, float_layer = twin.get_submodule(name), toy.get_submodule(name)
+        layer, float_layer = copied.get_submodule(name), toy.get_submodule(name)
         scales[name] = float_layer.weight.detach().flatten(1).abs().amax(1) / 3
         tops = [inputs[name][times // 500 == bucket].abs().max() for bucket in (0, 1)]
         act = torch.stack(tops)[None].detach() / 127 * shrink
@@ -77,10 +77,10 @@ def _unit(
         kept.add(64, (value, times), {})
         kept.close()
     floats = {n: toy.get_submodule(n) for n in names}
-    twins = {n: twin.get_submodule(n) for n in names}
-    run = BlockRun("toy", toy, twin, floats, twins, recorded, behind, times, clock, 16)
+    copies = {n: copied.get_submodule(n) for n in names}
+    run = BlockRun("toy", toy, copied, floats, copies, recorded, behind, times, clock, 16)
     for name in names:
-        run.assign(name, twins[name].weight_codes.clone())
+        run.assign(name, copies[name].weight_codes.clone())
     weights = {n: layer.weight for n, layer in floats.items()}
     return Unit(weights, scales, dict.fromkeys(names, SPEC), settings, run)
 
@@ -109,7 +109,7 @@ def test_soft_codes_start_on_the_side_of_the_given_ones(shift: int) -> None:
 
 def test_kernels_with_fixed_codes_compute_what_the_integers_give() -> None:
     unit = _unit()
-    for name, layer in unit.block.twins.items():
+    for name, layer in unit.block.copies.items():
         x = next(unit.block.layer_inputs(name))
         expected = layer.kernel(x)
         y = ScaleKernel(layer)(x).detach()
@@ -146,7 +146,7 @@ def test_learning_beats_its_start_and_is_the_same_for_the_same_seed() -> None:
             codes = ROUNDINGS.get("adaround")(unit)
             after = unit.block.loss(powers)
         assert after < 0.6 * before
-        for name, layer in unit.block.twins.items():
+        for name, layer in unit.block.copies.items():
             assert codes[name].dtype == torch.int8 and int(codes[name].abs().max()) <= 3
             assert torch.equal(layer.weight_codes, codes[name])
         results.append(codes)
@@ -164,7 +164,7 @@ def test_what_is_worse_than_the_start_is_not_kept(start: str, monkeypatch) -> No
         expected = ROUNDINGS.get(start)(_unit(replace(SETTINGS, start=start)))
         codes = ROUNDINGS.get("adaround")(unit)
     assert adaround.START_KEPT in unit.notes[0]
-    for name, layer in unit.block.twins.items():
+    for name, layer in unit.block.copies.items():
         assert torch.equal(codes[name], expected[name])
         assert torch.equal(layer.weight_codes, expected[name])
 
@@ -172,27 +172,27 @@ def test_what_is_worse_than_the_start_is_not_kept(start: str, monkeypatch) -> No
 def test_refined_scales_are_better_or_not_kept() -> None:
     # Scales that leave half of the codes unused can only gain by shrinking.
     unit = _unit(replace(SETTINGS, refine=300), shrink=4.0)
-    before = {n: layer.act_scale.clone() for n, layer in unit.block.twins.items()}
+    before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
     with torch.no_grad():
         powers = unit.block.powers()
         loss = unit.block.loss(powers)
         assert refine_scales(unit.block, unit)
         assert unit.block.loss(powers) < loss
-    for name, layer in unit.block.twins.items():
+    for name, layer in unit.block.copies.items():
         assert not torch.equal(layer.act_scale, before[name])
         assert bool((layer.act_scale > 0).all())
     # One iteration with a step that ruins them.
     adaround_rate, adaround.SCALE_RATE = adaround.SCALE_RATE, 5.0
     try:
         unit = _unit(replace(SETTINGS, refine=1))
-        before = {n: layer.act_scale.clone() for n, layer in unit.block.twins.items()}
+        before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
         inputs = {n: next(unit.block.layer_inputs(n)) for n in before}
-        outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.twins.items()}
+        outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.copies.items()}
         with torch.no_grad():
             assert not refine_scales(unit.block, unit)
     finally:
         adaround.SCALE_RATE = adaround_rate
-    for name, layer in unit.block.twins.items():
+    for name, layer in unit.block.copies.items():
         assert torch.equal(layer.act_scale, before[name])
         assert torch.equal(next(unit.block.layer_inputs(name)), inputs[name])
         assert torch.equal(layer.kernel(inputs[name]), outputs[name])
@@ -206,7 +206,7 @@ def test_learning_starts_near_codes_that_know_more_than_the_weight(
     seen: list[Tensor] = []
 
     def stop(block: BlockRun, *args: object, **kwargs: object) -> None:
-        h = torch.cat([layer.kernel.h().flatten() for layer in block.twins.values()])
+        h = torch.cat([layer.kernel.h().flatten() for layer in block.copies.values()])
         seen.append((h - h.round()).abs().max())
 
     monkeypatch.setattr(adaround, "learn", stop)
@@ -268,7 +268,7 @@ def test_gptq_of_a_block_uses_the_inputs_behind_its_rounded_layers() -> None:
         codes = ROUNDINGS.get("gptq")(unit)
         assert unit.block.loss(powers) < before
     x = next(unit.block.layer_inputs("linear"))
-    layer = unit.block.twins["linear"]
+    layer = unit.block.copies["linear"]
     flat = dequantized_input(layer, x).flatten(0, -2)
     error = unit.weights["linear"].detach() - layer.weight_scale[:, None] * codes["linear"]
     plain = nearest(unit.weights["linear"].detach(), layer.weight_scale, SPEC)

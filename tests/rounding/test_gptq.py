@@ -173,35 +173,35 @@ def test_the_dequantized_input_is_what_the_kernel_multiplies() -> None:
 class _Block:
     """Layers and what each receives."""
 
-    def __init__(self, twins: dict[str, QLayer], inputs: dict[str, Tensor]) -> None:
-        self.twins, self.inputs = twins, inputs
+    def __init__(self, copies: dict[str, QLayer], inputs: dict[str, Tensor]) -> None:
+        self.copies, self.inputs = copies, inputs
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
         yield self.inputs[name]
 
     def assign(self, name: str, codes: Tensor) -> None:
-        self.twins[name].set_codes(codes)
+        self.copies[name].set_codes(codes)
 
 
 def test_every_layer_and_group_is_rounded_on_its_own_inputs() -> None:
     """Two layers of equal width in a block, and a convolution of two groups."""
     g, clock = torch.Generator().manual_seed(0), make_clock()
-    twins: dict[str, QLayer] = {"first": make_linear(12, 5, clock=clock)}
-    twins |= {"second": make_linear(12, 5, clock=clock)}
-    twins |= {"conv": make_conv(6, 4, groups=2, clock=clock)}
+    copies: dict[str, QLayer] = {"first": make_linear(12, 5, clock=clock)}
+    copies |= {"second": make_linear(12, 5, clock=clock)}
+    copies |= {"conv": make_conv(6, 4, groups=2, clock=clock)}
     tokens = [torch.randn(80, 12, generator=g) @ torch.randn(12, 12, generator=g) for _ in "ab"]
     image = torch.randn(8, 6, 5, 5, generator=g).cumsum(2).cumsum(1)
-    inputs = dict(zip(twins, (*tokens, image), strict=True))
+    inputs = dict(zip(copies, (*tokens, image), strict=True))
     spec = replace(WEIGHT, bits=3)
     weights, scales = {}, {}
-    for name, layer in twins.items():
+    for name, layer in copies.items():
         weights[name] = torch.randn(layer.weight_shape, generator=g)
         scales[name] = weights[name].flatten(1).abs().amax(1) / 3
     unit = Unit(
-        weights, scales, dict.fromkeys(twins, spec), RoundingSettings(), _Block(twins, inputs)
+        weights, scales, dict.fromkeys(copies, spec), RoundingSettings(), _Block(copies, inputs)
     )
     codes = ROUNDINGS.get("gptq")(unit)
-    own = {n: moments(layer, dequantized_input(layer, inputs[n])) for n, layer in twins.items()}
+    own = {n: moments(layer, dequantized_input(layer, inputs[n])) for n, layer in copies.items()}
 
     def rounded(name: str, hessian: Tensor) -> Tensor:
         rows = len(weights[name]) // len(hessian)

@@ -25,17 +25,17 @@ QUICK = RoundingSettings(samples=16, iterations=60, batch=8)
 def _round(
     made: Case, settings: RoundingSettings, **options
 ) -> tuple[dict[str, Tensor], nn.Module]:
-    twin = made.twin()
-    parts = (made.denoiser, twin, made.data, settings)
-    return round_denoiser(*parts, **options), twin
+    copied = made.copied()
+    parts = (made.denoiser, copied, made.data, settings)
+    return round_denoiser(*parts, **options), copied
 
 
 @torch.no_grad()
-def _error(made: Case, twin: nn.Module) -> float:
+def _error(made: Case, copied: nn.Module) -> float:
     """Return the relative error of the packed network's output over the trace."""
-    attach(twin, "simulated")
+    attach(copied, "simulated")
     pairs = [
-        (made.data.replay(twin, b).double(), made.data.replay(made.denoiser, b).double())
+        (made.data.replay(copied, b).double(), made.data.replay(made.denoiser, b).double())
         for b in made.data.batches(12)
     ]
     error = sum(float((got - wanted).square().sum()) for got, wanted in pairs)
@@ -45,9 +45,9 @@ def _error(made: Case, twin: nn.Module) -> float:
 @pytest.mark.parametrize("kind", ["unconditional", "dit"])
 def test_nearest_is_the_plain_function(kind: str) -> None:
     made = case(kind)
-    result, twin = _round(made, replace(QUICK, name="nearest"))
+    result, copied = _round(made, replace(QUICK, name="nearest"))
     assert set(result) == set(made.scales)
-    for name, layer in quantized_layers(twin):
+    for name, layer in quantized_layers(copied):
         weight = made.denoiser.get_submodule(name).weight.detach()
         expected = nearest(weight, made.scales[name].weight_scale, made.specs[name])
         assert torch.equal(result[name], expected)
@@ -57,27 +57,27 @@ def test_nearest_is_the_plain_function(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gptq_lowers_the_error_of_the_network(kind: str) -> None:
     made = case(kind)
-    plain = _error(made, made.twin())
-    result, twin = _round(made, replace(QUICK, name="gptq"))
-    for name, layer in quantized_layers(twin):
+    plain = _error(made, made.copied())
+    result, copied = _round(made, replace(QUICK, name="gptq"))
+    for name, layer in quantized_layers(copied):
         assert result[name].dtype == torch.int8 and result[name].shape == layer.weight_shape
         assert int(result[name].abs().max()) <= made.specs[name].qmax
         assert torch.equal(layer.weight_codes, result[name])
     # Random networks have nearly white inputs, where the gain is smallest.
-    assert _error(made, twin) < 0.9 * plain
+    assert _error(made, copied) < 0.9 * plain
 
 
 def test_the_float_network_and_the_engine_are_left_as_they_were() -> None:
     made = case("dit")
     before = {k: v.clone() for k, v in made.denoiser.state_dict().items()}
-    _, twin = _round(made, replace(QUICK, name="adaround", iterations=3, refine=2, bias=True))
+    _, copied = _round(made, replace(QUICK, name="adaround", iterations=3, refine=2, bias=True))
     after = made.denoiser.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
-    for network in (made.denoiser, twin):
+    for network in (made.denoiser, copied):
         assert all(p.grad is None for p in network.parameters())
         inner = [m for n, m in network.named_modules() if n]
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
-    assert all(layer.kernel.backend == "simulated" for _, layer in quantized_layers(twin))
+    assert all(layer.kernel.backend == "simulated" for _, layer in quantized_layers(copied))
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "dit"])
@@ -86,13 +86,13 @@ def test_after_bias_correction_mean_outputs_are_the_float_ones(kind: str) -> Non
     made = case(kind)
     # In float64, where sums in other batches move no code that sits on a rounding edge.
     floats = copy.deepcopy(made.denoiser).double()
-    twin = made.twin(floats)
+    copied = made.copied(floats)
     settings = replace(QUICK, name="nearest", bias=True, samples=len(made.data))
-    result = round_denoiser(floats, twin, made.data, settings)
-    names = [name for name, layer in quantized_layers(twin) if layer.bias is not None]
+    result = round_denoiser(floats, copied, made.data, settings)
+    names = [name for name, layer in quantized_layers(copied) if layer.bias is not None]
     assert {f"{name}.bias" for name in names} == {k for k in result if k.endswith(".bias")}
     means: list[dict[str, list[Tensor]]] = []
-    for network in (floats, twin):
+    for network in (floats, copied):
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         for name in names:
             layer = network.get_submodule(name)
@@ -112,7 +112,7 @@ def test_after_bias_correction_mean_outputs_are_the_float_ones(kind: str) -> Non
         spread = torch.cat(means[0][name]).square().mean().sqrt()
         # Float32 outputs, whose sums are float64: far below a thousandth of the output's size.
         assert float((got - wanted).abs().max() / spread) < 1e-5, name
-        layer = twin.get_submodule(name)
+        layer = copied.get_submodule(name)
         assert torch.equal(layer.bias, result[f"{name}.bias"])
 
 
@@ -128,13 +128,13 @@ def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
         return plain(job, block)
 
     monkeypatch.setattr(reconstruct._Job, "round", counted)
-    again, twin = _round(made, settings, folder=tmp_path, key="k")
+    again, copied = _round(made, settings, folder=tmp_path, key="k")
     assert not calls
     assert first.keys() == again.keys()
     assert all(torch.equal(first[k], again[k]) for k in first)
-    other = made.twin()
+    other = made.copied()
     apply_rounding(other, first)
-    for network in (twin, other):
+    for network in (copied, other):
         for name, layer in quantized_layers(network):
             assert torch.equal(layer.weight_codes, again[name])
             assert layer.bias is not None and torch.equal(layer.bias, again[f"{name}.bias"])
@@ -156,15 +156,15 @@ def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
 def test_inputs_beyond_the_budget_are_kept_in_half_precision() -> None:
     made = case("dit")
     settings = replace(QUICK, name="gptq")
-    whole, twin = _round(made, settings)
+    whole, copied = _round(made, settings)
     halves, other = _round(made, settings, budget=1)
     moved = sum(int((whole[k] != halves[k]).sum()) for k in whole)
     # A relative 2^-11 of the inputs: few codes of a three-bit grid are that near a border.
     assert moved / sum(v.numel() for v in whole.values()) < 0.1
-    assert _error(made, other) == pytest.approx(_error(made, twin), rel=0.2)
+    assert _error(made, other) == pytest.approx(_error(made, copied), rel=0.2)
 
 
-def test_a_float_twin_and_wrong_names_are_refused() -> None:
+def test_a_float_copy_and_wrong_names_are_refused() -> None:
     made = case("unconditional")
     with pytest.raises(QuantempoError, match="not quantized"):
         round_denoiser(made.denoiser, made.denoiser, made.data, QUICK)

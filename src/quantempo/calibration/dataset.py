@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
-from quantempo.run_folder import RunFolder, read_tensors
+from quantempo.run_folder import RunFolder, hash_of, read_tensors
 
 __all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
 
@@ -132,10 +132,17 @@ class MemorySet(_Calls):
             raise QuantempoError("got no calls of the denoiser; give at least one")
         leaves, shapes = zip(*(pytree.tree_flatten(b.conditioning) for b in bound), strict=True)
         rows = [len(b.sample) for b in bound]
+        if any(shape != shapes[0] for shape in shapes):
+            raise QuantempoError("got calls of other arguments than the first; give equal ones")
         joined = []
         for column in zip(*leaves, strict=True):
             each = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in
                     zip(column, rows, strict=True)]  # fmt: skip
+            if not all(each) and len({hash_of(v) for v in column}) > 1:
+                raise QuantempoError(
+                    "an argument that is not one per row changes between the calls; expected "
+                    "tensors of as many rows as x_t, or the same value in every call"
+                )
             joined.append(torch.cat(column) if all(each) else column[0])
         cond = pytree.tree_unflatten(joined, shapes[0])
         x_t, t = torch.cat([b.sample for b in bound]), torch.cat([b.timestep for b in bound])

@@ -41,6 +41,7 @@ def collect_statistics(
     `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms.
 
     Args:
+        denoiser: float, left as it was.
         inputs: layer name -> input channels of its segments, () for one.
 
     Raises:

@@ -4,12 +4,12 @@ The pipeline is called as a user would call it and a hook on the denoiser keeps 
 the time-step as received, the conditioning. No sampler is re-implemented, so x_t and t cannot be
 paired wrongly. `timesteps` says which steps to keep, `dataset` reads the result.
 
-A chain is one image being denoised. Before anything runs, `picks` step indices of the law are
-dealt to every chain. Index i stands for the i-th smallest of the K distinct times of the schedule
-(for i < steps = K; in general number floor((i + 1/2) K / steps)), expressed in the unit the
-denoiser receives: that is the target time. During the run each target keeps the call whose
-received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one
-is chosen with equal chances. Memory holds the kept rows only, never a trajectory.
+A chain is one image being denoised. Before anything runs, `picks` step indices of the timestep
+distribution are dealt to every chain. Index i stands for the i-th smallest of the K distinct times
+of the schedule (for i < steps = K; in general number floor((i + 1/2) K / steps)), expressed in the
+unit the denoiser receives: that is the target time. During the run each target keeps the call whose
+received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one is
+chosen with equal chances. Memory holds the kept rows only, never a trajectory.
 
 `sources` may replace x_t before a chunk is written; everything else stays as it was received.
 """
@@ -73,12 +73,13 @@ def trace(
         folder: where the chunks go; their index is the JSON file of the same name beside it.
         chains: number of images; chain c starts from seed + c.
         picks: calls kept of each chain (each gives one row, or one for each half of guidance).
-        time_sampler: the law of the kept steps (`make_time_sampler`).
+        time_sampler: timestep distribution of the kept steps (`make_time_sampler`).
         seed: of the first chain, and of the draw of the steps.
         num_train_timesteps: T of the model; None: as its scheduler says.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
         source: where x_t comes from, a name in `calibration.sources.SOURCES`.
         images: (n, H, W, C) uint8 for the sources that need them.
+        model_hash: of the denoiser, hashed here if None; force: replace a trace of other settings.
         progress: draw a bar on stderr; None: only on a terminal.
 
     Raises:
@@ -89,7 +90,7 @@ def trace(
     call = dict(call or {})
     check_source(source, pipe, denoiser, images)
     settings = _identity(pipe, denoiser, call, model_hash, num_train_timesteps)
-    settings |= {"time_sampler": _law(time_sampler), "source": source}
+    settings |= {"time_sampler": _described(time_sampler), "source": source}
     settings |= {"images": image_digest(source, images), "batch_size": batch_size}
     settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
@@ -169,10 +170,10 @@ def _record(
     return tensors, {_METADATA: _json(details)}
 
 
-def deal_targets(law: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
-    """Draw chains * picks step indices from the law and deal them to the chains.
+def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
+    """Draw chains * picks step indices from the distribution and deal them to the chains.
 
-    The draws are sorted and dealt like cards: each chain gets times from all over the law, and
+    The draws are sorted and dealt like cards: each chain gets times from all over it, and
     the same index twice only if more than `chains` draws fell on it.
 
     Returns:
@@ -180,7 +181,7 @@ def deal_targets(law: TimeSampler, chains: int, picks: int, steps: int, seed: in
     """
     # Not the generator of chain 0, whose numbers become its noise.
     generator = Generator().manual_seed(seed ^ 0x5EED_7157)
-    drawn = law.sample(chains * picks, steps, generator)
+    drawn = sampler.sample(chains * picks, steps, generator)
     return drawn.sort().values.view(picks, chains).T.contiguous()
 
 
@@ -261,9 +262,9 @@ def _finish(
             file.unlink()
 
 
-def _law(law: Any) -> dict[str, Any]:
+def _described(sampler: Any) -> dict[str, Any]:
     names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
-    return {"name": names.get(type(law), type(law).__name__), **asdict(law)}
+    return {"name": names.get(type(sampler), type(sampler).__name__), **asdict(sampler)}
 
 
 def _json(value: Any) -> str:

@@ -40,6 +40,9 @@ class Format:
         bits: width b, 2 to 8.
         symmetric: the zero point is fixed: 0 if signed, 2^(b-1) if unsigned.
         narrow: drop the most negative code, so that the range is symmetric about 0 (signed only).
+
+    Raises:
+        QuantempoError: bits out of range, or narrow without signed.
     """
 
     bits: int = 8
@@ -98,7 +101,7 @@ class Format:
             )
 
     def encode(self, codes: Tensor) -> Tensor:
-        """Return codes (O, ...) as stored: two to a byte, the even index low, or as is."""
+        """Return checked codes (O, ...) as stored: two a byte, the even index low, or as is."""
         self.check(codes)
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
@@ -162,7 +165,11 @@ WEIGHT, ACTIVATION = weight_format(8), activation_format(8)
 
 @dataclass(frozen=True)
 class Grid:
-    """P grids, x_hat = scale * (q - zero_point): scale (P,) float32, finite, > 0; int32 (P,)."""
+    """P grids, x_hat = scale * (q - zero_point): scale (P,) float32, finite, > 0; int32 (P,).
+
+    Raises:
+        QuantempoError: other types or shapes, or a scale that is not positive and finite.
+    """
 
     scale: Tensor
     zero_point: Tensor

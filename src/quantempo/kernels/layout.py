@@ -1,4 +1,4 @@
-"""How codes and weights lie in memory for the GPU operators, and their zero-point tables (L0).
+"""How codes and weights lie in memory for the GPU operators, and their zero-point tables.
 
     stored code q' = q - 128    z' = z - 128    sum (q - z) w = sum q' w - z' sum w
 

@@ -195,8 +195,8 @@ def round_weights(
     if alone and not settings.bias and not settings.refine:
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.per_unit)
-    twin = start.install(denoiser, copy=True)
-    return round_denoiser(denoiser, twin, data, settings, folder=folder, key=key)
+    copied = start.install(denoiser, copy=True)
+    return round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
 
 
 def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:

@@ -81,11 +81,11 @@ def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> 
     at_start = errors(block, powers)
     spread = SPREAD.get(settings.start, SPREAD_ELSE)
     kernels = {
-        name: SoftKernel(block.twins[name], weight, start[name], unit.specs[name], spread)
+        name: SoftKernel(block.copies[name], weight, start[name], unit.specs[name], spread)
         for name, weight in unit.weights.items()
     }
     for name, kernel in kernels.items():
-        block.twins[name].kernel = kernel
+        block.copies[name].kernel = kernel
     count = sum(kernel.v.numel() for kernel in kernels.values())
     warm = int(WARM_UP * settings.iterations)
 
@@ -121,11 +121,11 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
     """
     settings, powers = unit.settings, block.powers()
     before = block.loss(powers)
-    old = {name: layer.act_scale.clone() for name, layer in block.twins.items()}
+    old = {name: layer.act_scale.clone() for name, layer in block.copies.items()}
     at_start = errors(block, powers)
-    kernels = {name: ScaleKernel(layer) for name, layer in block.twins.items()}
+    kernels = {name: ScaleKernel(layer) for name, layer in block.copies.items()}
     for name, kernel in kernels.items():
-        block.twins[name].kernel = kernel
+        block.copies[name].kernel = kernel
     learn(
         block,
         [kernel.log_scale for kernel in kernels.values()],
@@ -137,7 +137,7 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
         rate=SCALE_RATE,
         seed=settings.seed + 1,
     )
-    for name, layer in block.twins.items():
+    for name, layer in block.copies.items():
         layer.act_scale.copy_(kernels[name].log_scale.detach().exp())
         block.assign(name, layer.weight_codes.clone())
     after = block.loss(powers)
@@ -145,7 +145,7 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
     unit.notes.append(f"activation scales {before:.3e} -> {after:.3e}, {kept}")
     if after < before:
         return True
-    for name, layer in block.twins.items():
+    for name, layer in block.copies.items():
         layer.act_scale.copy_(old[name])
     return False
 

@@ -169,8 +169,8 @@ class BlockRun:
     """One block, float and quantized, with the inputs of both.
 
     Args:
-        name: of the block; module: float; twin: the same with quantized layers.
-        floats, twins: its integer layers by full name, in order of execution.
+        name: of the block; module: float; copied: the same with quantized layers.
+        floats, copies: its integer layers by full name, in order of execution.
         exact, quantized: inputs of the float block, and of the quantized one behind the already
             quantized part of the network.
         times: (N,) time-step of each row, as the denoiser receives it.
@@ -182,17 +182,17 @@ class BlockRun:
         self,
         name: str,
         module: nn.Module,
-        twin: nn.Module,
+        copied: nn.Module,
         floats: Mapping[str, nn.Module],
-        twins: Mapping[str, QLayer],
+        copies: Mapping[str, QLayer],
         exact: Inputs,
         quantized: Inputs,
         times: Tensor,
         clock: StepClock,
         batch: int,
     ) -> None:
-        self.name, self.module, self.twin = name, module, twin
-        self.floats, self.twins = dict(floats), dict(twins)
+        self.name, self.module, self.copied = name, module, copied
+        self.floats, self.copies = dict(floats), dict(copies)
         self.exact, self.quantized, self.clock, self.batch = exact, quantized, clock, batch
         self.device = clock.bucket_of.device
         self.times = times.to(self.device)
@@ -212,7 +212,7 @@ class BlockRun:
     def call(self, index: Tensor, arguments: Any, *, exact: bool) -> list[Tensor]:
         """Return the outputs of the block on (args, kwargs), at the times of rows `index`."""
         self.clock.set(self.times.index_select(0, index))
-        module, (args, kwargs) = self.module if exact else self.twin, arguments
+        module, (args, kwargs) = self.module if exact else self.copied, arguments
         return tensors_of(module(*args, **kwargs))
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
@@ -230,18 +230,18 @@ class BlockRun:
             def call(index: Tensor = index) -> None:
                 self.run(index, exact=False)
 
-            run_until(self.twins[name], call, see)
+            run_until(self.copies[name], call, see)
             yield seen.pop()
 
     def assign(self, name: str, codes: Tensor) -> None:
         """Give one quantized layer its integers, and the simulated kernel that reads them."""
-        layer = self.twins[name]
+        layer = self.copies[name]
         layer.set_codes(codes.to(layer.weight_int.device))
         layer.kernel = BACKENDS.get("simulated").lower(layer)
 
     def codes(self) -> dict[str, Tensor]:
         """Return copies of the integers of all layers."""
-        return {name: layer.weight_codes.clone() for name, layer in self.twins.items()}
+        return {name: layer.weight_codes.clone() for name, layer in self.copies.items()}
 
     @torch.no_grad()
     def powers(self) -> list[Tensor]:

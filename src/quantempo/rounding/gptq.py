@@ -168,7 +168,7 @@ def input_hessian(block: BlockRun, name: str) -> Tensor:
 
     The block runs with its integers as they are now, up to that layer.
     """
-    layer = block.twins[name]
+    layer = block.copies[name]
     total: Tensor | None = None
     count = 0
     for x in block.layer_inputs(name):
@@ -192,7 +192,7 @@ class GptqRounding:
         """
         codes = {}
         for name, weight in unit.weights.items():
-            layer, spec = unit.block.twins[name], unit.specs[name]
+            layer, spec = unit.block.copies[name], unit.specs[name]
             hessian = input_hessian(unit.block, name)
             flat = weight.detach().flatten(1)
             rows = len(flat) // len(hessian)

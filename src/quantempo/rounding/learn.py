@@ -64,7 +64,7 @@ def learn(
     mixing = torch.Generator(block.device).manual_seed(seed)
     rows = torch.randint(len(block), (iterations, batch), generator=host).to(block.device)
     adam = torch.optim.Adam(parameters, lr=rate)
-    with _outputs(block.floats) as exact, _outputs(block.twins) as quantized:
+    with _outputs(block.floats) as exact, _outputs(block.copies) as quantized:
         for iteration in range(iterations):
             index = rows[iteration]
             with torch.no_grad():
@@ -89,7 +89,7 @@ def learn(
 def errors(block: BlockRun, powers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return () error of the block and () sum of its layers' errors over all rows, as they are."""
     totals: list[tuple[Tensor, Tensor]] = []
-    with _outputs(block.floats) as exact, _outputs(block.twins) as quantized:
+    with _outputs(block.floats) as exact, _outputs(block.copies) as quantized:
         for index in block.batches():
             wanted = block.run(index, exact=True)
             whole = block.error(block.run(index, exact=False), wanted, powers, index)

@@ -45,7 +45,7 @@ BUDGET = 4 * 2**30
 
 def round_denoiser(
     denoiser: nn.Module,
-    twin: nn.Module,
+    copied: nn.Module,
     data: CalibrationData,
     settings: RoundingSettings,
     *,
@@ -59,7 +59,7 @@ def round_denoiser(
     `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones.
 
     Args:
-        twin: quantized copy of `denoiser`, on the same device; changed in place: its layers end
+        copied: quantized copy of `denoiser`, on the same device; changed in place: its layers end
             with what is returned, and with simulated kernels.
         data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
         folder: where finished blocks are kept and found again.
@@ -67,11 +67,11 @@ def round_denoiser(
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
 
     Raises:
-        QuantempoError: unknown rounding; `twin` is not quantized; a folder without a key.
+        QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
     """
     if folder is not None and not key:
         raise QuantempoError("got a folder for finished blocks without a key; pass key=")
-    job = _Job(denoiser, twin, data, settings, budget)
+    job = _Job(denoiser, copied, data, settings, budget)
     kept = None if folder is None else RunFolder(folder)
     result: dict[str, Tensor] = {}
     digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
@@ -131,19 +131,19 @@ class _Job:
     """What is the same for every block."""
 
     denoiser: nn.Module
-    twin: nn.Module
+    copied: nn.Module
     data: CalibrationData
     settings: RoundingSettings
     budget: int
 
     def __post_init__(self) -> None:
-        clock = find_clock(self.twin)
+        clock = find_clock(self.copied)
         if clock is None:
             raise QuantempoError("got a copy that is not quantized; see Quantized.install")
         self.clock = clock
         self.device = next(self.denoiser.parameters()).device
-        self.twin.to(self.device)
-        for _, layer in quantized_layers(self.twin):
+        self.copied.to(self.device)
+        for _, layer in quantized_layers(self.copied):
             layer.kernel = BACKENDS.get("simulated").lower(layer)
         self.rounding = ROUNDINGS.get(self.settings.name)
         if self.rounding.needs == "block":
@@ -158,7 +158,7 @@ class _Job:
         """Return the blocks with integer layers, and those layers, as a run meets them."""
         found = []
         for block in blocks(self.denoiser):
-            layers = [n for n in block.layers if isinstance(self.twin.get_submodule(n), QLayer)]
+            layers = [n for n in block.layers if isinstance(self.copied.get_submodule(n), QLayer)]
             if layers:
                 found.append(replace(block, layers=tuple(layers)))
         known = {block.name: block for block in found}
@@ -184,12 +184,12 @@ class _Job:
 
     @torch.no_grad()
     def round(self, block: Block) -> dict[str, Tensor]:
-        """Round one block; its layers in the twin hold the result."""
+        """Round one block; its layers in the copy hold the result."""
         floats = {name: self.denoiser.get_submodule(name) for name in block.layers}
         weights: dict[str, Any] = {name: layer.weight for name, layer in floats.items()}
-        twins: dict[str, Any] = {name: self.twin.get_submodule(name) for name in block.layers}
-        scales = {name: layer.weight_scale for name, layer in twins.items()}
-        specs = {name: layer.weight_format for name, layer in twins.items()}
+        copies: dict[str, Any] = {name: self.copied.get_submodule(name) for name in block.layers}
+        scales = {name: layer.weight_scale for name, layer in copies.items()}
+        specs = {name: layer.weight_format for name, layer in copies.items()}
         unit, settings = Unit(weights, scales, specs, self.settings), self.settings
         if self.rounding.needs == "weights" and not settings.bias and settings.refine == 0:
             codes = self.rounding(unit)
@@ -204,7 +204,7 @@ class _Job:
             run.assign(name, value)
         result = dict(codes)
         if settings.refine > 0 and refine_scales(run, unit):
-            for name, layer in run.twins.items():
+            for name, layer in run.copies.items():
                 result[f"{name}.act_scale"] = layer.act_scale.clone()
         if settings.bias:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
@@ -215,19 +215,19 @@ class _Job:
 
     def as_packed(self) -> dict[str, Tensor]:
         """Return the codes of layers that no call runs."""
-        layers: dict[str, Any] = {name: self.twin.get_submodule(name) for name in self.idle}
+        layers: dict[str, Any] = {name: self.copied.get_submodule(name) for name in self.idle}
         return {name: layer.weight_codes.cpu() for name, layer in layers.items()}
 
     def apply(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a finished block into the twin's layers."""
-        apply_rounding(self.twin, tensors)
+        """Put the tensors of a finished block into the layers of the copy."""
+        apply_rounding(self.copied, tensors)
         for name in block.layers:
-            layer: Any = self.twin.get_submodule(name)
+            layer: Any = self.copied.get_submodule(name)
             layer.kernel.prepare(self.device)
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
         """Record the inputs of a block in both networks."""
-        twin = self.twin.get_submodule(block.name)
+        copied = self.copied.get_submodule(block.name)
 
         def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
             return [(len(b.x_t), self._call(network, b)) for b in self.batches]
@@ -238,12 +238,12 @@ class _Job:
         exact = self.exact.pop(block.name, None)
         if exact is None:
             exact = record(block.module, calls(self.denoiser), self.budget)
-        quantized = record(twin, calls(self.twin), self.budget)
+        quantized = record(copied, calls(self.copied), self.budget)
         if exact.halved:
             log.debug("%s: its inputs lie on the host in half precision", block.name)
-        layers: dict[str, Any] = {n: self.twin.get_submodule(n) for n in block.layers}
+        layers: dict[str, Any] = {n: self.copied.get_submodule(n) for n in block.layers}
         times = torch.cat([b.t for b in self.batches])
-        names = (block.name, block.module, twin, floats, layers)
+        names = (block.name, block.module, copied, floats, layers)
         return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
 
 
@@ -270,7 +270,7 @@ def correct_bias(block: BlockRun) -> dict[str, Tensor]:
     """
     wanted = _float_means(block)
     result = {}
-    for name, layer in block.twins.items():
+    for name, layer in block.copies.items():
         if layer.bias is None:
             log.debug("bias: %s has none, its mean output stays as it is", name)
             continue

@@ -1,4 +1,4 @@
-"""Three operators that a quantized U-Net needs on a GPU: one schema for CUDA, CPU and tracing (L0).
+"""Three operators that a quantized U-Net needs on a GPU: one schema for CUDA, CPU and tracing.
 
     gn_act_quant   codes of silu(GroupNorm(cat(x, skip)))       one pass instead of five
     qconv2d        integer convolution with its whole epilogue

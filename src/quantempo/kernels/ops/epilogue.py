@@ -1,4 +1,4 @@
-"""What follows the integer sums of a contraction: record, checks, exact definition (L0).
+"""What follows the integer sums of a contraction: record, checks, exact definition.
 
     y = act(s_a[b] s_w[o] acc + sum_i s_i[b] s_side[o] acc_i + bias[o] + shift[n, o]) + residual
 

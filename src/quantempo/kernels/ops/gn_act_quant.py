@@ -1,4 +1,4 @@
-"""GroupNorm, SiLU and quantization in one pass: signature, checks, exact definition (L0)."""
+"""GroupNorm, SiLU and quantization in one pass: signature, checks, exact definition."""
 
 from __future__ import annotations
 

@@ -86,6 +86,7 @@ def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Cal
             call.check(strides=False)
             return call.empty()
 
+        names = [*defaults]
         # A compiler must not change the strides of the inputs.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         schema = torch.library.infer_schema(positional, mutates_args=())
@@ -98,8 +99,10 @@ def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Cal
         @functools.wraps(describe)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = defaults | kwargs
-            if len(given) != len(defaults):
-                raise TypeError(f"got {sorted(given)}; expected arguments among {[*defaults]}")
+            if len(given) != len(defaults) or any(key in kwargs for key in names[: len(args)]):
+                raise TypeError(
+                    f"got {len(args)} arguments and {sorted(kwargs)}; expected each of {names} once"
+                )
             result: R = overload(*args, *[*given.values()][len(args) :])
             return result
 

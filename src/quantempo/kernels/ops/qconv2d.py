@@ -1,4 +1,4 @@
-"""Integer convolution: signature, checks, exact definition (L0)."""
+"""Integer convolution: signature, checks, exact definition."""
 
 from __future__ import annotations
 

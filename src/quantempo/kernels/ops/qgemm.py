@@ -1,4 +1,4 @@
-"""Integer matrix product: signature, checks, exact definition (L0)."""
+"""Integer matrix product: signature, checks, exact definition."""
 
 from __future__ import annotations
 
