@@ -166,3 +166,8 @@ def tiny_dit(seed: int = 0, size: int = 8) -> DiTPipeline:
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return standard normal numbers, the same for a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

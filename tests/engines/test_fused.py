@@ -20,9 +20,10 @@ from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.models.fusion import find_parts
 from quantempo.quantized import quantized_layers
+from tests.engines import truth
 from tests.engines.quantized import make_conv, make_linear, quantize_network
 from tests.engines.truth import check_like_simulated, relative
-from tests.tiny import tiny_text, tiny_unet
+from tests.tiny import noise, tiny_text, tiny_unet
 
 pytestmark = [
     pytest.mark.skipif(onednn.missing() is not None, reason=str(onednn.missing())),
@@ -30,10 +31,6 @@ pytestmark = [
 ]
 
 KINDS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +49,8 @@ def network(float_network):
 @torch.no_grad()
 def block_calls(network: nn.Module, *arguments) -> dict[str, tuple[tuple, Tensor]]:
     """Return for each block what it was called with and gave, not fused."""
-    seen: dict[str, tuple[tuple, Tensor]] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda module, args, y, name=name: seen.__setitem__(name, (args, y))
-        )
-        for name, module in network.named_modules()
-        if type(module).__name__ in KINDS
-    ]
     unfuse(network)
-    network(*arguments)
-    for hook in hooks:
-        hook.remove()
+    seen = truth.block_calls(network, KINDS, *arguments)
     fuse(network, BLOCKS)
     return seen
 

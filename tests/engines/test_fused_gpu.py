@@ -18,9 +18,10 @@ from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.fusion import FusedUpBlock, fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.quantized import quantized_layers
+from tests.engines import truth
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated, relative
-from tests.tiny import tiny_text, tiny_unet
+from tests.tiny import noise, tiny_text, tiny_unet
 
 KINDS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
 ENGINE = ENGINES.get("triton")
@@ -29,10 +30,6 @@ ENGINE = ENGINES.get("triton")
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +55,8 @@ def network(packed):
 @torch.no_grad()
 def block_calls(network: nn.Module, *arguments) -> dict[str, tuple[tuple, Tensor]]:
     """Return for each block what it was called with and gave, not fused."""
-    seen: dict[str, tuple[tuple, Tensor]] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda module, args, y, name=name: seen.__setitem__(name, (args, y))
-        )
-        for name, module in network.named_modules()
-        if type(module).__name__ in KINDS
-    ]
     unfuse(network)
-    network(*arguments)
-    for hook in hooks:
-        hook.remove()
+    seen = truth.block_calls(network, KINDS, *arguments)
     with pytest.MonkeyPatch.context() as patch:
         # As the layers compute them: else codes move, and hide an error.
         patch.setattr(SharedShifts, "dtype", torch.float32)

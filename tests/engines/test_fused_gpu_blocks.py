@@ -18,15 +18,12 @@ from quantempo.models.fusion_unet import ResnetParts
 from quantempo.quantized import Float16Linear
 from tests.engines.quantized import make_clock, make_conv
 from tests.engines.truth import relative
+from tests.tiny import noise
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

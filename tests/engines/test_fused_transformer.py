@@ -23,6 +23,7 @@ from quantempo.models.fusion_transformer import TransformerBlockParts, Transform
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated, relative
+from tests.tiny import noise
 
 ENGINE = ENGINES.get("triton")
 # Tokens of the text, a multiple of nothing.
@@ -33,10 +34,6 @@ WIDTH = 48
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny(linear: bool = False, layers: int = 1, **more: Any) -> UNet2DConditionModel:

@@ -20,7 +20,7 @@ from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated
-from tests.tiny import tiny_dit, tiny_unet
+from tests.tiny import noise, tiny_dit, tiny_unet
 
 LAYERWISE = {
     name: engine
@@ -33,10 +33,6 @@ FUSING = [name for name, engine in LAYERWISE.items() if engine.blocks is not Non
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

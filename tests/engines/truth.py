@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantempo.kernels import reference
+from quantempo.models.layers import hooked
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["check_like_simulated", "codes_of", "expected", "noise", "relative"]
+__all__ = ["block_calls", "check_like_simulated", "codes_of", "expected", "noise", "relative"]
 
 
 def codes_of(layer: QLayer, x: Tensor, bucket: int = 0) -> list[tuple[Tensor, Tensor, int, float]]:
@@ -67,3 +70,17 @@ def check_like_simulated(y: Tensor, simulated: Tensor, truth: Tensor, level: flo
     gain = float(((y - simulated) * truth).sum() / truth.square().sum())
     # Where no code moved: float32 roundings.
     assert abs(gain) <= 5 * apart / truth.numel() ** 0.5 + 1e-6, (gain, apart)
+
+
+@torch.no_grad()
+def block_calls(network: nn.Module, kinds: tuple[str, ...], *arguments: Any) -> dict[str, Any]:
+    """Return name -> (arguments, output) of each block of these classes, in one forward."""
+    seen: dict[str, Any] = {}
+
+    def see(name: str, block: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        seen[name] = (args, y)
+
+    found = {n: m for n, m in network.named_modules() if type(m).__name__ in kinds}
+    with hooked(found, see):
+        network(*arguments)
+    return seen
