@@ -4,8 +4,6 @@
 only that is: under `--no-skips`, which `.ci/run` asks for, a skip for another reason is a failure.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

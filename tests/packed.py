@@ -1,7 +1,5 @@
 """Quantize the tiny pipelines once for all tests of a process; nothing here asserts."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import shutil

@@ -3,8 +3,6 @@
 Run as a script it prints the lines of every package: `python tests/test_architecture.py`.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

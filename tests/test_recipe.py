@@ -1,7 +1,5 @@
 """Recipes round-trip through TOML, and every mistake gets its own sentence."""
 
-from __future__ import annotations
-
 import inspect
 import tomllib
 

@@ -1,7 +1,5 @@
 """What the repository promises around the code: paths in texts, pins, extras, the bundled model."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Artefacts are whole or absent, whatever interrupts the write."""
 
-from __future__ import annotations
-
 import errno
 import os
 

@@ -4,8 +4,6 @@ Every builder gives the same weights for the same seed, leaves the global random
 runs in milliseconds on one core. The weights are random: pictures are noise, arithmetic is real.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import (
     AutoencoderKL,

@@ -1,7 +1,5 @@
 """Which candidates there are, what they compute, and that only right ones are timed."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import math
@@ -58,9 +56,7 @@ def test_candidates_are_chosen_by_pattern_and_device_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32/eager", "fp32/channels_last", *PLAIN])
-def test_plain_candidates_are_near_float32_and_own_their_weights(
-    name: str, subject: Subject, wanted: torch.Tensor
-) -> None:
+def test_plain_candidates_are_near_float32_and_own_their_weights(name, subject, wanted):
     before = copy.deepcopy(subject.floating.state_dict())
     ready = prepare(named(name)[0], subject, wanted, Steady())
     # bfloat16 keeps 8 bits; ours has 8 bits in each of tens of layers.
@@ -76,9 +72,7 @@ def test_plain_candidates_are_near_float32_and_own_their_weights(
 
 
 @pytest.mark.parametrize("name", [c.name for c in CANDIDATES if c.compiled and c.kind != "peer"])
-def test_compiled_candidates_compute_the_network_in_one_graph(
-    name: str, subject: Subject, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_candidates_compute_the_network_in_one_graph(name, subject, wanted, monkeypatch):
     import torch._inductor.config as inductor
 
     given: dict[str, Any] = {}
@@ -109,17 +103,13 @@ def test_compiled_candidates_compute_the_network_in_one_graph(
         (lambda y: y.roll(1, 0), "dB from float32"),
     ],
 )
-def test_wrong_outputs_are_refused(
-    output: Any, message: str, subject: Subject, wanted: torch.Tensor
-) -> None:
+def test_wrong_outputs_are_refused(output, message, subject, wanted):
     candidate = Candidate("fp32/wrong", lambda s: lambda **kw: output(s.floating(**kw).sample))
     with pytest.raises(QuantempoError, match=message):
         prepare(candidate, subject, wanted, Steady())
 
 
-def test_every_failure_is_named_and_the_rest_is_timed(
-    subject: Subject, wanted: torch.Tensor
-) -> None:
+def test_every_failure_is_named_and_the_rest_is_timed(subject, wanted):
     def explode(_: Subject) -> Any:
         raise RuntimeError("no kernel image")
 

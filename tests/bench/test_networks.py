@@ -1,7 +1,5 @@
 """Networks quantized without data compute what the float ones do, in the dtype that is timed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

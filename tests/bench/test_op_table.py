@@ -1,7 +1,5 @@
 """Operators: their checks find wrong kernels, costs are counted right, rows hold the arithmetic."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -56,9 +54,7 @@ def test_the_definition_passes_its_check(case: Any) -> None:
         (SMALL[3], "raw", "steps from its value"),
     ],
 )
-def test_wrong_kernels_are_refused(
-    case: Any, what: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_kernels_are_refused(case, what, message, monkeypatch):
     torch.manual_seed(0)
     true, calls = getattr(ops, case.op), [0]
 

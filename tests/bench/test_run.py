@@ -1,7 +1,5 @@
 """`quantempo bench` on a CPU with an injected timer: its rows, its files and its mistakes."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -242,9 +240,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: Any, *args: object) -> tuple[int
         (("--device", "cudo", "--ops"), "cannot use --device cudo"),
     ],
 )
-def test_mistakes_are_one_sentence(
-    args: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_mistakes_are_one_sentence(args, words, monkeypatch, capfd):
     code, err = cli(monkeypatch, capfd, *args)
     assert code == 2 and words in err and err.startswith("error: ")
     assert err.count("\n") == 1, err

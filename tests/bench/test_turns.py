@@ -1,7 +1,5 @@
 """Turns, counts and limits of timing, with timers and clocks that are handed in."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Timers that need no clock."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __all__ = ["Steady"]

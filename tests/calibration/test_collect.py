@@ -1,7 +1,5 @@
 """Statistics of layer inputs, against the inputs themselves kept whole in float64."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

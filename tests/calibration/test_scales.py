@@ -1,7 +1,5 @@
 """The scales of a whole model from synthetic statistics whose best scales are known."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Sources of x_t: what stands in the rows, that nothing else moved, resuming, refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,9 +147,7 @@ def test_both_halves_of_guidance_get_the_same_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["mimic", "raw", "noise"])
-def test_the_same_seed_gives_the_same_bits_and_a_torn_trace_too(
-    tmp_path: Path, source: str
-) -> None:
+def test_the_same_seed_gives_the_same_bits_and_a_torn_trace_too(tmp_path, source):
     first = run(tmp_path / "a", source=source, images=pictures())
     again = run(tmp_path / "b", source=source, images=pictures())
     names = [file.name for file in sorted((tmp_path / "a").iterdir())]
@@ -184,9 +180,7 @@ def test_a_trace_of_another_source_or_of_other_images_is_refused(tmp_path: Path)
         ({"source": "raw", "images": pictures()[:0]}, r"\(0, 16, 16, 3\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_runs(
-    tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(QuantempoError, match=message):
         run(tmp_path / "trace", **changes)
     assert not (tmp_path / "trace").exists()

@@ -1,7 +1,5 @@
 """The laws of the time-steps: support, moments, edges, and samples against their densities."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 

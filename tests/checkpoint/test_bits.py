@@ -1,7 +1,5 @@
 """Bits of each layer on their way through search, packing, files and loading."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -6,13 +6,10 @@ four time-steps), the output and two images of DDIM 4 under the engine `simulate
 the SHA-256 of every layer's dequantized weight.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -62,9 +59,7 @@ def agrees(folder: Path, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_outputs_and_images_are_those_of_the_version_that_wrote_them(
-    recipe: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe, caplog, tmp_path):
     agrees(FORMAT2 / recipe, recipe)
     assert not caplog.records
     # Saved again it is of today's format and the same model.
@@ -98,9 +93,7 @@ def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
         ("correction", {"options": ["affine"], "points": 1, "channels": 3}, "a correction"),
     ],
 )
-def test_what_is_no_longer_run_is_refused(
-    key: str, value: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_is_no_longer_run_is_refused(key, value, message, tmp_path):
     shutil.copytree(FORMAT2 / "w8a8", tmp_path / "packed")
     file = tmp_path / "packed/unet/config.json"
     config = json.loads(file.read_text())

@@ -1,7 +1,5 @@
 """A packed folder in a new process that knows nothing but `import quantempo`."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

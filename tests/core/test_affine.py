@@ -1,7 +1,5 @@
 """Affine grids: exact codes, round trips and error bounds against float64 arithmetic."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Formats: ranges, storage as an exact inverse, sums that fit an int32; seeds of images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

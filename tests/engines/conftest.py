@@ -1,7 +1,5 @@
 """Networks that several tests of the OpenVINO engine run."""
 
-from __future__ import annotations
-
 import pytest
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Networks and references that the tests of the OpenVINO engine share."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

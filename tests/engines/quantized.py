@@ -1,7 +1,5 @@
 """Quantize a tiny network with min-max scales of random inputs, for tests of what executes it."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

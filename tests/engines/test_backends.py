@@ -1,7 +1,5 @@
 """What every backend must do, walked over the registry; integers are compared for equality."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

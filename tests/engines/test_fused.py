@@ -1,7 +1,5 @@
 """Fused blocks against the same layers run one by one, on a tiny U-Net."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

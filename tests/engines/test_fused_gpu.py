@@ -1,7 +1,5 @@
 """Fused blocks for GPUs against the same layers run one by one, on a CPU, on tiny U-Nets."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

@@ -1,7 +1,5 @@
 """Single fused blocks for GPUs, built by hand, against diffusers' own forward on a CPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers.models.downsampling import Downsample2D

@@ -1,7 +1,5 @@
 """What is fused and why the rest is not; protocols of kernels and fused forwards, by registry."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

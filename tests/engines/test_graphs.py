@@ -1,7 +1,5 @@
 """What a recording depends on, and calls that are not recorded."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

@@ -1,7 +1,5 @@
 """Grids below 8 bits on every backend: equal integers, and no code above the largest."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

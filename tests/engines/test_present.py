@@ -1,7 +1,5 @@
 """The engines that this machine can run are there: every other test of them skips without them."""
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Layers of the `triton` backend on a CPU, through the operators' own definition there."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Iterator

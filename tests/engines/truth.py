@@ -1,7 +1,5 @@
 """What a quantized layer must give, from the int64 reference alone; shared by backend tests."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The evaluate stage as a whole: keys, meaning of extremes, JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Feature extractors: Lite0 against its architecture spelled out in modules, Inception faked."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import types
@@ -211,9 +209,7 @@ def fake_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_inception_takes_pooled_logits_and_seven_spatial_channels(
-    tmp_path: Path, fake_fidelity: None
-) -> None:
+def test_inception_takes_pooled_logits_and_seven_spatial_channels(tmp_path, fake_fidelity):
     path, digest = _fake_weights(tmp_path)
     extractor = load_extractor("inception", path, digest[:8].upper())
     assert extractor.sha256 == digest
@@ -232,9 +228,7 @@ def test_inception_takes_pooled_logits_and_seven_spatial_channels(
     torch.testing.assert_close(found.spatial, y[:, :7].flatten(1))
 
 
-def test_inception_refuses_a_wrong_hash_and_a_pickle_with_code(
-    tmp_path: Path, fake_fidelity: None
-) -> None:
+def test_inception_refuses_a_wrong_hash_and_a_pickle_with_code(tmp_path, fake_fidelity):
     path, _ = _fake_weights(tmp_path)
     with pytest.raises(QuantempoError, match="expected 6726825d"):
         load_extractor("inception", path)
@@ -244,9 +238,7 @@ def test_inception_refuses_a_wrong_hash_and_a_pickle_with_code(
         load_extractor("inception", path, digest)
 
 
-def test_inception_without_torch_fidelity_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inception_without_torch_fidelity_says_what_to_do(tmp_path, monkeypatch):
     path, digest = _fake_weights(tmp_path)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(QuantempoError, match=r"quantempo\[fid\]"):

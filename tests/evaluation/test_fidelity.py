@@ -1,7 +1,5 @@
 """Paired fidelity against formulas written out here in numpy float64."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

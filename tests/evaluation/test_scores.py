@@ -1,7 +1,5 @@
 """Scores of feature sets against closed forms and independent float64 formulas."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from pathlib import Path
@@ -261,9 +259,7 @@ def test_folder_errors(tmp_path: Path) -> None:
         (RuntimeError("operator torchvision::nms does not exist"), "torchvision"),
     ],
 )
-def test_torchmetrics_that_does_not_import(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
-) -> None:
+def test_torchmetrics_that_does_not_import(monkeypatch, error, words):
     def fail(name: str):
         raise error
 

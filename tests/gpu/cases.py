@@ -4,8 +4,6 @@ y = s_a[b] s_w[o] sum (q - z) w + sum_i s_i[b] s_wi[o] sum (q_i - z_i) w_i + bia
 y = act(y) + residual
 """
 
-from __future__ import annotations
-
 import dataclasses
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """What several tests of the GPU kernels ask for by name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

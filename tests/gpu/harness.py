@@ -10,8 +10,6 @@ binary = harness.compiled(launches[0], arch=90)     # what launch() would have c
 assert binary.spills == 0 and binary.count("LDG.E.128") > 0
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import io

@@ -4,8 +4,6 @@
 (batch 2, 8: both halves of classifier-free guidance, one and four images).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from types import ModuleType

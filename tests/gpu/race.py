@@ -7,8 +7,6 @@ Exits with 1 if a sum is wrong. Needs a CUDA device; the sizes are the least tha
 program more than one tile and fill the last tile of each direction only in part.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

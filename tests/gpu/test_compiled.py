@@ -6,8 +6,6 @@ upsampling, sides and splitting, but not every product of the two; for "pointers
 sm_90, the same code for another assembler, one layer for each size of tile.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

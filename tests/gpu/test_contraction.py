@@ -3,8 +3,6 @@
 Sums are compared as integers, which must be equal; the rest to within float32 arithmetic.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

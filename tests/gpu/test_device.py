@@ -1,7 +1,5 @@
 """The contraction on a GPU at the sizes of real networks: exact integers, the same every time."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

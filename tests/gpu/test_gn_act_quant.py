@@ -4,8 +4,6 @@ Codes may differ by 1 from the float64 ones where the float64 quotient lies with
 the kernels work in float32, and a quotient of up to 256 carries an error of some 16 2^-24 256.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from types import ModuleType

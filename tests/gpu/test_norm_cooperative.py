@@ -4,8 +4,6 @@ The interpreter runs one program after another, so there what comes before the b
 comes after it are two launches (`CooperativePlan.phases`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -1,7 +1,5 @@
 """The norm whose programs meet, on a GPU: against float64, three launches, graphs and streams."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

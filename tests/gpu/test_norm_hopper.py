@@ -3,8 +3,6 @@
 Gluon kernels cannot be interpreted, so without a GPU only their machine code is looked at.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """The compiled passes against torch in float64, and how they are built and loaded."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """oneDNN's int8 operators against the int64 reference: integers are equal, borders included."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The three GPU operators on a CPU against integer sums and float64 formulas written out here."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

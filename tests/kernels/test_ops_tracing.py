@@ -1,7 +1,5 @@
 """The operators under opcheck, fake tensors and torch.compile, and what they refuse."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The reference against sums written out by hand and against float64 convolution."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Bit allocation against brute force over every choice."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

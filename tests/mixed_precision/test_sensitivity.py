@@ -1,7 +1,5 @@
 """Losses of single layers, bits chosen by them, and that nothing else is touched."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json
@@ -90,9 +88,7 @@ def test_the_last_latent_is_what_the_picture_is_made_of(scheduler: str) -> None:
         ("dit", "transformer_blocks.1.ff.net.2", "w4a8"),
     ],
 )
-def test_the_loss_is_that_of_a_packed_model_with_one_integer_layer(
-    kind: str, name: str, bits: str, tmp_path: Path
-) -> None:
+def test_the_loss_is_that_of_a_packed_model_with_one_integer_layer(kind, name, bits, tmp_path):
     others = [s.name for s in sites(denoiser_of(load_pipeline(saved(kind)))[1]) if s.name != name]
     # Not float16 either: the layers of the time embedding are left alone here.
     alone = recipe(symmetric=True, exclude=tuple(others), bits={name: bits})
@@ -147,9 +143,7 @@ def test_the_float_denoiser_is_as_it_was(run: Path, monkeypatch: pytest.MonkeyPa
     assert session.pipe.unet is session.denoiser
 
 
-def test_a_killed_measurement_resumes(
-    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_measurement_resumes(measured, tmp_path, monkeypatch):
     calls = itertools.count()
     real = sensitivity.last_latent
 

@@ -1,7 +1,5 @@
 """Units of reconstruction: a partition of the layers, in the order in which a forward runs them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

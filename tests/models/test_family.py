@@ -1,7 +1,5 @@
 """What a denoiser looks like: its layers, their roles, the time-step among its arguments."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,10 +1,7 @@
 """Opening a pipeline: the right error for each broken folder, and digests that see every change."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,9 +57,7 @@ def unknown_class(folder: Path) -> None:
         (unknown_class, "cannot load"),
     ],
 )
-def test_a_broken_folder_is_one_sentence(
-    damage: Callable[[Path], None], message: str, tmp_path: Path
-) -> None:
+def test_a_broken_folder_is_one_sentence(damage, message, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved("unconditional"), folder)
     damage(folder)
@@ -98,9 +93,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
-def test_a_bug_of_the_plug_in_is_no_broken_folder(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_of_the_plug_in_is_no_broken_folder(kind, monkeypatch):
     def bug(*_: object) -> None:
         raise kind("a bug")
 

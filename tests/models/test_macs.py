@@ -1,7 +1,5 @@
 """Counted multiply-accumulates, against sums written out by hand and against torch's counter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

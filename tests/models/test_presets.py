@@ -1,7 +1,5 @@
 """Presets have the published shapes, inputs fit their networks, and the loop is DDIM."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

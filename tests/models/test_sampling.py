@@ -1,7 +1,5 @@
 """Running pipelines from seeds: equal to diffusers, whatever the batch; clear refusals."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Keys of stages, and arguments of a call that are tensors."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +56,7 @@ def other(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("section", "setting"), SETTINGS)
-def test_a_setting_changes_the_key_of_its_stage_and_of_all_later_ones(
-    section: str, setting: str
-) -> None:
+def test_a_setting_changes_the_key_of_its_stage_and_of_all_later_ones(section, setting):
     base = Recipe()
     group = getattr(base, section)
     # In range: fractions and bits go down, not up.

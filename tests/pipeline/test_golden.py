@@ -3,8 +3,6 @@
 `python -m tests.pipeline.test_golden` writes them anew; say in the commit which moved, and why.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The main line on tiny pipelines: what it writes, that it resumes, what it refuses."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -196,9 +194,7 @@ def test_a_run_killed_in_the_middle_of_the_trace_resumes(tmp_path: Path, whole: 
     ],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_killed_at_any_write_resumes(
-    tmp_path: Path, whole: Any, artefact: str, missing: str, when: str
-) -> None:
+def test_a_run_killed_at_any_write_resumes(tmp_path, whole, artefact, missing, when):
     def killing(write: Callable[..., None]) -> Callable[..., None]:
         def wrapped(self: RunFolder, name: str, *args: Any, **kwargs: Any) -> None:
             if name == artefact and when == "before":
@@ -240,9 +236,7 @@ def test_a_run_killed_while_packing_leaves_no_half_folder(tmp_path: Path, whole:
     assert artefacts(tmp_path / "run") == whole
 
 
-def test_stages_done_one_by_one_give_the_same_and_are_not_repeated(
-    tmp_path: Path, whole: Any
-) -> None:
+def test_stages_done_one_by_one_give_the_same_and_are_not_repeated(tmp_path, whole):
     run = tmp_path / "run"
     pipeline.trace(pipeline.load(saved("unconditional"), run, SMALL))
     for stage in (pipeline.calibrate, pipeline.search, pipeline.round_weights, pipeline.pack):
@@ -253,9 +247,7 @@ def test_stages_done_one_by_one_give_the_same_and_are_not_repeated(
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == times
 
 
-def test_a_run_folder_of_another_model_is_refused_and_taken_over_by_force(
-    tmp_path: Path, whole: Any
-) -> None:
+def test_a_run_folder_of_another_model_is_refused_and_taken_over_by_force(tmp_path, whole):
     other, run = tmp_path / "other", tmp_path / "run"
     tiny_unconditional(seed=1).save_pretrained(other)
     pipeline.quantize(other, run, SMALL)

@@ -1,7 +1,5 @@
 """Sampling into folders, pairs of images, and the figures of a run folder."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,9 +56,7 @@ def test_labels_stay_with_their_seeds_when_a_run_resumes(tmp_path: Path) -> None
     assert np.abs(again.astype(int) - whole.astype(int)).max() <= 1
 
 
-def test_images_of_other_settings_are_refused_and_replaced_by_force(
-    pipe: Any, tmp_path: Path
-) -> None:
+def test_images_of_other_settings_are_refused_and_replaced_by_force(pipe, tmp_path):
     out = tmp_path / "out"
     first = quality.sample(pipe, out, [1, 2], **HOW)
     changes: list[dict[str, Any]] = [{"steps": 2}, {"identity": "another model"}]

@@ -1,7 +1,5 @@
 """The pure core: the same numbers as the stages, no run folder, few files to read."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

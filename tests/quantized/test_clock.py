@@ -1,7 +1,5 @@
 """The clock: from the time-step a denoiser receives to a bucket, and to rows of a scale table."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Quantized layers hold integers and scales; the 12-bit linear layer computes with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -4,8 +4,6 @@ The truth comes from running the networks: which layers hear x_t, which hear the
 concatenated. Nothing here repeats the names the plan goes by.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +102,7 @@ def test_text_projections_are_attention_though_they_never_hear_x() -> None:
 
 
 @pytest.mark.parametrize("build", [unconditional, text])
-def test_skip_halves_are_those_the_network_concatenates(
-    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skip_halves_are_those_the_network_concatenates(build, monkeypatch):
     net, denoise, shape = build()
     joined: list[tuple[Tensor, tuple[Tensor, ...]]] = []
     cat = torch.cat

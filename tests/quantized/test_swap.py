@@ -1,7 +1,5 @@
 """Layers are replaced in place, under their names, on any device; the clock is set by a hook."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

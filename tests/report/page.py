@@ -1,7 +1,5 @@
 """Read a page as a browser would, and check that it is self-contained."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 

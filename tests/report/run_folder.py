@@ -1,7 +1,5 @@
 """A small run folder with every artefact the report reads, made up but shaped like a real one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

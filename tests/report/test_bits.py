@@ -1,7 +1,5 @@
 """What the report says of bits, from made-up layer tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The arithmetic inside the figures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree
 

@@ -1,7 +1,5 @@
 """The page as a whole: whole and partial run folders, what it may contain."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -151,9 +149,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("missing", ABSENT)
-def test_a_missing_file_empties_its_sections_only(
-    missing: str, tmp_path: Path, no_drawing: None
-) -> None:
+def test_a_missing_file_empties_its_sections_only(missing, tmp_path, no_drawing):
     run = make_run(tmp_path / "run", seeds=2, blocks=1)
     target = run / missing
     shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -191,9 +187,7 @@ def test_metrics_without_speed_or_steps_say_so(tmp_path: Path, no_drawing: None)
     assert "36.4 dB" in page.sections["summary"] and "not run" in page.sections["summary"]
 
 
-def test_a_model_of_one_bucket_has_words_instead_of_curves(
-    tmp_path: Path, no_drawing: None
-) -> None:
+def test_a_model_of_one_bucket_has_words_instead_of_curves(tmp_path, no_drawing):
     run = make_run(tmp_path / "run", seeds=1, blocks=1)
     tensors = run.read_safetensors("scales.safetensors")
     for key in [key for key in tensors if key.endswith("act_scale")]:
@@ -252,9 +246,7 @@ def test_times_of_a_bench_file_are_shown_by_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_missing_packages_say_what_to_install(
-    package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_say_what_to_install(package, folder, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

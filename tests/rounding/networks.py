@@ -1,7 +1,5 @@
 """Tiny float networks, their traces and packed copies, made once for all tests of a process."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """Soft codes, the learning loop and the refinement of scales, on one small block."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -199,9 +197,7 @@ def test_refined_scales_are_better_or_not_kept() -> None:
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
-def test_learning_starts_near_codes_that_know_more_than_the_weight(
-    start: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_starts_near_codes_that_know_more_than_the_weight(start, monkeypatch):
     """H is at most 0.2 / 2 from the codes of gptq, and anywhere for the nearest ones."""
     seen: list[Tensor] = []
 

@@ -1,7 +1,5 @@
 """GPTQ: identities, a slow float64 reference, and an error below that of the nearest codes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,9 +135,7 @@ def test_a_near_singular_hessian_is_damped_harder_and_said(caplog) -> None:
     ("stride", "padding", "dilation", "groups"),
     [((1, 1), (1, 1), (1, 1), 1), ((2, 1), (0, 2), (2, 1), 1), ((1, 1), (1, 1), (1, 1), 2)],
 )
-def test_moments_of_a_convolution_give_its_output_power(
-    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
-) -> None:
+def test_moments_of_a_convolution_give_its_output_power(stride, padding, dilation, groups):
     layer = make_conv(
         6, 4, stride=stride, padding=padding, dilation=dilation, groups=groups, clock=make_clock()
     )

@@ -1,7 +1,5 @@
 """Rounding to the nearest code: integers in range, half a step at most, names in a registry."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The drive over all blocks: integers in range, smaller errors, mean outputs, resuming."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

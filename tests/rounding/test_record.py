@@ -1,7 +1,5 @@
 """Inputs recorded for all blocks at once are those recorded block by block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The metrics and the activation grid once more, in plain numpy float64, for the search tests."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Accumulators: exact counts, whatever the order, split, layout and dtype."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

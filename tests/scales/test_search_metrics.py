@@ -1,7 +1,5 @@
 """The contract of a metric, on everything in the registry; values against numpy."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Activation search: brute force, bounds against exact data, degenerate inputs, buckets."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -123,9 +121,7 @@ def test_never_worse_than_min_max(metric: str, seed: int, bits: int, symmetric: 
 @pytest.mark.parametrize(("metric", "p"), [("l1", 1.0), ("mse", 2.0), ("lp", 2.4), ("lp", 4.0)])
 @given(seed=seeds, bins=st.sampled_from([64, 512]), bits=st.sampled_from([4, 8]))
 @settings(max_examples=20, deadline=None)
-def test_the_histogram_stays_within_its_bound(
-    metric: str, p: float, seed: int, bins: int, bits: int
-) -> None:
+def test_the_histogram_stays_within_its_bound(metric, p, seed, bins, bits):
     generator = torch.Generator().manual_seed(seed)
     x = torch.nn.functional.silu(torch.randn(400, generator=generator) * 2)
     spec = Format(bits)

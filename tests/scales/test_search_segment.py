@@ -1,7 +1,5 @@
 """Segmentation of time against exhaustive search."""
 
-from __future__ import annotations
-
 from itertools import combinations, pairwise
 
 import pytest
@@ -59,9 +57,7 @@ def _total(tables: list[CostTable], cut: list[int], smooth: float) -> float:
     buckets=st.integers(1, 7),
 )
 @settings(max_examples=40, deadline=None)
-def test_equals_exhaustive_search(
-    smooth: float, seed: int, rows: int, layers: int, buckets: int
-) -> None:
+def test_equals_exhaustive_search(smooth, seed, rows, layers, buckets):
     tables = [_table(seed + i, rows) for i in range(layers)]
     count = min(buckets, rows)
     every = [[0, *inner, rows] for inner in combinations(range(1, rows), count - 1)]

@@ -1,7 +1,5 @@
 """Weight search against brute force in float64, and what must not change it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

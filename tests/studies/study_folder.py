@@ -1,7 +1,5 @@
 """A small study folder with every part the study page reads, made up but shaped like a real one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ladder: its rungs follow the shipped recipes; what a small one writes, resumes and keeps."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
@@ -73,9 +71,7 @@ def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
         ("rounding", {"name": "nearest", "bias": False}, None),
     ],
 )
-def test_the_rungs_follow_a_shipped_recipe_that_changes(
-    monkeypatch: pytest.MonkeyPatch, section: str, values: dict[str, Any], rung: str | None
-) -> None:
+def test_the_rungs_follow_a_shipped_recipe_that_changes(monkeypatch, section, values, rung):
     load = Recipe.load.__func__
     base = Recipe.load("w8a8").override("rounding", name="gptq", bias=True)
     # Bias correction is behind the one that is looked at, so that it has a rung of its own.
@@ -233,9 +229,7 @@ def test_a_ladder_resumes(copy: Any, two: Any, monkeypatch: pytest.MonkeyPatch) 
     assert {k: again[k] for k in same} == {k: before["recipes"]["w8a8"][k] for k in same}
 
 
-def test_a_rung_of_another_recipe_is_made_again(
-    copy: Any, two: list[Rung], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rung_of_another_recipe_is_made_again(copy, two, monkeypatch):
     out, data = copy
     two[0] = replace(two[0], recipe=two[0].recipe.override("weights", bits=4))
     module.collect(out)
@@ -259,9 +253,7 @@ def test_another_protocol_is_refused(copy: Any, two: Any) -> None:
     assert (out / "ladder.json").read_text() == before
 
 
-def test_a_failing_rung_does_not_lose_the_others(
-    tmp_path: Path, two: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_rung_does_not_lose_the_others(tmp_path, two, monkeypatch, caplog):
     finish = pipeline.finish
 
     def broken(session: Any) -> Any:

@@ -1,7 +1,5 @@
 """Quantized outputs of layers, against the float layers followed by the grid by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

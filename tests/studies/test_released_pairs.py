@@ -1,7 +1,5 @@
 """The released pairing against a right trace of the same seeds in which every step is kept."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -77,9 +75,7 @@ def test_labels_and_indices_are_one_draw_at_the_sizes_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("source", ["mimic", "raw", "noise"])
-def test_a_source_put_into_kept_trajectories_is_that_of_a_trace(
-    tmp_path: Path, source: str
-) -> None:
+def test_a_source_put_into_kept_trajectories_is_that_of_a_trace(tmp_path, source):
     pipe, images = tiny_unconditional(), np.zeros((3, 16, 16, 3), np.uint8) + np.uint8(200)
     recipe = Recipe.load("ptq4dm").override("trace", chains=CHAINS, source=source)
     cell = Row("", Sampler("ddim", STEPS), 2, recipe).cells(1)[0]

@@ -1,7 +1,5 @@
 """Verdicts: they follow from the numbers, and nobody is convicted by chance too often."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

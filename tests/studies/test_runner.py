@@ -1,7 +1,5 @@
 """Cells and how they are shared: names that depend on settings only, loads that are even."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tensors of the sampler on 8-bit grids: which numbers each one changes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Whole tiny studies: the same bits every time, alone or shared, resumed or whole."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess
@@ -99,9 +97,7 @@ def test_several_processes_give_the_same_bits(whole: Path, tmp_path: Path) -> No
     assert tables[0] == tables[1]
 
 
-def test_a_killed_study_resumes(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_killed_study_resumes(whole, tmp_path, monkeypatch, caplog):
     out, real = tmp_path / "killed", runner.run_cell
     done: list[Any] = []
 
@@ -124,9 +120,7 @@ def test_a_killed_study_resumes(
     assert len(mine) == 10 and mine.items() <= cells(whole).items()
 
 
-def test_a_failed_cell_loses_no_other_and_is_tried_again(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_cell_loses_no_other_and_is_tried_again(whole, tmp_path, monkeypatch):
     out, real = tmp_path / "failing", runner.run_cell
 
     def failing(tools: Any, cell: Any) -> Any:
@@ -193,13 +187,7 @@ def test_real_images_are_the_reference(tmp_path: Path) -> None:
         (("--steps", "9"), "--small with --steps"),
     ],
 )
-def test_mistakes_are_one_sentence(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    said: str,
-) -> None:
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capfd, arguments, said):
     out = tmp_path / "out"
     model = str(saved("unconditional"))
     monkeypatch.setattr(

@@ -1,7 +1,5 @@
 """The page and the plots of a study: whole and partial folders, numbers."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
