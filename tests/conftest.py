@@ -89,6 +89,16 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return strict(collector.config, (yield))
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def strict(config: pytest.Config, report: Any) -> Any:
     """Return the report of a test or a file, a failure if `--no-skips` does not allow its skip."""
     text = str(report.longrepr)

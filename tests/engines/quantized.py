@@ -18,10 +18,13 @@ from quantempo.quantized import (
     swap_layers,
 )
 from quantempo.recipe import LayerSettings, Recipe
+from tests.tiny import noise, tiny_unet
 
-__all__ = ["make_clock", "make_conv", "make_linear", "quantize_network"]
+__all__ = ["INPUTS", "make_clock", "make_conv", "make_linear", "quantize_network", "quantized_unet"]
 
 STEPS = 1000
+# Calls of `tests.tiny.tiny_unet`.
+INPUTS = [(noise(2, 3, 16, 16, seed=t), torch.tensor(t)) for t in (900, 500, 20)]
 
 
 def make_clock(buckets: int = 1) -> StepClock:
@@ -163,6 +166,11 @@ def quantize_network(
             torch.tensor(zeros),
         )
     return result
+
+
+def quantized_unet(**how) -> nn.Module:
+    """Return `tiny_unet`, quantized; options of `quantize_network`."""
+    return quantize_network(tiny_unet(), INPUTS, **how)
 
 
 def _watch(plan: LayerPlan, ranges: dict[tuple[str, int], tuple[float, float]]):

@@ -6,27 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantempo.engines import ENGINES
 from quantempo.engines.base import BACKENDS, MAX_TERMS, bucket_rows, run_per_bucket, too_many_terms
 from quantempo.engines.simulated import exact_conv2d, exact_parts, sum_bound
 from quantempo.errors import QuantempoError
-from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.quantized import QConv2d
 from tests.engines.quantized import make_clock, make_conv, make_linear
 from tests.engines.truth import expected, noise
 
-each_backend = pytest.mark.parametrize("name", BACKENDS.names())
-
-
-@pytest.fixture
-def backend(name, monkeypatch):
-    found = BACKENDS.get(name)
-    if "cuda" in ENGINES.get(name).devices:
-        # The operators of a GPU have an exact definition that runs here.
-        monkeypatch.setattr(type(found), "missing", lambda self: None)
-    if found.missing() is not None:
-        pytest.skip(found.missing())
-    return found
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def lowered(backend, layer, must=False):
@@ -38,15 +25,6 @@ def lowered(backend, layer, must=False):
     with pytest.raises(QuantempoError, match="cannot take this layer"):
         backend.lower(layer)
     return None
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 CONVOLUTIONS = {
@@ -78,7 +56,6 @@ COMMON = {
 }
 
 
-@each_backend
 @pytest.mark.parametrize("case", [*CONVOLUTIONS, *COMMON])
 def test_convolution_integers_are_exact(backend, case):
     layer, size = (CONVOLUTIONS | COMMON)[case]
@@ -94,20 +71,13 @@ def test_convolution_integers_are_exact(backend, case):
         assert torch.equal(kernel(form).double(), y)
 
 
-@each_backend
 @pytest.mark.parametrize(
     ("channels", "out", "segments"),
     [
-        (1, 1, ()),
-        (3, 17, ()),
-        (17, 3, ()),
-        (1023, 5, ()),
-        (16, 16, ()),
-        (1040, 32, ()),
-        (48, 32, (16, 32)),
-        (64, 16, (16, 32, 16)),
+        (1, 1, ()), (3, 17, ()), (17, 3, ()), (1023, 5, ()), (16, 16, ()), (1040, 32, ()),
+        (48, 32, (16, 32)), (64, 16, (16, 32, 16)),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 5), (1,), ()])
 def test_linear_integers_are_exact(backend, channels, out, segments, shape):
     layer = make_linear(channels, out, segments, plain=True)
@@ -124,7 +94,6 @@ def test_linear_integers_are_exact(backend, channels, out, segments, shape):
         assert torch.equal(kernel(form), y)
 
 
-@each_backend
 def test_large_sums_are_exact_to_float32(backend):
     # 2,560 channels of 3x3: sums near 7e8, where float32 sums of integers go wrong.
     layer = make_conv(2560, 16, plain=True)
@@ -137,7 +106,6 @@ def test_large_sums_are_exact_to_float32(backend):
     assert (error <= y.abs() * 2.0**-24).all()
 
 
-@each_backend
 @pytest.mark.parametrize(
     "layer",
     [make_conv(48, 32), make_conv(48, 32, segments=(32, 16)), make_linear(48, 32)],
@@ -157,7 +125,6 @@ def test_float_epilogue(backend, layer, dtype):
     assert ((y.double() - truth).abs() <= bound).all()
 
 
-@each_backend
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_a_batch_may_mix_time_steps(backend, kind):
     clock = make_clock(4)
@@ -179,7 +146,6 @@ def test_a_batch_may_mix_time_steps(backend, kind):
         kernel(x)
 
 
-@each_backend
 def test_equal_buckets_are_the_static_layer_bit_for_bit(backend):
     timed, static = make_conv(32, 16, clock=make_clock(4)), make_conv(32, 16)
     timed.act_scale.copy_(static.act_scale.expand(1, 4))
@@ -195,14 +161,12 @@ def test_equal_buckets_are_the_static_layer_bit_for_bit(backend):
         assert torch.equal(kernel(x), y)
 
 
-@each_backend
 def test_saturated_and_empty_inputs(backend):
     layer = make_conv(16, 16, plain=True)
     for x in (noise(1, 16, 4, 4) * 1e6, torch.zeros(1, 16, 4, 4)):
         assert torch.equal(backend.lower(layer)(x).double(), expected(layer, x))
 
 
-@each_backend
 def test_sums_that_could_overflow_are_refused(backend):
     # The largest sum there is fits.
     assert MAX_TERMS * 255 * 127 < 2**31 <= (MAX_TERMS + 1) * 255 * 127
@@ -215,7 +179,6 @@ def test_sums_that_could_overflow_are_refused(backend):
         backend.lower(layer)
 
 
-@each_backend
 def test_a_copied_model_runs_on_its_own(backend):
     clock = make_clock(2)
     layer = make_conv(16, 16, clock=clock)
@@ -253,17 +216,6 @@ def test_simulated_takes_float64_where_a_sum_cannot_be_cut():
     assert [dtype for _, dtype in exact_parts(weight)] == [torch.float64] * 3
     assert list(exact_parts(weight, groups=2)) == [(slice(0, 3), torch.float64)]
     assert list(exact_parts(weight // 127)) == [(slice(0, 3), torch.float32)]
-
-
-@pytest.mark.skipif(BACKENDS.get("onednn").missing() is not None, reason="needs VNNI")
-def test_onednn_with_and_without_the_compiled_quantizer_is_the_same(monkeypatch):
-    layer, linear = make_conv(40, 24), make_linear(40, 24)
-    x, rows = noise(2, 40, 5, 5, spread=1.0), noise(6, 40, spread=1.0)
-    kernel, row_kernel = BACKENDS.get("onednn").lower(layer), BACKENDS.get("onednn").lower(linear)
-    y, y_rows = kernel(x), row_kernel(rows)
-    monkeypatch.setattr(fused_cpu, "load", lambda: None)
-    assert torch.equal(kernel(x), y)
-    assert torch.equal(row_kernel(rows), y_rows)
 
 
 def test_onednn_names_what_it_cannot_take():

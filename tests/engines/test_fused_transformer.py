@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.cuda.blocks import BLOCKS
-from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.cuda.transformer import FusedTransformer, FusedTransformerBlock
 from quantempo.engines.fusion import fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
@@ -23,15 +22,12 @@ from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated, relative
 from tests.tiny import noise
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
 ENGINE = ENGINES.get("triton")
 # Tokens of the text, a multiple of nothing.
 TEXT = 7
 WIDTH = 48
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
 
 
 def tiny(linear: bool = False, layers: int = 1, **more: Any) -> UNet2DConditionModel:

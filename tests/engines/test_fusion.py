@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from quantempo.engines import ENGINES
 from quantempo.engines.base import BACKENDS, Kernel
-from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import BlockRow, FusedBlock, fused_modules, report, unfuse
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.per_forward import PerForward
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.quantized import quantized_layers
-from tests.engines.quantized import quantize_network
+from tests.engines.quantized import quantize_network, quantized_unet
 from tests.engines.truth import check_like_simulated
 from tests.tiny import noise, tiny_dit, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 LAYERWISE = {
     name: engine
@@ -28,11 +29,6 @@ LAYERWISE = {
 FUSING = [name for name, engine in LAYERWISE.items() if engine.blocks is not None]
 
 
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
-
-
 @pytest.fixture
 def engine(name: str) -> LayerwiseEngine:
     engine = LAYERWISE[name]
@@ -40,11 +36,6 @@ def engine(name: str) -> LayerwiseEngine:
     if reason is not None:
         pytest.skip(reason)
     return engine
-
-
-def unet(**how) -> nn.Module:
-    inputs = [(noise(2, 3, 16, 16, seed=t), torch.tensor(t)) for t in (900, 500, 20)]
-    return quantize_network(tiny_unet(), inputs, **how)
 
 
 def dit() -> nn.Module:
@@ -66,7 +57,7 @@ def flux() -> nn.Module:
 
 @pytest.mark.parametrize("name", FUSING)
 def test_every_block_of_a_plain_network_is_fused_and_counted(engine, name, caplog):
-    network = unet()
+    network = quantized_unet()
     with caplog.at_level(logging.INFO, "quantempo"):
         engine.attach(network)
     rows = report(network)
@@ -81,7 +72,7 @@ def test_every_block_of_a_plain_network_is_fused_and_counted(engine, name, caplo
 
 @pytest.mark.parametrize("name", FUSING)
 def test_each_refusal_is_kept_and_counted_once(engine, name, caplog):
-    network = unet(exclude=("up_blocks.0.resnets.0.conv1", "mid_block.resnets.*.conv1"))
+    network = quantized_unet(exclude=("up_blocks.0.resnets.0.conv1", "mid_block.resnets.*.conv1"))
     network.mid_block.attentions[0].rescale_output_factor = 2.0
     with caplog.at_level(logging.INFO, "quantempo"):
         engine.attach(network)
@@ -130,7 +121,7 @@ def test_a_network_of_unknown_blocks_says_so(engine, name, caplog):
 
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_kernels_and_forwards_implement_their_protocols(engine, name):
-    network = unet()
+    network = quantized_unet()
     engine.attach(network)
     cpu = torch.device("cpu")
     for _, layer in quantized_layers(network):
@@ -152,7 +143,7 @@ def test_an_engine_is_like_simulated_and_leaves_no_trace(name):
     engine, float_network = ENGINES.get(name), tiny_unet()
     if engine.missing() is not None:
         pytest.skip(engine.missing())
-    network = unet()
+    network = quantized_unet()
     before = {n: buffer.clone() for n, buffer in network.named_buffers()}
     modules = dict(network.named_modules())
     call = noise(3, 3, 16, 16, seed=1), torch.tensor([970, 10, 450])
@@ -160,7 +151,7 @@ def test_an_engine_is_like_simulated_and_leaves_no_trace(name):
     ENGINES.get("simulated").attach(simulated)
     engine.attach(network)
     y, truth = network(*call).sample, float_network(*call).sample
-    assert torch.equal(network(*call).sample, y)
+    assert y.dtype == truth.dtype and torch.equal(network(*call).sample, y)
     other = copy.deepcopy(network)
     assert torch.equal(other(*call).sample, y)
     for _, layer in quantized_layers(other):
@@ -183,7 +174,7 @@ def test_every_backend_has_an_engine_and_every_engine_its_backend():
 @pytest.mark.skipif(fused_cpu.missing() is not None, reason=str(fused_cpu.missing()))
 @torch.no_grad()
 def test_a_block_called_twice_in_a_forward_is_right_both_times():
-    network = unet()
+    network = quantized_unet()
     ENGINES.get("onednn").attach(network)
     first, second = network.mid_block.resnets
     x, temb, other = noise(2, 32, 8, 8), noise(2, 64), noise(2, 64, seed=1)

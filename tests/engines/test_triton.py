@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,25 +14,15 @@ from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
-from tests.engines.quantized import make_clock, make_conv, make_linear, quantize_network
+from tests.engines.quantized import make_clock, make_conv, make_linear, quantized_unet
 from tests.engines.truth import noise
-from tests.tiny import tiny_unet
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
-    """Give the backend, said to have all it needs: the operators run on a CPU as well."""
-    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
+def backend(on_a_cpu) -> TritonBackend:
     return BACKENDS.get("triton")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 ONE = {"kernel": (1, 1), "padding": (0, 0)}
@@ -210,8 +199,7 @@ def test_a_compiled_layer_quantizes_as_it_does_alone(backend):
 
 @torch.no_grad()
 def test_layers_one_by_one_are_those_of_simulated(backend):
-    inputs = [(noise(2, 3, 16, 16, seed=t, spread=1.0), torch.tensor(t)) for t in (900, 20)]
-    network = quantize_network(tiny_unet(), inputs)
+    network = quantized_unet()
     pairs = []
     for _, layer in network.named_modules():
         if isinstance(layer, QLayer):

@@ -20,18 +20,8 @@ LAST = torch.channels_last
 
 
 @pytest.fixture(autouse=True)
-def parallel_at_any_size(monkeypatch):
+def parallel_at_any_size(monkeypatch, poisoned_memory):
     monkeypatch.setattr(fused_cpu, "_PARALLEL_FROM", 0)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
