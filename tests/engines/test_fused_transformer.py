@@ -19,7 +19,7 @@ from quantempo.models.fusion import find_parts
 from quantempo.models.fusion_transformer import TransformerBlockParts, TransformerParts
 from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
-from tests.engines.truth import check_like_simulated, relative
+from tests.engines.truth import block_calls, check_like_simulated, relative
 from tests.tiny import noise
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -89,21 +89,8 @@ def network(packed, kind) -> nn.Module:
 @torch.no_grad()
 def calls(network: nn.Module, *arguments: Tensor) -> dict[str, tuple[tuple, dict, Tensor]]:
     """Return for each transformer and each block of one what it was given and gave, not fused."""
-    seen: dict[str, tuple[tuple, dict, Tensor]] = {}
     unfuse(network)
-    hooks = [
-        module.register_forward_hook(
-            lambda module, args, kwargs, y, name=name: seen.__setitem__(
-                name, (args, kwargs, y[0] if isinstance(y, tuple) else y)
-            ),
-            with_kwargs=True,
-        )
-        for name, module in network.named_modules()
-        if type(module).__name__ in ("Transformer2DModel", "BasicTransformerBlock")
-    ]
-    network(*arguments)
-    for hook in hooks:
-        hook.remove()
+    seen = block_calls(network, ("Transformer2DModel", "BasicTransformerBlock"), *arguments)
     fuse(network, BLOCKS)
     for name in seen:
         network.get_submodule(name).forward.prepare(torch.device("cpu"))

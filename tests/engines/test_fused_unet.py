@@ -52,9 +52,9 @@ def check_blocks(engine: LayerwiseEngine, network: nn.Module, *arguments, low=Fa
         for module in fused_modules(network).values():
             getattr(module.forward, "prepare", lambda device: None)(torch.device("cpu"))
     errors, kinds = [], set()
-    for name, (given, expected) in calls.items():
+    for name, (args, kwargs, expected) in calls.items():
         block = network.get_submodule(name)
-        kind, y = type(block).__name__, block(*given)
+        kind, y = type(block).__name__, block(*args, **kwargs)
         # A code of fewer bits that moves is a larger part of the range.
         limit = LOW[engine.name] if low else LIMITS[engine.name].get(kind, 2e-6)
         assert relative(y, expected) <= limit, name

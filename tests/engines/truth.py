@@ -72,11 +72,11 @@ def check_like_simulated(y: Tensor, simulated: Tensor, truth: Tensor, level: flo
 
 @torch.no_grad()
 def block_calls(network: nn.Module, kinds: tuple[str, ...], *arguments: Any) -> dict[str, Any]:
-    """Return name -> (arguments, output) of each block of these classes, in one forward."""
+    """Return name -> (args, kwargs, output) of each block of these classes, in one forward."""
     seen: dict[str, Any] = {}
 
     def see(name: str, block: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-        seen[name] = (args, y)
+        seen[name] = (args, kwargs, y[0] if isinstance(y, tuple) else y)
 
     found = {n: m for n, m in network.named_modules() if type(m).__name__ in kinds}
     with hooked(found, see):

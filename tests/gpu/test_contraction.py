@@ -152,12 +152,6 @@ def check_gated(launcher, name: str, device: str, quantized: bool) -> None:
     check_values(got[:, :, None, None], exact[:, :, None, None], torch.float32, scale)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("name", GATED)
-def test_gates_interpreted(name, quantized):
-    check_gated(harness.interpreted("contraction.launch").launch, name, "cpu", quantized)
-
-
 def test_without_images_there_is_no_launch():
     made = Example(Case(n=1, c=16, h=3, w=3, o=16, tile=None))
     made.case = dataclasses.replace(made.case, n=0)
@@ -177,8 +171,9 @@ def test_on_a_device(name, path):
     check(launch, made, path, "cuda")
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)
-def test_gates_on_a_device(name, quantized):
-    check_gated(launch.launch, name, "cuda", quantized)
+def test_gates(name, quantized, device):
+    module = harness.interpreted("contraction.launch") if device == "cpu" else launch
+    check_gated(module.launch, name, device, quantized)

@@ -15,7 +15,7 @@ from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.fused import Norm, Part
 
 LIBRARY = fused_cpu.load()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=str(fused_cpu.missing()))
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=str(fused_cpu.missing()))
 LAST = torch.channels_last
 
 
@@ -55,7 +55,6 @@ SHAPES = [
 ]
 
 
-@needs_library
 @pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
@@ -79,7 +78,6 @@ def test_group_norm_in_float(batch, channels, groups, height, width, dtype, silu
         assert (y - expected).norm() <= 4e-6 * expected.norm()
 
 
-@needs_library
 @pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
@@ -108,7 +106,6 @@ def expected_edge(x: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [5, 16, 33])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (2, 2), (5, 4)])
@@ -127,7 +124,6 @@ def test_add(dtype, channels, size, other):
         LIBRARY.add(torch.zeros(1, 4, 3, 3), None, None)
 
 
-@needs_library
 @pytest.mark.parametrize("batch", [2, 3])
 def test_group_norm_completes_the_border_first(batch):
     edge, norm = edge_rows(48) * 5, group_norm(48, 16)
@@ -138,7 +134,6 @@ def test_group_norm_completes_the_border_first(batch):
     assert torch.equal(codes, expected)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("split", [1, 16, 30])
 def test_two_parts_are_one_tensor(dtype, split):
@@ -154,7 +149,6 @@ def test_two_parts_are_one_tensor(dtype, split):
             assert torch.equal(raw, reference.quantize(half, *grid))
 
 
-@needs_library
 def test_a_shift_may_be_shared_by_all_samples():
     x, norm = image(2, 32, 4, 4), group_norm(32, 8)
     row = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
@@ -167,7 +161,6 @@ def test_a_shift_may_be_shared_by_all_samples():
     assert torch.equal(shared, own)
 
 
-@needs_library
 @pytest.mark.parametrize("channels", [1, 3, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("repeat", [1, 2])
@@ -186,7 +179,6 @@ def test_quantize_is_exact(channels, dtype, repeat, border):
         assert torch.equal(got.int(), expected)
 
 
-@needs_library
 def test_quantize_reads_channel_slices_and_clamps():
     x = image(2, 40, 3, 4)
     assert torch.equal(LIBRARY.quantize(x[:, 3:25], 0.2, 7), reference.quantize(x[:, 3:25], 0.2, 7))
@@ -199,7 +191,6 @@ def test_quantize_reads_channel_slices_and_clamps():
     assert codes.tolist() == [255, 0, 255, 0, 100, 102, 100]
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("zero", "qmax"), [(0, 15), (7, 15), (15, 15), (20, 63), (1, 3), (90, 127)]
@@ -226,7 +217,6 @@ def test_no_code_is_above_the_largest(dtype, zero, qmax):
     assert (codes != expected).float().mean() <= 1e-2
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantize_rows(dtype):
     x = image(6, 37, 1, 1, dtype=dtype).reshape(6, 37)
@@ -234,7 +224,6 @@ def test_quantize_rows(dtype):
         assert torch.equal(LIBRARY.quantize_rows(rows, 0.11, 5), reference.quantize(rows, 0.11, 5))
 
 
-@needs_library
 def test_silu_over_its_whole_range():
     # With two samples of opposite sign the norm is the identity: gamma and beta give the argument.
     values = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 95)])
@@ -250,7 +239,6 @@ def test_silu_over_its_whole_range():
         assert (error <= relative * expected.abs() + 1e-30).all()
 
 
-@needs_library
 def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
     flags = [flag for flag in fused_cpu._FLAGS if flag != "-march=native"]
     monkeypatch.setattr(fused_cpu, "_FLAGS", (*flags, "-mavx2", "-mfma"))
@@ -267,7 +255,6 @@ def test_the_avx2_code_gives_the_same_codes(tmp_path, monkeypatch):
             assert torch.equal(narrow.quantize(x, *grid), reference.quantize(x, *grid))
 
 
-@needs_library
 def test_one_openmp_runtime_is_shared_with_torch():
     LIBRARY.quantize(image(1, 16, 4, 4), 0.1, 3)
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -298,7 +285,6 @@ def plant(path: Path) -> None:
     subprocess.run(command, input=STUB, text=True, check=True)
 
 
-@needs_library
 def test_the_cache_is_reused(cache):
     stamp = cache.stat().st_mtime_ns
     fused_cpu._cached("gcc")
@@ -306,7 +292,6 @@ def test_the_cache_is_reused(cache):
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
-@needs_library
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no library"), plant])
 def test_a_damaged_library_is_built_again(cache, damage):
     size = cache.stat().st_size
@@ -320,7 +305,6 @@ def test_a_damaged_library_is_built_again(cache, damage):
     assert list(cache.parent.iterdir()) == [cache]
 
 
-@needs_library
 def test_what_others_could_have_written_is_not_loaded(cache):
     plant(cache)
     cache.chmod(0o722)

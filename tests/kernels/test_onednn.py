@@ -10,6 +10,7 @@ import torch
 
 from quantempo.kernels import reference
 from quantempo.kernels.cpu import onednn
+from tests.kernels.test_reference import codes, weights
 
 pytestmark = pytest.mark.skipif(onednn.missing() is not None, reason=str(onednn.missing()))
 
@@ -27,16 +28,6 @@ GEOMETRIES = [
 ]
 
 
-def random_codes(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-
-
-def random_weights(*shape: int, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-
-
 @pytest.mark.parametrize(
     ("channels", "out", "kernel", "stride", "padding", "dilation", "groups", "height", "width"),
     GEOMETRIES,
@@ -45,8 +36,8 @@ def random_weights(*shape: int, seed: int = 1) -> torch.Tensor:
 def test_convolution_sums_are_exact(
     channels, out, kernel, stride, padding, dilation, groups, height, width, zero_point
 ):
-    x = random_codes(2, channels, height, width)
-    w = random_weights(out, channels // groups, *kernel)
+    x = codes(2, channels, height, width)
+    w = weights(out, channels // groups, *kernel)
     conv = onednn.Int8Conv2d(w, torch.ones(out), stride, padding, dilation, groups)
     expected = reference.conv2d_accumulator(x, w, zero_point, stride, padding, dilation, groups)
     # With scales of 1 the float output is the integer itself while it fits 24 bits.
@@ -57,10 +48,10 @@ def test_convolution_sums_are_exact(
 
 
 def test_one_operator_serves_other_batches_sizes_and_layouts():
-    w = random_weights(8, 5, 3, 3)
+    w = weights(8, 5, 3, 3)
     conv = onednn.Int8Conv2d(w, torch.ones(8), padding=(1, 1))
     for shape in [(1, 5, 8, 8), (3, 5, 8, 8), (2, 5, 4, 9), (1, 5, 8, 8)]:
-        x = random_codes(*shape)
+        x = codes(*shape)
         for form in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
             y = conv(form, 1.0, 3, None)
             assert torch.equal(y.long(), reference.conv2d_accumulator(form, w, 3, padding=(1, 1)))
@@ -70,7 +61,7 @@ def test_one_operator_serves_other_batches_sizes_and_layouts():
 @pytest.mark.parametrize(("terms", "out"), [(1, 1), (3, 17), (17, 3), (1023, 5), (256, 256)])
 @pytest.mark.parametrize("zero_point", [0, 117])
 def test_linear_sums_are_exact(rows, terms, out, zero_point):
-    x, w = random_codes(rows, terms), random_weights(out, terms)
+    x, w = codes(rows, terms), weights(out, terms)
     expected = reference.linear_accumulator(x, w, zero_point)
     assert expected.abs().max() < 2**24
     y = onednn.Int8Linear(w, torch.ones(out))(x, 1.0, zero_point, None)
@@ -89,7 +80,7 @@ def test_sums_near_the_end_of_int32_do_not_wrap():
 
 
 def test_epilogue_scales_and_bias():
-    x, w = random_codes(2, 32, 6, 6), random_weights(16, 32, 3, 3)
+    x, w = codes(2, 32, 6, 6), weights(16, 32, 3, 3)
     generator = torch.Generator().manual_seed(2)
     weight_scale = torch.rand(16, generator=generator) * 1e-3 + 1e-4
     bias = torch.randn(16, generator=generator)
@@ -105,7 +96,7 @@ def test_epilogue_scales_and_bias():
 
 
 def test_linear_adds_and_accumulates():
-    x, w = random_codes(7, 33), random_weights(5, 33)
+    x, w = codes(7, 33), weights(5, 33)
     linear, other = onednn.Int8Linear(w, torch.ones(5)), torch.ones(7, 5)
     expected = reference.linear_accumulator(x, w, 9) + 1
     kept = other.clone()
@@ -116,13 +107,13 @@ def test_linear_adds_and_accumulates():
 
 
 def test_a_copy_packs_its_own_weights():
-    w = random_weights(8, 5, 3, 3)
+    w = weights(8, 5, 3, 3)
     conv = onednn.Int8Conv2d(w, torch.ones(8), (2, 2), (1, 1))
-    x = random_codes(1, 5, 8, 8)
+    x = codes(1, 5, 8, 8)
     y = conv(x, 1.0, 3, None)
     assert torch.equal(copy.deepcopy(conv)(x, 1.0, 3, None), y)
     linear = onednn.Int8Linear(w.flatten(1), torch.ones(8))
-    rows = random_codes(2, 45)
+    rows = codes(2, 45)
     y = linear(rows, 1.0, 3, None)
     assert torch.equal(copy.deepcopy(linear)(rows, 1.0, 3, None), y)
 
@@ -151,19 +142,17 @@ def test_kernels_without_vnni_are_refused(isa):
     assert "simulated or the openvino engine" in done.stdout
 
 
-def test_a_cpu_without_vnni_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "said"),
+    [
+        (torch.cpu, "get_capabilities", {"avx512_vnni": False}, "no VNNI"),
+        (onednn, "_operator", None, "no longer has the int8"),
+    ],
+)
+def test_what_is_missing_is_named(owner, name, value, said, monkeypatch):
+    monkeypatch.setattr(owner, name, lambda *names: value)
     onednn.missing.cache_clear()
     try:
-        assert "no VNNI" in str(onednn.missing())
-    finally:
-        onednn.missing.cache_clear()
-
-
-def test_missing_operators_are_named(monkeypatch):
-    monkeypatch.setattr(onednn, "_operator", lambda *names: None)
-    onednn.missing.cache_clear()
-    try:
-        assert "no longer has the int8" in str(onednn.missing())
+        assert said in str(onednn.missing())
     finally:
         onednn.missing.cache_clear()

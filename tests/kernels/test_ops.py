@@ -353,8 +353,3 @@ def test_multiplying_by_the_reciprocal_moves_no_code_by_more_than_one(step):
     difference = (unsigned(got.contiguous()).int() - expected).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
-
-
-def test_upsampling_with_a_stride_is_refused():
-    with pytest.raises(ValueError, match="1 with upsample"):
-        convolve(codes(1, 16, 4, 4), weights(16, 16, 3, 3), 7, stride=2, upsample=True)

@@ -194,6 +194,7 @@ REFUSED = [
     (ops.qconv2d, convolution() | {"weight": int8(32, 16, 9)}, r"weight: .* \(32, 9, 16\)"),
     (ops.qconv2d, convolution() | {"kernel": 5}, "kernel: got 5; expected one of 1, 3"),
     (ops.qconv2d, convolution() | {"stride": 3}, "stride: got 3"),
+    (ops.qconv2d, convolution() | {"stride": 2, "upsample": True}, "1 with upsample"),
     (ops.qconv2d, convolution() | {"border": (2, 0, 0, 0)}, "each 0 or 1"),
     (ops.qconv2d, convolution() | {"border": (1, 1)}, "each 0 or 1"),
     (ops.qconv2d, convolution(2, (1, 5)) | {"border": (0, 0, 0, 0)}, "no smaller than the kernel"),

@@ -99,15 +99,9 @@ def test_layout_and_dtype_do_not_matter() -> None:
         histogram.update(y)
         return histogram.counts.flatten().tolist()
 
-    want = counts(x)
-    for y in (
-        x.to(memory_format=torch.channels_last),
-        x.transpose(0, 3),
-        x.bfloat16(),
-        x.double(),
-        torch.cat([x, x + 1], 1)[:, :6],
-        torch.cat([x, x + 1], 1).to(memory_format=torch.channels_last)[:, :6],
-    ):
+    want, last, wide = counts(x), torch.channels_last, torch.cat([x, x + 1], 1)
+    forms = (x.to(memory_format=last), x.transpose(0, 3), x.bfloat16(), x.double())
+    for y in (*forms, wide[:, :6], wide.to(memory_format=last)[:, :6]):
         assert counts(y) == want
 
 
@@ -164,10 +158,6 @@ def test_two_ranges_merge() -> None:
         mine.update(torch.tensor(x), k)
     a.merge(b)
     assert a.range[0].tolist() == [[-1.0, 4.0], [0.0, 3.0], [float("inf"), float("-inf")]]
-
-
-def test_bin_centers() -> None:
-    assert bin_centers(torch.tensor([0.0, 8.0]), 4).tolist() == [1.0, 3.0, 5.0, 7.0]
 
 
 def test_values_a_little_outside_count_in_the_end_bins() -> None:

@@ -1,5 +1,7 @@
 """Activation search: brute force, bounds against exact data, degenerate inputs, buckets."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from quantempo.scales import (
     search_activation,
 )
 from tests.scales.reference import METRIC_OF, candidates, levels
+from tests.tiny import noise
 
 every_metric = pytest.mark.parametrize("metric", METRICS.names())
 seeds = st.integers(0, 2**32 - 1)
@@ -102,12 +105,8 @@ def test_never_worse_than_min_max(metric: str, seed: int, bits: int, symmetric: 
     assert found.cost <= found.min_max_cost
     # Min-max from its definition, through the arithmetic that layers use.
     lo, hi = min(float(edges[0]), 0.0), max(float(edges[1]), 0.0)
-    if symmetric:
-        zero = 2 ** (bits - 1)
-        scale = max(-lo, hi) / (spec.qmax - zero)
-    else:
-        scale = (hi - lo) / spec.qmax
-        zero = round(-lo / scale)
+    zero = 2 ** (bits - 1) if symmetric else round(-lo / (hi - lo) * spec.qmax)
+    scale = max(-lo, hi) / (spec.qmax - zero) if symmetric else (hi - lo) / spec.qmax
     qparams = Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
     centres = bin_centers(edges, 256)
     x_hat = fake_quantize(centres, qparams, spec)
@@ -136,38 +135,11 @@ def test_the_histogram_stays_within_its_bound(metric, p, seed, bins, bits):
     # 1e-5 of a bin: float32 rounding in the placement of a value.
     assert np.abs(norm - exact).max() <= width / 2 * (1 + 1e-5)
     found = search_activation(hist, edges, spec, metric=metric, p=p, candidates=SMALL)
-    index = int(
-        ((table.scale == float(found.scale)) & (table.zero_point == found.zero_point)).nonzero()[0]
-    )
-    assert exact[index] <= min(exact) + width * (1 + 1e-5)
+    chosen = (table.scale == float(found.scale)) & (table.zero_point == found.zero_point)
+    assert exact[int(chosen.nonzero()[0])] <= min(exact) + width * (1 + 1e-5)
 
 
-@every_metric
-@given(seed=seeds)
-@settings(max_examples=5, deadline=None)
-def test_batches_in_any_order_give_the_same_bits(metric: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(20, 50, generator=generator)
-    results = []
-    for order in (torch.arange(20), torch.randperm(20, generator=generator)):
-        ranges, parts = MinMax(), x[order].split([3, 7, 10])
-        for part in parts:
-            ranges.update(part)
-        histogram = Histogram(ranges.edges(), bins=128)
-        for part in parts:
-            histogram.update(part)
-        results.append(
-            search_activation(
-                histogram.counts[0], histogram.edges[0], metric=metric, candidates=SMALL
-            )
-        )
-    assert torch.equal(results[0].scale, results[1].scale)
-    assert results[0].zero_point == results[1].zero_point and results[0].cost == results[1].cost
-
-
-OUTLIER = torch.cat(
-    [torch.randn(3000, generator=torch.Generator().manual_seed(0)), torch.tensor([1e3])]
-)
+OUTLIER = torch.cat([noise(3000), torch.tensor([1e3])])
 DEGENERATE = {
     "zero": torch.zeros(10),
     "constant": torch.full((10,), 3.7),
@@ -220,40 +192,23 @@ def test_signed_codes_are_unsigned_ones_moved(symmetric: bool) -> None:
 def test_an_outlier_is_clipped_when_it_pays() -> None:
     # 3000 normal values and one at 1000: l1 gives the outlier up, p = 8 does not.
     hist, edges = _one(OUTLIER, bins=1 << 16)
-    low = search_activation(hist, edges, metric="l1", candidates=Candidates(steps=40, floor=1e-3))
-    high = search_activation(
-        hist, edges, metric="lp", p=8, candidates=Candidates(steps=40, floor=1e-3)
-    )
+    fine = Candidates(steps=40, floor=1e-3)
+    low = search_activation(hist, edges, metric="l1", candidates=fine)
+    high = search_activation(hist, edges, metric="lp", p=8, candidates=fine)
     assert float(low.scale) < 0.1 < 3 < float(high.scale)
 
 
 @every_metric
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_one_bucket_is_the_static_search_bit_for_bit(metric: str, symmetric: bool) -> None:
-    spec = Format(symmetric=symmetric)
+    how = {"metric": metric, "candidates": SMALL}
+    find = functools.partial(search_activation, spec=Format(symmetric=symmetric), **how)
     hist, edges = _silu_rows(5)
-    static = search_activation(
-        hist.sum(0, keepdim=True), edges, spec, metric=metric, candidates=SMALL
-    )
+    static = find(hist.sum(0, keepdim=True), edges)
     for found in (
-        search_activation(hist, edges, spec, metric=metric, candidates=SMALL),
-        search_activation(
-            hist,
-            edges,
-            spec,
-            metric=metric,
-            buckets=torch.zeros(4, dtype=torch.int32),
-            candidates=SMALL,
-        ),
-        search_activation(
-            hist,
-            edges,
-            spec,
-            metric=metric,
-            buckets=torch.arange(4),
-            min_gain=1.0,
-            candidates=SMALL,
-        ),
+        find(hist, edges),
+        find(hist, edges, buckets=torch.zeros(4, dtype=torch.int32)),
+        find(hist, edges, buckets=torch.arange(4), min_gain=1.0),
     ):
         assert torch.equal(found.scale, static.scale) and found.scale.shape == (1,)
         assert found.zero_point == static.zero_point and found.cost == static.cost
@@ -291,13 +246,12 @@ def test_an_empty_bucket_takes_the_nearest_scale() -> None:
     hist, edges = _silu_rows(2)
     spread = torch.zeros(8, hist.shape[1], dtype=torch.int64)
     spread[2], spread[5] = hist[0], hist[3]
-    found = search_activation(spread, edges, Format(4), buckets=torch.arange(8), candidates=SMALL)
+    how = {"edges": edges, "spec": Format(4), "candidates": SMALL}
+    found = search_activation(spread, buckets=torch.arange(8), **how)
     scale = found.scale.tolist()
     assert scale[2] != scale[5]
     assert scale == [scale[2]] * 4 + [scale[5]] * 4
-    pair = search_activation(
-        hist[[0, 3]], edges, Format(4), buckets=torch.arange(2), candidates=SMALL
-    )
+    pair = search_activation(hist[[0, 3]], buckets=torch.arange(2), **how)
     assert pair.scale.tolist() == [scale[2], scale[5]] and pair.cost == pytest.approx(found.cost)
 
 

@@ -35,17 +35,10 @@ def _total(tables: list[CostTable], cut: list[int], smooth: float) -> float:
         whole = min(sums)
         common = float(table.scale[sums.index(whole)])
         away = [abs(float(torch.tensor(float(s) / common).double().log())) for s in table.scale]
+        share = [[smooth * whole * float(m) * a for a in away] for m in table.mass]
         for i, j in pairwise(cut):
-            total += (
-                min(
-                    sum(
-                        plain[k][g] + smooth * whole * float(table.mass[k]) * away[g]
-                        for k in range(i, j)
-                    )
-                    for g in range(grid)
-                )
-                / whole
-            )
+            each = [sum(plain[k][g] + share[k][g] for k in range(i, j)) for g in range(grid)]
+            total += min(each) / whole
     return total
 
 
