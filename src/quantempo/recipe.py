@@ -19,14 +19,9 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import nearest
 
 __all__ = [
-    "ActivationSettings",
-    "LayerSettings",
-    "Recipe",
-    "RoundingSettings",
-    "TraceSettings",
-    "WeightSettings",
-    "parse_bits",
-]
+    "ActivationSettings", "LayerSettings", "Recipe", "RoundingSettings", "TraceSettings",
+    "WeightSettings", "parse_bits",
+]  # fmt: skip
 
 Number = int | float
 

@@ -22,19 +22,10 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import Extractor, Features
 
 __all__ = [
-    "ImageSet",
-    "Spread",
-    "compare_sets",
-    "frechet_distance",
-    "import_torchmetrics",
-    "inception_score",
-    "kernel_distance",
-    "load_images",
-    "score_set",
-    "spread",
-    "spread_over_parts",
+    "ImageSet", "Spread", "compare_sets", "frechet_distance", "import_torchmetrics",
+    "inception_score", "kernel_distance", "load_images", "score_set", "spread", "spread_over_parts",
     "tie",
-]
+]  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 KERNEL_SUBSET = 1000

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "OFFSET",
-    "border_table",
-    "conv_weight",
-    "row_table",
-]
+    "OFFSET", "border_table", "conv_weight", "row_table",
+]  # fmt: skip
 
 OFFSET = 128
 

@@ -19,22 +19,10 @@ from torch import Tensor, nn
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "EMBEDDINGS",
-    "ROLES",
-    "Block",
-    "DenoiserInputs",
-    "Site",
-    "bind_inputs",
-    "blocks",
-    "check_roles",
-    "denoiser_of",
-    "hooked",
-    "is_unit",
-    "sites",
-    "skip_segments",
-    "timestep_of",
+    "EMBEDDINGS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
+    "check_roles", "denoiser_of", "hooked", "is_unit", "sites", "skip_segments", "timestep_of",
     "timestep_place",
-]
+]  # fmt: skip
 
 ROLES = {
     "input": "first layer, reads x_t itself",

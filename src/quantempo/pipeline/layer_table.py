@@ -23,13 +23,8 @@ from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import Float16Linear, LayerPlan, QLayer, find_clock, quantized_layers
 
 __all__ = [
-    "describe",
-    "int8_share",
-    "layer_rows",
-    "layer_sqnr",
-    "mean_weight_bits",
-    "measured_rows",
-]
+    "describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits", "measured_rows",
+]  # fmt: skip
 
 
 def measured_rows(

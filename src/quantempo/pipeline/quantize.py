@@ -36,15 +36,9 @@ from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_d
 from quantempo.scales import LayerScales, make_metric, search_scales
 
 __all__ = [
-    "Quantized",
-    "calibrate",
-    "check_recipe",
-    "plan",
-    "quantize",
-    "round_weights",
-    "search",
+    "Quantized", "calibrate", "check_recipe", "plan", "quantize", "round_weights", "search",
     "segments_of",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

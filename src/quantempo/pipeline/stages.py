@@ -26,17 +26,9 @@ from quantempo.recipe import Recipe
 from quantempo.run_folder import atomic_path
 
 __all__ = [
-    "Session",
-    "calibrate",
-    "finish",
-    "load",
-    "pack",
-    "quantize",
-    "reopen",
-    "round_weights",
-    "search",
-    "trace",
-]
+    "Session", "calibrate", "finish", "load", "pack", "quantize", "reopen", "round_weights",
+    "search", "trace",
+]  # fmt: skip
 
 
 def trace(session: Session) -> TraceSet:

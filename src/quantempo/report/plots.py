@@ -17,30 +17,11 @@ import numpy as np
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "ACCENT",
-    "FLOAT",
-    "INDIGO",
-    "INK",
-    "INT8",
-    "MUTED",
-    "OCHRE",
-    "RULE",
-    "VARIABLES",
-    "Activation",
-    "activation_boxes",
-    "activation_densities",
-    "bare",
-    "bars",
-    "layer_bars",
-    "legend_above",
-    "new_figure",
-    "quantiles",
-    "scale_curves",
-    "step_curve",
-    "time_axis",
-    "timestep_distribution",
+    "ACCENT", "FLOAT", "INDIGO", "INK", "INT8", "MUTED", "OCHRE", "RULE", "VARIABLES", "Activation",
+    "activation_boxes", "activation_densities", "bare", "bars", "layer_bars", "legend_above",
+    "new_figure", "quantiles", "scale_curves", "step_curve", "time_axis", "timestep_distribution",
     "trim",
-]
+]  # fmt: skip
 
 # Colours stand for variables of the page, so that figures follow its light and dark themes.
 VARIABLES = {

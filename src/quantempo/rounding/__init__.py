@@ -8,11 +8,6 @@ from quantempo.rounding.adaround import refine_scales  # isort: skip
 from quantempo.rounding.reconstruct import round_denoiser  # isort: skip
 
 __all__ = [
-    "ROUNDINGS",
-    "check_start",
-    "gptq",
-    "nearest",
-    "refine_scales",
-    "round_by_weights",
+    "ROUNDINGS", "check_start", "gptq", "nearest", "refine_scales", "round_by_weights",
     "round_denoiser",
-]
+]  # fmt: skip

@@ -20,21 +20,7 @@ from quantempo.scales.search import (
 )
 
 __all__ = [
-    "METRICS",
-    "ActivationScale",
-    "Candidates",
-    "CostTable",
-    "Histogram",
-    "LayerScales",
-    "MinMax",
-    "bin_centers",
-    "bucket_gain",
-    "bucket_of_bin",
-    "cost_table",
-    "make_metric",
-    "search_activation",
-    "search_scales",
-    "search_weight",
-    "segment_costs",
-    "segment_time",
-]
+    "METRICS", "ActivationScale", "Candidates", "CostTable", "Histogram", "LayerScales", "MinMax",
+    "bin_centers", "bucket_gain", "bucket_of_bin", "cost_table", "make_metric", "search_activation",
+    "search_scales", "search_weight", "segment_costs", "segment_time",
+]  # fmt: skip

@@ -21,13 +21,8 @@ from quantempo.scales.histogram import bin_centers
 from quantempo.scales.metrics import make_metric
 
 __all__ = [
-    "ActivationScale",
-    "Candidates",
-    "CostTable",
-    "bucket_gain",
-    "cost_table",
-    "search_activation",
-]
+    "ActivationScale", "Candidates", "CostTable", "bucket_gain", "cost_table", "search_activation",
+]  # fmt: skip
 
 TINY = torch.finfo(torch.float32).tiny
 # The scale of what was zero throughout: any would do, but a product of two stays a normal number.

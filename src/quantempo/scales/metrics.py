@@ -21,17 +21,9 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
 __all__ = [
-    "DENSITY_METRICS",
-    "METRICS",
-    "Metric",
-    "cosine",
-    "kl",
-    "l1",
-    "linf",
-    "lp",
-    "make_metric",
+    "DENSITY_METRICS", "METRICS", "Metric", "cosine", "kl", "l1", "linf", "lp", "make_metric",
     "mse",
-]
+]  # fmt: skip
 
 # Contract: metric(x (..., L), x_hat (..., L), weight (..., L) | None) -> (...). Leading axes
 # broadcast: weight (R, 1, L) with x (L,) and x_hat (P, L) gives (R, P). Values are >= 0 and

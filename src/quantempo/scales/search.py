@@ -32,13 +32,9 @@ from quantempo.scales.histogram import bin_centers
 from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
 
 __all__ = [
-    "LayerScales",
-    "bucket_of_bin",
-    "search_scales",
-    "search_weight",
-    "segment_costs",
+    "LayerScales", "bucket_of_bin", "search_scales", "search_weight", "segment_costs",
     "segment_time",
-]
+]  # fmt: skip
 
 BINS = 2048
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.

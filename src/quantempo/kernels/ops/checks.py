@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FLOATS",
-    "INT8",
-    "bucket",
-    "dense",
-    "expect",
-    "grid",
-    "kind",
-    "last",
-    "member",
-    "shaped",
-    "sixteen",
-    "table",
-]
+    "FLOATS", "INT8", "bucket", "dense", "expect", "grid", "kind", "last", "member", "shaped",
+    "sixteen", "table",
+]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INT8 = (torch.int8,)

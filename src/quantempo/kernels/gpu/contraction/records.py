@@ -15,16 +15,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "Block",
-    "Place",
-    "Scalars",
-    "Tiles",
-    "border_row",
-    "pixel",
-    "place_of",
-    "row_of",
-    "tiles_of",
-]
+    "Block", "Place", "Scalars", "Tiles", "border_row", "pixel", "place_of", "row_of", "tiles_of",
+]  # fmt: skip
 
 
 class Block(NamedTuple):

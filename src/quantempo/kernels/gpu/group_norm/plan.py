@@ -10,17 +10,9 @@ from functools import lru_cache
 from math import gcd
 
 __all__ = [
-    "APART",
-    "FEW_IMAGES",
-    "LARGE_MAP",
-    "CooperativePlan",
-    "Plan",
-    "SharedPlan",
-    "make_cooperative_plan",
-    "make_plan",
-    "make_shared_plan",
-    "power_of_two",
-]
+    "APART", "FEW_IMAGES", "LARGE_MAP", "CooperativePlan", "Plan", "SharedPlan",
+    "make_cooperative_plan", "make_plan", "make_shared_plan", "power_of_two",
+]  # fmt: skip
 
 # Nanoseconds of the choice between one launch and three: only their order matters.
 _BYTES_A_NS = 2500.0
