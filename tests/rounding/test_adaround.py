@@ -14,8 +14,7 @@ from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
 from quantempo.rounding import learn as learning
 from quantempo.rounding.base import Unit
 from quantempo.rounding.block_io import BlockRun, Inputs
-from quantempo.rounding.gptq import dequantized_input
-from quantempo.rounding.soft import ScaleKernel, SoftKernel
+from quantempo.rounding.soft import ScaleKernel, SoftKernel, dequantized_input
 from tests.engines.quantized import make_clock, make_linear
 
 SPEC = replace(WEIGHT, bits=3)

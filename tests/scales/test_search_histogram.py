@@ -42,12 +42,6 @@ def test_batches_may_be_split_and_ordered_in_any_way(seed: int, cuts: list[int])
     again, split = _filled([(x[part], time_bin[part]) for part in parts], 4)
     assert torch.equal(ranges.range, again.range)
     assert torch.equal(whole.counts, split.counts) and whole.counts.dtype == torch.int64
-    merged = Histogram(ranges.edges(), 4, bins=64)
-    for part in parts:
-        one = Histogram(ranges.edges(), 4, bins=64)
-        one.update(x[part], time_bin[part])
-        merged.merge(one)
-    assert torch.equal(merged.counts, whole.counts)
     # Each row holds its own samples and nothing else.
     for k in range(4):
         assert int(whole.counts[0, k].sum()) == x[time_bin == k].numel()
@@ -140,26 +134,6 @@ def test_segments_are_apart() -> None:
     assert histogram.counts.tolist() == [[[1, 2]], [[1, 0]]]
 
 
-def test_state_round_trip() -> None:
-    ranges, histogram = _filled([(torch.randn(5, 7), torch.tensor([0, 2, 2, 1, 0]))], 4)
-    assert set(ranges.state()) == {"range"} and set(histogram.state()) == {"hist", "edges"}
-    assert torch.equal(MinMax.from_state(ranges.state()).range, ranges.range)
-    again = Histogram.from_state(histogram.state())
-    assert torch.equal(again.counts, histogram.counts)
-    assert torch.equal(again.edges, histogram.edges)
-    # A copy, not a view of the file's tensors.
-    again.update(torch.zeros(1), 0)
-    assert not torch.equal(again.counts, histogram.counts)
-
-
-def test_two_ranges_merge() -> None:
-    a, b = MinMax(1, 3), MinMax(1, 3)
-    for mine, x, k in ((a, [1.0, 4.0], 0), (b, [-1.0, 2.0], 0), (a, [0.0, 1.0], 1), (b, [3.0], 1)):
-        mine.update(torch.tensor(x), k)
-    a.merge(b)
-    assert a.range[0].tolist() == [[-1.0, 4.0], [0.0, 3.0], [float("inf"), float("-inf")]]
-
-
 def test_values_a_little_outside_count_in_the_end_bins() -> None:
     histogram = Histogram(torch.tensor([[0.0, 1.0]]), bins=4)
     histogram.update(torch.tensor([-0.1, 1.1]))
@@ -188,10 +162,6 @@ def test_mistakes_are_named() -> None:
         MinMax(1, 2).update(torch.ones(3), 2)
     with pytest.raises(QuantempoError, match="expected one a sample"):
         MinMax(1, 2).update(torch.ones(3, 1), torch.tensor([0, 1]))
-    with pytest.raises(QuantempoError, match="to merge into"):
-        Histogram(torch.tensor([[0.0, 1.0]])).merge(Histogram(torch.tensor([[0.0, 2.0]])))
-    with pytest.raises(QuantempoError, match="to merge into"):
-        MinMax(1, 2).merge(MinMax(1, 3))
 
 
 def test_no_data_is_no_change() -> None:

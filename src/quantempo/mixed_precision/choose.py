@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantempo.errors import QuantempoError
-from quantempo.mixed_precision.allocate import allocate, bit_operations, weight_bytes
+from quantempo.mixed_precision.allocate import Allocation, allocate, bit_operations, weight_bytes
 from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe, parse_bits
@@ -62,7 +62,9 @@ def choose_bits(
     if not rollout and session.run.has(ARTEFACT):
         # What was measured before decides; not again with other settings.
         rollout = session.run.read_json(ARTEFACT)["settings"]
-    _check(outline(session, options, **rollout), budgets, options)
+    # Refused before anything is measured, as it would be once all losses are known.
+    costs = _costs(outline(session, options, **rollout), options)
+    _allocate(np.zeros(np.shape(costs["bytes"])), costs, budgets)
     table = measure(session, options, **rollout)
     base = session.recipe.override("layers", bits={})
     choice = {"request": _request(base, budgets, options), **_choice(table, budgets, options)}
@@ -71,13 +73,9 @@ def choose_bits(
     session.run.write_json(ARTEFACT, table)
     write_plot(session.run, table)
     chosen = list(choice["bits"].values())
-    log.info(
-        "bits chosen: %s; %.2f bits a weight with scales, loss %.3g (at least %.3g)",
-        ", ".join(f"{chosen.count(option)} at {option}" for option in options),
-        choice["effective_bits"],
-        choice["loss"],
-        choice["bound"],
-    )
+    counts = ", ".join(f"{chosen.count(option)} at {option}" for option in options)
+    text = "bits chosen: %s; %.2f bits a weight with scales, loss %.3g (at least %.3g)"
+    log.info(text, counts, choice["effective_bits"], choice["loss"], choice["bound"])
     return choice
 
 
@@ -87,8 +85,7 @@ def _choice(
     """Return the best choice of a whole table within budgets, and what it spends."""
     rows, costs = table["layers"], _costs(table, options)
     losses = np.array([[row["losses"][option] for option in options] for row in rows])
-    limited = np.array([costs[name] for name in budgets])
-    found = allocate(losses, limited, list(budgets.values()), _names(budgets))
+    found = _allocate(losses, costs, budgets)
     spent = {
         name: sum(row[i] for row, i in zip(cost, found.choice, strict=True))
         for name, cost in costs.items()
@@ -114,15 +111,12 @@ def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list
     }
 
 
-def _names(budgets: dict[str, int]) -> list[str]:
-    return [f"a budget of {name}" for name in budgets]
-
-
-def _check(table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]) -> None:
-    """Refuse budgets that nothing can meet, as `allocate` would once all losses are known."""
-    costs = _costs(table, options)
+def _allocate(
+    losses: np.ndarray, costs: dict[str, list[list[int]]], budgets: dict[str, int]
+) -> Allocation:
     limited = np.array([costs[name] for name in budgets])
-    allocate(np.zeros(limited.shape[1:]), limited, list(budgets.values()), _names(budgets))
+    names = [f"a budget of {name}" for name in budgets]
+    return allocate(losses, limited, list(budgets.values()), names)
 
 
 def recall(

@@ -42,14 +42,7 @@ OPTIONS = ("w4a4", "w4a8", "w8a4", "w8a8")
 SEED = 3_000_000
 
 
-def measure(
-    session: Session,
-    options: Sequence[str] = OPTIONS,
-    *,
-    chains: int = 8,
-    steps: int = 10,
-    seed: int = SEED,
-) -> dict[str, Any]:
+def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) -> dict[str, Any]:
     """Measure every integer layer at every option and write `sensitivity.json`; return it.
 
     Trace and calibrate are run if they are not done. Losses measured before with the same
@@ -58,6 +51,7 @@ def measure(
     Args:
         session: its recipe says which layers are integer, and how scales are searched; its bits
             do not matter.
+        rollout: chains, steps and seed, see `outline`.
 
     Raises:
         QuantempoError: an option that is none, no integer layer, a file of other settings without
@@ -65,7 +59,7 @@ def measure(
 
     Error: the loss is exact for these chains; its spread over chains is not estimated.
     """
-    table = outline(session, options, chains=chains, steps=steps, seed=seed)
+    table = outline(session, options, **rollout)
     bits = {option: parse_bits(option, "options") for option in options}
     todo = ([o for o in bits if o not in row["losses"]] for row in table["layers"])
     missing = [(row, some) for row, some in zip(table["layers"], todo, strict=True) if some]

@@ -7,6 +7,8 @@ Source: Nagel et al. 2020 (AdaRound, eq. 21-24) on the blocks of Li et al. 2021 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -98,18 +100,8 @@ def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> 
         return WEIGHT * torch.stack(sums).sum() / count
 
     rate = min(MOST_RATE, max(LEAST_RATE, TRAVEL / settings.iterations))
-    learn(
-        block,
-        [kernel.v for kernel in kernels.values()],
-        powers=powers,
-        start=at_start,
-        iterations=settings.iterations,
-        batch=settings.batch,
-        drop=settings.drop,
-        rate=rate,
-        seed=settings.seed,
-        penalty=penalty,
-    )
+    parameters = [kernel.v for kernel in kernels.values()]
+    learn(block, parameters, settings, powers=powers, start=at_start, rate=rate, penalty=penalty)
     return {name: kernel.codes() for name, kernel in kernels.items()}
 
 
@@ -126,17 +118,9 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
     kernels = {name: ScaleKernel(layer) for name, layer in block.copies.items()}
     for name, kernel in kernels.items():
         block.copies[name].kernel = kernel
-    learn(
-        block,
-        [kernel.log_scale for kernel in kernels.values()],
-        powers=powers,
-        start=at_start,
-        iterations=settings.refine,
-        batch=settings.batch,
-        drop=settings.drop,
-        rate=SCALE_RATE,
-        seed=settings.seed + 1,
-    )
+    parameters = [kernel.log_scale for kernel in kernels.values()]
+    how = replace(settings, iterations=settings.refine, seed=settings.seed + 1)
+    learn(block, parameters, how, powers=powers, start=at_start, rate=SCALE_RATE)
     for name, layer in block.copies.items():
         layer.act_scale.copy_(kernels[name].log_scale.detach().exp())
         block.assign(name, layer.weight_codes.clone())

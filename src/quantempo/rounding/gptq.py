@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.core import Format
-from quantempo.engines.base import channel_dim
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import ROUNDINGS, Needs, Unit
 from quantempo.rounding.block_io import BlockRun
+from quantempo.rounding.soft import dequantized_input
 
-__all__ = ["GptqRounding", "dequantized_input", "gptq", "input_hessian", "moments"]
+__all__ = ["GptqRounding", "gptq", "input_hessian", "moments"]
 
 log = logging.getLogger("quantempo")
 
@@ -122,19 +122,6 @@ def _factor(damped: Tensor) -> Tensor | None:
     return None if bool(failed) or not bool(upper.isfinite().all()) else upper
 
 
-def dequantized_input(layer: QLayer, x: Tensor) -> Tensor:
-    """Return s (clamp(round(x / s) + z, 0, qmax) - z) in float32, the shape of x.
-
-    The time buckets are those of the layer's clock; one grid for each segment.
-    """
-    axis, parts = channel_dim(layer), []
-    for i, part in enumerate(x.float().split(layer.segments, axis)):
-        scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
-        codes = (torch.round(part / scale) + zero).clamp(0, layer.act_qmax) - zero
-        parts.append(codes * scale)
-    return torch.cat(parts, axis)
-
-
 def moments(layer: QLayer, x: Tensor) -> Tensor:
     """Return X X^T of an input, (groups, K, K) float32, K in the order of weight.flatten(1).
 
@@ -194,14 +181,10 @@ class GptqRounding:
         for name, weight in unit.weights.items():
             layer, spec = unit.block.copies[name], unit.specs[name]
             hessian = input_hessian(unit.block, name)
-            flat = weight.detach().flatten(1)
-            rows = len(flat) // len(hessian)
-            parts = [
-                gptq(part, h, s, spec)
-                for part, h, s in zip(
-                    flat.split(rows), hessian, unit.scales[name].split(rows), strict=True
-                )
-            ]
+            rows = len(weight) // len(hessian)
+            flat, scales = (v.split(rows) for v in (weight.detach().flatten(1), unit.scales[name]))
+            groups = zip(flat, hessian, scales, strict=True)
+            parts = [gptq(part, h, scale, spec) for part, h, scale in groups]
             codes[name] = torch.cat(parts).reshape(layer.weight_shape)
             unit.block.assign(name, codes[name])
         return codes

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.models.layers import hooked
+from quantempo.recipe import RoundingSettings
 from quantempo.rounding.block_io import BlockRun
 
 __all__ = ["LAYER_SHARE", "errors", "learn"]
 
 LAYER_SHARE = 0.8
+TINY = torch.finfo(torch.float32).tiny
 
 
 @contextmanager
@@ -40,14 +42,11 @@ def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 def learn(
     block: BlockRun,
     parameters: list[Tensor],
+    settings: RoundingSettings,
     *,
     powers: list[Tensor],
     start: tuple[Tensor, Tensor],
-    iterations: int,
-    batch: int,
-    drop: float,
     rate: float,
-    seed: int,
     penalty: Callable[[int], Tensor] | None = None,
 ) -> None:
     """Minimise the loss over `parameters` by Adam, in place; nothing waits for the device.
@@ -55,22 +54,22 @@ def learn(
     Args:
         block: its layers have kernels that depend on the parameters.
         parameters: leaves with gradients.
+        settings: `iterations` of `batch` rows each, drawn with repeats by `seed`; `drop`.
         start: from `errors`, of the integers it starts from.
-        iterations: of `batch` rows each, drawn with repeats.
-        drop: probability that an element of the input is the float block's.
         penalty: iteration -> term added to the loss, which is 1.8 for the integers at the start.
     """
-    host = torch.Generator().manual_seed(seed)
-    mixing = torch.Generator(block.device).manual_seed(seed)
-    rows = torch.randint(len(block), (iterations, batch), generator=host).to(block.device)
+    host = torch.Generator().manual_seed(settings.seed)
+    mixing = torch.Generator(block.device).manual_seed(settings.seed)
+    size = (settings.iterations, settings.batch)
+    rows = torch.randint(len(block), size, generator=host).to(block.device)
     adam = torch.optim.Adam(parameters, lr=rate)
     with _outputs(block.floats) as exact, _outputs(block.copies) as quantized:
-        for iteration in range(iterations):
-            index = rows[iteration]
+        for iteration, index in enumerate(rows):
             with torch.no_grad():
                 arguments = block.exact.take(index, block.device)
                 wanted = block.call(index, arguments, exact=True)
-                mixed = _mix(block.quantized.take(index, block.device), arguments, drop, mixing)
+                given = block.quantized.take(index, block.device)
+                mixed = _mix(given, arguments, settings.drop, mixing)
             with torch.enable_grad():
                 got = block.call(index, mixed, exact=False)
                 whole = block.error(got, wanted, powers, index)
@@ -96,17 +95,12 @@ def errors(block: BlockRun, powers: list[Tensor]) -> tuple[Tensor, Tensor]:
             layers = _layer_error(quantized, exact)
             totals.append((whole * len(index), layers * len(index)))
     whole, layers = (torch.stack(column).sum() / len(block) for column in zip(*totals, strict=True))
-    tiny = torch.finfo(torch.float32).tiny
-    return whole.clamp_min(tiny), layers.clamp_min(tiny)
+    return whole.clamp_min(TINY), layers.clamp_min(TINY)
 
 
 def _layer_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    return torch.stack([_relative(got[name], wanted[name]) for name in got]).sum()
-
-
-def _relative(got: Tensor, wanted: Tensor) -> Tensor:
-    power = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (got - wanted).square().mean() / power
+    powers = {name: wanted[name].square().mean().clamp_min(TINY) for name in got}
+    return torch.stack([(got[n] - wanted[n]).square().mean() / powers[n] for n in got]).sum()
 
 
 def _mix(quantized: Any, exact: Any, drop: float, generator: torch.Generator) -> Any:

@@ -8,6 +8,7 @@ Source of the gradient: Bengio et al. 2013 (straight through); of s_a: Esser et 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from quantempo.core import Format
 from quantempo.engines.base import channel_dim
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["ScaleKernel", "SoftKernel", "rectified_sigmoid"]
+__all__ = ["ScaleKernel", "SoftKernel", "dequantized_input", "rectified_sigmoid"]
 
 # Of the rectified sigmoid: h reaches 0 and 1 at finite v. Louizos et al. 2018.
 _STRETCH, _SHIFT = 1.2, -0.1
@@ -39,6 +40,21 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
     return (torch.sigmoid(v) * _STRETCH + _SHIFT).clamp(0, 1)
 
 
+def dequantized_input(
+    layer: QLayer, x: Tensor, scale_at: Callable[[int, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return x_hat in float32, the shape of x, by one grid for each segment.
+
+    scale_at: (segment, x) -> s; by default that of the layer's clock.
+    """
+    axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
+    for i, part in enumerate(x.float().split(layer.segments, axis)):
+        scale = (scale_at or layer.scale_now)(i, x)
+        codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
+        parts.append(codes * scale)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
 class _Kernel:
     """Run a layer in float arithmetic on fake-quantized input."""
 
@@ -52,14 +68,8 @@ class _Kernel:
         return self.layer.scale_now(segment, x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, parts = self.layer, []
-        axis, zero = channel_dim(layer), layer.act_zero_point
-        for i, part in enumerate(x.float().split(layer.segments, axis)):
-            scale = self.scale(i, x)
-            codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
-            parts.append(codes * scale)
-        quantized = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-        weight = self.weight()
+        layer, weight = self.layer, self.weight()
+        quantized = dequantized_input(layer, x, self.scale)
         if isinstance(layer, QConv2d):
             how = (layer.stride, layer.padding, layer.dilation, layer.groups)
             return F.conv2d(quantized, weight, layer.bias, *how).to(x.dtype)

@@ -10,7 +10,7 @@ independent, so a caller who wants both cores runs two layers at a time.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -271,7 +271,7 @@ def search_activation(
     gain = bucket_gain(table, smooth)
     if len(merged) > 1 and gain < min_gain:
         one = search_activation(hist, edges, spec, metric=metric, p=p, candidates=candidates)
-        return ActivationScale(one.scale, one.zero_point, one.cost, one.min_max_cost, gain)
+        return replace(one, gain=gain)
     index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
     contribution = table.weighted()
     filled = table.mass.nonzero()[:, 0]

@@ -1,15 +1,15 @@
 """Streaming statistics of one activation: `MinMax`, then `Histogram` over its range.
 
 Both hold one row per input-channel segment and fine time bin, and both are sums or extremes of
-integers or single values: the order of batches, their size and how a set is split over
-accumulators that are merged later do not change a bit. Nothing here chooses a scale.
+integers or single values: the order of batches and their size do not change a bit. Nothing here
+chooses a scale.
 
 S segments, K fine time bins; which time-step belongs to which bin is the caller's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -51,11 +51,6 @@ def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
     if not all(0 <= k < time_bins for k in each):
         raise QuantempoError(f"got time bins {sorted(set(each))}; expected 0 to {time_bins - 1}")
     return each
-
-
-def _check_same(ours: object, theirs: object, what: str) -> None:
-    if ours != theirs:
-        raise QuantempoError(f"got statistics over {what} {theirs} to merge into {ours}")
 
 
 class MinMax:
@@ -101,12 +96,6 @@ class MinMax:
         row = self.range[segment, k]
         row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
 
-    def merge(self, other: MinMax) -> None:
-        """Take in what another accumulator of the same shape saw."""
-        _check_same(self.range.shape, other.range.shape, "shape")
-        self.range[..., 0] = torch.minimum(self.range[..., 0], other.range[..., 0])
-        self.range[..., 1] = torch.maximum(self.range[..., 1], other.range[..., 1])
-
     def edges(self) -> Tensor:
         """Return (S, 2) float32: [lo, hi] of each segment over all time.
 
@@ -121,13 +110,6 @@ class MinMax:
     def state(self) -> dict[str, Tensor]:
         """Return plain tensors: {"range": (S, K, 2) float32}."""
         return {"range": self.range}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> MinMax:
-        """Undo `state`."""
-        new = cls(*state["range"].shape[:2])
-        new.range = state["range"].to(torch.float32).clone()
-        return new
 
 
 class Histogram:
@@ -177,23 +159,9 @@ class Histogram:
         for k, values in _rows(x, time_bin, self.counts.shape[1]):
             self.counts[segment, k] += _count(values, lo, hi, bins)
 
-    def merge(self, other: Histogram) -> None:
-        """Add what another accumulator with the same edges, K and N counted."""
-        _check_same(self.counts.shape, other.counts.shape, "shape")
-        _check_same(self.edges.tolist(), other.edges.tolist(), "edges")
-        self.counts += other.counts
-
     def state(self) -> dict[str, Tensor]:
         """Return plain tensors: {"hist": (S, K, N) int64, "edges": (S, 2) float32}."""
         return {"hist": self.counts, "edges": self.edges}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Histogram:
-        """Undo `state`."""
-        counts = state["hist"]
-        new = cls(state["edges"], counts.shape[1], counts.shape[2])
-        new.counts = counts.to(torch.int64).clone()
-        return new
 
 
 def _on_host(values: Tensor) -> bool:

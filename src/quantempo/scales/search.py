@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from quantempo.scales.activation import (
     CHUNK,
     EMPTY_SCALE,
     TINY,
-    ActivationScale,
     Candidates,
     CostTable,
     cost_table,
@@ -92,6 +92,8 @@ def search_scales(
         if f"{name}.hist" in stats
     }
     of_bin = _cut_time(stats, settings, specs)
+    how: dict[str, Any] = {"buckets": of_bin, "min_gain": settings.min_gain, "smooth": _SMOOTH}
+    how |= {"metric": settings.metric, "p": settings.p, "candidates": _CANDIDATES}
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
         scale = (known or {}).get(name)
@@ -102,7 +104,7 @@ def search_scales(
         if name not in specs:
             continue
         parts = [
-            _search(hist, edges, settings, specs[name], of_bin)
+            search_activation(hist, edges, specs[name], **how)
             for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
         ]
         columns = max(len(part.scale) for part in parts)
@@ -111,22 +113,6 @@ def search_scales(
             [part.zero_point for part in parts], dtype=torch.int32
         )
     return tensors
-
-
-def _search(
-    hist: Tensor, edges: Tensor, settings: ActivationSettings, spec: Format, buckets: Tensor | None
-) -> ActivationScale:
-    return search_activation(
-        hist,
-        edges,
-        spec,
-        metric=settings.metric,
-        p=settings.p,
-        buckets=buckets,
-        min_gain=settings.min_gain,
-        smooth=_SMOOTH,
-        candidates=_CANDIDATES,
-    )
 
 
 def _cut_time(
