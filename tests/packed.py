@@ -13,8 +13,6 @@ from quantempo.pipeline import stages as pipeline
 from quantempo.recipe import Recipe
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional
 
-__all__ = ["KINDS", "Packed", "packed", "plain", "recipe", "saved"]
-
 MAKERS: dict[str, Callable[[], Any]] = {
     "unconditional": tiny_unconditional,
     "text": tiny_text,

@@ -189,7 +189,7 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
     ],
 )
 def test_the_rule_refuses(where: str, name: str) -> None:
-    assert refusal(unit_of(PACKAGE / where), where, name) is not None
+    assert refusal(unit_of(PACKAGE / where), where, name)
 
 
 @pytest.mark.parametrize(
@@ -224,13 +224,8 @@ def test_imports_are_found_wherever_they_stand() -> None:
         "    import_module('quantempo.checkpoint')\n"
     )
     names = [name for _, name in imported(PACKAGE / "core" / "x.py", ast.parse(code))]
-    assert names == [
-        "a.b",
-        "quantempo.core",
-        "quantempo.core.formats",
-        "quantempo.scales.activation.s",
-        "quantempo.checkpoint",
-    ]
+    inside = ["core", "core.formats", "scales.activation.s", "checkpoint"]
+    assert names == ["a.b", *(f"quantempo.{name}" for name in inside)]
 
 
 def test_files_are_short() -> None:

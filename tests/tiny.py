@@ -19,8 +19,6 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-__all__ = ["tiny_dit", "tiny_embeds", "tiny_text", "tiny_unconditional", "tiny_unet"]
-
 TEXT_TOKENS = 8
 TEXT_WIDTH = 16
 
@@ -30,16 +28,10 @@ def tiny_unet(seed: int = 0, size: int = 16) -> UNet2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DModel(
-            sample_size=size,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            norm_num_groups=8,
-            attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            sample_size=size, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+            attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        )
+        )  # fmt: skip
     return unet.eval()
 
 
@@ -59,15 +51,9 @@ def tiny_unconditional(
 def tiny_vae(channels: int = 4) -> AutoencoderKL:
     """Make an AutoencoderKL that halves the size once; call it with the random state forked."""
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=channels,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
+        latent_channels=channels, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
 
 
 def tiny_clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -77,16 +63,10 @@ def tiny_clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
     vocab = {word: index for index, word in enumerate(words)}
     end = vocab["<|endoftext|>"]
     config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=vocab["<|startoftext|>"],
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+        vocab_size=len(vocab), hidden_size=TEXT_WIDTH, intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=vocab["<|startoftext|>"], eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_TOKENS)
     return tokenizer, CLIPTextModel(config).eval()
 
@@ -100,39 +80,29 @@ def tiny_text(seed: int = 0, size: int = 8) -> StableDiffusionPipeline:
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_clip()
         unet = UNet2DConditionModel(
-            sample_size=size,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            norm_num_groups=8,
-            attention_head_dim=2,
-            cross_attention_dim=TEXT_WIDTH,
+            sample_size=size, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+            attention_head_dim=2, cross_attention_dim=TEXT_WIDTH,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ).eval()
+        ).eval()  # fmt: skip
         vae = tiny_vae()
     scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+    )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+DENOISERS = {
+    "unet": tiny_unet,
+    "text": lambda: tiny_text().unet,
+    "dit": lambda: tiny_dit().transformer,
+}
 
 
 def tiny_embeds(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -150,15 +120,9 @@ def tiny_dit(seed: int = 0, size: int = 8) -> DiTPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            sample_size=size,
-            patch_size=2,
-            num_embeds_ada_norm=1000,
-        ).eval()
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+            num_layers=2, sample_size=size, patch_size=2, num_embeds_ada_norm=1000,
+        ).eval()  # fmt: skip
         vae = tiny_vae()
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)

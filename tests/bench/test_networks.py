@@ -1,7 +1,5 @@
 """Networks quantized without data compute what the float ones do, in the dtype that is timed."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -9,18 +7,12 @@ from quantempo.bench.networks import cast_floats, quick_network, quick_recipe
 from quantempo.engines.select import attach
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.quantized import Float16Linear, quantized_layers
-from tests.tiny import tiny_dit, tiny_text, tiny_unet
-
-MAKERS: dict[str, Any] = {
-    "unet": tiny_unet,
-    "text": lambda: tiny_text().unet,
-    "dit": lambda: tiny_dit().transformer,
-}
+from tests.tiny import DENOISERS, tiny_unet
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", DENOISERS)
 def test_a_network_without_data_computes_what_the_float_one_does(kind: str) -> None:
-    net = MAKERS[kind]()
+    net = DENOISERS[kind]()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     network = quick_network("tiny", net)
     layers = dict(quantized_layers(network.packed))

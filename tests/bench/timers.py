@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ["Steady"]
-
 
 class Steady:
     """Call once and say 2 ms, or what each new call costs in turn."""

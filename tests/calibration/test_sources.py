@@ -21,6 +21,7 @@ from tests.packed import recipe, saved
 from tests.tiny import tiny_text, tiny_unconditional
 
 PLAN: dict[str, Any] = {"steps": 6, "chains": 5, "picks": 3, "seed": 70, "batch_size": 2}
+PLAN["time_sampler"] = make_time_sampler("uniform")
 
 
 def pictures(n: int = 40, size: int = 16) -> np.ndarray:
@@ -33,8 +34,7 @@ def pictures(n: int = 40, size: int = 16) -> np.ndarray:
 
 def run(folder: Path, pipe: Any = None, **changes: Any) -> TraceSet:
     pipe = pipe or tiny_unconditional()
-    plan = {**PLAN, "time_sampler": make_time_sampler("uniform"), **changes}
-    return trace(pipe, pipe.unet, folder, **plan)
+    return trace(pipe, pipe.unet, folder, **{**PLAN, **changes})
 
 
 def x_t(data: TraceSet) -> Tensor:
@@ -196,11 +196,7 @@ def test_mimic_needs_a_schedule(tmp_path: Path) -> None:
     pipe = tiny_unconditional()
     flow = SimpleNamespace(scheduler=SimpleNamespace())
     with pytest.raises(QuantempoError, match=r"needs abar_t.*SimpleNamespace"):
-        trace(flow, pipe.unet, tmp_path / "t", source="mimic", images=pictures(), **law())
-
-
-def law() -> dict[str, Any]:
-    return {**PLAN, "time_sampler": make_time_sampler("uniform")}
+        trace(flow, pipe.unet, tmp_path / "t", source="mimic", images=pictures(), **PLAN)
 
 
 def test_the_main_line_reads_images_from_a_folder(tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
     agrees(tmp_path / "packed", "w8a8")
 
 
+def with_setting(folder: Path, key: str, value: object) -> None:
+    """Write a checkpoint with another setting into `folder / "packed"`."""
+    shutil.copytree(FORMAT2 / "w8a8", folder / "packed")
+    file = folder / "packed/unet/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"][key] = value
+    file.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -94,10 +103,6 @@ def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_longer_run_is_refused(key, value, message, tmp_path):
-    shutil.copytree(FORMAT2 / "w8a8", tmp_path / "packed")
-    file = tmp_path / "packed/unet/config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"][key] = value
-    file.write_text(json.dumps(config))
+    with_setting(tmp_path, key, value)
     with pytest.raises(QuantempoError, match=f"{message}.*quantize the float model again"):
         load_pipeline(tmp_path / "packed")

@@ -1,14 +1,11 @@
 """Checkpoints whose hash is right and whose values are not: one sentence each, nothing runs."""
 
-import json
-import shutil
-
 import pytest
 
 from quantempo.checkpoint.diffusers_plugin import mark_quantized
 from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline
-from tests.checkpoint.test_format2 import FORMAT2
+from tests.checkpoint.test_format2 import FORMAT2, with_setting
 
 LAYER = "up_blocks.0.resnets.0.conv_shortcut"
 
@@ -51,11 +48,7 @@ def test_a_bad_value_among_good_ones_is_refused(name, index, value, message, tmp
     ],
 )
 def test_a_bad_setting_is_refused_before_anything_is_made(key, value, message, tmp_path):
-    shutil.copytree(FORMAT2 / "w8a8", tmp_path / "packed")
-    file = tmp_path / "packed/unet/config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"][key] = value
-    file.write_text(json.dumps(config))
+    with_setting(tmp_path, key, value)
     with pytest.raises(QuantempoError, match=message) as caught:
         load_pipeline(tmp_path / "packed")
     assert "\n" not in str(caught.value)

@@ -20,8 +20,6 @@ from quantempo.quantized import (
 from quantempo.recipe import LayerSettings, Recipe
 from tests.tiny import noise, tiny_unet
 
-__all__ = ["INPUTS", "make_clock", "make_conv", "make_linear", "quantize_network", "quantized_unet"]
-
 STEPS = 1000
 # Calls of `tests.tiny.tiny_unet`.
 INPUTS = [(noise(2, 3, 16, 16, seed=t), torch.tensor(t)) for t in (900, 500, 20)]
@@ -56,24 +54,15 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
     )
 
 
-def make_conv(
-    channels: int,
-    out: int,
-    kernel: tuple[int, int] = (3, 3),
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    segments: tuple[int, ...] = (),
-    clock: StepClock | None = None,
-    seed: int = 0,
-    plain: bool = False,
-    bits: tuple[int, int] = (8, 8),
-) -> QConv2d:
-    """Make a convolution of random integers; `plain`: all scales 1, no bias.
+Pair = tuple[int, int]
 
-    `bits`: of weights and activations.
-    """
+
+def make_conv(
+    channels: int, out: int, kernel: Pair = (3, 3), stride: Pair = (1, 1), padding: Pair = (1, 1),
+    dilation: Pair = (1, 1), groups: int = 1, segments: tuple[int, ...] = (),
+    clock: StepClock | None = None, seed: int = 0, plain: bool = False, bits: Pair = (8, 8),
+) -> QConv2d:  # fmt: skip
+    """Make a convolution of random integers; `plain`: scales 1, no bias; `bits`: (w, a)."""
     clock = clock or make_clock()
     layer = QConv2d(
         (out, channels // groups, *kernel), True, clock, segments or (channels,),
@@ -85,18 +74,10 @@ def make_conv(
 
 
 def make_linear(
-    channels: int,
-    out: int,
-    segments: tuple[int, ...] = (),
-    clock: StepClock | None = None,
-    seed: int = 0,
-    plain: bool = False,
-    bits: tuple[int, int] = (8, 8),
-) -> QLinear:
-    """Make a linear layer of random integers; `plain`: all scales 1, no bias.
-
-    `bits`: of weights and activations.
-    """
+    channels: int, out: int, segments: tuple[int, ...] = (), clock: StepClock | None = None,
+    seed: int = 0, plain: bool = False, bits: Pair = (8, 8),
+) -> QLinear:  # fmt: skip
+    """Make a linear layer of random integers; `plain`: scales 1, no bias; `bits`: (w, a)."""
     clock = clock or make_clock()
     layer = QLinear(
         (out, channels), True, clock, segments or (channels,), _buckets(clock),
@@ -114,15 +95,7 @@ def quantize_network(
     exclude: tuple[str, ...] = (),
     bits: dict[str, str] | None = None,
 ) -> nn.Module:
-    """Return an integer copy of a denoiser, scales from the range of each layer's input.
-
-    Args:
-        network: float.
-        inputs: arguments of calls to take the ranges from.
-        buckets: time buckets; their scales differ by a few percent.
-        exclude: name patterns of layers left in float.
-        bits: role or name pattern -> "w8a8", as in a recipe.
-    """
+    """Return an integer copy; scales from the layers' inputs, a few percent apart by bucket."""
     found, settings = sites(network), LayerSettings(exclude=exclude, bits=bits or {})
     plans = [
         replace(plan, buckets=buckets if plan.kind == "int8" else 1)
@@ -157,14 +130,8 @@ def quantize_network(
             step = (high - low) / layer.act_qmax
             rows.append(step * torch.linspace(1, 1.05, buckets))
             zeros.append(round(-low / step))
-        fill(
-            layer,
-            codes.to(torch.int8),
-            scale,
-            site.layer.bias,
-            torch.stack(rows),
-            torch.tensor(zeros),
-        )
+        grids = torch.stack(rows), torch.tensor(zeros)
+        fill(layer, codes.to(torch.int8), scale, site.layer.bias, *grids)
     return result
 
 

@@ -90,33 +90,33 @@ def test_each_refusal_is_kept_and_counted_once(engine, name, caplog):
     assert "5 not: ResnetBlock2D: a convolution in it is in float (3); " in line
 
 
-@pytest.mark.parametrize("name", FUSING)
-def test_a_network_without_a_fusable_block_says_so(engine, name, caplog):
-    with caplog.at_level(logging.WARNING, "quantempo"):
-        engine.attach(dit())
-    blocks = [text for text in caplog.messages if text.startswith("fused ")]
-    assert blocks == [
-        "fused 0 of 2 blocks of DiTTransformer2DModel; 2 not: BasicTransformerBlock: its norm is "
-        "'ada_norm_zero', not 'layer_norm' (2)"
-    ]
+DIT = "its norm is 'ada_norm_zero', not 'layer_norm'"
+FLUX = "no fused form is known"
+NOT_FUSED = {
+    dit: (
+        [BlockRow(f"transformer_blocks.{i}", "BasicTransformerBlock", DIT) for i in (0, 1)],
+        f"fused 0 of 2 blocks of DiTTransformer2DModel; 2 not: BasicTransformerBlock: {DIT} (2)",
+    ),
+    flux: (
+        [
+            BlockRow("transformer_blocks.0", "FluxTransformerBlock", FLUX),
+            BlockRow("single_transformer_blocks.0", "FluxSingleTransformerBlock", FLUX),
+            BlockRow("single_transformer_blocks.1", "FluxSingleTransformerBlock", FLUX),
+        ],
+        "fused 0 of 3 blocks of FluxTransformer2DModel; 3 not: FluxSingleTransformerBlock: "
+        f"{FLUX} (2); FluxTransformerBlock: {FLUX} (1)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FUSING)
-def test_a_network_of_unknown_blocks_says_so(engine, name, caplog):
-    network = flux()
+@pytest.mark.parametrize("make", NOT_FUSED)
+def test_a_network_without_a_fusable_block_says_so(engine, name, make, caplog):
+    network, (rows, said) = make(), NOT_FUSED[make]
     with caplog.at_level(logging.WARNING, "quantempo"):
         engine.attach(network)
-    reason = "no fused form is known"
-    assert report(network) == [
-        BlockRow("transformer_blocks.0", "FluxTransformerBlock", reason),
-        BlockRow("single_transformer_blocks.0", "FluxSingleTransformerBlock", reason),
-        BlockRow("single_transformer_blocks.1", "FluxSingleTransformerBlock", reason),
-    ]
-    (line,) = (text for text in caplog.messages if text.startswith("fused "))
-    assert line == (
-        "fused 0 of 3 blocks of FluxTransformer2DModel; 3 not: FluxSingleTransformerBlock: "
-        f"{reason} (2); FluxTransformerBlock: {reason} (1)"
-    )
+    assert report(network) == rows
+    assert [text for text in caplog.messages if text.startswith("fused ")] == [said]
 
 
 @pytest.mark.parametrize("name", LAYERWISE)

@@ -9,26 +9,18 @@ from torch import Tensor, nn
 
 from quantempo.engines.cuda import graphs
 from quantempo.engines.cuda.graphs import Graphed, graphed, signature
+from tests.engines.quantized import make_linear
 from tests.tiny import tiny_unet
 
 
 def test_signatures_tell_shapes_types_structure_and_values():
     x = torch.zeros(2, 3)
+    tensors = (x, x.half(), torch.zeros(3, 2), x.to("meta"), [x])
     different = [
-        ((x,), {}),
-        ((x.half(),), {}),
-        ((torch.zeros(3, 2),), {}),
-        ((x.to("meta"),), {}),
-        ((x, 1), {}),
-        ((x, 1.0), {}),
-        ((x, True), {}),
-        ((x, None), {}),
-        (([x],), {}),
-        ((x,), {"a": x}),
-        ((x,), {"b": x}),
-        ((x,), {"a": {"b": (x, "text")}}),
-        ((x,), {"a": {"b": (x, "other")}}),
-    ]
+        *(((first,), {}) for first in tensors), *(((x, last), {}) for last in (1, 1.0, True, None)),
+        ((x,), {"a": x}), ((x,), {"b": x}),
+        *(((x,), {"a": {"b": (x, text)}}) for text in ("text", "other")),
+    ]  # fmt: skip
     keys = [signature(call) for call in different]
     assert len(set(keys)) == len(different)
     # Values and strides of tensors are no part of it.
@@ -137,37 +129,30 @@ def test_what_cannot_be_recorded_is_said_once(as_if_cuda, caplog, monkeypatch):
     assert list(wrapped._recordings.values()) == [None]
 
 
-def test_other_kernels_drop_the_recordings(as_if_cuda):
-    from tests.engines.quantized import make_linear
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.layer = nn.Linear(2, 2), make_linear(4, 4)
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = make_linear(4, 4)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return x * t
+    def move(self) -> None:
+        """As a move there and back does: the same module, its weights elsewhere in memory."""
+        self.inner.weight.data = self.inner.weight.data.clone()
 
+    def lower(self) -> None:
+        self.layer.kernel = object()
+
+
+@pytest.mark.parametrize("change", [Net.move, Net.lower])
+def test_a_move_and_other_kernels_drop_the_recordings(as_if_cuda, change):
     network = Net()
     wrapped = OnFakeGraphs(network)
     with torch.no_grad():
-        for expected in (1, 1):
-            wrapped(torch.ones(2), 3)
-            assert wrapped.recorded == expected
-        network.layer.kernel = object()
-        wrapped(torch.ones(2), 3)
-    assert wrapped.recorded == 2 and len(wrapped._recordings) == 1
-
-
-def test_a_move_of_the_network_drops_the_recordings(as_if_cuda):
-    network = nn.Linear(2, 2)
-    wrapped = OnFakeGraphs(network)
-    with torch.no_grad():
-        for expected in (1, 1):
+        for _ in range(2):
             wrapped(torch.ones(3, 2))
-            assert wrapped.recorded == expected
-        # As a move there and back does: the same module, its weights elsewhere in memory.
-        held = network.weight.data
-        network.weight.data = held.clone()
+            assert wrapped.recorded == 1
+        change(network)
         wrapped(torch.ones(3, 2))
     assert wrapped.recorded == 2 and len(wrapped._recordings) == 1

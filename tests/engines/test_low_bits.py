@@ -1,5 +1,7 @@
 """Grids below 8 bits on every backend: equal integers, and no code above the largest."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -37,23 +39,18 @@ needs_fused = pytest.mark.skipif(
 
 def layers(bits: tuple[int, int]) -> list[tuple[nn.Module, Tensor]]:
     """Return layers of plain integers (scales 1, no bias) and an input of each."""
-    spread = 0.6 * 2 ** bits[1]
-    return [
-        (make_conv(17, 5, plain=True, bits=bits), noise(2, 17, 5, 7, spread=spread)),
-        (
-            make_conv(8, 8, (3, 2), (1, 2), (2, 1), groups=2, plain=True, bits=bits),
-            noise(2, 8, 6, 5, spread=spread),
-        ),
-        (
-            make_conv(24, 16, (1, 1), padding=(0, 0), segments=(8, 16), plain=True, bits=bits),
-            noise(2, 24, 4, 4, spread=spread),
-        ),
-        (make_linear(33, 7, plain=True, bits=bits), noise(2, 3, 33, spread=spread)),
-        (make_linear(24, 7, (16, 8), plain=True, bits=bits), noise(5, 24, spread=spread)),
+    how: dict[str, Any] = {"plain": True, "bits": bits}
+    made = [
+        (make_conv(17, 5, **how), (2, 17, 5, 7)),
+        (make_conv(8, 8, (3, 2), (1, 2), (2, 1), groups=2, **how), (2, 8, 6, 5)),
+        (make_conv(24, 16, (1, 1), padding=(0, 0), segments=(8, 16), **how), (2, 24, 4, 4)),
+        (make_linear(33, 7, **how), (2, 3, 33)),
+        (make_linear(24, 7, (16, 8), **how), (5, 24)),
         # What every backend takes.
-        (make_conv(32, 16, plain=True, bits=bits), noise(2, 32, 4, 5, spread=spread)),
-        (make_linear(48, 16, (16, 32), plain=True, bits=bits), noise(3, 48, spread=spread)),
+        (make_conv(32, 16, **how), (2, 32, 4, 5)),
+        (make_linear(48, 16, (16, 32), **how), (3, 48)),
     ]
+    return [(layer, noise(*shape, spread=0.6 * 2 ** bits[1])) for layer, shape in made]
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)

@@ -9,8 +9,6 @@ from quantempo.kernels import reference
 from quantempo.models.layers import hooked
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["block_calls", "check_like_simulated", "codes_of", "expected", "noise", "relative"]
-
 
 def codes_of(layer: QLayer, x: Tensor, bucket: int = 0) -> list[tuple[Tensor, Tensor, int, float]]:
     """Return (codes, weight, zero point, scale) of each segment."""

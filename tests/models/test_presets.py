@@ -1,20 +1,13 @@
 """Presets have the published shapes, inputs fit their networks, and the loop is DDIM."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 
 from quantempo.errors import QuantempoError
 from quantempo.models.presets import build_preset, ddim_loop, random_inputs
-from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
-
-MAKERS: dict[str, Any] = {
-    "unet": tiny_unet,
-    "text": lambda: tiny_text().unet,
-    "dit": lambda: tiny_dit().transformer,
-}
+from tests.tiny import DENOISERS, tiny_dit, tiny_unconditional
 
 
 @pytest.mark.parametrize(
@@ -56,9 +49,9 @@ def test_a_preset_is_the_same_every_time_and_leaves_the_seed_alone() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", DENOISERS)
 def test_inputs_are_those_of_the_network(kind: str) -> None:
-    net = MAKERS[kind]()
+    net = DENOISERS[kind]()
     inputs = random_inputs(net, 3, time=123, seed=5)
     again = random_inputs(net, 3, time=123, seed=5)
     with torch.no_grad():

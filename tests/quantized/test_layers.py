@@ -47,12 +47,8 @@ CONVS = [
 @pytest.mark.parametrize("conv", CONVS, ids=["plain", "odd", "groups"])
 def test_a_twin_has_the_shape_of_its_convolution(conv: nn.Conv2d) -> None:
     copied = QConv2d.like(conv, CLOCK, (), 3)
-    assert (copied.stride, copied.padding, copied.dilation, copied.groups) == (
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
+    for name in ("stride", "padding", "dilation", "groups"):
+        assert getattr(copied, name) == getattr(conv, name)
     assert (copied.in_channels, copied.out_channels, copied.kernel_size) == (6, 4, conv.kernel_size)
     assert copied.weight_int.shape == conv.weight.shape
     assert (copied.bias is None) == (conv.bias is None)
@@ -87,9 +83,8 @@ def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module)
     copied = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
     assert (copied.act_qmax, copied.weight_bits) == (2**bits - 1, bits)
     shape, low, high = layer.weight.shape, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
-    codes = torch.randint(
-        low, high + 1, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int8
-    )
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(low, high + 1, shape, generator=g, dtype=torch.int8)
     codes.view(-1)[:2] = torch.tensor([low, high])
     copied.set_codes(codes)
     assert torch.equal(copied.weight_codes, codes) and copied.weight_codes.dtype == torch.int8
@@ -121,12 +116,7 @@ def test_twins_are_made_on_the_device_of_the_layer() -> None:
 
 def test_the_dequantized_weight_scales_every_output_channel() -> None:
     copied = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
-    wanted = torch.stack(
-        [
-            codes.double() * s
-            for codes, s in zip(copied.weight_int, copied.weight_scale.double(), strict=True)
-        ]
-    )
+    wanted = torch.einsum("oikl,o->oikl", copied.weight_int.double(), copied.weight_scale.double())
     # One float32 product: relative error 2^-24.
     torch.testing.assert_close(copied.weight.double(), wanted, rtol=2**-24, atol=0)
 
@@ -149,14 +139,8 @@ def test_one_bucket_is_static_quantization(t: int | torch.Tensor) -> None:
     static = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 1))
     timed = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 3))
     constant = static.act_scale.expand(1, 3)
-    fill(
-        timed,
-        static.weight_int,
-        static.weight_scale,
-        static.bias,
-        constant,
-        static.act_zero_point,
-    )
+    weight = static.weight_int, static.weight_scale, static.bias
+    fill(timed, *weight, constant, static.act_zero_point)
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
     CLOCK.set(t)
     assert torch.equal(timed(x), static(x))

@@ -21,8 +21,6 @@ from quantempo.scales import LayerScales
 from tests.packed import recipe as tiny_recipe
 from tests.packed import saved
 
-__all__ = ["Case", "case"]
-
 
 @dataclass(frozen=True)
 class Case:

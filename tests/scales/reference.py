@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["METRIC_OF", "candidates", "kl_by_loops", "levels"]
-
 
 def kl_by_loops(x: np.ndarray, x_hat: np.ndarray, weight: np.ndarray, e: float = 1e-6) -> float:
     """The definition in the docstring of `kl`, one bin after the other."""

@@ -25,16 +25,9 @@ STEPS, CHAINS, SEED, BATCH = 6, 8, 70, 3
 def test_label_l_holds_the_input_of_index_k_minus_2_minus_l(tmp_path: Path, law: str) -> None:
     pipe = tiny_unconditional()
     right = trace(
-        pipe,
-        pipe.unet,
-        tmp_path / "right",
-        steps=STEPS,
-        chains=CHAINS,
-        picks=STEPS,
-        time_sampler=make_time_sampler("linspace"),
-        seed=SEED,
-        batch_size=BATCH,
-    )
+        pipe, pipe.unet, tmp_path / "right", steps=STEPS, chains=CHAINS, picks=STEPS,
+        time_sampler=make_time_sampler("linspace"), seed=SEED, batch_size=BATCH,
+    )  # fmt: skip
     inputs = right.column("x_t").view(CHAINS, STEPS, 3, 16, 16)
     assert bool((right.timesteps.view(CHAINS, STEPS).diff(dim=1) > 0).all())
     images: list[Any] = []
