@@ -41,7 +41,7 @@ def make_run(path: Path, seeds: int = 10, blocks: int = 5) -> RunFolder:
     run.write_json(
         "manifest.json",
         {
-            "recipe": RECIPE.to_dict(),
+            "recipe_toml": RECIPE.to_toml(),
             "recipe_sha256": RECIPE.sha256,
             "scheduler": "DDIMScheduler",
             "call": {},

@@ -13,7 +13,6 @@ they do in a network; the calls of one turn are one CUDA graph, without gaps bet
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantempo.bench.forwards import clear
 from quantempo.bench.op_cases import CASES, PRODUCTS, Case, gemm
 from quantempo.bench.results import Results
 from quantempo.bench.turns import Call, Timer, reason_of, take_turns, timer_for
@@ -160,9 +160,7 @@ def time_op(
         row["roofline_fraction"] = round(limits.fraction(case.operations, case.moved, mine), 3)
         row |= {f"speedup_vs_{n}": round(v / mine, 3) for n, v in ms.items() if n != "ours"}
     del calls, times
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    clear(device)
     return row
 
 

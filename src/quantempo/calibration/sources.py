@@ -56,11 +56,7 @@ SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
 
 
 def needs_images(source: str) -> bool:
-    """Return whether a source reads images.
-
-    Raises:
-        QuantempoError: unknown name.
-    """
+    """Return whether a source reads images; QuantempoError for an unknown name."""
     return SOURCES.get(source).needs_images
 
 
@@ -130,8 +126,7 @@ def replace_rows(
 
     Args:
         rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
-        alphas_cumprod: (T,) abar of each training time-step.
-        per_unit: training time-steps in one unit of t.
+        alphas_cumprod, per_unit: (T,) abar of each training time-step, and these in one unit of t.
         images: (m, H, W, C) uint8.
         seed: of the trace; the same seed and chain give the same bits.
 

@@ -215,7 +215,7 @@ class Uniform:
 
 @TIME_SAMPLERS.register("linspace")
 @dataclass(frozen=True)
-class Linspace:
+class Linspace(Uniform):
     """Space the indices evenly and without chance: i_k = floor((k + 1/2) T / n), k < n.
 
     Exactly n / T samples an index when T divides n.
@@ -224,10 +224,6 @@ class Linspace:
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         """Return (n,) int64 ascending step indices in [0, num_steps); draws nothing."""
         return (2 * torch.arange(n) + 1) * num_steps // (2 * n)
-
-    def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
-        return torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
 
 
 @TIME_SAMPLERS.register("single")

@@ -49,12 +49,8 @@ def bench(
     from quantempo.bench import run as library
     from quantempo.bench.results import text_table
 
-    what: dict[str, Any] = {
-        "device": device,
-        "ops": ops,
-        "engines": engine or (),
-        "candidates": candidate or (),
-    }
+    what: dict[str, Any] = {"device": device, "ops": ops, "engines": engine or ()}
+    what["candidates"] = candidate or ()
     # Before a run folder is opened.
     library.check_request(run is not None, model, out=out, **what)
     session = None

@@ -38,15 +38,10 @@ def sample(
 
     pipe = quality.open_model(model, engine=engine, scheduler=scheduler, device=device)
     denoiser = denoiser_of(pipe)[1]
+    call, identity = use.call_arguments(prompts, class_labels), model_digest(denoiser)
     quality.sample(
-        pipe,
-        out,
-        range(seed, seed + images),
-        steps=steps,
-        batch_size=batch_size,
-        call=use.call_arguments(prompts, class_labels),
-        identity=model_digest(denoiser),
-        force=force,
-    )
+        pipe, out, range(seed, seed + images), steps=steps, batch_size=batch_size, call=call,
+        identity=identity, force=force,
+    )  # fmt: skip
     made = {"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}
     use.show(made, as_json)

@@ -210,9 +210,7 @@ def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 def quantize(x: Tensor, grid: Grid, spec: Format, axis: int | None = None) -> Tensor:
     """Return the int32 codes of x: clamp(round(x / scale) + zero_point, qmin, qmax).
 
-    Args:
-        x: floating, any shape.
-        axis: dimension of x that the P grids run along; None for one grid.
+    axis: dimension of x that the P grids run along; None for one grid.
 
     Raises:
         QuantempoError: x is not floating or holds NaN; P does not fit.

@@ -20,7 +20,9 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 from quantempo.run_folder import file_sha256
 
-__all__ = ["EXTRACTORS", "Extractor", "Features", "Lite0", "extract", "load_extractor"]
+__all__ = [
+    "EXTRACTORS", "Extractor", "Features", "Lite0", "check_images", "extract", "load_extractor",
+]  # fmt: skip
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LITE0_NAMES = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
@@ -89,6 +91,17 @@ def load_extractor(
     return found
 
 
+def check_images(images: np.ndarray, what: str) -> None:
+    """Raise QuantempoError unless these are some (n, H, W, 3) or (n, H, W, 1) uint8 images."""
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        raise QuantempoError(
+            f"got {what} of shape {images.shape} and dtype {images.dtype}; expected (n, H, W, 3) "
+            "or (n, H, W, 1) uint8"
+        )
+    if len(images) == 0:
+        raise QuantempoError(f"got no images in {what}; generate some first")
+
+
 @torch.inference_mode()
 def extract(
     extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
@@ -100,13 +113,7 @@ def extract(
     Raises:
         QuantempoError: wrong shape or dtype, or no image.
     """
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        raise QuantempoError(
-            f"got images of shape {images.shape} and dtype {images.dtype}; expected (n, H, W, 3) "
-            "or (n, H, W, 1) uint8"
-        )
-    if len(images) == 0:
-        raise QuantempoError("got no images to extract features from; generate some first")
+    check_images(images, "images")
     parts = []
     for start in range(0, len(images), batch):
         # One layout, so that equal images have equal features however they lie in memory.

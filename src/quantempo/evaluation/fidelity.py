@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
+from quantempo.evaluation.features import check_images
 from quantempo.evaluation.scores import import_torchmetrics
 
 __all__ = ["PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "psnr_db", "sqnr_db", "ssim"]
@@ -37,19 +38,13 @@ def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
     Raises:
         QuantempoError: wrong rank, dtype, channel count, no image at all or different shapes.
     """
-    for name, images in (("first", first), ("second", second)):
-        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-            raise QuantempoError(
-                f"the {name} image set has shape {images.shape} and dtype {images.dtype}; expected "
-                "(n, H, W, 3) or (n, H, W, 1) uint8"
-            )
+    check_images(first, "the first image set")
+    check_images(second, "the second image set")
     if first.shape != second.shape:
         raise QuantempoError(
             f"cannot pair image sets of shapes {first.shape} and {second.shape}; generate both "
             "from the same seeds at the same size"
         )
-    if len(first) == 0:
-        raise QuantempoError("got no images to compare; generate at least one pair")
 
 
 def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -177,11 +172,9 @@ def eps_sqnr(
     for args, kwargs, timestep in batches:
         exact = _prediction(float_denoiser(*args, **kwargs))
         # Cloned: an engine may hand out the same output buffer on its next call.
-        signal_rows, noise_rows = _powers(
-            exact.clone(), _prediction(int8_denoiser(*args, **kwargs))
-        )
+        powers = _powers(exact.clone(), _prediction(int8_denoiser(*args, **kwargs)))
         keys = _keys(timestep, exact.shape[0], bins)
-        for key, s, n in zip(keys, signal_rows.tolist(), noise_rows.tolist(), strict=True):
+        for key, s, n in zip(keys, *(rows.tolist() for rows in powers), strict=True):
             if not (math.isfinite(s) and math.isfinite(n)):
                 raise QuantempoError(
                     f"a denoiser returned NaN or infinity at t = {key:g}; check its scales"

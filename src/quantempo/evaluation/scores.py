@@ -172,14 +172,10 @@ def _provenance(
     extractor: Extractor, images: int, name: str, reference: str | None, reference_images: int
 ) -> dict[str, Any]:
     return {
-        "extractor": extractor.name,
-        "weights_sha256": extractor.sha256,
-        "images": images,
-        "note": extractor.note,
-        "set": name,
-        "reference": reference,
+        "extractor": extractor.name, "weights_sha256": extractor.sha256, "images": images,
+        "note": extractor.note, "set": name, "reference": reference,
         "reference_images": reference_images,
-    }
+    }  # fmt: skip
 
 
 def compare_sets(
@@ -205,12 +201,8 @@ def compare_sets(
 def score_set(extractor: Extractor, samples: Features, name: str) -> dict[str, Any]:
     """Return the inception score of a set: as of `compare_sets`, with `splits`, no reference."""
     mean, std, splits = inception_score(samples.logits)
-    score = {
-        "name": extractor.score_names["inception"],
-        "value": mean,
-        "std": std,
-        "splits": splits,
-    }
+    label = extractor.score_names["inception"]
+    score = {"name": label, "value": mean, "std": std, "splits": splits}
     return score | _provenance(extractor, len(samples), name, None, 0)
 
 

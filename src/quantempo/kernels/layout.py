@@ -12,9 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "OFFSET", "border_table", "conv_weight", "row_table",
-]  # fmt: skip
+__all__ = ["OFFSET", "border_table", "conv_weight", "row_table"]
 
 OFFSET = 128
 
@@ -33,12 +31,7 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
     rc = (first tap row above the image) + 2 (last tap row below it), cc likewise for columns.
     Inside the image only row 0 is needed, and it is the same for all pixels.
 
-    Args:
-        weight: int8 (O, C, kh, kw).
-        zero_point: z of the unsigned codes, in [0, 255].
-
-    Returns:
-        int32 (16, O), contiguous.
+    weight: int8 (O, C, kh, kw); zero_point: z of the unsigned codes. Returns int32 (16, O).
     """
     out, _, kh, kw = weight.shape
     taps = weight.sum(1, dtype=torch.int64)

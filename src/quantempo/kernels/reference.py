@@ -16,11 +16,7 @@ __all__ = ["conv2d_accumulator", "epilogue", "linear_accumulator", "quantize"]
 def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
     """Return q = clamp(round(x / scale) + zero_point, 0, qmax), uint8, ties to even.
 
-    Args:
-        x: any shape; used as float32, as every kernel does.
-        scale: > 0; rounded to float32.
-        zero_point: in [0, qmax].
-        qmax: largest code, 2^bits - 1.
+    x is used as float32, as every kernel does, and the scale is rounded to it.
     """
     # A float32 quotient, because that is what the kernels round; a float64 one would disagree
     # about values half way between two integers.
@@ -29,13 +25,7 @@ def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tenso
 
 
 def linear_accumulator(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
-    """Return the integer sums of a linear layer, int64 (..., O).
-
-    Args:
-        x: uint8 (..., K).
-        weight: int8 (O, K).
-        zero_point: z of x.
-    """
+    """Return the integer sums int64 (..., O) of x uint8 (..., K) and a weight int8 (O, K)."""
     q_a, q_w = x.to(torch.int64), weight.to(torch.int64)
     return q_a @ q_w.T - zero_point * q_w.sum(1)
 
@@ -49,15 +39,10 @@ def conv2d_accumulator(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Return the integer sums of a convolution whose padding is the zero point, int64.
+    """Return the integer sums int64 (B, O, H', W') of a convolution padded with the zero point.
 
-    Args:
-        x: uint8 (B, C, H, W).
-        weight: int8 (O, C / groups, kh, kw).
-        zero_point: z of x; also the value of every padded pixel.
-
-    Returns:
-        (B, O, H', W') with H' = (H + 2 ph - dh (kh - 1) - 1) // sh + 1.
+    x: uint8 (B, C, H, W); weight: int8 (O, C / groups, kh, kw);
+    H' = (H + 2 ph - dh (kh - 1) - 1) // sh + 1.
     """
     q_w = weight.to(torch.int64)
     batch, channels, height, width = x.shape

@@ -91,15 +91,12 @@ def _choice(
         for name, cost in costs.items()
     }
     weights = sum(math.prod(row["weight_shape"]) for row in rows)
+    bits = {row["name"]: options[i] for row, i in zip(rows, found.choice, strict=True)}
+    mean = 8 * spent["bytes"] / weights
     return {
-        "budgets": budgets,
-        "options": list(options),
-        "bits": {row["name"]: options[i] for row, i in zip(rows, found.choice, strict=True)},
-        "spent": spent,
-        "effective_bits": 8 * spent["bytes"] / weights,
-        "loss": found.loss,
-        "bound": found.bound,
-    }
+        "budgets": budgets, "options": list(options), "bits": bits, "spent": spent,
+        "effective_bits": mean, "loss": found.loss, "bound": found.bound,
+    }  # fmt: skip
 
 
 def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list[int]]]:

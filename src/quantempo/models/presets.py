@@ -23,53 +23,31 @@ _LATENT = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 # Name -> (diffusers class, its configuration).
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # Stable Diffusion 1.5: 859.5 M parameters.
-    "sd15": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 64,
-            **_LATENT,
-            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            "block_out_channels": (320, 640, 1280, 1280),
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-        },
-    ),
+    "sd15": ("UNet2DConditionModel", {
+        "sample_size": 64, **_LATENT, "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768, "attention_head_dim": 8,
+    }),
     # Stable Diffusion XL: 2,567 M parameters, latents of 1024 x 1024 pixels.
-    "sdxl": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 128,
-            **_LATENT,
-            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-            "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-            "block_out_channels": (320, 640, 1280),
-            "transformer_layers_per_block": (1, 2, 10),
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    ),
+    "sdxl": ("UNet2DConditionModel", {
+        "sample_size": 128, **_LATENT, "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }),
     # The DDPM of CIFAR-10: 35.7 M parameters.
-    "ddpm35m": (
-        "UNet2DModel",
-        {
-            "sample_size": 32,
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (128, 256, 256, 256),
-            "attention_head_dim": None,
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "norm_eps": 1e-6,
-        },
-    ),
-}
+    "ddpm35m": ("UNet2DModel", {
+        "sample_size": 32, "layers_per_block": 2, "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False,
+        "freq_shift": 1, "norm_eps": 1e-6,
+    }),
+}  # fmt: skip
 
 
 def check_preset(name: str) -> None:
@@ -104,10 +82,8 @@ def random_inputs(
 ) -> dict[str, Any]:
     """Return the keyword arguments of a call with normal x_t and conditioning.
 
-    Args:
-        denoiser: a U-Net or DiT of diffusers, float32, on its device.
-        time: the training time-step of all rows.
-        seed: of the values, which do not depend on the device.
+    denoiser: a U-Net or DiT of diffusers, float32, on its device; time: the training time-step of
+    all rows; seed: of the values, which do not depend on the device.
 
     Raises:
         QuantempoError: a class whose arguments are not known here, or one that needs more.

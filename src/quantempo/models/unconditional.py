@@ -45,10 +45,8 @@ class UnconditionalPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images.
 
-        Args:
-            generator: one for all images, or one an image.
-            eta: DDIM's noise share in [0, 1]; other schedulers ignore it.
-            output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
+        generator: one for all images, or one an image; eta: DDIM's noise share in [0, 1], which
+        others ignore; output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
         """
         config = self.unet.config
         size = config.sample_size
@@ -70,10 +68,9 @@ class UnconditionalPipeline(DiffusionPipeline):
             output = output if learned else output[:, : shape[1]]
             x = self.scheduler.step(output, t, x, **options).prev_sample
 
-        x = (x / 2 + 0.5).clamp(0, 1)
-        images = x
+        images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            images = x.cpu().permute(0, 2, 3, 1).float().numpy()
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()

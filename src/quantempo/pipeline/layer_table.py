@@ -49,11 +49,9 @@ def layer_rows(
     macs: Mapping[str, int],
     sqnr_db: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Return one row for each site, and one for the attention matmuls.
+    """Return one row for each site of the float denoiser, and one for the attention matmuls.
 
-    Args:
-        found: sites of the float denoiser; plans: in the same order; denoiser: the packed one.
-        macs: per sample, from `count_macs`; sqnr_db: from `layer_sqnr`.
+    plans: in the order of the sites; denoiser: the packed one; macs: per sample, see `count_macs`.
     """
     rows = []
     for site, plan in zip(found, plans, strict=True):
@@ -114,9 +112,7 @@ def layer_sqnr(
 ) -> dict[str, float]:
     """Return the SQNR of each integer layer's output on the float model's input.
 
-    Args:
-        float_denoiser: runs; packed: gives the integer layers, executed by `simulated`.
-        call: runs one forward of `float_denoiser`.
+    packed: gives the integer layers, executed by `simulated`; call: one float forward.
     """
     clock, simulated = find_clock(packed), BACKENDS.get("simulated")
     assert clock is not None

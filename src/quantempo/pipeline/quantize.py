@@ -175,10 +175,7 @@ def round_weights(
 ) -> dict[str, Tensor]:
     """Choose the integers; return codes, biases and scales as `round_denoiser` does.
 
-    Args:
-        denoiser: float, left as it was.
-        scales: from `search_scales`.
-        folder, key: where finished blocks are kept, see `round_denoiser`.
+    The float denoiser is left as it was; folder, key: where finished blocks are kept.
     """
     settings = recipe.rounding
     weights = {name: weight.cpu() for name, weight in _weights(denoiser, plans).items()}

@@ -37,21 +37,13 @@ def trace(session: Session) -> TraceSet:
     with session.stage("trace") as needed:
         if needed:
             trace_pipeline(
-                session.pipe,
-                session.denoiser,
-                folder,
-                steps=settings.steps,
-                chains=settings.chains,
-                picks=settings.picks,
+                session.pipe, session.denoiser, folder, steps=settings.steps,
+                chains=settings.chains, picks=settings.picks, seed=settings.seed,
                 time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
-                seed=settings.seed,
-                source=settings.source,
-                num_train_timesteps=session.num_train_timesteps,
-                call=session.call,
-                images=_source_images(session),
-                force=session.force,
+                num_train_timesteps=session.num_train_timesteps, call=session.call,
+                source=settings.source, images=_source_images(session), force=session.force,
                 model_hash=session.model["sha256"],
-            )
+            )  # fmt: skip
     return TraceSet(folder)
 
 
@@ -120,12 +112,9 @@ def pack(session: Session) -> Path:
             rows = measured_rows(denoiser, packed, found.plans, data)
             run.write_json("layers.json", rows)
             config = QuantempoConfig.of(
-                found.recipe,
-                found.plans,
-                num_train_timesteps=len(found.bucket_of),
-                per_unit=found.per_unit,
-                source_sha256=session.model["sha256"],
-            )
+                found.recipe, found.plans, num_train_timesteps=len(found.bucket_of),
+                per_unit=found.per_unit, source_sha256=session.model["sha256"],
+            )  # fmt: skip
             mark_quantized(packed, config)
             with atomic_path(run / "packed") as temporary:
                 session.save(packed, temporary)

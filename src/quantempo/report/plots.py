@@ -31,27 +31,16 @@ VARIABLES = {
 INK, MUTED, RULE, INT8, FLOAT, ACCENT, INDIGO, OCHRE = VARIABLES
 ROLE_COLOURS = {"conv": INT8, "shortcut": ACCENT, "attention": INDIGO, "linear": OCHRE}
 STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "quantempo",
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 8.5,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
+    "svg.fonttype": "none", "svg.hashsalt": "quantempo", "font.size": 8.5, "text.color": INK,
+    "axes.labelcolor": MUTED, "axes.labelsize": 8.5, "axes.edgecolor": RULE,
+    "axes.titlesize": 8.5, "axes.titlecolor": INK, "axes.titlelocation": "left",
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.5,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.5,
     **dict.fromkeys(("xtick.color", "ytick.color"), RULE),
     **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), MUTED),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
-    "legend.frameon": False,
-    "savefig.transparent": True,
-}
+    "legend.frameon": False, "savefig.transparent": True,
+}  # fmt: skip
 # How boxplots look, as options of matplotlib's `bxp`.
 BOXES: dict[str, Any] = {
     "patch_artist": True,

@@ -6,7 +6,6 @@ Here: one function a section, files in, blocks out. Not here: the page (`html`),
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,24 +323,11 @@ def _layers(run: RunFolder) -> list[Block]:
     return [Block("table", cells, caption, head)]
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    # For booleans, numbers, strings and lists of them JSON is TOML.
-    return json.dumps(value)
-
-
 def _recipe(run: RunFolder) -> list[Block]:
-    recipe = _file(run, "manifest.json", "trace").get("recipe")
+    recipe = _file(run, "manifest.json", "trace").get("recipe_toml")
     if not recipe:
         raise NotRunError("manifest.json holds no recipe: quantempo trace")
-    # Sections after plain keys, as TOML wants it.
-    parts = [f"{key} = {_toml(item)}" for key, item in recipe.items() if not isinstance(item, dict)]
-    for key, section in recipe.items():
-        if isinstance(section, dict):
-            lines = (f"{name} = {_toml(item)}" for name, item in section.items())
-            parts.append("\n".join(["", f"[{key}]", *lines]))
-    return [Block("pre", "\n".join(parts))]
+    return [Block("pre", recipe)]
 
 
 def _environment(run: RunFolder) -> list[Block]:

@@ -95,10 +95,7 @@ def round_by_weights(
 def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
     """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
 
-    Args:
-        weight: (O, ...) floating.
-        scale: (O,) float32, > 0.
-        spec: signed grid of at most 8 bits.
+    weight: (O, ...) floating; scale: (O,) float32, > 0; spec: signed grid of at most 8 bits.
 
     Error: |w - scale q| <= scale / 2 inside the range.
     """

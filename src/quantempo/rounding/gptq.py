@@ -47,11 +47,8 @@ def gptq(
     A diagonal H gives the nearest codes exactly. Float32; float64 where H is near singular.
 
     Args:
-        weight: (O, K) floating.
+        weight, scale: (O, K) floating and (O,) float32, > 0.
         hessian: (K, K) = X X^T up to a factor, on the same device; not changed.
-        scale: (O,) float32, > 0.
-        spec: signed grid of at most 8 bits.
-        damping: added to the diagonal, as a fraction of its mean.
         block: columns updated together; changes the order of sums only.
 
     Raises:

@@ -83,12 +83,8 @@ class SoftKernel(_Kernel):
     if c is further away, c is one of the two; h is the fraction of the float weight, kept on the
     side of c, so that rounding h gives c back.
 
-    Args:
-        weight: float, (O, ...).
-        codes: int8, the shape of the weight.
-        spec: the weight grid.
-        spread: distance of h at the start from the given code, 1 for the one described, towards 0
-            for a start near the code itself.
+    spread: distance of h at the start from the given code, 1 for the one described, towards 0 for
+    a start near the code itself.
     """
 
     def __init__(

@@ -160,11 +160,7 @@ def cost_table(
 ) -> CostTable:
     """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
 
-    Args:
-        hist: (R, N) counts in equal bins.
-        edges: (2,) [lo, hi] of the bins.
-        spec: the format of the codes.
-        metric, p: a name in `METRICS`, and the exponent if it has one.
+    hist: (R, N) counts in equal bins over edges (2,) = [lo, hi]; metric, p: see `make_metric`.
 
     Raises:
         QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
@@ -251,10 +247,8 @@ def search_activation(
     earlier of two.
 
     Args:
-        hist: (K, N) counts of K fine time bins.
-        edges: (2,) [lo, hi] of the bins; zero may lie outside.
+        hist, edges: (K, N) counts of K fine time bins; see `cost_table`; zero may lie outside.
         spec: the format of the codes; symmetric fixes the zero point.
-        metric, p: a name in `METRICS`, and the exponent if it has one.
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
 

@@ -229,13 +229,8 @@ def search_weight(
     first, and wins ties. The metric sees w / max|w|, so tiny weights do not underflow. A metric of
     densities (kl) sees a histogram of 2048 bins over [-max|w|, max|w|] of the channel.
 
-    Args:
-        weight: (O, ...) floating.
-        spec: a signed symmetric grid.
-        metric, p: a name in `METRICS`, and the exponent if it has one.
-
-    Returns:
-        (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
+    weight: (O, ...) floating; spec: a signed symmetric grid; metric, p: see `make_metric`.
+    Returns (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
 
     Raises:
         QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.

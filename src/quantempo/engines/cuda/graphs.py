@@ -8,6 +8,7 @@ included, so every time-step is served by the same graph.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +33,8 @@ _WARMUP = 2
 def graphed(denoiser: Callable[..., Any], warmup: int = _WARMUP) -> Graphed:
     """Return a module that calls a denoiser through CUDA graphs.
 
-    Args:
-        denoiser: with its engine attached, compiled or not, or any function that waits for no value
-            of its tensors.
-        warmup: eager calls before each recording, at least 1.
+    denoiser: with its engine attached, compiled or not, or any function that waits for no value of
+    its tensors; warmup: eager calls before each recording, at least 1.
     """
     return Graphed(denoiser, warmup)
 
@@ -62,9 +61,8 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Return the CUDA graph of a call and what the call returned, which replays overwrite.
 
-    Args:
-        call: launches kernels without waiting for the device; what it reads must outlive the graph.
-        pool: memory of the graph; None for its own.
+    call: launches kernels without waiting for the device; what it reads must outlive the graph;
+    pool: memory of the graph, None for its own.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,7 +130,9 @@ class Graphed(nn.Module):
             return self.denoiser(*args, **kwargs)
         args, kwargs = _with_timestep(args, kwargs, device, self.place)
         tensors: list[Tensor] = []
-        key = (signature((args, kwargs), tensors), _mode())
+        # A forward may compute in another type under autocast.
+        mixed = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (signature((args, kwargs), tensors), mixed)
         self._check()
         try:
             known = key in self._recordings
@@ -172,18 +172,15 @@ class Graphed(nn.Module):
             args, kwargs = _copied((args, kwargs), inputs)
         try:
             with torch.cuda.device(device):
-                graph, output = self._capture(args, kwargs)
+                # One pool for all: a replay has no use for what another left.
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                call = functools.partial(self.denoiser, *args, **kwargs)
+                graph, output = capture(call, self.warmup, self._pool)
         except RuntimeError as error:
             # Of several lines, the first says what it was.
             self._tell(f"it cannot be captured: {(str(error).splitlines() or ['no reason'])[0]}")
             return None
         return _Recording(graph, inputs, output)
-
-    def _capture(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._pool is None:
-            # One for all: a replay has no use for what another left.
-            self._pool = torch.cuda.graph_pool_handle()
-        return capture(lambda: self.denoiser(*args, **kwargs), self.warmup, self._pool)
 
     def _tell(self, reason: str) -> None:
         """Warn once about each reason for which calls run eagerly."""
@@ -212,12 +209,6 @@ def _cuda_device(arguments: Any) -> torch.device | None:
     tensors: list[Tensor] = []
     signature(arguments, tensors)
     return next((t.device for t in tensors if t.device.type == "cuda"), None)
-
-
-def _mode() -> tuple[Any, ...]:
-    """Return what else a recording depends on: a forward may compute in another type under it."""
-    autocast = torch.is_autocast_enabled("cuda")
-    return autocast, torch.get_autocast_dtype("cuda") if autocast else None
 
 
 def _with_timestep(args: Any, kwargs: Any, device: torch.device, place: int = 1) -> tuple[Any, Any]:

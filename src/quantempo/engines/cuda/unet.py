@@ -203,10 +203,13 @@ class FusedUpsample(_Sampler):
 
 
 class _End(Prepared):
-    """A float convolution at an end of the network; dtype: of the stream, or None for x's."""
+    """A float convolution at an end of the network; dtype: of the stream, or None for x's.
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype | None) -> None:
-        self.conv, self.dtype = conv, dtype
+    first: it writes channels_last in the type of the stream; else it writes the model's type.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype | None, *, first: bool) -> None:
+        self.conv, self.dtype, self.first = conv, dtype, first
 
     def _prepare(self, device: torch.device) -> None:
         conv, dtype = self.conv, self.dtype or self.conv.weight.dtype
@@ -214,26 +217,12 @@ class _End(Prepared):
         torch._dynamo.mark_static_address(self.weight)
         self.bias = None if conv.bias is None else constant(conv.bias.to(dtype))
 
-    def _run(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         self.here(x)
         # Of the class: its own padding mode, with our weight.
         x = last(x).to(self.weight.dtype)
         y: Tensor = type(self.conv)._conv_forward(self.conv, x, self.weight, self.bias)
-        return y
-
-
-class _Stem(_End):
-    """The first convolution, writing channels_last in the type of the stream."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return last(self._run(x))
-
-
-class _Out(_End):
-    """The last convolution, from the type of the stream to that of the model."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._run(x).to(self.conv.weight.dtype)
+        return last(y) if self.first else y.to(self.conv.weight.dtype)
 
 
 class _Head(Prepared):
@@ -261,8 +250,8 @@ def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[.
     if head.stem.weight.dtype in (torch.float16, torch.bfloat16):
         dtype = None
     return [
-        (head.stem, _Stem(head.stem, dtype)),
+        (head.stem, _End(head.stem, dtype, first=True)),
         (head.norm, _Head(head, network.clock)),
         (head.activation, same),
-        (head.out, _Out(head.out, dtype)),
+        (head.out, _End(head.out, dtype, first=False)),
     ]

@@ -18,9 +18,7 @@ __all__ = ["channels_last", "entries", "quantize"]
 def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
     """Return the table entry of each of N = `count` images or rows: table[bucket[n // (N / B)]].
 
-    Args:
-        table: (G,); with G = 1 its entry serves every bucket.
-        bucket: int64 () or (B,), B divides `count`.
+    table: (G,), with G = 1 its entry serves every bucket; bucket: int64 () or (B,).
     """
     if table.shape[0] == 1:
         return table.expand(count)
@@ -30,9 +28,7 @@ def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
 def quantize(x: Tensor, scale: Tensor, zero_point: int, qmax: int) -> Tensor:
     """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, int8.
 
-    Args:
-        x: any float dtype, used as float32.
-        scale: float32, broadcasts with x; its reciprocal is rounded to float32.
+    x is used as float32; scale: float32, broadcasts with x; so is its reciprocal.
     """
     ratio = x.float() * scale.float().reciprocal()
     # The clamp also ends overflow.

@@ -48,11 +48,8 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Callable[P, R]]:
     """Register `quantempo::NAME` for CPU, CUDA and fake tensors; return the function that calls it.
 
-    CUDA calls are handed to `launch` of `module`, which is imported at the first of them.
-
-    Args:
-        returns: what the operator returns, a type of which a schema can be inferred.
-        module: in `kernels.gpu`.
+    CUDA calls are handed to `launch` of `module` in `kernels.gpu`, imported at the first of them;
+    returns: a type of which a schema can be inferred.
     """
 
     def register(describe: Callable[P, Call]) -> Callable[P, R]:

@@ -101,11 +101,8 @@ class Plan:
 class SharedPlan:
     """The tiles of a call whose slabs stay in shared memory (`hopper`).
 
-    Attributes:
-        width: channels of a slab, whole groups.
-        cols: `width` rounded up to a power of two, at least 8.
-        rows: pixels of one TMA load, a divisor of all.
-        warps: warps of a program; each holds 256 values at a time.
+    width: channels of a slab, whole groups; cols: `width` rounded up to a power of two, at least 8;
+    rows: pixels of one TMA load, a divisor of all; warps: each holds 256 values at a time.
     """
 
     width: int
@@ -188,13 +185,8 @@ def make_plan(
 ) -> Plan:
     """Return the tiles for N images of P pixels and C channels.
 
-    Args:
-        images: N >= 1.
-        pixels: P = H W >= 1.
-        channels: C, x and skip together.
-        groups: of the norm, a divisor of C; 0: there is none.
-        itemsize: bytes of an element of x.
-        one_launch: which way; None: the one expected to be faster.
+    channels: C, x and skip together; groups: of the norm, a divisor of C, 0 for none; itemsize:
+    bytes of an element of x; one_launch: which way, None for the one expected to be faster.
 
     Raises:
         ValueError: a group of more channels than a program takes.
@@ -268,13 +260,8 @@ def make_shared_plan(
 ) -> SharedPlan | None:
     """Return the tiles for N images of P pixels and C channels of two bytes, in shared memory.
 
-    Args:
-        images, pixels, channels: N, P, C >= 1.
-        groups: of the norm, a divisor of C.
-        always: also where another way is expected to be faster.
-
-    Returns:
-        None where no slab of whole groups fits, or none is worth it.
+    None where no slab of whole groups fits, or none is worth it; `always`: also where another way
+    is expected to be faster.
     """
     group = channels // groups
     best: tuple[tuple[bool, float, float], SharedPlan] | None = None
@@ -324,13 +311,7 @@ def make_cooperative_plan(
 ) -> CooperativePlan | None:
     """Return the tiles for N images of P pixels and C channels of two bytes, all in registers.
 
-    Args:
-        images, pixels, channels: N, P, C >= 1.
-        groups: of the norm, a divisor of C.
-        processors: multiprocessors of the GPU.
-
-    Returns:
-        None where the registers of the GPU do not hold the map.
+    None where the registers of the GPU, of so many multiprocessors, do not hold the map.
     """
     group = channels // groups
     for most in (_GRID_HELD, _GRID_MOST):
