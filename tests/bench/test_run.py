@@ -17,7 +17,6 @@ from quantempo.bench.candidates import select
 from quantempo.bench.networks import model_network, quick_network, run_network
 from quantempo.bench.results import Results, text_table
 from quantempo.bench.run import bench, bench_network
-from quantempo.cli import main
 from quantempo.errors import QuantempoError
 from quantempo.pipeline import stages as pipeline
 from quantempo.report.sections import _times
@@ -219,14 +218,6 @@ def test_a_killed_bench_keeps_what_it_has(tmp_path: Path) -> None:
     assert record["machine"]["cpu"]
 
 
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: Any, *args: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["quantempo", "bench", *map(str, args)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0), capfd.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -240,13 +231,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: Any, *args: object) -> tuple[int
         (("--device", "cudo", "--ops"), "cannot use --device cudo"),
     ],
 )
-def test_mistakes_are_one_sentence(args, words, monkeypatch, capfd):
-    code, err = cli(monkeypatch, capfd, *args)
+def test_mistakes_are_one_sentence(args, words, cli):
+    code, _, err = cli("bench", *args)
     assert code == 2 and words in err and err.startswith("error: ")
     assert err.count("\n") == 1, err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    code, err = cli(monkeypatch, capfd, "--device", "cuda", "--model", "sd15")
+def test_without_cuda_it_says_so(cli: Any) -> None:
+    code, _, err = cli("bench", "--device", "cuda", "--model", "sd15")
     assert code == 2 and err.startswith("error: cannot use --device cuda") and err.count("\n") == 1

@@ -207,12 +207,8 @@ def test_inception_takes_pooled_logits_and_seven_spatial_channels(tmp_path, fake
     path, digest = _fake_weights(tmp_path)
     extractor = load_extractor("inception", path, digest[:8].upper())
     assert extractor.sha256 == digest
-    assert extractor.score_names == {
-        "frechet": "fid",
-        "spatial": "sfid",
-        "kernel": "kid",
-        "inception": "is",
-    }
+    names = {"frechet": "fid", "spatial": "sfid", "kernel": "kid", "inception": "is"}
+    assert extractor.score_names == names
     images = pictures(3, 8)
     found = extract(extractor, images, batch=2)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()

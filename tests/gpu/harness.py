@@ -198,25 +198,15 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Binary:
-    """What the assembler made of a launch.
+    """What the assembler made of a launch."""
 
-    Attributes:
-        registers: per thread.
-        stack: bytes a thread keeps in local memory.
-        spills: local loads and stores in the machine code (0: nothing was spilled).
-        shared: bytes of shared memory a program, as Triton asks for it.
-        sass: the machine code, one instruction a line.
-        ptx: before the assembler.
-        messages: what the assembler said, if asked to speak.
-    """
-
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    sass: str
-    ptx: str
-    messages: str = ""
+    registers: int  # per thread
+    stack: int  # bytes a thread keeps in local memory
+    spills: int  # local loads and stores in the machine code
+    shared: int  # bytes of shared memory a program, as Triton asks for it
+    sass: str  # the machine code, one instruction a line
+    ptx: str  # before the assembler
+    messages: str = ""  # of the assembler, if asked to speak
 
     def count(self, pattern: str) -> int:
         """Return the number of instructions whose text contains the regular expression."""
@@ -256,13 +246,7 @@ def speaking() -> Iterator[list[str]]:
 
 
 def compiled(launch: Launch, arch: int, messages: bool = False) -> Binary:
-    """Compile a recorded launch for sm_ARCH, specialized exactly as the launch would have been.
-
-    Args:
-        launch: of a Triton or a Gluon kernel; tensor descriptors among its arguments will do.
-        arch: 80, 89, 90, ...
-        messages: compile anew, so that the assembler's messages are there.
-    """
+    """Compile a launch for sm_ARCH, specialized as it would have been; `messages`: compile anew."""
     kernel = launch.kernel
     target, backend, kwargs, arguments, specialization, options = bound(launch, arch)
     options, signature, constants, attributes = kernel._pack_args(

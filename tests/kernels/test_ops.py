@@ -55,17 +55,11 @@ def sums(q, w, zero, stride=1, border=(0, 0, 0, 0), upsample=False):
 
 
 def convolve(q, w, zero, **options):
-    out = w.shape[0]
-    options = {"act_scale": torch.ones(1), "weight_scale": torch.ones(out)} | options
-    table = layout.border_table(w, zero)
-    return ops.qconv2d(
-        stored(q),
-        layout.conv_weight(w),
-        options.pop("act_scale"),
-        options.pop("weight_scale"),
-        options.pop("table", table),
-        **({"bucket": NOW, "kernel": w.shape[2]} | options),
-    )
+    usual = {
+        "act_scale": torch.ones(1), "weight_scale": torch.ones(w.shape[0]), "bucket": NOW,
+        "table": layout.border_table(w, zero), "kernel": w.shape[2],
+    }  # fmt: skip
+    return ops.qconv2d(codes=stored(q), weight=layout.conv_weight(w), **usual | options)
 
 
 # --- layout ---------------------------------------------------------------------------------------

@@ -29,34 +29,26 @@ def int8(*shape: int, seed: int = 1) -> torch.Tensor:
 def convolution(count: int = 2, size: tuple[int, int] = (4, 5)) -> dict[str, object]:
     """Return arguments of qconv2d by name: 16 -> 32 channels, the sides left out."""
     return {
-        "codes": int8(count, 16, *size),
-        "weight": int8(32, 9, 16),
-        "act_scale": torch.rand(3),
-        "weight_scale": torch.rand(32),
-        "table": torch.zeros(16, 32, dtype=torch.int32),
+        "codes": int8(count, 16, *size), "weight": int8(32, 9, 16), "act_scale": torch.rand(3),
+        "weight_scale": torch.rand(32), "table": torch.zeros(16, 32, dtype=torch.int32),
         "bucket": torch.tensor(1),
-    }
+    }  # fmt: skip
 
 
 def sides(count: int, height: int, width: int) -> dict[str, object]:
     return {
-        "side_codes": [int8(count, 32, height, width)],
-        "side_weights": [int8(32, 32)],
-        "side_scales": torch.rand(1, 3),
-        "side_weight_scale": torch.rand(32),
+        "side_codes": [int8(count, 32, height, width)], "side_weights": [int8(32, 32)],
+        "side_scales": torch.rand(1, 3), "side_weight_scale": torch.rand(32),
         "side_table": torch.zeros(1, 32, dtype=torch.int32),
-    }
+    }  # fmt: skip
 
 
 def gemm(rows: int = 6) -> dict[str, object]:
     return {
-        "codes": int8(rows, 32),
-        "weight": int8(16, 32),
-        "act_scale": torch.rand(1),
-        "weight_scale": torch.rand(16),
-        "table": torch.zeros(16, dtype=torch.int32),
+        "codes": int8(rows, 32), "weight": int8(16, 32), "act_scale": torch.rand(1),
+        "weight_scale": torch.rand(16), "table": torch.zeros(16, dtype=torch.int32),
         "bucket": torch.tensor([0, 0]),
-    }
+    }  # fmt: skip
 
 
 def gated() -> dict[str, object]:
@@ -66,13 +58,9 @@ def gated() -> dict[str, object]:
 
 def norm(count: int = 2, size: tuple[int, int] = (4, 5)) -> dict[str, object]:
     return {
-        "x": floats(count, 16, *size),
-        "bucket": torch.tensor(0),
-        "gamma": torch.rand(16),
-        "beta": torch.rand(16),
-        "groups": 4,
-        "scale": torch.rand(3),
-    }
+        "x": floats(count, 16, *size), "bucket": torch.tensor(0), "gamma": torch.rand(16),
+        "beta": torch.rand(16), "groups": 4, "scale": torch.rand(3),
+    }  # fmt: skip
 
 
 RAW = {"raw_scales": torch.rand(2, 3), "raw_zero_points": [3, 4], "raw_qmax": 15}

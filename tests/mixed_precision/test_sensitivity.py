@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from quantempo import mixed_precision as sensitivity
-from quantempo.cli import main
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.mixed_precision import losses as losses_module
@@ -250,23 +248,6 @@ def test_both_budgets_hold(run: Path) -> None:
     assert choice["spent"]["bops"] == sum(math.prod(pairs[r["name"]]) * r["macs"] for r in rows)
     with pytest.raises(QuantempoError, match="a budget of bops = 1; the options need at least"):
         sensitivity.choose_bits(load(run), budget_bops=1, options=options, **SHORT)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run `quantempo ARGS` and return (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quantempo", *map(str, args)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def test_the_command_prints_the_largest_loss_first(cli: Any, run: Path) -> None:

@@ -100,13 +100,9 @@ def test_the_modulation_of_a_transformer_is_time() -> None:
 def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) -> None:
     """The halves equal what the network concatenates, whatever its widths and depth."""
     net = UNet2DModel(
-        sample_size=8,
-        layers_per_block=per_block,
-        block_out_channels=widths,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-    )
+        sample_size=8, layers_per_block=per_block, block_out_channels=widths, norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
+    )  # fmt: skip
     real: list[tuple[int, ...]] = []
     cat = torch.cat
 

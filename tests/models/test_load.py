@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,53 +15,33 @@ from tests.packed import packed, saved
 from tests.tiny import tiny_unconditional, tiny_unet
 
 
-def cut(folder: Path) -> None:
-    file = folder / "unet/diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+def with_entry(**entry: object) -> Callable[[bytes], bytes]:
+    """Return what sets an entry of a JSON file."""
+    return lambda text: json.dumps(json.loads(text) | entry).encode()
 
 
-def garble(folder: Path) -> None:
-    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 64)
-
-
-def broken_json(folder: Path) -> None:
-    (folder / "unet/config.json").write_text("{")
-
-
-def no_index(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-
-
-def other_widths(folder: Path) -> None:
-    file = folder / "unet/config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "block_out_channels": [16, 64]}))
-
-
-def unknown_class(folder: Path) -> None:
-    file = folder / "model_index.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": "NoPipeline"}))
+WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (cut, "damaged or truncated"),
-        (garble, "damaged or truncated"),
-        (broken_json, "config.json is not valid JSON"),
-        (no_index, "no model_index.json"),
-        (no_weights, "cannot load"),
-        (other_widths, "cannot load"),
-        (unknown_class, "cannot load"),
+        (WEIGHTS, lambda whole: whole[:-100], "damaged or truncated"),
+        (WEIGHTS, lambda whole: b"\xff" * 64, "damaged or truncated"),
+        (CONFIG, lambda whole: b"{", "config.json is not valid JSON"),
+        ("model_index.json", None, "no model_index.json"),
+        (WEIGHTS, None, "cannot load"),
+        (CONFIG, with_entry(block_out_channels=[16, 64]), "cannot load"),
+        ("model_index.json", with_entry(_class_name="NoPipeline"), "cannot load"),
     ],
 )
-def test_a_broken_folder_is_one_sentence(damage, message, tmp_path):
+def test_a_broken_folder_is_one_sentence(file, damage, message, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved("unconditional"), folder)
-    damage(folder)
+    whole = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage is not None:
+        (folder / file).write_bytes(damage(whole))
     with pytest.raises(QuantempoError, match=message) as caught:
         load_pipeline(folder)
     assert "\n" not in str(caught.value)
@@ -120,14 +101,8 @@ def test_the_digest_sees_values_names_types_and_shapes() -> None:
     zeros = torch.zeros(2, 3)
     one_bit = zeros.clone()
     one_bit[1, 2] = -0.0
-    digests = {
-        build(zeros),
-        build(one_bit),
-        build(zeros, "b"),
-        build(zeros.T),
-        build(zeros.int()),
-        build(torch.zeros(3, 2, dtype=torch.bfloat16)),
-    }
-    assert len(digests) == 6
+    half = torch.zeros(3, 2, dtype=torch.bfloat16)
+    digests = {build(value) for value in (zeros, one_bit, zeros.T, zeros.int(), half)}
+    assert len(digests | {build(zeros, "b")}) == 6
     assert build(zeros) == build(zeros.clone())
     assert build(torch.zeros(())) != build(torch.zeros(1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import Site, sites
+from quantempo.models.layers import Site, hooked, sites
 from quantempo.quantized import LayerPlan, plan_layers
 from quantempo.recipe import LayerSettings, Recipe
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, tiny_dit, tiny_text, tiny_unet
@@ -50,16 +50,13 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Denoise, tuple[i
 def heard(net: nn.Module, denoise: Denoise, x: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (input, output) of each Conv2d and Linear in the order of execution."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [
-        layer.register_forward_hook(
-            lambda _, args, out, name=name: seen.update({name: (args[0].clone(), out.clone())})
-        )
-        for name, layer in net.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    denoise(x, t)
-    for handle in handles:
-        handle.remove()
+
+    def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+        seen[name] = (args[0].clone(), out.clone())
+
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    with hooked(layers, keep):
+        denoise(x, t)
     return seen
 
 

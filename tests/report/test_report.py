@@ -86,8 +86,9 @@ def test_the_recipe_is_toml_that_reads_back(page: Page) -> None:
     assert Recipe.from_dict(tomllib.loads(text)) == RECIPE != Recipe()
 
 
-def test_nothing_is_fetched_and_nothing_is_run(page: Page) -> None:
+def test_nothing_is_fetched_or_run_and_names_are_escaped(page: Page) -> None:
     check_nothing_is_fetched_or_run(page)
+    assert "<h1>w8a8 &lt;demo&gt; &amp; more</h1>" in page.text
 
 
 def test_figures_follow_the_theme(folder: Path) -> None:
@@ -97,11 +98,6 @@ def test_figures_follow_the_theme(folder: Path) -> None:
     for figure in figures:
         assert "var(--muted)" in figure or "var(--ink)" in figure
     assert "prefers-color-scheme: dark" in text and "@media print" in text
-
-
-def test_names_are_escaped(folder: Path) -> None:
-    text = (folder / "report.html").read_text()
-    assert "<h1>w8a8 &lt;demo&gt; &amp; more</h1>" in text
 
 
 def test_pictures_are_enlarged_without_smoothing_and_differences_amplified(folder: Path) -> None:

@@ -36,16 +36,9 @@ class _Toy(nn.Module):
 
 
 def _unit(
-    settings: RoundingSettings = SETTINGS,
-    shrink: float = 1.0,
-    repeat: int = 1,
-    noise: float = 0.0,
+    settings: RoundingSettings = SETTINGS, shrink: float = 1.0, repeat: int = 1, noise: float = 0.0
 ) -> Unit:
-    """Return the toy with three-bit weights, two time buckets, correlated inputs.
-
-    Args:
-        repeat: rows at a time-step; noise: on the inputs behind the quantized network.
-    """
+    """Return the toy with 3-bit weights, two buckets, correlated inputs, `repeat` at a time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         toy = _Toy().eval()
@@ -166,7 +159,7 @@ def test_what_is_worse_than_the_start_is_not_kept(start: str, monkeypatch) -> No
         assert torch.equal(layer.weight_codes, expected[name])
 
 
-def test_refined_scales_are_better_or_not_kept() -> None:
+def test_refined_scales_are_better_or_not_kept(monkeypatch) -> None:
     # Scales that leave half of the codes unused can only gain by shrinking.
     unit = _unit(replace(SETTINGS, refine=300), shrink=4.0)
     before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
@@ -179,16 +172,13 @@ def test_refined_scales_are_better_or_not_kept() -> None:
         assert not torch.equal(layer.act_scale, before[name])
         assert bool((layer.act_scale > 0).all())
     # One iteration with a step that ruins them.
-    adaround_rate, adaround.SCALE_RATE = adaround.SCALE_RATE, 5.0
-    try:
-        unit = _unit(replace(SETTINGS, refine=1))
-        before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
-        inputs = {n: next(unit.block.layer_inputs(n)) for n in before}
-        outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.copies.items()}
-        with torch.no_grad():
-            assert not refine_scales(unit.block, unit)
-    finally:
-        adaround.SCALE_RATE = adaround_rate
+    monkeypatch.setattr(adaround, "SCALE_RATE", 5.0)
+    unit = _unit(replace(SETTINGS, refine=1))
+    before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
+    inputs = {n: next(unit.block.layer_inputs(n)) for n in before}
+    outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.copies.items()}
+    with torch.no_grad():
+        assert not refine_scales(unit.block, unit)
     for name, layer in unit.block.copies.items():
         assert torch.equal(layer.act_scale, before[name])
         assert torch.equal(next(unit.block.layer_inputs(name)), inputs[name])

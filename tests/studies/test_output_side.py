@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core import ACTIVATION, Grid, fake_quantize
-from quantempo.models.layers import sites
+from quantempo.models.layers import hooked, sites
 from studies.ptq4dm.output_side import install_output_side, output_side_layers
 from tests.tiny import tiny_dit, tiny_unet
 
@@ -25,18 +25,12 @@ def coarse(weight: Tensor) -> Tensor:
 def watched(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (input, output) of every Conv2d and Linear in one call."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
 
-            def keep(_: Any, args: Any, output: Tensor, name: str = name) -> None:
-                seen[name] = (args[0].clone(), output.clone())
+    def keep(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        seen[name] = (args[0].clone(), output.clone())
 
-            handles.append(layer.register_forward_hook(keep))
-    with torch.no_grad():
+    with hooked({site.name: site.layer for site in sites(net)}, keep), torch.no_grad():
         net(*inputs())
-    for handle in handles:
-        handle.remove()
     return seen
 
 
