@@ -10,9 +10,8 @@ chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. 
 moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized is
 `apply` alone.
 
-A third, `cooperative`: few large maps of 16-bit values that the registers of the GPU hold all at
-once are read once, in one launch with a grid barrier. On Hopper a fourth, `hopper`: TMA loads bring
-the slab of a program into shared memory, where it stays.
+On Hopper a third, `hopper`: TMA loads bring the slab of a program into shared memory, where it
+stays.
 """
 
 from __future__ import annotations
@@ -22,17 +21,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantempo.kernels.gpu.contraction.tiles import multiprocessors
 from quantempo.kernels.gpu.dependent_launch import early
-from quantempo.kernels.gpu.group_norm import cooperative as norm_cooperative
 from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
 from quantempo.kernels.gpu.group_norm.plan import (
-    FEW_IMAGES,
-    LARGE_MAP,
-    CooperativePlan,
     Plan,
     SharedPlan,
-    make_cooperative_plan,
     make_plan,
     make_shared_plan,
     power_of_two,
@@ -52,10 +45,8 @@ except ImportError:  # a Triton without Gluon, or with another one: the portable
 
 __all__ = ["PATHS", "launch"]
 
-# The kernels of `group_norm`: of Hopper; cooperative and portable ("triton"), on any GPU.
-PATHS = ("hopper", "cooperative", "triton")
-# Multiprocessors, where there is no GPU to ask.
-_PROCESSORS = 132
+# The kernels of `group_norm`: of Hopper, and portable ("triton"), on any GPU.
+PATHS = ("hopper", "triton")
 
 
 @cache
@@ -66,7 +57,7 @@ def _is_hopper(device: torch.device) -> bool:
 def launch(
     call: Normalization,
     *,
-    plan: Plan | SharedPlan | CooperativePlan | None = None,
+    plan: Plan | SharedPlan | None = None,
     path: str | None = None,
 ) -> Results:
     """Return the results of a call, which was checked.
@@ -77,7 +68,6 @@ def launch(
 
     Raises:
         ValueError: a map of 2^31 values, or what a path asked for cannot take.
-        RuntimeError: the first call on a device is being recorded (see `launch.reserve`).
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
@@ -97,16 +87,12 @@ def launch(
             plan = _choose(call.images, groups, path)
         if isinstance(plan, SharedPlan):
             norm_hopper.run(call, results, plan)
-        elif isinstance(plan, CooperativePlan):
-            norm_cooperative.run(call, results, plan)
         else:
             _run(call, results, plan)
     return results
 
 
-def _choose(
-    images: tuple[Tensor, ...], groups: int, path: str | None
-) -> Plan | SharedPlan | CooperativePlan:
+def _choose(images: tuple[Tensor, ...], groups: int, path: str | None) -> Plan | SharedPlan:
     """Return the tiles of a call, of which kind decides the path; groups: 0 without a norm."""
     if path not in (None, *PATHS):
         raise ValueError(f"got path={path!r}; expected one of {PATHS}, or None for the faster")
@@ -114,13 +100,8 @@ def _choose(
     for image in images[1:]:
         channels += image.shape[1]
     size = (batch, height * width, channels, groups)
-    portable = make_plan(*size, x.element_size())
-    chosen: SharedPlan | CooperativePlan | None = None
-    if path in (None, "cooperative"):
-        chosen = _cooperative(images, size, portable, path)
-    if chosen is None and path in (None, "hopper"):
-        chosen = _shared(images, size, path)
-    return chosen or portable
+    shared = None if path == "triton" else _shared(images, size, path)
+    return shared or make_plan(*size, x.element_size())
 
 
 def _refusal(path: str, size: tuple[int, int, int, int], x: Tensor, wanted: str) -> ValueError:
@@ -129,28 +110,6 @@ def _refusal(path: str, size: tuple[int, int, int, int], x: Tensor, wanted: str)
         f"got path={path!r}, {batch} images of {channels} channels in {groups} groups, {pixels} "
         f"pixels, {x.dtype}; expected a norm, 16-bit floats, {wanted}: path='triton'"
     )
-
-
-def _cooperative(
-    images: tuple[Tensor, ...], size: tuple[int, int, int, int], portable: Plan, path: str | None
-) -> CooperativePlan | None:
-    """Return the tiles of a map that registers hold, if it pays or is asked for."""
-    x, (batch, pixels, channels, groups) = images[0], size
-    if path is None:
-        large = x.element_size() * batch * pixels * channels >= LARGE_MAP
-        # Measured there alone, on channels that load in whole vectors.
-        pays = batch <= FEW_IMAGES and (large or not portable.one_launch)
-        if not (pays and _is_hopper(x.device)) or any(i.shape[1] % 8 for i in images):
-            return None
-    plan = None
-    if groups and x.element_size() == 2:
-        processors = multiprocessors(x.device) if x.device.type == "cuda" else _PROCESSORS
-        plan = make_cooperative_plan(*size, processors)
-    if path is not None and plan is None:
-        raise _refusal(path, size, x, "and a map that the registers of the GPU hold")
-    # Slabs of odd groups, or of no whole vectors, spill.
-    smooth = plan is not None and plan.width % 8 == 0 and channels // groups % 2 == 0
-    return plan if smooth or path is not None else None
 
 
 def _shared(

@@ -71,8 +71,7 @@ def stream_counters(device: torch.device) -> Tensor:
     """Return the zeroed counters (4096,), int32, of the current stream, which launches leave zero.
 
     Each stream has its own counters, since its launches follow each other, and all recorded graphs
-    share another set: graphs must not be replayed on two streams at once, nor fork into branches. A
-    norm with a grid barrier would wait for ever.
+    share another set: graphs must not be replayed on two streams at once, nor fork into branches.
     """
     reserve(device)
     chosen = 0

@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
-__all__ = [
-    "APART", "FEW_IMAGES", "LARGE_MAP", "CooperativePlan", "Plan", "SharedPlan",
-    "make_cooperative_plan", "make_plan", "make_shared_plan", "power_of_two",
-]  # fmt: skip
+__all__ = ["Plan", "SharedPlan", "make_plan", "make_shared_plan", "power_of_two"]
 
 # Nanoseconds of the choice between one launch and three: only their order matters.
 _BYTES_A_NS = 2500.0
@@ -48,23 +45,6 @@ _SHARED_PROGRAMS, _SHARED_PADDED, _SHARED_CACHE = 64, 1.25, 64 << 20
 _SHARED_WIDE, _SHARED_STEP = 64, 8
 # A box of TMA has so many rows at most, and a slab so many boxes: each has a barrier.
 _BOX_ROWS, _BOXES = 256, 16
-
-# Programs of a grid barrier: 8 warps, a thread holds so many values of two bytes at most, or so
-# many where the map would not fit otherwise: half of the registers it has when two programs share a
-# multiprocessor. Where one would do, another has room beside it: of the kernel that follows.
-_GRID_WARPS, _GRID_HELD, _GRID_MOST = 8, 96, 128
-_GRID_BESIDE, _GRID_REGISTERS = 2, 128
-# Slabs of so many channels, and programs of a grid barrier, at most.
-_GRID_WIDEST, _GRID_CHUNKS = 512, 64
-# Groups times what is put together for them, units of channels or chunks, at most.
-_GRID_TABLE = 4096
-# The sums across threads of one program take as long as so many values more.
-_GRID_SUMS = 4096
-# Measured on 12 shapes of 2 and 8 images, 1 to 16 MB: 1.06 to 1.8 times as fast as the best other
-# way. Smaller maps take as long as the barrier.
-FEW_IMAGES, LARGE_MAP = 8, 1 << 20
-# Counters lie so far apart, each in a line of its own, and there are 4096 (`launch`).
-APART, _BARRIERS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -109,29 +89,6 @@ class SharedPlan:
     cols: int
     rows: int
     warps: int
-
-
-@dataclass(frozen=True)
-class CooperativePlan:
-    """The tiles of a call whose registers hold the whole map (`cooperative`).
-
-    Attributes:
-        width: channels of a slab, whole groups.
-        block_p: pixels of a program, a power of two.
-        block_c, rest: powers of two, or no rest; together at least `width`.
-        warps: warps of a program.
-        registers: of a thread at most: so all programs are resident at once.
-        phases: (0,) is one launch; (1, 2) are two, before and after the barrier: for an
-            interpreter, whose programs run one after another.
-    """
-
-    width: int
-    block_p: int
-    block_c: int
-    rest: int
-    warps: int
-    registers: int
-    phases: tuple[int, ...] = (0,)
 
 
 def power_of_two(n: int) -> int:
@@ -303,52 +260,3 @@ def _shared(pixels: int, width: int) -> SharedPlan | None:
     if piece < 8 or not fitting or pixels > _BOXES * fitting[-1]:
         return None
     return SharedPlan(width, cols, fitting[-1], warps)
-
-
-@lru_cache(maxsize=4096)
-def make_cooperative_plan(
-    images: int, pixels: int, channels: int, groups: int, processors: int
-) -> CooperativePlan | None:
-    """Return the tiles for N images of P pixels and C channels of two bytes, all in registers.
-
-    None where the registers of the GPU, of so many multiprocessors, do not hold the map.
-    """
-    group = channels // groups
-    for most in (_GRID_HELD, _GRID_MOST):
-        best: tuple[float, CooperativePlan] | None = None
-        for width in range(group, min(_GRID_WIDEST, channels) + 1, group):
-            slabs = _ceil(channels, width)
-            block_c, rest = _parts(width)
-            block_p = power_of_two(_ceil(pixels, _GRID_CHUNKS))
-            while images * slabs <= _BARRIERS:
-                held = block_p * (block_c + rest)
-                if held > 32 * _GRID_WARPS * most:
-                    break
-                chunks = _ceil(pixels, block_p)
-                beside = _ceil(images * slabs * chunks, processors)
-                table = power_of_two(width // group) * max(block_c // gcd(group, 8), 2 * chunks)
-                if beside <= _GRID_BESIDE and table <= _GRID_TABLE:
-                    cost = beside * (held + _GRID_SUMS) * (1 + 0.5 * (_cut(width, 2) - 1))
-                    cost *= {8: 1.0, 4: 1.1, 2: 1.3, 1: 1.6}[gcd(width, 8)] * (1 + 4 / width)
-                    # What all chunks wrote is read by each of them.
-                    cost += 4 * chunks * width // group
-                    tiles = (width, block_p, block_c, rest)
-                    plan = CooperativePlan(*tiles, _GRID_WARPS, _GRID_REGISTERS)
-                    if best is None or cost < best[0]:
-                        best = cost, plan
-                if block_p >= pixels:
-                    break
-                block_p *= 2
-        if best is not None:
-            return best[1]
-    return None
-
-
-def _parts(width: int) -> tuple[int, int]:
-    """Return one power of two for a slab, or two, where one would be padded by a ninth or more."""
-    whole = power_of_two(width)
-    if 9 * whole <= 10 * width or width < 2 * _SECTOR:
-        return whole, 0
-    rest = max(8, power_of_two(width - whole // 2))
-    # Two halves hold as much as the whole.
-    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
