@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantempo.core import Format, Grid, quantize
 from quantempo.errors import QuantempoError
-from quantempo.scales import METRICS, search_weight
+from quantempo.scales import METRICS, search, search_weight
 from quantempo.scales.metrics import DENSITY_METRICS
 from tests.scales.reference import METRIC_OF, levels
 
@@ -135,3 +135,10 @@ def test_half_weights_are_searched_in_float32() -> None:
 def test_mistakes_are_named(weight: Tensor, options: dict[str, int], message: str) -> None:
     with pytest.raises(QuantempoError, match=message):
         search_weight(weight, **options)
+
+
+def test_a_chunk_for_a_gpu_gives_the_same_scales(monkeypatch):
+    weight = _weight(channels=9, inputs=700)
+    wanted = search_weight(weight)
+    monkeypatch.setattr(search, "CHUNK", search.CHUNK_GPU)
+    assert torch.equal(search_weight(weight), wanted)

@@ -30,8 +30,8 @@ EMPTY_SCALE = 2.0**-30
 # Fine where most layers have their best range, and down to a range that one outlier filled.
 SHRINK = (*(round(1 - 0.05 * i, 2) for i in range(15)), 0.2, 0.14, 0.1, 0.07, 0.05, 0.03, 0.015)
 # Elements of one chunk of candidates: its temporaries stay in cache, and torch spreads operations
-# over threads from 2^15 elements on.
-CHUNK = (1 << 15) - 1
+# over threads from 2^15 elements on. A GPU wants few launches: SDXL's weights would take millions.
+CHUNK, CHUNK_GPU = (1 << 15) - 1, 1 << 26
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe
 from quantempo.scales.activation import (
     CHUNK,
+    CHUNK_GPU,
     EMPTY_SCALE,
     TINY,
     Candidates,
@@ -263,17 +264,18 @@ def search_weight(
 def _exact_costs(rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: Format) -> Tensor:
     """Return the (O, steps) metric of every scale on the rows (O, L) themselves."""
     cost = torch.empty_like(scale)
-    for some, few in _blocks(len(rows), scale.shape[1], rows.shape[1]):
+    most = CHUNK if rows.device.type == "cpu" else CHUNK_GPU
+    for some, few in _blocks(len(rows), scale.shape[1], rows.shape[1], most):
         x, s, top = rows[some, None], scale[some, few, None], peak[some, None, None]
         codes = (x / s).round_().clamp_(spec.qmin, spec.qmax)
         cost[some, few] = metric(x / top, codes.mul_(s / top))
     return cost
 
 
-def _blocks(rows: int, steps: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of (channels, ratios) of about CHUNK elements."""
-    few = min(steps, max(1, CHUNK // length))
-    some = max(1, CHUNK // (few * length))
+def _blocks(rows: int, steps: int, length: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of (channels, ratios) of about `most` elements."""
+    few = min(steps, max(1, most // length))
+    some = max(1, most // (few * length))
     for i in range(0, rows, some):
         for j in range(0, steps, few):
             yield slice(i, i + some), slice(j, j + few)
