@@ -79,13 +79,13 @@ def relabel(data: TraceSet, law: ReleasedPairs, finished: list[Tensor], seed: in
     Args:
         data: recorded with one input of each chain; its chunks are written anew.
         law: the distribution it was recorded with.
-        finished: last samples, batch after batch.
+        finished: last samples, batch after batch, behind those of the trace's probes.
         seed: of the generator of the draw.
     """
     steps, chains = data.info["settings"]["steps"], data.info["settings"]["chains"]
     labels = law.labels(chains, steps, Generator().manual_seed(seed))
     assert (steps - 2 - labels).clamp(min=0).tolist() == [r[0] for r in data.info["target_steps"]]
-    images = torch.cat(finished)
+    images = torch.cat(finished)[-chains:]
     for chunk in data.info["chunks"]:
         tensors, metadata = read_tensors(data.folder / chunk["file"])
         chain = tensors["chain"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantempo.calibration.rows import Law, Place
 from quantempo.core import WEIGHT
 from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_layers
 from quantempo.recipe import RoundingSettings
@@ -62,7 +63,8 @@ def _unit(
         codes = nearest(float_layer.weight.detach(), scales[name], SPEC)
         zero = torch.tensor([128], dtype=torch.int32)
         fill(layer, codes, scales[name], float_layer.bias, act, zero)
-    recorded, behind = Inputs(64, 2**30), Inputs(64, 2**30)
+    law: Law = {f"[0][{i}]": Place(0, 1) for i in range(2)} | {"[2]": Place(0, 1)}
+    recorded, behind = Inputs(64, 2**30, law), Inputs(64, 2**30, law)
     for kept, value in ((recorded, x), (behind, moved)):
         kept.add(64, (value, times), {})
         kept.close()
@@ -237,7 +239,7 @@ def test_each_time_step_has_its_own_power() -> None:
 
 
 def test_inputs_in_half_precision_are_clipped_to_its_range() -> None:
-    inputs = Inputs(2, 0)
+    inputs = Inputs(2, 0, {"[0][0]": Place(0, 1)})
     inputs.add(2, (torch.tensor([[1e6, -1e6], [1.0, 2.0]]),), {})
     inputs.close()
     assert inputs.halved

@@ -81,7 +81,8 @@ def run_network(session: Session) -> Network:
     packed = nn.Module.to(denoiser_of(pipe)[1], like.device).eval()
 
     def inputs(rows: int) -> dict[str, Any]:
-        batch = data.rows(torch.arange(rows) % len(data))
+        alike = data.calls(torch.arange(len(data)), len(data))[0]
+        batch = data.rows(alike[torch.arange(rows) % len(alike)])
         # One number for all rows, as pipelines pass it: a batch of equal times is a mixed one.
         return data.arguments(batch._replace(t=batch.t[0]), like)
 
@@ -117,7 +118,7 @@ def quick_network(
     dtype = _float_type(next(floating.parameters()).device)
     steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000
     calls = [
-        random_inputs(floating, _RANGE_BATCH, time=time, seed=i + 1)
+        random_inputs(floating, _RANGE_BATCH + i, time=time, seed=i + 1)
         for i, time in enumerate(_TIMES)
     ]
     data = MemorySet.of_calls(floating, calls, steps)

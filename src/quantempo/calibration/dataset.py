@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quantempo.calibration.rows import Law, Place, join, key_of, load, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
-from quantempo.run_folder import RunFolder, hash_of, read_tensors
+from quantempo.run_folder import RunFolder, read_tensors
 
 __all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
 
@@ -57,19 +58,33 @@ class CalibrationData(Protocol):
         """Yield all rows in order, at most `batch_size` at a time."""
 
     def rows(self, index: Tensor) -> TraceBatch:
-        """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
+        """Return the rows at `index` (k,) int64, in that order, repeats allowed; see `calls`."""
+
+    def calls(self, index: Tensor, size: int) -> list[Tensor]:
+        """Split row numbers into calls: up to `size` rows of equal shared arguments and lengths."""
 
     def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
         """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
 
 
+_ROWS: Law = {"[0]": Place(0, 1), "[1]": Place(0, 1)}
+
+
 class _Calls:
-    """Implement what does not depend on where the rows are."""
+    """Rows in pieces: each the arguments of one call."""
 
     # What the denoiser calls its arguments x_t and t.
     names: tuple[str, str]
     timesteps: Any
     num_train_timesteps: Any
+    # Key and number of rows of each piece; those of one key can be joined.
+    pieces: list[tuple[str, int]]
+    # Where the rows are in a `TraceBatch`.
+    law: Law
+
+    def piece(self, number: int) -> TraceBatch:
+        """Return all rows of a piece."""
+        raise NotImplementedError
 
     @cached_property
     def per_unit(self) -> float:
@@ -77,6 +92,42 @@ class _Calls:
         t = self.timesteps
         fraction = t.is_floating_point() and float(t.max()) <= 1
         return float(self.num_train_timesteps) if fraction else 1.0
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.pieces)
+
+    def __iter__(self) -> Iterator[TraceBatch]:
+        return self.batches()
+
+    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
+        """Yield all rows in order, at most `batch_size` at a time, one piece in memory."""
+        for number, (_, count) in enumerate(self.pieces):
+            piece = self.piece(number)
+            for index in torch.arange(count).split(batch_size):
+                yield take(self.law, piece, index)
+
+    def rows(self, index: Tensor) -> TraceBatch:
+        """Return the rows at `index` (k,) int64, in that order, repeats allowed; see `calls`."""
+        if not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise QuantempoError(f"got row numbers up to {int(index.max())} of {len(self)} rows")
+        parts, places, keys, first = [], [], set(), 0
+        for number, (key, count) in enumerate(self.pieces):
+            here = ((index >= first) & (index < first + count)).nonzero()[:, 0]
+            if len(here):
+                parts.append(take(self.law, self.piece(number), index[here] - first))
+                places.append(here)
+                keys.add(key)
+            first += count
+        if len(keys) > 1:
+            raise QuantempoError("got rows whose arguments differ; ask for those of one of `calls`")
+        return take(self.law, join(self.law, parts), torch.cat(places).argsort())
+
+    def calls(self, index: Tensor, size: int) -> list[Tensor]:
+        """Split row numbers into calls: up to `size` rows of equal shared arguments and lengths."""
+        keys = list(dict.fromkeys(key for key, _ in self.pieces))
+        numbers = torch.tensor([keys.index(key) for key, _ in self.pieces])
+        mine = numbers.repeat_interleave(torch.tensor([n for _, n in self.pieces]))[index]
+        return [part for n in mine.unique() for part in index[mine == n].split(size)]
 
     def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
         """Return the keyword arguments of the recorded call, on the device of `like`.
@@ -100,7 +151,6 @@ class MemorySet(_Calls):
 
     Args:
         x_t: (N, ...) float32; t: (N,).
-        cond: the other arguments by name; tensors of N rows are per row, all else is shared.
         names: what the denoiser calls its arguments x_t and t.
     """
 
@@ -108,15 +158,28 @@ class MemorySet(_Calls):
         self,
         x_t: Tensor,
         t: Tensor,
-        cond: Mapping[str, Any] | None = None,
         *,
         names: tuple[str, str] = ("sample", "timestep"),
         num_train_timesteps: int = 1000,
     ) -> None:
-        # On the CPU, like rows read from a folder; a replay moves them to the denoiser.
-        here = pytree.tree_map_only(Tensor, Tensor.cpu, (x_t, t, dict(cond or {})))
-        self.x_t, self.timesteps, self.cond = here
-        self.names, self.num_train_timesteps = names, num_train_timesteps
+        self._fill([TraceBatch(x_t, t, {})], _ROWS, names, num_train_timesteps)
+
+    def _fill(
+        self, batches: list[TraceBatch], law: Law, names: tuple[str, str], steps: int
+    ) -> None:
+        self.law, self.names, self.num_train_timesteps = law, names, steps
+        groups: dict[str, list[TraceBatch]] = {}
+        for batch in batches:
+            # On the CPU, like rows read from a folder; a replay moves them to the denoiser.
+            here = pytree.tree_map_only(Tensor, Tensor.cpu, batch)
+            groups.setdefault(key_of(law, here, len(here.t)), []).append(here)
+        self._batches = [join(law, group) for group in groups.values()]
+        self.pieces = [(k, len(b.t)) for k, b in zip(groups, self._batches, strict=True)]
+        self.timesteps = torch.cat([batch.t for batch in self._batches])
+
+    def piece(self, number: int) -> TraceBatch:
+        """Return all rows of a piece."""
+        return self._batches[number]
 
     @classmethod
     def of_calls(
@@ -124,53 +187,37 @@ class MemorySet(_Calls):
     ) -> MemorySet:
         """Return the set of some calls of a denoiser, given as keyword arguments.
 
+        Their numbers of rows must differ, which tells what has an entry a row from what is shared;
+        without further tensors they need not. Several entries of one row lie side by side.
+
         Raises:
-            QuantempoError: no calls, or calls whose other arguments cannot be joined.
+            QuantempoError: no calls, calls of as many rows each, or arguments that change otherwise
+                than by their rows.
         """
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:
             raise QuantempoError("got no calls of the denoiser; give at least one")
-        leaves, shapes = zip(*(pytree.tree_flatten(b.conditioning) for b in bound), strict=True)
-        rows = [len(b.sample) for b in bound]
-        if any(shape != shapes[0] for shape in shapes):
-            raise QuantempoError("got calls of other arguments than the first; give equal ones")
-        joined = []
-        for column in zip(*leaves, strict=True):
-            each = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in
-                    zip(column, rows, strict=True)]  # fmt: skip
-            if not all(each) and len({hash_of(v) for v in column}) > 1:
-                raise QuantempoError(
-                    "an argument that is not one per row changes between the calls; expected "
-                    "tensors of as many rows as x_t, or the same value in every call"
-                )
-            joined.append(torch.cat(column) if all(each) else column[0])
-        cond = pytree.tree_unflatten(joined, shapes[0])
-        x_t, t = torch.cat([b.sample for b in bound]), torch.cat([b.timestep for b in bound])
-        names = bound[0].sample_name, bound[0].timestep_name
-        return cls(x_t, t, cond, names=names, num_train_timesteps=num_train_timesteps)
-
-    def __len__(self) -> int:
-        return len(self.x_t)
-
-    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
-        """Yield all rows in order, at most `batch_size` at a time."""
-        yield from map(self.rows, torch.arange(len(self)).split(batch_size))
-
-    def rows(self, index: Tensor) -> TraceBatch:
-        """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
-
-        def pick(value: Tensor) -> Tensor:
-            per_row = value.ndim > 0 and len(value) == len(self)
-            return value[index.to(value.device)] if per_row else value
-
-        cond = pytree.tree_map_only(Tensor, pick, self.cond)
-        return TraceBatch(pick(self.x_t), pick(self.timesteps), cond)
+        batches = [TraceBatch(b.sample, b.timestep, b.conditioning) for b in bound]
+        least, most = (f(batches, key=lambda batch: len(batch.t)) for f in (min, max))
+        law = dict(_ROWS)
+        if len(least.t) < len(most.t):
+            # Their rows are others, so that values say nothing.
+            two = [pytree.tree_map_only(Tensor, lambda v: v.to("meta"), b) for b in (least, most)]
+            law = measure(two[0], two[1], torch.arange(len(least.t)), len(most.t))
+        elif any(isinstance(v, Tensor) for v in pytree.tree_leaves(most.cond)):
+            raise QuantempoError(
+                f"got calls of {len(most.t)} rows each; give one of another number of rows, which "
+                "tells arguments with an entry a row from shared ones"
+            )
+        made, names = cls.__new__(cls), (bound[0].sample_name, bound[0].timestep_name)
+        made._fill(batches, law, names, num_train_timesteps)
+        return made
 
 
 class TraceSet(_Calls):
     """The calibration set in a trace folder, read without loading it whole.
 
-    Rows are ordered by chain, then pick, then half (of classifier-free guidance).
+    Rows are ordered by chunk, arguments that can be joined, chain, pick, half (of guidance).
 
     Raises:
         QuantempoError: the trace is missing, unfinished or damaged.
@@ -182,17 +229,18 @@ class TraceSet(_Calls):
         self.info: dict[str, Any] = RunFolder(index.parent).read_json(index.name)
         self.names = self.info["sample_name"], self.info["timestep_name"]
         self.num_train_timesteps: int = self.info["settings"]["num_train_timesteps"]
+        self.law = {path: value and Place(*value) for path, value in self.info["law"].items()}
+        self._groups: list[tuple[str, int, Any]] = []
         for chunk in self.info["chunks"]:
             if not self.folder.has(chunk["file"]):
                 raise QuantempoError(
                     f"the trace in {self.folder.path} lacks {chunk['file']}; rerun the trace"
                 )
-
-    def __len__(self) -> int:
-        return sum(chunk["rows"] for chunk in self.info["chunks"])
-
-    def __iter__(self) -> Iterator[TraceBatch]:
-        return self.batches()
+            first = 0
+            for group in chunk["groups"]:
+                self._groups.append((chunk["file"], first, group))
+                first += group["rows"]
+        self.pieces = [(group["key"], group["rows"]) for _, _, group in self._groups]
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -201,42 +249,13 @@ class TraceSet(_Calls):
 
     def column(self, name: str) -> Tensor:
         """Return one recorded (N, ...) tensor: "t", "chain", "pick", "half", "call", "target"."""
-        return torch.cat([self._read(chunk["file"])[name] for chunk in self.info["chunks"]])
+        read = (read_tensors(self.folder / chunk["file"])[0] for chunk in self.info["chunks"])
+        return torch.cat([tensors[name] for tensors in read])
 
-    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
-        """Yield all rows in order, at most `batch_size` at a time, one chunk in memory."""
-        for chunk in self.info["chunks"]:
-            tensors = self._read(chunk["file"])
-            for index in torch.arange(chunk["rows"]).split(batch_size):
-                yield self._batch(tensors, index)
-
-    def rows(self, index: Tensor) -> TraceBatch:
-        """Return the rows at `index` (k,) int64, in that order, repeats allowed."""
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
-            raise QuantempoError(f"got row numbers up to {int(index.max())} of {len(self)} rows")
-        picked: dict[str, Tensor] = {}
-        first = 0
-        for chunk in self.info["chunks"]:
-            here = ((index >= first) & (index < first + chunk["rows"])).nonzero()[:, 0]
-            if len(here) or not picked:
-                tensors = self._read(chunk["file"])
-                for name, value in tensors.items():
-                    if name.startswith("shared"):
-                        picked[name] = value
-                        continue
-                    whole = picked.setdefault(name, value.new_empty(len(index), *value.shape[1:]))
-                    whole[here] = value[index[here] - first]
-            first += chunk["rows"]
-        return self._batch(picked, torch.arange(len(index)))
-
-    def _read(self, file: str) -> dict[str, Tensor]:
-        return read_tensors(self.folder / file)[0]
-
-    def _batch(self, tensors: dict[str, Tensor], index: Tensor) -> TraceBatch:
-        """Put the arguments together again: each leaf is a constant or a tensor of the chunk."""
-        leaves: list[Any] = []
-        for kind, place, value in self.info["leaves"]:
-            found = value if kind == "constant" else tensors[kind + place]
-            leaves.append(found[index] if kind == "cond" else found)
-        cond = pytree.tree_unflatten(leaves, pytree.treespec_loads(self.info["tree"]))
-        return TraceBatch(tensors["x_t"][index], tensors["t"][index], cond)
+    def piece(self, number: int) -> TraceBatch:
+        """Return all rows of a group of a chunk."""
+        file, first, group = self._groups[number]
+        tensors = read_tensors(self.folder / file)[0]
+        mine = slice(first, first + group["rows"])
+        given = load(group["arguments"], tensors)
+        return TraceBatch(tensors["x_t"][mine], tensors["t"][mine], given)

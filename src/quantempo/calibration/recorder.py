@@ -5,25 +5,78 @@ Separate from `trace`, which decides the times, runs the pipeline and writes fil
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from quantempo.calibration.dataset import TraceBatch
+from quantempo.calibration.rows import Law, dump, join, key_of, measure, take
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import bind_inputs, hooked
-from quantempo.models.sampling import schedule_times
+from quantempo.models.layers import DenoiserInputs, bind_inputs, hooked
+from quantempo.models.sampling import call_pipeline, entries, schedule_times
 
-__all__ = ["CHANGES", "Recorder"]
+__all__ = ["Recorder", "probe"]
 
-CHANGES = (
-    "the denoiser's arguments change between the calls of one run in a way that cannot be "
-    "recorded ({name}); use a pipeline call that keeps them constant"
-)
+_NEVER = "the pipeline never called the denoiser; pass the network it denoises with"
+
+
+def probe(pipe: Any, denoiser: nn.Module, steps: int, seed: int, call: Mapping[str, Any]) -> Law:
+    """Return where the rows of a `TraceBatch` are, and under `x_t` where an image's are in x_t.
+
+    The pipeline runs for one image and for two, both of the first one's prompt, so that a length
+    that follows the caption is the same. The network itself runs at the first call only.
+
+    Raises:
+        QuantempoError: the denoiser is not called, or in a way that cannot be recorded.
+    """
+    runs, forward = [], denoiser.forward
+    for count in (1, 2):
+        found: dict[str, TraceBatch] = {}
+        outputs: dict[int, Any] = {}
+
+        # `wraps` keeps the signature, which pipelines inspect.
+        @functools.wraps(forward)
+        def answer(*args: Any, found: Any = found, outputs: Any = outputs, **kwargs: Any) -> Any:
+            inputs = bind_inputs(denoiser, args, kwargs)
+            kept = pytree.tree_map_only(Tensor, Tensor.clone, _batch(inputs))
+            found.setdefault(str(pytree.tree_structure(kept)), kept)
+            if len(kept.x_t) not in outputs:
+                outputs[len(kept.x_t)] = forward(*args, **kwargs)
+            return copy.deepcopy(outputs[len(kept.x_t)])
+
+        given, seeds = entries(call, [0] * count), range(seed, seed + count)
+        with patch.object(denoiser, "forward", answer):
+            call_pipeline(pipe, seeds, steps=steps, output_type="latent", **given)
+        runs.append(list(found.values()))
+    if not runs[0]:
+        raise QuantempoError(_NEVER)
+    law: Law = {}
+    if len(runs[0]) != len(runs[1]):
+        raise QuantempoError("the names of the denoiser's arguments change from run to run")
+    for one, two in zip(*runs, strict=True):
+        dump(one.cond, {}, "")
+        image = measure(one.x_t, two.x_t, torch.tensor([0]), 2)[""]
+        if image is None or image.dim:
+            raise QuantempoError(
+                f"the denoiser received x_t of shape {tuple(one.x_t.shape)} for one image and "
+                f"{tuple(two.x_t.shape)} for two; expected twice as many rows"
+            )
+        rows = take({"": image}, torch.arange(len(two.x_t)), torch.tensor([0]))
+        law |= measure(one, two, rows, len(two.x_t)) | {"x_t": image}
+    return law
+
+
+def _batch(inputs: DenoiserInputs) -> TraceBatch:
+    return TraceBatch(inputs.sample, inputs.timestep, inputs.conditioning)
 
 
 @dataclass
@@ -32,7 +85,9 @@ class _Slot:
 
     distance: float = float("inf")
     ties: int = 1
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    call: int = 0
+    key: str = ""
+    batch: TraceBatch | None = None
 
 
 class Recorder:
@@ -42,6 +97,7 @@ class Recorder:
 
     Args:
         indices: (b, k) step indices in [0, steps), the targets of each chain.
+        law: from `probe`.
         seed: decides between calls at the same time.
 
     Attributes:
@@ -50,9 +106,9 @@ class Recorder:
     """
 
     def __init__(
-        self, pipe: Any, indices: Tensor, first: int, steps: int, seed: int, bar: tqdm
+        self, pipe: Any, law: Law, indices: Tensor, first: int, steps: int, seed: int, bar: tqdm
     ) -> None:
-        self.pipe = pipe
+        self.pipe, self.law = pipe, law
         self.indices = indices
         self.first = first
         self.steps = steps
@@ -61,9 +117,6 @@ class Recorder:
         self.targets: Tensor | None = None
         self.per_unit = 1.0
         self.slots = [[_Slot() for _ in row] for row in indices]
-        # How the other arguments are put together again, see `TraceSet`.
-        self.details: dict[str, Any] | None = None
-        self.shared: dict[str, Tensor] = {}
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)
 
@@ -81,13 +134,14 @@ class Recorder:
                 f"the denoiser received {rows} rows for {chains} images; expected a multiple"
             )
         self.argument_names = (inputs.sample_name, inputs.timestep_name)
-        tensors = {"x_t": inputs.sample.detach().float(), "t": inputs.timestep}
-        tensors.update(self._conditioning(inputs.conditioning, rows))
-        # (halves, b): row h * b + c of the batch is half h of chain c
-        times = inputs.timestep.detach().cpu().double().view(-1, chains)
+        # (b, halves) rows of each chain
+        image, rows_of = self.law["x_t"], torch.arange(rows)
+        tiled = image is not None and image.tiled
+        rows_of = rows_of.view(-1, chains).T if tiled else rows_of.view(chains, -1)
+        times = inputs.timestep.detach().cpu().double()[rows_of[:, 0]]
         if self.targets is None:
-            self.targets = self._target_times(float(times[0, 0]))
-        distances = (times[0, :, None] - self.targets).abs().tolist()
+            self.targets = self._target_times(float(times[0]))
+        distances = (times[:, None] - self.targets).abs().tolist()
         taken = [
             (chain, slot)
             for chain, (slots, near) in enumerate(zip(self.slots, distances, strict=True))
@@ -95,23 +149,21 @@ class Recorder:
             if self._takes(slot, distance)
         ]
         if taken:
-            self._keep(taken, tensors, rows // chains)
+            self._keep(taken, _batch(inputs), rows_of)
         self.calls += 1
         self.bar.update(1)
 
-    def _keep(
-        self, taken: list[tuple[int, _Slot]], tensors: dict[str, Tensor], halves: int
-    ) -> None:
+    def _keep(self, taken: list[tuple[int, _Slot]], batch: TraceBatch, rows_of: Tensor) -> None:
         """Copy the rows of (chain, slot) pairs, all with one wait for the device."""
-        chains = len(self.slots)
-        rows = [half * chains + chain for chain, _ in taken for half in range(halves)]
-        index = torch.tensor(rows)
-        copies = {name: value.detach()[index.to(value.device)].cpu() for name, value in
-                  tensors.items()}  # fmt: skip
-        for i, (_, slot) in enumerate(taken):
-            mine = slice(i * halves, (i + 1) * halves)
-            slot.tensors = {name: value[mine].clone() for name, value in copies.items()}
-            slot.tensors["call"] = torch.full((halves,), self.calls)
+        index = rows_of[[chain for chain, _ in taken]]
+        key = key_of(self.law, batch, rows_of.numel())
+        # A copy also of what all rows share: the pipeline may overwrite it.
+        kept = pytree.tree_map_only(
+            Tensor, lambda v: v.detach().cpu().clone(), take(self.law, batch, index.flatten())
+        )
+        kept = kept._replace(x_t=kept.x_t.float())
+        for (_, slot), mine in zip(taken, torch.arange(index.numel()).view_as(index), strict=True):
+            slot.call, slot.key, slot.batch = self.calls, key, take(self.law, kept, mine)
 
     def _takes(self, slot: _Slot, distance: float) -> bool:
         if distance > slot.distance:
@@ -130,50 +182,29 @@ class Recorder:
             times = times * (received / times[-1])
         return times[(2 * self.indices + 1) * len(times) // (2 * self.steps)]
 
-    def _conditioning(self, given: dict[str, Any], rows: int) -> dict[str, Tensor]:
-        """Split the other arguments into per-row tensors, shared tensors and constants."""
-        batched, found = {}, []
-        leaves, tree = pytree.tree_flatten_with_path(given)
-        for path, value in leaves:
-            place, kind = pytree.keystr(path), "constant"
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-                kind, batched[f"cond{place}"] = "cond", value
-            elif isinstance(value, Tensor):
-                kind = "shared"
-                old = self.shared.setdefault(f"shared{place}", value.detach().cpu().clone())
-                if old.shape != value.shape or not torch.equal(old, value.detach().cpu()):
-                    raise QuantempoError(CHANGES.format(name=place))
-            elif not (value is None or isinstance(value, bool | int | float | str)):
-                raise QuantempoError(
-                    f"the denoiser's argument {place} is a {type(value).__name__}, which cannot "
-                    "be recorded; expected tensors, numbers, text, or containers of them"
-                )
-            found.append([kind, place, value if kind == "constant" else None])
-        details = {"leaves": found, "tree": pytree.treespec_dumps(tree)}
-        if self.details is not None and details != self.details:
-            raise QuantempoError(CHANGES.format(name=", ".join(given)))
-        self.details = details
-        return batched
-
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the kept tensors, rows ordered by chain, pick, half, and how they were passed."""
-        if self.targets is None or self.details is None:
-            raise QuantempoError(
-                "the pipeline never called the denoiser; pass the network it denoises with"
-            )
-        parts: list[dict[str, Tensor]] = []
+        """Return the kept tensors, and how their rows were passed.
+
+        Rows are ordered by group (of calls that can be joined), chain, pick, half.
+        """
+        groups: dict[str, list[tuple[dict[str, Tensor], TraceBatch]]] = {}
         for chain, slots in enumerate(self.slots):
             for pick, slot in enumerate(slots):
-                halves = len(slot.tensors["x_t"])
-                place = {
-                    "chain": torch.full((halves,), self.first + chain),
-                    "pick": torch.full((halves,), pick),
-                    "half": torch.arange(halves),
-                    "target": self.targets[chain, pick].expand(halves),
-                }
-                parts.append({**slot.tensors, **place})
-        if any(part.keys() != parts[0].keys() for part in parts):
-            raise QuantempoError(CHANGES.format(name="conditioning"))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                if slot.batch is None or self.targets is None:
+                    raise QuantempoError(_NEVER)
+                halves = len(slot.batch.t)
+                place = {"chain": self.first + chain, "pick": pick, "call": slot.call}
+                columns = {name: torch.full((halves,), value) for name, value in place.items()}
+                columns["half"] = torch.arange(halves)
+                columns["target"] = self.targets[chain, pick].expand(halves)
+                groups.setdefault(slot.key, []).append((columns, slot.batch))
+        columns_of = [columns for group in groups.values() for columns, _ in group]
+        tensors = {name: torch.cat([c[name] for c in columns_of]) for name in columns_of[0]}
+        joined = [join(self.law, [batch for _, batch in group]) for group in groups.values()]
+        tensors |= {name: torch.cat([getattr(b, name) for b in joined]) for name in ("x_t", "t")}
+        found = [
+            {"key": key, "rows": len(b.t), "arguments": dump(b.cond, tensors, f"cond{i}")}
+            for i, (key, b) in enumerate(zip(groups, joined, strict=True))
+        ]
         names = dict(zip(("sample_name", "timestep_name"), self.argument_names, strict=True))
-        return {**tensors, **self.shared}, {**names, **self.details}
+        return tensors, {**names, "law": self.law, "groups": found}

@@ -28,7 +28,8 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
-from quantempo.calibration.recorder import CHANGES, Recorder
+from quantempo.calibration.recorder import Recorder, probe
+from quantempo.calibration.rows import Law
 from quantempo.calibration.sources import check_source, image_digest, needs_images, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
@@ -39,7 +40,7 @@ from quantempo.run_folder import RunFolder, canonical, read_tensors, tensors_sha
 
 __all__ = ["check_settings", "deal_targets", "trace"]
 
-_FORMAT = 1
+_FORMAT = 2
 _METADATA = "quantempo_trace"
 
 
@@ -134,6 +135,7 @@ def _fill(
     if missing:
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
+        law = probe(run.pipe, run.denoiser, steps, settings["seed"], run.call)
     hidden = None if progress is None else not progress
     with tqdm(
         total=steps * len(missing), desc="trace", unit="call", disable=hidden, leave=False
@@ -141,7 +143,7 @@ def _fill(
         for name in missing:
             first = files[name]
             batch = targets[first : first + size]
-            tensors, details = _record(run, batch, first, bar)
+            tensors, details = _record(run, law, batch, first, bar)
             store.write_safetensors(name, tensors, details)
     return list(files)
 
@@ -151,12 +153,12 @@ def _file(first: int, batch_size: int) -> str:
 
 
 def _record(
-    run: _Run, targets: Tensor, first: int, bar: tqdm
+    run: _Run, law: Law, targets: Tensor, first: int, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Run one batch of chains; return the chunk's tensors and metadata."""
     pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
-    recorder = Recorder(pipe, targets, first, steps, seed, bar)
+    recorder = Recorder(pipe, law, targets, first, steps, seed, bar)
     with recorder.listening(run.denoiser):
         seeds = range(seed, seed + len(targets))
         call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **run.call)
@@ -240,12 +242,11 @@ def _finish(
     for name in names:
         with safe_open(store / name, framework="pt") as stream:
             details = json.loads(stream.metadata()[_METADATA])
-            details["tensors"] = sorted(stream.keys())
-        chunks.append({"file": name, "rows": details["rows"], "sha256": details["sha256"]})
-        common = ("sample_name", "timestep_name", "leaves", "tree", "tensors")
-        found.append({key: details[key] for key in common})
+        own = ("rows", "sha256", "groups")
+        chunks.append({"file": name, **{key: details[key] for key in own}})
+        found.append({key: details[key] for key in ("sample_name", "timestep_name", "law")})
         if found[-1] != found[0]:
-            raise QuantempoError(CHANGES.format(name="between batches"))
+            raise QuantempoError(f"{store / name} is not of this trace; delete it and rerun")
     info = {
         "settings": settings,
         "seeds": [settings["seed"] + chain for chain in range(settings["chains"])],

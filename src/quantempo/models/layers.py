@@ -197,6 +197,9 @@ def bind_inputs(
     module = getattr(denoiser, "_orig_mod", denoiser)
     signature = inspect.signature(type(module).forward)
     given = dict(signature.bind(module, *args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
     names = list(signature.parameters)
     given.pop(names[0])
     sample_name = names[1]

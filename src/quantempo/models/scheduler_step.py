@@ -40,10 +40,8 @@ def scheduler_noise(scheduler: Any, noise: Sequence[Generator]) -> Iterator[None
 
     A step over several copies of the batch (guidance) goes round the generators again.
     """
-    if (
-        not hasattr(scheduler, "step")
-        or "generator" not in (signature := inspect.signature(scheduler.step)).parameters
-    ):
+    signature = inspect.signature(scheduler.step)
+    if "generator" not in signature.parameters:
         yield
         return
 

@@ -32,7 +32,8 @@ def measured_rows(
 ) -> list[dict[str, Any]]:
     """Return `layer_rows` with work and errors measured on a few rows of the calibration set."""
     # Spread evenly over the set, so that every part of time is in the figures.
-    batch = data.rows(torch.linspace(0, len(data) - 1, min(16, len(data))).long())
+    index = torch.linspace(0, len(data) - 1, min(16, len(data))).long()
+    batch = data.rows(max(data.calls(index, 16), key=len))
 
     def forward() -> Tensor:
         return data.replay(denoiser, batch)

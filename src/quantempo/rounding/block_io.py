@@ -5,19 +5,20 @@ The network is stopped at the block, so a recording costs what comes before it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quantempo.calibration.rows import Law, by_row, join, key_of, take
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked
 from quantempo.quantized import QLayer, StepClock
 
-__all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until", "tensors_of"]
+__all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until"]
 
 
 class _StopError(Exception):
@@ -43,42 +44,33 @@ def run_until(module: nn.Module, call: Callable[[], Any], see: Callable[..., Non
     raise QuantempoError("a block was not reached by the network's forward; exclude its layers")
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return the floating tensors in the output of a block, in order."""
-    leaves = pytree.tree_leaves(output)
-    return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
-
-
 class Inputs:
     """The arguments of a block for N rows of the calibration set.
-
-    Tensors whose first dimension grows with the rows of a call are kept for each row; all else is
-    taken to be the same for every call.
 
     Args:
         budget: bytes kept on the device they come from; what would be more lies on the host, in
             half precision (values beyond its range are clipped to it).
+        law: of the calls of the block, see `calibration.rows.laws`.
     """
 
-    def __init__(self, rows: int, budget: int) -> None:
-        self.rows, self.budget = rows, budget
+    def __init__(self, rows: int, budget: int, law: Law) -> None:
+        self.rows, self.budget, self.law = rows, budget, law
         self.halved = False
-        self._parts: list[tuple[int, list[Any]]] = []
-        # (whether it grows with the rows, value) of each leaf of the arguments.
-        self._leaves: list[tuple[bool, Any]] = []
-        self._tree: Any = None
+        self._parts: list[tuple[str, int, Any]] = []
+        # The calls that could be joined; the group of each row, and its place there.
+        self._groups: list[Any] = []
+        self._group = self._place = torch.zeros(0, dtype=torch.int64)
 
     def add(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call of `count` rows."""
-        leaves, self._tree = pytree.tree_flatten((args, kwargs))
+        call = (args, kwargs)
         if not self._parts:
-            size = sum(v.nbytes for v in leaves if isinstance(v, Tensor))
+            size = sum(v.nbytes for v in pytree.tree_leaves(call) if isinstance(v, Tensor))
             self.halved = size / count * self.rows > self.budget
-        self._parts.append((count, [self._keep(value) for value in leaves]))
+        kept = pytree.tree_map_only(Tensor, self._keep, call)
+        self._parts.append((key_of(self.law, call, count), count, kept))
 
-    def _keep(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def _keep(self, value: Tensor) -> Tensor:
         value = value.detach()
         if self.halved and value.dtype == torch.float32:
             top = torch.finfo(torch.float16).max
@@ -88,47 +80,54 @@ class Inputs:
     @property
     def expected_bytes(self) -> float:
         """Bytes that all rows will take, from those of the calls so far."""
-        rows = sum(count for count, _ in self._parts)
-        tensors = [v for _, part in self._parts for v in part if isinstance(v, Tensor)]
+        rows = sum(count for _, count, _ in self._parts)
+        tensors = [v for v in pytree.tree_leaves(self._parts) if isinstance(v, Tensor)]
         return sum(v.nbytes for v in tensors) / max(1, rows) * self.rows
 
     def close(self) -> None:
         """Join the calls; nothing can be added afterwards."""
-        counts = [count for count, _ in self._parts]
-        for column in zip(*(part for _, part in self._parts), strict=True):
-            grows = _grows(column, counts)
-            self._leaves.append((grows, torch.cat(column) if grows else column[0]))
+        keys = list(dict.fromkeys(key for key, _, _ in self._parts))
+        self._group = torch.tensor([keys.index(k) for k, n, _ in self._parts for _ in range(n)])
+        self._place = torch.zeros_like(self._group)
+        for number, key in enumerate(keys):
+            self._groups.append(join(self.law, [v for k, _, v in self._parts if k == key]))
+            here = self._group == number
+            self._place[here] = torch.arange(int(here.sum()))
         self._parts.clear()
 
-    def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return (args, kwargs) of rows `index` (k,), float32."""
+    def groups(self) -> list[Tensor]:
+        """Return the numbers of the rows that can be in one call, (k,) int64 each."""
+        return [(self._group == n).nonzero()[:, 0] for n in range(len(self._groups))]
 
-        def at(grows: bool, value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if grows:
-                # Waits for the device where rows lie on the host: read while it is on its way,
-                # the index would be garbage.
-                rows = value.unflatten(0, (self.rows, -1))
-                value = rows.index_select(0, index.to(value.device)).flatten(0, 1)
+    def alike(self, index: Tensor) -> Tensor:
+        """Return `index` with rows that cannot be in one call with the first one replaced."""
+        if len(self._groups) == 1:
+            return index
+        own = self._group.to(index.device)
+        mine = (own == own[index[0]]).nonzero()[:, 0]
+        return torch.where(own[index] == own[index[0]], index, mine[index % len(mine)])
+
+    def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of rows `index` (k,), float32; all of one of the groups."""
+        number = 0
+        if len(self._groups) > 1:
+            (number,) = set(self._group[index.cpu()].tolist())
+            index = self._place[index.cpu()]
+
+        def given(value: Tensor) -> Tensor:
             value = value.to(device, non_blocking=True)
             return value.float() if value.dtype == torch.float16 and self.halved else value
 
-        return pytree.tree_unflatten([at(*leaf) for leaf in self._leaves], self._tree)
-
-
-def _grows(column: Sequence[Any], counts: list[int]) -> bool:
-    """Return whether the first dimensions are a common multiple of the rows of the calls."""
-    if any(not isinstance(v, Tensor) or v.ndim == 0 for v in column):
-        return False
-    each = column[0].shape[0] // counts[0]
-    return each > 0 and all(v.shape[0] == each * n for v, n in zip(column, counts, strict=True))
+        call = take(self.law, self._groups[number], index)
+        return pytree.tree_map_only(Tensor, given, call)
 
 
 @torch.no_grad()
-def record(module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget: int) -> Inputs:
+def record(
+    module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget: int, law: Law
+) -> Inputs:
     """Return what `module` is called with by each of `calls` = (rows, forward of the network)."""
-    inputs = Inputs(sum(rows for rows, _ in calls), budget)
+    inputs = Inputs(sum(rows for rows, _ in calls), budget, law)
     for rows, call in calls:
 
         def see(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int = rows) -> None:
@@ -141,11 +140,14 @@ def record(module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget
 
 @torch.no_grad()
 def record_all(
-    modules: Mapping[str, nn.Module], calls: list[tuple[int, Callable[[], Any]]], budget: int
+    modules: Mapping[str, nn.Module],
+    calls: list[tuple[int, Callable[[], Any]]],
+    budget: int,
+    laws: Mapping[str, Law],
 ) -> dict[str, Inputs] | None:
     """Return what every module is first called with, each call run once; None over the budget."""
     total = sum(rows for rows, _ in calls)
-    found = {name: Inputs(total, budget) for name in modules}
+    found = {name: Inputs(total, budget, laws[name]) for name in modules}
     seen: set[str] = set()
     rows = 0
 
@@ -201,8 +203,9 @@ class BlockRun:
         return self.exact.rows
 
     def batches(self) -> Iterator[Tensor]:
-        """Yield the numbers of all rows, (k,) int64, a batch at a time."""
-        yield from torch.arange(len(self), device=self.device).split(self.batch)
+        """Yield the numbers of all rows, (k,) int64, a batch that fits one call at a time."""
+        for rows in self.exact.groups():
+            yield from rows.to(self.device).split(self.batch)
 
     def run(self, index: Tensor, *, exact: bool) -> list[Tensor]:
         """Return the outputs of the block, float or quantized, on its own inputs of some rows."""
@@ -210,10 +213,13 @@ class BlockRun:
         return self.call(index, inputs.take(index, self.device), exact=exact)
 
     def call(self, index: Tensor, arguments: Any, *, exact: bool) -> list[Tensor]:
-        """Return the outputs of the block on (args, kwargs), at the times of rows `index`."""
+        """Return the outputs of the block on (args, kwargs), at the times of rows `index`.
+
+        Those are its floating tensors, (k, n) each.
+        """
         self.clock.set(self.times.index_select(0, index))
         module, (args, kwargs) = self.module if exact else self.copied, arguments
-        return tensors_of(module(*args, **kwargs))
+        return by_row(self.exact.law, module(*args, **kwargs), len(index), "[2]")
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
         """Yield the input of one quantized layer for all rows, the block's integers as they are.
@@ -247,12 +253,13 @@ class BlockRun:
     def powers(self) -> list[Tensor]:
         """Return (N,) for each output: mean square of the float block's at the row's time-step."""
         rows: list[list[Tensor]] = []
+        place = torch.cat(list(self.batches())).argsort()
         for index in self.batches():
-            rows.append([_row_mean(y.square(), len(index)) for y in self.run(index, exact=True)])
+            rows.append([y.square().mean(1) for y in self.run(index, exact=True)])
         _, group = self.times.unique(return_inverse=True)
         result = []
         for parts in zip(*rows, strict=True):
-            power = torch.cat(parts)
+            power = torch.cat(parts)[place]
             sums = power.new_zeros(len(power)).index_add_(0, group, power)
             counts = power.new_zeros(len(power)).index_add_(0, group, torch.ones_like(power))
             mean = (sums / counts.clamp_min(1)).index_select(0, group)
@@ -264,7 +271,7 @@ class BlockRun:
     ) -> Tensor:
         """Return () mean over rows and outputs of |got - wanted|^2 / power at the time-step."""
         terms = [
-            (_row_mean((y - target).square(), len(index)) / power.index_select(0, index)).mean()
+            ((y - target).square().mean(1) / power.index_select(0, index)).mean()
             for y, target, power in zip(got, wanted, powers, strict=True)
         ]
         return torch.stack(terms).mean()
@@ -278,8 +285,3 @@ class BlockRun:
             error = self.error(self.run(index, exact=False), wanted, powers, index)
             total += error.double() * len(index)
         return float(total) / len(self)
-
-
-def _row_mean(values: Tensor, rows: int) -> Tensor:
-    """Return (rows,) means of (rows m, ...)."""
-    return values.reshape(rows, -1).mean(1)

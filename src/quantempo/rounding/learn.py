@@ -64,7 +64,8 @@ def learn(
     rows = torch.randint(len(block), size, generator=host).to(block.device)
     adam = torch.optim.Adam(parameters, lr=rate)
     with _outputs(block.floats) as exact, _outputs(block.copies) as quantized:
-        for iteration, index in enumerate(rows):
+        for iteration, drawn in enumerate(rows):
+            index = block.exact.alike(drawn)
             with torch.no_grad():
                 arguments = block.exact.take(index, block.device)
                 wanted = block.call(index, arguments, exact=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.calibration.rows import Law, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Block, blocks, hooked
@@ -148,8 +149,10 @@ class _Job:
         self.rounding = ROUNDINGS.get(self.settings.name)
         if self.rounding.needs == "block":
             check_start(self.settings)
-        self.batches = _draw(self.data, self.settings)
+        self.calls = _draw(self.data, self.settings)
+        self.batches = [self.data.rows(rows) for rows in self.calls]
         self.blocks = self._in_order()
+        self.laws = self._measured()
         self.kept = 0
         # Inputs of the float blocks, from one run for all of them if they fit the budget.
         self.exact: dict[str, Inputs] | None = None
@@ -178,6 +181,22 @@ class _Job:
                 result.append(replace(known[name], layers=run))
         self.idle = idle
         return result
+
+    def _measured(self) -> dict[str, Law]:
+        """Return where the rows are in the calls of every block, see `calibration.rows.laws`."""
+        found: dict[str, Law] = {block.name: {} for block in self.blocks}
+        modules = {block.name: block.module for block in self.blocks}
+        # A call of each kind of arguments: of captions of several lengths, so that there are masks.
+        for rows in self.data.calls(torch.cat(self.calls), self.settings.batch):
+            more = laws(modules, lambda i: self.data.replay(self.denoiser, self.data.rows(i)), rows)
+            for name, law in more.items():
+                if found[name] | law != law | found[name]:
+                    raise QuantempoError(
+                        f"the block {name} is called with other numbers of entries a row in other "
+                        "calls, which cannot be rounded; exclude its layers"
+                    )
+                found[name] |= law
+        return found
 
     def _call(self, network: nn.Module, batch: TraceBatch) -> Callable[[], Any]:
         return lambda: self.data.replay(network, batch)
@@ -227,18 +246,18 @@ class _Job:
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
         """Record the inputs of a block in both networks."""
-        copied = self.copied.get_submodule(block.name)
+        copied, law = self.copied.get_submodule(block.name), self.laws[block.name]
 
         def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
             return [(len(b.x_t), self._call(network, b)) for b in self.batches]
 
         if self.exact is None:
             modules = {b.name: b.module for b in self.blocks}
-            self.exact = record_all(modules, calls(self.denoiser), self.budget) or {}
+            self.exact = record_all(modules, calls(self.denoiser), self.budget, self.laws) or {}
         exact = self.exact.pop(block.name, None)
         if exact is None:
-            exact = record(block.module, calls(self.denoiser), self.budget)
-        quantized = record(copied, calls(self.copied), self.budget)
+            exact = record(block.module, calls(self.denoiser), self.budget, law)
+        quantized = record(copied, calls(self.copied), self.budget, law)
         if exact.halved:
             log.debug("%s: its inputs lie on the host in half precision", block.name)
         layers: dict[str, Any] = {n: self.copied.get_submodule(n) for n in block.layers}
@@ -247,16 +266,13 @@ class _Job:
         return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
 
 
-def _draw(data: CalibrationData, settings: RoundingSettings) -> list[TraceBatch]:
-    """Return the rows to look at, in calls of one row, then `batch` rows each.
-
-    The sizes differ so that what grows with the rows of a call can be told from what does not.
-    """
+def _draw(data: CalibrationData, settings: RoundingSettings) -> list[Tensor]:
+    """Return the numbers of the rows to look at, in calls of one row, then `batch` rows each."""
     generator = torch.Generator().manual_seed(settings.seed)
     count = min(settings.samples, len(data))
     index = torch.randperm(len(data), generator=generator)[:count].sort().values
-    parts = [index[:1], *index[1:].split(settings.batch)]
-    return [data.rows(part) for part in parts if len(part)]
+    rest = data.calls(index[1:], settings.batch) if len(index) > 1 else []
+    return [index[:1], *rest]
 
 
 @torch.no_grad()
