@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantempo.cli import app, main
+from quantempo.pipeline.stages import reopen
 from tests.packed import packed, recipe, saved
 
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*"))
@@ -166,6 +167,51 @@ def test_a_text_model_without_prompts_asks_for_them(cli: Any, tmp_path: Path, sm
     refused(cli(*command), "needs a prompt", "--prompts FILE")
     (tmp_path / "prompts.txt").write_text("a b\n\nc d\n")
     assert cli(*command, "--prompts", tmp_path / "prompts.txt").code == 0
+
+
+def test_arguments_are_given_by_file_setting_and_option(
+    cli: Any, tmp_path: Path, small: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa b\r\nc\u2028d\n".encode())
+    (tmp_path / "call.toml").write_text("guidance_scale = 3.0\neta = 0.5\nclip_skip = 'None'\n")
+    run, prompts = tmp_path / "run", ("--prompts", tmp_path / "prompts.txt")
+    command = (
+        "trace",
+        saved("text"),
+        "--run",
+        run,
+        "--recipe",
+        small,
+        *prompts,
+        "--set",
+        "eta=0.25",
+    )
+    options = ("--negative-prompt", "e", "--height", 16, "--width", 16, "--guidance-scale", "2")
+    assert cli(*command, "--set", "eta=0.25", "--call", tmp_path / "call.toml", *options).code == 0
+    assert reopen(run).call == {
+        "prompt": ["a b", "c\u2028d"], "negative_prompt": "e", "guidance_scale": 2.0, "eta": 0.25,
+        "clip_skip": None, "height": 16, "width": 16,
+    }  # fmt: skip
+    other = ("trace", saved("text"), "--run", tmp_path / "other", "--recipe", small, *prompts)
+    refused(cli(*other, "--set", "hight=3"), "no argument 'hight'", "did you mean 'height'")
+    refused(cli(*other, "--set", "hight"), "expected key=value")
+    refused(cli(*other, "--call", tmp_path / "none.toml"), "expected a TOML file")
+    refused(cli(*other, "--strength", "0.5"), "no argument 'strength'")
+    refused(cli(*other, "--dtype", "half"), "unknown dtype", "bfloat16")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_error_of_diffusers_is_a_sentence_and_its_trace_on_request(
+    cli: Any, tmp_path: Path, small: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n")
+    command = ("trace", saved("text"), "--run", tmp_path / "run", "--recipe", small)
+    command += ("--prompts", tmp_path / "prompts.txt", "--set", "timesteps=[9, 5]")
+    words = ("StableDiffusionPipeline failed", "set_timesteps", "check timesteps, prompt")
+    refused(cli(*command), *words)
+    for place in (0, len(command)):
+        said = cli(*command[:place], "--debug", *command[place:])
+        assert said.code == 2 and "Traceback" in said.err and "ValueError" in said.err
 
 
 @pytest.mark.parametrize("stage", ["start", "stats.safetensors", "packed"])

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -113,17 +114,22 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Return settings as JSON types: tensors by their hash, numbers JSON lacks as text.
+    """Return settings as JSON types: tensors, pictures by hash; numbers JSON lacks as text.
 
     Raises:
-        TypeError: a value that is none of numbers, text, tensors, arrays and containers of them.
+        TypeError: a value that is none of numbers, text, tensors, arrays, pictures and containers.
     """
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value.item()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Image.Image):
+        return f"image {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, np.ndarray):
+        # An array and a tensor of the same numbers mean different pictures to a pipeline.
+        return f"array {tensors_sha256({'': torch.from_numpy(value)})}"
     if isinstance(value, Tensor):
         return f"tensor {tensors_sha256({'': value})}"
     if isinstance(value, float) and not math.isfinite(value):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from quantempo.errors import QuantempoError
@@ -20,7 +21,15 @@ def with_entry(**entry: object) -> Callable[[bytes], bytes]:
     return lambda text: json.dumps(json.loads(text) | entry).encode()
 
 
-WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
+PLAIN = "diffusion_pytorch_model.safetensors"
+WEIGHTS, CONFIG = f"unet/{PLAIN}", "unet/config.json"
+
+
+def with_lora(file: bytes) -> bytes:
+    tensors = load(file)
+    base = tensors.pop("conv_in.weight")
+    added = {"conv_in.base_layer.weight": base, "conv_in.lora_A.default.weight": base[:2].clone()}
+    return save(tensors | added, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -33,6 +42,8 @@ WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
         (WEIGHTS, None, "cannot load"),
         (CONFIG, with_entry(block_out_channels=[16, 64]), "cannot load"),
         ("model_index.json", with_entry(_class_name="NoPipeline"), "cannot load"),
+        (CONFIG, lambda whole: b"\xef\xbb\xbf" + whole, "config.json .*without a byte order mark"),
+        (WEIGHTS, with_lora, r"holds a LoRA \('conv_in.lora_A.*fuse_lora.*unload_lora_weights"),
     ],
 )
 def test_a_broken_folder_is_one_sentence(file, damage, message, tmp_path):
@@ -71,6 +82,61 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     assert list((tmp_path / "model/unet").glob("*.bin"))
     with pytest.raises(QuantempoError, match=r"cannot load .*safetensors"):
         load_pipeline(tmp_path / "model")
+
+
+def renamed(folder: Path, **variants: str | None) -> None:
+    """Give the weights of components another variant."""
+    for component, variant in variants.items():
+        for name in (PLAIN, "model.safetensors"):
+            if (file := folder / component / name).is_file() and variant:
+                file.rename(file.with_name(name.replace(".s", f".{variant}.s")))
+
+
+@pytest.mark.parametrize(
+    ("variants", "option"),
+    [
+        ({"unet": "fp16"}, None),
+        ({"unet": "ema"}, None),
+        ({"unet": "non_ema", "vae": "non_ema", "text_encoder": "non_ema"}, None),
+        ({"vae": "fp16", "text_encoder": "fp16"}, None),
+        ({"unet": "ema"}, "ema"),
+    ],
+)
+def test_variants_are_loaded_as_diffusers_does(
+    variants: dict[str, str], option: str | None, tmp_path: Path
+) -> None:
+    shutil.copytree(saved("text"), tmp_path / "model")
+    renamed(tmp_path / "model", **variants)
+    pipe = load_pipeline(tmp_path / "model", variant=option)
+    wanted = load_pipeline(saved("text"))
+    for name in ("unet", "vae", "text_encoder"):
+        assert model_digest(getattr(pipe, name)) == model_digest(getattr(wanted, name))
+
+
+def test_a_choice_of_variants_is_left_to_the_user(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved("unconditional"), folder)
+    other = tiny_unet(seed=1)
+    other.save_pretrained(folder / "unet", variant="ema")
+    assert model_digest(load_pipeline(folder).unet) == model_digest(tiny_unet())
+    assert model_digest(load_pipeline(folder, variant="ema").unet) == model_digest(other)
+    (folder / "unet" / PLAIN).rename(folder / "unet" / PLAIN.replace(".s", ".fp16.s"))
+    with pytest.raises(QuantempoError, match="variants ema, fp16 only; choose one: --variant"):
+        load_pipeline(folder)
+    assert load_pipeline(folder, variant="fp16")
+    with pytest.raises(QuantempoError, match="cannot load"):
+        load_pipeline(folder, variant="bf16")
+
+
+def test_files_that_diffusers_does_not_read_do_not_matter(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved("unconditional"), folder)
+    for name in ("._" + PLAIN, "other.safetensors", PLAIN.replace(".s", ".ema.s"), "notes.json"):
+        (folder / "unet" / name).write_bytes(b"{ torn")
+    (folder / "training.json").write_bytes(b"{ torn")
+    (folder / "samples").mkdir()
+    (folder / "samples/._config.json").write_bytes(b"\x00\x05")
+    assert model_digest(load_pipeline(folder).unet) == model_digest(tiny_unet())
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])

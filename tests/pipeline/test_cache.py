@@ -100,7 +100,7 @@ def test_what_a_run_folder_cannot_keep_is_refused_before_any_work(tmp_path: Path
 def test_hashes_know_arrays_and_infinities_and_nothing_by_its_text() -> None:
     values = [torch.zeros(2000), torch.zeros(2000).index_fill(0, torch.tensor([1000]), 1)]
     assert hash_of(values[0]) != hash_of(values[1])
-    assert hash_of(values[1]) == hash_of(values[1].numpy())
+    assert hash_of(values[1]) != hash_of(values[1].numpy())
     assert hash_of({"a": float("inf")}) != hash_of({"a": float("-inf")})
     with pytest.raises(TypeError, match="it holds a object"):
         hash_of([object()])

@@ -22,7 +22,7 @@ from quantempo.calibration.dataset import TraceBatch
 from quantempo.calibration.rows import Law, dump, join, key_of, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import DenoiserInputs, bind_inputs, hooked
-from quantempo.models.sampling import call_pipeline, entries, schedule_times
+from quantempo.models.sampling import call_pipeline, schedule_times
 
 __all__ = ["Recorder", "probe"]
 
@@ -53,9 +53,9 @@ def probe(pipe: Any, denoiser: nn.Module, steps: int, seed: int, call: Mapping[s
                 outputs[len(kept.x_t)] = forward(*args, **kwargs)
             return copy.deepcopy(outputs[len(kept.x_t)])
 
-        given, seeds = entries(call, [0] * count), range(seed, seed + count)
+        seeds, places = range(seed, seed + count), [0] * count
         with patch.object(denoiser, "forward", answer):
-            call_pipeline(pipe, seeds, steps=steps, output_type="latent", **given)
+            call_pipeline(pipe, seeds, steps=steps, output_type="latent", places=places, **call)
         runs.append(list(found.values()))
     if not runs[0]:
         raise QuantempoError(_NEVER)

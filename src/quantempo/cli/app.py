@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 import typer
 
@@ -50,6 +51,7 @@ for _verb in (
 def _options(
     quiet: bool = typer.Option(False, "--quiet", help="Only results and errors."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Also what each block became."),
+    debug: bool = typer.Option(False, "--debug", help="Where an error came from, before its line."),
 ) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
@@ -58,8 +60,13 @@ def _options(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    # Of the program, but people give it after the verb.
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [text for text in sys.argv[1:] if text != "--debug"]
     try:
         app()
     except QuantempoError as error:
+        if debug:
+            traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -1,8 +1,11 @@
-"""What the verbs share: options, printing, reading prompts."""
+"""What the verbs share: options, printing, the arguments of a pipeline's call."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +20,16 @@ __all__ = [
     "EngineName",
     "Force",
     "Json",
-    "Labels",
-    "Prompts",
     "RecipeName",
     "Run",
     "Scheduler",
     "Source",
     "Steps",
     "call_arguments",
-    "open_session",
     "show",
     "show_summary",
+    "with_call",
+    "with_loading",
 ]
 
 Source = Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")]
@@ -35,12 +37,6 @@ Run = Annotated[Path, typer.Option("--run", help="Run folder, one artefact a sta
 RecipeName = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
 Scheduler = Annotated[
     str | None, typer.Option("--scheduler", help="Sampler instead of the pipeline's own.")
-]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="Text file, one prompt a line, for text models.")
-]
-Labels = Annotated[
-    str | None, typer.Option("--class-labels", help="Comma-separated labels, for class models.")
 ]
 EngineName = Annotated[
     str, typer.Option("--engine", help="auto, openvino, onednn, triton (GPU) or simulated.")
@@ -57,49 +53,88 @@ Force = Annotated[bool, typer.Option("--force", help="Redo what other settings m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def call_arguments(prompts: Path | None, labels: str | None) -> dict[str, Any]:
-    """Return the extra arguments of the pipeline's call.
+def _option(kind: Any, text: str, *names: str, panel: str) -> Any:
+    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=panel)]
+
+
+_value = functools.partial(_option, panel="Arguments of the pipeline's call")
+_CALL = {
+    "prompts": _value(Path, "Text file, one prompt a line, for text models."),
+    "class_labels": _value(str, "Comma-separated labels, for class models."),
+    "negative_prompt": _value(str, "What not to show, for text models."),
+    "height": _value(int, "Pixels."),
+    "width": _value(int, "Pixels."),
+    "num_frames": _value(int, "Frames of a film."),
+    "guidance_scale": _value(float, "Guidance, where it differs from the pipeline's own."),
+    "strength": _value(float, "How far an input image is changed, 0 to 1."),
+    "max_sequence_length": _value(int, "Tokens of a prompt."),
+    "call_file": _value(Path, "TOML file of any arguments; files of images by name.", "--call"),
+    "settings": _value(list[str], "Any argument, KEY=VALUE; can be repeated.", "--set"),
+}
+_load = functools.partial(_option, panel="Loading of the model")
+_LOADING = {
+    "dtype": _load(str, "float32 (default), bfloat16 or float16."),
+    "variant": _load(str, "Weights of another name: fp16, ema."),
+    "revision": _load(str, "Branch or commit of a hub name."),
+}
+
+
+def _with(
+    parameter: str, options: dict[str, Any], collect: Callable[..., dict[str, Any]]
+) -> Callable[[Any], Any]:
+    """Return a decorator that gives a verb options; it receives what was given as one argument."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(verb, eval_str=True)
+
+        @functools.wraps(verb)
+        def command(**given: Any) -> None:
+            verb(**{parameter: collect(**{name: given.pop(name) for name in options})}, **given)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p for name, p in own.parameters.items() if name != parameter] + [
+            inspect.Parameter(name, kind, default=None, annotation=hint)
+            for name, hint in options.items()
+        ]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def call_arguments(
+    prompts: Path | None = None,
+    class_labels: str | None = None,
+    call_file: Path | None = None,
+    settings: list[str] | None = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """Return the extra arguments of the pipeline's call: of the file, then --set, then options.
 
     Raises:
         QuantempoError: no such file, an empty one, or labels that are no integers.
     """
-    call: dict[str, Any] = {}
+    from quantempo.pipeline.arguments import read_arguments, read_text
+
+    call = read_arguments(call_file, settings or ())
+    call |= {name: value for name, value in values.items() if value is not None}
     if prompts is not None:
-        if not prompts.is_file():
-            raise QuantempoError(f"no file '{prompts}'; expected a text file, one prompt a line")
-        try:
-            text = prompts.read_text()
-        except (UnicodeDecodeError, OSError) as error:
-            raise QuantempoError(f"cannot read '{prompts}': {error}; expected text") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        text = read_text(prompts, "a text file, one prompt a line")
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
         if not lines:
             raise QuantempoError(f"'{prompts}' is empty; expected one prompt a line")
         call["prompt"] = lines
-    if labels is not None:
+    if class_labels is not None:
         try:
-            call["class_labels"] = [int(label) for label in labels.split(",")]
+            call["class_labels"] = [int(label) for label in class_labels.split(",")]
         except ValueError as error:
             wanted = "expected integers: 1,2,3"
-            raise QuantempoError(f"got --class-labels {labels}; {wanted}") from error
+            raise QuantempoError(f"got --class-labels {class_labels}; {wanted}") from error
     return call
 
 
-def open_session(
-    source: str,
-    run: Path,
-    recipe: Any,
-    prompts: Path | None,
-    labels: str | None,
-    scheduler: str | None,
-    force: bool,
-    device: str,
-    data: str | None,
-) -> Any:
-    """Open the float pipeline and its run folder from the options of a command."""
-    from quantempo.pipeline.session import load
-
-    options: dict[str, Any] = {"scheduler": scheduler, "force": force, "device": device}
-    return load(source, run, recipe, call=call_arguments(prompts, labels), data=data, **options)
+with_call = _with("call", _CALL, call_arguments)
+with_loading = _with("loading", _LOADING, lambda **given: {k: v for k, v in given.items() if v})
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

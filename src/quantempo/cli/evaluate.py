@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import BatchSize, Device, EngineName, Force, Json, Run, show
+from quantempo.cli import common as use
 
 __all__ = ["evaluate"]
 
 _SHOWN = (
-    *("psnr_db_mean", "psnr_db_p05", "ssim_mean", "fed_lite0", "is_lite0_float", "is_lite0_int8"),
+    *("psnr_db_mean", "psnr_db_p05", "motion_sqnr_db", "sqnr_db_mean", "sqnr_db_p05", "ssim_mean"),
+    *("fed_lite0", "is_lite0_float", "is_lite0_int8"),
     *("fed_lite0_reference_float", "fed_lite0_reference_int8", "engine", "int8_mac_share"),
     *("int8_mac_share_with_attention", "bytes_float32", "bytes_packed"),
 )
 
 
+@use.with_call
 def evaluate(
-    run: Run,
+    run: use.Run,
     images: Annotated[int, typer.Option(min=2, help="Pairs of images.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first pair.")] = 0,
-    batch_size: BatchSize = 16,
-    engine: EngineName = "auto",
-    device: Device = "cpu",
+    batch_size: use.BatchSize = 16,
+    engine: use.EngineName = "auto",
+    device: use.Device = "cpu",
     data: Annotated[
         Path | None, typer.Option(help="Folder of real images to score both sets against.")
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception weights, for FID, IS, sFID and KID.")
     ] = None,
-    force: Force = False,
-    as_json: Json = False,
+    force: use.Force = False,
+    as_json: use.Json = False,
+    *,
+    call: dict[str, Any],
 ) -> None:
     """Sample float and int8 images from the same seeds and score them.
+
+    Arguments that are not given are those the model was traced with.
 
     Example: quantempo evaluate --run runs/cifar --images 64
     """
@@ -45,6 +51,6 @@ def evaluate(
     session = pipeline.reopen(run, force=force)
     metrics = quality.evaluate(
         session, images=images, steps=steps, seed=seed, batch_size=batch_size, engine=engine,
-        device=device, data=data, inception=inception,
+        device=device, data=data, inception=inception, call=call,
     )  # fmt: skip
-    show(metrics if as_json else {k: metrics[k] for k in _SHOWN if k in metrics}, as_json)
+    use.show(metrics if as_json else {k: metrics[k] for k in _SHOWN if k in metrics}, as_json)

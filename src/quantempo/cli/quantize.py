@@ -11,14 +11,14 @@ from quantempo.cli import common as use
 __all__ = ["quantize"]
 
 
+@use.with_call
+@use.with_loading
 def quantize(
     source: use.Source,
     run: use.Run,
     recipe: use.RecipeName = "w8a8",
     steps: use.Steps = None,
     scheduler: use.Scheduler = None,
-    prompts: use.Prompts = None,
-    class_labels: use.Labels = None,
     data: use.Data = None,
     device: use.Device = "cpu",
     budget_bytes: Annotated[
@@ -33,6 +33,9 @@ def quantize(
     ] = None,
     force: use.Force = False,
     as_json: use.Json = False,
+    *,
+    call: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Quantize a diffusers pipeline: load, trace, calibrate, search, round, pack.
 
@@ -51,9 +54,10 @@ def quantize(
     budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
     if limited := any(budgets.values()):
         resolved = sensitivity.recall(run, resolved, **budgets)
-    session = use.open_session(
-        source, run, resolved, prompts, class_labels, scheduler, force, device, data
-    )
+    session = pipeline.load(
+        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device,
+        data=data, **loading,
+    )  # fmt: skip
     if limited:
         sensitivity.choose_bits(session, **budgets)
     packed = pipeline.finish(session)

@@ -21,18 +21,21 @@ _HELP = {
 }
 
 
+@use.with_call
+@use.with_loading
 def trace(
     source: use.Source,
     run: use.Run,
     recipe: use.RecipeName = "w8a8",
     steps: use.Steps = None,
     scheduler: use.Scheduler = None,
-    prompts: use.Prompts = None,
-    class_labels: use.Labels = None,
     data: use.Data = None,
     device: use.Device = "cpu",
     force: use.Force = False,
     as_json: use.Json = False,
+    *,
+    call: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Record what the denoiser receives while the float pipeline samples.
 
@@ -42,9 +45,10 @@ def trace(
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
-    session = use.open_session(
-        source, run, resolved, prompts, class_labels, scheduler, force, device, data
-    )
+    session = pipeline.load(
+        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device,
+        data=data, **loading,
+    )  # fmt: skip
     rows = len(pipeline.trace(session))
     use.show({"trace": str(run / "trace"), "rows": rows}, as_json)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -16,28 +17,46 @@ from torch import nn
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 
-__all__ = ["check_device", "check_finite", "load_pipeline", "model_digest"]
+__all__ = ["check_device", "check_finite", "check_pipeline", "load_pipeline", "model_digest"]
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
 _BROKEN = (OSError, SafetensorError, ValueError, RuntimeError, ImportError, EOFError)
 # Also for names and values in its JSON files; from our own code they are bugs.
 _ODD = (AttributeError, TypeError, LookupError)
-_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
+_SHARD = r"(-\d+-of-\d+)?"
+_WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{_SHARD}(\.([\w-]+?))?{_SHARD}\.safetensors")
+_LORA = re.compile(r"(^|[._])lora[._]")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    source: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Any:
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
     Weights are read from safetensors files alone.
 
+    Args:
+        variant: name of the weights ("fp16", "ema"), of the components that have it; None: the
+            plain ones, or the only variant of a component that has no plain ones.
+        revision: of a hub name.
+
     Raises:
         QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
-            that does not fit its config.
+            that does not fit its config, layers of a LoRA among its weights.
     """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise QuantempoError(f"unknown dtype '{dtype}' (known: {', '.join(_DTYPES)})")
+        dtype = _DTYPES[dtype]
     folder = Path(source)
     if folder.exists():
-        _check_folder(folder)
+        variant = _check_folder(folder, variant)
     elif not _HUB_NAME.fullmatch(str(source)):
         raise QuantempoError(f"no folder '{source}'; expected a diffusers pipeline folder")
     from diffusers import DiffusionPipeline
@@ -46,7 +65,7 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
     logging.disable_progress_bar()
     try:
         # Never a pickled .bin, which runs code.
-        how: dict[str, Any] = {"variant": _variant(folder), "use_safetensors": True}
+        how: dict[str, Any] = {"variant": variant, "revision": revision, "use_safetensors": True}
         pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **how)
     except QuantempoError:
         raise
@@ -57,9 +76,41 @@ def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> Any
         hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
     if folder.exists():
-        _check_complete(folder, pipe)
+        _check_complete(folder, variant, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_pipeline(pipe: Any) -> Any:
+    """Return a pipeline in memory; refuse what is none, or cannot be quantized as it is.
+
+    Raises:
+        QuantempoError: no diffusers pipeline, a LoRA in it, or a denoiser that is not float32.
+    """
+    if not hasattr(pipe, "components") or not hasattr(pipe, "save_pretrained"):
+        raise QuantempoError(
+            f"got a {type(pipe).__name__} as source; expected a diffusers pipeline or its folder"
+        )
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            _refuse_lora(f"the {name} of this {type(pipe).__name__}", dict(part.named_parameters()))
+    name, denoiser = denoiser_of(pipe)
+    kinds = {p.dtype for p in denoiser.parameters() if p.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise QuantempoError(
+            f"the {name} of this {type(pipe).__name__} is {kinds.pop()}; expected torch.float32: "
+            "pipe.to(torch.float32)"
+        )
+    return pipe
+
+
+def _refuse_lora(where: str, names: Iterable[str]) -> None:
+    """Refuse parameters of a LoRA: they are no part of the network that is quantized."""
+    if found := next((name for name in names if _LORA.search(name)), None):
+        raise QuantempoError(
+            f"{where} holds a LoRA ('{found}'); merge it into the weights first: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights(), then quantize or save the pipeline"
+        )
 
 
 def _is_ours(error: Exception) -> bool:
@@ -68,16 +119,14 @@ def _is_ours(error: Exception) -> bool:
     return any(name.startswith("quantempo.") and name != __name__ for name in names)
 
 
-def _check_complete(folder: Path, pipe: Any) -> None:
+def _check_complete(folder: Path, variant: str | None, pipe: Any) -> None:
     """Refuse a denoiser with tensors that no file holds: diffusers fills them with random numbers.
 
     Counted, not compared by name, since diffusers renames tensors of old checkpoints.
     """
     component, denoiser = denoiser_of(pipe)
-    names: set[str] = set()
-    for file in (folder / component).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stream:
-            names |= set(stream.keys())
+    files = _weights(folder / component)
+    names = {name for file in files.get(variant) or files.get(None, []) for name in _names(file)}
     missing = len(denoiser.state_dict()) - len(names)
     if names and missing > 0:
         raise QuantempoError(
@@ -86,16 +135,32 @@ def _check_complete(folder: Path, pipe: Any) -> None:
         )
 
 
-def _variant(folder: Path) -> str | None:
-    """Return "fp16" (or another) when the folder holds weights of that variant only."""
-    names = [file.name for file in folder.glob("*/*.safetensors")]
-    variants = {match[1] for name in names if (match := _VARIANT.search(name))}
-    plain = [name for name in names if not _VARIANT.search(name)]
-    return variants.pop() if len(variants) == 1 and not plain else None
+def _weights(component: Path) -> dict[str | None, list[Path]]:
+    """Return variant (None: plain) -> the files of it that diffusers would read."""
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(component.glob("*.safetensors")):
+        if match := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(match[4], []).append(file)
+    return found
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse what diffusers would explain badly: other folders, broken JSON, torn safetensors."""
+def _names(file: Path) -> list[str]:
+    """Return the names of the tensors of a file, which must be whole."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return list(stream.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise QuantempoError(
+            f"{file} is damaged or truncated ({error}); fetch or save it again"
+        ) from error
+
+
+def _check_folder(folder: Path, variant: str | None) -> str | None:
+    """Return the variant to load; refuse what diffusers would explain badly.
+
+    Other folders, broken JSON, torn safetensors, a LoRA that was not merged. Files that diffusers
+    does not read do not matter.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         part = " (this is one component of a pipeline: give the folder above it)"
@@ -103,19 +168,35 @@ def _check_folder(folder: Path) -> None:
         raise QuantempoError(
             f"'{folder}' is not a diffusers pipeline: it has no model_index.json{hint}"
         )
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise QuantempoError(f"{file} is not valid JSON ({error}); fetch it again") from error
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as stream:
-                stream.keys()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise QuantempoError(
-                f"{file} is damaged or truncated ({error}); fetch or save it again"
-            ) from error
+    parts = [folder / name for name in _read_json(index) if (folder / name).is_dir()]
+    options: list[set[str]] = []
+    for part in parts:
+        for name in ("config.json", "scheduler_config.json", "preprocessor_config.json"):
+            if (part / name).is_file():
+                _read_json(part / name)
+        files = _weights(part)
+        used = files.get(variant) or files.get(None, [])
+        for file in used:
+            _refuse_lora(str(file), _names(file))
+        if files and not used:
+            options.append({name for name in files if name})
+    if not options or variant is not None:
+        return variant
+    if len(common := set.intersection(*options)) == 1:
+        return _check_folder(folder, common.pop())
+    raise QuantempoError(
+        f"'{folder}' has weights of the variants {', '.join(sorted(set.union(*options)))} only; "
+        "choose one: --variant NAME"
+    )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        hint = "save it as UTF-8 without a byte order mark" if "BOM" in str(error) else (
+            "fetch it again")  # fmt: skip
+        raise QuantempoError(f"{file} is not valid JSON ({error}); {hint}") from error
 
 
 def check_device(device: str) -> None:

@@ -40,8 +40,10 @@ def scheduler_noise(scheduler: Any, noise: Sequence[Generator]) -> Iterator[None
 
     A step over several copies of the batch (guidance) goes round the generators again.
     """
-    signature = inspect.signature(scheduler.step)
-    if "generator" not in signature.parameters:
+    if (
+        not hasattr(scheduler, "step")
+        or "generator" not in (signature := inspect.signature(scheduler.step)).parameters
+    ):
         yield
         return
 

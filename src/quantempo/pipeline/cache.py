@@ -14,16 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
-from quantempo.run_folder import RunFolder, canonical, hash_of
+from quantempo.run_folder import RunFolder, hash_of
 
-__all__ = ["ARTEFACTS", "BESIDE", "Cache", "arrays_as_tensors", "read_call", "write_call"]
+__all__ = ["ARTEFACTS", "BESIDE", "Cache"]
 
 log = logging.getLogger("quantempo")
 
@@ -46,7 +41,6 @@ _SECTIONS = {
     "pack": (),
 }
 _OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
-_CALL = "call.safetensors"
 
 
 @dataclass
@@ -155,43 +149,3 @@ class Cache:
                     f"{self.run / artefact} was made with other settings; run quantempo {stage} "
                     f"--force before {name}"
                 )
-
-
-def arrays_as_tensors(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call with arrays as tensors.
-
-    Raises:
-        QuantempoError: one that a run folder cannot keep.
-    """
-    call = pytree.tree_map_only(np.ndarray, torch.from_numpy, call)
-    for name, value in call.items():
-        try:
-            canonical(value)
-        except TypeError as error:
-            raise QuantempoError(
-                f"cannot keep the argument '{name}' of the call ({error}); expected numbers, "
-                "text, tensors, or lists and dictionaries of them"
-            ) from error
-    return call
-
-
-def write_call(run: RunFolder, call: dict[str, Any]) -> Any:
-    """Return the arguments of a call as JSON types; tensors are written to `call.safetensors`."""
-    leaves, tree = pytree.tree_flatten(call)
-    tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    if tensors:
-        run.write_safetensors(_CALL, tensors)
-    plain = [{"tensor": str(i)} if str(i) in tensors else v for i, v in enumerate(leaves)]
-    return pytree.tree_unflatten(plain, tree)
-
-
-def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
-    """Undo `write_call`; tuples come back as lists."""
-
-    def is_tensor(value: Any) -> bool:
-        return isinstance(value, dict) and value.keys() == {"tensor"}
-
-    leaves, tree = pytree.tree_flatten(plain, is_leaf=is_tensor)
-    tensors = run.read_safetensors(_CALL) if any(map(is_tensor, leaves)) else {}
-    found = [tensors[value["tensor"]] if is_tensor(value) else value for value in leaves]
-    return pytree.tree_unflatten(found, tree)

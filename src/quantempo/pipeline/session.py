@@ -12,17 +12,28 @@ from typing import Any
 from torch import nn
 
 from quantempo import __version__
-from quantempo.calibration.sources import needs_images
-from quantempo.calibration.trace import check_settings
+from quantempo.calibration.trace import check_settings, needs_images
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, denoiser_of, sites
-from quantempo.models.load import check_device, check_finite, load_pipeline, model_digest
-from quantempo.models.sampling import denoising_with, scheduler_settings, swap_scheduler
-from quantempo.pipeline.cache import Cache, arrays_as_tensors, read_call, write_call
+from quantempo.models.load import (
+    check_device,
+    check_finite,
+    check_pipeline,
+    load_pipeline,
+    model_digest,
+)
+from quantempo.models.sampling import (
+    check_arguments,
+    denoising_with,
+    scheduler_settings,
+    swap_scheduler,
+)
+from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
+from quantempo.pipeline.cache import Cache
 from quantempo.pipeline.quantize import check_recipe
 from quantempo.recipe import Recipe
-from quantempo.run_folder import RunFolder
+from quantempo.run_folder import RunFolder, atomic_path
 
 __all__ = ["Session", "load", "reopen"]
 
@@ -38,6 +49,7 @@ class Session(Cache):
         call: extra arguments of the pipeline's call (prompts, class labels, guidance).
         scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
         data: folder of images for the sources of x_t that need them.
+        loading: dtype, variant and revision, as of `load_pipeline`.
     """
 
     source: str = ""
@@ -45,11 +57,12 @@ class Session(Cache):
     scheduler: str | None = None
     device: str = "cpu"
     data: str | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> Any:
-        """The float pipeline as it was loaded, float32; its networks are those of `pipe`."""
-        return load_pipeline(self.source).to(self.device)
+        """The float pipeline as it was loaded; its networks are those of `pipe`."""
+        return load_pipeline(self.source, **self.loading).to(self.device)
 
     @cached_property
     def pipe(self) -> Any:
@@ -80,13 +93,14 @@ class Session(Cache):
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
         with denoising_with(pipe, denoiser):
             pipe.save_pretrained(folder)
+        write_settings(folder, self.call)
 
     @cached_property
     def model(self) -> dict[str, Any]:
         """What `model.json` holds of the float pipeline; the hash is of the denoiser's weights."""
         folder = Path(self.source)
         return {
-            "path": str(folder.resolve()) if folder.is_dir() else self.source,
+            "path": str(folder.resolve()) if folder.exists() else self.source,
             "pipeline": type(self.pipe).__name__,
             "component": denoiser_of(self.pipe)[0],
             "class": type(self.denoiser).__name__,
@@ -114,7 +128,7 @@ class Session(Cache):
 
 
 def load(
-    source: str | Path,
+    source: Any,
     run: str | Path,
     recipe: str | Recipe = "w8a8",
     *,
@@ -123,28 +137,41 @@ def load(
     force: bool = False,
     device: str = "cpu",
     data: str | Path | None = None,
+    **loading: Any,
 ) -> Session:
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
     Args:
+        source: a diffusers folder or hub name, or a pipeline in memory, which is saved in the run
+            folder (`source/`) and stays as it is but for its device.
         recipe: a `Recipe`, the name of a shipped one or a TOML file.
-        call: extra arguments of the pipeline's call: numbers, text, tensors, lists of them.
+        call: extra arguments of the pipeline's call: numbers, text, tensors, arrays, pictures,
+            lists of them.
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
+        loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
 
     Raises:
         QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the recipe
             that nothing has; the run folder belongs to another model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    call = arrays_as_tensors(dict(call or {}))
+    call = kept_arguments(call or {})
     folder = None if data is None else str(data)
     check_settings(recipe.trace, folder)
     check_device(device)
-    session = Session(RunFolder(run), recipe, force, str(source), call, scheduler, device, folder)
+    store, given = RunFolder(run), not isinstance(source, str | Path)
+    path = str(store / "source" if given else source)
+    session = Session(store, recipe, force, path, call, scheduler, device, folder, loading)
+    if given:
+        session.original = check_pipeline(source).to(device)
     check_recipe(recipe, session.denoiser)
     check_finite(session.denoiser)
+    check_arguments(session.pipe, call)
     _check_owner(session)
+    if given and (force or not store.has("source")):
+        with atomic_path(store / "source") as temporary:
+            source.save_pretrained(temporary)
     _write_manifest(session)
     return session
 
@@ -159,6 +186,7 @@ def _write_manifest(session: Session) -> None:
         "call": write_call(run, session.call),
         "scheduler": session.scheduler,
         "data": session.data,
+        "loading": session.loading,
         "versions": {"quantempo": __version__, **versions},
         "machine": machine(),
         "seeds": {"trace": recipe.trace.seed},
@@ -208,4 +236,5 @@ def reopen(
         data=manifest.get("data"),
         force=force,
         device=device,
+        **manifest.get("loading", {}),
     )

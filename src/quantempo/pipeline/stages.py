@@ -19,6 +19,7 @@ from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized
 from quantempo.evaluation import load_images
+from quantempo.models.call import images_a_call
 from quantempo.pipeline import quantize as core
 from quantempo.pipeline.layer_table import measured_rows
 from quantempo.pipeline.session import Session, load, reopen
@@ -42,6 +43,7 @@ def trace(session: Session) -> TraceSet:
                 time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
                 num_train_timesteps=session.num_train_timesteps, call=session.call,
                 source=settings.source, images=_source_images(session), force=session.force,
+                batch_size=images_a_call(session.pipe, session.call, 16),
                 model_hash=session.model["sha256"],
             )  # fmt: skip
     return TraceSet(folder)
@@ -125,10 +127,8 @@ def _trace_of(session: Session) -> TraceSet:
     return TraceSet(session.run / "trace")
 
 
-def quantize(
-    source: str | Path, run: str | Path, recipe: str | Recipe = "w8a8", **options: Any
-) -> Path:
-    """Run load to pack and return the packed diffusers folder; options as for `load`.
+def quantize(source: Any, run: str | Path, recipe: str | Recipe = "w8a8", **options: Any) -> Path:
+    """Run load to pack and return the packed diffusers folder; source and options as for `load`.
 
     Raises:
         QuantempoError: see the stages.

@@ -1,0 +1,303 @@
+"""Call a diffusers pipeline once: its arguments, what it hands back, and its errors in a sentence.
+
+Here: which arguments have one entry an image (`PER_IMAGE`). Not here: loops over batches and other
+schedulers (`sampling`), arguments on disk (`pipeline.arguments`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quantempo.core.random import generators
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import denoiser_of
+from quantempo.models.scheduler_step import scheduler_noise
+from quantempo.registry import nearest
+
+__all__ = [
+    *("PIXEL_PIPELINES", "call_pipeline", "check_arguments", "images_a_call", "kind_of"),
+    *("sample_rate", "unusual_settings"),
+]
+
+# Schedulers the stock pixel pipelines run correctly, their own first (the one they give all
+# arguments of); others need UnconditionalPipeline.
+PIXEL_PIPELINES = {
+    "DDIMPipeline": ("DDIMScheduler",),
+    "DDPMPipeline": ("DDPMScheduler", "DDIMScheduler"),
+}
+
+# Arguments with one entry an image, whole names; all others are passed as they are. The kind says
+# what is one entry: a string or number; a row of a tensor; a picture; the frames of a film.
+PER_IMAGE = {
+    "text": r"((negative|source|target)_)?prompt(_[2-4])?|class_labels|lyrics|transcription",
+    "rows": r"((negative|pooled|generated)_)*prompt_(embeds|attention_mask)(_\w+)?|(\w+_)?latents"
+    r"|(negative_)?image_embed(s|dings)|(negative_|encoder_)*(attention_mask|hidden_states)"
+    r"|initial_audio_waveforms",
+    "image": r"(\w+_)?(image|hint|mask)|control_mask|depth_map|image_reference|(input_)?images",
+    "film": r"(\w+_)?video|conditioning_frames",
+}
+# How the command line gives them, where it has an option of its own.
+_OPTIONS = {"prompt": "--prompts FILE", "class_labels": "--class-labels"}
+# Decided here: what to do instead.
+_SEVERAL = "ask for more images (--images); prompts go round"
+_RESERVED = {
+    "num_inference_steps": "give the number of steps (steps=, --steps)",
+    "generator": "images are made from seeds (seeds=, --seed)",
+    "batch_size": "give the number of images (--images)",
+    **dict.fromkeys(("output_type", "return_dict"), "it is chosen for each stage"),
+    **{f"num_{what}_per_prompt": _SEVERAL for what in ("images", "videos", "waveforms")},
+}
+# A list of images is several references for one image there.
+_REFERENCES = re.compile("Flux2|QwenImage(EditPlus|Layered)|BriaFibo2|GlmImage|JoyImage|Omni")
+# Fields of outputs that are pictures in [0, 1], one of them or a film.
+_PICTURES = ("images", "image", "frames", "videos", "video", "rgb")
+_LATENT = re.compile(r"output_type\W+(?:==|!=|in|not in)\W[^\n]*latent")
+# What the libraries below raise for a wrong call; other errors are passed on.
+_RAISED = (
+    *(ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError),
+    *(AssertionError, OSError, ImportError),
+)
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of an argument with one entry an image, None for all others."""
+    return next((kind for kind, law in PER_IMAGE.items() if re.fullmatch(law, name)), None)
+
+
+def call_pipeline(
+    pipe: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    first: int = 0,
+    places: Sequence[int] | None = None,
+    output_type: str = "np",
+    **call: Any,
+) -> np.ndarray:
+    """Call a pipeline once for a batch of images, with per-image noise and no progress bar.
+
+    Arguments and errors as of `sampling.run_pipeline`; the places of the images in the whole set
+    (None: `first` and on) pick their entries. `output_type` "latent" spares a decoder where the
+    pipeline can; "np" gives pictures (b, H, W, C) or films (b, F, H, W, C) in [0, 1], "uint8" the
+    same rounded, both any other output as it is.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    check_arguments(pipe, call)
+    _check_call(pipe, known, call)
+    _check_ranges(pipe, steps, call)
+    places = range(first, first + len(seeds)) if places is None else places
+    arguments = {key: _entries(pipe, key, value, places) for key, value in call.items()}
+    for key, value in arguments.items():
+        wanted = str(known[key].annotation).lower()
+        if isinstance(value, list) and "tuple[" in wanted and "list[" not in wanted:
+            # TOML has no tuples, and pipelines add them to others.
+            arguments[key] = tuple(value)
+    if "batch_size" in known:
+        arguments["batch_size"] = len(seeds)
+    form = "latent" if output_type == "latent" and _LATENT.search(_source(pipe)) else "np"
+    # The stock pixel pipelines hand bfloat16 to numpy, which does not know it.
+    form = "pt" if type(pipe).__name__ in PIXEL_PIPELINES else form
+    noise = generators(seeds)
+    with _quiet(pipe), scheduler_noise(pipe.scheduler, noise), _explained(pipe, known, call):
+        output = pipe(generator=noise, num_inference_steps=steps, output_type=form, **arguments)
+    name = next(iter(output)) if isinstance(output, Mapping) else "images"
+    made = _array(output[name] if isinstance(output, Mapping) else output[0])
+    made = np.moveaxis(made, -3, -1) if form == "pt" else made
+    if output_type != "uint8":
+        return made
+    if not np.isfinite(made).all():
+        bad = [seed for seed, one in zip(seeds, made, strict=True) if not np.isfinite(one).all()]
+        raise QuantempoError(
+            f"{type(pipe).__name__} produced NaN for seeds {bad}; use a wider dtype, or "
+            "keep more layers in float"
+        )
+    return (made * 255).round().astype(np.uint8) if name in _PICTURES else made
+
+
+def _array(made: Any) -> np.ndarray:
+    if isinstance(made, list | tuple):
+        return np.stack([_array(entry) for entry in made])
+    return made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made)
+
+
+def _source(pipe: Any) -> str:
+    try:
+        return inspect.getsource(type(pipe).__call__)
+    except OSError:
+        # Typed into an interpreter.
+        return ""
+
+
+def images_a_call(pipe: Any, call: Mapping[str, Any], most: int) -> int:
+    """Return how many images one call may make: 1 where a list would mean something else.
+
+    Several references of one image, several adapters, or the first frame of a film.
+    """
+    given = {key for key, value in call.items() if value is not None}
+    images = {key for key in given if kind_of(key) in ("image", "film")}
+    one = _REFERENCES.match(type(pipe).__name__) or hasattr(pipe, "video_processor")
+    return 1 if (one and images) or any("ip_adapter" in key for key in given) else most
+
+
+def sample_rate(pipe: Any) -> int | None:
+    """Return the samples a second of a pipeline's audio, None if it makes none."""
+    for part in pipe.components.values():
+        config = getattr(part, "config", None)
+        for name in ("sampling_rate", "sample_rate"):
+            if isinstance(rate := getattr(config, name, None), int):
+                return rate
+    return None
+
+
+def unusual_settings(pipe: Any, call: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings of a call that differ from the pipeline's own: name -> (given, own)."""
+    known = inspect.signature(pipe.__call__).parameters
+    plain = {k: v for k, v in call.items() if isinstance(v, int | float | str) and not kind_of(k)}
+    own = {key: known[key].default for key in plain if key in known}
+    return {key: (plain[key], own[key]) for key in own if plain[key] != own[key]}
+
+
+def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuse arguments the pipeline does not know, or that are decided elsewhere.
+
+    Raises:
+        QuantempoError: the first of them, and what to do.
+    """
+    name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    choices = [key for key in known if key not in ("args", "kwargs") and key not in _RESERVED]
+    for key, value in call.items():
+        if key in _RESERVED and not (key.endswith("_per_prompt") and value in (1, None)):
+            raise QuantempoError(f"'{key}' cannot be given in the call of {name}: {_RESERVED[key]}")
+        if key not in known:
+            raise QuantempoError(
+                f"{name} takes no argument '{key}'{nearest(key, choices)} "
+                f"(known: {', '.join(choices)})"
+            )
+    one = {key for key in ("height", "width") if call.get(key) is not None}
+    if len(one) == 1 and "not height or not width" in _source(pipe):
+        other = ({"height", "width"} - one).pop()
+        raise QuantempoError(f"{name} ignores {one.pop()} without {other}; give both")
+
+
+def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping[str, Any]) -> None:
+    """Refuse a call that the pipeline could not make, or would make wrongly, and say why."""
+    name = type(pipe).__name__
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler not in PIXEL_PIPELINES.get(name, (scheduler,)):
+        raise QuantempoError(
+            f"{name} does not run {scheduler} correctly; set the scheduler with "
+            "quantempo.models.sampling.swap_scheduler, which gives a pipeline that does"
+        )
+    for key in ("generator", "num_inference_steps", "output_type"):
+        if key not in known:
+            raise QuantempoError(f"{name} takes no '{key}', so it cannot be run from seeds here")
+    given = {key for key, value in call.items() if value is not None}
+    needed = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if "prompt" in known and not any(kind_of(key) == "rows" and "embed" in key for key in given):
+        needed.append("prompt")
+    for key in needed:
+        if key not in call or (key == "prompt" and key not in given):
+            how = f"{_OPTIONS[key]} (prompt=...)" if key in _OPTIONS else _how(key)
+            raise QuantempoError(
+                f"{name} needs {'' if key.endswith('s') else 'a '}{key}: pass {how}"
+            )
+    if "batch_size" not in known and not any(map(kind_of, given)):
+        raise QuantempoError(f"cannot tell {name} how many images to make; expected 'batch_size'")
+
+
+def _how(key: str) -> str:
+    """Return how to give an argument."""
+    value = "FILE" if kind_of(key) in ("image", "film", "rows") else "VALUE"
+    return f"--set {key}={value} (call={{'{key}': ...}} in Python)"
+
+
+def _check_ranges(pipe: Any, steps: int, call: Mapping[str, Any]) -> None:
+    """Refuse more steps than the model has time-steps, and class labels it does not know."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise QuantempoError(f"got {steps} steps; this model has {most} time-steps, take fewer")
+    config = getattr(denoiser_of(pipe)[1], "config", None)
+    known = (getattr(config, name, None) for name in ("num_embeds_ada_norm", "num_class_embeds"))
+    classes = next(filter(None, known), None)
+    labels = call.get("class_labels")
+    for label in np.ravel([] if labels is None else labels).tolist():
+        if classes and not 0 <= label < classes:
+            raise QuantempoError(f"got class label {label}; this model has 0 to {classes - 1}")
+
+
+def _entries(pipe: Any, key: str, value: Any, places: Sequence[int]) -> Any:
+    """Return an argument for the images at some places: its entries, modulo their number."""
+    kind = kind_of(key)
+    # Several control networks take a list of their own; several adapters too.
+    several = type(getattr(pipe, "controlnet", None)).__name__.startswith("Multi")
+    own = key == "ip_adapter_image_embeds" or (several and key in ("image", "control_image"))
+    if kind is None or value is None or (own and isinstance(value, list)):
+        return value
+    if isinstance(value, np.ndarray) and kind == "text":
+        value = value.tolist()
+    listed, tensor = isinstance(value, list | tuple), isinstance(value, Tensor | np.ndarray)
+    if (listed or (tensor and value.ndim)) and not len(value):
+        raise QuantempoError(f"got an empty '{key}'; give at least one entry")
+    if tensor and value.ndim >= {"image": 4, "film": 5}.get(kind, 1):
+        return value[np.asarray(places) % len(value)]
+    if listed and kind == "film":
+        # A list of pictures is one film.
+        listed = isinstance(value[0], list | tuple) or getattr(value[0], "ndim", 0) >= 4
+    found = [value[place % len(value)] if listed else value for place in places]
+    return found[0] if kind in ("image", "film") and len(found) == 1 else found
+
+
+@contextmanager
+def _explained(
+    pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping[str, Any]
+) -> Iterator[None]:
+    """Turn an error of diffusers or transformers into a sentence that says what to give."""
+    try:
+        yield
+    except QuantempoError:
+        raise
+    except _RAISED as error:
+        frames = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+        if any(name.startswith("quantempo.") and name != __name__ for name in frames):
+            # A bug of ours, below the pipeline.
+            raise
+        text = " ".join(str(error).split())
+        named = [key for key in known if re.search(rf"\b{key}\b", text) and key not in _RESERVED]
+        if not any(kind_of(key) == "image" for key in call):
+            named += [key for key in known if kind_of(key) == "image" and "adapter" not in key]
+        absent = [key for key in named if call.get(key) is None]
+        advice = f"give {_how(absent[0])}" if absent else f"check {', '.join(named or call)}"
+        raise QuantempoError(
+            f"{type(pipe).__name__} failed with the arguments ({', '.join(call)}): "
+            f"{type(error).__name__}: {text[:300]}; {advice}"
+        ) from error
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Silence the progress bars of a pipeline, and of pipelines it is made of, for a while."""
+    parts = [part for part in vars(pipe).values() if hasattr(part, "set_progress_bar_config")]
+    before = [(part, vars(part).get("_progress_bar_config")) for part in (pipe, *parts)]
+    for part, old in before:
+        part.set_progress_bar_config(**{**(old or {}), "disable": True})
+    try:
+        yield
+    finally:
+        for part, old in before:
+            if old is None:
+                vars(part).pop("_progress_bar_config", None)
+            else:
+                part._progress_bar_config = old

@@ -1,0 +1,184 @@
+"""Sample from a model into a folder, named by seed: PNG, or GIF or WAV beside exact numbers."""
+
+from __future__ import annotations
+
+import logging
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from quantempo.engines.select import attach, attached
+from quantempo.errors import QuantempoError
+from quantempo.models.call import sample_rate, unusual_settings
+from quantempo.models.layers import denoiser_of
+from quantempo.models.load import check_device, load_pipeline
+from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.pipeline.arguments import kept_arguments, read_settings
+from quantempo.quantized import find_clock
+from quantempo.run_folder import RunFolder, atomic_path, hash_of
+
+__all__ = ["open_model", "sample"]
+
+log = logging.getLogger("quantempo")
+
+
+def open_model(
+    path: str | Path,
+    *,
+    engine: str = "auto",
+    scheduler: str | None = None,
+    device: str = "cpu",
+    **loading: Any,
+) -> Any:
+    """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
+
+    Args:
+        loading: dtype, variant, revision, as of `load_pipeline`.
+
+    Raises:
+        QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
+    """
+    check_device(device)
+    pipe = load_pipeline(path, **loading)
+    pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
+    pipe.to(device)
+    denoiser = denoiser_of(pipe)[1]
+    if find_clock(denoiser) is None:
+        if engine != "auto":
+            raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
+        return pipe
+    attach(denoiser, engine)
+    return pipe
+
+
+def sample(
+    pipe: Any,
+    folder: str | Path,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    call: dict[str, Any] | None = None,
+    identity: str = "",
+    force: bool = False,
+) -> np.ndarray:
+    """Write one sample a seed (its name) and return them all, as `run_pipeline` does.
+
+    A picture is a PNG. A film is a GIF, audio a WAV, and both and any other output are kept
+    exactly in SEED.npy. What is there already, made by the same model and settings, is kept: a
+    killed run resumes. The settings stand in `settings.json` beside them.
+
+    Args:
+        batch_size: images a call; an engine compiles for it.
+        call: further arguments of the pipeline's call.
+        identity: what else decides the images (hash of the model).
+        force: throw away pictures of other settings.
+
+    Raises:
+        QuantempoError: the folder holds something else, or see `run_pipeline`.
+    """
+    out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))
+    settings = _settings(pipe, identity, steps, call)
+    ours = _is_ours(out, settings, force)
+    todo = [seed for seed in seeds if not (ours and _file(out, seed).exists())]
+
+    def write(first: int, images: np.ndarray) -> None:
+        if first == 0 and not ours:
+            # Not earlier: a call that fails leaves the folder as it was.
+            for kind in ("png", "gif", "wav", "npy"):
+                for old in out.path.glob(f"*.{kind}"):
+                    old.unlink()
+            out.write_json("settings.json", settings)
+        for seed, image in zip(todo[first : first + len(images)], images, strict=True):
+            _write(out, seed, image, sample_rate(pipe))
+
+    if todo:
+        # Prompts and labels go by position in the whole list, whatever is left to do.
+        places = [list(seeds).index(seed) for seed in todo]
+        how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "places": places}
+        run_pipeline(pipe, todo, on_batch=write, **how, **call)
+    return np.stack([_read(_file(out, seed)) for seed in seeds])
+
+
+def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call over the settings that a packed pipeline was traced with; say where it differs.
+
+    Another guidance, size or number of frames means other trajectories than those calibrated on.
+    """
+    traced = read_settings(pipe.config.get("_name_or_path") or "")
+    whole = {**traced, **call}
+    # What was not given in the trace counts as the pipeline's own value.
+    then, now = unusual_settings(pipe, traced), unusual_settings(pipe, whole)
+    for key in sorted(then.keys() | now.keys()):
+        was, own = then[key] if key in then else now[key][::-1]
+        if key not in call:
+            log.info("%s %s, as traced (%s's own: %s)", key, was, type(pipe).__name__, own)
+        elif call[key] != was:
+            log.warning("%s %s here, but %s when the model was traced", key, call[key], was)
+    return whole
+
+
+def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the images of a folder, apart from their seeds."""
+    return {
+        "model": identity,
+        "engine": attached(denoiser_of(pipe)[1]) or "float",
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": steps,
+        "call": hash_of(call),
+    }
+
+
+def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
+    """Return whether the folder holds images of these settings; refuse one with something else."""
+    if out.has("settings.json"):
+        if out.read_json("settings.json") == settings:
+            return True
+        if not force:
+            raise QuantempoError(
+                f"{out.path} holds images of another model or other settings; choose another "
+                "folder, or --force to replace them"
+            )
+    elif out.path.is_file() or out.foreign():
+        raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
+    return False
+
+
+def _file(out: RunFolder, seed: int) -> Path:
+    """Return the file that holds a sample exactly: SEED.npy, or SEED.png of a picture."""
+    numbers = out / f"{seed}.npy"
+    return numbers if numbers.exists() else out / f"{seed}.png"
+
+
+def _write(out: RunFolder, seed: int, value: np.ndarray, rate: int | None) -> None:
+    """Write one sample; a film and audio first as something to look at or to listen to."""
+    film = value.dtype == np.uint8 and value.ndim == 4
+    if value.dtype == np.uint8:
+        parts = value if film else value[None]
+        frames = [Image.fromarray(f.squeeze(-1) if f.shape[-1] == 1 else f) for f in parts]
+        # 8 frames a second, whatever the model was trained for.
+        how: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 125}
+        with atomic_path(out / f"{seed}.{'gif' if film else 'png'}") as temporary:
+            frames[0].save(temporary, "gif" if film else "png", **(how if film else {}))
+    elif rate is not None and value.ndim <= 2:
+        # 16 bits, one column a channel.
+        levels = (np.clip(np.atleast_2d(value), -1, 1) * 32767).round().astype("<i2").T
+        with atomic_path(out / f"{seed}.wav") as temporary, wave.open(str(temporary), "wb") as wav:
+            wav.setnchannels(levels.shape[1])
+            wav.setsampwidth(2)
+            wav.setframerate(rate)
+            wav.writeframes(levels.tobytes())
+    if film or value.dtype != np.uint8:
+        with atomic_path(out / f"{seed}.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, value, allow_pickle=False)
+
+
+def _read(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    image = np.asarray(Image.open(path))
+    return image[..., None] if image.ndim == 2 else image
