@@ -109,7 +109,7 @@ def test_a_copy_runs_on_its_own(network):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["unconditional", "text"])
+@pytest.mark.parametrize("kind", ["unconditional", "text", "float shortcuts"])
 def test_a_network_compiles_whole_and_once(kind):
     if kind == "text":
         unet = tiny_text().unet
@@ -117,7 +117,8 @@ def test_a_network_compiles_whole_and_once(kind):
         x = noise(2, unet.config.in_channels, 8, 8)
     else:
         unet, more, x = tiny_unet(), (), noise(2, 3, 16, 16)
-    network = quantize_network(unet, [(x, torch.tensor([900, 20]), *more)])
+    left = ("*conv_shortcut",) if kind == "float shortcuts" else ()
+    network = quantize_network(unet, [(x, torch.tensor([900, 20]), *more)], exclude=left)
     ENGINE.attach(network)
     torch._dynamo.reset()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

@@ -1,6 +1,7 @@
 """Fused blocks of each engine against the same layers run one by one, on a tiny U-Net on a CPU."""
 
 import copy
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.cuda.per_forward import SharedShifts
-from quantempo.engines.fusion import FusedUpBlock, fuse, fused_modules, unfuse
+from quantempo.engines.fusion import FusedUpBlock, fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import LayerwiseEngine, execution
 from tests.engines import truth
 from tests.engines.quantized import quantize_network, quantized_unet
@@ -148,6 +149,29 @@ def test_a_float_layer_leaves_its_block_unfused_and_the_stream_in_float32(engine
     y = network(x, t).sample
     attach(network, "simulated")
     check_like_simulated(y, network(x, t).sample, tiny_unet()(x, t).sample, 0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", ["*conv_shortcut", "up_blocks.*.1.conv_shortcut"])
+def test_a_shortcut_in_float_is_part_of_its_block(engine, left):
+    network, (x, t) = (
+        quantized_unet(exclude=(left,)),
+        (noise(2, 3, 16, 16), torch.tensor([970, 10])),
+    )
+    engine.attach(network)
+    assert set(execution(network).values()) == {f"{engine.name}, fused"}
+    # Nothing is left outside: the stream is in half precision.
+    assert network.conv_in.forward.dtype in (torch.float16, torch.bfloat16)
+    y = network(x, t).sample
+    check_blocks(engine, network, x, t)
+    # Of another kind it leaves its block unfused.
+    next(m for n, m in network.named_modules() if fnmatch(n, left)).stride = (2, 2)
+    engine.attach(network)
+    reasons = [row.reason for row in report(network) if row.kind == "ResnetBlock2D"]
+    assert reasons.count("a convolution in it is not a plain 1x1") == 1
+    simulated = quantized_unet(exclude=(left,))
+    attach(simulated, "simulated")
+    check_like_simulated(y, simulated(x, t).sample, tiny_unet()(x, t).sample, 0.03)
 
 
 @torch.no_grad()

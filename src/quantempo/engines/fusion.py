@@ -83,30 +83,31 @@ class Blocks:
         if need is Need.NORM:
             assert isinstance(module, nn.GroupNorm)
             return self.norm(module) if module.affine else "its norm has no weight"
-        if not isinstance(module, QLayer):
+        floating = isinstance(need, Conv) and need.floating and isinstance(module, nn.Conv2d)
+        if not floating and not isinstance(module, QLayer):
             what = "convolution" if isinstance(need, Conv) else "projection"
             return f"a {what} in it is in float"
-        found = getattr(module.kernel, "backend", None)
-        if found != self.backend:
+        found = getattr(getattr(module, "kernel", None), "backend", None)
+        if not floating and found != self.backend:
             return f"a layer in it runs on {found}"
         if need is Need.ROWS and isinstance(module, QConv2d):
             need = Conv((1, 1))
         if isinstance(need, Conv):
-            plain = isinstance(module, QConv2d) and _is_plain(module, need)
+            plain = isinstance(module, QConv2d | nn.Conv2d) and _is_plain(module, need)
             size = "x".join(map(str, need.kernel)) if need.kernel else "one"
             return None if plain else f"a convolution in it is not a plain {size}"
         plain = isinstance(module, QLinear) and len(module.segments) == 1
         return None if plain else "a projection in it is not a plain linear layer"
 
 
-def _is_plain(layer: QConv2d, need: Conv) -> bool:
+def _is_plain(layer: QConv2d | nn.Conv2d, need: Conv) -> bool:
     border = tuple(size // 2 for size in layer.kernel_size)
     return (
         need.kernel in (None, layer.kernel_size)
         and need.stride in (None, layer.stride)
         and layer.dilation == (1, 1)
         and layer.groups == 1
-        and len(layer.segments) <= need.operands
+        and len(getattr(layer, "segments", ())) <= need.operands
         and (not need.padded or layer.padding == border)
     )
 

@@ -21,13 +21,14 @@ class Conv:
     """An integer convolution, not dilated, one group.
 
     kernel, stride: None for any; padded: by half of the kernel on each side; operands: most
-    segments of its input.
+    segments of its input; floating: it may be in float as well.
     """
 
     kernel: tuple[int, int] | None = (3, 3)
     stride: tuple[int, int] | None = (1, 1)
     padded: bool = True
     operands: int = 1
+    floating: bool = False
 
 
 class Need(Enum):
@@ -40,7 +41,7 @@ class Need(Enum):
 
 # Types of the fields of parts; what an engine must be able to run is read from them.
 Conv3x3 = Annotated[nn.Module, Conv()]
-Shortcut = Annotated[nn.Module | None, Conv((1, 1), operands=2)]
+Shortcut = Annotated[nn.Module | None, Conv((1, 1), operands=2, floating=True)]
 Sampler = Annotated[nn.Module, Conv(kernel=None, stride=None, padded=False)]
 Linear = Annotated[nn.Module, Need.LINEAR]
 Rows = Annotated[nn.Module, Need.ROWS]

@@ -16,7 +16,9 @@ from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
-__all__ = ["ActivationGrid", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows"]
+__all__ = [
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
+]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
 ALIGNED = 16
@@ -153,6 +155,25 @@ class Sides:
             "side_weight_scale": self.weight_scale,
             "side_table": self.table,
         }
+
+
+class FloatSides:
+    """A 1x1 convolution left in float, of one or two images of `widths` channels; no bias."""
+
+    def __init__(self, layer: nn.Conv2d, widths: tuple[int, ...]) -> None:
+        parts = layer.weight.detach().flatten(1).split(widths, 1)
+        # By the type of the stream, which only a call knows.
+        self.weights = {kind: [constant(part.to(kind)) for part in parts] for kind in FLOATS}
+
+    def __call__(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Return (B, O, H, W), channels_last, in the type of x; both channels_last."""
+        first, *others = self.weights[x.dtype]
+        rows = rows_of(x) @ first.t()
+        for weight in others:
+            assert skip is not None
+            rows = torch.addmm(rows, rows_of(skip), weight.t())
+        batch, _, height, width = x.shape
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class LayerConstants:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock, Prepared
 from quantempo.engines.cuda.constants import (
     ALIGNED,
+    FloatSides,
     LayerConstants,
     Norm,
     Sides,
@@ -41,7 +42,7 @@ from quantempo.models.fusion_unet import (
     ResnetParts,
     UpsampleParts,
 )
-from quantempo.quantized import StepClock
+from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["FusedAttention", "FusedDownsample", "FusedResnet", "FusedUpsample"]
 
@@ -58,11 +59,13 @@ class FusedResnet(GpuBlock):
         super().__init__(parts)
         self.shifts, self.index = shifts, shifts.index(parts.time)
         self.clock = parts.conv1.clock
-        # Of a shortcut: channels of each input -> its operands.
-        self.sides: dict[tuple[int, ...], Sides] = {}
+        # Of a shortcut: channels of each input -> its operands; those that have own scales.
+        self.sides: dict[tuple[int, ...], Sides | FloatSides] = {}
         self.widths: set[tuple[int, ...]] = set()
-        if parts.shortcut is not None:
-            self.widths.add(parts.shortcut.segments)
+        shortcut: Any = parts.shortcut
+        if shortcut is not None:
+            self.segments = getattr(shortcut, "segments", (shortcut.in_channels,))
+            self.widths.add(self.segments)
 
     @classmethod
     def build(cls, parts: ResnetParts, network: Network) -> FusedResnet:
@@ -82,16 +85,16 @@ class FusedResnet(GpuBlock):
             self.shifts.prepare(device)
         shortcut: Any = parts.shortcut
         self.bias = self.conv2.bias
-        self.sides = {widths: Sides(shortcut, widths) for widths in self.widths}
+        kind = Sides if isinstance(shortcut, QLayer) else FloatSides
+        self.sides = {widths: kind(shortcut, widths) for widths in self.widths}
         if shortcut is not None and shortcut.bias is not None:
-            own = torch.zeros_like(shortcut.bias) if self.bias is None else self.bias
-            self.bias = constant(own + shortcut.bias)
+            bias = shortcut.bias.float()
+            self.bias = constant(bias if self.bias is None else self.bias + bias)
 
     def accept(self, widths: tuple[int, int]) -> None:
         """Prepare for two inputs of these channels, as an up block will hand them over."""
-        shortcut = self.parts.shortcut
         aligned = all(width % ALIGNED == 0 for width in widths)
-        if shortcut is not None and aligned and len(shortcut.segments) == 1:
+        if self.parts.shortcut is not None and aligned and len(self.segments) == 1:
             self.widths.add(widths)
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
@@ -102,26 +105,29 @@ class FusedResnet(GpuBlock):
         bucket = self.clock.bucket
         how: dict[str, Any] = {"bucket": bucket, "silu": True}
         values = x.numel() + (0 if skip is None else skip.numel())
-        first = None if values * dtype.itemsize > _LARGE else sides
+        large = values * dtype.itemsize > _LARGE
+        first = sides if isinstance(sides, Sides) and not large else None
         codes, raws = self.norm1(x, skip, grid=conv1.grids[0], sides=first, **how)
         hidden = conv1.conv(codes, dtype, bias=conv1.bias, shift=shift)
         codes, _ = self.norm2(hidden, grid=conv2.grids[0], **how)
-        if sides is not None and first is None:
-            raws = sides.codes_of(x, skip, bucket)
-        added = {"residual": x} if sides is None else sides.arguments(raws)
+        if isinstance(sides, Sides):
+            added = sides.arguments(raws or sides.codes_of(x, skip, bucket))
+        else:
+            added = {"residual": x if sides is None else sides(x, skip)}
         return conv2.conv(codes, dtype, bias=self.bias, **added)
 
-    def _inputs(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Sides | None]:
+    def _inputs(
+        self, x: Tensor, skip: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Sides | FloatSides | None]:
         """Return the one or two images to read, and the shortcut that takes them."""
-        shortcut = self.parts.shortcut
-        if shortcut is None:
+        if self.parts.shortcut is None:
             return last(x if skip is None else torch.cat([x, skip], 1)), None, None
         widths = (x.shape[1],) if skip is None else (x.shape[1], skip.shape[1])
         if widths not in self.sides:
             # Cut otherwise than its scales are: only where an up block runs diffusers' own code.
             whole = x if skip is None else torch.cat([x, skip], 1)
-            x, *rest = whole.split(shortcut.segments, 1)
-            skip, widths = rest[0] if rest else None, shortcut.segments
+            x, *rest = whole.split(self.segments, 1)
+            skip, widths = rest[0] if rest else None, self.segments
         # A control network may have added to it in another type.
         return last(x), None if skip is None else last(skip.to(x.dtype)), self.sides[widths]
 

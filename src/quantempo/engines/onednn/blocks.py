@@ -32,7 +32,7 @@ from quantempo.models.fusion_unet import (
     UpBlockParts,
     UpsampleParts,
 )
-from quantempo.quantized import StepClock
+from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["BLOCKS", "FloatTimeShifts"]
 
@@ -107,6 +107,25 @@ class _Block(FusedBlock):
         raise NotImplementedError
 
 
+class _FloatShortcut:
+    """A 1x1 convolution left in float, in the type of the stream: no codes, no grids."""
+
+    def __init__(self, layer: nn.Conv2d, widths: tuple[int, ...]) -> None:
+        self.layer, self.widths = layer, widths
+
+    def grid(self, bucket: int, part: int) -> None:
+        """Return no grid: it reads the images themselves."""
+
+    def part(
+        self, part: int, rows: Tensor, bucket: int, dtype: torch.dtype, *, into: Tensor
+    ) -> None:
+        """Add what input `part` (R, C_i) gives to `into` (R, O); the bias goes with the first."""
+        weight = self.layer.weight.detach().flatten(1).split(self.widths, 1)[part]
+        into.addmm_(rows, weight.to(dtype).t())
+        if part == 0 and self.layer.bias is not None:
+            into.add_(self.layer.bias.detach().to(dtype))
+
+
 @BLOCKS.build(ResnetParts)
 class _Resnet(_Block):
     """A residual block: two passes that write codes, two convolutions, one sum."""
@@ -118,7 +137,7 @@ class _Resnet(_Block):
         self.conv1, self.conv2 = FoldedLayer(parts.conv1), FoldedLayer(parts.conv2)
         self.clock = parts.conv1.clock
         # By the channels of its inputs.
-        self.shortcuts: dict[tuple[int, ...], FoldedLayer] = {}
+        self.shortcuts: dict[tuple[int, ...], FoldedLayer | _FloatShortcut] = {}
 
     @classmethod
     def build(cls, parts: ResnetParts, network: Network) -> _Resnet:
@@ -150,7 +169,7 @@ class _Resnet(_Block):
         library.add(y, x if shortcut is None else None, self.conv2.edge(bucket))
         if shortcut is not None:
             into = _rows(y)
-            for i, part in enumerate(raws):
+            for i, part in enumerate(raws or inputs):
                 shortcut.part(i, _rows(part), bucket, dtype, into=into)
         return y
 
@@ -158,12 +177,13 @@ class _Resnet(_Block):
         if skip is not None:
             return [x, skip]
         layer = self.parts.shortcut
-        return [x] if layer is None else list(x.split(layer.segments, 1))
+        return list(x.split(layer.segments, 1)) if isinstance(layer, QLayer) else [x]
 
-    def _shortcut(self, inputs: list[Tensor]) -> FoldedLayer | None:
+    def _shortcut(self, inputs: list[Tensor]) -> FoldedLayer | _FloatShortcut | None:
         layer, widths = self.parts.shortcut, tuple(x.shape[1] for x in inputs)
         if layer is not None and widths not in self.shortcuts:
-            self.shortcuts[widths] = FoldedLayer(layer, widths=widths)
+            kind = FoldedLayer if isinstance(layer, QLayer) else _FloatShortcut
+            self.shortcuts[widths] = kind(layer, widths=widths)
         return self.shortcuts.get(widths)
 
 
