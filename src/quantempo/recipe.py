@@ -74,13 +74,15 @@ class LayerSettings:
     """Which layers stay in float, by role or by name pattern, and their bits.
 
     float_roles: roles kept in higher precision; exclude: shell patterns of layer names kept in
-    float; split_skips: one scale for each half of a concatenated skip input; bits: a role or a
-    shell pattern of layer names -> "w8a8", bits of these layers where they differ from the
-    recipe's.
+    float; float_macs: share of the MACs that may stay in float in shortcuts, where the measured
+    error is (`pipeline.quantize.keep_costly`); split_skips: one scale for each half of a
+    concatenated skip input; bits: a role or a shell pattern of layer names -> "w8a8", bits of
+    these layers where they differ from the recipe's.
     """
 
     float_roles: tuple[str, ...] = ("input", "output", "time")
     exclude: tuple[str, ...] = ()
+    float_macs: float = 0.0
     split_skips: bool = True
     bits: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +122,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for path, value, low, high in (
+            ("layers.float_macs", self.layers.float_macs, 0, 1),
             ("trace.steps", self.trace.steps, 1, 100_000),
             ("trace.chains", self.trace.chains, 1, 1_000_000),
             ("trace.picks", self.trace.picks, 1, 100_000),

@@ -64,8 +64,8 @@ class Cache:
             if name == stage:
                 break
         if stage == "calibrate":
-            # Statistics are of the float model: the same for any bits.
-            del settings["layers"]["bits"]
+            # Statistics are of the float model: the same for any bits, and what stays in float.
+            del settings["layers"]["bits"], settings["layers"]["float_macs"]
         return hash_of(settings)
 
     def done(self) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.statistics import collect_statistics
 from quantempo.core import weight_format
+from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import check_roles, sites
+from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import (
     LayerPlan,
     QLayer,
@@ -28,7 +30,9 @@ from quantempo.quantized import (
     fill,
     find_clock,
     install_clock,
+    named_bits,
     plan_layers,
+    quantized_layers,
     swap_layers,
 )
 from quantempo.recipe import Recipe
@@ -36,9 +40,12 @@ from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_d
 from quantempo.scales import LayerScales, make_metric, search_scales
 
 __all__ = [
-    "Quantized", "calibrate", "check_recipe", "plan", "quantize", "round_weights", "search",
-    "segments_of",
+    "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan", "quantize",
+    "round_weights", "search", "segments_of",
 ]  # fmt: skip
+
+# Times its share of the work that a layer's share of the error has to be, to stay in float.
+WORTH = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Quantized:
         # The search decides which layers have several buckets.
         plans = [
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
-            for p in plans
+            for p in _settled(plans, scales)
         ]
         return cls(recipe, plans, found, codes, scales["bucket_of"], per_unit, biases)
 
@@ -157,10 +164,99 @@ def search(
     return search_scales(statistics, weights, recipe, bits=bits_of(plans))
 
 
+def keep_costly(
+    denoiser: nn.Module,
+    data: CalibrationData,
+    plans: list[LayerPlan],
+    scales: Mapping[str, Tensor],
+    recipe: Recipe,
+) -> dict[str, Tensor]:
+    """Return the scales without those of the shortcuts that cost more than they save.
+
+    One whose share of the error (`error_shares`) is over WORTH times its share of the work stays
+    in float, the worst first, up to `layers.float_macs` of the work: its `NAME.costly` (2,) holds
+    both shares. Shortcuts read the sum of all blocks so far without a norm, and engines go on
+    fusing the blocks around them. One whose bits the recipe names (`layers.bits`) is an integer.
+    """
+    left, result = recipe.layers.float_macs, dict(scales)
+    found = (s for s in sites(denoiser) if s.role == "shortcut" and not named_bits(s, recipe))
+    names = [site.name for site in found if f"{site.name}.act_scale" in scales]
+    if not left or not names:
+        return result
+    codes = _round(denoiser, plans, scales, "nearest")
+    copied = Quantized.of(recipe, plans, scales, codes, data.per_unit).install(denoiser, copy=True)
+    shares = error_shares(denoiser, copied, data, names)
+    for name, (error, work) in sorted(shares.items(), key=lambda item: -item[1][0] / item[1][1]):
+        if error > WORTH * work and work <= left:
+            left -= work
+            result = {key: v for key, v in result.items() if key.rpartition(".")[0] != name}
+            result[f"{name}.costly"] = torch.tensor([error, work])
+    return result
+
+
+@torch.no_grad()
+def error_shares(
+    denoiser: nn.Module, copied: nn.Module, data: CalibrationData, names: list[str]
+) -> dict[str, tuple[float, float]]:
+    """Return what layers cost in the output of the network, and do of its work, as shares.
+
+        error = mean over rows of |f_l(x) - f(x)|^2 / |f_q(x) - f(x)|^2
+
+    f is the float network, f_l has layer l alone in integers, f_q all of them: to first order the
+    shares of all layers add up to 1. Every row counts the same, whatever its error: a late step
+    has most of it and least of the image.
+
+    Args:
+        denoiser: float, left as it was; copied: all integer, changed: it gets simulated kernels.
+        names: of the layers; data: 16 rows of it are looked at.
+    """
+    clock = find_clock(copied.to(next(denoiser.parameters()).device))
+    assert clock is not None
+    for _, layer in quantized_layers(copied):
+        layer.kernel = BACKENDS.get("simulated").lower(layer)
+    batch = data.rows(torch.linspace(0, len(data) - 1, min(16, len(data))).long())
+    exact = data.replay(denoiser, batch)
+
+    def error(network: nn.Module) -> Tensor:
+        return (data.replay(network, batch) - exact).double().square().flatten(1).mean(1)
+
+    whole, errors = error(copied).clamp_min(1e-30), {}
+    clock.set(batch.t)
+    for name in names:
+        layer, integer = denoiser.get_submodule(name), copied.get_submodule(name)
+        with layer.register_forward_hook(lambda _, args, y, integer=integer: integer(*args)):
+            errors[name] = float((error(denoiser) / whole).mean())
+    macs = count_macs(denoiser, lambda: data.replay(denoiser, batch), len(batch.x_t))
+    work = sum(macs.values()) - macs[ATTENTION_MATMULS]
+    return {name: (errors[name], max(macs.get(name, 0), 1) / work) for name in names}
+
+
+def _settled(plans: list[LayerPlan], scales: Mapping[str, Tensor]) -> list[LayerPlan]:
+    """Return the plans with the layers in float that `keep_costly` left there."""
+    result = []
+    for plan in plans:
+        both = scales.get(f"{plan.name}.costly")
+        if both is not None:
+            reason = f"measured: {both[0]:.0%} of the output's error for {both[1]:.1%} of the work"
+            plan = LayerPlan(plan.name, "float", reason=reason)
+        result.append(plan)
+    return result
+
+
 def _weights(denoiser: nn.Module, plans: list[LayerPlan]) -> dict[str, Tensor]:
     """Return the float weight (O, ...) of each integer layer."""
     layers: dict[str, Any] = {name: denoiser.get_submodule(name) for name in bits_of(plans)}
     return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+def _round(
+    denoiser: nn.Module, plans: list[LayerPlan], scales: Mapping[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """Return the codes of all integer layers by a rounding that looks at weights alone."""
+    weights = {name: weight.cpu() for name, weight in _weights(denoiser, plans).items()}
+    specs = {name: weight_format(weight) for name, (weight, _) in bits_of(plans).items()}
+    steps = {name: scales[f"{name}.weight_scale"] for name in weights}
+    return round_by_weights(name, weights, steps, specs)
 
 
 def round_weights(
@@ -177,12 +273,9 @@ def round_weights(
 
     The float denoiser is left as it was; folder, key: where finished blocks are kept.
     """
-    settings = recipe.rounding
-    weights = {name: weight.cpu() for name, weight in _weights(denoiser, plans).items()}
-    specs = {name: weight_format(weight) for name, (weight, _) in bits_of(plans).items()}
-    steps = {name: scales[f"{name}.weight_scale"] for name in weights}
+    settings, plans = recipe.rounding, _settled(plans, scales)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
-    codes = round_by_weights(settings.name if alone else "nearest", weights, steps, specs)
+    codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")
     if alone and not settings.bias and not settings.refine:
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.per_unit)
@@ -205,5 +298,6 @@ def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quan
     plans = plan(denoiser, recipe)
     statistics = calibrate(denoiser, data, plans)
     scales = search(denoiser, statistics, plans, recipe)
+    scales = keep_costly(denoiser, data, plans, scales, recipe)
     codes = round_weights(denoiser, data, recipe, plans, scales)
     return Quantized.of(recipe, plans, scales, codes, data.per_unit)

@@ -74,6 +74,8 @@ def search(session: Session) -> None:
             plans = core.plan(session.denoiser, session.recipe)
             stats = session.run.read_safetensors("stats.safetensors")
             scales = core.search(session.denoiser, stats, plans, session.recipe)
+            given = session.denoiser, _trace_of(session), plans, scales, session.recipe
+            scales = core.keep_costly(*given)
             session.run.write_safetensors("scales.safetensors", scales)
 
 

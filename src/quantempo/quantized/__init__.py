@@ -9,6 +9,7 @@ from quantempo.quantized.swap import (
     fill,
     find_clock,
     install_clock,
+    named_bits,
     plan_layers,
     quantized_layers,
     swap_layers,
@@ -16,6 +17,6 @@ from quantempo.quantized.swap import (
 
 __all__ = [
     "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "StepClock",
-    "bits_of", "check_bits", "fill", "find_clock", "install_clock", "plan_layers",
-    "quantized_layers", "swap_layers",
+    "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
+    "plan_layers", "quantized_layers", "swap_layers",
 ]  # fmt: skip

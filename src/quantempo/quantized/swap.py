@@ -18,8 +18,8 @@ from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
 __all__ = [
-    "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "plan_layers",
-    "quantized_layers", "swap_layers",
+    "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
+    "plan_layers", "quantized_layers", "swap_layers",
 ]  # fmt: skip
 
 
@@ -96,14 +96,17 @@ def check_bits(sites: list[Site], recipe: Recipe) -> None:
             )
 
 
+def named_bits(site: Site, recipe: Recipe) -> str | None:
+    """Return what `layers.bits` says of a layer, by its name, else by its role; None: nothing."""
+    named = recipe.layers.bits
+    patterns = (key for key in named if key not in ROLES and fnmatchcase(site.name, key))
+    return named.get(next(patterns, site.role))
+
+
 def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:
-    """Return (weight bits, activation bits): of its name's first match, of its role, or common."""
-    for key, text in recipe.layers.bits.items():
-        if key not in ROLES and fnmatchcase(site.name, key):
-            return parse_bits(text, key)
-    if site.role in recipe.layers.bits:
-        return parse_bits(recipe.layers.bits[site.role], site.role)
-    return recipe.weights.bits, recipe.activations.bits
+    text = named_bits(site, recipe)
+    common = recipe.weights.bits, recipe.activations.bits
+    return common if text is None else parse_bits(text, site.name)
 
 
 def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0) -> StepClock:
