@@ -52,7 +52,8 @@ def plain() -> Recipe:
     Rounded to nearest, float biases as they are: what a packed layer holds and
     computes can be said from its float layer alone.
     """
-    return Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
+    chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
+    return chosen.override("layers", float_macs=0.0)
 
 
 def recipe(symmetric: bool = True, buckets: int = 2, **layers: Any) -> Recipe:

@@ -1,5 +1,6 @@
 """The pure core: the same numbers as the stages, no run folder, few files to read."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages
 from quantempo.pipeline.layer_table import describe
-from quantempo.pipeline.quantize import quantize
+from quantempo.pipeline.quantize import error_shares, quantize
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
@@ -65,6 +66,64 @@ def test_a_quantized_copy_runs_without_a_folder() -> None:
     assert 0 < float((got - wanted).square().mean()) < 1e-3 * float(wanted.square().mean())
     with pytest.raises(QuantempoError, match="quantized already"):
         quantize(copy, random_set(), SMALL)
+
+
+COSTLY = "up_blocks.1.resnets.1.conv_shortcut"
+
+
+@torch.no_grad()
+def costly_unet() -> torch.nn.Module:
+    """Return a network in which one shortcut makes most error for its work."""
+    net = tiny_unet()
+    net.get_submodule(COSTLY).weight *= 20
+    return net
+
+
+def test_a_shortcut_that_costs_more_than_it_saves_stays_in_float() -> None:
+    net, some = costly_unet(), recipe(float_macs=0.01)
+    found = quantize(net, random_set(), some)
+    (kept,) = (p for p in found.plans if "measured" in (p.reason or ""))
+    said = re.fullmatch(r"measured: (\d+)% of the output's error for 0.8% of the work", kept.reason)
+    assert kept.name == COSTLY and kept.kind == "float" and 10 < int(said[1]) < 100
+    copy = found.install(net, copy=True)
+    assert copy.get_submodule(COSTLY).weight is net.get_submodule(COSTLY).weight
+    # Not one whose bits are named, nor one of more work than may stay; the rest as before.
+    for other in ({"float_macs": 0.002}, {"bits": {"shortcut": "w8a8"}}):
+        whole = quantize(net, random_set(), some.override("layers", **other))
+        assert found.codes.keys() == whole.codes.keys() - {COSTLY} < whole.codes.keys()
+
+
+def test_shares_of_the_error_add_up() -> None:
+    net, data, some = costly_unet(), random_set(), recipe()
+    found = quantize(net, data, some)
+    shares = error_shares(net, found.install(net, copy=True), data, list(found.codes))
+    errors, work = (sum(column) for column in zip(*shares.values(), strict=True))
+    # To first order; layers in float do the rest of the work.
+    assert errors == pytest.approx(1, abs=0.1) and 0.9 < work < 1
+    assert max(shares, key=lambda name: shares[name][0] / shares[name][1]) == COSTLY
+
+
+def test_what_stays_in_float_is_named_in_the_packed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantempo.pipeline.quantize.WORTH", 0.0)
+    run = tmp_path / "run"
+    stages.quantize(saved("unconditional"), run, SMALL)
+    before = (run / "stats.safetensors").stat().st_mtime_ns
+    more = SMALL.override("layers", float_macs=1.0, exclude=("down_blocks.*", "mid_block.*"))
+    net = load_pipeline(stages.quantize(saved("unconditional"), tmp_path / "more", more)).unet
+    rows = {row["name"]: row for row in describe(tmp_path / "more/packed", "cpu")[0]}
+    kept = [name for name, row in rows.items() if "measured" in (row["reason"] or "")]
+    assert kept and all(row["role"] == "shortcut" for row in map(rows.get, kept))
+    source = load_pipeline(saved("unconditional")).unet
+    for name in kept:
+        assert rows[name]["bits_activation"] == 32
+        assert torch.equal(net.get_submodule(name).weight, source.get_submodule(name).weight)
+    # Statistics are those of any choice.
+    stages.quantize(
+        saved("unconditional"), run, SMALL.override("layers", float_macs=1.0), force=True
+    )
+    assert (run / "stats.safetensors").stat().st_mtime_ns == before
 
 
 def files_of(call: Any) -> set[str]:
