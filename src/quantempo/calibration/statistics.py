@@ -6,6 +6,7 @@ does not matter (see scales.histogram). Which scale is best is the business of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,8 @@ def _feed(
     # On a GPU few large batches: every layer waits for the device once a batch.
     size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
-        for batch in tqdm(data.batches(size), desc=stage, disable=None, leave=False):
+        total = math.ceil(len(data) / size)
+        for batch in tqdm(data.batches(size), stage, total, disable=None, leave=False):
             time_bin = _bins(batch.t.double() * data.per_unit, edges)
             data.replay(denoiser, batch)
 

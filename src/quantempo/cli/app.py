@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
 import traceback
+from pathlib import Path
 
 import typer
 
+from quantempo import __version__
 from quantempo.cli import (
     bench,
     demo,
@@ -18,10 +22,11 @@ from quantempo.cli import (
     sample,
     sensitivity,
     stages,
+    status,
 )
 from quantempo.errors import QuantempoError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "cpu_quota", "main"]
 
 app = typer.Typer(
     name="quantempo",
@@ -30,7 +35,6 @@ app = typer.Typer(
         "Start with: quantempo demo"
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _verb in (
@@ -40,11 +44,21 @@ for _verb in (
     evaluate.evaluate,
     report.report,
     inspect.inspect,
+    status.status,
+    status.engines,
     sensitivity.sensitivity,
     bench.bench,
     demo.demo,
 ):
-    app.command(_verb.__name__)(_verb)
+    # Paragraphs as one line each: the terminal breaks them.
+    _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]
+    app.command(_verb.__name__, help="\n\n".join(_text))(_verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantempo {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -52,10 +66,28 @@ def _options(
     quiet: bool = typer.Option(False, "--quiet", help="Only results and errors."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Also what each block became."),
     debug: bool = typer.Option(False, "--debug", help="Where an error came from, before its line."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_version, help="Print the version."
+    ),
 ) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("quantempo").setLevel(level)
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the whole CPUs that the control group (version 2 or 1) grants, None for no limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except OSError:
+        names = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+        try:
+            quota, period = ((root / name).read_text().strip() for name in names)
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return max(1, math.ceil(int(quota) / int(period)))
 
 
 def main() -> None:
@@ -63,6 +95,10 @@ def main() -> None:
     # Of the program, but people give it after the verb.
     debug = "--debug" in sys.argv
     sys.argv[1:] = [text for text in sys.argv[1:] if text != "--debug"]
+    # Before torch is imported: it counts the cores of the machine, not those of its container.
+    quota = cpu_quota()
+    if quota is not None and quota < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     try:
         app()
     except QuantempoError as error:

@@ -34,7 +34,7 @@ def bench(
     ops: Annotated[bool, typer.Option("--ops", help="GPU: time the kernels one by one.")] = False,
     steps: Annotated[
         int | None,
-        typer.Option("--images-per-second", min=1, help="Also run DDIM of so many steps."),
+        typer.Option("--sample-steps", min=1, help="Images a second too, DDIM of so many steps."),
     ] = None,
     budget: Annotated[
         float | None, typer.Option(min=1, help="Seconds a candidate may take to compile.")

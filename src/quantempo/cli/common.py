@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "Steps",
     "call_arguments",
+    "next_command",
     "show",
     "show_summary",
     "with_call",
@@ -151,29 +153,40 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{key:<{width}}  {value}")
 
 
-def show_summary(values: dict[str, Any], where: Path) -> None:
-    """Print what a quantized model is worth: quality, size, share of integers, speed, its place."""
+def next_command(run: Path, source: str, done: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Return the command line that goes on with a run folder."""
+    if any(seconds is None for seconds in done.values()):
+        return f"quantempo quantize {shlex.quote(source)} --run {shlex.quote(str(run))}"
+    verb = "report" if "psnr_db_mean" in metrics else "evaluate"
+    return f"quantempo {verb} --run {shlex.quote(str(run))}"
+
+
+# PSNR from which people tell 8-bit images apart not at all, side by side, or at a glance.
+_VISIBLE = ((40.0, "not visible"), (34.0, "hardly visible"), (28.0, "visible side by side"))
+
+
+def show_summary(values: dict[str, Any], where: Path, following: str) -> None:
+    """Print what a quantized model is worth in words, its place, and the next command."""
     small, large = values["bytes_packed"] / 1e6, values["bytes_float32"] / 1e6
-    lines = {
-        "size": f"{small:.1f} MB, {large / small:.1f} times smaller than float32 ({large:.1f} MB)",
-        "integers": f"{values['int8_mac_share']:.1%} of the work of layers "
-        f"({values['int8_mac_share_with_attention']:.1%} with the products of attention)",
-    }
-    if "psnr_db_mean" in values:
-        lines["quality"] = (
-            f"{values['psnr_db_mean']:.1f} dB PSNR to the float images, "
-            f"{values['psnr_db_p05']:.1f} dB for the worst 5 % ({len(values['seeds'])} pairs)"
-        )
-    if "engine" in values:
-        lines["engine"] = values["engine"]
+    words = [f"{small:.1f} MB, {large / small:.1f}x smaller"]
+    lines = {"integers": f"{values['int8_mac_share']:.1%} of the work of layers"}
     if "speedup_vs_best_fp32" in values:
+        words.append(f"{values['speedup_vs_best_fp32']:.1f}x faster here")
         lines["speed"] = (
             f"{values['speedup_vs_best_fp32']:.2f} times the best float32, "
-            f"{values['speedup_vs_best_bf16']:.2f} times bfloat16"
+            f"{values['speedup_vs_best_bf16']:.2f} times bfloat16 ({values['engine']})"
+        )
+    if "psnr_db_mean" in values:
+        mean = values["psnr_db_mean"]
+        seen = next((text for least, text in _VISIBLE if mean >= least), "visible at a glance")
+        words.append(f"{seen}: {mean:.1f} dB")
+        lines["quality"] = (
+            f"{mean:.1f} dB PSNR to the float images, {values['psnr_db_p05']:.1f} dB "
+            f"for the worst 5 % ({len(values['seeds'])} pairs)"
         )
     if "total_seconds" in values:
         lines["time"] = f"{values['total_seconds']:.0f} s"
-    lines["result"] = str(where)
-    typer.echo("")
+    lines |= {"result": str(where), "next": following}
+    typer.echo("\n" + "; ".join(words) + "\n")
     for name, text in lines.items():
         typer.echo(f"{name:<10} {text}")

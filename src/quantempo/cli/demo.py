@@ -28,4 +28,4 @@ def demo(
     if as_json:
         show(metrics, as_json)
     else:
-        show_summary(metrics, run / "report.html")
+        show_summary(metrics, run / "report.html", f"quantempo inspect {run}")

@@ -63,7 +63,8 @@ def quantize(
     packed = pipeline.finish(session)
     summary = quality.summary(session)
     if not as_json:
-        use.show_summary(summary, packed)
+        following = use.next_command(run, source, session.seconds(), {})
+        use.show_summary(summary, packed, following)
         return
     summary["float_layers"] = len(summary["float_layers"])
     use.show({"packed": str(packed), **summary}, as_json)

@@ -113,9 +113,10 @@ class Cache:
                 is off; or a stage before it is missing or of other settings.
         """
         artefact, done = ARTEFACTS[name], self.done()
+        label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"
         if name in done and self.run.has(artefact):
             if not self.stale(name):
-                log.info("%-10s     done before  %s", name, self.run / artefact)
+                log.info("%s     done before  %s", label, self.run / artefact)
                 yield False
                 return
             if not self.force:
@@ -127,7 +128,7 @@ class Cache:
         yield True
         seconds = round(time.perf_counter() - start, 3)
         self.run.update_manifest(stages={name: {"key": self.key(name), "seconds": seconds}})
-        log.info("%-10s %8.1f s     %s", name, seconds, self.run / artefact)
+        log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
 
     def _undo(self, stage: str) -> None:
         manifest = self.run.read_json("manifest.json")
