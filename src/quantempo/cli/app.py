@@ -73,6 +73,12 @@ def _options(
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("quantempo").setLevel(level)
+    if not verbose:
+        # What the libraries below warn of while they load, before they are imported.
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
