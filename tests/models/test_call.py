@@ -115,7 +115,8 @@ def test_the_table_knows_the_arguments_of_diffusers() -> None:
     for kind, names in kinds.items():
         assert {kind_of(name) for name in names.split()} == {kind}
     whole = "timesteps sigmas guidance_scale height skip_guidance_layers target_size eta "
-    whole += "text_encoder_out_layers prompt_cu_seqlens prompt_strength control_guidance_start"
+    whole += "text_encoder_out_layers prompt_cu_seqlens prompt_strength control_guidance_start "
+    whole += "prompt_embeds_llama3 input_images_mask reference_images gligen_phrases"
     assert {kind_of(name) for name in whole.split()} == {None}
 
 

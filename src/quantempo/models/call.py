@@ -37,11 +37,15 @@ PIXEL_PIPELINES = {
 # Arguments with one entry an image, whole names; all others are passed as they are. The kind says
 # what is one entry: a string or number; a row of a tensor; a picture; the frames of a film.
 PER_IMAGE = {
-    "text": r"((negative|source|target)_)?prompt(_[2-4])?|class_labels|lyrics|transcription",
-    "rows": r"((negative|pooled|generated)_)*prompt_(embeds|attention_mask)(_\w+)?|(\w+_)?latents"
-    r"|(negative_)?image_embed(s|dings)|(negative_|encoder_)*(attention_mask|hidden_states)"
+    "text": r"((negative|source|target|content|task)_)?prompt(_[2-4])?|class_labels|lyrics"
+    r"|transcription|(source|target)_subject_category",
+    # That of Llama has its layers first.
+    "rows": r"((negative|pooled|generated)_)*prompt_(embeds|attention_mask)(_(?!llama)\w+)?"
+    r"|(\w+_)?latents|(negative_)?image_embed(s|dings)|controlnet_pooled_projections"
+    r"|((negative|encoder|text)_)*attention_mask|(negative_)?encoder_hidden_states"
     r"|initial_audio_waveforms",
-    "image": r"(\w+_)?(image|hint|mask)|control_mask|depth_map|image_reference|(input_)?images",
+    "image": r"(\w+_)?(image|hint)|((control|image)_)?mask|depth_map|image_reference"
+    r"|(input_)?images",
     "film": r"(\w+_)?video|conditioning_frames",
 }
 # How the command line gives them, where it has an option of its own.
@@ -93,6 +97,8 @@ def call_pipeline(
     check_arguments(pipe, call)
     _check_call(pipe, known, call)
     _check_ranges(pipe, steps, call)
+    if len(seeds) > images_a_call(pipe, call, len(seeds)):
+        raise QuantempoError(f"{type(pipe).__name__} is given these arguments one image at a time")
     places = range(first, first + len(seeds)) if places is None else places
     arguments = {key: _entries(pipe, key, value, places) for key, value in call.items()}
     for key, value in arguments.items():
@@ -243,8 +249,10 @@ def _entries(pipe: Any, key: str, value: Any, places: Sequence[int]) -> Any:
     kind = kind_of(key)
     # Several control networks take a list of their own; several adapters too.
     several = type(getattr(pipe, "controlnet", None)).__name__.startswith("Multi")
-    own = key == "ip_adapter_image_embeds" or (several and key in ("image", "control_image"))
-    if kind is None or value is None or (own and isinstance(value, list)):
+    nets = several and key in ("image", "control_image", "conditioning_frames")
+    own = isinstance(value, list) and (nets or key.endswith("ip_adapter_image_embeds"))
+    plain = value is None or (kind != "text" and isinstance(value, bool | int | float | str))
+    if kind is None or plain or own:
         return value
     if isinstance(value, np.ndarray) and kind == "text":
         value = value.tolist()
