@@ -43,6 +43,7 @@ class Spy(DDIMPipeline):
         latents: Any = None, prompt_embeds_2: Any = None, height: Any = 7, video: Any = None,
         original_size: tuple[int, int] = (0, 0), class_labels: Any = None, generator: Any = None,
         num_inference_steps: Any = None, output_type: str = "pil", ip_adapter_image: Any = None,
+        num_images_per_prompt: int = 1,
     ) -> Any:  # fmt: skip
         self.calls.append({key: value for key, value in locals().items() if key != "self"})
         return diffusers.ImagePipelineOutput(images=np.zeros((len(generator), 2, 2, 3)))
@@ -86,6 +87,7 @@ def test_entries_go_with_their_image_and_all_else_is_whole(spy: Spy) -> None:
 @pytest.mark.parametrize(
     ("given", "one", "two"),
     [
+        ({"latents": 0.5}, 0.5, 0.5),
         ({"image": PICTURES[0]}, PICTURES[0], [PICTURES[0]] * 2),
         ({"image": noise(3, 8, 8)}, noise(3, 8, 8), [noise(3, 8, 8)] * 2),
         ({"image": noise(2, 3, 8, 8)}, noise(2, 3, 8, 8)[:1], noise(2, 3, 8, 8)),
@@ -125,6 +127,13 @@ def test_a_list_that_means_something_else_is_given_one_image_at_a_time(spy: Spy)
     assert images_a_call(spy, {"ip_adapter_image": PICTURES}, 16) == 1
     kind: Any = diffusers.Flux2KleinPipeline
     assert images_a_call(kind.__new__(kind), {"image": PICTURES}, 16) == 1
+    how: dict[str, Any] = {"steps": 1, "prompt": "a", "ip_adapter_image": PICTURES}
+    with pytest.raises(QuantempoError, match="one image at a time"):
+        call_pipeline(spy, [1, 2], **how)
+    call_pipeline(spy, [1, 2], places=[1, 1], **how)
+    made = spy.calls.pop()
+    assert (made["num_images_per_prompt"], made["prompt"]) == (2, ["a"])
+    assert made["ip_adapter_image"] == PICTURES[1] and len(made["generator"]) == 2
     run_pipeline(spy, [1, 2, 3], steps=1, prompt="a", ip_adapter_image=PICTURES)
     assert [c["ip_adapter_image"] for c in spy.calls] == [PICTURES[0], PICTURES[1], PICTURES[0]]
 

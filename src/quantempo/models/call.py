@@ -97,10 +97,14 @@ def call_pipeline(
     check_arguments(pipe, call)
     _check_call(pipe, known, call)
     _check_ranges(pipe, steps, call)
+    places, count = range(first, first + len(seeds)) if places is None else places, {}
     if len(seeds) > images_a_call(pipe, call, len(seeds)):
-        raise QuantempoError(f"{type(pipe).__name__} is given these arguments one image at a time")
-    places = range(first, first + len(seeds)) if places is None else places
-    arguments = {key: _entries(pipe, key, value, places) for key, value in call.items()}
+        # Images of the same entries can still be made at once.
+        count = {key: len(seeds) for key in known if re.fullmatch(r"num_\w+_per_prompt", key)}
+        if len(set(places)) > 1 or not count:
+            raise QuantempoError(f"{type(pipe).__name__} takes these arguments one image at a time")
+        places = places[:1]
+    arguments = {key: _entries(pipe, key, value, places) for key, value in call.items()} | count
     for key, value in arguments.items():
         wanted = str(known[key].annotation).lower()
         if isinstance(value, list) and "tuple[" in wanted and "list[" not in wanted:
