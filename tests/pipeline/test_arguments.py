@@ -1,17 +1,25 @@
 """Arguments of a call: read from text and files, kept by a run folder, as traced by default."""
 
 import logging
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    AnimateDiffPipeline,
+    AudioPipelineOutput,
+    DDIMPipeline,
+    MotionAdapter,
+    StableDiffusionImg2ImgPipeline,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
 from quantempo.errors import QuantempoError
+from quantempo.evaluation.outputs import evaluate_outputs
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import quality, stages
 from quantempo.pipeline.arguments import (
@@ -23,7 +31,7 @@ from quantempo.pipeline.arguments import (
 )
 from quantempo.run_folder import RunFolder, hash_of
 from tests.packed import recipe, saved
-from tests.tiny import noise, tiny_embeds, tiny_text
+from tests.tiny import noise, tiny_embeds, tiny_text, tiny_unconditional
 
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*"))
 
@@ -193,6 +201,8 @@ def test_settings_of_the_trace_are_those_of_a_sample(
     whole = quality.sample(pipe, tmp_path / "b", [0, 1], call=call | {"strength": 0.5}, **how)
     assert np.array_equal(taken, whole)
     caplog.clear()
+    quality.sample(quality.open_model(run.parent / "model"), tmp_path / "f", [0], call=given, **how)
+    assert not caplog.messages
     other = quality.sample(pipe, tmp_path / "c", [0], call=given | {"guidance_scale": 7.5}, **how)
     assert "guidance_scale 7.5 here, but 2.0 when the model was traced" in caplog.messages
     assert not np.array_equal(other[0], whole[0])
@@ -235,6 +245,38 @@ def test_films_and_audio_are_written_to_look_at_and_exactly(tmp_path: Path) -> N
         assert getattr(film, "n_frames", 1) == 3
     (tmp_path / "4.npy").unlink()
     assert np.array_equal(quality.sample(pipe, tmp_path, [4, 5], steps=1, call=call), films)
+
+
+class Sound(DDIMPipeline):
+    """Hand out two channels of noise."""
+
+    def __call__(self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str):
+        return AudioPipelineOutput(noise(batch_size, 2, 30).numpy() / 5)
+
+
+def test_audio_is_written_to_listen_to_and_exactly(tmp_path: Path) -> None:
+    pipe = Sound(**tiny_unconditional().components)
+    pipe.unet.register_to_config(sample_rate=8000)
+    made = quality.sample(pipe, tmp_path, [3], steps=1)
+    assert np.array_equal(made, noise(1, 2, 30).numpy() / 5)
+    with wave.open(str(tmp_path / "3.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 8000, 30)
+        levels = np.frombuffer(file.readframes(30), "<i2").reshape(30, 2).T
+    assert np.abs(levels / 32767 - made[0]).max() < 1 / 32767
+
+
+def test_films_and_numbers_are_judged() -> None:
+    films = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    films[:, 1] = 100
+    other = films.copy()
+    other[:, 2] = 10
+    found = evaluate_outputs(films, other)
+    assert found["psnr_db_by_frame"] == pytest.approx([100, 100, 10 * np.log10(25.5**2)])
+    # The noise is in one of two steps: 100^2 + 100^2 over 10^2.
+    assert found["motion_sqnr_db"] == pytest.approx(10 * np.log10(200))
+    sound = noise(2, 50).numpy()
+    found = evaluate_outputs(sound, sound * np.array([[1.0], [1.1]], np.float32))
+    assert found["sqnr_db"] == pytest.approx([150, 20], abs=1e-4)
 
 
 def test_bfloat16_is_loaded_traced_and_packed(tmp_path: Path) -> None:

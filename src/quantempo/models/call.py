@@ -214,6 +214,7 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping
         key
         for key, parameter in known.items()
         if parameter.default is parameter.empty
+        and key not in _RESERVED
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     if "prompt" in known and not any(kind_of(key) == "rows" and "embed" in key for key in given):

@@ -207,12 +207,11 @@ def write_settings(folder: Path, call: Mapping[str, Any]) -> None:
     store.write_json("call.json", write_call(store, settings))
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return what `write_settings` wrote, nothing for other folders."""
+def read_settings(folder: str) -> dict[str, Any] | None:
+    """Return what `write_settings` wrote; None where nothing was packed."""
     store = RunFolder(folder)
-    return (
-        read_call(store, store.read_json("call.json")) if folder and store.has("call.json") else {}
-    )
+    known = folder and store.has("call.json")
+    return read_call(store, store.read_json("call.json")) if known else None
 
 
 def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:

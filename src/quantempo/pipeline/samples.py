@@ -110,6 +110,8 @@ def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     Another guidance, size or number of frames means other trajectories than those calibrated on.
     """
     traced = read_settings(pipe.config.get("_name_or_path") or "")
+    if traced is None:
+        return call
     whole = {**traced, **call}
     # What was not given in the trace counts as the pipeline's own value.
     then, now = unusual_settings(pipe, traced), unusual_settings(pipe, whole)
