@@ -43,6 +43,7 @@ LANES = {
         "pipeline/test_correct.py",
         "pipeline/test_golden.py",
         "pipeline/test_quantize.py::test_a_reader_opens",
+        "pipeline/test_trust.py::test_processes",
         "pipeline/test_main_line.py::test_a_run_killed",
         "pipeline/test_main_line.py::test_another",
         "pipeline/test_pipeline.py",

@@ -7,14 +7,18 @@ file is never taken for a whole one.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,36 @@ __all__ = [
     "canonical",
     "file_sha256",
     "hash_of",
+    "private_folder",
     "read_tensors",
+    "reading",
     "tensors_sha256",
 ]
+
+log = logging.getLogger("quantempo")
+
+_ASIDE = "aside"
+# What is written bit by bit carries its hash itself; those of stages stand in the manifest.
+_SEALED, _SEAL = ("sensitivity.json", "metrics.json", "bench.json"), "json_sha256"
+# What reading a broken file raises.
+_DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError)
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn what a damaged file, a missing entry or a wrong type raises into one sentence.
+
+    To be put around all that makes sense of a file: our own may have been cut or edited since.
+    """
+    try:
+        yield
+    except QuantempoError:
+        raise
+    except (*_DAMAGE, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise QuantempoError(
+            f"{what} is damaged ({reason}); delete it and rerun what writes it, or fetch it again"
+        ) from error
 
 
 @contextmanager
@@ -47,17 +78,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         QuantempoError: the disk is full or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        yield temporary
-        if path.is_dir():
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(aside)
-            temporary.rename(path)
-            shutil.rmtree(aside)
-        else:
+        with private_folder(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            _settle(temporary, folder)
+            if path.is_dir():
+                path.rename(folder / _ASIDE)
             temporary.replace(path)
     except OSError as error:
         raise _explain(error, path) from error
@@ -66,25 +94,63 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if "No space left" in str(error) or "os error 28" in str(error):
             raise _explain(OSError(errno.ENOSPC, str(error)), path) from error
         raise
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed process left of `path`, and put back what it had moved aside."""
-    for old in path.parent.glob(f".{path.name}.*.old"):
-        if not path.exists():
-            old.rename(path)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if left.is_dir():
+@contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` in which it is made, and remove it at the end.
+
+    Those that killed processes left are removed first, and what they had moved aside is put back;
+    those of living ones stay: a folder is held as long as its process lives.
+    """
+    name = path.name[:60]
+    for left in path.parent.glob(f".{escape(name)}.*.tmp"):
+        if (held := _hold(left, wait=False)) is not None:
+            if (left / _ASIDE).exists() and not path.exists():
+                (left / _ASIDE).rename(path)
             shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+            os.close(held)
+    held = None
+    while held is None:
+        folder = Path(tempfile.mkdtemp(".tmp", f".{name}.", path.parent))
+        # None if another process took it for a dead one's before it was held.
+        held = _hold(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _hold(folder: Path, wait: bool = True) -> int | None:
+    """Return a descriptor that holds a folder until it is closed or the process ends, or None."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        # A file system without locks: nobody is waited for, and nothing of others removed.
+        if not wait or error.errno == errno.EWOULDBLOCK:
+            os.close(held)
+            return None
+    if folder.exists():
+        return held
+    os.close(held)
+    return None
+
+
+def _settle(made: Path, folder: Path) -> None:
+    """Give files the mode of any new file (safetensors has its own) and put them on the disk."""
+    (folder / _ASIDE).touch()
+    mode = (folder / _ASIDE).stat().st_mode & 0o777
+    (folder / _ASIDE).unlink()
+    for file in [made, *made.rglob("*")]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
 
 
 def _explain(error: OSError, path: Path) -> QuantempoError:
@@ -152,14 +218,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise QuantempoError(f"no file {path}; run the stage that writes it first")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, dict(stream.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise QuantempoError(
-            f"{path} is damaged ({error}); delete it and rerun its stage, or fetch it again"
-        ) from error
+    with reading(path), safe_open(path, framework="pt") as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        return tensors, dict(stream.metadata() or {})
 
 
 class RunFolder:
@@ -171,19 +232,53 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was started here, be it that it was killed at once."""
+        return self.has("model.json") or self.has("manifest.json")
+
     def foreign(self) -> bool:
         """Return whether the folder holds anything but what a killed write left."""
         if not self.path.is_dir():
             return False
         return any(not re.fullmatch(r"\..*\.(tmp|old)", p.name) for p in self.path.iterdir())
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder, made if need be; wait for another process that does."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _explain(error, self.path) from error
+        held = _hold(self.path, wait=False)
+        if held is None:
+            log.warning("waiting for another process, which works in %s", self.path)
+            held = _hold(self.path)
+        try:
+            yield
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def stages(self) -> dict[str, Any]:
+        """Return stage -> {"key", "seconds", "sha256" of files by name} of what is done here."""
+        if not self.has("manifest.json"):
+            return {}
+        stages = self.read_json("manifest.json")
+        with reading(self / "manifest.json"):
+            return {name: dict(entry) for name, entry in stages["stages"].items()}
+
     def has(self, name: str) -> bool:
         """Return whether the artefact is there (artefacts are only ever whole)."""
-        return (self.path / name).exists()
+        try:
+            return (self.path / name).exists()
+        except OSError as error:
+            raise _explain(error, self.path / name) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as indented JSON; refuses NaN (JSON has none)."""
-        text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+        sealed = {**value, _SEAL: hash_of(value)} if name in _SEALED else value
+        text = json.dumps(sealed, indent=1, allow_nan=False) + "\n"
         with atomic_path(self.path / name) as temporary:
             temporary.write_text(text)
 
@@ -196,10 +291,24 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             raise QuantempoError(f"no {name} in {self.path}; run the stage that writes it first")
-        try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise QuantempoError(f"{path} is damaged ({error}); delete it and rerun") from error
+        if name != "manifest.json":
+            self._compare(name)
+        with reading(path):
+            value = json.loads(path.read_text())
+            known = value.pop(_SEAL, None) if name in _SEALED else None
+            if known not in (None, hash_of(value)):
+                raise ValueError("it does not match its hash")
+            return value
+
+    def _compare(self, name: str) -> None:
+        """Raise QuantempoError unless a file is what its stage wrote, if the manifest knows it."""
+        with reading(self / "manifest.json"):
+            for stage, entry in self.stages().items():
+                if entry.get("sha256", {}).get(name) not in (None, file_sha256(self / name)):
+                    raise QuantempoError(
+                        f"{self / name} is not what {stage} wrote, it was damaged or edited; "
+                        f"delete it and rerun {stage}"
+                    )
 
     def write_safetensors(
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
@@ -211,6 +320,8 @@ class RunFolder:
 
     def read_safetensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of artefact `name`; see `read_tensors` for errors."""
+        if self.has(name):
+            self._compare(name)
         return read_tensors(self.path / name)[0]
 
     def update_manifest(self, **entries: Any) -> dict[str, Any]:

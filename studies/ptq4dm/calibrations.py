@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,12 +21,12 @@ from quantempo.calibration.trace import trace
 from quantempo.core import ACTIVATION
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.quantized import plan_layers
-from quantempo.run_folder import read_tensors
+from quantempo.run_folder import private_folder
 from quantempo.scales import search_activation
 from quantempo.scales.search import search_scales
 from studies.ptq4dm.cells import Cell
 from studies.ptq4dm.output_side import output_side_layers
-from studies.ptq4dm.released_pairs import ReleasedPairs, finished_samples, relabel
+from studies.ptq4dm.released_pairs import ReleasedPairs, finished_samples, relabel, rewrite
 from studies.ptq4dm.sampler_tensors import Grids, learns_variance, output_part, variance_grid
 
 __all__ = ["Calibrator", "output_probe"]
@@ -73,8 +72,7 @@ class Calibrator:
         if cell.released:
             law = ReleasedPairs(settings.time_sampler)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        try:
+        with private_folder(self.scratch / "trace") as folder:
             with ExitStack() as stack:
                 if cell.released:
                     finished = stack.enter_context(finished_samples(pipe.scheduler))
@@ -93,11 +91,7 @@ class Calibrator:
                     model_hash=self.model,
                     progress=False,
                 )
-            if cell.released:
-                relabel(data, law, finished, seed ^ _DRAW)
-            yield data
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            yield relabel(data, law, finished, seed ^ _DRAW) if cell.released else data
 
     @contextmanager
     def sourced(
@@ -113,18 +107,14 @@ class Calibrator:
             yield data
             return
         check_source(source, pipe, denoiser_of(pipe)[1], images)
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
         schedule, seed = pipe.scheduler.alphas_cumprod, data.info["settings"]["seed"]
         unit = data.per_unit
-        try:
+        with private_folder(self.scratch / "source") as folder:
             copied = TraceSet(copy_trace(data, folder / "trace"))
-            for chunk in copied.info["chunks"]:
-                tensors, metadata = read_tensors(copied.folder / chunk["file"])
-                tensors["x_t"] = replace_rows(source, tensors, schedule, unit, images, seed)
-                copied.folder.write_safetensors(chunk["file"], tensors, metadata)
-            yield copied
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            yield rewrite(
+                copied,
+                lambda t: {"x_t": replace_rows(source, t, schedule, unit, images, seed)},
+            )
 
     def statistics(self, denoiser: nn.Module, cell: Cell, data: TraceSet) -> dict[str, Tensor]:
         """Return the tensors of `stats.safetensors` of a cell: of layers and sampler tensors."""

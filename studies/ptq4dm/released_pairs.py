@@ -11,7 +11,7 @@ Source: the generator of its calibration data, `backward_t_calib_data_generator`
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.dataset import TraceSet, index_of
 from quantempo.calibration.timesteps import make_time_sampler
-from quantempo.run_folder import read_tensors
+from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
-__all__ = ["ReleasedPairs", "finished_samples", "relabel"]
+__all__ = ["ReleasedPairs", "finished_samples", "relabel", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,19 @@ def finished_samples(scheduler: Any) -> Iterator[list[Tensor]]:
         scheduler.step = step
 
 
-def relabel(data: TraceSet, law: ReleasedPairs, finished: list[Tensor], seed: int) -> None:
+def rewrite(data: TraceSet, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> TraceSet:
+    """Write tensors of a trace anew, chunk by chunk, and return it."""
+    index = index_of(data.folder.path)
+    for chunk in data.info["chunks"]:
+        tensors, metadata = read_tensors(data.folder / chunk["file"])
+        tensors |= change(tensors)
+        data.folder.write_safetensors(chunk["file"], tensors, metadata)
+        chunk["sha256"] = tensors_sha256(tensors)
+    RunFolder(index.parent).write_json(index.name, data.info)
+    return TraceSet(data.folder.path)
+
+
+def relabel(data: TraceSet, law: ReleasedPairs, finished: list[Tensor], seed: int) -> TraceSet:
     """Give the rows of a trace of `law` their labels: t = l, and the finished x_0 for l = K - 1.
 
     Args:
@@ -86,11 +98,12 @@ def relabel(data: TraceSet, law: ReleasedPairs, finished: list[Tensor], seed: in
     labels = law.labels(chains, steps, Generator().manual_seed(seed))
     assert (steps - 2 - labels).clamp(min=0).tolist() == [r[0] for r in data.info["target_steps"]]
     images = torch.cat(finished)[-chains:]
-    for chunk in data.info["chunks"]:
-        tensors, metadata = read_tensors(data.folder / chunk["file"])
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         chain = tensors["chain"]
         label, x_t = labels[chain], tensors["x_t"].clone()
         ends = label == steps - 1
         x_t[ends] = images[chain[ends]]
-        new = {"x_t": x_t, "t": label.to(tensors["t"].dtype)}
-        data.folder.write_safetensors(chunk["file"], tensors | new, metadata)
+        return {"x_t": x_t, "t": label.to(tensors["t"].dtype)}
+
+    return rewrite(data, change)

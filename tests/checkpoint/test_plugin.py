@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,14 +127,11 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
         UNet2DModel.from_pretrained(copy / "unet")
 
 
-def test_an_unknown_key_warns_and_loads(copy: Path) -> None:
+def test_an_unknown_key_is_refused(copy: Path) -> None:
     edit_config(copy, colour="blue")
-    with pytest.warns(UserWarning, match=r"ignores unknown keys \['colour'\]"):
-        pipe = load_pipeline(copy)
-    assert ours(pipe.unet)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        QuantempoConfig(**QuantempoConfig().to_dict())
+    with pytest.raises(QuantempoError, match=r"has unknown keys \['colour'\]"):
+        load_pipeline(copy)
+    QuantempoConfig(**QuantempoConfig().to_dict())
 
 
 def truncate(file: Path) -> None:

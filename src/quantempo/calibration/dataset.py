@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from quantempo.calibration.rows import Law, Place, join, key_of, load, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
-from quantempo.run_folder import RunFolder, read_tensors
+from quantempo.run_folder import RunFolder, read_tensors, reading, tensors_sha256
 
 __all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
 
@@ -227,20 +227,23 @@ class TraceSet(_Calls):
         self.folder = RunFolder(folder)
         index = index_of(folder)
         self.info: dict[str, Any] = RunFolder(index.parent).read_json(index.name)
-        self.names = self.info["sample_name"], self.info["timestep_name"]
-        self.num_train_timesteps: int = self.info["settings"]["num_train_timesteps"]
-        self.law = {path: value and Place(*value) for path, value in self.info["law"].items()}
-        self._groups: list[tuple[str, int, Any]] = []
-        for chunk in self.info["chunks"]:
-            if not self.folder.has(chunk["file"]):
+        with reading(index):
+            self.names = self.info["sample_name"], self.info["timestep_name"]
+            self.num_train_timesteps: int = self.info["settings"]["num_train_timesteps"]
+            self.law = {path: value and Place(*value) for path, value in self.info["law"].items()}
+            self._unseen: dict[str, Any] = {c["file"]: c["sha256"] for c in self.info["chunks"]}
+            self._groups: list[tuple[str, int, Any]] = []
+            for chunk in self.info["chunks"]:
+                first = 0
+                for group in chunk["groups"]:
+                    self._groups.append((chunk["file"], first, group))
+                    first += group["rows"]
+            self.pieces = [(group["key"], group["rows"]) for _, _, group in self._groups]
+        for file in self._unseen:
+            if not self.folder.has(file):
                 raise QuantempoError(
-                    f"the trace in {self.folder.path} lacks {chunk['file']}; rerun the trace"
+                    f"the trace in {self.folder.path} lacks {file}; delete {index} and rerun it"
                 )
-            first = 0
-            for group in chunk["groups"]:
-                self._groups.append((chunk["file"], first, group))
-                first += group["rows"]
-        self.pieces = [(group["key"], group["rows"]) for _, _, group in self._groups]
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -249,13 +252,23 @@ class TraceSet(_Calls):
 
     def column(self, name: str) -> Tensor:
         """Return one recorded (N, ...) tensor: "t", "chain", "pick", "half", "call", "target"."""
-        read = (read_tensors(self.folder / chunk["file"])[0] for chunk in self.info["chunks"])
-        return torch.cat([tensors[name] for tensors in read])
+        return torch.cat([self._read(chunk["file"])[name] for chunk in self.info["chunks"]])
+
+    def _read(self, file: str) -> dict[str, Tensor]:
+        tensors = read_tensors(self.folder / file)[0]
+        if self._unseen.get(file) not in (None, tensors_sha256(tensors)):
+            raise QuantempoError(
+                f"{self.folder / file} is not what was traced; delete {index_of(self.folder.path)} "
+                "and rerun the trace"
+            )
+        # Once is enough.
+        self._unseen[file] = None
+        return tensors
 
     def piece(self, number: int) -> TraceBatch:
         """Return all rows of a group of a chunk."""
         file, first, group = self._groups[number]
-        tensors = read_tensors(self.folder / file)[0]
+        tensors = self._read(file)
         mine = slice(first, first + group["rows"])
         given = load(group["arguments"], tensors)
         return TraceBatch(tensors["x_t"][mine], tensors["t"][mine], given)

@@ -36,7 +36,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import call_pipeline, scheduler_settings
 from quantempo.recipe import TraceSettings
-from quantempo.run_folder import RunFolder, canonical, read_tensors, tensors_sha256
+from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
 __all__ = ["check_settings", "deal_targets", "trace"]
 
@@ -213,11 +213,12 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
         return False
     try:
         tensors, metadata = read_tensors(store / name)
-        details = json.loads(metadata[_METADATA])
-    except (QuantempoError, KeyError, json.JSONDecodeError):
+        with reading(store / name):
+            details = json.loads(metadata[_METADATA])
+            old, known = dict(details["settings"]), details["sha256"]
+    except QuantempoError:
         # Torn, or not ours: made again; the progress bar shows it.
         return False
-    old = details["settings"]
     differing = [key for key in settings if _json(old.get(key)) != _json(settings[key])]
     if differing and not force:
         changes = "; ".join(
@@ -227,7 +228,7 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
             f"{store.path} holds a trace with other settings ({changes}); "
             "choose another folder, delete this one, or force"
         )
-    return not differing and details["sha256"] == tensors_sha256(tensors)
+    return not differing and known == tensors_sha256(tensors)
 
 
 def _finish(
@@ -240,7 +241,7 @@ def _finish(
     """Write the index, whose presence means that the trace is complete."""
     chunks, found = [], []
     for name in names:
-        with safe_open(store / name, framework="pt") as stream:
+        with reading(store / name), safe_open(store / name, framework="pt") as stream:
             details = json.loads(stream.metadata()[_METADATA])
         own = ("rows", "sha256", "groups")
         chunks.append({"file": name, **{key: details[key] for key in own}})

@@ -7,11 +7,12 @@ class is patched. This file and `models/` are the only ones that import diffuser
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
-import warnings
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -20,7 +21,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from quantempo import __version__
-from quantempo.checkpoint.values import check_layers, check_plans, check_time
+from quantempo.checkpoint.hashes import check_files, digest, joined, seal, settings_digest
+from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_time
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
@@ -34,8 +36,16 @@ from quantempo.quantized import (
     swap_layers,
 )
 from quantempo.recipe import Recipe
+from quantempo.run_folder import canonical, reading
 
-__all__ = ["FORMAT_VERSION", "QuantempoConfig", "QuantempoQuantizer", "mark_quantized", "register"]
+__all__ = [
+    "FORMAT_VERSION",
+    "QuantempoConfig",
+    "QuantempoQuantizer",
+    "mark_quantized",
+    "register",
+    "seal",
+]
 
 log = logging.getLogger("quantempo")
 
@@ -71,8 +81,9 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
-        hashes: "tensors": SHA-256 of all saved tensors, checked at load; "source": of the float
-            model; "recipe".
+        network: the network's own configuration as it was saved.
+        hashes: SHA-256, checked at load: "tensors": of all that are saved; "settings": of the rest
+            of this. "source": of the float model; "recipe".
         format_version: of this layout; a newer one is refused.
         version: of the library that wrote it.
     """
@@ -87,16 +98,17 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: dict[str, list[int]] | None = None,
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
+        network: dict[str, Any] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         version: str = "",
         **unknown: Any,
     ) -> None:
         self.quant_method = _Method.QUANTEMPO
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise QuantempoError(
                 f"this checkpoint has format_version {format_version}; this quantempo reads up to "
-                f"{FORMAT_VERSION}; upgrade quantempo"
+                f"{FORMAT_VERSION}; upgrade quantempo, or fetch the checkpoint again"
             )
         unknown.pop("quant_method", None)
         # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
@@ -108,14 +120,37 @@ class QuantempoConfig(QuantizationConfigMixin):
                     "float model again, or install the version that wrote it"
                 )
         if unknown:
-            warnings.warn(f"quantempo ignores unknown keys {sorted(unknown)}", stacklevel=2)
+            raise QuantempoError(
+                f"quantization_config has unknown keys {sorted(unknown)}; fetch it again"
+            )
         check_time(num_train_timesteps, per_unit)
         self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits = buckets or {}, bits or {}
         self.num_train_timesteps = num_train_timesteps
+        self.network = network or {}
         self.per_unit, self.hashes = per_unit, hashes or {}
         self.format_version, self.version = format_version, version
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Self:
+        """Return the configuration that a file holds; QuantempoError unless it is as saved."""
+        with reading("quantization_config in config.json"):
+            found = super().from_dict(config_dict, *args, **kwargs)
+            if found.hashes.get("settings") not in (None, settings_digest(config_dict)):
+                raise ValueError("it does not match its hash")
+            return found
+
+    check_files = staticmethod(check_files)
+
+    def check_network(self, config: Mapping[str, Any]) -> None:
+        """Raise QuantempoError unless this is the configuration the network was saved with."""
+        for key, value in self.network.items():
+            if canonical(config.get(key)) != value:
+                raise QuantempoError(
+                    f"config.json says {key} = {config.get(key)!r}, the checkpoint was saved with "
+                    f"{value!r}; it is damaged or was edited: save or fetch it again"
+                )
 
     @classmethod
     def of(
@@ -176,28 +211,34 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.model: Any = None
         self._exact: dict[str, Tensor] = {}
-        self._ours: set[str] = set()
+        self._ours: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._found: set[str] = set()
         self._int12: dict[str, dict[str, Tensor]] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        if "settings" not in config.hashes:
+            log.info("an older checkpoint, without a hash of its settings: they are not verified")
+        with reading("quantization_config in config.json"):
+            config.check_network(model.config)
+            plans = config.plans(model)
+            check_plans(model, plans)
         table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
-        clock = install_clock(model, table, config.per_unit)
-        plans = config.plans(model)
-        check_plans(model, plans)
-        swap_layers(model, plans, clock)
-        self._ours = set(_quantized_state(model))
+        swap_layers(model, plans, install_clock(model, table, config.per_unit))
+        self._ours = _quantized_state(model)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep our tensors of one file (a shard or the whole) as they are on disk."""
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
-        self._digests |= {name: _digest(tensor) for name, tensor in state_dict.items()}
+        self._digests |= {name: digest(tensor) for name, tensor in state_dict.items()}
         state_dict = self._unpacked(state_dict)
+        self._found |= state_dict.keys()
         for name, tensor in state_dict.items():
-            self._dtypes[name] = tensor.dtype
+            half = name.rpartition(".")[0] in self.quantization_config.float16
+            check_tensor(name, tensor, self._ours.get(name), half)
             if name in self._ours:
                 self._exact[name] = tensor
         return state_dict
@@ -206,6 +247,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
         """Return the names that tensors have once 12-bit weights (format 2) are unpacked."""
+        self.quantization_config.check_files(Path(checkpoint_files[0]).parent.parent)
         return list(dict.fromkeys(self._part(key)[0] for key in loaded_keys))
 
     def _part(self, key: str) -> tuple[str, str]:
@@ -231,12 +273,13 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Left alone, diffusers fills what is missing with random numbers and logs a warning.
-        missing = sorted(set(model.state_dict()) - set(self._dtypes))
-        if missing:
-            raise QuantempoError(
-                f"the checkpoint lacks {len(missing)} tensors, the first is '{missing[0]}'; "
-                "it is damaged: save or fetch it again"
-            )
+        wanted = set(model.state_dict())
+        for what, names in ("lacks", wanted - self._found), ("has unknown", self._found - wanted):
+            if names:
+                raise QuantempoError(
+                    f"the checkpoint {what} {len(names)} tensors, the first is '{min(names)}'; "
+                    "it is damaged: save or fetch it again"
+                )
         device = next(p.device for p in model.parameters() if p.device.type != "meta")
         for name, tensor in self._exact.items():
             # A copy, so that the file is not kept mapped and may be overwritten.
@@ -245,17 +288,14 @@ class QuantempoQuantizer(DiffusersQuantizer):
             value = value.float() if value.dtype == torch.float16 else value
             put_buffer(model, name, value)
         self._exact.clear()
-        if self.quantization_config.hashes.get("tensors") != _joined(self._digests):
+        self._ours.clear()
+        if self.quantization_config.hashes.get("tensors") != joined(self._digests):
             raise QuantempoError(
                 "the tensors do not match the hash in config.json; the checkpoint is damaged or "
                 "was edited: save or fetch it again"
             )
         check_layers(model)
-        state = model.state_dict()
-        if self._int12 or any(state[name].dtype != dtype for name, dtype in self._dtypes.items()):
-            # Another precision or format: what a later save writes, its configuration first.
-            self.quantization_config.hashes["tensors"] = _state_digest(state)
-            self.quantization_config.format_version = FORMAT_VERSION
+        self.model = model
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily
 
@@ -275,7 +315,19 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Saving keeps the integers."""
+        """Saving keeps the integers. It asks first, which is when the hashes are taken."""
+        config, model = self.quantization_config, self.model
+        if model is None:
+            return True
+        model.register_to_config(quantization_config=config)
+        network = json.loads(model.to_json_string())
+        config.network = {k: v for k, v in network.items() if k[0] != "_"}
+        del config.network["quantization_config"]
+        config.format_version = FORMAT_VERSION
+        state = model.state_dict()
+        config.hashes["tensors"] = joined({n: digest(value) for n, value in state.items()})
+        config.hashes["settings"] = settings_digest(config.to_dict())
+        model.register_to_config(quantization_config=config.to_dict())
         return True
 
     @property
@@ -299,29 +351,12 @@ def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _joined(digests: dict[str, str]) -> str:
-    text = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _state_digest(state: dict[str, Tensor]) -> str:
-    return _joined({name: _digest(value) for name, value in state.items()})
-
-
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
     """Make `save_pretrained` write the configuration beside the weights."""
-    config.hashes["tensors"] = _state_digest(denoiser.state_dict())
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
     denoiser.hf_quantizer = QuantempoQuantizer(config)
-    denoiser.register_to_config(quantization_config=config.to_dict())
+    denoiser.hf_quantizer.model = denoiser
 
 
 def register() -> None:

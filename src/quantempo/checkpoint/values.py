@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
 from quantempo.quantized import LayerPlan, find_clock, quantized_layers
 
-__all__ = ["check_layers", "check_plans", "check_time"]
+__all__ = ["check_layers", "check_plans", "check_tensor", "check_time"]
 
 MAX_TIMESTEPS = 100_000
 
@@ -39,6 +40,22 @@ def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
         _expect(known, f"{plan.buckets!r} buckets of {plan.name}", "1 or more")
 
 
+def check_tensor(name: str, tensor: Tensor, buffer: Tensor | None, half: bool) -> None:
+    """Raise QuantempoError unless a tensor of a file is finite and fits its buffer, if it has one.
+
+    half: the buffer may be stored in float16.
+    """
+    if tensor.is_floating_point():
+        owner, _, leaf = name.rpartition(".")
+        finite = bool(tensor.isfinite().all())
+        _expect(finite, f"a bad value in {leaf} of {owner}", "finite ones")
+    if buffer is not None:
+        dtypes = (buffer.dtype, torch.float16) if half else (buffer.dtype,)
+        fits = tensor.shape == buffer.shape and tensor.dtype in dtypes
+        wanted = f"{buffer.dtype} of shape {tuple(buffer.shape)}"
+        _expect(fits, f"{name} as {tensor.dtype} of shape {tuple(tensor.shape)}", wanted)
+
+
 def check_layers(denoiser: nn.Module) -> None:
     """Raise QuantempoError unless every scale, zero point and time bucket can be used."""
     clock = find_clock(denoiser)
@@ -47,7 +64,8 @@ def check_layers(denoiser: nn.Module) -> None:
     for name, layer in quantized_layers(denoiser):
         if (columns := layer.act_scale.shape[1]) > 1:
             tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
-        zero = layer.act_zero_point
+        zero, codes = layer.act_zero_point, layer.weight_format
+        tables.append((f"codes of {name}", layer.weight_codes, codes.qmin, codes.qmax))
         tables.append((f"zero points of {name}", zero, layer.act_format.qmin, layer.act_qmax))
         for key in ("act_scale", "weight_scale"):
             scale = layer.get_buffer(key)

@@ -15,7 +15,7 @@ from quantempo.mixed_precision.allocate import Allocation, allocate, bit_operati
 from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe, parse_bits
-from quantempo.run_folder import RunFolder, hash_of
+from quantempo.run_folder import RunFolder, hash_of, reading
 
 __all__ = ["choose_bits", "recall"]
 
@@ -130,12 +130,13 @@ def recall(
     choice the recipe comes back as it is.
     """
     folder = RunFolder(run)
-    choice = folder.read_json(ARTEFACT)["choice"] if folder.has(ARTEFACT) else None
+    choice = folder.read_json(ARTEFACT).get("choice") if folder.has(ARTEFACT) else None
     base = recipe.override("layers", bits={})
     budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops, recipe)
-    if choice is None or choice["request"] != _request(base, budgets, options):
-        return recipe
-    return base.override("layers", bits=choice["bits"])
+    with reading(folder / ARTEFACT):
+        if choice is None or choice["request"] != _request(base, budgets, options):
+            return recipe
+        return base.override("layers", bits=choice["bits"])
 
 
 def _adopt(session: Session, recipe: Recipe) -> None:

@@ -30,7 +30,7 @@ from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import calibrate, trace
 from quantempo.recipe import parse_bits
 from quantempo.report.sensitivity_plot import draw, standalone
-from quantempo.run_folder import RunFolder, atomic_path, hash_of
+from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
 __all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
 
@@ -151,8 +151,10 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
     text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
     key = hash_of({**text, "inputs": session.key("calibrate"), "settings": settings})
     if session.run.has(ARTEFACT):
-        table = session.run.read_json(ARTEFACT)
-        if table["key"] == key:
+        table: dict[str, Any] = session.run.read_json(ARTEFACT)
+        with reading(session.run / ARTEFACT):
+            known = table["key"]
+        if known == key:
             return table
         if not session.force:
             raise QuantempoError(

@@ -17,7 +17,14 @@ from torch import nn
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 
-__all__ = ["check_device", "check_finite", "check_pipeline", "load_pipeline", "model_digest"]
+__all__ = [
+    "check_device",
+    "check_finite",
+    "check_pipeline",
+    "configs_of",
+    "load_pipeline",
+    "model_digest",
+]
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
 _BROKEN = (OSError, SafetensorError, ValueError, RuntimeError, ImportError, EOFError)
@@ -26,6 +33,9 @@ _ODD = (AttributeError, TypeError, LookupError)
 _SHARD = r"(-\d+-of-\d+)?"
 _WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{_SHARD}(\.([\w-]+?))?{_SHARD}\.safetensors")
 _LORA = re.compile(r"(^|[._])lora[._]")
+# A tensor that packed networks have.
+_CLOCK = "quantempo_clock.bucket_of"
+_COUNT, _MOST = re.compile("layers|blocks|depth|num_train_timesteps"), 100_000
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -163,8 +173,8 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        part = " (this is one component of a pipeline: give the folder above it)"
-        hint = part if (folder / "config.json").is_file() else ""
+        above = " (this is one component of a pipeline: give the folder above it)"
+        hint = above if (folder / "config.json").is_file() else ""
         raise QuantempoError(
             f"'{folder}' is not a diffusers pipeline: it has no model_index.json{hint}"
         )
@@ -177,7 +187,10 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
         files = _weights(part)
         used = files.get(variant) or files.get(None, [])
         for file in used:
-            _refuse_lora(str(file), _names(file))
+            names = _names(file)
+            _refuse_lora(str(file), names)
+            if _CLOCK in names:
+                _check_packed(part / "config.json")
         if files and not used:
             options.append({name for name in files if name})
     if not options or variant is not None:
@@ -190,13 +203,36 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
     )
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         hint = "save it as UTF-8 without a byte order mark" if "BOM" in str(error) else (
             "fetch it again")  # fmt: skip
         raise QuantempoError(f"{file} is not valid JSON ({error}); {hint}") from error
+    if not isinstance(values, dict):
+        raise QuantempoError(f"{file} is a {type(values).__name__}; expected names and values")
+    # Numbers of layers or time-steps that nothing has, before any is made.
+    for key, value in values.items():
+        if _COUNT.search(key) and isinstance(value, int) and value > _MOST:
+            raise QuantempoError(f"{file} says {key} = {value}; expected at most {_MOST}")
+    return values
+
+
+def _check_packed(file: Path) -> None:
+    """Refuse a packed network unless its settings, and those beside it, are as they were saved."""
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    config = _read_json(file) if file.is_file() else {}
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise QuantempoError(
+            f"{file} has no quantization_config, its network is packed; fetch or save it again"
+        )
+    known: Any = AUTO_QUANTIZATION_CONFIG_MAPPING["quantempo"]
+    found = known.from_dict(settings)
+    found.check_network(config)
+    known.check_files(file.parents[1], ".json")
 
 
 def check_device(device: str) -> None:
@@ -223,3 +259,15 @@ def model_digest(module: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def configs_of(pipe: Any) -> dict[str, dict[str, Any]]:
+    """Return the configuration of each network of a pipeline, without paths and versions."""
+    found = {}
+    for name, part in pipe.components.items():
+        config = getattr(part, "config", {}) if isinstance(part, nn.Module) else {}
+        config = config.to_dict() if hasattr(config, "to_dict") else config
+        kept = {k: v for k, v in config.items() if not k.startswith("_") and "version" not in k}
+        kept.pop("quantization_config", None)
+        found[name] = json.loads(json.dumps(kept, default=str))
+    return found

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from quantempo.errors import QuantempoError
 from quantempo.models.call import kind_of
-from quantempo.run_folder import RunFolder, canonical, read_tensors, tensors_sha256
+from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
 __all__ = [
     *("kept_arguments", "merged", "read_arguments", "read_call", "read_settings", "read_text"),
@@ -210,8 +210,10 @@ def write_settings(folder: Path, call: Mapping[str, Any]) -> None:
 def read_settings(folder: str) -> dict[str, Any] | None:
     """Return what `write_settings` wrote; None where nothing was packed."""
     store = RunFolder(folder)
-    known = folder and store.has("call.json")
-    return read_call(store, store.read_json("call.json")) if known else None
+    if not folder or not store.has("call.json"):
+        return None
+    with reading(store / "call.json"):
+        return dict(read_call(store, store.read_json("call.json")))
 
 
 def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantempo.errors import QuantempoError
 from quantempo.recipe import Recipe
-from quantempo.run_folder import RunFolder, hash_of
+from quantempo.run_folder import RunFolder, file_sha256, hash_of, reading
 
 __all__ = ["ARTEFACTS", "BESIDE", "Cache"]
 
@@ -31,7 +31,7 @@ ARTEFACTS = {
     "pack": "packed",
 }
 # What a stage leaves besides its artefact.
-BESIDE = {"trace": ("trace",)}
+BESIDE = {"trace": ("trace",), "pack": ("layers.json",)}
 # Stage -> sections of the recipe that it reads, besides those of the stages before it.
 _SECTIONS = {
     "trace": ("trace",),
@@ -52,6 +52,11 @@ class Cache:
     force: bool
 
     @property
+    def surroundings(self) -> dict[str, Any]:
+        """What the manifest says of who made the artefacts."""
+        return {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides all artefacts besides the recipe: the model, its call, its surroundings."""
         raise NotImplementedError
@@ -69,13 +74,13 @@ class Cache:
         return hash_of(settings)
 
     def done(self) -> dict[str, Any]:
-        """Return stage -> {"key", "seconds"} of what the folder holds."""
-        return self.run.read_json("manifest.json")["stages"]
+        """Return stage -> what the manifest says of it, see `RunFolder.stages`."""
+        return self.run.stages()
 
     def stale(self, stage: str) -> bool:
         """Return whether the run folder holds this stage's artefact of other settings."""
         entry = self.done().get(stage)
-        return entry is not None and entry["key"] != self.key(stage)
+        return entry is not None and entry.get("key") != self.key(stage)
 
     def refuse_stale(self) -> None:
         """Raise QuantempoError if the run folder holds an artefact of other settings."""
@@ -84,12 +89,13 @@ class Cache:
                 raise QuantempoError(_OTHER.format(path=self.run / artefact))
 
     def seconds(self) -> dict[str, float]:
-        """Return stage -> seconds of those that made what the run folder holds."""
-        return {
-            name: entry["seconds"]
-            for name, entry in self.done().items()
-            if name not in ARTEFACTS or not self.stale(name)
-        }
+        """Return stage -> seconds of those that made what is packed."""
+        with reading(self.run / "manifest.json"):
+            return {
+                name: float(entry["seconds"])
+                for name, entry in self.done().items()
+                if name in ARTEFACTS and not self.stale(name)
+            }
 
     def require_packed(self) -> Path:
         """Return the packed folder.
@@ -112,28 +118,33 @@ class Cache:
             QuantempoError: the artefact is there but was made with other settings, and `force`
                 is off; or a stage before it is missing or of other settings.
         """
-        artefact, done = ARTEFACTS[name], self.done()
+        artefact = ARTEFACTS[name]
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"
-        if name in done and self.run.has(artefact):
-            if not self.stale(name):
-                log.info("%s     done before  %s", label, self.run / artefact)
-                yield False
-                return
-            if not self.force:
-                raise QuantempoError(_OTHER.format(path=self.run / artefact))
-        self._check_before(name)
-        # Not after it: killed on the way, the new artefact would pass for the old one.
-        self._undo(name)
-        start = time.perf_counter()
-        yield True
-        seconds = round(time.perf_counter() - start, 3)
-        self.run.update_manifest(stages={name: {"key": self.key(name), "seconds": seconds}})
-        log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
+        files = [self.run / file for file in (artefact, *BESIDE.get(name, ()))]
+        with self.run.lock():
+            if name in self.done() and all(file.exists() for file in files):
+                if not self.stale(name):
+                    log.info("%s     done before  %s", label, self.run / artefact)
+                    yield False
+                    return
+                if not self.force:
+                    raise QuantempoError(_OTHER.format(path=self.run / artefact))
+            self._check_before(name)
+            # Not after it: killed on the way, the new artefact would pass for the old one.
+            self._undo(name)
+            start = time.perf_counter()
+            yield True
+            seconds = round(time.perf_counter() - start, 3)
+            hashes = {file.name: file_sha256(file) for file in files if file.is_file()}
+            entry = {"key": self.key(name), "seconds": seconds, "sha256": hashes}
+            self.run.update_manifest(stages={name: entry}, **self.surroundings)
+            log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
 
     def _undo(self, stage: str) -> None:
-        manifest = self.run.read_json("manifest.json")
-        if manifest["stages"].pop(stage, None) is not None:
-            self.run.write_json("manifest.json", manifest)
+        stages = self.done()
+        if stages.pop(stage, None) is not None:
+            manifest = self.run.read_json("manifest.json")
+            self.run.write_json("manifest.json", manifest | {"stages": stages})
 
     def _check_before(self, name: str) -> None:
         """Refuse to build a stage on one that is not done, or was done with other settings."""

@@ -125,7 +125,10 @@ def layer_sqnr(
     kernels = {name: simulated.lower(layer) for name, layer in quantized_layers(packed)}
 
     def compare(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        result[name] = sqnr_db(output, kernels[name](args[0]))
+        found = sqnr_db(output, kernels[name](args[0]))
+        # A layer that is zero has none, and JSON no infinity.
+        if math.isfinite(found):
+            result[name] = found
 
     with hooked({name: float_denoiser.get_submodule(name) for name in kernels}, compare):
         call()

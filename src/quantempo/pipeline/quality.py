@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from quantempo.pipeline.arguments import merged
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.samples import open_model, sample
 from quantempo.pipeline.session import Session
+from quantempo.run_folder import RunFolder, reading
 
 __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
 
@@ -56,18 +59,19 @@ def evaluate(
     """
     start = time.perf_counter()
     run, seeds = session.run, list(range(seed, seed + images))
-    loading = {"dtype": session.loading["dtype"]} if "dtype" in session.loading else {}
-    packed = open_model(
-        session.require_packed(), engine=engine, scheduler=session.scheduler, device=device,
-        **loading,
-    )  # fmt: skip
+    loading: dict[str, Any] = {k: v for k, v in session.loading.items() if k == "dtype"}
+    loading |= {"engine": engine, "scheduler": session.scheduler, "device": device}
+    packed = open_model(session.require_packed(), **loading)
     pipe = session.pipe.to(device)
-    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "force": session.force}
-    how |= {"call": merged(session.call, call), "seeds": seeds}
-    pairs = (
-        sample(pipe, run / "samples/float", identity=session.model["sha256"], **how),
-        sample(packed, run / "samples/int8", identity=session.key("pack"), **how),
-    )
+    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seeds": seeds}
+    how |= {"call": merged(session.call, call), "force": session.force}
+    keep = os.access(run.path, os.W_OK)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = run if keep else RunFolder(scratch)
+        pairs = (
+            sample(pipe, out / "samples/float", identity=session.model["sha256"], **how),
+            sample(packed, out / "samples/int8", identity=session.key("pack"), **how),
+        )
     metrics = evaluate_outputs(*pairs, reference=data)
     if inception is not None:
         more = evaluate_outputs(*pairs, reference=data, extractor="inception", weights=inception)
@@ -75,17 +79,17 @@ def evaluate(
     networks = denoiser_of(pipe)[1], denoiser_of(packed)[1]
     edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
     metrics["eps_sqnr_db"] = eps_sqnr(*networks, _calls(session), bins=edges)
-    metrics |= summary(session) | {
-        "engine": attached(networks[1]),
+    about: dict[str, Any] = {"engine": attached(networks[1]), "steps": steps, "seeds": seeds}
+    about |= {"batch_size": batch_size} | {
         "sampler": type(pipe.scheduler).__name__,
-        "steps": steps,
-        "seeds": seeds,
-        "batch_size": batch_size,
         "machine": machine(),
     }
+    metrics |= summary(session) | about
     before = run.read_json("metrics.json") if run.has("metrics.json") else {}
     metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
-    run.write_json("metrics.json", metrics)
+    if keep:
+        run.write_json("metrics.json", metrics)
+    log.info("scores %s %s", "written to" if keep else "not kept in read-only", run.path)
     log.info("evaluate   %8.1f s     %d pairs of images", time.perf_counter() - start, images)
     return metrics
 
@@ -106,15 +110,16 @@ def _calls(
 def summary(session: Session) -> dict[str, Any]:
     """Return what the run folder says of size, share of integers and time spent."""
     run = session.run
-    rows, model = run.read_json("layers.json"), run.read_json("model.json")
+    rows, model = run.read_json("layers.json"), session.model
     files = (run / "packed" / model["component"]).glob("*.safetensors")
-    return {
-        **int8_share(rows),
-        "weight_bits_mean": mean_weight_bits(rows),
-        "bytes_float32": 4 * model["parameters"],
-        "bytes_packed": sum(file.stat().st_size for file in files),
-        "calibration_seconds": round(sum(session.seconds().values()), 2),
-        "float_layers": [
-            {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
-        ],
-    }
+    with reading(run / "layers.json"):
+        return {
+            **int8_share(rows),
+            "weight_bits_mean": mean_weight_bits(rows),
+            "bytes_float32": 4 * model["parameters"],
+            "bytes_packed": sum(file.stat().st_size for file in files),
+            "calibration_seconds": round(sum(session.seconds().values()), 2),
+            "float_layers": [
+                {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
+            ],
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import wave
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from quantempo.engines.select import attach, attached
 from quantempo.errors import QuantempoError
 from quantempo.models.call import sample_rate, unusual_settings
 from quantempo.models.layers import denoiser_of
-from quantempo.models.load import check_device, load_pipeline
-from quantempo.models.sampling import run_pipeline, swap_scheduler
+from quantempo.models.load import check_device, configs_of, load_pipeline
+from quantempo.models.sampling import run_pipeline, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_settings
 from quantempo.quantized import find_clock
 from quantempo.run_folder import RunFolder, atomic_path, hash_of
@@ -24,6 +26,8 @@ from quantempo.run_folder import RunFolder, atomic_path, hash_of
 __all__ = ["open_model", "sample"]
 
 log = logging.getLogger("quantempo")
+
+_HASH = "sha256"
 
 
 def open_model(
@@ -84,7 +88,8 @@ def sample(
     out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))
     settings = _settings(pipe, identity, steps, call)
     ours = _is_ours(out, settings, force)
-    todo = [seed for seed in seeds if not (ours and _file(out, seed).exists())]
+    made: dict[int, Any] = {seed: ours and _read(_file(out, seed)) for seed in seeds}
+    todo = [seed for seed, image in made.items() if not isinstance(image, np.ndarray)]
 
     def write(first: int, images: np.ndarray) -> None:
         if first == 0 and not ours:
@@ -94,6 +99,7 @@ def sample(
                     old.unlink()
             out.write_json("settings.json", settings)
         for seed, image in zip(todo[first : first + len(images)], images, strict=True):
+            made[seed] = image
             _write(out, seed, image, sample_rate(pipe))
 
     if todo:
@@ -101,7 +107,7 @@ def sample(
         places = [list(seeds).index(seed) for seed in todo]
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "places": places}
         run_pipeline(pipe, todo, on_batch=write, **how, **call)
-    return np.stack([_read(_file(out, seed)) for seed in seeds])
+    return np.stack([made[seed] for seed in seeds])
 
 
 def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +138,7 @@ def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dic
         "scheduler": type(pipe.scheduler).__name__,
         "steps": steps,
         "call": hash_of(call),
+        "configs": hash_of([scheduler_settings(pipe.scheduler), configs_of(pipe)]),
     }
 
 
@@ -165,7 +172,11 @@ def _write(out: RunFolder, seed: int, value: np.ndarray, rate: int | None) -> No
         # 8 frames a second, whatever the model was trained for.
         how: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 125}
         with atomic_path(out / f"{seed}.{'gif' if film else 'png'}") as temporary:
-            frames[0].save(temporary, "gif" if film else "png", **(how if film else {}))
+            note = PngInfo()
+            note.add_text(_HASH, _digest(seed, value))
+            frames[0].save(
+                temporary, "gif" if film else "png", **(how if film else {"pnginfo": note})
+            )
     elif rate is not None and value.ndim <= 2:
         # 16 bits, one column a channel.
         levels = (np.clip(np.atleast_2d(value), -1, 1) * 32767).round().astype("<i2").T
@@ -179,8 +190,18 @@ def _write(out: RunFolder, seed: int, value: np.ndarray, rate: int | None) -> No
             np.save(stream, value, allow_pickle=False)
 
 
-def _read(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    image = np.asarray(Image.open(path))
-    return image[..., None] if image.ndim == 2 else image
+def _read(path: Path) -> np.ndarray | None:
+    """Return the sample in a file, or None if there is none that is whole and of this seed."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        with Image.open(path) as file:
+            image, known = np.asarray(file), file.info.get(_HASH)
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return None
+    image = image[..., None] if image.ndim == 2 else image
+    return image if known == _digest(path.stem, image) else None
+
+
+def _digest(seed: object, image: np.ndarray) -> str:
+    return hashlib.sha256(f"{seed} {image.shape}".encode() + image.tobytes()).hexdigest()

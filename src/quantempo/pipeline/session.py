@@ -20,6 +20,7 @@ from quantempo.models.load import (
     check_device,
     check_finite,
     check_pipeline,
+    configs_of,
     load_pipeline,
     model_digest,
 )
@@ -33,7 +34,7 @@ from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, 
 from quantempo.pipeline.cache import Cache
 from quantempo.pipeline.quantize import check_recipe
 from quantempo.recipe import Recipe
-from quantempo.run_folder import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
 __all__ = ["Session", "load", "reopen"]
 
@@ -109,6 +110,12 @@ class Session(Cache):
             "sha256": model_digest(self.denoiser),
         }
 
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """What the manifest says of who made the artefacts."""
+        versions = {package: version(package) for package in ("torch", "diffusers")}
+        return {"versions": {"quantempo": __version__, **versions}, "machine": machine()}
+
     @cached_property
     def identity(self) -> dict[str, Any]:  # type: ignore[override]
         """What decides all artefacts besides the recipe: the networks, the sampler, the call."""
@@ -121,6 +128,7 @@ class Session(Cache):
         return {
             "model": self.model["sha256"],
             "others": others,
+            "configs": configs_of(self.pipe),
             "scheduler": scheduler_settings(self.pipe.scheduler),
             "call": self.call,
             "data": images and str(Path(images).resolve()),
@@ -177,23 +185,27 @@ def load(
 
 
 def _write_manifest(session: Session) -> None:
+    """Write `model.json` and `manifest.json` if they say something new: a run may be read-only."""
     run, recipe = session.run, session.recipe
-    versions = {package: version(package) for package in ("torch", "diffusers")}
     manifest = {
         "recipe": recipe.to_dict(),
         "recipe_toml": recipe.to_toml(),
         "recipe_sha256": recipe.sha256,
-        "call": write_call(run, session.call),
+        "call_sha256": hash_of(session.call),
         "scheduler": session.scheduler,
         "data": session.data,
         "loading": session.loading,
-        "versions": {"quantempo": __version__, **versions},
-        "machine": machine(),
         "seeds": {"trace": recipe.trace.seed},
-        "stages": session.done() if run.has("manifest.json") else {},
     }
-    run.write_json("manifest.json", manifest)
-    run.write_json("model.json", session.model)
+    known = run.read_json("manifest.json") if run.has("manifest.json") else {}
+    model = run.read_json("model.json") if run.has("model.json") else None
+    if known == {**known, **manifest} and model == session.model:
+        return
+    with run.lock():
+        # First, so that whoever is killed here leaves a run folder.
+        run.write_json("model.json", session.model)
+        manifest |= {"call": write_call(run, session.call), "stages": session.done()}
+        run.write_json("manifest.json", manifest | session.surroundings)
 
 
 def _check_owner(session: Session) -> None:
@@ -203,14 +215,16 @@ def _check_owner(session: Session) -> None:
         QuantempoError: another model or other settings without `force`, or not a run folder.
     """
     folder = session.run
-    if folder.has("model.json"):
-        before = folder.read_json("model.json")
+    if folder.is_run:
         if session.force:
             return
-        if before["sha256"] != session.model["sha256"]:
+        before = folder.read_json("model.json") if folder.has("model.json") else session.model
+        with reading(folder / "model.json"):
+            digest, path = before["sha256"], before["path"]
+        if digest != session.model["sha256"]:
             raise QuantempoError(
-                f"run folder {folder.path} belongs to another model ({before['path']}); choose "
-                "another --run folder, or --force to start it over"
+                f"run folder {folder.path} belongs to another model ({path}); choose another --run "
+                "folder, or --force to start it over"
             )
         session.refuse_stale()
     elif folder.path.is_file() or folder.foreign():
@@ -227,14 +241,9 @@ def reopen(
     """
     folder = RunFolder(run)
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
-    return load(
-        model["path"],
-        run,
-        recipe or Recipe.from_dict(manifest["recipe"]),
-        call=read_call(folder, manifest["call"]),
-        scheduler=manifest["scheduler"],
-        data=manifest.get("data"),
-        force=force,
-        device=device,
-        **manifest.get("loading", {}),
-    )
+    with reading(folder / "manifest.json"):
+        source, options = str(model["path"]), {k: manifest.get(k) for k in ("scheduler", "data")}
+        options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
+        options |= manifest.get("loading", {})
+        recipe = recipe or Recipe.from_dict(manifest["recipe"])
+    return load(source, run, recipe, **options)

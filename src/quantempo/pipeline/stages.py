@@ -17,7 +17,7 @@ from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import needs_images
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace as trace_pipeline
-from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized
+from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
 from quantempo.evaluation import load_images
 from quantempo.models.call import images_a_call
 from quantempo.pipeline import quantize as core
@@ -122,6 +122,7 @@ def pack(session: Session) -> Path:
             mark_quantized(packed, config)
             with atomic_path(run / "packed") as temporary:
                 session.save(packed, temporary)
+                seal(temporary, session.model["component"])
     return run / "packed"
 
 

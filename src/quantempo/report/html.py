@@ -12,7 +12,7 @@ from typing import Any
 from quantempo.errors import QuantempoError
 from quantempo.report.pictures import seeds_of, write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
-from quantempo.run_folder import RunFolder, atomic_path
+from quantempo.run_folder import RunFolder, atomic_path, reading
 
 __all__ = ["load_template", "render"]
 
@@ -48,13 +48,16 @@ def render(run_path: str | Path) -> Path:
         QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
     """
     run = RunFolder(run_path)
-    if not run.path.is_dir():
+    alone = not run.is_run and not run.has("samples/float")
+    if not run.path.is_dir() or (alone and run.foreign()):
         raise QuantempoError(f"no run folder {run.path}; pass the folder of a run (--run)")
     page = load_template("report.html.j2")
     sections = []
     for name, title, build in SECTIONS:
         try:
-            sections.append({"id": name, "title": title, "blocks": build(run), "absent": ""})
+            with reading(f"a file of {run.path} for the section '{title}'"):
+                blocks = build(run)
+            sections.append({"id": name, "title": title, "blocks": blocks, "absent": ""})
         except NotRunError as reason:
             sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
     # Resolved, so that a run given as "." still has a name.

@@ -68,7 +68,7 @@ def _pixels(path: Path) -> np.ndarray:
 
     try:
         return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise QuantempoError(f"cannot read {path} ({error}); sample it again") from error
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from quantempo.report import plots, sensitivity_plot
 from quantempo.report.bits import bits_facts, bits_label, layer_cells, layer_rows
 from quantempo.report.pictures import compare, seeds_of
-from quantempo.run_folder import RunFolder
+from quantempo.run_folder import RunFolder, read_tensors
 
 __all__ = ["SECTIONS", "Block", "NotRunError", "window_of"]
 
@@ -171,8 +170,7 @@ def _timesteps(run: RunFolder) -> list[Block]:
     times = []
     for chunk in trace["chunks"]:
         if run.has(f"trace/{chunk['file']}"):
-            with safe_open(run / f"trace/{chunk['file']}", framework="pt") as stream:
-                times.append(stream.get_tensor("t").double().numpy())
+            times.append(read_tensors(run / f"trace/{chunk['file']}")[0]["t"].double().numpy())
     actual = np.concatenate(times) if times else None
     if actual is not None and actual.max() <= 1:
         actual = actual * last

@@ -33,7 +33,7 @@ from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, Unit, check_start
 from quantempo.rounding.block_io import BlockRun, Inputs, record, record_all
-from quantempo.run_folder import RunFolder, read_tensors
+from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "execution_order", "round_denoiser"]
 
@@ -83,7 +83,7 @@ def round_denoiser(
         if found is None:
             found = job.round(block)
             if kept is not None:
-                kept.write_safetensors(name, found, {"key": digest})
+                kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
         else:
             log.debug("%s: rounded before", block.name)
             job.apply(block, found)
@@ -114,7 +114,7 @@ def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None
     if not folder.has(name):
         return None
     tensors, metadata = read_tensors(folder / name)
-    return tensors if metadata.get("key") == digest else None
+    return tensors if metadata.get("key") == digest + tensors_sha256(tensors) else None
 
 
 @torch.no_grad()
