@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from quantempo.errors import QuantempoError
+from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["at_least", "call_of", "command", "names_of", "parser", "process_state", "show"]
 
@@ -88,8 +88,8 @@ def command(parse: argparse.ArgumentParser, run: Callable[[argparse.Namespace], 
     logging.getLogger("quantempo").setLevel(level)
     try:
         code = run(given)
-    except QuantempoError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except MISTAKES as error:
+        sys.stderr.write(f"error: {sentence(error)}\n")
         code = 2
     sys.exit(code)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["QuantempoError"]
+__all__ = ["MISTAKES", "QuantempoError", "sentence"]
 
 
 class QuantempoError(ValueError):
@@ -10,3 +10,12 @@ class QuantempoError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+# What a command ends with one sentence for: also names that no file can have, and too much.
+MISTAKES = (QuantempoError, OSError, UnicodeError, MemoryError)
+
+
+def sentence(error: BaseException) -> str:
+    """Return one of the mistakes as one line."""
+    return " ".join(str(error).split())[:500] or "not enough memory; ask for less"

@@ -123,6 +123,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for path, value, low, high in (
             ("layers.float_macs", self.layers.float_macs, 0, 1),
+            ("trace.seed", self.trace.seed, -(2**62), 2**62),
+            ("rounding.seed", self.rounding.seed, -(2**62), 2**62),
             ("trace.steps", self.trace.steps, 1, 100_000),
             ("trace.chains", self.trace.chains, 1, 1_000_000),
             ("trace.picks", self.trace.picks, 1, 100_000),

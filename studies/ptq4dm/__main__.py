@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,13 +92,20 @@ def _spawn(workers: int) -> int:
     """Run the same command in `workers` processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={workers}", "-m", "studies.ptq4dm", *sys.argv[1:]]
-    done = subprocess.run(command, check=False)
+    # They end with this process, however it ends: torchrun passes the signal on to its own.
+    done = subprocess.run(command, check=False, preexec_fn=_end_with_parent)
     if done.returncode:
         raise QuantempoError(
             f"a process of the study ended with code {done.returncode}, see above; run the same "
             "command again: finished cells are kept"
         )
     return 0
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,15 @@ def test_the_cache_is_reused(cache):
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no library"), plant])
+def cut(path: Path) -> None:
+    """Leave the first page: the loader maps more, and the process dies of it."""
+    code = path.read_bytes()
+    path.unlink()
+    path.write_bytes(code[:4096])
+    path.chmod(0o700)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no library"), plant, cut])
 def test_a_damaged_library_is_built_again(cache, damage):
     size = cache.stat().st_size
     damage(cache)

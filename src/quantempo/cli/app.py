@@ -24,7 +24,7 @@ from quantempo.cli import (
     stages,
     status,
 )
-from quantempo.errors import QuantempoError
+from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["app", "cpu_quota", "main"]
 
@@ -106,9 +106,15 @@ def main() -> None:
     if quota is not None and quota < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     try:
-        app()
-    except QuantempoError as error:
+        try:
+            app()
+        finally:
+            # A full disk or a closed pipe is met here, not when the interpreter ends.
+            sys.stdout.flush()
+    except MISTAKES as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {sentence(error)}\n")
+        if isinstance(error, OSError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(2)

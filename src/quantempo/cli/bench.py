@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import Device, Json, show
+from quantempo.cli.common import MOST, Device, Json, show
 
 __all__ = ["bench"]
 
@@ -15,13 +15,13 @@ __all__ = ["bench"]
 def bench(
     run: Annotated[Path | None, typer.Option("--run", help="Run folder that is packed.")] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size; repeat for more.")
+        list[int] | None, typer.Option(min=1, max=MOST, help="Batch size; repeat for more.")
     ] = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(help="Engine; repeat for more on a CPU, all installed by default."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved samples of each.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST, help="Interleaved samples of each.")] = 9,
     compiled: Annotated[bool, typer.Option(help="Include torch.compile baselines.")] = True,
     device: Device = "cpu",
     model: Annotated[

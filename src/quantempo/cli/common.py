@@ -15,6 +15,7 @@ import typer
 from quantempo.errors import QuantempoError
 
 __all__ = [
+    "MOST",
     "BatchSize",
     "Data",
     "Device",
@@ -34,6 +35,9 @@ __all__ = [
     "with_loading",
 ]
 
+# Of images, steps and the like; beyond it a list of them alone fills the memory.
+MOST = 1_000_000
+
 Source = Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder, one artefact a stage.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
@@ -50,7 +54,7 @@ Data = Annotated[
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a call.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

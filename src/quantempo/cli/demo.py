@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from quantempo.cli.common import Force, Json, show, show_summary
+from quantempo.cli.common import MOST, Force, Json, show, show_summary
 
 __all__ = ["demo"]
 
 
 def demo(
     run: Annotated[Path, typer.Option("--run", help="Run folder.")] = Path("runs/demo"),
-    images: Annotated[int, typer.Option(min=2, help="Pairs of images.")] = 64,
+    images: Annotated[int, typer.Option(min=2, max=MOST, help="Pairs of images.")] = 64,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

@@ -22,8 +22,8 @@ _SHOWN = (
 @use.with_call
 def evaluate(
     run: use.Run,
-    images: Annotated[int, typer.Option(min=2, help="Pairs of images.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    images: Annotated[int, typer.Option(min=2, max=use.MOST, help="Pairs of images.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, max=use.MOST, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first pair.")] = 0,
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",

@@ -17,9 +17,9 @@ __all__ = ["sample"]
 def sample(
     model: Annotated[Path, typer.Argument(help="Float or packed diffusers folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the files, named by their seed.")],
-    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
+    images: Annotated[int, typer.Option(min=1, max=use.MOST, help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first; the next count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, max=use.MOST, help="Sampling steps.")] = 50,
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
     scheduler: use.Scheduler = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import Device, Force, Json, Run, show
+from quantempo.cli.common import MOST, Device, Force, Json, Run, show
 
 __all__ = ["sensitivity"]
 
@@ -16,8 +16,8 @@ def sensitivity(
     options: Annotated[
         str, typer.Option("--options", help="Bits to try, comma-separated.")
     ] = "w4a4,w4a8,w8a4,w8a8",
-    chains: Annotated[int, typer.Option(min=1, help="Trajectories, in one batch.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each.")] = 10,
+    chains: Annotated[int, typer.Option(min=1, max=MOST, help="Trajectories, in one batch.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of each.")] = 10,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,

@@ -236,7 +236,9 @@ def _check_packed(file: Path) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise QuantempoError unless torch can put a tensor on the device."""
+    """Raise QuantempoError unless torch can put a tensor on the device, a CPU or a CUDA GPU."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise QuantempoError(f"cannot use --device {device}; expected cpu or cuda")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
