@@ -32,7 +32,7 @@ def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
     """Raise QuantempoError unless the inputs of all layers are cut as they are wide."""
     for plan in plans:
         layer: Any = denoiser.get_submodule(plan.name)
-        width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         parts = plan.segments or (width,)
         whole = sum(parts) == width and min(parts) > 0
         _expect(whole, f"segments {list(parts)} of {plan.name}", f"parts of {width} channels")

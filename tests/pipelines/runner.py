@@ -1,0 +1,170 @@
+"""Take a tiny pipeline through everything a user does, and say how far it came.
+
+quantize (recipe w8a8, shortened) -> evaluate -> inspect here; reload, sample and compare every call
+of the denoisers with float in another process, which has seen nothing of this one.
+"""
+
+import functools
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import quantempo
+from quantempo.cli import app
+from quantempo.errors import QuantempoError
+from quantempo.pipeline.layer_table import describe
+from quantempo.recipe import Recipe
+from tests.pipelines.transformers_2d import TRANSFORMERS
+from tests.pipelines.unets import UNETS
+from tests.pipelines.videos import VIDEOS
+
+__all__ = ["ENGINES", "FAMILIES", "fresh", "run"]
+
+FAMILIES = {**UNETS, **TRANSFORMERS, **VIDEOS}
+
+ENGINES = ("simulated", "auto")
+STEPS = 4
+SEEDS = (0, 1)
+
+
+def recipe() -> Recipe:
+    """Return the default recipe with little data; every stage of it runs."""
+    short = Recipe.load("w8a8").override("trace", steps=STEPS, chains=4, picks=3)
+    return short.override("rounding", samples=6)
+
+
+def run(name: str, engines: tuple[str, ...] = ENGINES) -> dict[str, Any]:
+    """Return the outcome of a family: its figures, or the stage it ended in and the error."""
+    row: dict[str, Any] = {"family": name, "stage": "build"}
+    with tempfile.TemporaryDirectory(prefix="quantempo-pipeline-") as folder:
+        try:
+            _run(name, Path(folder), row, engines)
+            row.pop("stage")
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [f for f in frames if "quantempo" in f.filename] or frames
+            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            row["clear"] = isinstance(error, QuantempoError)
+            row["where"] = f"{'/'.join(Path(ours[-1].filename).parts[-2:])}:{ours[-1].lineno}"
+            row["raised"] = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}"
+    return row
+
+
+def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe, call = FAMILIES[name]()
+    row["pipeline"] = type(pipe).__name__
+    source, out = folder / "float", folder / "run"
+    pipe.save_pretrained(source)
+    row["stage"] = "quantize"
+    packed = _quantize(source, out, call, row)
+    row["stage"] = "evaluate"
+    session = quantempo.reopen(out)
+    metrics = quantempo.evaluate(session, images=len(SEEDS), steps=STEPS)
+    row |= {"share": metrics["int8_mac_share"], "engine": metrics["engine"]}
+    row["float"] = dict(Counter(layer["reason"] for layer in metrics["float_layers"]))
+    row["stage"] = "inspect"
+    describe(packed)
+    row["stage"] = "reload"
+    row["sqnr_db"] = fresh().submit(reload, source, packed, folder, call, engines).result()
+
+
+def _quantize(source: Path, out: Path, call: dict[str, Any], row: dict[str, Any]) -> Path:
+    """Quantize by the command line if it has options for the call, else from Python."""
+    given = {key: value for key, value in call.items() if key not in ("prompt", "class_labels")}
+    row["by"] = "Python" if given else "command line"
+    if given:
+        return quantempo.quantize(source, out, recipe(), call=call)
+    file, prompts = out.with_name("recipe.toml"), out.with_name("prompts.txt")
+    file.write_text(recipe().to_toml())
+    words = ["quantize", str(source), "--run", str(out), "--recipe", str(file)]
+    if "prompt" in call:
+        prompts.write_text("\n".join(call["prompt"]))
+        words += ["--prompts", str(prompts)]
+    if "class_labels" in call:
+        words += ["--class-labels", ",".join(map(str, call["class_labels"]))]
+    app(words, standalone_mode=False)
+    return out / "packed"
+
+
+@functools.cache
+def fresh() -> ProcessPoolExecutor:
+    """Return a second process; one for all families, since importing costs seconds."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+
+
+def reload(
+    source: Path, packed: Path, folder: Path, call: dict[str, Any], engines: tuple[str, ...]
+) -> dict[str, float]:
+    """Sample from both pipelines; return the worst SQNR of a denoiser call for each engine."""
+    import diffusers
+
+    from quantempo.quantized import find_clock
+
+    whole = diffusers.DiffusionPipeline.from_pretrained(source)
+    integer = diffusers.DiffusionPipeline.from_pretrained(packed)
+    parts = {
+        name: part
+        for name, part in integer.components.items()
+        if isinstance(part, torch.nn.Module) and find_clock(part) is not None
+    }
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    hooks = [
+        getattr(whole, name).register_forward_hook(_keep(name, calls), with_kwargs=True)
+        for name in parts
+    ]
+    options: dict[str, Any] = {"steps": STEPS, "call": call}
+    quantempo.sample(whole, folder / "samples-float", SEEDS, **options)
+    for hook in hooks:
+        hook.remove()
+    if {name for name, *_ in calls} != set(parts):
+        raise AssertionError("a packed network was never called")
+    found = {}
+    for engine in engines:
+        for part in parts.values():
+            quantempo.attach(part, engine)
+        quantempo.sample(integer, folder / f"samples-{engine}", SEEDS, **options)
+        with torch.no_grad():
+            found[engine] = min(
+                _sqnr_db(want, parts[name](*_copied(args), **_copied(kwargs)))
+                for name, args, kwargs, want in calls
+            )
+    return found
+
+
+def _keep(name: str, calls: list[Any]) -> Callable[..., None]:
+    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((name, _copied(args), _copied(kwargs), _copied(output)))
+
+    return hook
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+def _sqnr_db(want: Any, got: Any) -> float:
+    """Return 10 log10(|want|^2 / |want - got|^2) over all tensors of an answer."""
+    wants, gots = (
+        torch.cat([t.double().flatten() for t in pytree.tree_leaves(_plain(tree))])
+        for tree in (want, got)
+    )
+    noise = (wants - gots).square().sum()
+    return float(10 * torch.log10(wants.square().sum() / noise.clamp(min=1e-30)))
+
+
+def _plain(answer: Any) -> Any:
+    return answer.to_tuple() if hasattr(answer, "to_tuple") else answer
