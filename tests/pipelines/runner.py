@@ -5,6 +5,7 @@ of the denoisers with float in another process, which has seen nothing of this o
 """
 
 import functools
+import json
 import tempfile
 import traceback
 from collections import Counter
@@ -79,21 +80,32 @@ def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...])
 
 
 def _quantize(source: Path, out: Path, call: dict[str, Any], row: dict[str, Any]) -> Path:
-    """Quantize by the command line if it has options for the call, else from Python."""
-    given = {key: value for key, value in call.items() if key not in ("prompt", "class_labels")}
-    row["by"] = "Python" if given else "command line"
-    if given:
+    """Quantize by the command line if its options can say the call, else from Python."""
+    words, prompts = [], call.get("prompt")
+    for key, value in call.items():
+        if key == "class_labels":
+            words += ["--class-labels", ",".join(map(str, value))]
+        elif key != "prompt":
+            words += ["--set", f"{key}={json.dumps(value, default=_unsaid)}"]
+    row["by"] = "Python" if _UNSAID in "".join(words) else "command line"
+    if row["by"] == "Python":
         return quantempo.quantize(source, out, recipe(), call=call)
-    file, prompts = out.with_name("recipe.toml"), out.with_name("prompts.txt")
+    file, lines = out.with_name("recipe.toml"), out.with_name("prompts.txt")
     file.write_text(recipe().to_toml())
-    words = ["quantize", str(source), "--run", str(out), "--recipe", str(file)]
-    if "prompt" in call:
-        prompts.write_text("\n".join(call["prompt"]))
-        words += ["--prompts", str(prompts)]
-    if "class_labels" in call:
-        words += ["--class-labels", ",".join(map(str, call["class_labels"]))]
-    app(words, standalone_mode=False)
+    lines.write_text("\n".join([prompts] if isinstance(prompts, str) else prompts or ["-"]))
+    words += ["--prompts", str(lines)] if prompts else []
+    app(
+        ["--quiet", "quantize", str(source), "--run", str(out), "--recipe", str(file), *words],
+        standalone_mode=False,
+    )
     return out / "packed"
+
+
+_UNSAID = "<image or tensor>"
+
+
+def _unsaid(_: Any) -> str:
+    return _UNSAID
 
 
 @functools.cache

@@ -33,27 +33,45 @@ def dc_vae() -> Any:
     return D.AutoencoderDC(latent_channels=4, attention_head_dim=8, **both).eval()
 
 
+def sana_sprint() -> Any:
+    more = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    return sana(D.SanaSprintPipeline, D.SCMScheduler(), **more)
+
+
 def sana(kind: Any, scheduler: Any, **changes: Any) -> Any:
     net = p.tiny(D.SanaTransformer2DModel, **changes)
     return p.pipeline(kind, net, p.gemma(), vae=dc_vae(), scheduler=scheduler)
 
 
-def sd3(kind: Any = D.StableDiffusion3Pipeline, **changes: Any) -> Any:
+def sd3(name: str = "", **changes: Any) -> Any:
+    kind = getattr(D, f"StableDiffusion3{name}Pipeline")
     widths = {"joint_attention_dim": 2 * WIDTH, "pooled_projection_dim": 2 * WIDTH}
     net = p.tiny(D.SD3Transformer2DModel, **widths, **changes)
     return p.pipeline(kind, net, p.projected(), p.projected(), p.t5(2 * WIDTH))
 
 
-def flux(kind: Any = D.FluxPipeline, **changes: Any) -> Any:
+def flux(name: str = "", **changes: Any) -> Any:
     shape = {"in_channels": 16, "out_channels": None, "num_layers": 1}
     net = p.tiny(D.FluxTransformer2DModel, **{**shape, **changes})
-    return p.pipeline(kind, net, p.clip(), p.t5())
+    return p.pipeline(getattr(D, f"Flux{name}Pipeline"), net, p.clip(), p.t5())
 
 
-def patched(kind: Any, network: Any, text: Any, channels: int = 16, **changes: Any) -> Any:
-    parts = {"vae": changes.pop("vae")} if "vae" in changes else {}
-    shape = {"in_channels": channels, "out_channels": channels, "num_layers": 1, **changes}
-    return p.pipeline(kind, p.tiny(network, **shape), text, **parts)
+def patched(name: str, text: Any, **changes: Any) -> Any:
+    shape = {"in_channels": 16, "num_layers": 1, **changes}
+    net = p.tiny(getattr(D, f"{name}Transformer2DModel"), **shape)
+    return p.pipeline(getattr(D, f"{name}Pipeline"), net, text)
+
+
+def flux2() -> Any:
+    more = {"joint_attention_dim": 2 * WIDTH, "axes_dims_rope": (2, 2, 2, 2), "num_layers": 1}
+    widths = {"in_channels": 16, "out_channels": None, "guidance_embeds": False}
+    net = p.tiny(D.Flux2Transformer2DModel, **widths, **more)
+    return p.pipeline(D.Flux2KleinPipeline, net, p.qwen3(), vae=flux2_vae())
+
+
+def chroma() -> Any:
+    more = {"approximator_num_channels": 8, "approximator_hidden_dim": 16}
+    return patched("Chroma", p.t5(), out_channels=None, approximator_layers=1, **more)
 
 
 def flux2_vae() -> Any:
@@ -75,8 +93,9 @@ def krea2() -> Any:
     return p.pipeline(D.Krea2Pipeline, net, p.clip(), vae=p.wan_vae("QwenImage"))
 
 
-def cogview(kind: Any, network: Any, scheduler: Any, **changes: Any) -> Any:
-    return p.pipeline(kind, p.tiny(network, **changes), p.t5(), scheduler=scheduler)
+def cogview(name: str, scheduler: Any, **changes: Any) -> Any:
+    net = p.tiny(getattr(D, f"{name}Transformer2DModel"), **changes)
+    return p.pipeline(getattr(D, f"{name}Pipeline"), net, p.t5(), scheduler=scheduler)
 
 
 def hunyuan_dit() -> Any:
@@ -90,6 +109,14 @@ def two_texts() -> dict[str, Any]:
     found = p.embeds(*(f"{name}{end}" for name in BOTH for end in ("", "_2")))
     masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
     return found | {f"{n}{end}": torch.ones(2, 8).long() for n in masks for end in ("", "_2")}
+
+
+def aura_flow() -> Any:
+    return p.pipeline(D.AuraFlowPipeline, p.tiny(D.AuraFlowTransformer2DModel), p.t5())
+
+
+def lumina() -> Any:
+    return p.pipeline(D.LuminaPipeline, p.tiny(D.LuminaNextDiT2DModel, hidden_size=32), p.gemma())
 
 
 def lumina2() -> Any:
@@ -110,9 +137,15 @@ def prx() -> Any:
 WHOLE = {"use_resolution_binning": False}
 PIXART = {**p.RAW, **WHOLE}
 SANA = {**LONG, **WHOLE, "height": 32, "width": 32, "complex_human_instruction": None}
-MASKED = p.embeds(*BOTH, masks="{}_mask")
-KREA = {key: value[:, :, None].expand(2, 8, 2, WIDTH) for key, value in p.embeds(*BOTH).items()}
-PRX = p.embeds("prompt_embeds") | {"prompt_attention_mask": torch.ones(2, 8).bool()}
+SPRINT = {**SANA, "intermediate_timesteps": None}
+KONTEXT = {**LONG, **p.images(), "max_area": 256, "_auto_resize": False}
+EMBEDS = {**p.embeds(*BOTH), **SIZE}
+MASKED = {**p.embeds(*BOTH, masks="{}_mask"), **SIZE}
+ONE = {key: value[:1] for key, value in MASKED.items() if key not in SIZE}
+KREA = {n: p.noise(2, 8, 2, WIDTH, seed=i) for i, n in enumerate(BOTH)}
+# With guidance the pipeline of PRX repeats the time twice: one image a call.
+PRX = {"prompt_embeds": p.noise(2, 8, WIDTH), "guidance_scale": 1.0, **SIZE, **WHOLE}
+PRX |= {"prompt_attention_mask": torch.ones(2, 8).bool()}
 
 # Name -> (pipeline, arguments of its call).
 TRANSFORMERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
@@ -120,98 +153,40 @@ TRANSFORMERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "PixArt alpha": lambda: (pixart(D.PixArtAlphaPipeline), PIXART),
     "PixArt sigma": lambda: (pixart(D.PixArtSigmaPipeline), PIXART),
     "Sana": lambda: (sana(D.SanaPipeline, p.flow()), SANA),
-    "Sana Sprint": lambda: (
-        sana(
-            D.SanaSprintPipeline,
-            D.SCMScheduler(),
-            guidance_embeds=True,
-            qk_norm="rms_norm_across_heads",
-        ),
-        {**SANA, "intermediate_timesteps": None},
-    ),
+    "Sana Sprint": lambda: (sana_sprint(), SPRINT),
     "Stable Diffusion 3": lambda: (sd3(), LONG),
-    "Stable Diffusion 3.5 (dual attention)": lambda: (
-        sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
-        LONG,
-    ),
-    "Stable Diffusion 3, image to image": lambda: (
-        sd3(D.StableDiffusion3Img2ImgPipeline),
-        {**LONG, **IMAGE},
-    ),
+    "Stable Diffusion 3.5": lambda: (sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), LONG),
+    "Stable Diffusion 3, image to image": lambda: (sd3("Img2Img"), {**LONG, **IMAGE}),
     "Flux schnell": lambda: (flux(), LONG),
     "Flux dev (guidance embedded)": lambda: (flux(guidance_embeds=True), LONG),
-    "Flux, image to image": lambda: (flux(D.FluxImg2ImgPipeline), {**LONG, **IMAGE}),
-    "Flux Kontext": lambda: (
-        flux(D.FluxKontextPipeline, guidance_embeds=True),
-        {**LONG, **p.images(), "max_area": 256, "_auto_resize": False},
-    ),
+    "Flux, image to image": lambda: (flux("Img2Img"), {**LONG, **IMAGE}),
+    "Flux Kontext": lambda: (flux("Kontext", guidance_embeds=True), KONTEXT),
     "Flux Fill": lambda: (
-        flux(D.FluxFillPipeline, in_channels=48, out_channels=16),
+        flux("Fill", in_channels=48, out_channels=16),
         {**LONG, **p.images(), **p.masks()},
     ),
-    "Flux 2 Klein": lambda: (
-        patched(
-            D.Flux2KleinPipeline,
-            D.Flux2Transformer2DModel,
-            p.qwen3(),
-            joint_attention_dim=2 * WIDTH,
-            axes_dims_rope=(2, 2, 2, 2),
-            guidance_embeds=False,
-            vae=flux2_vae(),
-        ),
-        {**LONG, "text_encoder_out_layers": (1, 2)},
-    ),
-    "AuraFlow": lambda: (
-        p.pipeline(D.AuraFlowPipeline, p.tiny(D.AuraFlowTransformer2DModel), p.t5()),
-        LONG,
-    ),
-    "Chroma": lambda: (
-        patched(
-            D.ChromaPipeline,
-            D.ChromaTransformer2DModel,
-            p.t5(),
-            approximator_num_channels=8,
-            approximator_hidden_dim=16,
-            approximator_layers=1,
-        ),
-        LONG,
-    ),
-    "Krea 2": lambda: (
-        krea2(),
-        {**KREA, **{k: v for k, v in MASKED.items() if "mask" in k}, **SIZE},
-    ),
+    "Flux 2 Klein": lambda: (flux2(), {**LONG, "text_encoder_out_layers": (1, 2)}),
+    "AuraFlow": lambda: (aura_flow(), LONG),
+    "Chroma": lambda: (chroma(), LONG),
+    "Krea 2": lambda: (krea2(), {**MASKED, **KREA}),
     "Ovis-Image": lambda: (
-        patched(D.OvisImagePipeline, D.OvisImageTransformer2DModel, p.clip()),
-        {**p.embeds(*BOTH), **SIZE, "negative_prompt": None},
+        patched("OvisImage", p.clip(), out_channels=16),
+        {**EMBEDS, "negative_prompt": None},
     ),
-    "Bria 3.2": lambda: (
-        p.pipeline(
-            D.BriaPipeline, p.tiny(D.BriaTransformer2DModel, in_channels=16, num_layers=1), p.t5()
-        ),
-        LONG,
-    ),
+    "Bria 3.2": lambda: (patched("Bria", p.t5(), pooled_projection_dim=None), LONG),
     "CogView 3 Plus": lambda: (
-        cogview(
-            D.CogView3PlusPipeline, D.CogView3PlusTransformer2DModel, D.CogVideoXDDIMScheduler()
-        ),
+        cogview("CogView3Plus", D.CogVideoXDDIMScheduler()),
         {**LONG, "max_sequence_length": 16},
     ),
-    "CogView 4": lambda: (
-        cogview(D.CogView4Pipeline, D.CogView4Transformer2DModel, p.flow(), rope_axes_dim=(8, 8)),
-        {**p.embeds(*BOTH), **SIZE},
-    ),
+    "CogView 4": lambda: (cogview("CogView4", p.flow(), rope_axes_dim=(8, 8)), EMBEDS),
     "HunyuanDiT": lambda: (hunyuan_dit(), {**two_texts(), **SIZE, **WHOLE}),
-    "Lumina": lambda: (
-        p.pipeline(D.LuminaPipeline, p.tiny(D.LuminaNextDiT2DModel, hidden_size=32), p.gemma()),
-        {**p.RAW, "max_sequence_length": 8},
-    ),
+    "Lumina": lambda: (lumina(), {**p.RAW, "max_sequence_length": 8}),
     "Lumina 2": lambda: (lumina2(), {"prompt": ["a", "a b c"], **SIZE, "system_prompt": "s"}),
     "Z-Image": lambda: (z_image(), LONG),
-    "Qwen-Image": lambda: (qwen(D.QwenImagePipeline), {**MASKED, **SIZE}),
+    "Qwen-Image": lambda: (qwen(D.QwenImagePipeline), MASKED),
     "Qwen-Image-Edit": lambda: (
         qwen(D.QwenImageEditPipeline, processor=T.CLIPImageProcessor()),
-        {**{key: value[:1] for key, value in MASKED.items()}, **SIZE, "image": p.image()},
+        {**ONE, **SIZE, "image": p.image()},
     ),
-    # With guidance the pipeline repeats the time twice: one image a call.
-    "PRX": lambda: (prx(), {**PRX, **SIZE, **WHOLE, "guidance_scale": 1.0}),
+    "PRX": lambda: (prx(), PRX),
 }

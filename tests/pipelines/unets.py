@@ -1,5 +1,6 @@
 """Families whose denoiser is a U-Net (or its kin) over images."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,17 @@ BETAS, TEXT, SIZE, WIDTH = p.BETAS, p.TEXT, p.SIZE, p.WIDTH
 CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def pixels(kind: Any, scheduler: Any, **changes: Any) -> Any:
+def pixels(name: str, scheduler: Any, **changes: Any) -> Any:
+    kind = getattr(D, f"{name}Pipeline")
     shape: dict[str, Any] = {"sample_size": 16, "block_out_channels": (8, 16)}
     shape |= {"in_channels": 3, "out_channels": 3, "norm_num_groups": 4}
     shape |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
     shape |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     return p.pipeline(kind, p.tiny(D.UNet2DModel, **{**shape, **changes}), scheduler=scheduler)
+
+
+def score_sde_ve() -> Any:
+    return pixels("ScoreSdeVe", D.ScoreSdeVeScheduler(), time_embedding_type="fourier")
 
 
 def text_unet(kind: Any = D.UNet2DConditionModel, **changes: Any) -> Any:
@@ -39,14 +45,15 @@ def text_unet(kind: Any = D.UNet2DConditionModel, **changes: Any) -> Any:
     return p.tiny(kind, **{**shape, **changes})
 
 
-def sd(kind: Any = D.StableDiffusionPipeline, scheduler: Any = None, **changes: Any) -> Any:
+def sd(name: str = "", scheduler: Any = None, **changes: Any) -> Any:
+    kind = getattr(D, f"StableDiffusion{name}Pipeline")
     return p.pipeline(kind, text_unet(**changes), p.clip(), scheduler=scheduler or p.ddim())
 
 
-def sdxl(kind: Any = D.StableDiffusionXLPipeline, scheduler: Any = None, **parts: Any) -> Any:
+def sdxl(name: str = "", scheduler: Any = None) -> Any:
+    kind = getattr(D, f"StableDiffusionXL{name}Pipeline")
     scheduler = scheduler or D.EulerDiscreteScheduler(**BETAS)
-    texts = (p.clip(), p.projected())
-    return p.pipeline(kind, parts.pop("unet", xl_unet()), *texts, scheduler=scheduler, **parts)
+    return p.pipeline(kind, xl_unet(), p.clip(), p.projected(), scheduler=scheduler)
 
 
 def xl_unet(numbers: int = 6, width: int = 2 * WIDTH) -> Any:
@@ -57,6 +64,11 @@ def xl_unet(numbers: int = 6, width: int = 2 * WIDTH) -> Any:
     return text_unet(cross_attention_dim=width, **more)
 
 
+def lcm() -> Any:
+    unet, scheduler = text_unet(time_cond_proj_dim=8), D.LCMScheduler(**BETAS)
+    return p.pipeline(D.LatentConsistencyModelPipeline, unet, p.clip(), scheduler=scheduler)
+
+
 def refiner() -> Any:
     second = dict(zip(("tokenizer_2", "text_encoder_2"), p.projected(), strict=True))
     unet = xl_unet(5, WIDTH)
@@ -64,8 +76,8 @@ def refiner() -> Any:
     return p.pipeline(D.StableDiffusionXLImg2ImgPipeline, unet, **second, **parts)
 
 
-def controlled(make: Callable[..., Any], kind: Any) -> Any:
-    plain = make()
+def controlled(plain: Any, name: str) -> Any:
+    kind = getattr(D, f"StableDiffusion{name}Pipeline")
     net = D.ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(8, 8))
     return kind(**plain.components, controlnet=net.eval())
 
@@ -94,7 +106,7 @@ def latent_upscaler() -> Any:
     shape |= {"resnet_time_scale_shift": "scale_shift", "time_cond_proj_dim": 128 + WIDTH}
     shape |= {"conv_in_kernel": 1, "conv_out_kernel": 1}
     scheduler = D.EulerDiscreteScheduler(prediction_type="sample")
-    return sd(D.StableDiffusionLatentUpscalePipeline, scheduler, **shape)
+    return sd("LatentUpscale", scheduler, **shape)
 
 
 def simple_unet(**changes: Any) -> Any:
@@ -131,18 +143,26 @@ def kandinsky_decoder() -> Any:
     return p.pipeline(D.KandinskyV22Pipeline, unet, scheduler=p.ddim(), movq=p.movq())
 
 
-def kandinsky3() -> Any:
-    shape = {"time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 2}
-    shape |= {"block_out_channels": (8, 8), "cross_attention_dim": 8, "encoder_hid_dim": WIDTH}
-    unet, parts = p.tiny(D.Kandinsky3UNet, **shape), {"scheduler": D.DDPMScheduler()}
-    return p.pipeline(D.Kandinsky3Pipeline, unet, p.t5(), movq=p.movq(), **parts)
-
-
-def cascade(kind: Any, text: Any, **parts: Any) -> Any:
-    net = next(parts.pop(name) for name in ("prior", "decoder") if name in parts)
-    if "vqgan" in p.inspect.signature(kind.__init__).parameters:
+def cascade(kind: Any, text: Any, net: Any) -> Any:
+    parts = {"scheduler": D.DDPMWuerstchenScheduler()}
+    if "vqgan" in inspect.signature(kind.__init__).parameters:
         parts["vqgan"] = PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=16, embed_dim=8)
-    return p.pipeline(kind, net.eval(), text, scheduler=D.DDPMWuerstchenScheduler(), **parts)
+    return p.pipeline(kind, net.eval(), text, **parts)
+
+
+def cascade_prior() -> Any:
+    clip = {"clip_text_in_channels": WIDTH, "clip_image_in_channels": WIDTH}
+    net = cascade_unet(switch_level=(False,), **clip)
+    return cascade(D.StableCascadePriorPipeline, p.projected(), net)
+
+
+def cascade_decoder() -> Any:
+    net = cascade_unet(effnet_in_channels=4, patch_size=2)
+    return cascade(D.StableCascadeDecoderPipeline, p.projected(), net)
+
+
+def wuerstchen_prior() -> Any:
+    return cascade(D.WuerstchenPriorPipeline, p.clip(), WuerstchenPrior(4, 16, WIDTH, 8, 2, 2))
 
 
 def cascade_unet(**changes: Any) -> Any:
@@ -155,118 +175,59 @@ def cascade_unet(**changes: Any) -> Any:
 def wuerstchen_decoder() -> Any:
     levels = {"c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [1, 1]}
     levels |= {"level_config": ["CT", "CTA"], "inject_effnet": [False, True]}
-    return WuerstchenDiffNeXt(4, 4, 8, c_cond=WIDTH, effnet_embd=4, clip_embd=WIDTH, **levels)
+    net = WuerstchenDiffNeXt(4, 4, 8, c_cond=WIDTH, effnet_embd=4, clip_embd=WIDTH, **levels)
+    return cascade(D.WuerstchenDecoderPipeline, p.clip(), net)
 
 
-IMAGE16 = {**TEXT, **p.images(), "strength": 0.9}
-STAGE_C = {"clip_text_in_channels": WIDTH, "clip_image_in_channels": WIDTH}
-EMBEDDED = {"image_embeddings": p.noise(2, 4, 3, 3)}
+EDIT = {**TEXT, **p.images()}
+IMAGE = {**EDIT, "strength": 0.9}
+INPAINT = {**EDIT, **SIZE, **p.masks()}
+LARGE, HUGE = ({"height": size, "width": size} for size in (64, 256))
+STAGE_B = {"image_embeddings": p.noise(2, 4, 3, 3)}
 IMAGE_EMBEDS = {n: p.noise(2, WIDTH) for n in ("image_embeds", "negative_image_embeds")}
-BOXES = {"gligen_phrases": ["a"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+BOXES = {"gligen_phrases": ["a"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]], "prompt": "a b", **SIZE}
+V = {"scheduler": p.ddim(prediction_type="v_prediction"), "attention_head_dim": (2, 4)}
+LEARNED, STEPS = D.DDPMScheduler(variance_type="learned_range"), D.CMStochasticIterativeScheduler()
 
 # Name -> (pipeline, arguments of its call).
 UNETS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    "DDPM": lambda: (pixels(D.DDPMPipeline, D.DDPMScheduler()), {}),
-    "DDPM, learned variance": lambda: (
-        pixels(D.DDPMPipeline, D.DDPMScheduler(variance_type="learned_range"), out_channels=6),
-        {},
-    ),
-    "DDIM": lambda: (pixels(D.DDIMPipeline, D.DDIMScheduler()), {}),
-    "PNDM": lambda: (pixels(D.PNDMPipeline, D.PNDMScheduler()), {}),
-    "ScoreSdeVe": lambda: (
-        pixels(D.ScoreSdeVePipeline, D.ScoreSdeVeScheduler(), time_embedding_type="fourier"),
-        {},
-    ),
-    "Consistency models": lambda: (
-        pixels(D.ConsistencyModelPipeline, D.CMStochasticIterativeScheduler()),
-        {},
-    ),
+    "DDPM": lambda: (pixels("DDPM", D.DDPMScheduler()), {}),
+    "DDPM, learned variance": lambda: (pixels("DDPM", LEARNED, out_channels=6), {}),
+    "DDIM": lambda: (pixels("DDIM", D.DDIMScheduler()), {}),
+    "PNDM": lambda: (pixels("PNDM", D.PNDMScheduler()), {}),
+    "ScoreSdeVe": lambda: (score_sde_ve(), {}),
+    "Consistency models": lambda: (pixels("ConsistencyModel", STEPS), {}),
     "Consistency models, classes": lambda: (
-        pixels(D.ConsistencyModelPipeline, D.CMStochasticIterativeScheduler(), num_class_embeds=10),
+        pixels("ConsistencyModel", STEPS, num_class_embeds=10),
         {"class_labels": [1, 2]},
     ),
-    "Latent diffusion (VQ)": lambda: (
-        pixels(D.LDMPipeline, D.DDIMScheduler(), sample_size=8),
-        {},
-    ),
-    "Latent diffusion, text": lambda: (
-        ldm_text(),
-        {**TEXT, "height": 32, "width": 32, "guidance_scale": 3.0},
-    ),
+    "Latent diffusion (VQ)": lambda: (pixels("LDM", D.DDIMScheduler(), sample_size=8), {}),
+    "Latent diffusion, text": lambda: (ldm_text(), {**TEXT, **LARGE, "guidance_scale": 3.0}),
     "Stable Diffusion 1, guidance": lambda: (sd(), TEXT),
     "Stable Diffusion 1, no guidance": lambda: (sd(), {**TEXT, "guidance_scale": 1.0}),
-    "Stable Diffusion 2, v-prediction": lambda: (
-        sd(
-            scheduler=p.ddim(prediction_type="v_prediction"),
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-        ),
-        TEXT,
-    ),
-    "Stable Diffusion, PAG": lambda: (sd(D.StableDiffusionPAGPipeline), TEXT),
+    "Stable Diffusion 2, v-prediction": lambda: (sd(use_linear_projection=True, **V), TEXT),
+    "Stable Diffusion, PAG": lambda: (sd("PAG"), TEXT),
     "Stable Diffusion, GLIGEN network": lambda: (sd(attention_type="gated"), TEXT),
-    "Stable Diffusion, GLIGEN boxes": lambda: (
-        sd(D.StableDiffusionGLIGENPipeline, attention_type="gated"),
-        {"prompt": "a b", **BOXES, **SIZE},
-    ),
-    "Latent consistency (LCM)": lambda: (
-        sd(D.LatentConsistencyModelPipeline, D.LCMScheduler(**BETAS), time_cond_proj_dim=8),
-        TEXT,
-    ),
+    "Stable Diffusion, GLIGEN boxes": lambda: (sd("GLIGEN", attention_type="gated"), BOXES),
+    "Latent consistency (LCM)": lambda: (lcm(), TEXT),
     "TCD": lambda: (sd(scheduler=D.TCDScheduler(**BETAS)), TEXT),
-    "Stable Diffusion, image to image": lambda: (sd(D.StableDiffusionImg2ImgPipeline), IMAGE16),
-    "Stable Diffusion, inpainting": lambda: (
-        sd(D.StableDiffusionInpaintPipeline, in_channels=9),
-        {**TEXT, **SIZE, **p.images(), **p.masks()},
-    ),
-    "InstructPix2Pix": lambda: (
-        sd(D.StableDiffusionInstructPix2PixPipeline, in_channels=8),
-        {**TEXT, **p.images()},
-    ),
-    "ControlNet, Stable Diffusion": lambda: (
-        controlled(sd, D.StableDiffusionControlNetPipeline),
-        {**TEXT, **p.images()},
-    ),
-    "ControlNet, SDXL": lambda: (
-        controlled(sdxl, D.StableDiffusionXLControlNetPipeline),
-        {**TEXT, **p.images()},
-    ),
+    "Stable Diffusion, image to image": lambda: (sd("Img2Img"), IMAGE),
+    "Stable Diffusion, inpainting": lambda: (sd("Inpaint", in_channels=9), INPAINT),
+    "InstructPix2Pix": lambda: (sd("InstructPix2Pix", in_channels=8), EDIT),
+    "ControlNet, Stable Diffusion": lambda: (controlled(sd(), "ControlNet"), EDIT),
+    "ControlNet, SDXL": lambda: (controlled(sdxl(), "XLControlNet"), EDIT),
     "SDXL base": lambda: (sdxl(), TEXT),
-    "SDXL refiner": lambda: (refiner(), IMAGE16),
-    "SDXL, image to image": lambda: (sdxl(D.StableDiffusionXLImg2ImgPipeline), IMAGE16),
+    "SDXL refiner": lambda: (refiner(), IMAGE),
+    "SDXL, image to image": lambda: (sdxl("Img2Img"), IMAGE),
     "SDXL, EDM schedule": lambda: (sdxl(scheduler=D.EDMEulerScheduler()), TEXT),
     "Stable Diffusion, x4 upscale": lambda: (upscaler(), {**TEXT, **p.images(8)}),
-    "Stable Diffusion, latent upscale": lambda: (latent_upscaler(), {**TEXT, **p.images()}),
+    "Stable Diffusion, latent upscale": lambda: (latent_upscaler(), EDIT),
     "DeepFloyd IF": lambda: (deepfloyd(), p.RAW),
     "Marigold, depth": lambda: (marigold(), {**p.images(), "processing_resolution": 0}),
     "Kandinsky 2.2, prior": lambda: (kandinsky_prior(), TEXT),
-    "Kandinsky 2.2, decoder": lambda: (
-        kandinsky_decoder(),
-        {**IMAGE_EMBEDS, "height": 64, "width": 64},
-    ),
-    "Kandinsky 3": lambda: (kandinsky3(), {**TEXT, "height": 64, "width": 64}),
-    "Stable Cascade, prior": lambda: (
-        cascade(
-            D.StableCascadePriorPipeline,
-            p.projected(),
-            prior=cascade_unet(switch_level=(False,), **STAGE_C),
-        ),
-        {**TEXT, "height": 256, "width": 256},
-    ),
-    "Stable Cascade, decoder": lambda: (
-        cascade(
-            D.StableCascadeDecoderPipeline,
-            p.projected(),
-            decoder=cascade_unet(effnet_in_channels=4, patch_size=2),
-        ),
-        {**TEXT, **EMBEDDED},
-    ),
-    "Wuerstchen, prior": lambda: (
-        cascade(D.WuerstchenPriorPipeline, p.clip(), prior=WuerstchenPrior(4, 16, WIDTH, 8, 2, 2)),
-        {**TEXT, "height": 256, "width": 256},
-    ),
-    "Wuerstchen, decoder": lambda: (
-        cascade(D.WuerstchenDecoderPipeline, p.clip(), decoder=wuerstchen_decoder()),
-        {"prompt": "a b", **EMBEDDED},
-    ),
+    "Kandinsky 2.2, decoder": lambda: (kandinsky_decoder(), {**IMAGE_EMBEDS, **LARGE}),
+    "Stable Cascade, prior": lambda: (cascade_prior(), {**TEXT, **HUGE}),
+    "Stable Cascade, decoder": lambda: (cascade_decoder(), {**TEXT, **STAGE_B}),
+    "Wuerstchen, prior": lambda: (wuerstchen_prior(), {**TEXT, **HUGE}),
+    "Wuerstchen, decoder": lambda: (wuerstchen_decoder(), {"prompt": "a b", **STAGE_B}),
 }

@@ -76,6 +76,12 @@ def wan_i2v() -> Any:
     return wan(D.WanImageToVideoPipeline, net, image_processor=T.CLIPImageProcessor(), **parts)
 
 
+def skyreels() -> Any:
+    how = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    net, scheduler = wan_net(D.SkyReelsV2Transformer3DModel), D.UniPCMultistepScheduler(**how)
+    return wan(D.SkyReelsV2Pipeline, net, scheduler=scheduler)
+
+
 def ltx(kind: Any) -> Any:
     shape: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5}
     shape |= {"spatio_temporal_scaling": (True, True, False, False)}
@@ -191,21 +197,9 @@ VIDEOS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         {**FRAMES, "guidance_scale_2": 3.0},
     ),
     "Wan 2.2 TI2V (a time a token)": lambda: (wan(expand_timesteps=True), FRAMES),
-    "SkyReels V2": lambda: (
-        wan(
-            D.SkyReelsV2Pipeline,
-            wan_net(D.SkyReelsV2Transformer3DModel),
-            scheduler=D.UniPCMultistepScheduler(
-                use_flow_sigmas=True, prediction_type="flow_prediction"
-            ),
-        ),
-        EMBEDDED,
-    ),
+    "SkyReels V2": lambda: (skyreels(), EMBEDDED),
     "LTX, text to video": lambda: (ltx(D.LTXPipeline), LTX),
-    "LTX, image to video (a time a token)": lambda: (
-        ltx(D.LTXImageToVideoPipeline),
-        {**LTX, **p.images(32)},
-    ),
+    "LTX, image to video": lambda: (ltx(D.LTXImageToVideoPipeline), {**LTX, **p.images(32)}),
     "HunyuanVideo": lambda: (hunyuan_video(), HUNYUAN),
     "Mochi": lambda: (mochi(), {**FRAMES, "num_frames": 7}),
     "Latte": lambda: (latte(), {**p.RAW, "video_length": 2}),
