@@ -11,26 +11,26 @@ HEAD = """# Pipelines of diffusers: what works
 
 Written by `python -m tests.pipelines --write` with diffusers {version}, torch {torch}.
 
-One tiny pipeline with random weights for each family goes through quantize (recipe `w8a8` with
-little data), evaluate, inspect, and, in a new process, reload, sample and a comparison of every
-call of its denoisers with the float network. Random weights tell right from wrong, not good from
+One tiny pipeline with random weights for each family goes through `quantempo quantize` (recipe
+`w8a8` with little data; every argument of the call by `--set`, pictures and tensors as files),
+evaluate, inspect, and, in a new process, reload, sample and a comparison of every call of its
+denoisers with the float network. Random weights tell right from wrong, not good from
 better, and narrow networks have smaller shares of integers than real ones: FLUX.1 has 99 % where
 its tiny kin here has 90 %. An SQNR of 60 dB says that the residual branches of that network are
 small.
 
-`by`: what the calibration was started with; "Python" is `quantempo.quantize(..., call={{...}})`.
 `integers`: share of the multiplications of convolutions and linear layers. `SQNR`: of the worst
 call, `simulated` / the default engine of this machine ({engine}). `kept in float`: how many layers
 and why; products of attention always are.
 
-| family | pipeline | by | result | integers | SQNR, dB | kept in float |
-|---|---|---|---|---|---|---|
+| family | pipeline | result | integers | SQNR, dB | kept in float |
+|---|---|---|---|---|---|
 """
 
 
 def line(row: dict[str, Any]) -> dict[str, str]:
     """Return the cells of a family."""
-    cells = {"family": row["family"], "pipeline": row.get("pipeline", ""), "by": row.get("by", "")}
+    cells = {"family": row["family"], "pipeline": row.get("pipeline", "")}
     if "error" in row:
         said = re.sub(r"'?/[^ ]*/(\w+)'?", r"\1", row["error"].split(": ", 1)[-1])
         how = "refused" if row["clear"] else f"fails at {row['stage']}"
@@ -63,6 +63,6 @@ def read() -> dict[str, dict[str, str]]:
     found = {}
     for row in re.findall(r"^\| (.*) \|$", FILE.read_text(), re.M)[1:]:
         cells = row.split(" | ")
-        keys = ("family", "pipeline", "by", "result", "share", "sqnr", "float")
+        keys = ("family", "pipeline", "result", "share", "sqnr", "float")
         found[cells[0]] = dict(zip(keys, cells, strict=True))
     return found

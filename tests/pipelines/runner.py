@@ -5,7 +5,6 @@ of the denoisers with float in another process, which has seen nothing of this o
 """
 
 import functools
-import json
 import tempfile
 import traceback
 from collections import Counter
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 import quantempo
@@ -67,7 +68,7 @@ def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...])
     source, out = folder / "float", folder / "run"
     pipe.save_pretrained(source)
     row["stage"] = "quantize"
-    packed = _quantize(source, out, call, row)
+    packed = _quantize(source, out, call)
     row["stage"] = "evaluate"
     session = quantempo.reopen(out)
     metrics = quantempo.evaluate(session, images=len(SEEDS), steps=STEPS)
@@ -79,33 +80,25 @@ def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...])
     row["sqnr_db"] = fresh().submit(reload, source, packed, folder, call, engines).result()
 
 
-def _quantize(source: Path, out: Path, call: dict[str, Any], row: dict[str, Any]) -> Path:
-    """Quantize by the command line if its options can say the call, else from Python."""
-    words, prompts = [], call.get("prompt")
+def _quantize(source: Path, out: Path, call: dict[str, Any]) -> Path:
+    """Quantize by the command line; pictures and tensors of the call are files."""
+    folder = out.parent
+    (folder / "recipe.toml").write_text(recipe().to_toml())
+    words = ["--quiet", "quantize", source, "--run", out, "--recipe", folder / "recipe.toml"]
     for key, value in call.items():
-        if key == "class_labels":
-            words += ["--class-labels", ",".join(map(str, value))]
-        elif key != "prompt":
-            words += ["--set", f"{key}={json.dumps(value, default=_unsaid)}"]
-    row["by"] = "Python" if _UNSAID in "".join(words) else "command line"
-    if row["by"] == "Python":
-        return quantempo.quantize(source, out, recipe(), call=call)
-    file, lines = out.with_name("recipe.toml"), out.with_name("prompts.txt")
-    file.write_text(recipe().to_toml())
-    lines.write_text("\n".join([prompts] if isinstance(prompts, str) else prompts or ["-"]))
-    words += ["--prompts", str(lines)] if prompts else []
-    app(
-        ["--quiet", "quantize", str(source), "--run", str(out), "--recipe", str(file), *words],
-        standalone_mode=False,
-    )
+        if isinstance(value, torch.Tensor):
+            save_file({key: value.contiguous()}, folder / f"{key}.safetensors")
+            value = folder / f"{key}.safetensors"
+        elif isinstance(value, Image.Image):
+            value.save(folder / f"{key}.png")
+            value = folder / f"{key}.png"
+        elif isinstance(value, list) and isinstance(value[0], Image.Image):
+            for number, picture in enumerate(value):
+                picture.save(folder / f"{key}-{number}.png")
+            value = folder / f"{key}-*.png"
+        words += ["--set", f"{key}={value if isinstance(value, Path) else repr(value)}"]
+    app([str(word) for word in words], standalone_mode=False)
     return out / "packed"
-
-
-_UNSAID = "<image or tensor>"
-
-
-def _unsaid(_: Any) -> str:
-    return _UNSAID
 
 
 @functools.cache
