@@ -7,7 +7,7 @@ whole distributions (`scores`). Sees images and callables, never a quantizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -96,10 +96,12 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
 
 
 def _prediction(output: Any) -> Tensor:
-    # Denoisers return a tensor, a tuple whose head is the prediction, or an object with `.sample`.
+    # A tensor, a tuple or an output of diffusers whose head is the prediction, or `.sample`.
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, tuple | list):
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list) and output:
         return _prediction(output[0])
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
