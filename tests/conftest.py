@@ -40,6 +40,7 @@ LANES = {
         "kernels/test_fused_cpu.py::test_without",
         "kernels/test_onednn.py::test_kernels_without",
         "mixed_precision/test_sensitivity.py",
+        "pipelines/",
         "pipeline/test_correct.py",
         "pipeline/test_golden.py",
         "pipeline/test_quantize.py::test_a_reader_opens",

@@ -210,6 +210,8 @@ def test_sqnr_errors_say_what_is_wrong() -> None:
         eps_sqnr(lambda x, t: x, lambda x, t: x[:, :2], _batches([5]))
     with pytest.raises(QuantempoError, match="dict"):
         eps_sqnr(lambda x, t: {}, lambda x, t: x, _batches([5]))
+    named = eps_sqnr(lambda x, t: {"predicted": x}, lambda x, t: (x,), _batches([5]))
+    assert named["sqnr_db"] == [SQNR_CAP_DB]
     with pytest.raises(QuantempoError, match="one per row"):
         eps_sqnr(lambda x: x, lambda x: x, [((torch.ones(4, 1),), {}, torch.ones(3))])
     with pytest.raises(QuantempoError, match="increasing"):

@@ -30,5 +30,5 @@ if __name__ == "__main__":
             if "error" in rows[-1]:
                 print("   ", {k: rows[-1][k] for k in ("where", "raised", "error")}, flush=True)
     if "--write" in sys.argv:
-        page.write(rows)
+        page.write(rows, FAMILIES)
     fresh().shutdown()

@@ -1,6 +1,7 @@
 """Write `docs/pipelines.md`, the matrix of families, and read it back."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ __all__ = ["FILE", "line", "read", "write"]
 FILE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 HEAD = """# Pipelines of diffusers: what works
 
-Written by `python -m tests.pipelines --write` with diffusers {version}, torch {torch}.
+Written by `python -m tests.pipelines --write` (add names to rerun some) with diffusers {version}, torch {torch}.
 
 One tiny pipeline with random weights for each family goes through `quantempo quantize` (recipe
 `w8a8` with little data; every argument of the call by `--set`, pictures and tensors as files),
@@ -45,17 +46,18 @@ def line(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Write the page."""
+def write(rows: list[dict[str, Any]], order: Iterable[str]) -> None:
+    """Write the page; families that were not run keep their lines."""
     import diffusers
     import torch
 
-    engine = next(row["engine"] for row in rows if "engine" in row)
+    engine = next((row["engine"] for row in rows if "engine" in row), "onednn")
     text = HEAD.format(version=diffusers.__version__, torch=torch.__version__, engine=engine)
-    found = [line(row) for row in rows]
-    text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in found)
-    works = sum(cells["result"] == "works" for cells in found)
-    FILE.write_text(f"{text}\n{works} of {len(found)} work.\n")
+    found = (read() if FILE.exists() else {}) | {row["family"]: line(row) for row in rows}
+    lines = [found[name] for name in order if name in found]
+    text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in lines)
+    works = sum(cells["result"] == "works" for cells in lines)
+    FILE.write_text(f"{text}\n{works} of {len(lines)} work.\n")
 
 
 def read() -> dict[str, dict[str, str]]:

@@ -6,7 +6,6 @@ from typing import Any
 import diffusers as D
 import torch
 import transformers as T
-
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
 from tests.pipelines import parts as p

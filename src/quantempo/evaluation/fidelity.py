@@ -99,10 +99,9 @@ def _prediction(output: Any) -> Tensor:
     # A tensor, a tuple or an output of diffusers whose head is the prediction, or `.sample`.
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, tuple | list) and output:
-        return _prediction(output[0])
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(parts, tuple | list) and parts:
+        return _prediction(parts[0])
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
     raise QuantempoError(
