@@ -1,6 +1,7 @@
 """Write `docs/pipelines.md`, the matrix of families, and read it back."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ __all__ = ["FILE", "line", "read", "write"]
 FILE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 HEAD = """# Pipelines of diffusers: what works
 
-Written by `python -m tests.pipelines --write` (add names to rerun some) with diffusers {version}, torch {torch}.
+Written by `python -m tests.pipelines --write` (names after it: those alone) with
+diffusers {version}, torch {torch}.
 
 One tiny pipeline with random weights for each family goes through `quantempo quantize` (recipe
 `w8a8` with little data; every argument of the call by `--set`, pictures and tensors as files),
@@ -22,7 +24,7 @@ small.
 
 `integers`: share of the multiplications of convolutions and linear layers. `SQNR`: of the worst
 call, `simulated` / the default engine of this machine ({engine}). `kept in float`: how many layers
-and why; products of attention always are.
+and why; products of attention always are. "measured": for its error, large for its work.
 
 | family | pipeline | result | integers | SQNR, dB | kept in float |
 |---|---|---|---|---|---|
@@ -37,12 +39,14 @@ def line(row: dict[str, Any]) -> dict[str, str]:
         how = "refused" if row["clear"] else f"fails at {row['stage']}"
         result = f"{how}: {said[:200]}".replace("|", "/").replace("<", "(").replace(">", ")")
         return cells | {"result": result, "share": "", "sqnr": "", "float": ""}
-    reasons = {why.split(":")[0]: n for why, n in row["float"].items() if "two activ" not in why}
+    reasons: Counter[str] = Counter()
+    for why, count in row["float"].items():
+        reasons[why.split(":")[0]] += 0 if "two activ" in why else count
     return cells | {
         "result": "works",
         "share": f"{row['share']:.1%}",
         "sqnr": " / ".join(f"{min(value, 99.9):.1f}" for value in row["sqnr_db"].values()),
-        "float": ", ".join(f"{n} {why}" for why, n in sorted(reasons.items())),
+        "float": ", ".join(f"{n} {why}" for why, n in sorted(reasons.items()) if n),
     }
 
 
