@@ -25,6 +25,13 @@ PLAIN = "diffusion_pytorch_model.safetensors"
 WEIGHTS, CONFIG = f"unet/{PLAIN}", "unet/config.json"
 
 
+def renamed_weight(file: bytes) -> bytes:
+    tensors = load(file)
+    tensors |= {name: tensors["conv_in.bias"].clone() for name in ("other", "others")}
+    tensors["conv_in.weights"] = tensors.pop("conv_in.weight")
+    return save(tensors, {"format": "pt"})
+
+
 def with_lora(file: bytes) -> bytes:
     tensors = load(file)
     base = tensors.pop("conv_in.weight")
@@ -43,6 +50,7 @@ def with_lora(file: bytes) -> bytes:
         (CONFIG, with_entry(block_out_channels=[16, 64]), "cannot load"),
         ("model_index.json", with_entry(_class_name="NoPipeline"), "cannot load"),
         (CONFIG, lambda whole: b"\xef\xbb\xbf" + whole, "config.json .*without a byte order mark"),
+        (WEIGHTS, renamed_weight, "lacks 1 of the network's tensors"),
         (WEIGHTS, with_lora, r"holds a LoRA \('conv_in.lora_A.*fuse_lora.*unload_lora_weights"),
     ],
 )

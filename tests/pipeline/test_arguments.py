@@ -208,12 +208,14 @@ def test_settings_of_the_trace_are_those_of_a_sample(
     assert not np.array_equal(other[0], whole[0])
 
 
-def test_a_pipeline_in_memory_is_a_source(tmp_path: Path) -> None:
+def test_a_pipeline_in_memory_is_a_source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = tiny_text()
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv1.weight += 0.1
     session = stages.load(pipe, tmp_path / "run", SMALL, call={"prompt": "a"})
-    stages.finish(session)
+    with caplog.at_level(logging.INFO, "quantempo"):
+        stages.finish(session)
+    assert "guidance_scale 7.5, the pipeline's own: give what you will sample with" in caplog.text
     assert session.denoiser is pipe.unet
     again = stages.reopen(tmp_path / "run")
     assert again.model["sha256"] == session.model["sha256"] and not again.stale("pack")
@@ -221,6 +223,11 @@ def test_a_pipeline_in_memory_is_a_source(tmp_path: Path) -> None:
     pipe.unet.to(torch.bfloat16)
     with pytest.raises(QuantempoError, match=r"is torch.bfloat16; expected torch.float32"):
         stages.quantize(pipe, tmp_path / "other", SMALL)
+    with pytest.raises(QuantempoError, match="the unet is offloaded"):
+        pipe.unet.to("meta")
+        stages.quantize(pipe, tmp_path / "other", SMALL)
+    with pytest.raises(QuantempoError, match="dtype is for folders"):
+        stages.quantize(tiny_text(), tmp_path / "other", SMALL, dtype="bfloat16")
     with pytest.raises(QuantempoError, match="got a int as source"):
         stages.quantize(3, tmp_path / "other", SMALL)
     pipe = tiny_text()
@@ -281,7 +288,7 @@ def test_films_and_numbers_are_judged() -> None:
 
 def test_bfloat16_is_loaded_traced_and_packed(tmp_path: Path) -> None:
     source = saved("unconditional")
-    packed = stages.quantize(source, tmp_path / "run", SMALL, dtype="bfloat16")
+    packed = stages.quantize(source, tmp_path / "run", SMALL, dtype=torch.bfloat16)
     again = stages.reopen(tmp_path / "run")
     assert again.denoiser.dtype == torch.bfloat16 and not again.stale("pack")
     assert load_pipeline(packed, "bfloat16").unet.dtype == torch.bfloat16

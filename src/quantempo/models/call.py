@@ -24,7 +24,7 @@ from quantempo.registry import nearest
 
 __all__ = [
     *("PIXEL_PIPELINES", "call_pipeline", "check_arguments", "images_a_call", "kind_of"),
-    *("sample_rate", "unusual_settings"),
+    *("own_guidance", "sample_rate", "unusual_settings"),
 ]
 
 # Schedulers the stock pixel pipelines run correctly, their own first (the one they give all
@@ -173,6 +173,12 @@ def unusual_settings(pipe: Any, call: Mapping[str, Any]) -> dict[str, tuple[Any,
     plain = {k: v for k, v in call.items() if isinstance(v, int | float | str) and not kind_of(k)}
     own = {key: known[key].default for key in plain if key in known}
     return {key: (plain[key], own[key]) for key in own if plain[key] != own[key]}
+
+
+def own_guidance(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scales of guidance that a call leaves to the pipeline: name -> its own value."""
+    known, names = inspect.signature(pipe.__call__).parameters, ("guidance_scale", "true_cfg_scale")
+    return {key: known[key].default for key in names if key in known and key not in call}
 
 
 def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:

@@ -105,6 +105,8 @@ def check_pipeline(pipe: Any) -> Any:
         if isinstance(part, nn.Module):
             _refuse_lora(f"the {name} of this {type(pipe).__name__}", dict(part.named_parameters()))
     name, denoiser = denoiser_of(pipe)
+    if any(p.is_meta for p in denoiser.parameters()):
+        raise QuantempoError(f"the {name} is offloaded; call pipe.remove_all_hooks() first")
     kinds = {p.dtype for p in denoiser.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise QuantempoError(
@@ -137,7 +139,8 @@ def _check_complete(folder: Path, variant: str | None, pipe: Any) -> None:
     component, denoiser = denoiser_of(pipe)
     files = _weights(folder / component)
     names = {name for file in files.get(variant) or files.get(None, []) for name in _names(file)}
-    missing = len(denoiser.state_dict()) - len(names)
+    state = denoiser.state_dict()
+    missing = max(len(state) - len(names), sum(value.is_meta for value in state.values()))
     if names and missing > 0:
         raise QuantempoError(
             f"{folder / component} lacks {missing} of the network's tensors; the checkpoint is "

@@ -170,6 +170,9 @@ def load(
     check_device(device)
     store, given = RunFolder(run), not isinstance(source, str | Path)
     path = str(store / "source" if given else source)
+    loading = {k: str(v).removeprefix("torch.") for k, v in loading.items() if v is not None}
+    if given and loading:
+        raise QuantempoError(f"{', '.join(loading)} is for folders; change the pipeline itself")
     session = Session(store, recipe, force, path, call, scheduler, device, folder, loading)
     if given:
         session.original = check_pipeline(source).to(device)
@@ -177,7 +180,7 @@ def load(
     check_finite(session.denoiser)
     check_arguments(session.pipe, call)
     _check_owner(session)
-    if given and (force or not store.has("source")):
+    if given and not (store.has("source") and session.done() and not force):
         with atomic_path(store / "source") as temporary:
             source.save_pretrained(temporary)
     _write_manifest(session)
@@ -242,7 +245,8 @@ def reopen(
     folder = RunFolder(run)
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
     with reading(folder / "manifest.json"):
-        source, options = str(model["path"]), {k: manifest.get(k) for k in ("scheduler", "data")}
+        source = str(folder / "source" if folder.has("source") else model["path"])
+        options = {k: manifest.get(k) for k in ("scheduler", "data")}
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
         options |= manifest.get("loading", {})
         recipe = recipe or Recipe.from_dict(manifest["recipe"])

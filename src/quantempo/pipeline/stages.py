@@ -8,6 +8,7 @@ their own (`pipeline.quality`, `report`).
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
 from quantempo.evaluation import load_images
-from quantempo.models.call import images_a_call
+from quantempo.models.call import images_a_call, own_guidance
 from quantempo.pipeline import quantize as core
 from quantempo.pipeline.layer_table import measured_rows
 from quantempo.pipeline.session import Session, load, reopen
@@ -31,12 +32,16 @@ __all__ = [
     "search", "trace",
 ]  # fmt: skip
 
+log = logging.getLogger("quantempo")
+
 
 def trace(session: Session) -> TraceSet:
     """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
     folder, settings = session.run / "trace", session.recipe.trace
     with session.stage("trace") as needed:
         if needed:
+            for name, value in own_guidance(session.pipe, session.call).items():
+                log.info("%s %s, the pipeline's own: give what you will sample with", name, value)
             trace_pipeline(
                 session.pipe, session.denoiser, folder, steps=settings.steps,
                 chains=settings.chains, picks=settings.picks, seed=settings.seed,
