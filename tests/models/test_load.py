@@ -71,7 +71,7 @@ def test_a_component_is_told_from_a_pipeline() -> None:
         load_pipeline(saved("unconditional") / "unet")
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "nowhere", "a/b/c", "a" * 300])
 def test_a_missing_folder_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(QuantempoError, match="no folder"):
         load_pipeline(name)

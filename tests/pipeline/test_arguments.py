@@ -101,6 +101,7 @@ def test_names_of_files_become_what_they_hold(files: Path) -> None:
         ("sigmas=[1, ", r"got --set sigmas=\[1,"),
         ("image=none/*.png", r"no file 'none/\*.png'"),
         ("image=pics/notes.png", "no file"),
+        (f"image={'a' * 300}", "no file"),
         ("latents=two.safetensors", "holds no 'latents' but a, b"),
         ("latents=pics/notes.safetensors", "no file"),
         ("image=pics/._0.png", "expected a picture"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_pipeline(
             raise QuantempoError(f"unknown dtype '{dtype}' (known: {', '.join(_DTYPES)})")
         dtype = _DTYPES[dtype]
     folder = Path(source)
-    if folder.exists():
+    if os.path.exists(folder):
         variant = _check_folder(folder, variant)
     elif not _HUB_NAME.fullmatch(str(source)):
         raise QuantempoError(f"no folder '{source}'; expected a diffusers pipeline folder")

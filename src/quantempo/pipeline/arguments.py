@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_text(path: Path, expected: str) -> str:
     Raises:
         QuantempoError: no such file, or no text; `expected` says what it should hold.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise QuantempoError(f"no file '{path}'; expected {expected}")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -110,9 +111,11 @@ def _found(key: str, value: Any, folder: Path) -> Any:
 
 def _paths(pattern: str, folder: Path) -> list[Path]:
     """Return the files of a pattern, sorted, beside the file that names it or else here."""
-    for root in (folder, Path()):
+    for root in (folder, Path()) if "\0" not in pattern else ():
         given = root / pattern
-        found = [given] if given.is_file() else [Path(p) for p in sorted(glob.glob(str(given)))]
+        found = (
+            [given] if os.path.isfile(given) else [Path(p) for p in sorted(glob.glob(str(given)))]
+        )
         if found:
             return found
     raise QuantempoError(f"no file '{pattern}' in {folder.resolve()}; give one that is there")
