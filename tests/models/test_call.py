@@ -22,7 +22,7 @@ from PIL import Image
 from quantempo.errors import QuantempoError
 from quantempo.models.call import call_pipeline, images_a_call, kind_of
 from quantempo.models.sampling import run_pipeline
-from tests.tiny import noise, tiny_embeds, tiny_text, tiny_unconditional, tiny_unet
+from tests.tiny import noise, tiny_dit, tiny_embeds, tiny_text, tiny_unconditional, tiny_unet
 
 WORDS = {"prompt": ["a", "b"]}
 PICTURES = [Image.new("RGB", (16, 16), (level, 0, 90)) for level in (0, 250)]
@@ -173,6 +173,9 @@ CASES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         {**WORDS, **tiny_embeds(2)},
         ("Cannot forward both", "prompt_embeds"),
     ),
+    (tiny_unconditional, {"eta": "a"}, ("TypeError", "eta")),
+    (tiny_unconditional, {"use_clipped_model_output": noise(3)}, ("RuntimeError", "use_clipped")),
+    (tiny_dit, {"class_labels": "a"}, ("class label a", "0 to 999")),
     (tiny_text, {"prompt": 3}, ("prompt", "ValueError")),
     (tiny_text, {**WORDS, "height": "a", "width": 16}, ("height", "TypeError")),
     (tiny_text, {**WORDS, "height": 16}, ("ignores height without width",)),

@@ -55,6 +55,8 @@ def test_labels_stay_with_their_seeds_when_a_run_resumes(tmp_path: Path) -> None
 def test_images_of_other_settings_are_refused_and_replaced_by_force(pipe, tmp_path):
     out = tmp_path / "out"
     first = quality.sample(pipe, out, [1, 2], **HOW)
+    with pytest.raises(QuantempoError, match="'num_inference_steps' cannot be given"):
+        quality.sample(pipe, out, [1], call={"num_inference_steps": 2}, **HOW)
     changes: list[dict[str, Any]] = [{"steps": 2}, {"identity": "another model"}]
     for change in changes:
         with pytest.raises(QuantempoError, match="another model or other settings"):

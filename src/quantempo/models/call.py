@@ -190,7 +190,7 @@ def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
     name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     choices = [key for key in known if key not in ("args", "kwargs") and key not in _RESERVED]
     for key, value in call.items():
-        if key in _RESERVED and not (key.endswith("_per_prompt") and value in (1, None)):
+        if key in _RESERVED and not (key.endswith("_per_prompt") and str(value) in ("1", "None")):
             raise QuantempoError(f"'{key}' cannot be given in the call of {name}: {_RESERVED[key]}")
         if key not in known:
             raise QuantempoError(
@@ -251,7 +251,7 @@ def _check_ranges(pipe: Any, steps: int, call: Mapping[str, Any]) -> None:
     classes = next(filter(None, known), None)
     labels = call.get("class_labels")
     for label in np.ravel([] if labels is None else labels).tolist():
-        if classes and not 0 <= label < classes:
+        if classes and not (isinstance(label, int) and 0 <= label < classes):
             raise QuantempoError(f"got class label {label}; this model has 0 to {classes - 1}")
 
 
@@ -289,8 +289,9 @@ def _explained(
     except QuantempoError:
         raise
     except _RAISED as error:
-        frames = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
-        if any(name.startswith("quantempo.") and name != __name__ for name in frames):
+        names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+        known_to = [re.match("quantempo|diffusers|transformers", n) for n in names if n != __name__]
+        if [match[0] for match in known_to if match][-1:] == ["quantempo"]:
             # A bug of ours, below the pipeline.
             raise
         text = " ".join(str(error).split())

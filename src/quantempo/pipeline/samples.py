@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from quantempo.engines.select import attach, attached
 from quantempo.errors import QuantempoError
-from quantempo.models.call import sample_rate, unusual_settings
+from quantempo.models.call import check_arguments, sample_rate, unusual_settings
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import check_device, configs_of, load_pipeline
 from quantempo.models.sampling import run_pipeline, scheduler_settings, swap_scheduler
@@ -86,6 +86,7 @@ def sample(
         QuantempoError: the folder holds something else, or see `run_pipeline`.
     """
     out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))
+    check_arguments(pipe, call)
     settings = _settings(pipe, identity, steps, call)
     ours = _is_ours(out, settings, force)
     made: dict[int, Any] = {seed: ours and _read(_file(out, seed)) for seed in seeds}
