@@ -23,7 +23,7 @@ from quantempo.calibration.rows import (
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.errors import QuantempoError
-from tests.tiny import tiny_embeds, tiny_text, tiny_unconditional
+from tests.tiny import tiny_text, tiny_unconditional
 
 PLAN: dict[str, Any] = {"steps": 4, "chains": 5, "picks": 2, "seed": 7}
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20)
@@ -45,6 +45,8 @@ def arguments(x: Tensor, caption: int = 0) -> dict[str, Any]:
         "number": 2 * len(x),
         "constant": (1, [2.5, "text"], True),
         "caption": rows[:, None, None].expand(-1, 4 + caption, 3),
+        # As captions of one length need none.
+        "mask": rows[:, None] > 0 if caption else None,
         "empty": {},
     }
 
@@ -109,11 +111,13 @@ def test_a_trace_tells_rows_from_what_they_share(
     assert torch.equal(data.rows(index).x_t, wanted[index])
 
 
-def test_ragged_rows_are_run_in_calls_of_equal_length(tmp_path: Any) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_ragged_rows_are_run_in_calls_of_equal_length(tmp_path: Any, batch_size: int) -> None:
     pipe, probe = tiny_text(), Probe()
     pipe.unet = Calling(pipe.unet, probe)
-    plan = {**PLAN, "batch_size": 1, "time_sampler": make_time_sampler("linspace")}
-    call = {**tiny_embeds(5), "guidance_scale": 1.0}
+    plan = {**PLAN, "batch_size": batch_size, "time_sampler": make_time_sampler("linspace")}
+    embeds = torch.arange(5.0)[:, None, None].expand(-1, 8, 16) / 1000
+    call = {"prompt_embeds": embeds, "guidance_scale": 1.0}
     data = trace(pipe, probe, tmp_path / "trace", call=call, **plan)
     calls = data.calls(torch.arange(len(data)), 4)
     assert sorted(torch.cat(calls).tolist()) == list(range(len(data)))

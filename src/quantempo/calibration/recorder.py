@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +29,27 @@ __all__ = ["Recorder", "probe"]
 _NEVER = "the pipeline never called the denoiser; pass the network it denoises with"
 
 
-def probe(pipe: Any, denoiser: nn.Module, steps: int, seed: int, call: Mapping[str, Any]) -> Law:
+def probe(
+    pipe: Any,
+    denoiser: nn.Module,
+    places: Sequence[int],
+    *,
+    steps: int,
+    seed: int,
+    call: Mapping[str, Any],
+) -> Law:
     """Return where the rows of a `TraceBatch` are, and under `x_t` where an image's are in x_t.
 
-    The pipeline runs for one image and for two, both of the first one's prompt, so that a length
-    that follows the caption is the same. The network itself runs at the first call only.
+    The pipeline runs for the images at `places` of the whole set, and for one more that has the
+    prompt of the first, so that no length that follows the longest caption changes. The network
+    itself runs at the first call only.
 
     Raises:
         QuantempoError: the denoiser is not called, or in a way that cannot be recorded.
     """
     runs, forward = [], denoiser.forward
-    for count in (1, 2):
+    count = len(places)
+    for asked in (list(places), [*places, places[0]]):
         found: dict[str, TraceBatch] = {}
         outputs: dict[int, Any] = {}
 
@@ -53,9 +63,9 @@ def probe(pipe: Any, denoiser: nn.Module, steps: int, seed: int, call: Mapping[s
                 outputs[len(kept.x_t)] = forward(*args, **kwargs)
             return copy.deepcopy(outputs[len(kept.x_t)])
 
-        seeds, places = range(seed, seed + count), [0] * count
+        how: dict[str, Any] = {"steps": steps, "output_type": "latent", "places": asked}
         with patch.object(denoiser, "forward", answer):
-            call_pipeline(pipe, seeds, steps=steps, output_type="latent", places=places, **call)
+            call_pipeline(pipe, range(seed, seed + len(asked)), **how, **call)
         runs.append(list(found.values()))
     if not runs[0]:
         raise QuantempoError(_NEVER)
@@ -64,13 +74,13 @@ def probe(pipe: Any, denoiser: nn.Module, steps: int, seed: int, call: Mapping[s
         raise QuantempoError("the names of the denoiser's arguments change from run to run")
     for one, two in zip(*runs, strict=True):
         dump(one.cond, {}, "")
-        image = measure(one.x_t, two.x_t, torch.tensor([0]), 2)[""]
+        image = measure(one.x_t, two.x_t, torch.arange(count), count + 1)[""]
         if image is None or image.dim:
             raise QuantempoError(
-                f"the denoiser received x_t of shape {tuple(one.x_t.shape)} for one image and "
-                f"{tuple(two.x_t.shape)} for two; expected twice as many rows"
+                f"the denoiser received x_t of shape {tuple(one.x_t.shape)} for {count} images and "
+                f"{tuple(two.x_t.shape)} for one more; expected more rows"
             )
-        rows = take({"": image}, torch.arange(len(two.x_t)), torch.tensor([0]))
+        rows = take({"": image}, torch.arange(len(two.x_t)), torch.arange(count))
         law |= measure(one, two, rows, len(two.x_t)) | {"x_t": image}
     return law
 

@@ -20,6 +20,10 @@ from quantempo.run_folder import tensors_sha256
 __all__ = ["Law", "Place", "by_row", "dump", "join", "key_of", "laws", "load", "measure", "take"]
 
 
+class UnmeasuredError(QuantempoError):
+    """An argument that is not as in the measured calls."""
+
+
 class Place(NamedTuple):
     """The rows of a tensor (along `dim`), list or number, with `each` entries a row.
 
@@ -113,7 +117,7 @@ def take(law: Law, value: Any, index: Tensor) -> Any:
 
     def leaf(path: str, value: Any) -> Any:
         place = law.get(path)
-        if place is None:
+        if place is None or value is None:
             return value
         if isinstance(value, int):
             return place.each * len(index)
@@ -132,7 +136,7 @@ def join(law: Law, values: Sequence[Any]) -> Any:
 
     def leaf(path: str, *values: Any) -> Any:
         place = law.get(path)
-        if place is None:
+        if place is None or values[0] is None:
             return values[0]
         if isinstance(values[0], int):
             return sum(values)
@@ -147,7 +151,7 @@ def key_of(law: Law, value: Any, rows: int) -> str:
     """Return a hash of all but the rows of a call: equal where calls can be joined.
 
     Raises:
-        QuantempoError: a tensor that was not measured, or whose rows are elsewhere.
+        UnmeasuredError: a tensor that was not measured, or whose rows are elsewhere.
     """
     found: list[Any] = []
 
@@ -156,8 +160,8 @@ def key_of(law: Law, value: Any, rows: int) -> str:
         if place is not None and sizes[place.dim :][:1] == [place.each * rows]:
             del sizes[place.dim]
             found.append([path, str(getattr(value, "dtype", "")), sizes])
-        elif place is not None or (isinstance(value, Tensor) and path not in law):
-            raise QuantempoError(
+        elif value is not None and (place or (isinstance(value, Tensor) and path not in law)):
+            raise UnmeasuredError(
                 f"the argument {path} of a network, {sizes} for {rows} rows, was not measured like "
                 "this: it changes between calls in a way that cannot be recorded"
             )

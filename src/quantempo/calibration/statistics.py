@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.models.layers import hooked
+from quantempo.models.layers import hooked, input_of
 from quantempo.scales import Histogram, MinMax
 
 __all__ = ["TIME_BINS", "collect_ranges", "collect_statistics", "time_bin_edges"]
@@ -85,7 +85,7 @@ def _feed(
     time_bin = torch.zeros(0, dtype=torch.int64)
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
-        x, segments = args[0], inputs[name]
+        x, segments = input_of(args, kwargs), inputs[name]
         # Rows of a layer's input may repeat a sample (frames, heads).
         bin_of = time_bin.repeat_interleave(max(1, x.shape[0] // len(time_bin)))
         for index, part in enumerate(x.split(segments, dim=1) if segments else (x,)):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
 from quantempo.calibration.recorder import Recorder, probe
-from quantempo.calibration.rows import Law
+from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import check_source, image_digest, needs_images, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
@@ -135,7 +135,7 @@ def _fill(
     if missing:
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
-        law = probe(run.pipe, run.denoiser, steps, settings["seed"], run.call)
+        law = _probe(run, [0])
     hidden = None if progress is None else not progress
     with tqdm(
         total=steps * len(missing), desc="trace", unit="call", disable=hidden, leave=False
@@ -143,9 +143,19 @@ def _fill(
         for name in missing:
             first = files[name]
             batch = targets[first : first + size]
-            tensors, details = _record(run, law, batch, first, bar)
+            try:
+                tensors, details = _record(run, law, batch, first, bar)
+            except UnmeasuredError:
+                # What the first image alone has not, a mask of captions of other lengths, say.
+                own = law | _probe(run, range(first, first + len(batch)))
+                tensors, details = _record(run, own, batch, first, bar)
             store.write_safetensors(name, tensors, details)
     return list(files)
+
+
+def _probe(run: _Run, places: Sequence[int]) -> Law:
+    how = {key: run.settings[key] for key in ("steps", "seed")}
+    return probe(run.pipe, run.denoiser, places, call=run.call, **how)
 
 
 def _file(first: int, batch_size: int) -> str:
@@ -240,16 +250,19 @@ def _finish(
 ) -> None:
     """Write the index, whose presence means that the trace is complete."""
     chunks, found = [], []
+    law: dict[str, Any] = {}
     for name in names:
         with reading(store / name), safe_open(store / name, framework="pt") as stream:
             details = json.loads(stream.metadata()[_METADATA])
         own = ("rows", "sha256", "groups")
         chunks.append({"file": name, **{key: details[key] for key in own}})
-        found.append({key: details[key] for key in ("sample_name", "timestep_name", "law")})
-        if found[-1] != found[0]:
+        found.append({key: details[key] for key in ("sample_name", "timestep_name")})
+        if found[-1] != found[0] or law | details["law"] != details["law"] | law:
             raise QuantempoError(f"{store / name} is not of this trace; delete it and rerun")
+        law |= details["law"]
     info = {
         "settings": settings,
+        "law": law,
         "seeds": [settings["seed"] + chain for chain in range(settings["chains"])],
         "target_steps": targets.tolist(),
         "density": density.tolist(),

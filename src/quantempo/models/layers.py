@@ -269,6 +269,11 @@ def hooked(
         yield
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a Conv or Linear was called with, by place or by name."""
+    return args[0] if args else kwargs["input"]
+
+
 @dataclass(frozen=True)
 class Block:
     """One unit; `layers`: full names of the Conv2d and Linear in its module, as defined."""

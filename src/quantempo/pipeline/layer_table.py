@@ -17,7 +17,7 @@ from quantempo.engines.layerwise import execution
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models.layers import Site, denoiser_of, hooked, sites
+from quantempo.models.layers import Site, denoiser_of, hooked, input_of, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import Float16Linear, LayerPlan, QLayer, find_clock, quantized_layers
@@ -125,7 +125,7 @@ def layer_sqnr(
     kernels = {name: simulated.lower(layer) for name, layer in quantized_layers(packed)}
 
     def compare(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found = sqnr_db(output, kernels[name](args[0]))
+        found = sqnr_db(output, kernels[name](input_of(args, kwargs)))
         # A layer that is zero has none, and JSON no infinity.
         if math.isfinite(found):
             result[name] = found

@@ -151,11 +151,11 @@ class QLayer(nn.Module):
         """Return the activation scale of the current time bucket: () or (B, 1, ...) like x."""
         return self.clock.rows(self.act_scale[segment], x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Run the attached kernel; raises QuantempoError when no backend was attached."""
         if self.kernel is None:
             raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
-        return self.kernel(x)
+        return self.kernel(input)
 
     def _grids(self) -> str:
         return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
@@ -247,6 +247,6 @@ class Float16Linear(nn.Linear):
         if half.is_meta or torch.equal(half.float(), self.weight):
             destination[f"{prefix}weight"] = half
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
-        return nn.functional.linear(x.float(), self.weight, self.bias).to(x.dtype)
+        return nn.functional.linear(input.float(), self.weight, self.bias).to(input.dtype)

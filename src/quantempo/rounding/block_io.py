@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from quantempo.calibration.rows import Law, by_row, join, key_of, take
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import hooked
+from quantempo.models.layers import hooked, input_of
 from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until"]
@@ -229,7 +229,7 @@ class BlockRun:
         seen: list[Tensor] = []
 
         def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0])
+            seen.append(input_of(args, kwargs))
 
         for index in self.batches():
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
-from quantempo.calibration.rows import Law, laws
+from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Block, blocks, hooked
@@ -152,7 +152,9 @@ class _Job:
         self.calls = _draw(self.data, self.settings)
         self.batches = [self.data.rows(rows) for rows in self.calls]
         self.blocks = self._in_order()
-        self.laws = self._measured()
+        # Two rows of each kind of arguments.
+        kinds = self.data.calls(torch.cat(self.calls), self.settings.samples)
+        self.laws = self._measured([rows[:2] for rows in kinds])
         self.kept = 0
         # Inputs of the float blocks, from one run for all of them if they fit the budget.
         self.exact: dict[str, Inputs] | None = None
@@ -182,12 +184,11 @@ class _Job:
         self.idle = idle
         return result
 
-    def _measured(self) -> dict[str, Law]:
+    def _measured(self, calls: list[Tensor]) -> dict[str, Law]:
         """Return where the rows are in the calls of every block, see `calibration.rows.laws`."""
         found: dict[str, Law] = {block.name: {} for block in self.blocks}
         modules = {block.name: block.module for block in self.blocks}
-        # A call of each kind of arguments: of captions of several lengths, so that there are masks.
-        for rows in self.data.calls(torch.cat(self.calls), self.settings.batch):
+        for rows in calls:
             more = laws(modules, lambda i: self.data.replay(self.denoiser, self.data.rows(i)), rows)
             for name, law in more.items():
                 if found[name] | law != law | found[name]:
@@ -246,6 +247,14 @@ class _Job:
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
         """Record the inputs of a block in both networks."""
+        try:
+            return self._recorded(block, floats)
+        except UnmeasuredError:
+            # What two rows may not have, a mask of captions of other lengths, say.
+            self.laws = self._measured(self.calls)
+            return self._recorded(block, floats)
+
+    def _recorded(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
         copied, law = self.copied.get_submodule(block.name), self.laws[block.name]
 
         def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
