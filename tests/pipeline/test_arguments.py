@@ -128,8 +128,8 @@ CALL: dict[str, Any] = {
 
 def test_a_call_comes_back_as_it_was(tmp_path: Path) -> None:
     run, call = RunFolder(tmp_path), kept_arguments(CALL | {"n": np.float32(0.5), "i": np.int64(3)})
-    run.write_json("manifest.json", write_call(run, call))
-    again = read_call(run, run.read_json("manifest.json"))
+    run.write_json("call.json", write_call(run, call))
+    again = read_call(run, run.read_json("call.json"))
     assert again["n"] == 0.5 and type(again["n"]) is float and type(again["i"]) is int
     assert again["image"] == CALL["image"] and again["image"][1].mode == "L"
     assert again["latents"].dtype == torch.bfloat16
@@ -139,7 +139,7 @@ def test_a_call_comes_back_as_it_was(tmp_path: Path) -> None:
     data = (tmp_path / "call.safetensors").read_bytes()
     (tmp_path / "call.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(QuantempoError, match="damaged"):
-        read_call(run, run.read_json("manifest.json"))
+        read_call(run, run.read_json("call.json"))
 
 
 @pytest.mark.parametrize(
