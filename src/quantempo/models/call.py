@@ -64,11 +64,6 @@ _REFERENCES = re.compile("Flux2|QwenImage(EditPlus|Layered)|BriaFibo2|GlmImage|J
 # Fields of outputs that are pictures in [0, 1], one of them or a film.
 _PICTURES = ("images", "image", "frames", "videos", "video", "rgb")
 _LATENT = re.compile(r"output_type\W+(?:==|!=|in|not in)\W[^\n]*latent")
-# What the libraries below raise for a wrong call; other errors are passed on.
-_RAISED = (
-    *(ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError),
-    *(AssertionError, OSError, ImportError),
-)
 
 
 def kind_of(name: str) -> str | None:
@@ -288,7 +283,7 @@ def _explained(
         yield
     except QuantempoError:
         raise
-    except _RAISED as error:
+    except Exception as error:
         names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
         known_to = [re.match("quantempo|diffusers|transformers", n) for n in names if n != __name__]
         if [match[0] for match in known_to if match][-1:] == ["quantempo"]:

@@ -106,14 +106,12 @@ def check_pipeline(pipe: Any) -> Any:
         if isinstance(part, nn.Module):
             _refuse_lora(f"the {name} of this {type(pipe).__name__}", dict(part.named_parameters()))
     name, denoiser = denoiser_of(pipe)
-    if any(p.is_meta for p in denoiser.parameters()):
-        raise QuantempoError(f"the {name} is offloaded; call pipe.remove_all_hooks() first")
-    kinds = {p.dtype for p in denoiser.parameters() if p.is_floating_point()} - {torch.float32}
-    if kinds:
-        raise QuantempoError(
-            f"the {name} of this {type(pipe).__name__} is {kinds.pop()}; expected torch.float32: "
-            "pipe.to(torch.float32)"
-        )
+    for p in denoiser.parameters():
+        if p.is_meta:
+            raise QuantempoError(f"the {name} is offloaded; call pipe.remove_all_hooks() first")
+        if p.is_floating_point() and p.dtype != torch.float32:
+            hint = "expected torch.float32: pipe.to(torch.float32)"
+            raise QuantempoError(f"the {name} of the pipeline is {p.dtype}; {hint}")
     return pipe
 
 
