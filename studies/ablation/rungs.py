@@ -53,6 +53,8 @@ def rungs() -> list[Rung]:
     now = add("split", "W8A8", "shortcuts split in two", now.override("layers", split_skips=True))
     buckets = {"buckets": final.activations.buckets, "min_gain": final.activations.min_gain}
     now = add("buckets", "W8A8", "scales per time", now.override("activations", **buckets))
+    costly = now.override("layers", float_macs=final.layers.float_macs)
+    now = add("costly", "W8A8", "costly shortcuts in float", costly)
     _towards(now, final, "w8a8", "W8A8", add)
     for name in ("w4a8",):
         final, family = Recipe.load(name), name.upper()
