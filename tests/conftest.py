@@ -31,6 +31,7 @@ LANES = {
         "engines/test_low_bits.py::test_openvino",
         "engines/test_openvino",
         "evaluation/test_evaluate_pairs.py",
+        "fuzz/",
         "evaluation/test_features.py::test_lite0_equals",
         "evaluation/test_scores.py::test_kernel_distance_of_large",
         "kernels/test_fused_cpu.py::test_a_damaged",

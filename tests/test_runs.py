@@ -2,12 +2,19 @@
 
 import errno
 import os
+import signal
 
 import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.run_folder import RunFolder, atomic_path, file_sha256, read_tensors
+from quantempo.run_folder import (
+    RunFolder,
+    atomic_path,
+    file_sha256,
+    private_folder,
+    read_tensors,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -72,3 +79,45 @@ def test_sha256_of_a_file(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(tmp_path / "f") == expected
+
+
+def test_files_have_the_mode_of_any_new_file(tmp_path):
+    run, before = RunFolder(tmp_path), os.umask(0o022)
+    try:
+        run.write_safetensors("t.safetensors", {"a": torch.zeros(1)})
+        with atomic_path(tmp_path / "packed") as temporary:
+            RunFolder(temporary).write_safetensors("t.safetensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    for name in ("t.safetensors", "packed/t.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+
+
+def killed(path, when):
+    """Run a process that is killed while it makes a folder."""
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        if when == "moved":
+            path.rename(temporary.parent / "aside")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("when", ["made", "moved"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path, when):
+    path = tmp_path / "packed"
+    path.mkdir()
+    (path / "old").write_text("")
+    with atomic_path(path) as living:
+        living.mkdir()
+        killed(path, when)
+        assert len(list(tmp_path.glob(".packed.*.tmp"))) == 2
+        assert (path / "old").exists() == (when == "made")
+        with private_folder(path):
+            assert (path / "old").exists()
+            assert living.exists() and len(list(tmp_path.glob(".packed.*.tmp"))) == 2
+        (living / "new").write_text("")
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]

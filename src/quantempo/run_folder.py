@@ -126,7 +126,7 @@ def _hold(folder: Path, wait: bool = True) -> int | None:
     """Return a descriptor that holds a folder until it is closed or the process ends, or None."""
     try:
         held = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

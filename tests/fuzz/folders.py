@@ -116,7 +116,7 @@ def values(rng: Random, folder: Path) -> None:
     """Write senseless tensors under a right hash, as a writer with a bug would."""
     unet = load_pipeline(folder).unet
     name, layer = rng.choice(list(quantized_layers(unet)))
-    leaf = rng.choice(("weight_int", "weight_scale", "act_scale", "act_zero_point", "bias"))
+    leaf = rng.choice([n for n, tensor in layer.named_buffers() if tensor is not None])
     tensor = layer.get_buffer(leaf).clone()
     if tensor.is_floating_point():
         bad = [float("nan"), float("inf"), -float("inf")] + ["scale" in leaf and -1.0] * 2

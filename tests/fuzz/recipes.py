@@ -32,14 +32,16 @@ def case(rng: Random, place: Path) -> str:
     for _ in range(rng.choice((1, 1, 2, 4))):
         section = rng.choice([k for k, v in values.items() if isinstance(v, dict)] or ["trace"])
         group = values.setdefault(section, {})
-        key = rng.choice([*group, "colour"])
+        key = rng.choice([*group, "colour"]) if rng.random() < 0.2 else rng.choice(list(group))
         old = group.get(key)
         group[key] = rng.choice(NAMES if isinstance(old, str) else ODD)
-        if isinstance(old, int) and rng.random() < 0.5:
-            group[key] = rng.randrange(1, 5)
+        # Mostly of the right type, in range or near its ends.
+        if rng.random() < 0.7:
+            kinds = {int: rng.randrange(1, 6), float: rng.random(), bool: rng.random() < 0.5}
+            group[key] = kinds.get(type(old), group[key])
     text = "\n".join(f"[{k}]\n" + "\n".join(f"{n} = {toml(x)}" for n, x in v.items())
                      for k, v in values.items() if isinstance(v, dict))  # fmt: skip
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         at = rng.randrange(len(text))
         text = text[:at] + rng.choice("=[]\"'#\x00é0.") + text[at + 1 :]
     (place / "recipe.toml").write_text(text)

@@ -1,6 +1,10 @@
 """Cells and how they are shared: names that depend on settings only, loads that are even."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from quantempo.calibration.timesteps import TIME_SAMPLERS, make_time_sampler
 from quantempo.errors import QuantempoError
 from studies.ptq4dm import STUDIES, Plan, make_plan
 from studies.ptq4dm import cells as cells_module
+from studies.ptq4dm.__main__ import _end_with_parent
 from studies.ptq4dm.cells import Cell, Row, Sampler
 from studies.ptq4dm.runner import Job, jobs_of, share
 
@@ -173,3 +178,23 @@ def test_cells_of_one_calibration_come_one_after_the_other() -> None:
 def test_too_few_images_are_refused(images: int, seeds: int) -> None:
     with pytest.raises(QuantempoError, match="two images a seed"):
         make_plan(images=images, seeds=seeds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_study(number):
+    read, write = os.pipe()
+    study = os.fork()
+    if not study:
+        worker = subprocess.Popen(["sleep", "60"], preexec_fn=_end_with_parent)
+        os.write(write, str(worker.pid).encode())
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(60)
+        os._exit(0)
+    worker = Path("/proc") / os.read(read, 20).decode() / "stat"
+    assert worker.exists()
+    os.kill(study, number)
+    os.waitpid(study, 0)
+    deadline = time.monotonic() + 10
+    while worker.exists() and " Z " not in worker.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
