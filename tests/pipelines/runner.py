@@ -23,6 +23,7 @@ import quantempo
 from quantempo.cli import app
 from quantempo.errors import QuantempoError
 from quantempo.pipeline.layer_table import describe
+from quantempo.quantized import find_clock
 from quantempo.recipe import Recipe
 from tests.pipelines.transformers_2d import TRANSFORMERS
 from tests.pipelines.unets import UNETS
@@ -115,12 +116,7 @@ def reload(
     source: Path, packed: Path, folder: Path, call: dict[str, Any], engines: tuple[str, ...]
 ) -> dict[str, float]:
     """Sample from both pipelines; return the worst SQNR of a denoiser call for each engine."""
-    import diffusers
-
-    from quantempo.quantized import find_clock
-
-    whole = diffusers.DiffusionPipeline.from_pretrained(source)
-    integer = diffusers.DiffusionPipeline.from_pretrained(packed)
+    whole, integer = quantempo.open_model(source), quantempo.open_model(packed)
     parts = {
         name: part
         for name, part in integer.components.items()

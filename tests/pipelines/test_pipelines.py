@@ -7,9 +7,20 @@ from tests.pipelines.runner import FAMILIES, run
 
 # Worse than this on a random network is an error, not rounding: the worst of the page has 20 dB.
 FLOOR_DB = 15.0
+# Differ from others in schedule or call alone: on the page, left out here for time.
+TWINS = {
+    *(
+        "DDIM",
+        "TCD",
+        "Stable Diffusion 1, no guidance",
+        "SDXL, image to image",
+        "SDXL, EDM schedule",
+    ),
+    *("Consistency models, classes", "PixArt alpha", "Stable Diffusion, x4 upscale"),
+}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TWINS])
 def test_a_family_does_what_the_page_says(name: str) -> None:
     row, said = run(name), page.read()[name]
     assert said["result"] != "works" or "error" not in row, row

@@ -88,6 +88,9 @@ def load_pipeline(
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
     if folder.exists():
         _check_complete(folder, variant, pipe)
+    if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
+        # It works in tiles only, which no folder says.
+        pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
