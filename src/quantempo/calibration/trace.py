@@ -38,7 +38,7 @@ from quantempo.models.sampling import call_pipeline, scheduler_settings
 from quantempo.recipe import TraceSettings
 from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
-__all__ = ["check_settings", "deal_targets", "trace"]
+__all__ = ["TraceSet", "check_settings", "deal_targets", "trace"]
 
 _FORMAT = 2
 _METADATA = "quantempo_trace"

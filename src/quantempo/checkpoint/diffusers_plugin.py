@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -79,6 +80,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where there is more than one.
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
+        roles: name -> role, as measured.
         num_train_timesteps: length T of the clock's table.
         per_unit: training time-steps in one unit of the network's time.
         network: the network's own configuration as it was saved.
@@ -96,6 +98,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         segments: dict[str, list[int]] | None = None,
         buckets: dict[str, int] | None = None,
         bits: dict[str, list[int]] | None = None,
+        roles: dict[str, str] | None = None,
         num_train_timesteps: int = 1000,
         per_unit: float = 1.0,
         network: dict[str, Any] | None = None,
@@ -126,7 +129,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         check_time(num_train_timesteps, per_unit)
         self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
-        self.buckets, self.bits = buckets or {}, bits or {}
+        self.buckets, self.bits, self.roles = buckets or {}, bits or {}, roles or {}
         self.num_train_timesteps = num_train_timesteps
         self.network = network or {}
         self.per_unit, self.hashes = per_unit, hashes or {}
@@ -172,6 +175,7 @@ class QuantempoConfig(QuantizationConfigMixin):
             segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
             buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
             bits={name: both for name, both in bits.items() if both != [8, 8]},
+            roles={p.name: p.role for p in plans},
             num_train_timesteps=num_train_timesteps,
             per_unit=per_unit,
             hashes={"recipe": recipe.sha256, "source": source_sha256},
@@ -201,6 +205,8 @@ class QuantempoConfig(QuantizationConfigMixin):
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
                 plans.append(LayerPlan(site.name, "int8", segments, buckets, None, *bits))
+            # Folders of format 3 from before roles were measured have none.
+            plans[-1] = replace(plans[-1], role=self.roles.get(site.name, site.role))
         return plans
 
 

@@ -25,7 +25,6 @@ from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
 from quantempo.models.sampling import denoising_with
-from quantempo.pipeline.quantize import plan
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import calibrate, trace
 from quantempo.recipe import parse_bits
@@ -110,7 +109,7 @@ def _measure(
         return last_latent(session.pipe, seeds, settings["steps"], session.call)
 
     stats = session.run.read_safetensors("stats.safetensors")
-    plans = {p.name: p for p in plan(session.denoiser, session.recipe)}
+    plans = {p.name: p for p in session.plans}
     unit = TraceSet(session.run / "trace").per_unit
     target = rollout()
     table["signal"] = float(target.square().mean())
@@ -161,13 +160,13 @@ def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
                 f"{session.run / ARTEFACT} was made with other settings; use another --run "
                 "folder, or --force to redo it"
             )
-    plans = [p for p in plan(session.denoiser, session.recipe) if p.kind == "int8"]
+    plans = [p for p in session.plans if p.kind == "int8"]
     if not plans:
         raise QuantempoError("the recipe keeps every layer in float; nothing to measure")
     data = TraceSet(session.run / "trace")
     batch = data.rows(torch.zeros(1, dtype=torch.long))
     macs = count_macs(session.denoiser, lambda: data.replay(session.denoiser, batch), 1)
-    roles = {site.name: site.role for site in session.sites}
+    roles = {p.name: p.role for p in plans}
     layers = []
     for name in (p.name for p in plans):
         weight: Any = session.denoiser.get_submodule(name).weight

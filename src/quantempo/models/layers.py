@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "EMBEDDINGS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
+    "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
     "check_roles", "denoiser_of", "hooked", "is_unit", "sites", "skip_segments", "timestep_of",
     "timestep_place",
 ]  # fmt: skip
+
+LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 ROLES = {
     "input": "first layer, reads x_t itself",
@@ -69,7 +71,7 @@ _RANK = {
 
 @dataclass(frozen=True)
 class Site:
-    """One Conv2d or Linear of the denoiser and what the plan needs to know of it.
+    """One convolution or Linear of the denoiser and what the plan needs to know of it.
 
     role: a key of ROLES; segments: input channels of each half of a concatenated skip input, or
     () for one tensor; unsupported: why no integer kernel can take it, or None.
@@ -107,22 +109,26 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     )
 
 
-def sites(denoiser: nn.Module) -> list[Site]:
-    """Return every Conv2d and Linear (and any other convolution) in module order."""
+def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> list[Site]:
+    """Return every convolution and Linear in module order.
+
+    measured: role (input, output, time; "" for none of them) of each layer that runs, see
+    `calibration.roles`; without it those roles are guessed from names.
+    """
     halves = dict(skip_segments(denoiser))
     found = []
     for name, layer in denoiser.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            parent = denoiser.get_submodule(name.rpartition(".")[0])
-            segments = halves.get(name, ())
-            role = _role(name, layer, parent)
-            found.append(Site(name, layer, role, segments, _unsupported(layer)))
-        elif isinstance(layer, nn.modules.conv._ConvNd):
-            found.append(Site(name, layer, "conv", (), f"no kernel for {type(layer).__name__}"))
+        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        parent = denoiser.get_submodule(name.rpartition(".")[0])
+        end = _end(name, parent) if measured is None else measured.get(name)
+        reason = "never runs: no recorded call reaches it" if end is None else _unsupported(layer)
+        found.append(Site(name, layer, end or _kind(name, layer), halves.get(name, ()), reason))
     return found
 
 
-def _role(name: str, layer: nn.Module, parent: nn.Module) -> str:
+def _end(name: str, parent: nn.Module) -> str:
+    """Guess from names whether a layer reads x_t or the time, or writes the output."""
     if name in _INPUT:
         return "input"
     if name in _OUTPUT:
@@ -130,16 +136,25 @@ def _role(name: str, layer: nn.Module, parent: nn.Module) -> str:
     # proj_out_1 of a DiT is the modulation of its last norm: it reads the conditioning only.
     if any(key in name for key in _TIME) or name == "proj_out_1":
         return "time"
-    if type(parent).__name__.startswith("AdaLayerNorm"):
-        return "time"
+    return "time" if type(parent).__name__.startswith("AdaLayerNorm") else ""
+
+
+def _kind(name: str, layer: nn.Module) -> str:
     if name.endswith(("conv_shortcut", "nin_shortcut")):
         return "shortcut"
     if name.endswith(_ATTENTION) and isinstance(layer, nn.Linear):
         return "attention"
-    return "conv" if isinstance(layer, nn.Conv2d) else "linear"
+    return "linear" if isinstance(layer, nn.Linear) else "conv"
 
 
 def _unsupported(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Conv1d | nn.Conv3d):
+        size, padded = layer.kernel_size, any(layer._reversed_padding_repeated_twice)
+        gaps = max(size) > 1 and max(layer.dilation) > 1
+        if layer.stride != size or layer.groups != 1 or padded or gaps:
+            return f"no kernel for a {type(layer).__name__} that is no product over patches"
+    elif isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return f"no kernel for {type(layer).__name__}"
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"padding {layer.padding_mode}/{layer.padding} has no integer kernel"
@@ -155,11 +170,14 @@ def skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """
     up_blocks = getattr(denoiser, "up_blocks", None)
     mid = getattr(getattr(denoiser, "mid_block", None), "resnets", None)
-    if up_blocks is None or not mid:
+    rows = [list(getattr(block, "resnets", ())) for block in up_blocks or ()]
+    parts = [*(mid or ()), *(resnet for row in rows for resnet in row)]
+    # Blocks of 1-D and video networks have other parts.
+    if up_blocks is None or not mid or not all(hasattr(part, "conv2") for part in parts):
         return
     hidden = mid[-1].conv2.out_channels
-    for i, block in enumerate(up_blocks):
-        for j, resnet in enumerate(getattr(block, "resnets", ())):
+    for i, row in enumerate(rows):
+        for j, resnet in enumerate(row):
             skip = resnet.conv1.in_channels - hidden
             if skip > 0 and getattr(resnet, "conv_shortcut", None) is not None:
                 yield f"up_blocks.{i}.resnets.{j}.conv_shortcut", (hidden, skip)
@@ -276,7 +294,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Block:
-    """One unit; `layers`: full names of the Conv2d and Linear in its module, as defined."""
+    """One unit; `layers`: full names of the LAYERS in its module, as defined."""
 
     name: str
     module: nn.Module
@@ -286,21 +304,21 @@ class Block:
 def blocks(denoiser: nn.Module) -> list[Block]:
     """Return the units of a float denoiser in the order in which its forward runs them.
 
-    Every Conv2d and Linear is in exactly one of them. After packing the same names hold the
+    Every one of LAYERS is in exactly one of them. After packing the same names hold the
     quantized layers. The order is that of diffusers' U-Nets and of transformers whose blocks stand
     in a list; whoever needs it of another network compares with a run.
     """
     found = []
     for name, module in _units(denoiser, ""):
         inner = module.named_modules(prefix=name)
-        layers = tuple(n for n, layer in inner if isinstance(layer, nn.Conv2d | nn.Linear))
+        layers = tuple(n for n, layer in inner if isinstance(layer, LAYERS))
         if layers:
             found.append(Block(name, module, layers))
     return found
 
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Conv2d | nn.Linear) or (name and is_unit(module)):
+    if isinstance(module, LAYERS) or (name and is_unit(module)):
         yield name, module
         return
     for child, part in _in_order(module):

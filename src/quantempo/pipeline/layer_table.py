@@ -57,7 +57,7 @@ def layer_rows(
     rows = []
     for site, plan in zip(found, plans, strict=True):
         layer = denoiser.get_submodule(site.name)
-        row = _row(site.name, type(site.layer).__name__, site.role, macs.get(site.name, 0))
+        row = _row(site.name, type(site.layer).__name__, plan.role, macs.get(site.name, 0))
         row |= {
             "weight_shape": list(site.layer.weight.shape),
             "bits_weight": 16 if isinstance(layer, Float16Linear) else 32,
@@ -122,10 +122,11 @@ def layer_sqnr(
     clock.set(timestep)
     result: dict[str, float] = {}
 
-    kernels = {name: simulated.lower(layer) for name, layer in quantized_layers(packed)}
+    layers = dict(quantized_layers(packed))
+    kernels = {name: simulated.lower(layer) for name, layer in layers.items()}
 
     def compare(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found = sqnr_db(output, kernels[name](input_of(args, kwargs)))
+        found = sqnr_db(output, layers[name].run(kernels[name], input_of(args, kwargs)))
         # A layer that is zero has none, and JSON no infinity.
         if math.isfinite(found):
             result[name] = found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
+from quantempo.calibration.roles import measure_roles
 from quantempo.calibration.statistics import collect_statistics
 from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
@@ -40,8 +41,8 @@ from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_d
 from quantempo.scales import LayerScales, make_metric, search_scales
 
 __all__ = [
-    "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan", "quantize",
-    "round_weights", "search", "segments_of",
+    "LayerPlan", "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan",
+    "quantize", "round_weights", "search", "segments_of",
 ]  # fmt: skip
 
 # Times its share of the work that a layer's share of the error has to be, to stay in float.
@@ -139,9 +140,12 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
     check_bits(sites(denoiser), recipe)
 
 
-def plan(denoiser: nn.Module, recipe: Recipe) -> list[LayerPlan]:
-    """Return what each Conv2d and Linear becomes, see `plan_layers`."""
-    return plan_layers(sites(denoiser), recipe)
+def plan(
+    denoiser: nn.Module, recipe: Recipe, data: CalibrationData | None = None
+) -> list[LayerPlan]:
+    """Return what each layer becomes, see `plan_layers`; without data, roles are guessed."""
+    measured = None if data is None else measure_roles(denoiser, data)
+    return plan_layers(sites(denoiser, measured), recipe)
 
 
 def calibrate(
@@ -238,7 +242,7 @@ def _settled(plans: list[LayerPlan], scales: Mapping[str, Tensor]) -> list[Layer
         both = scales.get(f"{plan.name}.costly")
         if both is not None:
             reason = f"measured: {both[0]:.0%} of the output's error for {both[1]:.1%} of the work"
-            plan = LayerPlan(plan.name, "float", reason=reason)
+            plan = LayerPlan(plan.name, "float", reason=reason, role=plan.role)
         result.append(plan)
     return result
 
@@ -295,7 +299,7 @@ def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quan
         QuantempoError: a recipe that does not fit, or activations that are not finite.
     """
     check_recipe(recipe, denoiser)
-    plans = plan(denoiser, recipe)
+    plans = plan(denoiser, recipe, data)
     statistics = calibrate(denoiser, data, plans)
     scales = search(denoiser, statistics, plans, recipe)
     scales = keep_costly(denoiser, data, plans, scales, recipe)

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from quantempo import __version__
-from quantempo.calibration.trace import check_settings, needs_images
+from quantempo.calibration.trace import TraceSet, check_settings, needs_images
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import Site, denoiser_of, sites
+from quantempo.models.layers import denoiser_of
 from quantempo.models.load import (
     check_device,
     check_finite,
@@ -32,7 +32,7 @@ from quantempo.models.sampling import (
 )
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
 from quantempo.pipeline.cache import Cache
-from quantempo.pipeline.quantize import check_recipe
+from quantempo.pipeline.quantize import LayerPlan, check_recipe, plan
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
@@ -76,9 +76,9 @@ class Session(Cache):
         return denoiser_of(self.pipe)[1].eval()
 
     @cached_property
-    def sites(self) -> list[Site]:
-        """Every layer that could be quantized."""
-        return sites(self.denoiser)
+    def plans(self) -> list[LayerPlan]:
+        """What each layer becomes; to be asked when the trace is there."""
+        return plan(self.denoiser, self.recipe, TraceSet(self.run / "trace"))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -67,8 +67,7 @@ def calibrate(session: Session) -> None:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     with session.stage("calibrate") as needed:
         if needed:
-            plans = core.plan(session.denoiser, session.recipe)
-            stats = core.calibrate(session.denoiser, _trace_of(session), plans)
+            stats = core.calibrate(session.denoiser, _trace_of(session), session.plans)
             session.run.write_safetensors("stats.safetensors", stats)
 
 
@@ -76,10 +75,9 @@ def search(session: Session) -> None:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
     with session.stage("search") as needed:
         if needed:
-            plans = core.plan(session.denoiser, session.recipe)
             stats = session.run.read_safetensors("stats.safetensors")
-            scales = core.search(session.denoiser, stats, plans, session.recipe)
-            given = session.denoiser, _trace_of(session), plans, scales, session.recipe
+            scales = core.search(session.denoiser, stats, session.plans, session.recipe)
+            given = session.denoiser, _trace_of(session), session.plans, scales, session.recipe
             scales = core.keep_costly(*given)
             session.run.write_safetensors("scales.safetensors", scales)
 
@@ -92,7 +90,7 @@ def round_weights(session: Session) -> None:
                 session.denoiser,
                 _trace_of(session),
                 session.recipe,
-                core.plan(session.denoiser, session.recipe),
+                session.plans,
                 session.run.read_safetensors("scales.safetensors"),
                 folder=session.run / "blocks",
                 key=session.key("round"),
@@ -104,7 +102,7 @@ def _quantized(session: Session) -> core.Quantized:
     """Return what the artefacts hold."""
     return core.Quantized.of(
         session.recipe,
-        core.plan(session.denoiser, session.recipe),
+        session.plans,
         session.run.read_safetensors("scales.safetensors"),
         session.run.read_safetensors("rounding.safetensors"),
         _trace_of(session).per_unit,

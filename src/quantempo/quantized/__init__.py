@@ -1,7 +1,7 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
-from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
+from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
 from quantempo.quantized.swap import (
     LayerPlan,
     bits_of,
@@ -16,7 +16,7 @@ from quantempo.quantized.swap import (
 )
 
 __all__ = [
-    "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "StepClock",
-    "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
+    "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "QPatches",
+    "StepClock", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
     "plan_layers", "quantized_layers", "swap_layers",
 ]  # fmt: skip

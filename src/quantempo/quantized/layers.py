@@ -10,6 +10,7 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock
 
-__all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear"]
+__all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear", "QPatches"]
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -112,7 +113,7 @@ class QLayer(nn.Module):
 
     def set_codes(self, codes: Tensor) -> None:
         """Store the integer weight (O, ...); raises QuantempoError outside its format."""
-        self.weight_int.copy_(self.weight_format.encode(codes))
+        self.weight_int.copy_(self.weight_format.encode(codes.reshape(self.weight_shape)))
         self._unpacked = None
 
     def relayout(self, codes: Tensor) -> None:
@@ -155,7 +156,15 @@ class QLayer(nn.Module):
         """Run the attached kernel; raises QuantempoError when no backend was attached."""
         if self.kernel is None:
             raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
-        return self.kernel(input)
+        return self.run(self.kernel, input)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Return what kernels read of an input."""
+        return x
+
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """Return the output for an input of the float layer's shape, by a kernel."""
+        return kernel(x)
 
     def _grids(self) -> str:
         return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
@@ -202,6 +211,40 @@ class QLinear(QLayer):
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self._grids()}"
+
+
+class QPatches(QLinear):
+    """Quantized convolution over 1 to 3 dimensions whose stride is its kernel: one product.
+
+    The input is cut into patches of `kernel_size`, (B, C, ...) -> (B, ..., K), what is left over at
+    the ends dropped; weight_int (O, K), K = C * prod(kernel_size).
+    """
+
+    copied = ("kernel_size",)
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        clock: StepClock,
+        segments: tuple[int, ...],
+        *args: Any,
+        kernel_size: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        width = math.prod(weight_shape[1:])
+        super().__init__((weight_shape[0], width), bias, clock, (width,), *args, **kwargs)
+        self.kernel_size = kernel_size
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Return the patches, (B, ..., K)."""
+        for dim, size in enumerate(self.kernel_size, 2):
+            x = x.unfold(dim, size, size)
+        return x.movedim(1, len(self.kernel_size) + 1).flatten(len(self.kernel_size) + 1)
+
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """Return (B, O, ...) for (B, C, ...), by a kernel on patches."""
+        return kernel(self.operand(x)).movedim(-1, 1)
 
 
 class Float16Linear(nn.Linear):

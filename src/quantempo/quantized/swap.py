@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import ROLES, Site, check_roles, timestep_of, timestep_place
+from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, timestep_of, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
-from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear
+from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
@@ -35,7 +35,7 @@ class LayerPlan:
     """What one layer becomes.
 
     kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear) or "float" (left
-    alone); buckets: columns of its scale table; reason: why not int8.
+    alone); buckets: columns of its scale table; reason: why not int8; role: a key of ROLES.
     """
 
     name: str
@@ -45,6 +45,7 @@ class LayerPlan:
     reason: str | None = None
     weight_bits: int = 8
     act_bits: int = 8
+    role: str = "linear"
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
         else:
             segments = site.segments if settings.split_skips else ()
             plans.append(LayerPlan(site.name, "int8", segments, 1, None, *_bits(site, recipe)))
+        plans[-1] = replace(plans[-1], role=site.role)
     return plans
 
 
@@ -154,15 +156,17 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
                 f"the checkpoint names a layer '{plan.name}' that this model does not have; "
                 "it belongs to another model"
             ) from error
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+        if not isinstance(layer, LAYERS):
             raise QuantempoError(
-                f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected Conv2d or Linear"
+                f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected a convolution "
+                "or Linear"
             )
         empty: nn.Module
         if plan.kind == "float16" and isinstance(layer, nn.Linear):
             empty = Float16Linear.like(layer)
         else:
-            kind = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
+            kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
+            kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
             empty = kind.like(layer, clock, **plan.shape)
         setattr(parent, leaf, empty.train(layer.training))
 

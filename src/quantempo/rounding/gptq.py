@@ -156,7 +156,7 @@ def input_hessian(block: BlockRun, name: str) -> Tensor:
     total: Tensor | None = None
     count = 0
     for x in block.layer_inputs(name):
-        term = moments(layer, dequantized_input(layer, x))
+        term = moments(layer, dequantized_input(layer, layer.operand(x)))
         total, count = term if total is None else total.add_(term), count + x.shape[0]
     assert total is not None
     # A mean, so that the numbers do not grow with the set.

@@ -28,7 +28,7 @@ from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Block, blocks, hooked
-from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
+from quantempo.quantized import QConv2d, QLayer, QPatches, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, Unit, check_start
@@ -42,6 +42,7 @@ log = logging.getLogger("quantempo")
 # Bytes that stay on the device: of the float inputs of all blocks, recorded at once if they fit,
 # and of the inputs of one block.
 BUDGET = 4 * 2**30
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | QConv2d | QPatches
 
 
 def round_denoiser(
@@ -206,8 +207,9 @@ class _Job:
     def round(self, block: Block) -> dict[str, Tensor]:
         """Round one block; its layers in the copy hold the result."""
         floats = {name: self.denoiser.get_submodule(name) for name in block.layers}
-        weights: dict[str, Any] = {name: layer.weight for name, layer in floats.items()}
         copies: dict[str, Any] = {name: self.copied.get_submodule(name) for name in block.layers}
+        shapes = {name: layer.weight_shape for name, layer in copies.items()}
+        weights = {n: layer.weight.reshape(shapes[n]) for n, layer in floats.items()}  # type: ignore[operator]
         scales = {name: layer.weight_scale for name, layer in copies.items()}
         specs = {name: layer.weight_format for name, layer in copies.items()}
         unit, settings = Unit(weights, scales, specs, self.settings), self.settings
@@ -327,6 +329,6 @@ def _float_means(block: BlockRun) -> dict[str, Tensor]:
 
 def _sums(layer: nn.Module, output: Tensor) -> tuple[Tensor, int]:
     """Return (O,) float64 sums over rows and positions, and how many terms each has."""
-    axis = 1 if isinstance(layer, nn.Conv2d | QConv2d) else output.ndim - 1
+    axis = 1 if isinstance(layer, _CONVOLUTIONS) else output.ndim - 1
     others = [i for i in range(output.ndim) if i != axis]
     return output.double().sum(others), output.numel() // output.shape[axis]

@@ -146,6 +146,9 @@ class _Recorder(nn.Module):
         return getattr(vars(self)["layer"], name)
 
     def forward(self, x: Tensor) -> Tensor:
+        return vars(self)["layer"].run(self._node, x)
+
+    def _node(self, x: Tensor) -> Tensor:
         layer = vars(self)["layer"]
         call = _LayerCall(self.name, layer, tuple(map(int, x.shape)), _out_shape(layer, x))
         self.calls.append(call)

@@ -1,0 +1,117 @@
+"""Measure what each layer of a denoiser acts on, from a few of its recorded calls.
+
+    A   as recorded
+    B   another x_t, all else equal
+    C   another x_t and other sequences (tensors of more than a vector a row), t equal
+
+    input    the first layer whose input differs between A and B, and all that read the same
+    output   the last layer that runs and, changed alone, changes the network's output
+    time     its input is equal in A and B, and it either is equal in C too or holds no more than
+             two vectors a row: it acts on t, the class, pooled text, sizes
+
+Tokens of a text are equal in A and B as well, but differ in C, and there are more than two; text
+that is pooled inside the network is one vector a row.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.models.layers import LAYERS, hooked, input_of
+
+__all__ = ["measure_roles"]
+
+_ROWS = 4
+# Vectors a row up to which an input is no sequence (PixArt's height and width).
+_FEW = 2
+
+
+@torch.no_grad()
+def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
+    """Return "input", "output", "time" or "" for each layer that runs, in order of execution."""
+    index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
+    batch = data.rows(max(data.calls(index, _ROWS), key=len))
+    rows, chance = len(batch.t), Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        noise = torch.randn(value.shape, generator=chance).to(value)
+        return value + noise if value.is_floating_point() else value
+
+    def other_sequence(value: Tensor) -> Tensor:
+        vector = value.ndim < 2 or (value.ndim == 2 and len(value) == rows)
+        return value if vector else other(value)
+
+    moved = batch._replace(x_t=pytree.tree_map_only(Tensor, other, batch.x_t))
+    sequences = pytree.tree_map_only(Tensor, other_sequence, batch.cond)
+    base, output = _inputs(denoiser, data, batch)
+    still = _equal(base, _inputs(denoiser, data, moved)[0])
+    calm = _equal(base, _inputs(denoiser, data, moved._replace(cond=sequences))[0])
+    roles = {
+        name: "time" if name in still and (name in calm or seen.few) and seen.alive else ""
+        for name, seen in base.items()
+    }
+    moving = [name for name in base if name not in still]
+    for name in moving:
+        if base[name].marks[0] == base[moving[0]].marks[0]:
+            roles[name] = "input"
+    later = sorted(moving[1:], key=lambda name: base[name].last)
+    last = _last(denoiser, data, batch, later, output)
+    return roles | ({} if last is None else {last: "output"})
+
+
+class _Seen:
+    """What a layer was called with: a mark of each input; all few vectors, any not 0, last call."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[Any, ...]] = []
+        self.few, self.alive, self.last = True, False, 0
+
+    def add(self, layer: nn.Module, x: Tensor, rows: int, number: int) -> None:
+        numbers = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64)
+        self.last = number
+        self.alive |= bool(numbers[1] > 0)
+        self.marks.append((x.shape, *(float(n) for n in numbers)))
+        channels = x.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        self.few &= x.numel() <= _FEW * rows * channels
+
+
+def _inputs(
+    denoiser: nn.Module, data: CalibrationData, batch: TraceBatch
+) -> tuple[dict[str, _Seen], Tensor]:
+    """Return what each layer that runs was called with, in order of execution, and the output."""
+    seen: dict[str, _Seen] = {}
+    number = count()
+
+    def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        x = input_of(args, kwargs)
+        if x.numel():
+            seen.setdefault(name, _Seen()).add(layer, x, len(batch.t), next(number))
+
+    layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, LAYERS)}
+    with hooked(layers, see, before=True):
+        return seen, data.replay(denoiser, batch)
+
+
+def _equal(one: dict[str, _Seen], two: dict[str, _Seen]) -> set[str]:
+    return {name for name in one if name in two and one[name].marks == two[name].marks}
+
+
+def _last(
+    denoiser: nn.Module, data: CalibrationData, batch: TraceBatch, names: list[str], output: Tensor
+) -> str | None:
+    """Return the last of some layers without which the network's output would be another."""
+    for name in reversed(names):
+        change = denoiser.get_submodule(name).register_forward_hook(lambda *seen: 2 * seen[2] + 1)
+        try:
+            changed = data.replay(denoiser, batch)
+        finally:
+            change.remove()
+        if not torch.equal(changed, output):
+            return name
+    return None
