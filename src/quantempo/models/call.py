@@ -165,7 +165,8 @@ def sample_rate(pipe: Any) -> int | None:
 def unusual_settings(pipe: Any, call: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings of a call that differ from the pipeline's own: name -> (given, own)."""
     known = inspect.signature(pipe.__call__).parameters
-    plain = {k: v for k, v in call.items() if isinstance(v, int | float | str) and not kind_of(k)}
+    kinds = int | float | str | list | tuple
+    plain = {k: v for k, v in call.items() if isinstance(v, kinds) and not kind_of(k)}
     own = {key: known[key].default for key in plain if key in known}
     return {key: (plain[key], own[key]) for key in own if plain[key] != own[key]}
 

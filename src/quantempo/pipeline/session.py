@@ -83,7 +83,8 @@ class Session(Cache):
     @property
     def num_train_timesteps(self) -> int:
         """T of the scheduler the model was trained with."""
-        return int(self.pipe.scheduler.config.num_train_timesteps)
+        # A scheduler of ratios in [0, 1] (Wuerstchen) has none.
+        return int(getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000))
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:
         """Write the pipeline with another denoiser, and with the scheduler it was traced with."""
