@@ -4,6 +4,8 @@ Every builder gives the same weights for the same seed, leaves the global random
 runs in milliseconds on one core. The weights are random: pictures are noise, arithmetic is real.
 """
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -13,6 +15,9 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -128,6 +133,30 @@ def tiny_dit(seed: int = 0, size: int = 8) -> DiTPipeline:
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_flux(tokens: int, size: int = 4) -> tuple[FluxPipeline, dict[str, Any]]:
+    """Make a FluxPipeline of size^2 image tokens, and a call of 4 embeddings of `tokens` tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        ).eval()
+        parts = {"vae": tiny_vae(), "transformer": transformer}
+    none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), **parts, **none)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": noise(4, tokens, 16), "pooled_prompt_embeds": noise(4, 16, seed=1)}
+    return pipe, {"height": 4 * size, "width": 4 * size, **embeds}
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 
 import quantempo
 from quantempo.calibration.dataset import MemorySet, TraceSet
+from quantempo.calibration.timesteps import make_time_sampler
+from quantempo.calibration.trace import trace
 from quantempo.engines.fusion import report
 from quantempo.engines.layerwise import execution
 from quantempo.engines.select import attach
@@ -23,7 +25,7 @@ from quantempo.quantized import find_clock, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
 from tests.packed import packed, recipe, saved
-from tests.tiny import tiny_unet
+from tests.tiny import tiny_flux, tiny_unet
 
 PACKAGE = Path(quantempo.__file__).parent
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("rounding", bias=True)
@@ -124,6 +126,23 @@ def test_what_stays_in_float_is_named_in_the_packed_folder(
         saved("unconditional"), run, SMALL.override("layers", float_macs=1.0), force=True
     )
     assert (run / "stats.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("tokens", "rounding"), [(4, "gptq"), (8, "gptq"), (16, "adaround")])
+def test_a_flux_with_as_many_tokens_as_rows(tokens: int, rounding: str, tmp_path: Path) -> None:
+    """Shared rotary tables and ids of as many tokens as a call has rows, or a multiple."""
+    pipe, call = tiny_flux(tokens)
+    plan = {"steps": 4, "chains": 6, "picks": 4, "seed": 3, "batch_size": 4}
+    law = make_time_sampler("linspace")
+    net, how = pipe.transformer, {**plan, "time_sampler": law, "call": call}
+    data = trace(pipe, net, tmp_path / "trace", **how)
+    chosen = recipe().override("rounding", name=rounding, bias=True, samples=24, batch=4)
+    found = quantize(net, data, chosen).install(net, copy=True)
+    attach(found, "simulated")
+    with torch.no_grad():
+        calls = [[data.replay(n, b) for n in (net, found)] for b in data.batches(5)]
+    wanted, got = (torch.cat(parts).double() for parts in zip(*calls, strict=True))
+    assert (got - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
 def files_of(call: Any) -> set[str]:
