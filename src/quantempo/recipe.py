@@ -75,9 +75,9 @@ class LayerSettings:
 
     float_roles: roles kept in higher precision; exclude: shell patterns of layer names kept in
     float; float_macs: share of the MACs that may stay in float in shortcuts, where the measured
-    error is (`pipeline.quantize.keep_costly`); split_skips: one scale for each half of a
-    concatenated skip input; bits: a role or a shell pattern of layer names -> "w8a8", bits of
-    these layers where they differ from the recipe's.
+    error is (`pipeline.quantize.keep_costly`); split_skips: one scale for each part of a
+    concatenated input (skip connections, attention beside MLP); bits: a role or a shell pattern of
+    layer names -> "w8a8", bits of these layers where they differ from the recipe's.
     """
 
     float_roles: tuple[str, ...] = ("input", "output", "time")

@@ -117,6 +117,14 @@ class Linear(torch.nn.Module):
         return self.layer(sample)
 
 
+def test_segments_of_a_linear_layer_are_of_its_last_axis() -> None:
+    net = Linear()
+    net.layer = torch.nn.Linear(3, 1)
+    x = torch.arange(12.0).view(2, 2, 3)
+    found = collect_statistics(net, {"layer": (1, 2)}, MemorySet(x, torch.zeros(2)), bins=1)
+    assert found["layer.range"][:, 0].tolist() == [[0, 9], [1, 11]]
+
+
 def test_fractions_of_time_are_binned_by_training_time() -> None:
     data = MemorySet(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.05, 0.55, 1.0]))
     found = collect_statistics(Linear(), {"layer": ()}, data, bins=10)

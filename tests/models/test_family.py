@@ -121,3 +121,29 @@ def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) ->
 
 def test_networks_without_up_blocks_have_no_segments() -> None:
     assert not any(site.segments for site in sites(tiny_dit().transformer))
+
+
+def test_parallel_blocks_read_what_they_concatenate() -> None:
+    net = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    real: list[tuple[int, ...]] = []
+    cat = torch.cat
+
+    def recorded(tensors, *args, **kwargs):
+        joined = kwargs.get("dim", args[0] if args else 0)
+        if joined == 2 and len(tensors) == 2 and tensors[0].ndim == 3:
+            real.append(tuple(part.shape[2] for part in tensors))
+        return cat(tensors, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "cat", recorded)
+        net(
+            torch.zeros(1, 4, 4), torch.zeros(1, 3, 8), torch.zeros(1, 8), torch.ones(1),
+            torch.zeros(4, 3), torch.zeros(3, 3),
+        )  # fmt: skip
+    found = {site.name: site.segments for site in sites(net) if site.segments}
+    names = [f"single_transformer_blocks.{i}.proj_out" for i in range(2)]
+    assert found == dict(zip(names, real, strict=True)) and real == [(16, 64)] * 2

@@ -88,7 +88,8 @@ def _feed(
         x, segments = input_of(args, kwargs), inputs[name]
         # Rows of a layer's input may repeat a sample (frames, heads).
         bin_of = time_bin.repeat_interleave(max(1, x.shape[0] // len(time_bin)))
-        for index, part in enumerate(x.split(segments, dim=1) if segments else (x,)):
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
             sinks[name].update(part, bin_of, index)
 
     # On a GPU few large batches: every layer waits for the device once a batch.

@@ -115,7 +115,7 @@ def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> lis
     measured: role (input, output, time; "" for none of them) of each layer that runs, see
     `calibration.roles`; without it those roles are guessed from names.
     """
-    halves = dict(skip_segments(denoiser))
+    halves = {**dict(skip_segments(denoiser)), **dict(parallel_segments(denoiser))}
     found = []
     for name, layer in denoiser.named_modules():
         if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
@@ -182,6 +182,19 @@ def skip_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             if skip > 0 and getattr(resnet, "conv_shortcut", None) is not None:
                 yield f"up_blocks.{i}.resnets.{j}.conv_shortcut", (hidden, skip)
             hidden = resnet.conv2.out_channels
+
+
+def parallel_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the output layers of parallel blocks (Flux, Chroma), which read [attention, MLP].
+
+    The two have ranges of their own: attention averages values, the MLP ends in GELU.
+    """
+    for name, block in denoiser.named_modules():
+        mlp, out = getattr(block, "proj_mlp", None), getattr(block, "proj_out", None)
+        if isinstance(mlp, nn.Linear) and isinstance(out, nn.Linear):
+            attention = out.in_features - mlp.out_features
+            if attention > 0:
+                yield f"{name}.proj_out", (attention, mlp.out_features)
 
 
 @dataclass(frozen=True)
