@@ -345,7 +345,17 @@ def test_every_verb_is_there() -> None:
     group = typer.main.get_command(app)
     assert set(group.commands) == {
         *("quantize", "trace", "calibrate", "search", "round", "pack"),
-        *("sample", "evaluate", "report", "inspect", "bench", "demo", "sensitivity"),
+        *(
+            "sample",
+            "evaluate",
+            "report",
+            "inspect",
+            "bench",
+            "demo",
+            "sensitivity",
+            "status",
+            "engines",
+        ),
     }
 
 
