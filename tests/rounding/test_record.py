@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quantempo.calibration.rows import Law, Place
-from quantempo.rounding.block_io import record, record_all
+from quantempo.rounding.block_io import Inputs, record, record_all
 
 LAW: Law = {"[0][0]": Place(0, 1), "[2]": Place(0, 1)}
 LAWS = {"first": LAW, "last": LAW}
@@ -43,3 +43,21 @@ def test_over_the_budget_nothing_is_kept(network: nn.Sequential) -> None:
     assert record_all(modules, calls(network), budget=239, laws=LAWS) is None
     assert record_all(modules, calls(network), budget=240, laws=LAWS) is not None
     assert not network[0]._forward_pre_hooks
+
+
+def test_calls_of_other_lengths_are_taken_apart() -> None:
+    """A mask that only captions of several lengths need, as Lumina2's blocks get it."""
+    law: Law = {"[0][0]": Place(0, 1), "[1]['mask']": Place(0, 1)}
+    inputs = Inputs(5, 10**6, law)
+    for first, rows, length, mask in ((0, 1, 4, False), (1, 2, 6, True), (3, 2, 4, False)):
+        x = torch.arange(first, first + rows)[:, None].expand(-1, length).float()
+        inputs.add(rows, (x,), {"mask": x > 1 if mask else None})
+    inputs.close()
+    assert [rows.tolist() for rows in inputs.groups()] == [[0, 3, 4], [1, 2]]
+    here = torch.device("cpu")
+    (x,), given = inputs.take(torch.tensor([4, 0]), here)
+    assert x[:, 0].tolist() == [4, 0] and given == {"mask": None}
+    (x,), given = inputs.take(torch.tensor([2, 1]), here)
+    assert x.shape == (2, 6) and given["mask"][:, 0].tolist() == [True, False]
+    drawn = inputs.alike(torch.tensor([1, 0, 2, 3]))
+    assert drawn[[0, 2]].tolist() == [1, 2] and set(drawn.tolist()) == {1, 2}
