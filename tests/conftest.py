@@ -56,6 +56,7 @@ LANES = {
         "test_architecture.py::test_heavy",
         "test_cli.py::test_json_is_one",
         "test_repository.py::test_wheel",
+        "test_uses.py::test_use[openvino",
     ),
 }
 NO_DEVICE = "needs a CUDA device"

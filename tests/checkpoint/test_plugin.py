@@ -35,7 +35,9 @@ def ours(net: torch.nn.Module) -> dict[str, Tensor]:
     found = {f"{CLOCK_NAME}.bucket_of": net.get_buffer(f"{CLOCK_NAME}.bucket_of")}
     for name, module in net.named_modules():
         if isinstance(module, QLayer | Float16Linear):
-            found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
+            found |= {
+                f"{name}.{k}": v for k, v in (*module.named_buffers(), *module.named_parameters())
+            }
     return found
 
 

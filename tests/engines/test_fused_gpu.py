@@ -62,8 +62,8 @@ def test_the_stream_is_float16(network):
     seen = []
     for block in (*network.down_blocks, network.mid_block, *network.up_blocks):
         for resnet in block.resnets:
-            run = resnet.forward.run
-            resnet.forward.run = lambda *a, run=run: seen.append(run(*a)) or seen[-1]
+            run = resnet.forward.active.run
+            resnet.forward.active.run = lambda *a, run=run: seen.append(run(*a)) or seen[-1]
     with torch.no_grad():
         network(noise(2, 3, 16, 16), torch.tensor(450))
     assert len(seen) == 8
@@ -98,6 +98,7 @@ def test_a_copy_runs_on_its_own(network):
     x, t = noise(2, 3, 16, 16), torch.tensor(450)
     expected = network(x, t).sample
     other = copy.deepcopy(network)
+    ENGINE.attach(other)
     assert torch.equal(other(x, t).sample, expected)
     fused, first = other.mid_block.resnets[0].forward, other.down_blocks[0].resnets[0].forward
     assert fused.parts.module is other.mid_block.resnets[0]
@@ -197,5 +198,5 @@ def test_time_shifts_are_those_of_each_layer_and_never_stale():
         first.mul_(2)
         check(0, first)
         check(1, first)
-        assert shifts._value is None
+        assert shifts._kept.value is None
         assert shifts(1, first.bfloat16()).dtype == torch.float16

@@ -139,7 +139,7 @@ def test_the_network_is_as_near_to_float_as_simulated(floats, network, kind, ste
 
 def test_all_layers_are_listed_as_fused(network, kind):
     assert set(execution(network).values()) == {"triton, fused"}
-    forwards = [module.forward for module in fused_modules(network).values()]
+    forwards = [module.forward.active for module in fused_modules(network).values()]
     blocks = [f for f in forwards if isinstance(f, FusedTransformerBlock)]
     assert len(blocks) == 4 * KINDS[kind].get("layers", 1)
     assert sum(isinstance(f, FusedTransformer) for f in forwards) == 4
@@ -202,11 +202,11 @@ def test_a_context_is_multiplied_once_for_all_layers(packed):
     # Four transformers: 8 products each but those of the context, and one of the context.
     assert fused.seen["qgemm"] == 4 * 8 + 1
     contexts = network.mid_block.attentions[0].transformer_blocks[0].forward.attentions[1].contexts
-    assert contexts._value is None and contexts._given is None
+    assert contexts._kept.value is None and contexts._kept.given is None
     # A block alone, at a time of its own, and the text changed in place: nothing is left of that.
     for block in (network.mid_block.attentions[0], network.down_blocks[1].attentions[0]):
         block(first.new_zeros(2, 32, 8, 8), text, return_dict=False)
-        assert contexts._value is not None
+        assert contexts._kept.value is not None
         for time in (torch.tensor(20), t):
             expected = network(x, time, text.clone()).sample
             block(first.new_zeros(2, 32, 8, 8), text, return_dict=False)
@@ -214,7 +214,7 @@ def test_a_context_is_multiplied_once_for_all_layers(packed):
     network.mid_block.attentions[0](first.new_zeros(2, 32, 8, 8), text, return_dict=False)
     text.mul_(2)
     doubled = network(x, t, text).sample
-    assert contexts._value is None
+    assert contexts._kept.value is None
     assert not torch.equal(doubled, first)
     assert torch.equal(doubled, network(x, t, text.clone()).sample)
     with pytest.raises(ValueError, match="got a context of 7 channels; expected"):

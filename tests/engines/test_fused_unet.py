@@ -203,7 +203,7 @@ def test_a_text_network_is_fused_as_far_as_the_engine_goes(engine):
     )
     assert network.conv_in.forward.dtype == (torch.float16 if whole else torch.float32)
     assert type(network.up_blocks[0]).__name__ == "CrossAttnUpBlock2D"
-    assert all(isinstance(block.forward, FusedUpBlock) for block in network.up_blocks)
+    assert all(isinstance(block.forward.active, FusedUpBlock) for block in network.up_blocks)
     fused, exact = network(x, t, text).sample, unet(x, t, text).sample
     attach(network, "simulated")
     check_like_simulated(fused, network(x, t, text).sample, exact, 0.03)
@@ -225,7 +225,7 @@ def test_free_u_is_respected(engine, network):
     x, t = noise(1, 3, 16, 16), torch.tensor(450)
     plain = network(x, t).sample
     block = network.up_blocks[1]
-    assert isinstance(block.forward, FusedUpBlock)
+    assert isinstance(block.forward.active, FusedUpBlock)
     for name, value in (("s1", 0.5), ("s2", 0.5), ("b1", 1.5), ("b2", 1.5)):
         setattr(block, name, value)
     block.resolution_idx = 0

@@ -128,7 +128,7 @@ def test_kernels_and_forwards_implement_their_protocols(engine, name):
         assert isinstance(layer.kernel, Kernel) and layer.kernel.backend == name
         layer.kernel.prepare(cpu)
         assert layer.kernel.here(cpu) is layer.kernel.here(cpu)
-    forwards = [module.forward for module in fused_modules(network).values()]
+    forwards = [module.forward.active for module in fused_modules(network).values()]
     blocks = [forward for forward in forwards if hasattr(forward, "parts")]
     assert bool(blocks) == (name in FUSING)
     for forward in blocks:
@@ -153,6 +153,7 @@ def test_an_engine_is_like_simulated_and_leaves_no_trace(name):
     y, truth = network(*call).sample, float_network(*call).sample
     assert y.dtype == truth.dtype and torch.equal(network(*call).sample, y)
     other = copy.deepcopy(network)
+    engine.attach(other)
     assert torch.equal(other(*call).sample, y)
     for _, layer in quantized_layers(other):
         layer.weight_int.zero_()
@@ -203,7 +204,7 @@ def test_a_value_of_one_forward_is_never_stale(inference):
         # Made by the first reader, read by the last, then let go of.
         check(0, x)
         check(1, x)
-        assert cache.made == 1 and cache._value is None and cache._given is None
+        assert cache.made == 1 and cache._kept.value is None and cache._kept.given is None
         # The same reader again, before and after the last; another input in between.
         for reader, given in ((0, x), (0, x), (1, x), (1, x), (0, y), (0, x), (1, x)):
             check(reader, given)

@@ -144,6 +144,8 @@ def test_weights_are_kept_once(backend):
         assert torch.equal(layer.state_dict()["weight_int"], saved)
         layer.kernel = kernel
         other = copy.deepcopy(layer)
+        other.kernel = backend.lower(other)
+        other.kernel.prepare(torch.device("cpu"))
         copied = other.kernel.constants.weights[0].data_ptr()
         assert copied == other.weight_codes.data_ptr() != layer.weight_codes.data_ptr()
         layer.set_codes(before)

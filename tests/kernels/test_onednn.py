@@ -1,6 +1,5 @@
 """oneDNN's int8 operators against the int64 reference: integers are equal, borders included."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -104,18 +103,6 @@ def test_linear_adds_and_accumulates():
     assert torch.equal(other, kept)
     linear(x, 1.0, 9, None, into=other)
     assert torch.equal(other.long(), expected)
-
-
-def test_a_copy_packs_its_own_weights():
-    w = weights(8, 5, 3, 3)
-    conv = onednn.Int8Conv2d(w, torch.ones(8), (2, 2), (1, 1))
-    x = codes(1, 5, 8, 8)
-    y = conv(x, 1.0, 3, None)
-    assert torch.equal(copy.deepcopy(conv)(x, 1.0, 3, None), y)
-    linear = onednn.Int8Linear(w.flatten(1), torch.ones(8))
-    rows = codes(2, 45)
-    y = linear(rows, 1.0, 3, None)
-    assert torch.equal(copy.deepcopy(linear)(rows, 1.0, 3, None), y)
 
 
 def test_quantize_equals_the_reference_in_any_layout():

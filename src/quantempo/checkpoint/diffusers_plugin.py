@@ -301,7 +301,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "was edited: save or fetch it again"
             )
         check_layers(model)
-        self.model = model
+        self.saves(model)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily
 
@@ -319,6 +319,10 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         raise QuantempoError("dequantize is not supported; load the float checkpoint instead")
 
+    def saves(self, model: nn.Module) -> None:
+        """Be what saves this network, with the tensors that it has now."""
+        self.model, self.names = model, set(model.state_dict())
+
     @property
     def is_serializable(self) -> bool:
         """Saving keeps the integers. It asks first, which is when the hashes are taken."""
@@ -331,6 +335,11 @@ class QuantempoQuantizer(DiffusersQuantizer):
         del config.network["quantization_config"]
         config.format_version = FORMAT_VERSION
         state = model.state_dict()
+        for name in sorted(self.names ^ set(state)) + [n for n, t in state.items() if t.is_meta]:
+            raise QuantempoError(
+                f"cannot save '{name}': layers were added, fused or offloaded since the network "
+                "was quantized; undo that first (unfuse_qkv_projections, remove the hooks)"
+            )
         config.hashes["tensors"] = joined({n: digest(value) for n, value in state.items()})
         config.hashes["settings"] = settings_digest(config.to_dict())
         model.register_to_config(quantization_config=config.to_dict())
@@ -348,12 +357,12 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
 
 def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the named buffers that belong to quantized modules and the clock."""
+    """Return the named tensors that belong to quantized modules and the clock."""
     state = {f"{CLOCK_NAME}.bucket_of": model.get_buffer(f"{CLOCK_NAME}.bucket_of")}
     for prefix, module in model.named_modules():
         if isinstance(module, _OURS):
-            for name, value in module.named_buffers(recurse=False):
-                state[f"{prefix}.{name}"] = value
+            state |= dict(module.named_buffers(prefix, recurse=False))
+            state |= dict(module.named_parameters(prefix, recurse=False))
     return state
 
 
@@ -362,7 +371,7 @@ def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
     denoiser.hf_quantizer = QuantempoQuantizer(config)
-    denoiser.hf_quantizer.model = denoiser
+    denoiser.hf_quantizer.saves(denoiser)
 
 
 def register() -> None:

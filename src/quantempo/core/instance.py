@@ -2,22 +2,111 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["drop", "keep", "put_buffer", "put_child", "reset_forward", "set_forward"]
+__all__ = [
+    "Forward", "PerThread", "drop", "keep", "own_forward", "put_buffer", "put_child",
+    "put_forward", "reset_forward", "set_forward", "touched",
+]  # fmt: skip
+
+_OWN = "_quantempo_forward"
+
+
+class PerThread(threading.local):
+    """Attributes that each thread has for itself, at first (in a copy too) those given."""
+
+    def __init__(self, **first: Any) -> None:
+        self.__dict__.update(first, first=first)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(PerThread, **self.first), ()
+
+
+class Forward:
+    """The `forward` of one module: `active`, or without one what the module had before.
+
+    It stays where it is when others wrap it. A copy and a pickle of the module have none active.
+    Other attributes are those of `active`.
+    """
+
+    # No dictionary: who wraps a function takes over what is in its dictionary.
+    __slots__ = ("active", "before", "fixed", "module")
+
+    def __init__(self, module: nn.Module, before: Any = None) -> None:
+        self.module, self.before = module, before
+        self.active: Callable[..., Any] | None = None
+        # Whether it stays when nothing is active.
+        self.fixed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what is there to run."""
+        run = self.active or self.before
+        if run is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in Forward.__slots__:
+            raise AttributeError(name)
+        return getattr(self.active, name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.before)
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Return the `Forward` of a module, or None."""
+    return module.__dict__.get(_OWN)
+
+
+def _set_by_others(module: nn.Module) -> Any:
+    """Return what others have set as the `forward` of a module, or None."""
+    found, own = module.__dict__.get("forward"), own_forward(module)
+    # Who takes a hook off may leave the method of the class behind.
+    plain = getattr(found, "__func__", None) is type(module).forward
+    return (own and own.before) if found is own else None if plain else found
+
+
+def put_forward(module: nn.Module, kind: type[Forward] = Forward) -> Any:
+    """Return the `Forward` of a module, one of this kind put there now if it has none."""
+    found = _set_by_others(module)
+    if own_forward(module) is None or (found is None and module.forward is not own_forward(module)):
+        own = kind(module, found)
+        module.__dict__["forward"] = module.__dict__[_OWN] = own
+    return own_forward(module)
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Make `module(...)` call `forward` instead of the method of its class."""
-    module.__dict__["forward"] = forward
+    put_forward(module).active = forward
 
 
 def reset_forward(module: nn.Module) -> None:
-    """Undo `set_forward`, if it was done."""
-    module.__dict__.pop("forward", None)
+    """Undo `set_forward`, if it was done; what others have wrapped around it stays."""
+    own = own_forward(module)
+    if own is None:
+        return
+    own.active = None
+    if not own.fixed and module.__dict__.get("forward") is own:
+        del module.__dict__[_OWN], module.__dict__["forward"]
+        if own.before is not None:
+            module.__dict__["forward"] = own.before
+
+
+def touched(module: nn.Module, hooks: bool = True) -> bool:
+    """Return whether others have set the `forward` of a module, or (if `hooks`) hooks on it."""
+    hung = module._forward_hooks or module._forward_pre_hooks
+    return _set_by_others(module) is not None or (hooks and bool(hung))
 
 
 def keep(module: nn.Module, name: str, value: Any) -> None:
@@ -37,6 +126,10 @@ def put_child(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def put_buffer(root: nn.Module, name: str, value: Tensor) -> None:
-    """Exchange the buffer called `name` (dotted) for a tensor of any type and shape."""
+    """Exchange the buffer or parameter called `name` (dotted) for one of any type and shape."""
     owner, _, leaf = name.rpartition(".")
-    root.get_submodule(owner)._buffers[leaf] = value
+    module = root.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value

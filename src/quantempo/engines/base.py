@@ -8,9 +8,9 @@ The integer sums of all backends are equal; only the float epilogue has a tolera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ BACKENDS: Registry[Backend] = Registry("backend")
 
 def too_many_terms(layer: QLayer) -> str | None:
     """Return a reason if the sums of a layer could leave int32: more than 66,311 terms."""
-    terms = layer.weight_codes[0].numel()
+    terms = math.prod(layer.weight_shape[1:])
     if terms > MAX_TERMS:
         return f"{terms} products in a sum may overflow int32; at most {MAX_TERMS} are safe"
     return None
@@ -110,18 +110,15 @@ class ActivationGrids:
         return self.scales[segment][self.column(bucket)], self.zero_points[segment], self.qmax
 
 
-_rows: WeakKeyDictionary[StepClock, tuple[Tensor, int, dict[int, Tensor]]] = WeakKeyDictionary()
-
-
 def bucket_rows(clock: StepClock) -> int | dict[int, Tensor]:
     """Return the current time bucket, or bucket -> (n,) rows of it when the batch mixes several."""
-    bucket = clock.bucket
-    known = _rows.get(clock)
-    if known is None or known[0] is not bucket:
-        values = sorted(set(bucket.reshape(-1).tolist()))
-        mixed = {} if len(values) == 1 else {v: (bucket == v).nonzero()[:, 0] for v in values}
-        known = _rows[clock] = (bucket, values[0], mixed)
-    return known[2] or known[1]
+    known: int | dict[int, Tensor] | None = clock.call.rows
+    if known is None:
+        bucket = clock.bucket.reshape(-1)
+        values = sorted(set(bucket.tolist()))
+        mixed = {v: (bucket == v).nonzero()[:, 0] for v in values}
+        known = clock.call.rows = values[0] if len(values) == 1 else mixed
+    return known
 
 
 def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from quantempo.core.instance import drop, keep, reset_forward, set_forward
+from quantempo.core.instance import drop, keep, reset_forward, set_forward, touched
 from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
@@ -257,13 +257,20 @@ class _Record:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     rows: list[BlockRow] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no engine until it is called.
+        return _Record, ()
+
 
 def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
     """Set `forward` on the instances of all blocks that can be fused; log how many, and why not."""
     reasons: dict[str, str | None] = {}
     found = list(find_parts(denoiser))
-    for name, _, parts in found:
+    for name, module, parts in found:
         reasons[name] = parts if isinstance(parts, str) else blocks.refusal(parts)
+        wrapped = module is not denoiser and touched(module, hooks=False)
+        if not isinstance(parts, str) and (wrapped or any(map(touched, parts.inside()))):
+            reasons[name] = "others have hooks or forwards in it"
     able = [p for name, _, p in found if not isinstance(p, str) and reasons[name] is None]
     network = Network(denoiser, able)
     for parts in able:

@@ -7,6 +7,7 @@ the backend cannot take is run by `simulated`: logged, counted, and listed by `e
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -60,6 +61,12 @@ class LayerwiseEngine(Engine):
         if self.blocks.eager:
             _prepare(denoiser)
 
+    def watched(self, denoiser: nn.Module) -> Iterator[nn.Module]:
+        """Yield the integer layers and all modules of fused blocks."""
+        yield from super().watched(denoiser)
+        for module in fused_modules(denoiser).values():
+            yield from module.modules()
+
     def _lower(self, denoiser: nn.Module) -> None:
         """Lower every layer; say which ones the backend cannot take, and how many these are."""
         backend, fallback = BACKENDS.get(self.name), BACKENDS.get("simulated")
@@ -88,11 +95,14 @@ class LayerwiseEngine(Engine):
 
 def _prepare(denoiser: nn.Module) -> None:
     """Make all constants now: a compiled network and a CUDA graph read them, and make none."""
-    kernels = [layer.kernel for _, layer in quantized_layers(denoiser)]
-    blocks = fused_modules(denoiser)
-    device = next(denoiser.parameters()).device
+    held = [layer for _, layer in quantized_layers(denoiser) if not layer.weight_scale.is_meta]
+    if not held:
+        # Offloaded, each is there for its own call only.
+        return
+    forwards = [module.forward for module in fused_modules(denoiser).values()]
+    device = held[0].weight_scale.device
     ops.reserve(device)
-    for part in (*kernels, *(module.forward for module in blocks.values())):
+    for part in (*(layer.kernel for layer in held), *forwards):
         if hasattr(part, "prepare"):
             part.prepare(device)
 

@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantempo.core.instance import PerThread
+
 __all__ = ["PerForward", "TimeShifts", "float_rows"]
+
+
+class _Kept:
+    def __init__(self) -> None:
+        self.unread = 0
+        self.given: Tensor | None = None
+        self.version: int | None = None
+        self.now: Tensor | None = None
+        self.value: Any = None
 
 
 class PerForward:
@@ -21,11 +32,7 @@ class PerForward:
 
     def __init__(self, readers: int) -> None:
         self._all = (1 << readers) - 1
-        self._unread = 0
-        self._given: Tensor | None = None
-        self._version: int | None = None
-        self._now: Tensor | None = None
-        self._value: Any = None
+        self._kept, self._traced = PerThread(**vars(_Kept())), _Kept()
 
     def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
         """Return make(given, *how), made now unless known.
@@ -34,15 +41,18 @@ class PerForward:
         """
         hidden = torch.compiler.is_compiling() or given.is_inference()
         version = None if hidden else given._version
-        value, bit = self._value, 1 << reader
-        known = self._given is given and self._version == version and self._now is now
-        if value is None or not known or (version is None and not self._unread & bit):
+        # A compiler loses what is set for a thread.
+        kept: Any = self._traced if torch.compiler.is_compiling() else self._kept
+        bit = 1 << reader
+        value = kept.value
+        known = kept.given is given and kept.version == version and kept.now is now
+        if value is None or not known or (version is None and not kept.unread & bit):
             value = self.make(given, *how)
-            self._value, self._given, self._version, self._now = value, given, version, now
-            self._unread = self._all
-        self._unread &= ~bit
-        if not self._unread:
-            self._given = self._now = self._value = None
+            kept.value, kept.given, kept.version, kept.now = value, given, version, now
+            kept.unread = self._all
+        kept.unread &= ~bit
+        if not kept.unread:
+            kept.given = kept.now = kept.value = None
         return value
 
     def make(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,21 +8,30 @@ and files never depend on it.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from quantempo.core.instance import drop, keep, reset_forward, set_forward
+from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward
+from quantempo.engines.calls import check_call, check_network, keep_nan, one_row, tensors_of
+from quantempo.engines.watch import Watch
 from quantempo.errors import QuantempoError
-from quantempo.quantized import find_clock
+from quantempo.quantized import find_clock, quantized_layers
 from quantempo.registry import Registry
 
-__all__ = ["ENGINES", "Engine", "attach", "attach_lazily", "attached", "choose", "detach"]
+__all__ = [
+    "ATTACHING", "ENGINES", "Engine", "attach", "attach_lazily", "attached", "choose", "detach",
+    "run_instead",
+]  # fmt: skip
 
 log = logging.getLogger("quantempo")
 
-_MARK = "_quantempo_engine"
+# One at a time: attaching and tracing change a network that other threads may call.
+ATTACHING = threading.RLock()
 
 
 class Engine:
@@ -49,6 +58,10 @@ class Engine:
     def detach(self, denoiser: nn.Module) -> None:
         """Undo `attach`."""
         raise NotImplementedError
+
+    def watched(self, denoiser: nn.Module) -> Iterable[nn.Module]:
+        """Yield the modules whose change makes what was attached wrong."""
+        return (layer for _, layer in quantized_layers(denoiser))
 
 
 ENGINES: Registry[Engine] = Registry("engine")
@@ -82,6 +95,8 @@ def choose(device: str) -> Engine:
 def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     """Attach an engine to a quantized denoiser and return its name.
 
+    It is attached again when a call finds the network changed: moved, loaded, other processors.
+
     Args:
         engine: a registered name, or "auto" for the fastest that is installed for its device.
 
@@ -92,50 +107,105 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
         raise QuantempoError(
             f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
         )
-    device = next(denoiser.parameters()).device.type
+    device = _device(denoiser)
     chosen = choose(device) if engine == "auto" else ENGINES.get(engine)
     reason = chosen.missing()
     if reason is None and device not in chosen.devices and "any" not in chosen.devices:
         reason = f"it runs on {', '.join(chosen.devices)}, the model is on {device}"
     if reason is not None:
         raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
-    detach(denoiser)
+    check_network(denoiser)
+    root = put_forward(denoiser, _Denoiser)
+    root.release()
     chosen.attach(denoiser)
-    keep(denoiser, _MARK, chosen.name)
+    convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
+    root.watch = Watch(denoiser, (*chosen.watched(denoiser), *convolutions))
+    root.name, root.asked = chosen.name, engine
     log.debug("engine: %s", chosen.name)
     return chosen.name
 
 
+def run_instead(denoiser: nn.Module, wrong: str, args: Any, kwargs: Any) -> Any:
+    """Attach the best engine but a wrong one, for good, and return what it makes of a call."""
+    device = _device(denoiser)
+    able = (ENGINES.get(name) for name in ENGINES.names() if name != wrong)
+    engine = next(e for e in able if e.missing() is None and {device, "any"} & set(e.devices))
+    log.warning(
+        "engine %s is wrong on %s (far from the exact integers): %s runs it instead",
+        wrong, type(denoiser).__name__, engine.name,
+    )  # fmt: skip
+    attach(denoiser, engine.name)
+    return type(denoiser).forward(denoiser, *args, **kwargs)
+
+
+def _device(denoiser: nn.Module) -> str:
+    """Return the type of the device on which a denoiser runs, also while it is offloaded."""
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device.type
+    hooks = (getattr(module, "_hf_hook", None) for module in denoiser.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), "cpu")).type
+
+
 def attached(denoiser: nn.Module) -> str | None:
     """Return the name of the attached engine, or None."""
-    return getattr(denoiser, _MARK, None)
+    return getattr(own_forward(denoiser), "name", None)
 
 
 def detach(denoiser: nn.Module) -> None:
     """Remove the attached engine, if any (also a lazy one)."""
-    name = attached(denoiser)
-    if name is not None:
-        ENGINES.get(name).detach(denoiser)
-        drop(denoiser, _MARK)
-    reset_forward(denoiser)
+    root = own_forward(denoiser)
+    if root is not None:
+        root.release()
+        root.asked, root.fixed = None, False
+        reset_forward(denoiser)
 
 
-class _AtFirstCall:
-    """Stand in for `forward` until the engine is known; survives a deep copy of the denoiser."""
+class _Denoiser(Forward):
+    """The `forward` of a denoiser with an engine, or with one that its next call attaches."""
 
-    def __init__(self, denoiser: nn.Module, engine: str) -> None:
-        self.denoiser, self.engine = denoiser, engine
+    __slots__ = ("asked", "name", "watch")
+
+    def __init__(self, module: nn.Module, before: Any = None, asked: str | None = None) -> None:
+        super().__init__(module, before)
+        self.asked, self.fixed = asked, True
+        self.name: str | None = None
+        self.watch: Watch | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.before, self.asked)
+
+    def release(self) -> None:
+        if self.name is not None:
+            ENGINES.get(self.name).detach(self.module)
+            self.name = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            raise QuantempoError(
-                "the engine is attached by the first call, which a compiler cannot follow; call "
-                "quantempo.attach(denoiser) before torch.compile"
-            )
-        attach(self.denoiser, self.engine)
-        return self.denoiser.forward(*args, **kwargs)
+            if self.name is None:
+                raise QuantempoError(
+                    "the engine is attached by the first call, which a compiler cannot follow; "
+                    "call quantempo.attach(denoiser) before torch.compile"
+                )
+            return super().__call__(*args, **kwargs)
+        given = tensors_of(args, kwargs)
+        check_call(self.module, given)
+        if self.asked is not None and self._stale():
+            with ATTACHING:
+                if self._stale():
+                    attach(self.module, self.asked)
+        with torch.no_grad():
+            if not all(value.numel() for value in given):
+                args, kwargs = tree_map_only(Tensor, one_row, (args, kwargs))
+                return tree_map_only(Tensor, lambda y: y[:0], super().__call__(*args, **kwargs))
+            output = super().__call__(*args, **kwargs)
+            return keep_nan(output, given) if given else output
+
+    def _stale(self) -> bool:
+        return self.name is None or self.watch is None or self.watch.changed()
 
 
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
     """Attach at the first call: only then is it known on which device the model ended up."""
-    set_forward(denoiser, _AtFirstCall(denoiser, engine))
+    put_forward(denoiser, _Denoiser).asked = engine

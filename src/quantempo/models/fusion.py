@@ -59,6 +59,10 @@ class Parts:
         """Return the arguments of the fused `run`, both after the first; None: an unusual call."""
         return ()
 
+    def inside(self) -> list[nn.Module]:
+        """Return the modules that a fused `run` does not call."""
+        return list(self.module.modules())[1:]
+
 
 def needs(parts: Any) -> Iterator[tuple[Any, Conv | Need]]:
     """Yield (module, what it must be) of all annotated fields, those of nested parts included."""

@@ -127,6 +127,10 @@ class HeadParts(Parts):
     out: nn.Conv2d
     apart: tuple[str, ...]
 
+    def inside(self) -> list[nn.Module]:
+        """Return the modules at both ends."""
+        return [self.stem, self.norm, self.activation, self.out]
+
 
 @matches(ResnetParts, ResnetBlock2D)
 def _resnet(block: Any) -> tuple[Any, ...] | str:
@@ -188,7 +192,7 @@ def _up_block(block: Any) -> tuple[Any, ...] | str:
 @matches(HeadParts, UNet2DModel, UNet2DConditionModel)
 def _head(model: Any) -> tuple[Any, ...] | str:
     m = model
-    plain = m.conv_norm_out is not None and isinstance(m.conv_act, nn.SiLU)
+    plain = isinstance(m.conv_norm_out, nn.GroupNorm) and isinstance(m.conv_act, nn.SiLU)
     in_float = isinstance(m.conv_in, nn.Conv2d) and isinstance(m.conv_out, nn.Conv2d)
     return no(
         (plain, "it does not end in a norm and SiLU"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.core.instance import PerThread, keep
 from quantempo.errors import QuantempoError
 
 __all__ = ["CLOCK_NAME", "StepClock"]
@@ -31,25 +32,44 @@ class StepClock(nn.Module):
     """
 
     bucket_of: Tensor
+    call: PerThread
 
     def __init__(self, bucket_of: Tensor, per_unit: float = 1.0) -> None:
         super().__init__()
         self.per_unit = per_unit
         self.register_buffer("bucket_of", bucket_of.to(torch.int64))
-        self.bucket: Tensor = torch.zeros((), dtype=torch.int64)
+        # Of the call that a thread is in: the bucket, and what `engines` found of its rows.
+        keep(self, "call", PerThread(bucket=torch.zeros((), dtype=torch.int64), rows=None))
+        # The bucket of a compiled call, in which a compiler loses what is set for a thread.
+        self.traced: Tensor | None = None
 
-    def set(self, timestep: Any) -> None:
+    @property
+    def bucket(self) -> Tensor:
+        """Time bucket of the call that this thread is in, () or (B,)."""
+        found: Tensor = self.call.bucket if self.traced is None else self.traced
+        return found
+
+    def forward(self, timestep: Any, device: torch.device | None = None) -> None:
         """Set `bucket` from a time-step: a number or a tensor of shape (), (1,) or (B,).
 
-        `bucket` becomes (), or (B,) for B > 1 (no host synchronisation either way).
+        `bucket` becomes (), or (B,) for B > 1 (no host synchronisation either way), on a device,
+        that of the table if None. Called as a module, whose table hooks of others may bring.
         """
-        t = torch.as_tensor(timestep, device=self.bucket_of.device)
+        table = self.bucket_of if device is None else self.bucket_of.to(device)
+        t = torch.as_tensor(timestep, device=table.device)
         if t.ndim > 1:
             raise QuantempoError(f"got a time-step of shape {tuple(t.shape)}; expected () or (B,)")
-        index = (t.double() * self.per_unit).round().long().clamp(0, len(self.bucket_of) - 1)
+        index = (t.double() * self.per_unit).round().long().clamp(0, len(table) - 1)
         # Not by subscript: a compiled network would have to wait for the index.
-        bucket = self.bucket_of.index_select(0, index.reshape(-1))
-        self.bucket = bucket.reshape(()) if t.numel() == 1 else bucket
+        bucket = table.index_select(0, index.reshape(-1)) if t.numel() else table[:1]
+        bucket = bucket.reshape(()) if t.numel() <= 1 else bucket
+        compiling = torch.compiler.is_compiling()
+        if compiling or self.traced is not None:
+            self.traced = bucket if compiling else None
+        if not compiling:
+            self.call.bucket, self.call.rows = bucket, None
+
+    set = forward
 
     def rows(self, table: Tensor, like: Tensor) -> Tensor:
         """Return the row of a (G,) table for the current bucket, shaped to broadcast over `like`.
@@ -59,8 +79,9 @@ class StepClock(nn.Module):
         """
         if len(table) == 1:
             return table[0]
-        value = table.index_select(0, self.bucket.reshape(-1))
-        if self.bucket.ndim == 0:
+        bucket = self.bucket
+        value = table.index_select(0, bucket.reshape(-1))
+        if bucket.ndim == 0:
             return value.reshape(())
         if like.shape[0] % len(value):
             raise QuantempoError(

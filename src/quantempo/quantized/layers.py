@@ -156,6 +156,10 @@ class QLayer(nn.Module):
         """Run the attached kernel; raises QuantempoError when no backend was attached."""
         if self.kernel is None:
             raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
+        if torch.is_autocast_enabled(input.device.type):
+            # It would add up integers in half precision.
+            with torch.autocast(input.device.type, enabled=False):
+                return self.run(self.kernel, input)
         return self.run(self.kernel, input)
 
     def operand(self, x: Tensor) -> Tensor:
@@ -165,6 +169,10 @@ class QLayer(nn.Module):
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """Return the output for an input of the float layer's shape, by a kernel."""
         return kernel(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what an engine made: a copy gets its own."""
+        return {**self.__dict__, "kernel": None, "_unpacked": None}
 
     def _grids(self) -> str:
         return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
@@ -191,6 +199,19 @@ class QConv2d(QLayer):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
         self.kernel_size = tuple(weight_shape[2:])
+
+    @property
+    def padding_mode(self) -> str:
+        """Zeros: the only padding that integer kernels have."""
+        return "zeros"
+
+    @padding_mode.setter
+    def padding_mode(self, mode: str) -> None:
+        if mode != "zeros":
+            raise QuantempoError(
+                f"got padding_mode '{mode}' for an integer convolution, which pads zeros; set it "
+                "on the float model and quantize that"
+            )
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
@@ -250,9 +271,9 @@ class QPatches(QLinear):
 class Float16Linear(nn.Linear):
     """Linear layer computed in float32 whose weight is stored in float16, in files.
 
-    For the layers of the time embedding, which act on t alone. Weight and bias are float32 buffers:
-    a network loaded in another dtype computes t as exactly. `state_dict` has the weight in float16
-    where that loses nothing, as after `fill`.
+    For the layers of the time embedding, which act on t alone. Weight and bias are float32: a
+    network loaded in another dtype computes t as exactly. The weight is a parameter, for who asks
+    `next(part.parameters()).dtype`. `state_dict` has it in float16 where that loses nothing.
 
     Error: |W - W_hat| <= 2^-11 |W| for |W| >= 2^-14, else 2^-25.
     """
@@ -262,7 +283,8 @@ class Float16Linear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty(out_features, in_features, device=device))
+        weight = torch.empty(out_features, in_features, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     @classmethod
@@ -273,7 +295,7 @@ class Float16Linear(nn.Linear):
 
     def fill(self, layer: nn.Linear) -> Float16Linear:
         """Round the weight of a float layer to float16; QuantempoError beyond its range."""
-        self.weight = layer.weight.detach().half().float()
+        self.weight = nn.Parameter(layer.weight.detach().half().float(), requires_grad=False)
         if not bool(self.weight.isfinite().all()):
             raise QuantempoError(
                 "a weight of the time embedding is beyond 65504, the largest float16; keep the "
@@ -290,6 +312,12 @@ class Float16Linear(nn.Linear):
         if half.is_meta or torch.equal(half.float(), self.weight):
             destination[f"{prefix}weight"] = half
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
-        return nn.functional.linear(input.float(), self.weight, self.bias).to(input.dtype)
+        y = nn.functional.linear(input.float(), self.weight.float(), self.bias)
+        return y.to(input.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, timestep_of, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock
@@ -18,11 +20,13 @@ from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
 __all__ = [
-    "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
-    "plan_layers", "quantized_layers", "swap_layers",
+    "PADDED", "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock",
+    "named_bits", "odd_padding", "plan_layers", "quantized_layers", "swap_layers",
 ]  # fmt: skip
 
 
+# Attribute of a denoiser: what `odd_padding` was when it was quantized.
+PADDED = "_quantempo_padded"
 _REASONS = {
     "input": "input layer: reads x_t itself, a fraction of a percent of the work",
     "output": "output layer: its error goes straight into the image",
@@ -121,14 +125,18 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0)
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     clock = StepClock(bucket_of, per_unit)
     denoiser.add_module(CLOCK_NAME, clock)
-    place = timestep_place(denoiser)
-
-    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Asked of the module at hand: a copy of the denoiser has a clock of its own.
-        getattr(module, CLOCK_NAME).set(timestep_of(args, kwargs, place))
-
+    set_clock = functools.partial(_set_clock, timestep_place(denoiser))
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
     return clock
+
+
+def _set_clock(
+    place: int, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    # Where x_t is: the network may be brought there by what others have wrapped around its forward.
+    devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    # Asked of the module at hand: a copy of the denoiser has a clock of its own.
+    getattr(denoiser, CLOCK_NAME)(timestep_of(args, kwargs, place), next(devices, None))
 
 
 def find_clock(denoiser: nn.Module) -> StepClock | None:
@@ -169,6 +177,21 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
             empty = kind.like(layer, clock, **plan.shape)
         setattr(parent, leaf, empty.train(layer.training))
+    keep(denoiser, PADDED, odd_padding(denoiser))
+    # Where diffusers asks for the type of a network, these weights do not answer.
+    exact = [p.name for p in plans if p.kind == "float16"]
+    known = getattr(denoiser, "_keep_in_fp32_modules", None) or []
+    keep(denoiser, "_keep_in_fp32_modules", [*known, *exact])
+
+
+def odd_padding(denoiser: nn.Module) -> set[str]:
+    """Return the names of float convolutions that pad by something else than zeros."""
+    return {
+        name
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Conv2d)
+        and (layer.padding_mode != "zeros" or "_conv_forward" in layer.__dict__)
+    }
 
 
 @torch.no_grad()

@@ -85,9 +85,10 @@ class FloatTimeShifts(TimeShifts):
         if self.merged is None:
             self.merged = float_rows(self.layers, torch.float32)
         rows = given.detach().float()
-        if len(rows) > 1 and torch.equal(rows[1:], rows[:-1]):
-            return F.linear(F.silu(rows[:1]), *self.merged).expand(len(rows), -1)
-        return F.linear(F.silu(rows), *self.merged)
+        same_time = len(rows) > 1 and torch.equal(rows[1:], rows[:-1])
+        # Float32 under autocast too.
+        y = F.linear(F.silu(rows[:1] if same_time else rows), *self.merged).float()
+        return y.expand(len(rows), -1) if same_time else y
 
 
 class _Block(FusedBlock):
@@ -150,7 +151,7 @@ class _Resnet(_Block):
                 shift = self.shifts(self.index, temb)
             else:
                 shift = self.parts.time(F.silu(temb)).float()
-        skip = None if skip is None else _last(skip)
+        skip = None if skip is None else _last(skip).to(x.dtype)
         return run_per_bucket(self.clock, self._join, _last(x), skip, shift)
 
     def _join(self, bucket: int, x: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -273,16 +274,21 @@ class _Head:
         self.parts, self.norm = parts, _norm(parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return F.silu(type(self.parts.norm).forward(self.parts.norm, x))
         y, _ = _library().group_norm([Part(_last(x))], self.norm, silu=True, grid=None)
         return y.to(self.parts.out.weight.dtype)
 
 
 @BLOCKS.build(HeadParts)
 def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds."""
+    """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds.
+
+    Otherwise in the type of the model, that of the blocks which are not fused.
+    """
     half = network.closed(head) and onednn.native_bfloat16()
     return [
-        (head.stem, _Stem(head.stem, torch.bfloat16 if half else torch.float32)),
+        (head.stem, _Stem(head.stem, torch.bfloat16 if half else head.stem.weight.dtype)),
         (head.norm, _Head(head)),
         (head.activation, same),
     ]

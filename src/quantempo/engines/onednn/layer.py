@@ -112,7 +112,7 @@ class OneDNNBackend(Backend):
 
     def unsupported(self, layer: QLayer) -> str | None:
         """Return why it cannot take this layer, or None."""
-        if layer.weight_scale.device.type != "cpu":
+        if layer.weight_scale.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
         if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
             return "a grouped convolution cannot have one scale for each half of its input"

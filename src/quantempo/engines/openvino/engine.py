@@ -5,13 +5,13 @@ Compiled for the shapes at hand, at the first call with them; nothing is calibra
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import inspect
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quantempo.core.instance import reset_forward, set_forward
+from quantempo.core.instance import own_forward, reset_forward, set_forward, touched
 from quantempo.engines.base import too_many_terms
-from quantempo.engines.select import Engine
+from quantempo.engines.select import ATTACHING, Engine, run_instead
+from quantempo.engines.simulated import reference, too_far
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import QConv2d, find_clock, quantized_layers
@@ -98,11 +99,22 @@ class OpenVinoEngine(Engine):
                 reason = "groups and a split input" if len(layer.segments) > 1 else None
             if reason is not None:
                 raise QuantempoError(f"engine 'openvino' cannot take {name}: {reason}")
+        reason = _left_out(denoiser)
+        if reason is not None:
+            raise QuantempoError(
+                f"engine 'openvino' would leave out {reason}; use engine 'onednn' or 'simulated'"
+            )
         set_forward(denoiser, _Runner(denoiser, self))
 
     def detach(self, denoiser: nn.Module) -> None:
         """Give the denoiser its own `forward` back and free the graphs."""
         reset_forward(denoiser)
+
+    def watched(self, denoiser: nn.Module) -> Iterator[nn.Module]:
+        """Yield all modules: everything in them is a constant of the graph."""
+        for module in denoiser.modules():
+            if module is not denoiser:
+                yield module
 
     def config(self) -> dict[str, Any]:
         """Return the OpenVINO settings a graph is compiled with."""
@@ -125,10 +137,6 @@ class _Runner:
         self.__signature__ = inspect.signature(type(denoiser).forward.__get__(denoiser))
         self.graphs: OrderedDict[Any, _Graph] = OrderedDict()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
-        # Compiled graphs cannot be copied.
-        return _Runner(copy.deepcopy(self.denoiser, memo), self.engine)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = bind_inputs(self.denoiser, args, kwargs)
         arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
@@ -137,22 +145,26 @@ class _Runner:
         tensors = [t.detach().contiguous() for t in tensors]
         tensors = [t.float() if t.is_floating_point() else t for t in tensors]
         values = [self._bucket(), *tensors]
-        parts = [self._infer(layout, part) for part in _chunks(values, len(inputs.sample))]
-        outputs = parts[0]
-        if len(parts) > 1:
-            outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
-        graph, dtype = next(reversed(self.graphs.values())), inputs.sample.dtype
+        chunks, dtype = _chunks(values, len(inputs.sample)), inputs.sample.dtype
+        found = [(self._graph(layout, chunk), chunk) for chunk in chunks]
+        graph = found[0][0]
+        if any(graph.wrong for graph, _ in found):
+            return run_instead(self.denoiser, self.engine.name, args, kwargs)
+        parts = [graph(chunk) for graph, chunk in found]
+        outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         return graph.layout.fill(y.to(dtype) if y.is_floating_point() else y for y in outputs)
 
-    def _infer(self, layout: _Layout, values: list[Tensor]) -> list[Tensor]:
+    def _graph(self, layout: _Layout, values: list[Tensor]) -> _Graph:
         shapes = tuple((tuple(value.shape), value.dtype) for value in values)
         key = (repr(layout), shapes, torch.get_num_threads())
-        if key not in self.graphs:
-            while len(self.graphs) >= MAX_GRAPHS:
-                self.graphs.popitem(last=False)
-            self.graphs[key] = _compile(self.denoiser, self.engine, layout, values)
-        self.graphs.move_to_end(key)
-        return self.graphs[key](values)
+        with ATTACHING:
+            if key not in self.graphs:
+                while len(self.graphs) >= MAX_GRAPHS:
+                    self.graphs.popitem(last=False)
+                graph = self.graphs[key] = _compile(self.denoiser, self.engine, layout, values)
+                graph.check(self.denoiser, layout, values)
+            self.graphs.move_to_end(key)
+            return self.graphs[key]
 
     def _bucket(self) -> Tensor:
         """Return the time bucket, (1,), or (B,) when the batch mixes several."""
@@ -164,8 +176,9 @@ class _Runner:
 
 class _Graph:
     def __init__(self, compiled: Any, calls: list[Any], layout: _Layout) -> None:
-        self.compiled, self.layout = compiled, layout
-        self.request = compiled.create_infer_request()
+        self.compiled, self.layout, self.wrong = compiled, layout, False
+        # One for each thread: its buffers are those of one call.
+        self.own = threading.local()
         self.rows = _kernel_rows(compiled, calls)
         floats = [row.name for row in self.rows if row.quantized and not row.int8]
         if floats:
@@ -173,9 +186,18 @@ class _Graph:
 
     def __call__(self, values: list[Tensor]) -> list[Tensor]:
         arrays = [value.detach().numpy() for value in values]
-        results = self.request.infer(arrays, share_inputs=True, share_outputs=True)
+        if not hasattr(self.own, "request"):
+            self.own.request = self.compiled.create_infer_request()
+        results = self.own.request.infer(arrays, share_inputs=True, share_outputs=True)
         # The buffers belong to the request and are overwritten by the next call.
         return [torch.from_numpy(np.array(array)) for array in results.values()]
+
+    def check(self, denoiser: nn.Module, layout: _Layout, values: list[Tensor]) -> None:
+        """Compare the first call of a graph with `simulated`; say where they part."""
+        found = self(values)
+        with reference(denoiser, values[0]) as exact:
+            _, expected = _Layout.of(exact(**layout.fill(values[1:])))
+        self.wrong = too_far(found, expected)
 
 
 def _chunks(values: list[Tensor], rows: int) -> list[list[Tensor]]:
@@ -225,13 +247,22 @@ def _compile(
 
     def run(*tensors: Tensor) -> list[Tensor]:
         # Not denoiser(...): its `forward` is this engine, its pre-hook works on real time-steps.
-        output = type(denoiser).forward(denoiser, **layout.fill(tensors))
+        # Under autocast the graph would hold casts.
+        with torch.autocast("cpu", enabled=False):
+            output = type(denoiser).forward(denoiser, **layout.fill(tensors))
         made, found = _Layout.of(output)
         answer[:] = [made]
         return found
 
     log.info("compiling the denoiser for inputs %s", [tuple(value.shape) for value in values[1:]])
-    graph, calls = build_graph(denoiser, run, values)
+    try:
+        graph, calls = build_graph(denoiser, run, values)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
+        raise QuantempoError(
+            f"engine 'openvino' cannot convert {type(denoiser).__name__} as it is called: "
+            f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
+        ) from error
     core = ov.Core()
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     fast = engine.attention == "bfloat16" or (engine.attention == "auto" and has_bfloat16)
@@ -262,6 +293,19 @@ class _Layout:
     def fill(self, tensors: Iterable[Tensor]) -> Any:
         source = iter(tensors)
         return tree_unflatten([*(x[0] if x else next(source) for x in self.leaves)], self.tree)
+
+
+def _left_out(denoiser: nn.Module) -> str | None:
+    """Return what acts in a denoiser at each call and a graph would not hold, or None."""
+    if getattr(own_forward(denoiser), "before", None) is not None:
+        return "what others have set as its forward before it was quantized"
+    for name, module in denoiser.named_modules():
+        if module is not denoiser and touched(module):
+            return f"the hooks or the forward that others have set on '{name}'"
+        processor = getattr(module, "processor", None)
+        if processor is not None and (isinstance(processor, nn.Module) or vars(processor)):
+            return f"what the processor of '{name}' ({type(processor).__name__}) keeps"
+    return None
 
 
 def _text(info: Any, key: str) -> str:

@@ -82,6 +82,8 @@ def build_graph(
         frontend.add_extension(ConversionExtension(f"quantempo::{_OP}", converter))
         decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))
         graph = frontend.convert(frontend.load(decoder))
+    del traced, decoder, program
+    _forget_classes()
     for parameter, example in zip(graph.get_parameters(), inputs, strict=True):
         parameter.set_partial_shape(ov.PartialShape(list(example.shape)))
         parameter.set_element_type(ov.Type(example.numpy().dtype))
@@ -117,6 +119,13 @@ def extreme_sums() -> tuple[float, float, str]:
         if info["layerType"].astype(str) == "Convolution"
     )
     return 255.0 * 127 * channels * kernel**2, float(worst), precision
+
+
+def _forget_classes() -> None:
+    """Let go of the classes of a trace, which torch keeps with all their constants for good."""
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
 
 
 class _Program(nn.Module):
@@ -172,15 +181,15 @@ def _recorded(denoiser: nn.Module, calls: list[_LayerCall]) -> Iterator[list[Ten
 
 @contextmanager
 def _float32(denoiser: nn.Module) -> Iterator[None]:
-    """Make half-precision weights float32 (exactly) while tracing, then put them back."""
+    """Make weights float32 (those in half precision exactly) while tracing, then put them back."""
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    halves = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
-    for tensor, data in halves:
+    others = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
+    for tensor, data in others:
         tensor.data = data.float()
     try:
         yield
     finally:
-        for tensor, data in halves:
+        for tensor, data in others:
             tensor.data = data
 
 

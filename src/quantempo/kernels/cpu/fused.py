@@ -95,6 +95,10 @@ class Norm:
     bias: Tensor
     eps: float
 
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias"):
+            _floats(name, getattr(self, name), (len(self.weight),))
+
 
 class Library:
     """The compiled kernels, on tensors. All activations are channels_last, (B, C, H, W)."""
@@ -183,12 +187,21 @@ class Library:
         x = parts[0].x
         batch, _, height, width = x.shape
         channels = sum(part.x.shape[1] for part in parts)
+        for part in parts:
+            if part.x.dtype != x.dtype or part.x.shape[2:] != x.shape[2:] or len(part.x) != batch:
+                raise ValueError(f"got parts {x.dtype} {x.shape}, {part.x.dtype} {part.x.shape}")
+        if channels != len(norm.weight) or channels % norm.groups or channels > MAX_CHANNELS:
+            raise ValueError(f"got {channels} channels for a norm of {len(norm.weight)}")
         call = _NormStruct(
             parts=len(parts), n=batch, height=height, width=width, groups=norm.groups,
             bf16=_bf16(x), silu=silu, gamma=norm.weight.data_ptr(), beta=norm.bias.data_ptr(),
-            eps=norm.eps, scale=1.0, edge=None if edge is None else edge.data_ptr(),
+            eps=norm.eps, scale=1.0, edge=_floats("edge", edge, (16, x.shape[1])),
         )  # fmt: skip
         if shift is not None:
+            # A row may be any distance from the next.
+            fits = shift.shape == (batch, channels) and shift.is_cpu and shift.stride(1) == 1
+            if shift.dtype != torch.float32 or not fits:
+                raise ValueError(f"got shift {shift.dtype} {tuple(shift.shape)} on {shift.device}")
             call.shift, call.shift_stride = shift.data_ptr(), shift.stride(0)
         raws: list[Tensor] = []
         for i, part in enumerate(parts):
@@ -222,13 +235,14 @@ class Library:
                 (a), the last row (b), the first column (c), the last column (d).
         """
         batch, channels, height, width = x.shape
-        for tensor in (x, y):
-            if tensor is not None and _pixel_stride(tensor) != channels:
-                raise ValueError(f"got strides {tensor.stride()}; expected channels_last")
+        for tensor in (x,) if y is None else (x, y):
+            alike = tensor.dtype == x.dtype and tensor.shape == x.shape
+            if not alike or _pixel_stride(tensor) != channels:
+                raise ValueError(f"got {tensor.dtype} {tensor.shape}, strides {tensor.stride()}")
         self._add(
             x.data_ptr(),
             None if y is None else y.data_ptr(),
-            None if edge is None else edge.data_ptr(),
+            _floats("edge", edge, (16, channels)),
             *(batch, height, width, channels, _bf16(x), _threads(x)),
         )
         return x
@@ -243,9 +257,22 @@ def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
+def _floats(name: str, value: Tensor | None, shape: tuple[int, ...]) -> int | None:
+    """Return the address of float32 numbers for C; ValueError unless they are there, dense."""
+    if value is None:
+        return None
+    dense = value.is_contiguous() and value.is_cpu
+    if value.dtype != torch.float32 or not dense or value.shape != shape:
+        raise ValueError(
+            f"got {name} {value.dtype} {tuple(value.shape)} on {value.device}; expected dense "
+            f"float32 {shape} on the CPU"
+        )
+    return value.data_ptr()
+
+
 def _bf16(x: Tensor) -> int:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"got {x.dtype}; expected float32 or bfloat16")
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
+        raise TypeError(f"got {x.dtype} on {x.device}; expected float32 or bfloat16 on the CPU")
     return int(x.dtype == torch.bfloat16)
 
 

@@ -52,16 +52,11 @@ class Int8Conv2d:
         groups: int = 1,
     ) -> None:
         self.weight, self.weight_scale = weight, weight_scale.float()
-        self._given = (stride, padding, dilation, groups)
         self._geometry = (list(stride), list(padding), list(dilation), groups)
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self._packed: Tensor | None = None
-        self._packed_for: tuple[int, ...] = ()
+        # With the shape it is for, exchanged together: other threads may have other shapes.
+        self._packed: tuple[Any, Any] = ((), None)
         self._run = _operator(*_CONVOLUTIONS)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Conv2d:
-        # Packed weights are opaque and cannot be copied; a copy packs its own.
-        return Int8Conv2d(self.weight, self.weight_scale, *self._given)
 
     def __call__(
         self,
@@ -77,14 +72,15 @@ class Int8Conv2d:
         """
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
-        if self._packed is None or self._packed_for != x.shape[2:]:
+        shape, packed = self._packed
+        if shape != x.shape[2:]:
             # Packed without the shape, some kernels re-order the weight at every call.
-            self._packed = torch.ops.onednn.qconv_prepack(
+            packed = torch.ops.onednn.qconv_prepack(
                 self.weight, self.weight_scale, 1.0, zero_point, *self._geometry, list(x.shape)
             )
-            self._packed_for = x.shape[2:]
+            self._packed = x.shape[2:], packed
         return self._run(
-            x, scale, zero_point, self._packed, self.weight_scale, self._zeros, bias,
+            x, scale, zero_point, packed, self.weight_scale, self._zeros, bias,
             *self._geometry, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
 
@@ -96,9 +92,6 @@ class Int8Linear:
         self.weight, self.weight_scale = weight, weight_scale.float()
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._packed: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
-        return Int8Linear(self.weight, self.weight_scale)
 
     def __call__(
         self,

@@ -1,0 +1,87 @@
+"""What is asked of every call of a packed denoiser, whatever engine runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from quantempo.errors import QuantempoError
+from quantempo.models.fusion import drops
+from quantempo.quantized import Float16Linear, QLayer
+from quantempo.quantized.swap import PADDED, odd_padding
+
+__all__ = ["check_call", "check_network", "keep_nan", "one_row", "tensors_of"]
+
+
+def check_network(denoiser: nn.Module) -> None:
+    """Raise QuantempoError for a change that integer layers cannot follow."""
+    for name in odd_padding(denoiser) - getattr(denoiser, PADDED, set()):
+        raise QuantempoError(
+            f"the padding of '{name}' was changed, which the integer convolutions around it "
+            "cannot follow; set it on the float model and quantize that"
+        )
+    found = dict(denoiser.named_parameters())
+    for owner, module in denoiser.named_modules():
+        if isinstance(module, QLayer | Float16Linear):
+            found |= dict(module.named_buffers(owner))
+    for name, value in found.items():
+        # float8, to which others may have cast a weight, cannot be asked.
+        known = value.is_floating_point() and value.itemsize > 1 and not value.is_meta
+        if known and not bool(value.isfinite().all()):
+            raise QuantempoError(f"'{name}' holds NaN or infinity, which codes would hide; load it")
+
+
+def check_call(denoiser: nn.Module, given: list[Tensor]) -> None:
+    """Raise QuantempoError for a call that asks what integer layers do not do."""
+    if torch.is_grad_enabled() and any(value.requires_grad for value in given):
+        raise QuantempoError(
+            "got an input that requires a gradient, which integer layers do not have; call the "
+            "float model, or this one under torch.no_grad()"
+        )
+    if denoiser.training and drops(denoiser):
+        raise QuantempoError(
+            "the quantized model is in training mode and has dropout, which integer layers leave "
+            "out; call .eval()"
+        )
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among arguments and in containers that are arguments; no masks."""
+    found: list[Any] = list(args)
+    for name, value in kwargs.items():
+        if "mask" not in name:
+            inner = value.values() if isinstance(value, dict) else value
+            found += inner if isinstance(value, dict | list | tuple) else [value]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def one_row(value: Tensor) -> Tensor:
+    """Return a row of zeros in the place of none: engines take no empty batch."""
+    return value if value.ndim == 0 or len(value) else value.new_zeros((1, *value.shape[1:]))
+
+
+def keep_nan(output: Any, given: list[Tensor]) -> Any:
+    """Return the output, NaN for samples that got NaN or infinity, which codes cannot hold.
+
+    Nothing waits for a GPU.
+    """
+    rows = next((len(value) for value in given if value.ndim), 1)
+    # 0 of a finite sum, else NaN.
+    zero = torch.zeros((), device=given[0].device)
+    for value in given:
+        if value.is_floating_point():
+            whole = value.flatten(1) if value.ndim > 1 and len(value) == rows else value.flatten()
+            zero = zero + whole.sum(-1, dtype=torch.float32) * 0
+    if zero.device.type == "cpu" and not bool(zero.isnan().any()):
+        return output
+
+    def spread(y: Tensor) -> Tensor:
+        if not y.is_floating_point() or not y.ndim:
+            return y
+        term = zero if zero.ndim == 0 or len(y) == rows else zero.sum()
+        return y + term.reshape(-1, *[1] * (y.ndim - 1)).to(y.dtype)
+
+    return tree_map_only(Tensor, spread, output)
