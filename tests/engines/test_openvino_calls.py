@@ -258,3 +258,25 @@ def test_unknown_precisions_and_layers_are_refused() -> None:
     net = one_layer(nn.Conv2d(16, 16, 1, groups=2), (3, 4), segments=(8, 8))
     with pytest.raises(QuantempoError, match="cannot take layer: groups and a split input"):
         OpenVinoEngine().attach(net)
+
+
+@torch.no_grad()
+def test_a_graph_that_is_wrong_is_named_and_not_used(
+    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from quantempo.engines.openvino import graph
+
+    net, x, name = packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.0.conv1"
+    right = graph._LayerConverter._sum
+
+    def wrong(self: Any, call: Any, *how: Any) -> Any:
+        y = right(self, call, *how)
+        return graph.ops.multiply(y, graph.constant(-50.0)) if call.name == name else y
+
+    monkeypatch.setattr(graph._LayerConverter, "_sum", wrong)
+    engines.attach(net, "openvino")
+    y = net(x, 400).sample
+    assert f"on UNet2DModel, from {name} on: onednn runs it instead" in caplog.text
+    assert engines.attached(net) == "onednn"
+    engines.attach(net, "onednn")
+    assert torch.equal(net(x, 400).sample, y)

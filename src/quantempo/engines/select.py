@@ -125,14 +125,14 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     return chosen.name
 
 
-def run_instead(denoiser: nn.Module, wrong: str, args: Any, kwargs: Any) -> Any:
+def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: Any) -> Any:
     """Attach the best engine but a wrong one, for good, and return what it makes of a call."""
     device = _device(denoiser)
     able = (ENGINES.get(name) for name in ENGINES.names() if name != wrong)
     engine = next(e for e in able if e.missing() is None and {device, "any"} & set(e.devices))
     log.warning(
-        "engine %s is wrong on %s (far from the exact integers): %s runs it instead",
-        wrong, type(denoiser).__name__, engine.name,
+        "engine %s is far from the exact integers on %s, from %s on: %s runs it instead",
+        wrong, type(denoiser).__name__, layer, engine.name,
     )  # fmt: skip
     attach(denoiser, engine.name)
     return type(denoiser).forward(denoiser, *args, **kwargs)

@@ -61,12 +61,16 @@ def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
 
 
 def build_graph(
-    denoiser: nn.Module, run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+    denoiser: nn.Module,
+    run: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    inner: bool = False,
 ) -> tuple[ov.Model, list[_LayerCall]]:
     """Trace `run(*inputs[1:])`, which calls the denoiser; return its graph and integer layers.
 
     Args:
         inputs: the bucket, int64 (1,) or (B,), then the tensors; floating ones float32.
+        inner: make the results of the integer layers outputs too, after those of `run`.
 
     The node that does the sums of layer `name` and segment i is called "name/i".
     """
@@ -82,6 +86,8 @@ def build_graph(
         frontend.add_extension(ConversionExtension(f"quantempo::{_OP}", converter))
         decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))
         graph = frontend.convert(frontend.load(decoder))
+    if inner:
+        graph.add_outputs([converter.results[i] for i in range(len(calls))])
     del traced, decoder, program
     _forget_classes()
     for parameter, example in zip(graph.get_parameters(), inputs, strict=True):
@@ -219,10 +225,13 @@ class _LayerConverter:
     shared: dict[Any, ov.Output] = field(default_factory=dict)
     # The convolution or matmul of each "layer name/segment".
     sums: dict[str, ov.Node] = field(default_factory=dict)
+    # What each call of a layer returns.
+    results: dict[int, ov.Output] = field(default_factory=dict)
 
     def __call__(self, context: Any) -> list[ov.Output]:
         x, bucket = context.get_input(0), context.get_input(1)
-        call = self.calls[int(np.reshape(context.get_values_from_const_input(2), ()))]
+        place = int(np.reshape(context.get_values_from_const_input(2), ()))
+        call = self.calls[place]
         layer = call.layer
         axis = 1 if isinstance(layer, QConv2d) else len(call.shape) - 1
         bias_shape = [1 if i != axis else -1 for i in range(len(call.shape))]
@@ -243,7 +252,8 @@ class _LayerConverter:
             terms.append(y if back is None else ops.multiply(y, back))
         if bias is not None:
             terms.append(bias if isinstance(bias, ov.Node) else constant(bias))
-        return [reduce(ops.add, terms).output(0)]
+        self.results[place] = reduce(ops.add, terms).output(0)
+        return [self.results[place]]
 
     def _quantized(self, call: _LayerCall, i: int, bucket: ov.Output, x: ov.Output) -> ov.Output:
         """Return the tensor on its grid (still float): s_ref * (clamp(round(x/s) + z) - z)."""
