@@ -266,7 +266,7 @@ def test_a_graph_that_is_wrong_is_named_and_not_used(
 ) -> None:
     from quantempo.engines.openvino import graph
 
-    net, x, name = packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.0.conv1"
+    net, x, name = packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.1.conv2"
     right = graph._LayerConverter._sum
 
     def wrong(self: Any, call: Any, *how: Any) -> Any:

@@ -18,7 +18,7 @@ __all__ = ["check_call", "check_network", "keep_nan", "one_row", "tensors_of"]
 
 def check_network(denoiser: nn.Module) -> None:
     """Raise QuantempoError for a change that integer layers cannot follow."""
-    for name in odd_padding(denoiser) - getattr(denoiser, PADDED, set()):
+    for name in sorted(odd_padding(denoiser) - getattr(denoiser, PADDED, set())):
         raise QuantempoError(
             f"the padding of '{name}' was changed, which the integer convolutions around it "
             "cannot follow; set it on the float model and quantize that"
