@@ -7,6 +7,7 @@ and files never depend on it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward
+from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
+from quantempo.engines.by_shape import ByShape
 from quantempo.engines.calls import check_call, check_network, keep_nan, one_row, tensors_of
 from quantempo.engines.watch import Watch
 from quantempo.errors import QuantempoError
@@ -38,10 +40,12 @@ class Engine:
     """What every engine offers.
 
     devices: torch device types it runs on; the fastest engine of a device is registered first.
+    few: rows up to which it is faster than that one all the same.
     """
 
     name: str
     devices: tuple[str, ...]
+    few = 0
 
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
@@ -82,7 +86,7 @@ def choose(device: str) -> Engine:
         if reason is None:
             found.append((name, engine, engine.handicap()))
         else:
-            log.warning("engine %s is not used: %s", name, reason)
+            _warn_once(f"engine {name} is not used: {reason}")
     if not found:
         raise QuantempoError(f"no engine can run on device '{device}'")
     # Sorting is stable: registration order decides among equals.
@@ -92,13 +96,19 @@ def choose(device: str) -> Engine:
     return chosen[1]
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
+
+
 def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     """Attach an engine to a quantized denoiser and return its name.
 
     It is attached again when a call finds the network changed: moved, loaded, other processors.
 
     Args:
-        engine: a registered name, or "auto" for the fastest that is installed for its device.
+        engine: a registered name, or "auto" for the fastest that is installed for its device,
+            chosen at the first call of each shape where that depends on it (`ByShape`).
 
     Raises:
         QuantempoError: not quantized, unknown engine, or the engine cannot run here.
@@ -118,11 +128,29 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     root = put_forward(denoiser, _Denoiser)
     root.release()
     chosen.attach(denoiser)
+    rival = _rival(denoiser, chosen, device) if engine == "auto" else chosen
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
-    root.watch = Watch(denoiser, (*chosen.watched(denoiser), *convolutions))
+    watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
+    root.watch = Watch(denoiser, watched)
     root.name, root.asked = chosen.name, engine
     log.debug("engine: %s", chosen.name)
     return chosen.name
+
+
+def _rival(denoiser: nn.Module, chosen: Engine, device: str) -> Engine:
+    """Return an engine that is faster for few rows and now shares the calls, or the chosen one."""
+    for rival in map(ENGINES.get, ENGINES.names()):
+        able = rival.few and rival is not chosen and device in rival.devices
+        if able and rival.missing() is None:
+            try:
+                rival.attach(denoiser)
+            except QuantempoError as error:
+                log.info("all calls run on %s: %s", chosen.name, error)
+                continue
+            run = own_forward(denoiser).active
+            set_forward(denoiser, ByShape(denoiser, chosen.name, rival.name, run, rival.few))
+            return rival
+    return chosen
 
 
 def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: Any) -> Any:
@@ -149,8 +177,9 @@ def _device(denoiser: nn.Module) -> str:
 
 
 def attached(denoiser: nn.Module) -> str | None:
-    """Return the name of the attached engine, or None."""
-    return getattr(own_forward(denoiser), "name", None)
+    """Return the name of the attached engine, of two that of the one that ran last; or None."""
+    root = own_forward(denoiser)
+    return getattr(root, "last", None) or getattr(root, "name", None)
 
 
 def detach(denoiser: nn.Module) -> None:
@@ -179,7 +208,7 @@ class _Denoiser(Forward):
     def release(self) -> None:
         if self.name is not None:
             ENGINES.get(self.name).detach(self.module)
-            self.name = None
+            self.name = self.active = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ Compiled for the shapes at hand, at the first call with them; nothing is calibra
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -75,6 +76,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
     devices: tuple[str, ...] = ("cpu",)
+    few = 2
 
     def __init__(self, precision: str = "float32", attention: str = "auto") -> None:
         for value, known in ((precision, _PRECISIONS), (attention, (*_PRECISIONS, "auto"))):
@@ -270,6 +272,9 @@ def _compile(
         answer[:] = [made]
         return found
 
+    # A copy has the same tensors, and nothing that another engine has set on its blocks.
+    state = [*denoiser.parameters(), *denoiser.buffers()]
+    denoiser = copy.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
     log.info("compiling the denoiser for inputs %s", [tuple(value.shape) for value in values[1:]])
     try:
         graph, calls = build_graph(denoiser, run, values, inner)
