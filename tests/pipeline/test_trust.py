@@ -17,7 +17,7 @@ from torch import nn
 
 from quantempo import run_folder
 from quantempo.errors import QuantempoError
-from quantempo.pipeline import quality
+from quantempo.pipeline import quality, samples
 from quantempo.pipeline import stages as pipeline
 from quantempo.report import render
 from quantempo.run_folder import RunFolder
@@ -123,6 +123,16 @@ def test_damaged_pictures_are_made_again(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "3.png", tmp_path / "2.png")
     again = quality.sample(pipe, tmp_path, range(4), **how)
     assert np.array_equal(again, wanted)
+
+
+def test_a_damaged_film_counts_as_none(tmp_path: Path) -> None:
+    film = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    samples._write(RunFolder(tmp_path), 5, film, None)
+    assert np.array_equal(samples._read(tmp_path / "5.npy"), film)
+    raw = bytearray((tmp_path / "5.npy").read_bytes())
+    raw[-100] ^= 1
+    (tmp_path / "5.npy").write_bytes(raw)
+    assert samples._read(tmp_path / "5.npy") is None
 
 
 def test_a_read_only_run_is_evaluated_and_stays_as_it_is(
