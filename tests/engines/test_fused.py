@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quantempo.engines import ENGINES, attach, detach, layerwise
-from quantempo.engines.fusion import FusedUpBlock, fuse, unfuse
+from quantempo.engines.fusion import FusedBlock, FusedUpBlock, fuse, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.engines.onednn.blocks import BLOCKS, FloatTimeShifts
 from quantempo.engines.onednn.folded_layer import FoldedLayer
@@ -45,6 +45,14 @@ def test_an_odd_attention_in_a_fused_up_block_is_run_by_its_layers(network):
     assert execution(network)[name] == "onednn"
     assert network.conv_in.forward.dtype == torch.float32
     assert relative(network(x, t).sample, tiny_unet()(x, t).sample) <= 0.03
+
+
+@torch.no_grad()
+def test_a_block_takes_its_input_by_the_name_of_its_class(network):
+    x, temb = noise(2, 16, 16, 16), noise(2, 64)
+    block = network.down_blocks[0].resnets[0]
+    assert isinstance(block.forward, FusedBlock)
+    assert torch.equal(block(input_tensor=x, temb=temb), block(x, temb))
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ better, and narrow networks have smaller shares of integers than real ones: FLUX
 its tiny kin here has 90 %. An SQNR of 60 dB says that the residual branches of that network are
 small.
 
-`integers`: share of the multiplications of convolutions and linear layers. `SQNR`: of the worst
-call, `simulated` / the default engine of this machine ({engine}). `kept in float`: how many layers
-and why; products of attention always are. "measured": for its error, large for its work.
+In brackets: the networks that are packed. `integers`: share of the multiplications of convolutions
+and linear layers. `SQNR`: of the worst call, `simulated` / the default engine of this machine
+({engine}). `kept in float`: how many layers and why; products of attention always are. "measured":
+for its error, large for its work.
 
 | family | pipeline | result | integers | SQNR, dB | kept in float |
 |---|---|---|---|---|---|
@@ -33,7 +34,8 @@ and why; products of attention always are. "measured": for its error, large for 
 
 def line(row: dict[str, Any]) -> dict[str, str]:
     """Return the cells of a family."""
-    cells = {"family": row["family"], "pipeline": row.get("pipeline", "")}
+    packed = f" ({', '.join(row['packed'])})" if "packed" in row else ""
+    cells = {"family": row["family"], "pipeline": row.get("pipeline", "") + packed}
     if "error" in row:
         said = re.sub(r"'?/[^ ]*/(\w+)'?", r"\1", row["error"].split(": ", 1)[-1])
         how = "refused" if row["clear"] else f"fails at {row['stage']}"

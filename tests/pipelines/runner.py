@@ -78,7 +78,7 @@ def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...])
     row["stage"] = "inspect"
     describe(packed)
     row["stage"] = "reload"
-    row["sqnr_db"] = fresh().submit(reload, source, packed, folder, call, engines).result()
+    row |= fresh().submit(reload, source, packed, folder, call, engines).result()
 
 
 def _quantize(source: Path, out: Path, call: dict[str, Any]) -> Path:
@@ -114,8 +114,8 @@ def _quiet() -> None:
 
 def reload(
     source: Path, packed: Path, folder: Path, call: dict[str, Any], engines: tuple[str, ...]
-) -> dict[str, float]:
-    """Sample from both pipelines; return the worst SQNR of a denoiser call for each engine."""
+) -> dict[str, Any]:
+    """Sample from both; return the worst SQNR of a denoiser call by engine, and what is packed."""
     whole, integer = quantempo.open_model(source), quantempo.open_model(packed)
     parts = {
         name: part
@@ -143,7 +143,7 @@ def reload(
                 _sqnr_db(want, parts[name](*_copied(args), **_copied(kwargs)))
                 for name, args, kwargs, want in calls
             )
-    return found
+    return {"sqnr_db": found, "packed": sorted(parts)}
 
 
 def _keep(name: str, calls: list[Any]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ of parts it has a fused forward for (`Blocks.build`). All reasons are kept: see 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -177,12 +178,16 @@ class FusedBlock:
         """Return the forward of a block, or why there is none."""
         return cls(parts)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; the arguments are those of its class."""
-        given = self.parts.given(*args, **kwargs)
-        if given is None or not self.takes(hidden_states, *given):
-            return self.unfused(hidden_states, *args, **kwargs)
-        return self.run(hidden_states, *given)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block; the arguments are those of its class, x by its place or its name there."""
+        if not args:
+            names = list(inspect.signature(type(self.parts.module).forward).parameters)
+            args = (kwargs.pop(names[1]),)
+        x, *rest = args
+        given = self.parts.given(*rest, **kwargs)
+        if given is None or not self.takes(x, *given):
+            return self.unfused(x, *rest, **kwargs)
+        return self.run(x, *given)
 
     def unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the class."""
