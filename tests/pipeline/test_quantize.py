@@ -207,9 +207,10 @@ def test_the_table_names_what_runs_each_layer_on_the_device() -> None:
 def test_the_core_and_the_stages_run_on_a_device(rounding: str, tmp_path: Path) -> None:
     chosen = SMALL.override("rounding", name=rounding, iterations=2)
     found, data = tiny_unet().cuda(), random_set()
-    there = MemorySet(data.x_t.cuda(), data.timesteps.cuda())
-    copy = quantize(found, there, chosen).install(found, copy=True)
+    rows = data.rows(torch.arange(len(data)))
+    x, t = rows.x_t.cuda(), rows.t.cuda()
+    copy = quantize(found, MemorySet(x, t), chosen).install(found, copy=True)
     attach(copy, "simulated")
-    assert copy(data.x_t.cuda(), data.timesteps.cuda()).sample.isfinite().all()
+    assert copy(x, t).sample.isfinite().all()
     stages.quantize(saved("unconditional"), tmp_path / "run", chosen, device="cuda")
     assert describe(tmp_path / "run/packed")
