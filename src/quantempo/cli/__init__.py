@@ -1,4 +1,4 @@
-"""The command line: one file a verb; parse, call one library function, print."""
+"""The command line: parse, call one library function, print."""
 
 from quantempo.cli.app import app, main
 

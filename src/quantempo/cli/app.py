@@ -12,18 +12,7 @@ from pathlib import Path
 import typer
 
 from quantempo import __version__
-from quantempo.cli import (
-    bench,
-    demo,
-    evaluate,
-    inspect,
-    quantize,
-    report,
-    sample,
-    sensitivity,
-    stages,
-    status,
-)
+from quantempo.cli import bench, samples, sensitivity, stages, status
 from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["app", "cpu_quota", "main"]
@@ -38,18 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _verb in (
-    quantize.quantize,
-    *stages.STAGES,
-    sample.sample,
-    evaluate.evaluate,
-    report.report,
-    inspect.inspect,
-    status.status,
-    status.engines,
-    sensitivity.sensitivity,
-    bench.bench,
-    demo.demo,
-):
+    stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
+    status.inspect, status.status, status.engines, sensitivity.sensitivity, bench.bench,
+    stages.demo,
+):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]
     app.command(_verb.__name__, help="\n\n".join(_text))(_verb)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,32 +15,15 @@ import typer
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "MOST",
-    "BatchSize",
-    "Data",
-    "Device",
-    "EngineName",
-    "Force",
-    "Json",
-    "RecipeName",
-    "Run",
-    "Scheduler",
-    "Source",
-    "Steps",
-    "call_arguments",
-    "next_command",
-    "show",
-    "show_summary",
-    "with_call",
-    "with_loading",
+    *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Run", "Scheduler"),
+    *("call_arguments", "columns", "next_command", "show", "show_summary", "with_call"),
+    *("with_loading", "with_model"),
 ]
 
 # Of images, steps and the like; beyond it a list of them alone fills the memory.
 MOST = 1_000_000
 
-Source = Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")]
 Run = Annotated[Path, typer.Option("--run", help="Run folder, one artefact a stage.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
 Scheduler = Annotated[
     str | None, typer.Option("--scheduler", help="Sampler instead of the pipeline's own.")
 ]
@@ -48,12 +31,6 @@ EngineName = Annotated[
     str, typer.Option("--engine", help="auto, openvino, onednn, triton (GPU) or simulated.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
-Data = Annotated[
-    str | None, typer.Option("--data", help="Image folder, for recipes with source raw or mimic.")
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
-]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -86,26 +63,30 @@ _LOADING = {
 
 
 def _with(
-    parameter: str, options: dict[str, Any], collect: Callable[..., dict[str, Any]]
+    parameter: str, options: Mapping[str, inspect.Parameter], collect: Callable[..., dict[str, Any]]
 ) -> Callable[[Any], Any]:
     """Return a decorator that gives a verb options; it receives what was given as one argument."""
 
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+    def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(verb, eval_str=True)
 
         @functools.wraps(verb)
-        def command(**given: Any) -> None:
-            verb(**{parameter: collect(**{name: given.pop(name) for name in options})}, **given)
+        def command(**given: Any) -> Any:
+            collected = collect(**{name: given.pop(name) for name in options})
+            return verb(**{parameter: collected}, **given)
 
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters = [p for name, p in own.parameters.items() if name != parameter] + [
-            inspect.Parameter(name, kind, default=None, annotation=hint)
-            for name, hint in options.items()
-        ]
+        every = [*options.values(), *(p for name, p in own.parameters.items() if name != parameter)]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in every]
         command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
+
+
+def _parameters(options: dict[str, Any]) -> dict[str, inspect.Parameter]:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    hints = options.items()
+    return {k: inspect.Parameter(k, kind, default=None, annotation=hint) for k, hint in hints}
 
 
 def call_arguments(
@@ -139,8 +120,43 @@ def call_arguments(
     return call
 
 
-with_call = _with("call", _CALL, call_arguments)
-with_loading = _with("loading", _LOADING, lambda **given: {k: v for k, v in given.items() if v})
+with_call = _with("call", _parameters(_CALL), call_arguments)
+with_loading = _with(
+    "loading", _parameters(_LOADING), lambda **given: {k: v for k, v in given.items() if v}
+)
+
+
+@with_call
+@with_loading
+def _model_arguments(
+    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    run: Run,
+    recipe: Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")] = "w8a8",
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Image folder, for recipes with source raw or mimic."),
+    ] = None,
+    scheduler: Scheduler = None,
+    device: Device = "cpu",
+    force: Force = False,
+    *,
+    call: dict[str, Any],
+    loading: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of `pipeline.stages.load`."""
+    from quantempo.recipe import Recipe
+
+    resolved = Recipe.load(recipe).override("trace", steps=steps)
+    return {
+        "source": source, "run": run, "recipe": resolved, "data": data, "scheduler": scheduler,
+        "device": device, "force": force, "call": call, **loading,
+    }  # fmt: skip
+
+
+with_model = _with("model", inspect.signature(_model_arguments).parameters, _model_arguments)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:
@@ -155,6 +171,12 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         elif isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         typer.echo(f"{key:<{width}}  {value}")
+
+
+def columns(lines: dict[str, str]) -> None:
+    """Print a name and its text a line."""
+    for name, text in lines.items():
+        typer.echo(f"{name:<10} {text}")
 
 
 def next_command(run: Path, source: str, done: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -190,7 +212,5 @@ def show_summary(values: dict[str, Any], where: Path, following: str) -> None:
         )
     if "total_seconds" in values:
         lines["time"] = f"{values['total_seconds']:.0f} s"
-    lines |= {"result": str(where), "next": following}
     typer.echo("\n" + "; ".join(words) + "\n")
-    for name, text in lines.items():
-        typer.echo(f"{name:<10} {text}")
+    columns(lines | {"result": str(where), "next": following})

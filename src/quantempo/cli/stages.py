@@ -1,15 +1,16 @@
-"""quantempo trace, calibrate, search, round, pack: the stages one by one."""
+"""The verbs that make a run folder: quantempo quantize and demo, or its stages one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quantempo.cli import common as use
 
-__all__ = ["STAGES", "trace"]
+__all__ = ["STAGES", "demo", "quantize", "trace"]
 
 Changed = Annotated[str | None, typer.Option("--recipe", help="Another recipe from this stage on.")]
 
@@ -21,36 +22,79 @@ _HELP = {
 }
 
 
-@use.with_call
-@use.with_loading
-def trace(
-    source: use.Source,
-    run: use.Run,
-    recipe: use.RecipeName = "w8a8",
-    steps: use.Steps = None,
-    scheduler: use.Scheduler = None,
-    data: use.Data = None,
-    device: use.Device = "cpu",
-    force: use.Force = False,
+@use.with_model
+def quantize(
+    budget_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Choose bits a layer: bytes of integer weights at most."),
+    ] = None,
+    budget_bops: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
+        ),
+    ] = None,
     as_json: use.Json = False,
     *,
-    call: dict[str, Any],
-    loading: dict[str, Any],
+    model: dict[str, Any],
 ) -> None:
+    """Quantize a diffusers pipeline: load, trace, calibrate, search, round, pack.
+
+    A killed run resumes. The result is the diffusers folder RUN/packed. With a budget the bits
+    of every integer layer are chosen by what they cost in the image (see quantempo sensitivity).
+    Bytes count codes and one scale a channel; bit operations are of one image and step.
+
+    Example: quantempo quantize models/ddpm-cifar10 --run runs/cifar
+    """
+    from quantempo import mixed_precision as sensitivity
+    from quantempo.pipeline import quality
+    from quantempo.pipeline import stages as pipeline
+
+    budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
+    if limited := any(budgets.values()):
+        model["recipe"] = sensitivity.recall(model["run"], model["recipe"], **budgets)
+    session = pipeline.load(**model)
+    if limited:
+        sensitivity.choose_bits(session, **budgets)
+    packed = pipeline.finish(session)
+    summary = quality.summary(session)
+    if not as_json:
+        following = use.next_command(model["run"], model["source"], session.seconds(), {})
+        use.show_summary(summary, packed, following)
+        return
+    summary["float_layers"] = len(summary["float_layers"])
+    use.show({"packed": str(packed), **summary}, as_json)
+
+
+def demo(
+    run: Annotated[Path, typer.Option("--run", help="Run folder.")] = Path("runs/demo"),
+    images: Annotated[int, typer.Option(min=2, max=use.MOST, help="Pairs of images.")] = 64,
+    force: use.Force = False,
+    as_json: use.Json = False,
+) -> None:
+    """Do the whole main line on the bundled CIFAR-10 model; no network, a few minutes.
+
+    Example: quantempo demo
+    """
+    from quantempo.cli.run_demo import run_demo
+
+    metrics = run_demo(run, images=images, force=force)
+    if as_json:
+        use.show(metrics, as_json)
+    else:
+        use.show_summary(metrics, run / "report.html", f"quantempo inspect {run}")
+
+
+@use.with_model
+def trace(as_json: use.Json = False, *, model: dict[str, Any]) -> None:
     """Record what the denoiser receives while the float pipeline samples.
 
     Example: quantempo trace models/ddpm-cifar10 --run runs/cifar
     """
     from quantempo.pipeline import stages as pipeline
-    from quantempo.recipe import Recipe
 
-    resolved = Recipe.load(recipe).override("trace", steps=steps)
-    session = pipeline.load(
-        source, run, resolved, call=call, scheduler=scheduler, force=force, device=device,
-        data=data, **loading,
-    )  # fmt: skip
-    rows = len(pipeline.trace(session))
-    use.show({"trace": str(run / "trace"), "rows": rows}, as_json)
+    rows = len(pipeline.trace(pipeline.load(**model)))
+    use.show({"trace": str(model["run"] / "trace"), "rows": rows}, as_json)
 
 
 def _command(verb: str, text: str) -> Callable[..., None]:

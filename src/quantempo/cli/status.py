@@ -1,4 +1,4 @@
-"""quantempo status, engines: what a run folder holds, what can run models here."""
+"""The verbs that look: quantempo status, report, inspect, and engines, what can run models here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from quantempo.cli.common import Json, next_command
+from quantempo.cli.common import Json, Run, columns, next_command, show
 
-__all__ = ["engines", "status"]
+__all__ = ["engines", "inspect", "report", "status"]
 
 
 def status(
@@ -20,8 +20,6 @@ def status(
 
     Example: quantempo status runs/cifar
     """
-    import json
-
     from quantempo.pipeline.cache import ARTEFACTS
     from quantempo.run_folder import RunFolder
 
@@ -37,15 +35,13 @@ def status(
     if as_json:
         quality = metrics.get("psnr_db_mean")
         values: dict[str, Any] = {**about, "stages": done, "psnr_db_mean": quality}
-        typer.echo(json.dumps(values | {"next": following}))
+        show(values | {"next": following}, as_json)
         return
-    for name, text in about.items():
-        typer.echo(f"{name:<10} {text}")
     for name, seconds in done.items():
-        typer.echo(f"{name:<10} {'not done' if seconds is None else f'{seconds:.1f} s'}")
+        about[name] = "not done" if seconds is None else f"{seconds:.1f} s"
     if "psnr_db_mean" in metrics:
-        typer.echo(f"{'quality':<10} {metrics['psnr_db_mean']:.1f} dB PSNR to the float images")
-    typer.echo(f"{'next':<10} {following}")
+        about["quality"] = f"{metrics['psnr_db_mean']:.1f} dB PSNR to the float images"
+    columns(about | {"next": following})
 
 
 def engines(as_json: Json = False) -> None:
@@ -53,8 +49,6 @@ def engines(as_json: Json = False) -> None:
 
     Example: quantempo engines
     """
-    import json
-
     from quantempo.engines import ENGINES
 
     rows: list[dict[str, Any]] = []
@@ -67,9 +61,56 @@ def engines(as_json: Json = False) -> None:
             "reason": missing or slower,
         })  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"engines": rows}))
+        show({"engines": rows}, as_json)
         return
     for row in rows:
         says = "works" if row["works"] else "does not work here"
         reason = f": {row['reason']}" if row["reason"] else ""
         typer.echo(f"{row['engine']:<10} {', '.join(row['devices']):<10} {says}{reason}")
+
+
+def report(run: Run, as_json: Json = False) -> None:
+    """Write RUN/report.html, one self-contained page, from the files of the run folder.
+
+    Example: quantempo report --run runs/cifar
+    """
+    from quantempo.report import render
+
+    show({"report": str(render(run))}, as_json)
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Packed diffusers folder, or a run folder.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="Torch device; the GPU if there is one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the layers of a packed model: bits, scales over time, what runs them here, reasons.
+
+    Example: quantempo inspect runs/cifar/packed
+    """
+    from quantempo.pipeline.layer_table import describe
+    from quantempo.report.bits import bits_cell
+
+    rows, unfused = describe(model / "packed" if (model / "packed").is_dir() else model, device)
+    if as_json:
+        show({"layers": rows, "unfused": unfused}, as_json)
+        return
+    width = max(len(row["name"]) for row in rows)
+    typer.echo(
+        f"{'layer':<{width}}  {'role':<9} {'weight':<18} bits    scale over time (buckets)"
+        "             backend"
+    )
+    for row in rows:
+        shape = "x".join(str(n) for n in row["weight_shape"])
+        scales = "-"
+        if row["scale_min"] is not None:
+            scales = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g} ({row['buckets']})"
+        backend = f"{row['backend']}: {row['reason']}" if row["reason"] else row["backend"]
+        bits = bits_cell(row).replace(" / ", "/")
+        typer.echo(
+            f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<7} {scales:<37} {backend}"
+        )
+    for name, reason in unfused.items():
+        typer.echo(f"not fused: {name}: {reason}")
