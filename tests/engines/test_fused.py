@@ -51,7 +51,7 @@ def test_an_odd_attention_in_a_fused_up_block_is_run_by_its_layers(network):
 def test_a_block_takes_its_input_by_the_name_of_its_class(network):
     x, temb = noise(2, 16, 16, 16), noise(2, 64)
     block = network.down_blocks[0].resnets[0]
-    assert isinstance(block.forward, FusedBlock)
+    assert isinstance(block.forward.active, FusedBlock)
     assert torch.equal(block(input_tensor=x, temb=temb), block(x, temb))
 
 
