@@ -32,16 +32,9 @@ from torch import Tensor
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "RunFolder",
-    "atomic_path",
-    "canonical",
-    "file_sha256",
-    "hash_of",
-    "private_folder",
-    "read_tensors",
-    "reading",
-    "tensors_sha256",
-]
+    "RunFolder", "atomic_path", "canonical", "file_sha256", "hash_of", "private_folder",
+    "read_tensors", "reading", "tensors_sha256",
+]  # fmt: skip
 
 log = logging.getLogger("quantempo")
 

@@ -47,11 +47,14 @@ def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
         vector = value.ndim < 2 or (value.ndim == 2 and len(value) == rows)
         return value if vector else other(value)
 
+    def equal(batch: TraceBatch) -> set[str]:
+        seen = _inputs(denoiser, data, batch)[0]
+        return {name for name in base if name in seen and base[name].marks == seen[name].marks}
+
     moved = batch._replace(x_t=pytree.tree_map_only(Tensor, other, batch.x_t))
     sequences = pytree.tree_map_only(Tensor, other_sequence, batch.cond)
     base, output = _inputs(denoiser, data, batch)
-    still = _equal(base, _inputs(denoiser, data, moved)[0])
-    calm = _equal(base, _inputs(denoiser, data, moved._replace(cond=sequences))[0])
+    still, calm = equal(moved), equal(moved._replace(cond=sequences))
     roles = {
         name: "time" if name in still and (name in calm or seen.few) and seen.alive else ""
         for name, seen in base.items()
@@ -60,9 +63,12 @@ def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
     for name in moving:
         if base[name].marks[0] == base[moving[0]].marks[0]:
             roles[name] = "input"
-    later = sorted(moving[1:], key=lambda name: base[name].last)
-    last = _last(denoiser, data, batch, later, output)
-    return roles | ({} if last is None else {last: "output"})
+    for name in sorted(moving[1:], key=lambda name: base[name].last, reverse=True):
+        layer = denoiser.get_submodule(name)
+        with layer.register_forward_hook(lambda *seen: 2 * seen[2] + 1):
+            if not torch.equal(data.replay(denoiser, batch), output):
+                return roles | {name: "output"}
+    return roles
 
 
 class _Seen:
@@ -96,22 +102,3 @@ def _inputs(
     layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, LAYERS)}
     with hooked(layers, see, before=True):
         return seen, data.replay(denoiser, batch)
-
-
-def _equal(one: dict[str, _Seen], two: dict[str, _Seen]) -> set[str]:
-    return {name for name in one if name in two and one[name].marks == two[name].marks}
-
-
-def _last(
-    denoiser: nn.Module, data: CalibrationData, batch: TraceBatch, names: list[str], output: Tensor
-) -> str | None:
-    """Return the last of some layers without which the network's output would be another."""
-    for name in reversed(names):
-        change = denoiser.get_submodule(name).register_forward_hook(lambda *seen: 2 * seen[2] + 1)
-        try:
-            changed = data.replay(denoiser, batch)
-        finally:
-            change.remove()
-        if not torch.equal(changed, output):
-            return name
-    return None

@@ -40,13 +40,8 @@ from quantempo.recipe import Recipe
 from quantempo.run_folder import canonical, reading
 
 __all__ = [
-    "FORMAT_VERSION",
-    "QuantempoConfig",
-    "QuantempoQuantizer",
-    "mark_quantized",
-    "register",
-    "seal",
-]
+    "FORMAT_VERSION", "QuantempoConfig", "QuantempoQuantizer", "mark_quantized", "register", "seal",
+]  # fmt: skip
 
 log = logging.getLogger("quantempo")
 

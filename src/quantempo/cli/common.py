@@ -135,6 +135,9 @@ def _model_arguments(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="One network, of a pipeline with several.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Image folder, for recipes with source raw or mimic."),
@@ -151,7 +154,8 @@ def _model_arguments(
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
     return {
-        "source": source, "run": run, "recipe": resolved, "data": data, "scheduler": scheduler,
+        "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
+        "scheduler": scheduler,
         "device": device, "force": force, "call": call, **loading,
     }  # fmt: skip
 

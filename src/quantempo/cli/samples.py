@@ -44,18 +44,18 @@ def sample(
 
     Example: quantempo sample runs/cifar/packed --out images --images 16
     """
-    from quantempo.engines.select import attached
-    from quantempo.models.layers import denoiser_of
+    from quantempo.models.layers import denoisers_of
     from quantempo.models.load import model_digest
     from quantempo.pipeline import quality
+    from quantempo.pipeline.samples import engine_of
 
     pipe = quality.open_model(model, engine=engine, scheduler=scheduler, device=device, **loading)
-    denoiser = denoiser_of(pipe)[1]
+    networks = denoisers_of(pipe).values()
     quality.sample(
         pipe, out, range(seed, seed + images), steps=steps, batch_size=batch_size, call=call,
-        identity=model_digest(denoiser), force=force,
+        identity=" ".join(map(model_digest, networks)), force=force,
     )  # fmt: skip
-    made = {"images": images, "folder": str(out), "engine": attached(denoiser) or "float"}
+    made = {"images": images, "folder": str(out), "engine": engine_of(pipe)}
     use.show(made, as_json)
 
 

@@ -119,7 +119,7 @@ def _measure(
             name = row["name"]
             layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, unit)
             for option in todo:
-                with denoising_with(session.pipe, layer.at(*bits[option])):
+                with denoising_with(session.pipe, layer.at(*bits[option]), session.component):
                     loss = float((rollout() - target).square().mean())
                 if not math.isfinite(loss):
                     raise QuantempoError(

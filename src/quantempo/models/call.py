@@ -110,9 +110,11 @@ def call_pipeline(
     form = "latent" if output_type == "latent" and _LATENT.search(_source(pipe)) else "np"
     # The stock pixel pipelines hand bfloat16 to numpy, which does not know it.
     form = "pt" if type(pipe).__name__ in PIXEL_PIPELINES else form
+    # Some know arrays alone (DanceDiffusion).
+    arguments |= {"output_type": form} if "output_type" in known else {}
     noise = generators(seeds)
     with _quiet(pipe), scheduler_noise(pipe.scheduler, noise), _explained(pipe, known, call):
-        output = pipe(generator=noise, num_inference_steps=steps, output_type=form, **arguments)
+        output = pipe(generator=noise, num_inference_steps=steps, **arguments)
     name = next(iter(output)) if isinstance(output, Mapping) else "images"
     made = _array(output[name] if isinstance(output, Mapping) else output[0])
     made = np.moveaxis(made, -3, -1) if form == "pt" else made
@@ -208,7 +210,7 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping
             f"{name} does not run {scheduler} correctly; set the scheduler with "
             "quantempo.models.sampling.swap_scheduler, which gives a pipeline that does"
         )
-    for key in ("generator", "num_inference_steps", "output_type"):
+    for key in ("generator", "num_inference_steps"):
         if key not in known:
             raise QuantempoError(f"{name} takes no '{key}', so it cannot be run from seeds here")
     given = {key for key, value in call.items() if value is not None}

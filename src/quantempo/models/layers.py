@@ -20,8 +20,8 @@ from quantempo.errors import QuantempoError
 
 __all__ = [
     "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
-    "check_roles", "denoiser_of", "hooked", "is_unit", "sites", "skip_segments", "timestep_of",
-    "timestep_place",
+    "check_roles", "denoiser_of", "denoisers_of", "hooked", "input_of", "is_unit", "sites",
+    "skip_segments", "timestep_of", "timestep_place",
 ]  # fmt: skip
 
 LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -36,7 +36,8 @@ ROLES = {
     "linear": "other linear layer",
 }
 
-_DENOISERS = ("unet", "transformer", "prior")
+# In the order in which one of them is the first.
+_DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2", "prior_prior")
 _INPUT = {"conv_in", "pos_embed.proj", "x_embedder", "img_in", "proj_in"}
 _OUTPUT = {"conv_out", "proj_out", "proj_out_2", "final_layer.linear"}
 # Anywhere in the dotted name.
@@ -99,14 +100,23 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     Raises:
         QuantempoError: the pipeline has none of the known components.
     """
-    for name in _DENOISERS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise QuantempoError(
-        f"{type(pipe).__name__} has no denoiser; expected a component called one of: "
-        f"{', '.join(_DENOISERS)}"
-    )
+    return next(iter(denoisers_of(pipe).items()))
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return all networks a pipeline denoises with (two experts, a prior), the first one first.
+
+    Raises:
+        QuantempoError: the pipeline has none of the known components.
+    """
+    parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    if not found:
+        raise QuantempoError(
+            f"{type(pipe).__name__} has no denoiser; expected a component called one of: "
+            f"{', '.join(_DENOISERS)}"
+        )
+    return found
 
 
 def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> list[Site]:

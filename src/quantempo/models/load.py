@@ -16,16 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import denoiser_of
+from quantempo.models.layers import denoisers_of
 
 __all__ = [
-    "check_device",
-    "check_finite",
-    "check_pipeline",
-    "configs_of",
-    "load_pipeline",
-    "model_digest",
-]
+    "check_device", "check_finite", "check_pipeline", "configs_of", "load_pipeline", "model_digest",
+]  # fmt: skip
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
 _BROKEN = (OSError, SafetensorError, ValueError, RuntimeError, ImportError, EOFError)
@@ -87,7 +82,8 @@ def load_pipeline(
         hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
     if folder.exists():
-        _check_complete(folder, variant, pipe)
+        for component, denoiser in denoisers_of(pipe).items():
+            _check_complete(folder, variant, component, denoiser)
     if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
         # It works in tiles only, which no folder says.
         pipe.vae.enable_tiling()
@@ -108,8 +104,8 @@ def check_pipeline(pipe: Any) -> Any:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _refuse_lora(f"the {name} of this {type(pipe).__name__}", dict(part.named_parameters()))
-    name, denoiser = denoiser_of(pipe)
-    for p in denoiser.parameters():
+    networks = denoisers_of(pipe).items()
+    for name, p in ((name, p) for name, network in networks for p in network.parameters()):
         if p.is_meta:
             raise QuantempoError(f"the {name} is offloaded; call pipe.remove_all_hooks() first")
         if p.is_floating_point() and p.dtype != torch.float32:
@@ -133,12 +129,11 @@ def _is_ours(error: Exception) -> bool:
     return any(name.startswith("quantempo.") and name != __name__ for name in names)
 
 
-def _check_complete(folder: Path, variant: str | None, pipe: Any) -> None:
+def _check_complete(folder: Path, variant: str | None, component: str, denoiser: nn.Module) -> None:
     """Refuse a denoiser with tensors that no file holds: diffusers fills them with random numbers.
 
     Counted, not compared by name, since diffusers renames tensors of old checkpoints.
     """
-    component, denoiser = denoiser_of(pipe)
     files = _weights(folder / component)
     names = {name for file in files.get(variant) or files.get(None, []) for name in _names(file)}
     state = denoiser.state_dict()

@@ -19,20 +19,13 @@ from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
-from quantempo.models.layers import denoiser_of
 from quantempo.registry import nearest
 from quantempo.run_folder import canonical
 
 __all__ = [
-    "SCHEDULERS",
-    "call_pipeline",
-    "check_arguments",
-    "denoising_with",
-    "run_pipeline",
-    "schedule_times",
-    "scheduler_settings",
-    "swap_scheduler",
-]
+    "SCHEDULERS", "call_pipeline", "check_arguments", "denoising_with", "run_pipeline",
+    "schedule_times", "scheduler_settings", "swap_scheduler",
+]  # fmt: skip
 
 # Name in a recipe or on the command line -> (diffusers class, settings that make the name true).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,9 +108,9 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
 
 
 @contextmanager
-def denoising_with(pipe: Any, denoiser: nn.Module) -> Iterator[None]:
-    """Let a pipeline call another denoiser for a while."""
-    name, before = denoiser_of(pipe)
+def denoising_with(pipe: Any, denoiser: nn.Module, name: str) -> Iterator[None]:
+    """Let a pipeline call another network of a name for a while."""
+    before = getattr(pipe, name)
     setattr(pipe, name, denoiser)
     try:
         yield

@@ -129,7 +129,7 @@ class Cache:
                     return
                 if not self.force:
                     raise QuantempoError(_OTHER.format(path=self.run / artefact))
-            self._check_before(name)
+            self.check_before(name)
             # Not after it: killed on the way, the new artefact would pass for the old one.
             self._undo(name)
             start = time.perf_counter()
@@ -146,7 +146,7 @@ class Cache:
             manifest = self.run.read_json("manifest.json")
             self.run.write_json("manifest.json", manifest | {"stages": stages})
 
-    def _check_before(self, name: str) -> None:
+    def check_before(self, name: str) -> None:
         """Refuse to build a stage on one that is not done, or was done with other settings."""
         done = self.done()
         for stage, artefact in ARTEFACTS.items():

@@ -17,7 +17,7 @@ from quantempo.engines.layerwise import execution
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models.layers import Site, denoiser_of, hooked, input_of, sites
+from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import Float16Linear, LayerPlan, QLayer, find_clock, quantized_layers
@@ -149,9 +149,21 @@ def describe(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    denoiser = denoiser_of(load_pipeline(packed))[1].to(device)
-    if find_clock(denoiser) is None:
+    found = denoisers_of(load_pipeline(packed)).items()
+    parts = [(name, part.to(device)) for name, part in found if find_clock(part) is not None]
+    if not parts:
         raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
+    rows: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
+    for number, (name, part) in enumerate(parts):
+        start = f"{name}." if number else ""
+        more, unfused = _described(part)
+        rows += [row | {"name": start + row["name"]} for row in more]
+        reasons |= {start + block: reason for block, reason in unfused.items()}
+    return rows, reasons
+
+
+def _described(denoiser: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
     config = denoiser.hf_quantizer.quantization_config
     settings = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
     with torch.device("meta"):

@@ -14,13 +14,11 @@ import torch
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
-from quantempo.engines.select import attached
 from quantempo.evaluation.fidelity import eps_sqnr
 from quantempo.evaluation.outputs import evaluate_outputs
-from quantempo.models.layers import denoiser_of
 from quantempo.pipeline.arguments import merged
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
-from quantempo.pipeline.samples import open_model, sample
+from quantempo.pipeline.samples import engine_of, open_model, sample
 from quantempo.pipeline.session import Session
 from quantempo.run_folder import RunFolder, reading
 
@@ -76,10 +74,8 @@ def evaluate(
     if inception is not None:
         more = evaluate_outputs(*pairs, reference=data, extractor="inception", weights=inception)
         metrics = more | metrics | {"scores": metrics.get("scores", []) + more.get("scores", [])}
-    networks = denoiser_of(pipe)[1], denoiser_of(packed)[1]
-    edges = run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
-    metrics["eps_sqnr_db"] = eps_sqnr(*networks, _calls(session), bins=edges)
-    about: dict[str, Any] = {"engine": attached(networks[1]), "steps": steps, "seeds": seeds}
+    metrics |= _by_time(session, pipe, packed)
+    about: dict[str, Any] = {"engine": engine_of(packed), "steps": steps, "seeds": seeds}
     about |= {"batch_size": batch_size} | {
         "sampler": type(pipe.scheduler).__name__,
         "machine": machine(),
@@ -92,6 +88,17 @@ def evaluate(
     log.info("scores %s %s", "written to" if keep else "not kept in read-only", run.path)
     log.info("evaluate   %8.1f s     %d pairs of images", time.perf_counter() - start, images)
     return metrics
+
+
+def _by_time(session: Session, pipe: Any, packed: Any) -> dict[str, Any]:
+    """Return the SQNR of every denoiser's output by time."""
+    result = {}
+    for part in session.parts:
+        networks = getattr(pipe, part.component), getattr(packed, part.component)
+        edges = part.run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
+        key = "eps_sqnr_db" + ("" if part is session else f"_{part.component}")
+        result[key] = eps_sqnr(*networks, _calls(part), bins=edges)
+    return result
 
 
 def _calls(
@@ -110,15 +117,16 @@ def _calls(
 def summary(session: Session) -> dict[str, Any]:
     """Return what the run folder says of size, share of integers and time spent."""
     run = session.run
-    rows, model = run.read_json("layers.json"), session.model
-    files = (run / "packed" / model["component"]).glob("*.safetensors")
+    rows, parts = run.read_json("layers.json"), session.parts
+    seconds = sum(second for part in parts for second in part.seconds().values())
+    files = [f for p in parts for f in (run / "packed" / p.component).glob("*.safetensors")]
     with reading(run / "layers.json"):
         return {
             **int8_share(rows),
             "weight_bits_mean": mean_weight_bits(rows),
-            "bytes_float32": 4 * model["parameters"],
+            "bytes_float32": 4 * sum(part.model["parameters"] for part in parts),
             "bytes_packed": sum(file.stat().st_size for file in files),
-            "calibration_seconds": round(sum(session.seconds().values()), 2),
+            "calibration_seconds": round(seconds, 2),
             "float_layers": [
                 {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
             ],

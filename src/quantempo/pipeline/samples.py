@@ -16,14 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 from quantempo.engines.select import attach, attached
 from quantempo.errors import QuantempoError
 from quantempo.models.call import check_arguments, sample_rate, unusual_settings
-from quantempo.models.layers import denoiser_of
+from quantempo.models.layers import denoisers_of
 from quantempo.models.load import check_device, configs_of, load_pipeline
 from quantempo.models.sampling import run_pipeline, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_settings
 from quantempo.quantized import find_clock
 from quantempo.run_folder import RunFolder, atomic_path, hash_of
 
-__all__ = ["open_model", "sample"]
+__all__ = ["engine_of", "open_model", "sample"]
 
 log = logging.getLogger("quantempo")
 
@@ -50,13 +50,19 @@ def open_model(
     pipe = load_pipeline(path, **loading)
     pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
     pipe.to(device)
-    denoiser = denoiser_of(pipe)[1]
-    if find_clock(denoiser) is None:
+    packed = [part for part in denoisers_of(pipe).values() if find_clock(part) is not None]
+    if not packed:
         if engine != "auto":
             raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
         return pipe
-    attach(denoiser, engine)
+    for part in packed:
+        attach(part, engine)
     return pipe
+
+
+def engine_of(pipe: Any) -> str:
+    """Return the engine that runs the packed networks of a pipeline, or "float"."""
+    return next(filter(None, map(attached, denoisers_of(pipe).values())), "float")
 
 
 def sample(
@@ -135,7 +141,7 @@ def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dic
     """Return what decides the images of a folder, apart from their seeds."""
     return {
         "model": identity,
-        "engine": attached(denoiser_of(pipe)[1]) or "float",
+        "engine": engine_of(pipe),
         "scheduler": type(pipe.scheduler).__name__,
         "steps": steps,
         "call": hash_of(call),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ from quantempo import __version__
 from quantempo.calibration.trace import TraceSet, check_settings, needs_images
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import denoiser_of
+from quantempo.models.layers import denoisers_of
 from quantempo.models.load import (
     check_device,
     check_finite,
@@ -51,6 +53,7 @@ class Session(Cache):
         scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
         data: folder of images for the sources of x_t that need them.
         loading: dtype, variant and revision, as of `load_pipeline`.
+        only: the one network to quantize of a pipeline with several denoisers, None for all.
     """
 
     source: str = ""
@@ -59,6 +62,7 @@ class Session(Cache):
     device: str = "cpu"
     data: str | None = None
     loading: dict[str, Any] = field(default_factory=dict)
+    only: str | None = None
 
     @cached_property
     def original(self) -> Any:
@@ -72,8 +76,23 @@ class Session(Cache):
 
     @cached_property
     def denoiser(self) -> nn.Module:
-        """The float denoiser."""
-        return denoiser_of(self.pipe)[1].eval()
+        """The float denoiser; of several the first."""
+        return denoisers_of(self.pipe)[self.component].eval()
+
+    @property
+    def component(self) -> str:
+        """The name of the denoiser in the pipeline."""
+        return self.only or next(iter(denoisers_of(self.pipe)))
+
+    @cached_property
+    def parts(self) -> list[Session]:
+        """This session, and one for each further denoiser with a run folder inside its own."""
+        found = [self]
+        for name in [] if self.only else list(denoisers_of(self.pipe))[1:]:
+            part = replace(self, run=RunFolder(self.run / name), only=name)
+            part.original, part.pipe = self.original, self.pipe
+            found.append(part)
+        return found
 
     @cached_property
     def plans(self) -> list[LayerPlan]:
@@ -86,14 +105,16 @@ class Session(Cache):
         # A scheduler of ratios in [0, 1] (Wuerstchen) has none.
         return int(getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000))
 
-    def save(self, denoiser: nn.Module, folder: Path) -> None:
-        """Write the pipeline with another denoiser, and with the scheduler it was traced with."""
+    def save(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
+        """Write the pipeline with other networks, and with the scheduler it was traced with."""
         pipe = self.pipe
         if type(pipe) is not type(self.original):
             # The pipeline that runs this scheduler is none that diffusers can load.
             pipe = self.original
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
-        with denoising_with(pipe, denoiser):
+        with ExitStack() as stack:
+            for name, network in networks.items():
+                stack.enter_context(denoising_with(pipe, network, name))
             pipe.save_pretrained(folder)
         write_settings(folder, self.call)
 
@@ -104,7 +125,7 @@ class Session(Cache):
         return {
             "path": str(folder.resolve()) if folder.exists() else self.source,
             "pipeline": type(self.pipe).__name__,
-            "component": denoiser_of(self.pipe)[0],
+            "component": self.component,
             "class": type(self.denoiser).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,
             "parameters": sum(p.numel() for p in self.denoiser.parameters()),
@@ -133,6 +154,7 @@ class Session(Cache):
             "scheduler": scheduler_settings(self.pipe.scheduler),
             "call": self.call,
             "data": images and str(Path(images).resolve()),
+            **({"only": self.only} if self.only else {}),
         }
 
 
@@ -146,6 +168,7 @@ def load(
     force: bool = False,
     device: str = "cpu",
     data: str | Path | None = None,
+    only: str | None = None,
     **loading: Any,
 ) -> Session:
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
@@ -158,6 +181,7 @@ def load(
             lists of them.
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
+        only: the one network to quantize of a pipeline with several denoisers.
         loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
 
     Raises:
@@ -174,17 +198,22 @@ def load(
     loading = {k: str(v).removeprefix("torch.") for k, v in loading.items() if v is not None}
     if given and loading:
         raise QuantempoError(f"{', '.join(loading)} is for folders; change the pipeline itself")
-    session = Session(store, recipe, force, path, call, scheduler, device, folder, loading)
+    session = Session(store, recipe, force, path, call, scheduler, device, folder, loading, only)
     if given:
         session.original = check_pipeline(source).to(device)
-    check_recipe(recipe, session.denoiser)
-    check_finite(session.denoiser)
+    if only and only not in (known := denoisers_of(session.pipe)):
+        raise QuantempoError(f"got only '{only}'; this pipeline denoises with: {', '.join(known)}")
+    for part in session.parts:
+        check_recipe(recipe, part.denoiser)
+        check_finite(part.denoiser)
     check_arguments(session.pipe, call)
-    _check_owner(session)
+    for part in session.parts:
+        _check_owner(part)
     if given and not (store.has("source") and session.done() and not force):
         with atomic_path(store / "source") as temporary:
             source.save_pretrained(temporary)
-    _write_manifest(session)
+    for part in session.parts:
+        _write_manifest(part)
     return session
 
 
@@ -198,10 +227,12 @@ def _write_manifest(session: Session) -> None:
         "call_sha256": hash_of(session.call),
         "scheduler": session.scheduler,
         "data": session.data,
+        "only": session.only,
         "loading": session.loading,
         "seeds": {"trace": recipe.trace.seed},
     }
-    known = run.read_json("manifest.json") if run.has("manifest.json") else {}
+    # Runs of before know nothing of several denoisers.
+    known = {"only": None} | (run.read_json("manifest.json") if run.has("manifest.json") else {})
     model = run.read_json("model.json") if run.has("model.json") else None
     if known == {**known, **manifest} and model == session.model:
         return
@@ -247,7 +278,7 @@ def reopen(
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
     with reading(folder / "manifest.json"):
         source = str(folder / "source" if folder.has("source") else model["path"])
-        options = {k: manifest.get(k) for k in ("scheduler", "data")}
+        options = {k: manifest.get(k) for k in ("scheduler", "data", "only")}
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
         options |= manifest.get("loading", {})
         recipe = recipe or Recipe.from_dict(manifest["recipe"])

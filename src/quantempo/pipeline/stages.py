@@ -9,10 +9,13 @@ their own (`pipeline.quality`, `report`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import needs_images
@@ -33,8 +36,21 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("quantempo")
+T = TypeVar("T")
 
 
+def _of_each(stage: Callable[[Session], T]) -> Callable[[Session], T]:
+    """Run a stage for every denoiser of a session; return what the first gave."""
+
+    @wraps(stage)
+    def run(session: Session) -> T:
+        first, *_ = [stage(part) for part in session.parts]
+        return first
+
+    return run
+
+
+@_of_each
 def trace(session: Session) -> TraceSet:
     """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
     folder, settings = session.run / "trace", session.recipe.trace
@@ -63,6 +79,7 @@ def _source_images(session: Session) -> np.ndarray | None:
     return load_images(session.data, size, limit=10_000).images
 
 
+@_of_each
 def calibrate(session: Session) -> None:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     with session.stage("calibrate") as needed:
@@ -71,6 +88,7 @@ def calibrate(session: Session) -> None:
             session.run.write_safetensors("stats.safetensors", stats)
 
 
+@_of_each
 def search(session: Session) -> None:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
     with session.stage("search") as needed:
@@ -82,6 +100,7 @@ def search(session: Session) -> None:
             session.run.write_safetensors("scales.safetensors", scales)
 
 
+@_of_each
 def round_weights(session: Session) -> None:
     """Choose the integer weights; writes `rounding.safetensors`."""
     with session.stage("round") as needed:
@@ -111,22 +130,34 @@ def _quantized(session: Session) -> core.Quantized:
 
 def pack(session: Session) -> Path:
     """Write the quantized pipeline, the diffusers folder `packed/`, and the table `layers.json`."""
-    run, denoiser = session.run, session.denoiser
+    run = session.run
+    for part in session.parts[1:]:
+        part.check_before("pack")
     with session.stage("pack") as needed:
         if needed:
-            found, data = _quantized(session), _trace_of(session)
-            packed = found.install(denoiser, copy=True)
-            rows = measured_rows(denoiser, packed, found.plans, data)
+            rows, networks = [], {}
+            for part in session.parts:
+                networks[part.component], found = _packed(part)
+                start = "" if part is session else f"{part.component}."
+                rows += [row | {"name": start + row["name"]} for row in found]
             run.write_json("layers.json", rows)
-            config = QuantempoConfig.of(
-                found.recipe, found.plans, num_train_timesteps=len(found.bucket_of),
-                per_unit=found.per_unit, source_sha256=session.model["sha256"],
-            )  # fmt: skip
-            mark_quantized(packed, config)
             with atomic_path(run / "packed") as temporary:
-                session.save(packed, temporary)
+                session.save(networks, temporary)
                 seal(temporary, session.model["component"])
     return run / "packed"
+
+
+def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Return the quantized denoiser, marked for saving, and its rows of the layer table."""
+    found, data = _quantized(session), _trace_of(session)
+    packed = found.install(session.denoiser, copy=True)
+    rows = measured_rows(session.denoiser, packed, found.plans, data)
+    config = QuantempoConfig.of(
+        found.recipe, found.plans, num_train_timesteps=len(found.bucket_of),
+        per_unit=found.per_unit, source_sha256=session.model["sha256"],
+    )  # fmt: skip
+    mark_quantized(packed, config)
+    return packed, rows
 
 
 def _trace_of(session: Session) -> TraceSet:
