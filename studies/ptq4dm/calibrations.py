@@ -108,12 +108,11 @@ class Calibrator:
             return
         check_source(source, pipe, denoiser_of(pipe)[1], images)
         schedule, seed = pipe.scheduler.alphas_cumprod, data.info["settings"]["seed"]
-        unit = data.per_unit
         with private_folder(self.scratch / "source") as folder:
             copied = TraceSet(copy_trace(data, folder / "trace"))
             yield rewrite(
                 copied,
-                lambda t: {"x_t": replace_rows(source, t, schedule, unit, images, seed)},
+                lambda t: {"x_t": replace_rows(source, t, schedule, images, seed)},
             )
 
     def statistics(self, denoiser: nn.Module, cell: Cell, data: TraceSet) -> dict[str, Tensor]:
@@ -132,10 +131,9 @@ class Calibrator:
                 stack.enter_context(output_probe(denoiser, f"{_PROBE}:{name}", pick))
                 inputs[f"{_PROBE}:{name}"] = ()
             found = collect_statistics(denoiser, inputs, data)
-        named = {
+        return {
             n.replace(f".{_PROBE}.", ".").removeprefix(f"{_PROBE}:"): s for n, s in found.items()
         }
-        return named | {"per_unit": torch.tensor(data.per_unit)}
 
     def _inputs(self, denoiser: nn.Module, cell: Cell) -> dict[str, tuple[int, ...]]:
         assert cell.recipe is not None
@@ -164,7 +162,7 @@ class Calibrator:
         )
         tensors = search_scales(stats, weights, recipe, known=known)
         known |= {n: tensors[f"{n}.weight_scale"] for n in weights}
-        return tensors | {"per_unit": stats["per_unit"]}
+        return tensors
 
     def grids(self, pipe: Any, cell: Cell, stats: Mapping[str, Tensor]) -> Grids:
         """Return the 8-bit grids of the sampler tensors that are on in a cell."""

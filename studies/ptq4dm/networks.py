@@ -140,9 +140,8 @@ class Networks:
         codes: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor],
     ) -> nn.Module:
-        bucket_of, unit = tensors["bucket_of"], float(tensors["per_unit"])
         codes = {name: codes[name] for name in scales}
-        found = Quantized(recipe, plans, dict(scales), codes, bucket_of, unit)
+        found = Quantized(recipe, plans, dict(scales), codes, tensors["bucket_of"])
         return found.install(self.denoiser, copy=True)
 
     def _prepare(self, packed: nn.Module) -> None:

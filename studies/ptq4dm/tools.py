@@ -212,10 +212,10 @@ class Tools:
         )
 
     def calls(self, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-        """Yield (args, kwargs, training time-step) of recorded calls, batch by batch."""
+        """Yield (args, kwargs, place in time) of recorded calls, batch by batch."""
         like = next(self.denoiser.parameters())
         for batch in data.batches(self.settings.batch_size):
-            yield (), data.arguments(batch, like), batch.t.double() * data.per_unit
+            yield (), data.arguments(batch, like), data.times.place(batch.t)
 
     @torch.no_grad()
     def probe_outputs(self, sampler: Sampler, data: TraceSet) -> list[torch.Tensor]:

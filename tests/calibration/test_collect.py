@@ -10,7 +10,7 @@ from torch import Tensor
 from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.calibration.statistics import collect_statistics, time_bin_edges
 from quantempo.models.load import load_pipeline
-from quantempo.quantized import StepClock
+from quantempo.quantized import StepClock, Times
 from quantempo.recipe import Recipe
 from quantempo.scales import search_scales
 from tests.packed import packed
@@ -61,15 +61,16 @@ def collected() -> tuple[dict[str, Any], Kept, Tensor]:
     run = packed("unconditional").run
     data = TraceSet(run / "trace")
     net = load_pipeline(packed("unconditional").source).unet
-    edges = time_bin_edges(1000, BINS)
+    edges = time_bin_edges(Times(1000), BINS)
     found = collect_statistics(net, NAMES, data, bins=BINS)
     assert torch.equal(found["time_bin_edges"], edges)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
     return found, Kept(net, data), edges
 
 
-def test_edges_cut_training_time_evenly() -> None:
-    assert time_bin_edges(1000, 4).tolist() == [0, 250, 500, 750, 1000]
+def test_edges_cut_time_evenly() -> None:
+    assert time_bin_edges(Times(1000), 4).tolist() == [0, 250, 500, 750, 1000]
+    assert time_bin_edges(Times(31, clean=True), 4).tolist() == [0, 1, 11, 21, 31]
 
 
 def test_ranges_are_those_of_the_inputs_in_each_bin(collected: Any) -> None:
@@ -125,11 +126,11 @@ def test_segments_of_a_linear_layer_are_of_its_last_axis() -> None:
     assert found["layer.range"][:, 0].tolist() == [[0, 9], [1, 11]]
 
 
-def test_fractions_of_time_are_binned_by_training_time() -> None:
-    data = MemorySet(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.05, 0.55, 1.0]))
-    found = collect_statistics(Linear(), {"layer": ()}, data, bins=10)
+def test_times_are_binned_by_their_place() -> None:
+    data = MemorySet(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.05, 0.06, 1.0]))
+    found = collect_statistics(Linear(), {"layer": ()}, data, bins=6)
     ranges = found["layer.range"][0]
-    assert [ranges[k].tolist() for k in (0, 5, 9)] == [[1, 1], [2, 2], [3, 3]]
+    assert [ranges[k].tolist() for k in (0, 2, 4)] == [[1, 1], [2, 2], [3, 3]]
     assert int(found["layer.hist"].sum()) == 3
 
 
@@ -137,7 +138,7 @@ def test_a_time_step_on_an_edge_is_calibrated_in_the_bucket_the_clock_gives_it()
     """All bin edges 0, 62.5, ... that are whole numbers, each between its two neighbours."""
     times = torch.tensor([t + d for t in range(125, 1000, 125) for d in (-1, 0, 1)])
     # Inputs as large as their bucket, so that a row in another one is seen in its range.
-    data = MemorySet((times // 125 + 1.0)[:, None].exp2(), times)
+    data = MemorySet((times // 125 + 1.0)[:, None].exp2(), times, num_train_timesteps=1000)
     stats = collect_statistics(Linear(), {"layer": ()}, data, bins=8)
     recipe = Recipe.load("w8a8").override("activations", buckets=8, min_gain=0.0)
     clock = StepClock(search_scales(stats, {"layer": torch.ones(1, 1)}, recipe)["bucket_of"])

@@ -272,7 +272,7 @@ def test_a_set_in_memory_is_that_of_its_calls() -> None:
         for rows, t in ((1, 900), (3, torch.tensor([1, 2, 3])))
     ]
     data: CalibrationData = MemorySet.of_calls(unet, calls, 1000)
-    assert len(data) == 4 and data.timesteps.tolist() == [900, 1, 2, 3] and data.per_unit == 1
+    assert len(data) == 4 and data.timesteps.tolist() == [900, 1, 2, 3] and data.times.count == 1000
     batch = data.rows(torch.tensor([2, 0]))
     assert torch.equal(batch.x_t, torch.stack([calls[1]["sample"][1], calls[0]["sample"][0]]))
     states = [call["encoder_hidden_states"] for call in calls]
@@ -284,8 +284,8 @@ def test_a_set_in_memory_is_that_of_its_calls() -> None:
     with torch.no_grad():
         wanted = unet(**plain).sample
         assert torch.equal(one.replay(unet, one.rows(torch.arange(1))), wanted)
-    fraction = MemorySet(torch.zeros(2, 1), torch.tensor([0.5, 1.0]), num_train_timesteps=500)
-    assert fraction.per_unit == 500
+    fraction = MemorySet(torch.zeros(2, 1), torch.tensor([0.5, 1.0]))
+    assert fraction.times.index(fraction.timesteps).tolist() == [0, 1]
     with pytest.raises(QuantempoError, match="no calls"):
         MemorySet.of_calls(unet, [], 1000)
     # What all rows share may change between calls, which are then run one by one.
@@ -298,7 +298,7 @@ def test_reading_back(tmp_path: Path) -> None:
     data = run(tiny_text(), tmp_path / "trace", call=tiny_embeds(3))
     opened = TraceSet(tmp_path / "trace")
     assert len(opened) == 30 == len(data)
-    assert opened.num_train_timesteps == 1000
+    assert opened.times.count == 1000
     assert opened.timesteps.shape == (30,)
     batches = list(opened.batches(4))
     assert [len(b.t) for b in batches] == [4, 4, 4, 4, 4, 4, 4, 2]

@@ -112,7 +112,7 @@ def test_scales_are_those_of_the_layers_own_bits(kind: str) -> None:
 def test_the_file_says_the_bits_and_the_tables_show_them(kind: str) -> None:
     run = mixed(kind)
     config, found = config_of(run, kind), dict(quantized_layers(load(run)))
-    assert config["format_version"] == FORMAT_VERSION == 3
+    assert config["format_version"] == FORMAT_VERSION == 4
     other = {n: [q.weight_bits, q.act_bits] for n, q in found.items()}
     assert config["bits"] == {n: bits for n, bits in other.items() if bits != [8, 8]} != {}
     for rows in (run.read_json("layers.json"), describe(run / "packed", "cpu")[0]):

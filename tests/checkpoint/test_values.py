@@ -51,7 +51,8 @@ def test_a_bad_value_among_good_ones_is_refused(name, index, value, message, tmp
     ("key", "value", "message"),
     [
         *(("num_train_timesteps", v, "expected 1 to 100000") for v in (0, -5, 10**12, "10", True)),
-        *(("per_unit", v, "expected a number above 0") for v in (0, -1.0, float("nan"), None, "1")),
+        *(("per_unit", v, "finite numbers, per_unit not 0") for v in (0, float("nan"), None, "1")),
+        *(("times", v, "expected") for v in (3, {}, {"count": 2, "values": [1, 1]}, {"steps": 2})),
         ("bits", {LAYER: [9, 8]}, "unknown format 'int9'"),
         ("buckets", {LAYER: 0}, "expected 1 or more"),
         ("segments", {LAYER: [16, 15]}, "expected parts of 32"),

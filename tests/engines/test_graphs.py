@@ -62,7 +62,7 @@ def test_time_steps_become_tensors_of_the_device():
     assert torch.equal(timestep, steps) and last == "end"
     assert graphs._with_timestep((x,), {"a": 1}, cpu) == ((x,), {"a": 1})
     # Where the signature has other arguments before it.
-    args, _ = graphs._with_timestep((x, "text", 7, "end"), {}, cpu, 2)
+    args, _ = graphs._with_timestep((x, "text", 7, "end"), {}, cpu, ("timestep", 2))
     assert args[1::2] == ("text", "end") and args[2].item() == 7
 
 

@@ -35,20 +35,23 @@ def test_a_pipeline_without_a_denoiser_is_refused() -> None:
         denoiser_of(SimpleNamespace(vae=nn.Linear(1, 1), unet=None))
 
 
+TIME = ("timestep", 1)
+
+
 def test_the_time_step_is_found_by_position_and_by_name() -> None:
-    assert timestep_of(("x", 7), {}, 1) == 7
-    assert timestep_of(("x",), {"timestep": 8}, 1) == 8
-    assert timestep_of((), {"sample": "x", "timestep": 9}, 1) == 9
+    assert timestep_of(("x", 7), {}, TIME) == 7
+    assert timestep_of(("x",), {"timestep": 8}, TIME) == 8
+    assert timestep_of((), {"sample": "x", "timestep": 9}, TIME) == 9
     with pytest.raises(QuantempoError, match="without a time-step"):
-        timestep_of(("x",), {"class_labels": 3}, 1)
+        timestep_of(("x",), {"class_labels": 3}, TIME)
 
 
 def test_the_place_of_the_time_step_is_that_of_the_signature() -> None:
-    assert timestep_place(tiny_unet()) == 1
+    assert timestep_place(tiny_unet()) == TIME
     # Flux: (hidden_states, encoder_hidden_states, pooled_projections, timestep, ...)
     with torch.device("meta"):
         flux = FluxTransformer2DModel(num_layers=1, num_single_layers=0)
-    assert timestep_place(flux) == 3
+    assert timestep_place(flux) == ("timestep", 3)
     assert timestep_of(("x", "text", "pooled", 7), {}, timestep_place(flux)) == 7
     found = roles(flux)
     names = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")

@@ -30,7 +30,7 @@ def found() -> dict[str, list[float]]:
     flat = torch.rand((16, 3, 4, 4), generator=generator) * 2 - 1
     flat = flat.repeat_interleave(8, 2).repeat_interleave(8, 3)
     noise = torch.randn(flat.shape, generator=generator)
-    data = MemorySet(abar.sqrt() * flat + (1 - abar).sqrt() * noise, t)
+    data = MemorySet(abar.sqrt() * flat + (1 - abar).sqrt() * noise, t, num_train_timesteps=1000)
     recipe = Recipe()
     plans = core.plan(denoiser, recipe)
     scales = core.search(denoiser, core.calibrate(denoiser, data, plans), plans, recipe)

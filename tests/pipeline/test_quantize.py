@@ -34,7 +34,7 @@ SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("rounding", bi
 def random_set() -> MemorySet:
     g = torch.Generator().manual_seed(0)
     times = torch.randint(0, 1000, (16,), generator=g)
-    return MemorySet(torch.randn(16, 3, 16, 16, generator=g), times)
+    return MemorySet(torch.randn(16, 3, 16, 16, generator=g), times, num_train_timesteps=1000)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])

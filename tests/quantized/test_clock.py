@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.quantized import StepClock
+from quantempo.quantized import StepClock, Times
 
 # Unequal buckets, so that a wrong index is a wrong bucket: [0, 100), [100, 101), [101, 900), ...
 EDGES = (100, 101, 900)
@@ -15,7 +15,7 @@ TABLE = torch.tensor([sum(t >= edge for edge in EDGES) for t in range(1000)])
 
 
 def clock(per_unit: float = 1.0) -> StepClock:
-    return StepClock(TABLE, per_unit)
+    return StepClock(TABLE, Times(len(TABLE), per_unit=per_unit))
 
 
 @pytest.mark.parametrize("t", [0, 99, 100, 101, 899, 900, 999])
@@ -65,9 +65,18 @@ def test_time_as_a_fraction_is_scaled_before_rounding() -> None:
     assert made.bucket.tolist() == [0, 1, 1, 2, 3, 3]
 
 
-def test_a_matrix_of_time_steps_is_refused() -> None:
-    with pytest.raises(QuantempoError, match=r"shape \(2, 2\)"):
-        clock().set(torch.zeros(2, 2))
+def test_every_token_has_a_bucket_of_its_own() -> None:
+    made = clock()
+    made.set(torch.tensor([[0, 100, 950], [0, 0, 500]]))
+    wanted = torch.tensor([[0.5, 1.0, 4.0], [0.5, 0.5, 2.0]])
+    for like, rows in (
+        (torch.zeros(2, 3, 7), wanted[..., None]),
+        (torch.zeros(6, 7), wanted.reshape(-1, 1)),
+        (torch.zeros(2, 5, 7), wanted.amax(1).view(-1, 1, 1)),
+    ):
+        assert torch.equal(made.rows(SCALES, like), rows)
+    with pytest.raises(QuantempoError, match=r"a time-step for every token.*attach"):
+        assert made.bucket is None
 
 
 SCALES = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -109,3 +118,8 @@ def test_a_table_of_one_column_is_constant_in_time() -> None:
 
 def test_the_table_is_saved_and_the_bucket_is_not() -> None:
     assert list(clock().state_dict()) == ["bucket_of"]
+
+
+def test_places_are_ranks_from_the_image_on() -> None:
+    for run in torch.tensor([[1, 0.9, 0.4], [0, 0.1, 0.6], [2, -1, -1.5]]):
+        assert Times.of(list(run), 1000).index(run).tolist() == [2, 1, 0]

@@ -105,16 +105,17 @@ def _write_trace(run: RunFolder, rng: Any) -> None:
     law /= law.sum()
     drawn = rng.choice(STEPS, (CHAINS, PICKS), p=law)
     t = torch.from_numpy(drawn.ravel() * (T // STEPS)).long()
-    run.write_safetensors("trace/chunk-00000.safetensors", {"t": t})
+    run.write_safetensors("trace/chunk-00000.safetensors", {"place": t})
     run.write_json(
         "trace.json",
         {
             "settings": {
-                "steps": STEPS, "chains": CHAINS, "picks": PICKS, "num_train_timesteps": T,
+                "steps": STEPS, "chains": CHAINS, "picks": PICKS,
                 "time_sampler": {"name": "ndtc", "mean": 0.4, "std": 0.4},
             },
             "target_steps": drawn.tolist(),
             "density": law.tolist(),
+            "times": {"count": T},
             "chunks": [{"file": "chunk-00000.safetensors", "rows": len(t)}],
         },
     )  # fmt: skip

@@ -116,12 +116,11 @@ def quick_network(
     `scheduler` that of its pipeline, None for DDIM's defaults.
     """
     dtype = _float_type(next(floating.parameters()).device)
-    steps = int(scheduler.config.num_train_timesteps) if scheduler is not None else 1000
     calls = [
         random_inputs(floating, _RANGE_BATCH + i, time=time, seed=i + 1)
         for i, time in enumerate(_TIMES)
     ]
-    data = MemorySet.of_calls(floating, calls, steps)
+    data = MemorySet.of_calls(floating, calls)
     recipe = recipe or quick_recipe()
     packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
     cast_floats(packed, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from quantempo.calibration.rows import Law, Place, join, key_of, load, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
+from quantempo.quantized import Times
 from quantempo.run_folder import RunFolder, read_tensors, reading, tensors_sha256
 
 __all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
@@ -27,8 +28,9 @@ def index_of(folder: str | Path) -> Path:
 class TraceBatch(NamedTuple):
     """Rows of a calibration set.
 
-    x_t: (b, ...) float32, what the network received; t: (b,) int64 or float32, the time-step it
-    received with it; cond: its other arguments by name, tensors (b, ...), as received.
+    x_t: (b, ...) float32, what the network received; t: (b,) or (b, tokens), int64 or float32,
+    the time-step it received with it; cond: its other arguments by name, tensors
+    (b, ...), as received.
     """
 
     x_t: Tensor
@@ -44,12 +46,8 @@ class CalibrationData(Protocol):
         """(N,) time-step of every row, int64 or floating point as received."""
 
     @property
-    def num_train_timesteps(self) -> int:
-        """Number of training time-steps T of the model."""
-
-    @property
-    def per_unit(self) -> float:
-        """Training time-steps in one unit of the recorded time: 1, or T for t in [0, 1]."""
+    def times(self) -> Times:
+        """Places of the recorded times."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -76,7 +74,7 @@ class _Calls:
     # What the denoiser calls its arguments x_t and t.
     names: tuple[str, str]
     timesteps: Any
-    num_train_timesteps: Any
+    times: Any
     # Key and number of rows of each piece; those of one key can be joined.
     pieces: list[tuple[str, int]]
     # Where the rows are in a `TraceBatch`.
@@ -85,13 +83,6 @@ class _Calls:
     def piece(self, number: int) -> TraceBatch:
         """Return all rows of a piece."""
         raise NotImplementedError
-
-    @cached_property
-    def per_unit(self) -> float:
-        """Training time-steps in one unit of the recorded time: 1, or T for t in [0, 1]."""
-        t = self.timesteps
-        fraction = t.is_floating_point() and float(t.max()) <= 1
-        return float(self.num_train_timesteps) if fraction else 1.0
 
     def __len__(self) -> int:
         return sum(count for _, count in self.pieces)
@@ -152,6 +143,7 @@ class MemorySet(_Calls):
     Args:
         x_t: (N, ...) float32; t: (N,).
         names: what the denoiser calls its arguments x_t and t.
+        num_train_timesteps: T where t is 0 .. T - 1; None: the times are those of the rows.
     """
 
     def __init__(
@@ -160,14 +152,14 @@ class MemorySet(_Calls):
         t: Tensor,
         *,
         names: tuple[str, str] = ("sample", "timestep"),
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: int | None = None,
     ) -> None:
         self._fill([TraceBatch(x_t, t, {})], _ROWS, names, num_train_timesteps)
 
     def _fill(
-        self, batches: list[TraceBatch], law: Law, names: tuple[str, str], steps: int
+        self, batches: list[TraceBatch], law: Law, names: tuple[str, str], steps: int | None
     ) -> None:
-        self.law, self.names, self.num_train_timesteps = law, names, steps
+        self.law, self.names = law, names
         groups: dict[str, list[TraceBatch]] = {}
         for batch in batches:
             # On the CPU, like rows read from a folder; a replay moves them to the denoiser.
@@ -176,6 +168,8 @@ class MemorySet(_Calls):
         self._batches = [join(law, group) for group in groups.values()]
         self.pieces = [(k, len(b.t)) for k, b in zip(groups, self._batches, strict=True)]
         self.timesteps = torch.cat([batch.t for batch in self._batches])
+        rising = self.timesteps.flatten().unique()
+        self.times = Times(steps) if steps else Times.of(list(rising.flip(0)))
 
     def piece(self, number: int) -> TraceBatch:
         """Return all rows of a piece."""
@@ -183,7 +177,7 @@ class MemorySet(_Calls):
 
     @classmethod
     def of_calls(
-        cls, denoiser: nn.Module, calls: Iterable[Mapping[str, Any]], num_train_timesteps: int
+        cls, denoiser: nn.Module, calls: Iterable[Any], num_train_timesteps: int | None = None
     ) -> MemorySet:
         """Return the set of some calls of a denoiser, given as keyword arguments.
 
@@ -229,7 +223,7 @@ class TraceSet(_Calls):
         self.info: dict[str, Any] = RunFolder(index.parent).read_json(index.name)
         with reading(index):
             self.names = self.info["sample_name"], self.info["timestep_name"]
-            self.num_train_timesteps: int = self.info["settings"]["num_train_timesteps"]
+            self.times = Times(**self.info["times"])
             self.law = {path: value and Place(*value) for path, value in self.info["law"].items()}
             self._unseen: dict[str, Any] = {c["file"]: c["sha256"] for c in self.info["chunks"]}
             self._groups: list[tuple[str, int, Any]] = []

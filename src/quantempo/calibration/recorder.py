@@ -9,7 +9,7 @@ import copy
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,8 @@ from quantempo.calibration.dataset import TraceBatch
 from quantempo.calibration.rows import Law, dump, join, key_of, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import DenoiserInputs, bind_inputs, hooked
-from quantempo.models.sampling import call_pipeline, schedule_times
+from quantempo.models.sampling import call_pipeline
+from quantempo.quantized import Times
 
 __all__ = ["Recorder", "probe"]
 
@@ -37,8 +38,8 @@ def probe(
     steps: int,
     seed: int,
     call: Mapping[str, Any],
-) -> Law:
-    """Return where the rows of a `TraceBatch` are, and under `x_t` where an image's are in x_t.
+) -> tuple[Law, list[Tensor]]:
+    """Return where the rows of a `TraceBatch` are, under `x_t` an image's, and each call's time.
 
     The pipeline runs for the images at `places` of the whole set, and for one more that has the
     prompt of the first, so that no length that follows the longest caption changes. The network
@@ -47,7 +48,7 @@ def probe(
     Raises:
         QuantempoError: the denoiser is not called, or in a way that cannot be recorded.
     """
-    runs, forward = [], denoiser.forward
+    runs, forward, times = [], denoiser.forward, list[Tensor]()
     count = len(places)
     for asked in (list(places), [*places, places[0]]):
         found: dict[str, TraceBatch] = {}
@@ -58,6 +59,7 @@ def probe(
         def answer(*args: Any, found: Any = found, outputs: Any = outputs, **kwargs: Any) -> Any:
             inputs = bind_inputs(denoiser, args, kwargs)
             kept = pytree.tree_map_only(Tensor, Tensor.clone, _batch(inputs))
+            times.append(kept.t.cpu())
             found.setdefault(str(pytree.tree_structure(kept)), kept)
             if len(kept.x_t) not in outputs:
                 outputs[len(kept.x_t)] = forward(*args, **kwargs)
@@ -82,7 +84,7 @@ def probe(
             )
         rows = take({"": image}, torch.arange(len(two.x_t)), torch.arange(count))
         law |= measure(one, two, rows, len(two.x_t)) | {"x_t": image}
-    return law
+    return law, times
 
 
 def _batch(inputs: DenoiserInputs) -> TraceBatch:
@@ -106,27 +108,22 @@ class Recorder:
     Memory holds the kept rows only, never a trajectory.
 
     Args:
-        indices: (b, k) step indices in [0, steps), the targets of each chain.
-        law: from `probe`.
+        law: from `probe`; times: places of the run's times.
+        targets: (b, k) places in time, the targets of each chain.
         seed: decides between calls at the same time.
 
     Attributes:
         calls: how often the denoiser was called.
-        per_unit: units of the schedule in one unit of the time-step the denoiser receives.
     """
 
     def __init__(
-        self, pipe: Any, law: Law, indices: Tensor, first: int, steps: int, seed: int, bar: tqdm
+        self, law: Law, times: Times, targets: Tensor, first: int, seed: int, bar: tqdm
     ) -> None:
-        self.pipe, self.law = pipe, law
-        self.indices = indices
+        self.law, self.times, self.targets = law, times, targets
         self.first = first
-        self.steps = steps
         self.bar = bar
         self.calls = 0
-        self.targets: Tensor | None = None
-        self.per_unit = 1.0
-        self.slots = [[_Slot() for _ in row] for row in indices]
+        self.slots = [[_Slot() for _ in row] for row in targets]
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)
 
@@ -148,10 +145,8 @@ class Recorder:
         image, rows_of = self.law["x_t"], torch.arange(rows)
         tiled = image is not None and image.tiled
         rows_of = rows_of.view(-1, chains).T if tiled else rows_of.view(chains, -1)
-        times = inputs.timestep.detach().cpu().double()[rows_of[:, 0]]
-        if self.targets is None:
-            self.targets = self._target_times(float(times[0]))
-        distances = (times[:, None] - self.targets).abs().tolist()
+        places = self.times.noisiest(inputs.timestep.detach().cpu())[rows_of[:, 0]]
+        distances = (places[:, None] - self.targets).abs().tolist()
         taken = [
             (chain, slot)
             for chain, (slots, near) in enumerate(zip(self.slots, distances, strict=True))
@@ -183,15 +178,6 @@ class Recorder:
         # Reservoir sampling: the n-th call at this distance replaces the others with chance 1/n.
         return slot.ties == 1 or float(torch.rand((), generator=self.chance)) * slot.ties < 1
 
-    def _target_times(self, received: float) -> Tensor:
-        """Turn step indices into times, in the unit the denoiser receives: (b, k) float64."""
-        times = schedule_times(self.pipe)
-        # Some pipelines hand the denoiser t / T; the first call tells.
-        if not (times == received).any() and times[-1] != 0:
-            self.per_unit = float(times[-1]) / received
-            times = times * (received / times[-1])
-        return times[(2 * self.indices + 1) * len(times) // (2 * self.steps)]
-
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the kept tensors, and how their rows were passed.
 
@@ -200,12 +186,13 @@ class Recorder:
         groups: dict[str, list[tuple[dict[str, Tensor], TraceBatch]]] = {}
         for chain, slots in enumerate(self.slots):
             for pick, slot in enumerate(slots):
-                if slot.batch is None or self.targets is None:
+                if slot.batch is None:
                     raise QuantempoError(_NEVER)
                 halves = len(slot.batch.t)
                 place = {"chain": self.first + chain, "pick": pick, "call": slot.call}
                 columns = {name: torch.full((halves,), value) for name, value in place.items()}
                 columns["half"] = torch.arange(halves)
+                columns["place"] = self.times.noisiest(slot.batch.t)
                 columns["target"] = self.targets[chain, pick].expand(halves)
                 groups.setdefault(slot.key, []).append((columns, slot.batch))
         columns_of = [columns for group in groups.values() for columns, _ in group]
@@ -217,4 +204,4 @@ class Recorder:
             for i, (key, b) in enumerate(zip(groups, joined, strict=True))
         ]
         names = dict(zip(("sample_name", "timestep_name"), self.argument_names, strict=True))
-        return tensors, {**names, "law": self.law, "groups": found}
+        return tensors, {**names, "law": self.law, "times": asdict(self.times), "groups": found}

@@ -115,7 +115,6 @@ def replace_rows(
     source: str,
     rows: Mapping[str, Tensor],
     alphas_cumprod: Tensor | None,
-    per_unit: float,
     images: np.ndarray | None,
     seed: int,
 ) -> Tensor:
@@ -126,7 +125,7 @@ def replace_rows(
 
     Args:
         rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
-        alphas_cumprod, per_unit: (T,) abar of each training time-step, and these in one unit of t.
+        alphas_cumprod: (T,) abar of each training time-step, which t is.
         images: (m, H, W, C) uint8.
         seed: of the trace; the same seed and chain give the same bits.
 
@@ -154,7 +153,7 @@ def replace_rows(
     abar = torch.zeros(len(x_t))
     if chosen.needs_schedule:
         assert alphas_cumprod is not None
-        abar = _abar(alphas_cumprod, rows["t"].double() * per_unit)
+        abar = _abar(alphas_cumprod, rows["t"].double())
     abar = abar.float().view(-1, *[1] * (x_t.ndim - 1))
     x_0, eps = (value.repeat_interleave(halves, 0) for value in (x_0, eps))
     return chosen.make(x_0, eps, abar).contiguous()

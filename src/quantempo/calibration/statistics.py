@@ -16,17 +16,20 @@ from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.models.layers import hooked, input_of
+from quantempo.quantized import Times, token_rows
 from quantempo.scales import Histogram, MinMax
 
 __all__ = ["TIME_BINS", "collect_ranges", "collect_statistics", "time_bin_edges"]
 
-# Fine time bins, equal in training time; buckets are unions of neighbours.
+# Fine time bins, of equally many places; buckets are unions of neighbours.
 TIME_BINS = 16
 
 
-def time_bin_edges(num_train_timesteps: int, bins: int = TIME_BINS) -> Tensor:
-    """Return (bins + 1,) float32 equal edges over [0, T] in training time-steps."""
-    return torch.linspace(0, num_train_timesteps, bins + 1)
+def time_bin_edges(times: Times, bins: int = TIME_BINS) -> Tensor:
+    """Return (bins + 1,) float32 equal edges over all places; a bin for clean tokens alone."""
+    if times.clean and bins > 1:
+        return torch.cat([torch.zeros(1), torch.linspace(1, times.count, bins)])
+    return torch.linspace(0, times.count, bins + 1)
 
 
 def collect_statistics(
@@ -51,7 +54,7 @@ def collect_statistics(
     ranges = collect_ranges(denoiser, inputs, data, bins=bins)
     histograms = {name: Histogram(seen.edges(), bins) for name, seen in ranges.items()}
     _feed(histograms, denoiser, inputs, data, bins, "histograms")
-    tensors = {"time_bin_edges": time_bin_edges(data.num_train_timesteps, bins)}
+    tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
     for name in inputs:
         state = {**ranges[name].state(), **histograms[name].state()}
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
@@ -81,13 +84,14 @@ def _feed(
     stage: str,
 ) -> None:
     """Run the denoiser on all rows and give each sink the inputs of its layer."""
-    edges = time_bin_edges(data.num_train_timesteps, bins)
+    edges = time_bin_edges(data.times, bins)
     time_bin = torch.zeros(0, dtype=torch.int64)
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
         x, segments = input_of(args, kwargs), inputs[name]
+        x, bin_of = token_rows(time_bin, x)
         # Rows of a layer's input may repeat a sample (frames, heads).
-        bin_of = time_bin.repeat_interleave(max(1, x.shape[0] // len(time_bin)))
+        bin_of = bin_of.repeat_interleave(max(1, x.shape[0] // len(bin_of)))
         axis = -1 if isinstance(layer, nn.Linear) else 1
         for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
             sinks[name].update(part, bin_of, index)
@@ -97,11 +101,11 @@ def _feed(
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
         total = math.ceil(len(data) / size)
         for batch in tqdm(data.batches(size), stage, total, disable=None, leave=False):
-            time_bin = _bins(batch.t.double() * data.per_unit, edges)
+            time_bin = _bins(data.times.place(batch.t), edges)
             data.replay(denoiser, batch)
 
 
 def _bins(t: Tensor, edges: Tensor) -> Tensor:
-    """Return the fine bin of each training time-step; an edge belongs to the bin above it."""
+    """Return the fine bin of each place in time; an edge belongs to the bin above it."""
     t = t.clamp(0, float(edges[-1]) - 1e-6)
     return torch.bucketize(t, edges[1:-1].double(), right=True)

@@ -5,11 +5,11 @@ the time-step as received, the conditioning. No sampler is re-implemented, so x_
 paired wrongly. `timesteps` says which steps to keep, `dataset` reads the result.
 
 A chain is one image being denoised. Before anything runs, `picks` step indices of the timestep
-distribution are dealt to every chain. Index i stands for the i-th smallest of the K distinct times
-of the schedule (for i < steps = K; in general number floor((i + 1/2) K / steps)), expressed in the
-unit the denoiser receives: that is the target time. During the run each target keeps the call whose
-received time is nearest to it; among calls at exactly the same time (the two stages of Heun) one is
-chosen with equal chances. Memory holds the kept rows only, never a trajectory.
+distribution are dealt to every chain. Index i stands for number i of the K distinct times that the
+denoiser receives in a run, the last of them first (for i < steps = K; in general for number
+floor((i + 1/2) K / steps)): that is the target. A first run, in which the network hardly runs,
+finds them. Each target keeps the call whose time is nearest; among calls at the same time (the two
+stages of Heun) one is chosen with equal chances. Memory holds the kept rows only.
 
 `sources` may replace x_t before a chunk is written; everything else stays as it was received.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
@@ -30,11 +31,12 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import TraceSet, index_of
 from quantempo.calibration.recorder import Recorder, probe
 from quantempo.calibration.rows import Law, UnmeasuredError
-from quantempo.calibration.sources import check_source, image_digest, needs_images, replace_rows
+from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import call_pipeline, scheduler_settings
+from quantempo.quantized import Times
 from quantempo.recipe import TraceSettings
 from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
@@ -76,7 +78,7 @@ def trace(
         picks: calls kept of each chain (each gives one row, or one for each half of guidance).
         time_sampler: timestep distribution of the kept steps (`make_time_sampler`).
         seed: of the first chain, and of the draw of the steps.
-        num_train_timesteps: T of the model; None: as its scheduler says.
+        num_train_timesteps: T of the model; None: as its scheduler says, if it does.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
         source: where x_t comes from, a name in `calibration.sources.SOURCES`.
         images: (n, H, W, C) uint8 for the sources that need them.
@@ -108,7 +110,7 @@ def check_settings(settings: TraceSettings, data: str | None) -> None:
         QuantempoError: see `make_time_sampler`; a source that needs a folder of images.
     """
     make_time_sampler(settings.time_sampler, settings.time_sampler_args)
-    if needs_images(settings.source) and data is None:
+    if SOURCES.get(settings.source).needs_images and data is None:
         raise QuantempoError(
             f"source '{settings.source}' needs images; pass a folder of them (--data)"
         )
@@ -135,7 +137,10 @@ def _fill(
     if missing:
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
-        law = _probe(run, [0])
+        law, calls = _probe(run, [0])
+        times = Times.of(calls, settings["num_train_timesteps"])
+        found = torch.stack([times.noisiest(t)[0] for t in calls]).unique()
+        targets = found[(2 * targets + 1) * len(found) // (2 * steps)]
     hidden = None if progress is None else not progress
     with tqdm(
         total=steps * len(missing), desc="trace", unit="call", disable=hidden, leave=False
@@ -144,16 +149,16 @@ def _fill(
             first = files[name]
             batch = targets[first : first + size]
             try:
-                tensors, details = _record(run, law, batch, first, bar)
+                tensors, details = _record(run, law, times, batch, first, bar)
             except UnmeasuredError:
                 # What the first image alone has not, a mask of captions of other lengths, say.
-                own = law | _probe(run, range(first, first + len(batch)))
-                tensors, details = _record(run, own, batch, first, bar)
+                own = law | _probe(run, range(first, first + len(batch)))[0]
+                tensors, details = _record(run, own, times, batch, first, bar)
             store.write_safetensors(name, tensors, details)
     return list(files)
 
 
-def _probe(run: _Run, places: Sequence[int]) -> Law:
+def _probe(run: _Run, places: Sequence[int]) -> tuple[Law, list[Tensor]]:
     how = {key: run.settings[key] for key in ("steps", "seed")}
     return probe(run.pipe, run.denoiser, places, call=run.call, **how)
 
@@ -163,20 +168,22 @@ def _file(first: int, batch_size: int) -> str:
 
 
 def _record(
-    run: _Run, law: Law, targets: Tensor, first: int, bar: tqdm
+    run: _Run, law: Law, times: Times, targets: Tensor, first: int, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Run one batch of chains; return the chunk's tensors and metadata."""
     pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
-    recorder = Recorder(pipe, law, targets, first, steps, seed, bar)
+    recorder = Recorder(law, times, targets, first, seed, bar)
     with recorder.listening(run.denoiser):
         seeds = range(seed, seed + len(targets))
         call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **run.call)
     tensors, details = recorder.result()
-    schedule = getattr(pipe.scheduler, "alphas_cumprod", None)
-    tensors["x_t"] = replace_rows(
-        settings["source"], tensors, schedule, recorder.per_unit, run.images, settings["seed"]
-    )
+    schedule, source = getattr(pipe.scheduler, "alphas_cumprod", None), settings["source"]
+    if SOURCES.get(source).needs_schedule:
+        known = torch.as_tensor(pipe.scheduler.timesteps).to(tensors["t"])
+        if not torch.isin(tensors["t"], known).all():
+            raise QuantempoError(f"source '{source}' needs the scheduler's t; take 'trajectory'")
+    tensors["x_t"] = replace_rows(source, tensors, schedule, run.images, settings["seed"])
     details |= {"rows": len(tensors["t"]), "sha256": tensors_sha256(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.
     return tensors, {_METADATA: _json(details)}
@@ -213,7 +220,7 @@ def _identity(
         "scheduler": scheduler_settings(pipe.scheduler),
         "arguments": canonical(call),
         "num_train_timesteps": num_train_timesteps
-        or int(pipe.scheduler.config.num_train_timesteps),
+        or getattr(pipe.scheduler.config, "num_train_timesteps", None),
     }
 
 
@@ -256,7 +263,7 @@ def _finish(
             details = json.loads(stream.metadata()[_METADATA])
         own = ("rows", "sha256", "groups")
         chunks.append({"file": name, **{key: details[key] for key in own}})
-        found.append({key: details[key] for key in ("sample_name", "timestep_name")})
+        found.append({key: details[key] for key in ("sample_name", "timestep_name", "times")})
         if found[-1] != found[0] or law | details["law"] != details["law"] | law:
             raise QuantempoError(f"{store / name} is not of this trace; delete it and rerun")
         law |= details["law"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quantempo import __version__
 from quantempo.checkpoint.hashes import check_files, digest, joined, seal, settings_digest
-from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_time
+from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_times
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
@@ -33,6 +33,7 @@ from quantempo.quantized import (
     Float16Linear,
     LayerPlan,
     QLayer,
+    Times,
     install_clock,
     swap_layers,
 )
@@ -46,8 +47,8 @@ __all__ = [
 log = logging.getLogger("quantempo")
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
-# float16 instead of 12 bits; no deltas, no attention products.
-FORMAT_VERSION = 3
+# float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.
+FORMAT_VERSION = 4
 # Keys of format 2 for what is no longer run; empty ones are harmless.
 _REMOVED = {
     "correction": "a correction around the network",
@@ -76,8 +77,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         buckets: name -> number of time buckets, where there is more than one.
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
         roles: name -> role, as measured.
-        num_train_timesteps: length T of the clock's table.
-        per_unit: training time-steps in one unit of the network's time.
+        times: fields of `Times`, the places in time of the clock's table.
         network: the network's own configuration as it was saved.
         hashes: SHA-256, checked at load: "tensors": of all that are saved; "settings": of the rest
             of this. "source": of the float model; "recipe".
@@ -94,8 +94,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         buckets: dict[str, int] | None = None,
         bits: dict[str, list[int]] | None = None,
         roles: dict[str, str] | None = None,
-        num_train_timesteps: int = 1000,
-        per_unit: float = 1.0,
+        times: dict[str, Any] | None = None,
         network: dict[str, Any] | None = None,
         hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -111,6 +110,12 @@ class QuantempoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
         self.float16 = (float16 or {}) | unknown.pop("int12", {})
+        # Up to format 3 all places were evenly spaced, the first at 0.
+        if times is None:
+            times = {"count": unknown.pop("num_train_timesteps", 1000)}
+            times["per_unit"] = unknown.pop("per_unit", 1.0)
+        self.times = times
+        check_times(self.times)
         for key, what in _REMOVED.items():
             if unknown.pop(key, None):
                 raise QuantempoError(
@@ -121,13 +126,10 @@ class QuantempoConfig(QuantizationConfigMixin):
             raise QuantempoError(
                 f"quantization_config has unknown keys {sorted(unknown)}; fetch it again"
             )
-        check_time(num_train_timesteps, per_unit)
         self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits, self.roles = buckets or {}, bits or {}, roles or {}
-        self.num_train_timesteps = num_train_timesteps
-        self.network = network or {}
-        self.per_unit, self.hashes = per_unit, hashes or {}
+        self.network, self.hashes = network or {}, hashes or {}
         self.format_version, self.version = format_version, version
 
     @classmethod
@@ -156,8 +158,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         recipe: Recipe,
         plans: list[LayerPlan],
         *,
-        num_train_timesteps: int,
-        per_unit: float,
+        times: Times,
         source_sha256: str,
     ) -> QuantempoConfig:
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
@@ -171,8 +172,7 @@ class QuantempoConfig(QuantizationConfigMixin):
             buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
             bits={name: both for name, both in bits.items() if both != [8, 8]},
             roles={p.name: p.role for p in plans},
-            num_train_timesteps=num_train_timesteps,
-            per_unit=per_unit,
+            times=asdict(times) | {"values": list(times.values)},
             hashes={"recipe": recipe.sha256, "source": source_sha256},
             version=__version__,
         )
@@ -227,8 +227,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
             config.check_network(model.config)
             plans = config.plans(model)
             check_plans(model, plans)
-        table = torch.zeros(config.num_train_timesteps, dtype=torch.int64)
-        swap_layers(model, plans, install_clock(model, table, config.per_unit))
+        times = check_times(config.times)
+        table = torch.zeros(times.count, dtype=torch.int64)
+        swap_layers(model, plans, install_clock(model, table, times))
         self._ours = _quantized_state(model)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -7,25 +7,38 @@ finds damage, not a file that was made so.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
-from quantempo.quantized import LayerPlan, find_clock, quantized_layers
+from quantempo.quantized import LayerPlan, Times, find_clock, quantized_layers
 
-__all__ = ["check_layers", "check_plans", "check_tensor", "check_time"]
+__all__ = ["check_layers", "check_plans", "check_tensor", "check_times"]
 
 MAX_TIMESTEPS = 100_000
 
 
-def check_time(num_train_timesteps: Any, per_unit: Any) -> None:
-    """Raise QuantempoError unless these make a clock: 1 to 100,000 steps, a unit above 0."""
-    steps = type(num_train_timesteps) is int and 1 <= num_train_timesteps <= MAX_TIMESTEPS
-    _expect(steps, f"num_train_timesteps {num_train_timesteps!r}", f"1 to {MAX_TIMESTEPS}")
-    unit = type(per_unit) in (int, float) and math.isfinite(per_unit) and per_unit > 0
-    _expect(unit, f"per_unit {per_unit!r}", "a number above 0")
+def check_times(given: Any) -> Times:
+    """Return the places in time that a configuration holds; QuantempoError unless they are some."""
+    known = {field.name for field in fields(Times)}
+    whole = isinstance(given, dict) and {"count"} <= set(given) <= known
+    whole = whole and isinstance(given.get("values", []), list | tuple)
+    _expect(whole, f"times {given!r}", "the fields of places in time")
+    times = Times(**given)
+    count = type(times.count) is int and 1 <= times.count <= MAX_TIMESTEPS
+    _expect(count, f"{times.count!r} places in time", f"1 to {MAX_TIMESTEPS}")
+    numbers = [times.first, times.per_unit, *times.values]
+    finite = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    _expect(
+        finite and times.per_unit != 0, f"times {numbers[:3]}", "finite numbers, per_unit not 0"
+    )
+    order = list(times.values) in (sorted(set(times.values)), sorted(set(times.values))[::-1])
+    fits = order and len(times.values) in (0, times.count)
+    _expect(fits, "times without order", f"{times.count} that rise or fall")
+    return times
 
 
 def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:

@@ -110,14 +110,14 @@ def _measure(
 
     stats = session.run.read_safetensors("stats.safetensors")
     plans = {p.name: p for p in session.plans}
-    unit = TraceSet(session.run / "trace").per_unit
+    times = TraceSet(session.run / "trace").times
     target = rollout()
     table["signal"] = float(target.square().mean())
     count = sum(len(todo) for _, todo in missing)
     with tqdm(total=count, desc="sensitivity", unit="rollout", disable=None) as bar:
         for done, (row, todo) in enumerate(missing, 1):
             name = row["name"]
-            layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, unit)
+            layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, times)
             for option in todo:
                 with denoising_with(session.pipe, layer.at(*bits[option]), session.component):
                     loss = float((rollout() - target).square().mean())

@@ -14,7 +14,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.sampling import call_pipeline
 from quantempo.models.scheduler_step import wrapped_step
 from quantempo.pipeline.quantize import Quantized
-from quantempo.quantized import LayerPlan
+from quantempo.quantized import LayerPlan, Times
 from quantempo.recipe import Recipe
 from quantempo.rounding import nearest
 from quantempo.scales import search_scales, search_weight
@@ -54,10 +54,10 @@ class OneLayer:
         stats: Mapping[str, Tensor],
         plan: LayerPlan,
         recipe: Recipe,
-        per_unit: float,
+        times: Times,
     ) -> None:
         self.denoiser, self.stats, self.plan = denoiser, stats, plan
-        self.recipe, self.per_unit = recipe, per_unit
+        self.recipe, self.times = recipe, times
         layer: Any = denoiser.get_submodule(plan.name)
         self.weight = layer.weight.detach().float().cpu()
         self.weights: dict[int, Tensor] = {}
@@ -75,7 +75,7 @@ class OneLayer:
         scales = self.activations[act_bits] | {f"{name}.weight_scale": known[name]}
         plan = replace(self.plan, weight_bits=weight_bits, act_bits=act_bits)
         codes = {name: nearest(self.weight, known[name], spec)}
-        found = Quantized.of(self.recipe, [plan], scales, codes, self.per_unit)
+        found = Quantized.of(self.recipe, [plan], scales, codes, self.times)
         quantized = found.install(self.denoiser, copy=True)
         layer: Any = quantized.get_submodule(name)
         layer.kernel = BACKENDS.get("simulated").lower(layer)

@@ -49,7 +49,8 @@ _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn", "to_qkv"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
-_TIMESTEP = "timestep"
+# What denoisers call their time; the first of these that `forward` takes.
+_TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "noise_level", "t", "r")
 # In the name of a class: parts that are rounded together.
 _UNITS = ("ResnetBlock", "ResBlock", "TransformerBlock")
 # Children of a U-Net that images do not pass through.
@@ -211,16 +212,17 @@ def parallel_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int
 class DenoiserInputs:
     """One call of a denoiser, by argument name.
 
-    sample: (B, ...) x_t as the network receives it; timestep: (B,) int64, or floating point as
-    received; conditioning: the other arguments by name, defaults not filled in; sample_name: of the
-    first argument ("sample", "hidden_states").
+    sample: (B, ...) x_t as the network receives it; timestep: (B,), or (B, ...) of its tokens,
+    int64, or floating point as received; conditioning: the other
+    arguments by name, defaults not filled in; sample_name: of the first argument ("sample",
+    "hidden_states").
     """
 
     sample: Tensor
     timestep: Tensor
     conditioning: dict[str, Any]
     sample_name: str
-    timestep_name: str = _TIMESTEP
+    timestep_name: str
 
 
 def bind_inputs(
@@ -228,8 +230,8 @@ def bind_inputs(
 ) -> DenoiserInputs:
     """Name the arguments of one call of `denoiser`.
 
-    The time-step may come as a number or as a tensor of shape (), (1,) or (B,); it is repeated
-    to (B,) and its value is not changed: integers become int64, Python floats float32.
+    The time-step may come as a number or as a tensor of shape (), (1,), (B,) or (B, ...); it is
+    repeated to (B, ...) and its value is not changed: integers become int64, Python floats float32.
 
     Raises:
         QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
@@ -245,15 +247,16 @@ def bind_inputs(
     given.pop(names[0])
     sample_name = names[1]
     sample = given.pop(sample_name, None)
-    if not isinstance(sample, Tensor) or given.get(_TIMESTEP) is None:
+    time, _ = timestep_place(denoiser)
+    if not isinstance(sample, Tensor) or given.get(time) is None:
         raise QuantempoError(
             f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected x_t "
-            f"first and an argument '{_TIMESTEP}'; only denoisers called like this can be traced"
+            f"first and a time ({', '.join(_TIMES)})"
         )
-    timestep = _rows(given.pop(_TIMESTEP), sample)
+    timestep = _rows(given.pop(time), sample)
     # How the answer is wrapped says nothing about the network's input.
     given.pop("return_dict", None)
-    return DenoiserInputs(sample, timestep, given, sample_name)
+    return DenoiserInputs(sample, timestep, given, sample_name, time)
 
 
 def _rows(timestep: Any, sample: Tensor) -> Tensor:
@@ -262,33 +265,34 @@ def _rows(timestep: Any, sample: Tensor) -> Tensor:
     t = torch.as_tensor(timestep, device=sample.device)
     if not t.is_floating_point():
         t = t.to(torch.int64)
-    if t.numel() != 1 and t.shape != sample.shape[:1]:
+    if t.numel() != 1 and t.shape[:1] != sample.shape[:1]:
         raise QuantempoError(
             f"got a time-step of shape {tuple(t.shape)} for x_t of shape {tuple(sample.shape)}; "
-            "expected (), (1,) or (B,)"
+            "expected (), (1,), (B,) or (B, ...)"
         )
-    return t.reshape(-1).expand(sample.shape[0])
+    return t if t.numel() > len(sample) else t.reshape(-1).expand(len(sample))
 
 
-def timestep_place(denoiser: Callable[..., Any]) -> int:
-    """Return the place of the time-step among positional arguments of a denoiser, 1 if unknown."""
+def timestep_place(denoiser: Callable[..., Any]) -> tuple[str, int]:
+    """Return name and place of a denoiser's time among its arguments, by default the second."""
     module = getattr(denoiser, "_orig_mod", denoiser)
     forward = getattr(type(module), "forward", None)
     names = [] if forward is None else list(inspect.signature(forward).parameters)[1:]
-    return names.index(_TIMESTEP) if _TIMESTEP in names else 1
+    return next(((name, names.index(name)) for name in _TIMES if name in names), (_TIMES[0], 1))
 
 
-def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int) -> Any:
-    """Return the time-step of a denoiser call as the pipeline passed it; `place` is its place.
+def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: tuple[str, int]) -> Any:
+    """Return the time-step of a denoiser call as the pipeline passed it; see `timestep_place`.
 
     Raises:
         QuantempoError: there is none (some single-step networks are not conditioned on time).
     """
-    if _TIMESTEP in kwargs:
-        return kwargs[_TIMESTEP]
-    if len(args) > place:
-        return args[place]
-    raise QuantempoError("the denoiser was called without a time-step; expected `timestep`")
+    name, index = place
+    if name in kwargs:
+        return kwargs[name]
+    if len(args) > index:
+        return args[index]
+    raise QuantempoError(f"the denoiser was called without a time-step; expected `{name}`")
 
 
 @contextmanager

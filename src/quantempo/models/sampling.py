@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
@@ -24,7 +24,7 @@ from quantempo.run_folder import canonical
 
 __all__ = [
     "SCHEDULERS", "call_pipeline", "check_arguments", "denoising_with", "run_pipeline",
-    "schedule_times", "scheduler_settings", "swap_scheduler",
+    "scheduler_settings", "swap_scheduler",
 ]  # fmt: skip
 
 # Name in a recipe or on the command line -> (diffusers class, settings that make the name true).
@@ -123,15 +123,6 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     # A list of names among the private entries is in the order of a set.
     known = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     return canonical({"class": type(scheduler).__name__, **known})
-
-
-def schedule_times(pipe: Any) -> Tensor:
-    """Return the times of the sampling run under way: (K,) float64, ascending, each once.
-
-    To be asked while the pipeline runs, when it has chosen its schedule.
-    """
-    times = torch.as_tensor(pipe.scheduler.timesteps).detach().cpu().double()
-    return torch.unique(times)
 
 
 def run_pipeline(

@@ -104,14 +104,14 @@ def _by_time(session: Session, pipe: Any, packed: Any) -> dict[str, Any]:
 def _calls(
     session: Session, batch_size: int = 16
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-    """Yield (args, kwargs, training time-step) of recorded calls, about 128 spread over the set."""
+    """Yield (args, kwargs, place in time) of recorded calls, about 128 spread over the set."""
     trace = TraceSet(session.run / "trace")
     count = min(128, len(trace)) // batch_size * batch_size or len(trace)
     index = torch.linspace(0, len(trace) - 1, count).long()
     for rows in trace.calls(index, batch_size):
         batch = trace.rows(rows)
         arguments = trace.arguments(batch, next(session.denoiser.parameters()))
-        yield (), arguments, batch.t.double() * trace.per_unit
+        yield (), arguments, trace.times.noisiest(batch.t)
 
 
 def summary(session: Session) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import (
     LayerPlan,
     QLayer,
+    Times,
     bits_of,
     check_bits,
     fill,
@@ -54,9 +55,8 @@ class Quantized:
     """A quantized denoiser as plain data.
 
     recipe: it was made by; plans: one for each Conv2d and Linear; scales: of each int8 layer;
-    codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each training
-    time-step; per_unit: training time-steps in one unit of the network's time; biases: (O,)
-    float32 of layers whose bias the rounding changed.
+    codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each place
+    of `times`; biases: (O,) float32 of layers whose bias the rounding changed.
     """
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class Quantized:
     scales: dict[str, LayerScales]
     codes: dict[str, Tensor]
     bucket_of: Tensor
-    per_unit: float = 1.0
+    times: Times | None = None
     biases: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -74,7 +74,7 @@ class Quantized:
         plans: list[LayerPlan],
         scales: Mapping[str, Tensor],
         rounding: Mapping[str, Tensor],
-        per_unit: float = 1.0,
+        times: Times | None = None,
     ) -> Quantized:
         """Join the tensors of `search_scales` and of `round_weights`."""
         found = {
@@ -88,7 +88,7 @@ class Quantized:
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
             for p in _settled(plans, scales)
         ]
-        return cls(recipe, plans, found, codes, scales["bucket_of"], per_unit, biases)
+        return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases)
 
     @torch.no_grad()
     def install(self, denoiser: nn.Module, *, copy: bool = False) -> nn.Module:
@@ -106,7 +106,7 @@ class Quantized:
             denoiser = copies.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
         device = next(denoiser.parameters()).device
         floats = {p.name: denoiser.get_submodule(p.name) for p in self.plans if p.kind != "float"}
-        clock = install_clock(denoiser, self.bucket_of.to(device), self.per_unit)
+        clock = install_clock(denoiser, self.bucket_of.to(device), self.times)
         swap_layers(denoiser, self.plans, clock)
         for name, layer in floats.items():
             self._fill(name, denoiser.get_submodule(name), layer)
@@ -188,7 +188,7 @@ def keep_costly(
     if not left or not names:
         return result
     codes = _round(denoiser, plans, scales, "nearest")
-    copied = Quantized.of(recipe, plans, scales, codes, data.per_unit).install(denoiser, copy=True)
+    copied = Quantized.of(recipe, plans, scales, codes, data.times).install(denoiser, copy=True)
     shares = error_shares(denoiser, copied, data, names)
     for name, (error, work) in sorted(shares.items(), key=lambda item: -item[1][0] / item[1][1]):
         if error > WORTH * work and work <= left:
@@ -282,7 +282,7 @@ def round_weights(
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")
     if alone and not settings.bias and not settings.refine:
         return codes
-    start = Quantized.of(recipe, plans, scales, codes, data.per_unit)
+    start = Quantized.of(recipe, plans, scales, codes, data.times)
     copied = start.install(denoiser, copy=True)
     return round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
 
@@ -304,4 +304,4 @@ def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quan
     scales = search(denoiser, statistics, plans, recipe)
     scales = keep_costly(denoiser, data, plans, scales, recipe)
     codes = round_weights(denoiser, data, recipe, plans, scales)
-    return Quantized.of(recipe, plans, scales, codes, data.per_unit)
+    return Quantized.of(recipe, plans, scales, codes, data.times)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from quantempo import __version__
-from quantempo.calibration.trace import TraceSet, check_settings, needs_images
+from quantempo.calibration.trace import SOURCES, TraceSet, check_settings
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoisers_of
@@ -99,12 +99,6 @@ class Session(Cache):
         """What each layer becomes; to be asked when the trace is there."""
         return plan(self.denoiser, self.recipe, TraceSet(self.run / "trace"))
 
-    @property
-    def num_train_timesteps(self) -> int:
-        """T of the scheduler the model was trained with."""
-        # A scheduler of ratios in [0, 1] (Wuerstchen) has none.
-        return int(getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000))
-
     def save(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
         """Write the pipeline with other networks, and with the scheduler it was traced with."""
         pipe = self.pipe
@@ -146,7 +140,7 @@ class Session(Cache):
             for name, part in self.pipe.components.items()
             if isinstance(part, nn.Module) and part is not self.denoiser
         }
-        images = self.data if needs_images(self.recipe.trace.source) else None
+        images = self.data if SOURCES.get(self.recipe.trace.source).needs_images else None
         return {
             "model": self.model["sha256"],
             "others": others,

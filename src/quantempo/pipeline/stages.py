@@ -62,10 +62,9 @@ def trace(session: Session) -> TraceSet:
                 session.pipe, session.denoiser, folder, steps=settings.steps,
                 chains=settings.chains, picks=settings.picks, seed=settings.seed,
                 time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
-                num_train_timesteps=session.num_train_timesteps, call=session.call,
-                source=settings.source, images=_source_images(session), force=session.force,
+                call=session.call, source=settings.source, images=_source_images(session),
                 batch_size=images_a_call(session.pipe, session.call, 16),
-                model_hash=session.model["sha256"],
+                force=session.force, model_hash=session.model["sha256"],
             )  # fmt: skip
     return TraceSet(folder)
 
@@ -124,7 +123,7 @@ def _quantized(session: Session) -> core.Quantized:
         session.plans,
         session.run.read_safetensors("scales.safetensors"),
         session.run.read_safetensors("rounding.safetensors"),
-        _trace_of(session).per_unit,
+        _trace_of(session).times,
     )
 
 
@@ -153,8 +152,7 @@ def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
     packed = found.install(session.denoiser, copy=True)
     rows = measured_rows(session.denoiser, packed, found.plans, data)
     config = QuantempoConfig.of(
-        found.recipe, found.plans, num_train_timesteps=len(found.bucket_of),
-        per_unit=found.per_unit, source_sha256=session.model["sha256"],
+        found.recipe, found.plans, times=data.times, source_sha256=session.model["sha256"],
     )  # fmt: skip
     mark_quantized(packed, config)
     return packed, rows

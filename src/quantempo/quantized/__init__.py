@@ -1,6 +1,6 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
-from quantempo.quantized.clock import CLOCK_NAME, StepClock
+from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times, token_rows
 from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
 from quantempo.quantized.swap import (
     LayerPlan,
@@ -17,6 +17,6 @@ from quantempo.quantized.swap import (
 
 __all__ = [
     "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "QPatches",
-    "StepClock", "bits_of", "check_bits", "fill", "find_clock", "install_clock", "named_bits",
-    "plan_layers", "quantized_layers", "swap_layers",
+    "StepClock", "Times", "bits_of", "check_bits", "fill", "find_clock", "install_clock",
+    "named_bits", "plan_layers", "quantized_layers", "swap_layers", "token_rows",
 ]  # fmt: skip

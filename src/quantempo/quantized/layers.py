@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quantempo.core import activation_format, weight_format
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
-from quantempo.quantized.clock import StepClock
+from quantempo.quantized.clock import StepClock, token_rows
 
 __all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear", "QPatches"]
 
@@ -156,6 +156,11 @@ class QLayer(nn.Module):
         """Run the attached kernel; raises QuantempoError when no backend was attached."""
         if self.kernel is None:
             raise QuantempoError("a quantized layer ran before an engine was attached; attach one")
+        if self.clock.by_token:
+            rows, bucket = token_rows(self.clock.now, input)
+            with self.clock.at(bucket):
+                y = self.forward(rows)
+            return y if rows is input else y.unflatten(0, input.shape[:2])
         if torch.is_autocast_enabled(input.device.type):
             # It would add up integers in half precision.
             with torch.autocast(input.device.type, enabled=False):

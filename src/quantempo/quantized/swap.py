@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, timestep_of, timestep_place
-from quantempo.quantized.clock import CLOCK_NAME, StepClock
+from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
 from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
@@ -115,7 +115,7 @@ def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:
     return common if text is None else parse_bits(text, site.name)
 
 
-def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0) -> StepClock:
+def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = None) -> StepClock:
     """Add the clock (see `StepClock`) as a child of the denoiser, set at every call; return it.
 
     Raises:
@@ -123,7 +123,7 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0)
     """
     if find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
-    clock = StepClock(bucket_of, per_unit)
+    clock = StepClock(bucket_of, times)
     denoiser.add_module(CLOCK_NAME, clock)
     set_clock = functools.partial(_set_clock, timestep_place(denoiser))
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
@@ -131,7 +131,7 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, per_unit: float = 1.0)
 
 
 def _set_clock(
-    place: int, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    place: Any, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     # Where x_t is: the network may be brought there by what others have wrapped around its forward.
     devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -90,7 +90,7 @@ def _inline(svg: str) -> str:
 def time_axis(axis: Any, last: float) -> None:
     """Let time run as sampling does: noise on the left, the image on the right."""
     axis.set_xlim(last, 0)
-    axis.set_xlabel("training time-step t   (noise → image)")
+    axis.set_xlabel("place in time   (noise → image)")
 
 
 def legend_above(axis: Any, columns: int) -> None:
@@ -110,8 +110,8 @@ def timestep_distribution(
 ) -> str:
     """Draw the timestep distribution: drawn step indices against its density, and the t recorded.
 
-    drawn: (n,) in [0, steps); density: (steps,); actual: (m,) training time-steps the network
-    received; last: the number of training time-steps.
+    drawn: (n,) in [0, steps); density: (steps,); actual: (m,) places in time of what
+    the network received; last: their number.
     """
     with new_figure(1, 2, 2.6) as (figure, axes):
         left, right = axes[0]
@@ -128,7 +128,7 @@ def timestep_distribution(
         if actual is not None:
             right.hist(actual, bins=np.linspace(0, last, 51), color=FLOAT)
         time_axis(right, last)
-        right.set_title("inputs recorded, by the t the network received")
+        right.set_title("inputs recorded, by the time the network received")
         for axis in (left, right):
             bare(axis, "y")
     return figure.svg
@@ -140,7 +140,7 @@ class Activation:
 
     label: name and role; hist: (K, N) counts by time bin; edges: (lo, hi) of the N bins; extremes:
     (K, 2) min and max; time_edges: (K + 1,) of the time bins; window: (T, 2) smallest and largest
-    value its scale can represent at each training time-step, or None.
+    value its scale can represent at each place in time, or None.
     """
 
     label: str

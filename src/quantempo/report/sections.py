@@ -166,14 +166,11 @@ def _samples(run: RunFolder) -> list[Block]:
 def _timesteps(run: RunFolder) -> list[Block]:
     trace = _file(run, "trace.json", "trace")
     settings = trace["settings"]
-    last = int(settings["num_train_timesteps"])
-    times = []
+    last, times = trace["times"]["count"], []
     for chunk in trace["chunks"]:
         if run.has(f"trace/{chunk['file']}"):
-            times.append(read_tensors(run / f"trace/{chunk['file']}")[0]["t"].double().numpy())
+            times.append(read_tensors(run / f"trace/{chunk['file']}")[0]["place"].double().numpy())
     actual = np.concatenate(times) if times else None
-    if actual is not None and actual.max() <= 1:
-        actual = actual * last
     density = np.asarray(trace["density"]) if trace.get("density") else None
     drawn = np.asarray(trace["target_steps"]).ravel()
     sampler = dict(settings["time_sampler"])
@@ -290,7 +287,7 @@ def _step_sqnr(run: RunFolder) -> list[Block]:
     if not curve or not curve["t"]:
         raise NotRunError("metrics.json holds no eps_sqnr_db: quantempo evaluate")
     trace = _optional(run, "trace.json")
-    last = trace.get("settings", {}).get("num_train_timesteps") or max(curve["t"])
+    last = trace.get("times", {}).get("count") or max(curve["t"])
     figure = plots.step_curve(curve["t"], curve["sqnr_db"], float(last))
     return [Block("svg", figure, "Both models see the float model's inputs.")]
 

@@ -211,12 +211,13 @@ def _cuda_device(arguments: Any) -> torch.device | None:
     return next((t.device for t in tensors if t.device.type == "cuda"), None)
 
 
-def _with_timestep(args: Any, kwargs: Any, device: torch.device, place: int = 1) -> tuple[Any, Any]:
+def _with_timestep(args: Any, kwargs: Any, device: Any, place: Any = ("timestep", 1)) -> Any:
     """Return the arguments with the time-step as a tensor on the device.
 
     A number would be part of the recording; from the CPU it would be copied during one.
     """
-    if "timestep" not in kwargs and len(args) <= place:
+    name, index = place
+    if name not in kwargs and len(args) <= index:
         return args, kwargs
     timestep = timestep_of(args, kwargs, place)
     if isinstance(timestep, Tensor) and timestep.device.type == "cpu" and timestep.ndim == 0:
@@ -227,9 +228,9 @@ def _with_timestep(args: Any, kwargs: Any, device: torch.device, place: int = 1)
         timestep = torch.full((), timestep, dtype=dtype, device=device)
     elif isinstance(timestep, Tensor):
         timestep = timestep.to(device)
-    if "timestep" in kwargs:
-        return args, {**kwargs, "timestep": timestep}
-    return (*args[:place], timestep, *args[place + 1 :]), kwargs
+    if name in kwargs:
+        return args, {**kwargs, name: timestep}
+    return (*args[:index], timestep, *args[index + 1 :]), kwargs
 
 
 def _copied(arguments: Any, inputs: list[Tensor]) -> Any:
