@@ -14,9 +14,8 @@ from quantempo.errors import QuantempoError
 from quantempo.quantized import QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, gptq, nearest
-from quantempo.rounding.base import Unit
+from quantempo.rounding.base import Unit, dequantized_input
 from quantempo.rounding.gptq import moments
-from quantempo.rounding.soft import dequantized_input
 from tests.engines.quantized import make_clock, make_conv, make_linear
 
 BITS = (2, 4, 8)

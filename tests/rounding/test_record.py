@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quantempo.calibration.rows import Law, Place
-from quantempo.rounding.block_io import Inputs, record, record_all
+from quantempo.rounding.block_io import Inputs, record
 
 LAW: Law = {"[0][0]": Place(0, 1), "[2]": Place(0, 1)}
 LAWS = {"first": LAW, "last": LAW}
@@ -27,21 +27,22 @@ def calls(network: nn.Module) -> list[tuple[int, Callable[[], torch.Tensor]]]:
 
 def test_all_at_once_is_one_by_one_bit_for_bit(network: nn.Sequential) -> None:
     modules = {"first": network[0], "last": network[2]}
-    found = record_all(modules, calls(network), budget=10**6, laws=LAWS)
+    found = record(modules, calls(network), budget=10**6, laws=LAWS)
     assert found is not None
     rows = torch.arange(6)
     for name, module in modules.items():
-        alone = record(module, calls(network), budget=10**6, law=LAW)
-        both = (found[name].take(rows, torch.device("cpu")), alone.take(rows, torch.device("cpu")))
-        assert torch.equal(both[0][0][0], both[1][0][0])
+        alone = record({name: module}, calls(network), budget=10**6, laws=LAWS)
+        assert alone is not None
+        (one,), (other,) = (f[name].take(rows, torch.device("cpu"))[0] for f in (found, alone))
+        assert torch.equal(one, other)
     assert not network[0]._forward_pre_hooks
 
 
 def test_over_the_budget_nothing_is_kept(network: nn.Sequential) -> None:
     # 6 rows of 4 + 6 float32: 240 bytes.
     modules = {"first": network[0], "last": network[2]}
-    assert record_all(modules, calls(network), budget=239, laws=LAWS) is None
-    assert record_all(modules, calls(network), budget=240, laws=LAWS) is not None
+    assert record(modules, calls(network), budget=239, laws=LAWS) is None
+    assert record(modules, calls(network), budget=240, laws=LAWS) is not None
     assert not network[0]._forward_pre_hooks
 
 

@@ -1,4 +1,4 @@
-"""The registry of roundings, what a rounding sees, and the nearest codes.
+"""The registry of roundings, what a rounding sees of a block and its inputs, the nearest codes.
 
 A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
 packing, backends and files never know how they were found.
@@ -6,7 +6,7 @@ packing, backends and files never know how they were found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from quantempo.core import Format, Grid, quantize
+from quantempo.engines.base import channel_dim
 from quantempo.errors import QuantempoError
+from quantempo.quantized import QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
-__all__ = ["ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "nearest", "round_by_weights"]
+__all__ = [
+    "ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "dequantized_input", "nearest",
+    "round_by_weights",
+]  # fmt: skip
 
 Needs = Literal["weights", "hessian", "block"]
 
@@ -90,6 +95,33 @@ def round_by_weights(
         )
     near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
     return rounding(Unit(weights, near, specs, RoundingSettings(name=name)))
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def dequantized_input(
+    layer: QLayer, x: Tensor, scale_at: Callable[[int, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return x_hat = s (clamp(round(x / s) + z, 0, qmax) - z), float32, a grid for each segment.
+
+    The gradient of round is 1. scale_at: (segment, x) -> s; by default that of the layer's clock.
+
+    Source of the gradient: Bengio et al. 2013 (straight through).
+    """
+    axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
+    for i, part in enumerate(x.float().split(layer.segments, axis)):
+        scale = (scale_at or layer.scale_now)(i, x)
+        codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
+        parts.append(codes * scale)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:

@@ -6,6 +6,8 @@ The network is stopped at the block, so a recording costs what comes before it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,25 +20,31 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
 from quantempo.quantized import QLayer, StepClock
 
-__all__ = ["BlockRun", "Inputs", "record", "record_all", "run_until"]
+__all__ = ["BlockRun", "Inputs", "record", "run_until"]
 
 
 class _StopError(Exception):
     """Raised by a hook to end a forward early."""
 
 
-def run_until(module: nn.Module, call: Callable[[], Any], see: Callable[..., None]) -> None:
-    """Run `call` until `module` is called; give see(args, kwargs) what it was called with.
+def run_until(
+    modules: Mapping[str, nn.Module], call: Callable[[], Any], see: Callable[..., None]
+) -> None:
+    """Run `call` until all modules were called; give see(name, args, kwargs) their first calls.
 
     Raises:
-        QuantempoError: `call` never reached the module.
+        QuantempoError: `call` never reached one of them.
     """
+    waiting = set(modules)
 
-    def stop(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args, kwargs)
-        raise _StopError
+    def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in waiting:
+            see(name, args, kwargs)
+            waiting.remove(name)
+        if not waiting:
+            raise _StopError
 
-    with hooked({"": module}, stop, before=True):
+    with hooked(modules, stop, before=True):
         try:
             call()
         except _StopError:
@@ -124,49 +132,31 @@ class Inputs:
 
 @torch.no_grad()
 def record(
-    module: nn.Module, calls: list[tuple[int, Callable[[], Any]]], budget: int, law: Law
-) -> Inputs:
-    """Return what `module` is called with by each of `calls` = (rows, forward of the network)."""
-    inputs = Inputs(sum(rows for rows, _ in calls), budget, law)
-    for rows, call in calls:
-
-        def see(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int = rows) -> None:
-            inputs.add(rows, args, kwargs)
-
-        run_until(module, call, see)
-    inputs.close()
-    return inputs
-
-
-@torch.no_grad()
-def record_all(
     modules: Mapping[str, nn.Module],
     calls: list[tuple[int, Callable[[], Any]]],
     budget: int,
     laws: Mapping[str, Law],
 ) -> dict[str, Inputs] | None:
-    """Return what every module is first called with, each call run once; None over the budget."""
+    """Return what every module is first called with by each of `calls` = (rows, forward).
+
+    None if those of several modules take more than the budget together.
+    """
     total = sum(rows for rows, _ in calls)
     found = {name: Inputs(total, budget, laws[name]) for name in modules}
-    seen: set[str] = set()
-    rows = 0
+    for rows, call in calls:
 
-    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name not in seen:
+        def see(name: str, args: Any, kwargs: Any, rows: int = rows) -> None:
             found[name].add(rows, args, kwargs)
-            seen.add(name)
 
-    with hooked(modules, see, before=True):
-        for rows, call in calls:  # noqa: B007 (the hook reads it)
-            seen.clear()
-            call()
-            if sum(inputs.expected_bytes for inputs in found.values()) > budget:
-                return None
+        run_until(modules, call, see)
+        if len(found) > 1 and sum(part.expected_bytes for part in found.values()) > budget:
+            return None
     for inputs in found.values():
         inputs.close()
     return found
 
 
+@dataclass
 class BlockRun:
     """One block, float and quantized, with the inputs of both.
 
@@ -180,24 +170,20 @@ class BlockRun:
         batch: rows of a call.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        copied: nn.Module,
-        floats: Mapping[str, nn.Module],
-        copies: Mapping[str, QLayer],
-        exact: Inputs,
-        quantized: Inputs,
-        times: Tensor,
-        clock: StepClock,
-        batch: int,
-    ) -> None:
-        self.name, self.module, self.copied = name, module, copied
-        self.floats, self.copies = dict(floats), dict(copies)
-        self.exact, self.quantized, self.clock, self.batch = exact, quantized, clock, batch
-        self.device = clock.bucket_of.device
-        self.times = times.to(self.device)
+    name: str
+    module: nn.Module
+    copied: nn.Module
+    floats: Mapping[str, nn.Module]
+    copies: Mapping[str, QLayer]
+    exact: Inputs
+    quantized: Inputs
+    times: Tensor
+    clock: StepClock
+    batch: int
+
+    def __post_init__(self) -> None:
+        self.device = self.clock.bucket_of.device
+        self.times = self.times.to(self.device)
 
     def __len__(self) -> int:
         return self.exact.rows
@@ -228,15 +214,12 @@ class BlockRun:
         """
         seen: list[Tensor] = []
 
-        def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(input_of(args, kwargs))
+        def see(_: str, *call: Any) -> None:
+            seen.append(input_of(*call))
 
         for index in self.batches():
-
-            def call(index: Tensor = index) -> None:
-                self.run(index, exact=False)
-
-            run_until(self.copies[name], call, see)
+            call = partial(self.run, index, exact=False)
+            run_until({name: self.copies[name]}, call, see)
             yield seen.pop()
 
     def assign(self, name: str, codes: Tensor) -> None:
@@ -244,10 +227,6 @@ class BlockRun:
         layer = self.copies[name]
         layer.set_codes(codes.to(layer.weight_int.device))
         layer.kernel = BACKENDS.get("simulated").lower(layer)
-
-    def codes(self) -> dict[str, Tensor]:
-        """Return copies of the integers of all layers."""
-        return {name: layer.weight_codes.clone() for name, layer in self.copies.items()}
 
     @torch.no_grad()
     def powers(self) -> list[Tensor]:

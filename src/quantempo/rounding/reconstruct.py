@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
@@ -32,10 +33,10 @@ from quantempo.quantized import QConv2d, QLayer, QPatches, find_clock, quantized
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, Unit, check_start
-from quantempo.rounding.block_io import BlockRun, Inputs, record, record_all
+from quantempo.rounding.block_io import BlockRun, Inputs, record
 from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
-__all__ = ["BUDGET", "apply_rounding", "correct_bias", "execution_order", "round_denoiser"]
+__all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
 
 log = logging.getLogger("quantempo")
 
@@ -118,16 +119,6 @@ def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None
     return tensors if metadata.get("key") == digest + tensors_sha256(tensors) else None
 
 
-@torch.no_grad()
-def execution_order(network: nn.Module, names: list[str], call: Callable[[], Any]) -> list[str]:
-    """Return those of the modules `names` that a call of the network runs, in that order."""
-    seen: dict[str, None] = {}
-    with hooked({n: network.get_submodule(n) for n in names}, lambda n, *_: seen.setdefault(n),
-                before=True):  # fmt: skip
-        call()
-    return list(seen)
-
-
 @dataclass
 class _Job:
     """What is the same for every block."""
@@ -160,6 +151,7 @@ class _Job:
         # Inputs of the float blocks, from one run for all of them if they fit the budget.
         self.exact: dict[str, Inputs] | None = None
 
+    @torch.no_grad()
     def _in_order(self) -> list[Block]:
         """Return the blocks with integer layers, and those layers, as a run meets them."""
         found = []
@@ -168,8 +160,11 @@ class _Job:
             if layers:
                 found.append(replace(block, layers=tuple(layers)))
         known = {block.name: block for block in found}
-        names = list(dict.fromkeys([*known, *(n for block in found for n in block.layers)]))
-        order = execution_order(self.denoiser, names, self._call(self.denoiser, self.batches[0]))
+        names = dict.fromkeys([*known, *(n for block in found for n in block.layers)])
+        modules = {name: self.denoiser.get_submodule(name) for name in names}
+        order: dict[str, None] = {}
+        with hooked(modules, lambda name, *_: order.setdefault(name), before=True):
+            self.data.replay(self.denoiser, self.batches[0])
         met = [name for name in order if name in known]
         if met != [block.name for block in found if block.name in met]:
             log.warning("blocks run in another order than their structure says; taken as run")
@@ -200,9 +195,6 @@ class _Job:
                 found[name] |= law
         return found
 
-    def _call(self, network: nn.Module, batch: TraceBatch) -> Callable[[], Any]:
-        return lambda: self.data.replay(network, batch)
-
     @torch.no_grad()
     def round(self, block: Block) -> dict[str, Tensor]:
         """Round one block; its layers in the copy hold the result."""
@@ -212,13 +204,8 @@ class _Job:
         weights = {n: layer.weight.reshape(shapes[n]) for n, layer in floats.items()}  # type: ignore[operator]
         scales = {name: layer.weight_scale for name, layer in copies.items()}
         specs = {name: layer.weight_format for name, layer in copies.items()}
-        unit, settings = Unit(weights, scales, specs, self.settings), self.settings
-        if self.rounding.needs == "weights" and not settings.bias and settings.refine == 0:
-            codes = self.rounding(unit)
-            self.apply(block, dict(codes))
-            return dict(codes)
-        run = self._record(block, floats)
-        unit = replace(unit, block=run)
+        settings, run = self.settings, self._record(block, floats)
+        unit = Unit(weights, scales, specs, settings, run)
         powers = run.powers()
         before = run.loss(powers)
         codes = self.rounding(unit)
@@ -257,18 +244,18 @@ class _Job:
             return self._recorded(block, floats)
 
     def _recorded(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
-        copied, law = self.copied.get_submodule(block.name), self.laws[block.name]
+        copied = self.copied.get_submodule(block.name)
 
-        def calls(network: nn.Module) -> list[tuple[int, Callable[[], Any]]]:
-            return [(len(b.x_t), self._call(network, b)) for b in self.batches]
+        def inputs(network: nn.Module, modules: dict[str, nn.Module]) -> dict[str, Inputs]:
+            calls = [(len(b.x_t), partial(self.data.replay, network, b)) for b in self.batches]
+            return record(modules, calls, self.budget, self.laws) or {}
 
         if self.exact is None:
-            modules = {b.name: b.module for b in self.blocks}
-            self.exact = record_all(modules, calls(self.denoiser), self.budget, self.laws) or {}
-        exact = self.exact.pop(block.name, None)
-        if exact is None:
-            exact = record(block.module, calls(self.denoiser), self.budget, law)
-        quantized = record(copied, calls(self.copied), self.budget, law)
+            self.exact = inputs(self.denoiser, {b.name: b.module for b in self.blocks})
+        if block.name not in self.exact:
+            self.exact |= inputs(self.denoiser, {block.name: block.module})
+        exact = self.exact.pop(block.name)
+        quantized = inputs(self.copied, {block.name: copied})[block.name]
         if exact.halved:
             log.debug("%s: its inputs lie on the host in half precision", block.name)
         layers: dict[str, Any] = {n: self.copied.get_submodule(n) for n in block.layers}
@@ -301,30 +288,27 @@ def correct_bias(block: BlockRun) -> dict[str, Tensor]:
         if layer.bias is None:
             log.debug("bias: %s has none, its mean output stays as it is", name)
             continue
-        sums, count = None, 0
-        for x in block.layer_inputs(name):
-            total, terms = _sums(layer, layer(x))
-            sums, count = total if sums is None else sums + total, count + terms
-        assert sums is not None
-        layer.bias += (wanted[name] - sums / count).float()
+        got = _mean([_sums(layer, layer(x)) for x in block.layer_inputs(name)])
+        layer.bias += (wanted[name] - got).float()
         result[name] = layer.bias.clone()
     return result
 
 
 def _float_means(block: BlockRun) -> dict[str, Tensor]:
     """Return (O,) float64 mean output of each float layer, in one pass over the rows."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    parts: dict[str, list[tuple[Tensor, int]]] = {}
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        total, terms = _sums(module, output)
-        sums[name] = sums[name] + total if name in sums else total
-        counts[name] = counts.get(name, 0) + terms
+        parts.setdefault(name, []).append(_sums(module, output))
 
     with hooked(block.floats, see):
         for index in block.batches():
             block.run(index, exact=True)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: _mean(found) for name, found in parts.items()}
+
+
+def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
+    return sum((total for total, _ in parts), torch.zeros(())) / sum(n for _, n in parts)
 
 
 def _sums(layer: nn.Module, output: Tensor) -> tuple[Tensor, int]:

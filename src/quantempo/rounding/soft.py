@@ -1,58 +1,24 @@
 """Differentiable stand-ins for the kernel of a quantized layer.
 
-    x_hat = s_a (clamp(round(x / s_a) + z, 0, qmax) - z),   gradient of round taken as 1
-    y = conv(x_hat, w_hat) + bias
+    y = conv(x_hat, w_hat) + bias        x_hat: `dequantized_input`
 
-Source of the gradient: Bengio et al. 2013 (straight through); of s_a: Esser et al. 2020 (LSQ).
+Source of the gradient of s_a: Esser et al. 2020 (LSQ).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.core import Format
-from quantempo.engines.base import channel_dim
 from quantempo.quantized import QConv2d, QLayer
+from quantempo.rounding.base import dequantized_input
 
-__all__ = ["ScaleKernel", "SoftKernel", "dequantized_input", "rectified_sigmoid"]
+__all__ = ["ScaleKernel", "SoftKernel"]
 
 # Of the rectified sigmoid: h reaches 0 and 1 at finite v. Louizos et al. 2018.
 _STRETCH, _SHIFT = 1.2, -0.1
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def rectified_sigmoid(v: Tensor) -> Tensor:
-    """Return clamp(1.2 sigmoid(v) - 0.1, 0, 1)."""
-    return (torch.sigmoid(v) * _STRETCH + _SHIFT).clamp(0, 1)
-
-
-def dequantized_input(
-    layer: QLayer, x: Tensor, scale_at: Callable[[int, Tensor], Tensor] | None = None
-) -> Tensor:
-    """Return x_hat in float32, the shape of x, by one grid for each segment.
-
-    scale_at: (segment, x) -> s; by default that of the layer's clock.
-    """
-    axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
-    for i, part in enumerate(x.float().split(layer.segments, axis)):
-        scale = (scale_at or layer.scale_now)(i, x)
-        codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
-        parts.append(codes * scale)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 class _Kernel:
@@ -104,8 +70,8 @@ class SoftKernel(_Kernel):
         self.v = torch.logit((h - _SHIFT) / _STRETCH).requires_grad_()
 
     def h(self) -> Tensor:
-        """Return the soft part of the codes, in [0, 1]."""
-        return rectified_sigmoid(self.v)
+        """Return the soft part of the codes, clamp(1.2 sigmoid(v) - 0.1, 0, 1)."""
+        return (torch.sigmoid(self.v) * _STRETCH + _SHIFT).clamp(0, 1)
 
     def weight(self) -> Tensor:
         """Return the soft weight, float32."""
