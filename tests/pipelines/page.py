@@ -23,8 +23,9 @@ its tiny kin here has 90 %. An SQNR of 60 dB says that the residual branches of 
 small.
 
 In brackets: the networks that are packed. `integers`: share of the multiplications of convolutions
-and linear layers. `SQNR`: of the worst call, `simulated` / the default engine of this machine
-({engine}). `kept in float`: how many layers and why; products of attention always are. "measured":
+and linear layers. `SQNR`: of the worst call, `simulated` / the default engine,
+which is named (lines without a name: `onednn`, before OpenVINO became the default for pairs).
+`kept in float`: how many layers and why; products of attention always are. "measured":
 for its error, large for its work.
 
 | family | pipeline | result | integers | SQNR, dB | kept in float |
@@ -47,7 +48,8 @@ def line(row: dict[str, Any]) -> dict[str, str]:
     return cells | {
         "result": "works",
         "share": f"{row['share']:.1%}",
-        "sqnr": " / ".join(f"{min(value, 99.9):.1f}" for value in row["sqnr_db"].values()),
+        "sqnr": " / ".join(f"{min(value, 99.9):.1f}" for value in row["sqnr_db"].values())
+        + f" {row['engine']}",
         "float": ", ".join(f"{n} {why}" for why, n in sorted(reasons.items()) if n),
     }
 
@@ -57,8 +59,7 @@ def write(rows: list[dict[str, Any]], order: Iterable[str]) -> None:
     import diffusers
     import torch
 
-    engine = next((row["engine"] for row in rows if "engine" in row), "onednn")
-    text = HEAD.format(version=diffusers.__version__, torch=torch.__version__, engine=engine)
+    text = HEAD.format(version=diffusers.__version__, torch=torch.__version__)
     found = (read() if FILE.exists() else {}) | {row["family"]: line(row) for row in rows}
     lines = [found[name] for name in order if name in found]
     text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in lines)
