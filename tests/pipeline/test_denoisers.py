@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quantempo
+from quantempo.bench.networks import run_network
 from quantempo.calibration.dataset import TraceSet
 from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline
@@ -52,9 +53,10 @@ def test_both_experts_are_packed_reported_and_run(experts, tmp_path: Path) -> No
     total = sum(sum(p.numel() for p in part.denoiser.parameters()) for part in session.parts)
     assert metrics["bytes_float32"] == 4 * total and len(session.parts) == 2
     assert {"eps_sqnr_db", "eps_sqnr_db_transformer_2"} <= set(metrics)
-    # Each was traced where it runs: the first at the noisy end.
-    early, late = (TraceSet(part.run / "trace").timesteps for part in session.parts)
-    assert float(early.min()) > float(late.max())
+    # Each was traced where it runs: the first at the noisy end, none crowded at the boundary.
+    early, late = sets = [TraceSet(part.run / "trace") for part in session.parts]
+    assert float(early.timesteps.min()) > float(late.timesteps.max())
+    assert all(torch.equal(data.column("target"), data.column("place")) for data in sets)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -64,7 +66,30 @@ def test_one_of_them_alone(experts, tmp_path: Path, name: str) -> None:
     assert packed_parts(packed) == [name]
     session = quantempo.reopen(tmp_path / "run")
     assert session.component == name and len(session.parts) == 1
+    network = run_network(session)
+    assert find_clock(network.packed) is not None
+    network.packed(**network.inputs(1))
     assert not any(row["name"].startswith("transformer") for row in describe(packed, "cpu")[0])
+
+
+@pytest.mark.parametrize("boundary", [0.0, 2.0])
+def test_an_expert_that_is_never_called_stays_in_float(
+    experts, tmp_path: Path, caplog: pytest.LogCaptureFixture, boundary: float
+) -> None:
+    pipe = load_pipeline(experts[0])
+    pipe.register_to_config(boundary_ratio=boundary)
+    idle, runs = EXPERTS if boundary else EXPERTS[::-1]
+    packed = quantempo.quantize(pipe, tmp_path / "run", SHORT, call=experts[1])
+    assert packed_parts(packed) == [runs] and f"{idle} stays in float" in caplog.text
+    rows = json.loads((tmp_path / "run" / "layers.json").read_text())
+    mine = [row for row in rows if row["name"].startswith("transformer_2.") == (idle == EXPERTS[1])]
+    assert all("never runs" in row["reason"] or row["kind"] == "matmul" for row in mine)
+    assert int8_share(rows)["int8_mac_share"] > 0.4 and len(mine) * 2 == len(rows)
+    session = quantempo.reopen(tmp_path / "run")
+    quantempo.evaluate(session, images=1, steps=4, engine="simulated")
+    assert find_clock(run_network(session).packed) is not None
+    with pytest.raises(QuantempoError, match="never called"):
+        quantempo.quantize(pipe, tmp_path / "alone", SHORT, call=experts[1], only=idle)
 
 
 def test_a_network_the_pipeline_has_not_is_refused(experts, tmp_path: Path) -> None:

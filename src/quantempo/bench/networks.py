@@ -73,12 +73,12 @@ def run_network(session: Session) -> Network:
     Raises:
         QuantempoError: nothing packed yet, or no trace.
     """
-    data = TraceSet(session.run / "trace")
-    floating = session.denoiser
+    part = next(part for part in session.parts if len(TraceSet(part.run / "trace")))
+    data, floating = TraceSet(part.run / "trace"), part.denoiser
     like = next(floating.parameters())
     dtype = _float_type(like.device)
     pipe = load_pipeline(session.require_packed(), dtype)
-    packed = nn.Module.to(denoiser_of(pipe)[1], like.device).eval()
+    packed = nn.Module.to(getattr(pipe, part.component), like.device).eval()
 
     def inputs(rows: int) -> dict[str, Any]:
         alike = data.calls(torch.arange(len(data)), len(data))[0]

@@ -25,9 +25,14 @@ from quantempo.models.layers import DenoiserInputs, bind_inputs, hooked
 from quantempo.models.sampling import call_pipeline
 from quantempo.quantized import Times
 
-__all__ = ["Recorder", "probe"]
+__all__ = ["NeverCalledError", "Recorder", "probe"]
 
-_NEVER = "the pipeline never called the denoiser; pass the network it denoises with"
+
+class NeverCalledError(QuantempoError):
+    """The pipeline does not run the network."""
+
+    def __init__(self) -> None:
+        super().__init__("the pipeline never called the denoiser; pass the one it denoises with")
 
 
 def probe(
@@ -46,7 +51,7 @@ def probe(
     itself runs at the first call only.
 
     Raises:
-        QuantempoError: the denoiser is not called, or in a way that cannot be recorded.
+        QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
     runs, forward, times = [], denoiser.forward, list[Tensor]()
     count = len(places)
@@ -70,7 +75,7 @@ def probe(
             call_pipeline(pipe, range(seed, seed + len(asked)), **how, **call)
         runs.append(list(found.values()))
     if not runs[0]:
-        raise QuantempoError(_NEVER)
+        raise NeverCalledError
     law: Law = {}
     if len(runs[0]) != len(runs[1]):
         raise QuantempoError("the names of the denoiser's arguments change from run to run")
@@ -187,7 +192,7 @@ class Recorder:
         for chain, slots in enumerate(self.slots):
             for pick, slot in enumerate(slots):
                 if slot.batch is None:
-                    raise QuantempoError(_NEVER)
+                    raise NeverCalledError
                 halves = len(slot.batch.t)
                 place = {"chain": self.first + chain, "pick": pick, "call": slot.call}
                 columns = {name: torch.full((halves,), value) for name, value in place.items()}

@@ -35,6 +35,8 @@ _FEW = 2
 @torch.no_grad()
 def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
     """Return "input", "output", "time" or "" for each layer that runs, in order of execution."""
+    if not len(data):
+        return {}
     index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
     batch = data.rows(max(data.calls(index, _ROWS), key=len))
     rows, chance = len(batch.t), Generator().manual_seed(0)

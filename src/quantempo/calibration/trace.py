@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
-from quantempo.calibration.recorder import Recorder, probe
+from quantempo.calibration.recorder import NeverCalledError, Recorder, probe
 from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
@@ -64,6 +64,7 @@ def trace(
     model_hash: str | None = None,
     force: bool = False,
     progress: bool | None = None,
+    needed: bool = True,
 ) -> TraceSet:
     """Record a calibration set into `folder`, one chunk file for each call of the pipeline.
 
@@ -84,6 +85,7 @@ def trace(
         images: (n, H, W, C) uint8 for the sources that need them.
         model_hash: of the denoiser, hashed here if None; force: replace a trace of other settings.
         progress: draw a bar on stderr; None: only on a terminal.
+        needed: refuse a denoiser that is never called; else its set is empty.
 
     Raises:
         QuantempoError: the folder holds a trace with other settings or of another model, the
@@ -98,7 +100,7 @@ def trace(
     settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     run = _Run(pipe, denoiser, settings, call, images)
-    files = _fill(run, RunFolder(folder), targets, force, progress)
+    files = _fill(run, RunFolder(folder), targets, force, progress, needed)
     _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
     return TraceSet(folder)
 
@@ -127,7 +129,7 @@ class _Run(NamedTuple):
 
 
 def _fill(
-    run: _Run, store: RunFolder, targets: Tensor, force: bool, progress: bool | None
+    run: _Run, store: RunFolder, targets: Tensor, force: bool, progress: bool | None, needed: bool
 ) -> list[str]:
     """Write the chunks that are not there yet; return the names of all."""
     settings = run.settings
@@ -137,7 +139,13 @@ def _fill(
     if missing:
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
-        law, calls = _probe(run, [0])
+        try:
+            law, calls = _probe(run, [0])
+        except NeverCalledError:
+            if needed:
+                raise
+            store.path.mkdir(parents=True, exist_ok=True)
+            return []
         times = Times.of(calls, settings["num_train_timesteps"])
         found = torch.stack([times.noisiest(t)[0] for t in calls]).unique()
         targets = found[(2 * targets + 1) * len(found) // (2 * steps)]
@@ -267,13 +275,14 @@ def _finish(
         if found[-1] != found[0] or law | details["law"] != details["law"] | law:
             raise QuantempoError(f"{store / name} is not of this trace; delete it and rerun")
         law |= details["law"]
+    never = {"sample_name": "", "timestep_name": "", "times": asdict(Times(1))}
     info = {
         "settings": settings,
         "law": law,
         "seeds": [settings["seed"] + chain for chain in range(settings["chains"])],
         "target_steps": targets.tolist(),
         "density": density.tolist(),
-        **found[0],
+        **(found or [never])[0],
         "chunks": chunks,
     }
     index = index_of(store.path)

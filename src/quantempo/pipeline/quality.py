@@ -94,6 +94,8 @@ def _by_time(session: Session, pipe: Any, packed: Any) -> dict[str, Any]:
     """Return the SQNR of every denoiser's output by time."""
     result = {}
     for part in session.parts:
+        if not len(TraceSet(part.run / "trace")):
+            continue
         networks = getattr(pipe, part.component), getattr(packed, part.component)
         edges = part.run.read_safetensors("stats.safetensors")["time_bin_edges"].tolist()
         key = "eps_sqnr_db" + ("" if part is session else f"_{part.component}")

@@ -280,7 +280,7 @@ def round_weights(
     settings, plans = recipe.rounding, _settled(plans, scales)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")
-    if alone and not settings.bias and not settings.refine:
+    if not codes or (alone and not settings.bias and not settings.refine):
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.times)
     copied = start.install(denoiser, copy=True)

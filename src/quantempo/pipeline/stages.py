@@ -50,12 +50,23 @@ def _of_each(stage: Callable[[Session], T]) -> Callable[[Session], T]:
     return run
 
 
-@_of_each
 def trace(session: Session) -> TraceSet:
-    """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`."""
+    """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`.
+
+    Of several denoisers one that is never called stays in float, if another is.
+    """
+    found: list[TraceSet] = []
+    for part in session.parts:
+        found.append(_traced(part, part is session.parts[-1] and not any(map(len, found))))
+        if not len(found[-1]):
+            log.warning("%s stays in float: the pipeline never calls it", part.component)
+    return found[0]
+
+
+def _traced(session: Session, needed: bool) -> TraceSet:
     folder, settings = session.run / "trace", session.recipe.trace
-    with session.stage("trace") as needed:
-        if needed:
+    with session.stage("trace") as missing:
+        if missing:
             for name, value in own_guidance(session.pipe, session.call).items():
                 log.info("%s %s, the pipeline's own: give what you will sample with", name, value)
             trace_pipeline(
@@ -64,7 +75,7 @@ def trace(session: Session) -> TraceSet:
                 time_sampler=make_time_sampler(settings.time_sampler, settings.time_sampler_args),
                 call=session.call, source=settings.source, images=_source_images(session),
                 batch_size=images_a_call(session.pipe, session.call, 16),
-                force=session.force, model_hash=session.model["sha256"],
+                force=session.force, model_hash=session.model["sha256"], needed=needed,
             )  # fmt: skip
     return TraceSet(folder)
 
@@ -136,13 +147,15 @@ def pack(session: Session) -> Path:
         if needed:
             rows, networks = [], {}
             for part in session.parts:
-                networks[part.component], found = _packed(part)
+                network, found = _packed(part)
+                if len(_trace_of(part)):
+                    networks[part.component] = network
                 start = "" if part is session else f"{part.component}."
                 rows += [row | {"name": start + row["name"]} for row in found]
             run.write_json("layers.json", rows)
             with atomic_path(run / "packed") as temporary:
                 session.save(networks, temporary)
-                seal(temporary, session.model["component"])
+                seal(temporary, next(iter(networks)))
     return run / "packed"
 
 
