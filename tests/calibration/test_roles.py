@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import MemorySet
-from quantempo.calibration.roles import measure_roles
+from quantempo.calibration.statistics import measure_roles
 from quantempo.models.layers import sites
 from quantempo.pipeline.quantize import quantize
 from quantempo.recipe import Recipe

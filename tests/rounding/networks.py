@@ -45,7 +45,7 @@ class Case:
             for name, s in self.scales.items()
         }
         plans = plan(self.denoiser, self.session.recipe)
-        found = Quantized.of(self.session.recipe, plans, tensors, codes, 1.0)
+        found = Quantized.of(self.session.recipe, plans, tensors, codes)
         return found.install(denoiser or self.denoiser, copy=True)
 
 

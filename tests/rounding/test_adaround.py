@@ -13,8 +13,7 @@ from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_lay
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, adaround, nearest, refine_scales
 from quantempo.rounding import learn as learning
-from quantempo.rounding.base import Unit, dequantized_input
-from quantempo.rounding.block_io import BlockRun, Inputs
+from quantempo.rounding.base import BlockRun, Inputs, Unit, dequantized_input
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
 from tests.engines.quantized import make_clock, make_linear
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quantempo.calibration.rows import Law, Place
-from quantempo.rounding.block_io import Inputs, record
+from quantempo.rounding.base import Inputs, record
 
 LAW: Law = {"[0][0]": Place(0, 1), "[2]": Place(0, 1)}
 LAWS = {"first": LAW, "last": LAW}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,8 @@ def index_of(folder: str | Path) -> Path:
 class TraceBatch(NamedTuple):
     """Rows of a calibration set.
 
-    x_t: (b, ...) float32, what the network received; t: (b,) or (b, tokens), int64 or float32,
-    the time-step it received with it; cond: its other arguments by name, tensors
-    (b, ...), as received.
+    x_t: (b, ...) float32; t: (b,) or (b, tokens), int64 or float32, the time-step received with
+    it; cond: the network's other arguments by name, as received.
     """
 
     x_t: Tensor
@@ -38,43 +37,19 @@ class TraceBatch(NamedTuple):
     cond: dict[str, Any]
 
 
-class CalibrationData(Protocol):
-    """What calibration reads: N denoiser calls of one row each."""
-
-    @property
-    def timesteps(self) -> Tensor:
-        """(N,) time-step of every row, int64 or floating point as received."""
-
-    @property
-    def times(self) -> Times:
-        """Places of the recorded times."""
-
-    def __len__(self) -> int:
-        """Return N."""
-
-    def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
-        """Yield all rows in order, at most `batch_size` at a time."""
-
-    def rows(self, index: Tensor) -> TraceBatch:
-        """Return the rows at `index` (k,) int64, in that order, repeats allowed; see `calls`."""
-
-    def calls(self, index: Tensor, size: int) -> list[Tensor]:
-        """Split row numbers into calls: up to `size` rows of equal shared arguments and lengths."""
-
-    def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
-        """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
-
-
 _ROWS: Law = {"[0]": Place(0, 1), "[1]": Place(0, 1)}
 
 
-class _Calls:
-    """Rows in pieces: each the arguments of one call."""
+class CalibrationData:
+    """What calibration reads: N rows in pieces, each the arguments of one call.
 
+    timesteps: (N,) or (N, tokens), int64 or floating point, as received; times: their places.
+    """
+
+    timesteps: Any
+    times: Times
     # What the denoiser calls its arguments x_t and t.
     names: tuple[str, str]
-    timesteps: Any
-    times: Any
     # Key and number of rows of each piece; those of one key can be joined.
     pieces: list[tuple[str, int]]
     # Where the rows are in a `TraceBatch`.
@@ -137,7 +112,7 @@ class _Calls:
         return output if isinstance(output, Tensor) else output[0]
 
 
-class MemorySet(_Calls):
+class MemorySet(CalibrationData):
     """A calibration set in memory.
 
     Args:
@@ -208,7 +183,7 @@ class MemorySet(_Calls):
         return made
 
 
-class TraceSet(_Calls):
+class TraceSet(CalibrationData):
     """The calibration set in a trace folder, read without loading it whole.
 
     Rows are ordered by chunk, arguments that can be joined, chain, pick, half (of guidance).
@@ -241,7 +216,7 @@ class TraceSet(_Calls):
 
     @cached_property
     def timesteps(self) -> Tensor:
-        """(N,) time-step of every row, int64 or floating point as received."""
+        """The time-step of every row."""
         return self.column("t")
 
     def column(self, name: str) -> Tensor:

@@ -1,28 +1,33 @@
-"""Collect the statistics of layer inputs over a calibration set.
+"""Measure the inputs of layers: their statistics over a calibration set, and what they act on.
 
-Two passes of the float denoiser: ranges, then histograms over those ranges. The order of batches
-does not matter (see scales.histogram). Which scale is best is the business of the search.
+Which scale is best is the business of the search.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from quantempo.calibration.dataset import CalibrationData
-from quantempo.models.layers import hooked, input_of
+from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
 from quantempo.scales import Histogram, MinMax
 
-__all__ = ["TIME_BINS", "collect_ranges", "collect_statistics", "time_bin_edges"]
+__all__ = ["TIME_BINS", "collect_statistics", "measure_roles", "time_bin_edges"]
 
 # Fine time bins, of equally many places; buckets are unions of neighbours.
 TIME_BINS = 16
+# Rows of which roles are measured.
+_ROWS = 4
+# Vectors a row up to which an input is no sequence (PixArt's height and width).
+_FEW = 2
 
 
 def time_bin_edges(times: Times, bins: int = TIME_BINS) -> Tensor:
@@ -39,7 +44,7 @@ def collect_statistics(
     *,
     bins: int = TIME_BINS,
 ) -> dict[str, Tensor]:
-    """Return the tensors of `stats.safetensors`.
+    """Return the tensors of `stats.safetensors`, by two passes: ranges, histograms over these.
 
     `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
     `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms.
@@ -51,7 +56,8 @@ def collect_statistics(
     Raises:
         QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
-    ranges = collect_ranges(denoiser, inputs, data, bins=bins)
+    ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
+    _feed(ranges, denoiser, inputs, data, bins, "ranges")
     histograms = {name: Histogram(seen.edges(), bins) for name, seen in ranges.items()}
     _feed(histograms, denoiser, inputs, data, bins, "histograms")
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
@@ -59,19 +65,6 @@ def collect_statistics(
         state = {**ranges[name].state(), **histograms[name].state()}
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
     return tensors
-
-
-def collect_ranges(
-    denoiser: nn.Module,
-    inputs: Mapping[str, tuple[int, ...]],
-    data: CalibrationData,
-    *,
-    bins: int = 1,
-) -> dict[str, MinMax]:
-    """Return the smallest and largest input of each named layer; arguments as above."""
-    ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
-    _feed(ranges, denoiser, inputs, data, bins, "ranges")
-    return ranges
 
 
 @torch.no_grad()
@@ -101,11 +94,94 @@ def _feed(
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
         total = math.ceil(len(data) / size)
         for batch in tqdm(data.batches(size), stage, total, disable=None, leave=False):
-            time_bin = _bins(data.times.place(batch.t), edges)
+            place = data.times.place(batch.t).clamp(0, float(edges[-1]) - 1e-6)
+            # An edge belongs to the bin above it.
+            time_bin = torch.bucketize(place, edges[1:-1].double(), right=True)
             data.replay(denoiser, batch)
 
 
-def _bins(t: Tensor, edges: Tensor) -> Tensor:
-    """Return the fine bin of each place in time; an edge belongs to the bin above it."""
-    t = t.clamp(0, float(edges[-1]) - 1e-6)
-    return torch.bucketize(t, edges[1:-1].double(), right=True)
+@torch.no_grad()
+def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
+    """Return "input", "output", "time" or "" for each layer that runs, in order of execution.
+
+        A   as recorded
+        B   another x_t, all else equal
+        C   another x_t and other sequences (tensors of more than a vector a row), t equal
+
+        input    the first layer whose input differs between A and B, and all that read the same
+        output   the last layer that runs and, changed alone, changes the network's output
+        time     its input is equal in A and B, and either equal in C too or no more than two
+                 vectors a row: it acts on t, the class, pooled text, sizes
+
+    Tokens of a text are equal in A and B as well, but differ in C, and there are more than two;
+    text that is pooled inside the network is one vector a row.
+    """
+    if not len(data):
+        return {}
+    index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
+    batch = data.rows(max(data.calls(index, _ROWS), key=len))
+    rows, chance = len(batch.t), Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        noise = torch.randn(value.shape, generator=chance).to(value)
+        return value + noise if value.is_floating_point() else value
+
+    def other_sequence(value: Tensor) -> Tensor:
+        vector = value.ndim < 2 or (value.ndim == 2 and len(value) == rows)
+        return value if vector else other(value)
+
+    def equal(batch: TraceBatch) -> set[str]:
+        seen = _inputs(denoiser, data, batch)[0]
+        return {name for name in base if name in seen and base[name].marks == seen[name].marks}
+
+    moved = batch._replace(x_t=pytree.tree_map_only(Tensor, other, batch.x_t))
+    sequences = pytree.tree_map_only(Tensor, other_sequence, batch.cond)
+    base, output = _inputs(denoiser, data, batch)
+    still, calm = equal(moved), equal(moved._replace(cond=sequences))
+    roles = {
+        name: "time" if name in still and (name in calm or seen.few) and seen.alive else ""
+        for name, seen in base.items()
+    }
+    moving = [name for name in base if name not in still]
+    for name in moving:
+        if base[name].marks[0] == base[moving[0]].marks[0]:
+            roles[name] = "input"
+    for name in sorted(moving[1:], key=lambda name: base[name].last, reverse=True):
+        layer = denoiser.get_submodule(name)
+        with layer.register_forward_hook(lambda *seen: 2 * seen[2] + 1):
+            if not torch.equal(data.replay(denoiser, batch), output):
+                return roles | {name: "output"}
+    return roles
+
+
+class _Seen:
+    """What a layer was called with: a mark of each input; all few vectors, any not 0, last call."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[Any, ...]] = []
+        self.few, self.alive, self.last = True, False, 0
+
+    def add(self, layer: nn.Module, x: Tensor, rows: int, number: int) -> None:
+        numbers = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64)
+        self.last = number
+        self.alive |= bool(numbers[1] > 0)
+        self.marks.append((x.shape, *(float(n) for n in numbers)))
+        channels = x.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        self.few &= x.numel() <= _FEW * rows * channels
+
+
+def _inputs(
+    denoiser: nn.Module, data: CalibrationData, batch: TraceBatch
+) -> tuple[dict[str, _Seen], Tensor]:
+    """Return what each layer that runs was called with, in order of execution, and the output."""
+    seen: dict[str, _Seen] = {}
+    number = count()
+
+    def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        x = input_of(args, kwargs)
+        if x.numel():
+            seen.setdefault(name, _Seen()).add(layer, x, len(batch.t), next(number))
+
+    layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, LAYERS)}
+    with hooked(layers, see, before=True):
+        return seen, data.replay(denoiser, batch)

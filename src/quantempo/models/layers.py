@@ -124,7 +124,7 @@ def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> lis
     """Return every convolution and Linear in module order.
 
     measured: role (input, output, time; "" for none of them) of each layer that runs, see
-    `calibration.roles`; without it those roles are guessed from names.
+    `calibration.statistics`; without it those roles are guessed from names.
     """
     halves = {**dict(skip_segments(denoiser)), **dict(parallel_segments(denoiser))}
     found = []

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.calibration.roles import measure_roles
-from quantempo.calibration.statistics import collect_statistics
+from quantempo.calibration.statistics import collect_statistics, measure_roles
 from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError

@@ -12,8 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantempo.rounding.base import ROUNDINGS, Needs, Unit, check_start
-from quantempo.rounding.block_io import BlockRun
+from quantempo.rounding.base import ROUNDINGS, BlockRun, Needs, Unit, check_start
 from quantempo.rounding.learn import errors, learn
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
 

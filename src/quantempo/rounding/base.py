@@ -1,28 +1,33 @@
-"""The registry of roundings, what a rounding sees of a block and its inputs, the nearest codes.
+"""What a rounding is, and what it sees of a block: weights, and the block on its recorded inputs.
 
 A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
-packing, backends and files never know how they were found.
+packing, backends and files never know how they were found. To record the inputs of a block the
+network is stopped there, so a recording costs what comes before it and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from quantempo.calibration.rows import Law, by_row, join, key_of, take
 from quantempo.core import Format, Grid, quantize
-from quantempo.engines.base import channel_dim
+from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
-from quantempo.quantized import QLayer
+from quantempo.models.layers import hooked, input_of
+from quantempo.quantized import QLayer, StepClock
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
 __all__ = [
-    "ROUNDINGS", "Needs", "Rounding", "Unit", "check_start", "dequantized_input", "nearest",
-    "round_by_weights",
+    "ROUNDINGS", "BlockRun", "Inputs", "Needs", "Rounding", "Unit", "check_start",
+    "dequantized_input", "nearest", "record", "round_by_weights", "run_until",
 ]  # fmt: skip
 
 Needs = Literal["weights", "hessian", "block"]
@@ -149,3 +154,246 @@ class NearestRounding:
 
 
 ROUNDINGS.register("nearest")(NearestRounding())
+
+
+class _StopError(Exception):
+    """Raised by a hook to end a forward early."""
+
+
+def run_until(
+    modules: Mapping[str, nn.Module], call: Callable[[], Any], see: Callable[..., None]
+) -> None:
+    """Run `call` until all modules were called; give see(name, args, kwargs) their first calls.
+
+    Raises:
+        QuantempoError: `call` never reached one of them.
+    """
+    waiting = set(modules)
+
+    def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in waiting:
+            see(name, args, kwargs)
+            waiting.remove(name)
+        if not waiting:
+            raise _StopError
+
+    with hooked(modules, stop, before=True):
+        try:
+            call()
+        except _StopError:
+            return
+    raise QuantempoError("a block was not reached by the network's forward; exclude its layers")
+
+
+class Inputs:
+    """The arguments of a block for N rows of the calibration set.
+
+    Args:
+        budget: bytes kept on the device they come from; what would be more lies on the host, in
+            half precision (values beyond its range are clipped to it).
+        law: of the calls of the block, see `calibration.rows.laws`.
+    """
+
+    def __init__(self, rows: int, budget: int, law: Law) -> None:
+        self.rows, self.budget, self.law = rows, budget, law
+        self.halved = False
+        self._parts: list[tuple[str, int, Any]] = []
+        # The calls that could be joined; the group of each row, and its place there.
+        self._groups: list[Any] = []
+        self._group = self._place = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Append a call of `count` rows."""
+        call = (args, kwargs)
+        if not self._parts:
+            size = sum(v.nbytes for v in pytree.tree_leaves(call) if isinstance(v, Tensor))
+            self.halved = size / count * self.rows > self.budget
+        kept = pytree.tree_map_only(Tensor, self._keep, call)
+        self._parts.append((key_of(self.law, call, count), count, kept))
+
+    def _keep(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        if self.halved and value.dtype == torch.float32:
+            top = torch.finfo(torch.float16).max
+            return value.clamp(-top, top).half().cpu()
+        return value.cpu() if self.halved else value.clone()
+
+    @property
+    def expected_bytes(self) -> float:
+        """Bytes that all rows will take, from those of the calls so far."""
+        rows = sum(count for _, count, _ in self._parts)
+        tensors = [v for v in pytree.tree_leaves(self._parts) if isinstance(v, Tensor)]
+        return sum(v.nbytes for v in tensors) / max(1, rows) * self.rows
+
+    def close(self) -> None:
+        """Join the calls; nothing can be added afterwards."""
+        keys = list(dict.fromkeys(key for key, _, _ in self._parts))
+        self._group = torch.tensor([keys.index(k) for k, n, _ in self._parts for _ in range(n)])
+        self._place = torch.zeros_like(self._group)
+        for number, key in enumerate(keys):
+            self._groups.append(join(self.law, [v for k, _, v in self._parts if k == key]))
+            here = self._group == number
+            self._place[here] = torch.arange(int(here.sum()))
+        self._parts.clear()
+
+    def groups(self) -> list[Tensor]:
+        """Return the numbers of the rows that can be in one call, (k,) int64 each."""
+        return [(self._group == n).nonzero()[:, 0] for n in range(len(self._groups))]
+
+    def alike(self, index: Tensor) -> Tensor:
+        """Return `index` with rows that cannot be in one call with the first one replaced."""
+        if len(self._groups) == 1:
+            return index
+        own = self._group.to(index.device)
+        mine = (own == own[index[0]]).nonzero()[:, 0]
+        return torch.where(own[index] == own[index[0]], index, mine[index % len(mine)])
+
+    def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of rows `index` (k,), float32; all of one of the groups."""
+        number = 0
+        if len(self._groups) > 1:
+            (number,) = set(self._group[index.cpu()].tolist())
+            index = self._place[index.cpu()]
+
+        def given(value: Tensor) -> Tensor:
+            value = value.to(device, non_blocking=True)
+            return value.float() if value.dtype == torch.float16 and self.halved else value
+
+        call = take(self.law, self._groups[number], index)
+        return pytree.tree_map_only(Tensor, given, call)
+
+
+@torch.no_grad()
+def record(
+    modules: Mapping[str, nn.Module],
+    calls: list[tuple[int, Callable[[], Any]]],
+    budget: int,
+    laws: Mapping[str, Law],
+) -> dict[str, Inputs] | None:
+    """Return what every module is first called with by each of `calls` = (rows, forward).
+
+    None if those of several modules take more than the budget together.
+    """
+    total = sum(rows for rows, _ in calls)
+    found = {name: Inputs(total, budget, laws[name]) for name in modules}
+    for rows, call in calls:
+
+        def see(name: str, args: Any, kwargs: Any, rows: int = rows) -> None:
+            found[name].add(rows, args, kwargs)
+
+        run_until(modules, call, see)
+        if len(found) > 1 and sum(part.expected_bytes for part in found.values()) > budget:
+            return None
+    for inputs in found.values():
+        inputs.close()
+    return found
+
+
+@dataclass
+class BlockRun:
+    """One block, float and quantized, with the inputs of both.
+
+    Args:
+        name: of the block; module: float; copied: the same with quantized layers.
+        floats, copies: its integer layers by full name, in order of execution.
+        exact, quantized: inputs of the float block, and of the quantized one behind the already
+            quantized part of the network.
+        times: (N,) time-step of each row, as the denoiser receives it.
+        clock: of the quantized denoiser.
+        batch: rows of a call.
+    """
+
+    name: str
+    module: nn.Module
+    copied: nn.Module
+    floats: Mapping[str, nn.Module]
+    copies: Mapping[str, QLayer]
+    exact: Inputs
+    quantized: Inputs
+    times: Tensor
+    clock: StepClock
+    batch: int
+
+    def __post_init__(self) -> None:
+        self.device = self.clock.bucket_of.device
+        self.times = self.times.to(self.device)
+
+    def __len__(self) -> int:
+        return self.exact.rows
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the numbers of all rows, (k,) int64, a batch that fits one call at a time."""
+        for rows in self.exact.groups():
+            yield from rows.to(self.device).split(self.batch)
+
+    def run(self, index: Tensor, *, exact: bool) -> list[Tensor]:
+        """Return the outputs of the block, float or quantized, on its own inputs of some rows."""
+        inputs = self.exact if exact else self.quantized
+        return self.call(index, inputs.take(index, self.device), exact=exact)
+
+    def call(self, index: Tensor, arguments: Any, *, exact: bool) -> list[Tensor]:
+        """Return the outputs of the block on (args, kwargs), at the times of rows `index`.
+
+        Those are its floating tensors, (k, n) each.
+        """
+        self.clock.set(self.times.index_select(0, index))
+        module, (args, kwargs) = self.module if exact else self.copied, arguments
+        return by_row(self.exact.law, module(*args, **kwargs), len(index), "[2]")
+
+    def layer_inputs(self, name: str) -> Iterator[Tensor]:
+        """Yield the input of one quantized layer for all rows, the block's integers as they are.
+
+        The clock stands at the times of what was yielded.
+        """
+        seen: list[Tensor] = []
+
+        def see(_: str, *call: Any) -> None:
+            seen.append(input_of(*call))
+
+        for index in self.batches():
+            call = partial(self.run, index, exact=False)
+            run_until({name: self.copies[name]}, call, see)
+            yield seen.pop()
+
+    def assign(self, name: str, codes: Tensor) -> None:
+        """Give one quantized layer its integers, and the simulated kernel that reads them."""
+        layer = self.copies[name]
+        layer.set_codes(codes.to(layer.weight_int.device))
+        layer.kernel = BACKENDS.get("simulated").lower(layer)
+
+    @torch.no_grad()
+    def powers(self) -> list[Tensor]:
+        """Return (N,) for each output: mean square of the float block's at the row's time-step."""
+        rows: list[list[Tensor]] = []
+        place = torch.cat(list(self.batches())).argsort()
+        for index in self.batches():
+            rows.append([y.square().mean(1) for y in self.run(index, exact=True)])
+        _, group = self.times.unique(return_inverse=True)
+        result = []
+        for parts in zip(*rows, strict=True):
+            power = torch.cat(parts)[place]
+            sums = power.new_zeros(len(power)).index_add_(0, group, power)
+            counts = power.new_zeros(len(power)).index_add_(0, group, torch.ones_like(power))
+            mean = (sums / counts.clamp_min(1)).index_select(0, group)
+            result.append(mean.clamp_min(torch.finfo(torch.float32).tiny * 2**20))
+        return result
+
+    def error(
+        self, got: list[Tensor], wanted: list[Tensor], powers: list[Tensor], index: Tensor
+    ) -> Tensor:
+        """Return () mean over rows and outputs of |got - wanted|^2 / power at the time-step."""
+        terms = [
+            ((y - target).square().mean(1) / power.index_select(0, index)).mean()
+            for y, target, power in zip(got, wanted, powers, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def loss(self, powers: list[Tensor]) -> float:
+        """Return the error of the quantized block over all rows, its integers as they are."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index in self.batches():
+            wanted = self.run(index, exact=True)
+            error = self.error(self.run(index, exact=False), wanted, powers, index)
+            total += error.double() * len(index)
+        return float(total) / len(self)

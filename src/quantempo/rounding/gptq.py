@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from quantempo.core import Format
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
-from quantempo.rounding.base import ROUNDINGS, Needs, Unit, dequantized_input
-from quantempo.rounding.block_io import BlockRun
+from quantempo.rounding.base import ROUNDINGS, BlockRun, Needs, Unit, dequantized_input
 
 __all__ = ["GptqRounding", "gptq", "input_hessian", "moments"]
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from quantempo.models.layers import hooked
 from quantempo.recipe import RoundingSettings
-from quantempo.rounding.block_io import BlockRun
+from quantempo.rounding.base import BlockRun
 
 __all__ = ["LAYER_SHARE", "errors", "learn"]
 

@@ -32,8 +32,7 @@ from quantempo.models.layers import Block, blocks, hooked
 from quantempo.quantized import QConv2d, QLayer, QPatches, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
-from quantempo.rounding.base import ROUNDINGS, Unit, check_start
-from quantempo.rounding.block_io import BlockRun, Inputs, record
+from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
 from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
@@ -92,7 +91,9 @@ def round_denoiser(
         result |= {k: v.cpu() for k, v in found.items()}
     if job.rounding.needs == "block":
         log.debug("%d of %d blocks keep their start", job.kept, len(job.blocks))
-    return result | job.as_packed()
+    # Layers that no call runs stay as packed.
+    layers: dict[str, Any] = {name: copied.get_submodule(name) for name in job.idle}
+    return result | {name: layer.weight_codes.cpu() for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -221,11 +222,6 @@ class _Job:
         notes = "".join(f"; {note}" for note in unit.notes)
         log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
         return result
-
-    def as_packed(self) -> dict[str, Tensor]:
-        """Return the codes of layers that no call runs."""
-        layers: dict[str, Any] = {name: self.copied.get_submodule(name) for name in self.idle}
-        return {name: layer.weight_codes.cpu() for name, layer in layers.items()}
 
     def apply(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Put the tensors of a finished block into the layers of the copy."""
