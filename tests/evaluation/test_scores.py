@@ -13,16 +13,13 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation import scores
 from quantempo.evaluation.features import Extractor, Features
 from quantempo.evaluation.scores import (
-    Spread,
     compare_sets,
     frechet_distance,
     inception_score,
     kernel_distance,
     load_images,
     score_set,
-    spread,
     spread_over_parts,
-    tie,
 )
 
 
@@ -180,19 +177,6 @@ def test_score_dicts_name_where_they_come_from() -> None:
     assert len(compare_sets(_extractor(), flat, b, ("int8", "photos"))) == 2
 
 
-def test_spread_and_tie() -> None:
-    found = spread([1.0, 2.0, 3.0])
-    assert (found.mean, found.std, found.count) == (2.0, 1.0, 3)  # n - 1 in the denominator
-    # 3-4-5: the spread of the difference is 5.
-    assert tie(Spread(10.0, 3.0, 3), Spread(15.0, 4.0, 3))
-    assert not tie(Spread(10.0, 3.0, 3), Spread(15.1, 4.0, 3))
-    assert tie(Spread(15.0, 4.0, 3), Spread(10.0, 3.0, 3))
-    with pytest.raises(QuantempoError, match="at least 3"):
-        spread([1.0, 2.0])
-    with pytest.raises(QuantempoError, match="finite"):
-        spread([1.0, 2.0, math.nan])
-
-
 def test_parts_are_disjoint_and_complete() -> None:
     values = torch.arange(10, dtype=torch.float64)[:, None]
     seen: list[float] = []
@@ -203,7 +187,10 @@ def test_parts_are_disjoint_and_complete() -> None:
 
     found = spread_over_parts(total, Features(values, values), parts=3)
     assert sorted(seen) == list(range(10))
-    assert found.count == 3 and found.mean == pytest.approx(15.0)
+    # Parts 0 3 6 9, 1 4 7 and 2 5 8; n - 1 in the denominator.
+    assert found == pytest.approx((15.0, 3.0))
+    with pytest.raises(QuantempoError, match="finite"):
+        spread_over_parts(lambda part: math.nan, Features(values, values))
     with pytest.raises(QuantempoError, match="cannot split"):
         spread_over_parts(total, Features(values[:5], values[:5]), parts=3)
 

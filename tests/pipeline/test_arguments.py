@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.outputs import evaluate_outputs
+from quantempo.evaluation import evaluate_outputs
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import quality, stages
 from quantempo.pipeline.arguments import (

@@ -1,31 +1,68 @@
 """Judge images and noise predictions, whoever made them.
 
-Here: `evaluate_pairs`, the one call behind the evaluate stage; paired fidelity, feature extractors
-and scores are in the modules. Not here: generating images. Never sees a quantizer.
+Here: `evaluate_outputs`, the one call behind the evaluate stage; paired fidelity, feature
+extractors and scores are in the modules. Not here: generating images. Never sees a quantizer.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from quantempo.evaluation.features import Extractor, Features, extract, load_extractor
-from quantempo.evaluation.fidelity import PSNR_CAP_DB, check_pairs, eps_sqnr, psnr_db, ssim
+from quantempo.evaluation.fidelity import (
+    PSNR_CAP_DB,
+    SQNR_CAP_DB,
+    check_pairs,
+    eps_sqnr,
+    psnr_db,
+    sqnr_db,
+    ssim,
+)  # fmt: skip
 from quantempo.evaluation.scores import (
     compare_sets,
     frechet_distance,
     load_images,
     score_set,
     spread_over_parts,
-    tie,
-)
+)  # fmt: skip
 
-__all__ = ["compare_sets", "eps_sqnr", "evaluate_pairs", "load_images", "psnr_db", "ssim"]
+__all__ = [
+    "compare_sets", "eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "psnr_db",
+    "ssim",
+]  # fmt: skip
 
 # Fewer images than this in each of four parts say nothing about spread.
 IMAGES_PER_PART = 8
+
+
+def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[str, Any]:
+    """Compare what a float and a quantized model made from the same seeds: `how` as evaluate_pairs.
+
+    Pictures (n, H, W, C) uint8 as there. Films (n, F, H, W, C) uint8 frame by frame likewise, and
+    psnr_db_by_frame (mean of films) and motion_sqnr_db, the SQNR of what changes from frame to
+    frame (mean of films). Others (n, ...): sqnr_db of each pair, mean and p05.
+    """
+    if first.dtype != np.uint8:
+        found = _sqnr(first, other)
+        mean, p05 = float(found.mean()), float(np.percentile(found, 5))
+        return {"sqnr_db": found.tolist(), "sqnr_db_mean": mean, "sqnr_db_p05": p05}
+    if first.ndim == 4:
+        return evaluate_pairs(first, other, **how)
+    result = evaluate_pairs(*(f.reshape(-1, *f.shape[2:]) for f in (first, other)), **how)
+    by_frame = np.reshape(result["psnr_db"], first.shape[:2]).mean(axis=0).tolist()
+    motion = _sqnr(*(np.diff(films.astype(np.float32), axis=1) for films in (first, other)))
+    return result | {"psnr_db_by_frame": by_frame, "motion_sqnr_db": float(motion.mean())}
+
+
+def _sqnr(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the SQNR of each pair; that of nothing but noise is minus the cap."""
+    pairs = zip(torch.from_numpy(first).split(1), torch.from_numpy(other).split(1), strict=True)
+    return np.clip([sqnr_db(*pair) for pair in pairs], -SQNR_CAP_DB, SQNR_CAP_DB)
 
 
 def evaluate_pairs(
@@ -35,15 +72,14 @@ def evaluate_pairs(
     reference: str | Path | None = None,
     extractor: str = "lite0",
     weights: str | Path | None = None,
-    sha256: str | None = None,
 ) -> dict[str, Any]:
     """Compare the images of a float and a quantized model that started from the same seeds.
 
     Args:
         float_images, other_images: (n, H, W, 3) or (n, H, W, 1) uint8, same seeds in same places.
         reference: a folder of real images; both sets are then also scored against it.
-        extractor, weights, sha256: of `load_extractor`; "lite0" works offline, "inception" gives
-            FID and needs weights.
+        extractor, weights: of `load_extractor`; "lite0" works offline, "inception" gives FID and
+            needs weights.
 
     Returns:
         JSON-ready dict. Paired: psnr_db (list), psnr_db_mean, psnr_db_p05, psnr_db_cap,
@@ -58,7 +94,7 @@ def evaluate_pairs(
             `load_images` raise.
     """
     check_pairs(float_images, other_images)
-    network = load_extractor(extractor, weights, sha256)
+    network = load_extractor(extractor, weights)
     result = _paired(float_images, other_images) | {
         "images": len(float_images),
         "extractor": network.name,
@@ -109,5 +145,7 @@ def _tie(extractor: Extractor, sets: dict[str, Features], real: Features) -> dic
         return frechet_distance(part.pooled, real.pooled)
 
     found = {name: spread_over_parts(distance, features, parts) for name, features in sets.items()}
-    result: dict[str, Any] = {f"{key}_{name}_std": value.std for name, value in found.items()}
-    return result | {f"{key}_tie": tie(found["float"], found["int8"])}
+    result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
+    apart = abs(found["float"][0] - found["int8"][0])
+    # A tie: no further apart than the spread of the difference.
+    return result | {f"{key}_tie": apart <= math.hypot(*(std for _, std in found.values()))}

@@ -7,9 +7,8 @@ feature networks (`features`) and paired measures (`fidelity`).
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import Extractor, Features
 
 __all__ = [
-    "ImageSet", "Spread", "compare_sets", "frechet_distance", "import_torchmetrics",
-    "inception_score", "kernel_distance", "load_images", "score_set", "spread", "spread_over_parts",
-    "tie",
+    "ImageSet", "compare_sets", "frechet_distance", "import_torchmetrics", "inception_score",
+    "kernel_distance", "load_images", "score_set", "spread_over_parts",
 ]  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -52,17 +50,6 @@ def import_torchmetrics(module: str) -> Any:
         ) from error
 
 
-class _Passthrough(nn.Module):
-    """Hand torchmetrics features that are already computed, so each image is run once."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
     kind = getattr(import_torchmetrics(f"torchmetrics.image.{module}"), name)
     with warnings.catch_warnings():
@@ -70,7 +57,10 @@ def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         # float64 statistics: metric states follow the features, which come in double.
         # Not synchronised: processes of one group score images of their own.
-        settings |= {"feature": _Passthrough(features.shape[1]), "sync_on_compute": False}
+        # Features are computed already, so that each image is run once.
+        network: Any = nn.Identity()
+        network.num_features = features.shape[1]
+        settings |= {"feature": network, "sync_on_compute": False}
         return kind(**settings).to(features.device)
 
 
@@ -92,10 +82,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     d = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), unbiased covariances.
 
-    Sets with n + m < D are first rotated into their common span: rotations do not change d, and
-    the eigenvalue problem shrinks from D to n + m.
-
-    Sets are (n, D) and (m, D), any float dtype.
+    Sets are (n, D) and (m, D), any float dtype. Those with n + m < D are first rotated into their
+    common span: rotations do not change d, and the eigenvalue problem shrinks from D to n + m.
 
     Raises:
         QuantempoError: different D, fewer than 2 rows.
@@ -206,52 +194,27 @@ def score_set(extractor: Extractor, samples: Features, name: str) -> dict[str, A
     return score | _provenance(extractor, len(samples), name, None, 0)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Hold mean and standard deviation of one score over `count` seeds or parts."""
-
-    mean: float
-    std: float
-    count: int
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Summarise one score over at least 3 seeds or parts (standard deviation with n - 1).
-
-    Raises:
-        QuantempoError: fewer than 3 values or one that is not finite.
-    """
-    if len(values) < 3 or not all(math.isfinite(value) for value in values):
-        raise QuantempoError(
-            f"got the values {list(values)}; a spread needs at least 3 finite ones (seeds or parts)"
-        )
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
-
-
-def tie(first: Spread, second: Spread) -> bool:
-    """Return whether two means differ by no more than the spread of their difference.
-
-    |mean_1 - mean_2| <= sqrt(std_1^2 + std_2^2).
-    """
-    return abs(first.mean - second.mean) <= math.hypot(first.std, second.std)
-
-
 def spread_over_parts(
     score: Callable[[Features], float], features: Features, parts: int = 4
-) -> Spread:
-    """Compute a score on disjoint parts of a set and summarise it.
+) -> tuple[float, float]:
+    """Return mean and standard deviation (with n - 1) of a score over disjoint parts of a set.
 
     Image i goes to part i mod `parts`, so equal seeds of two models meet in equal parts. Scores of
     n / parts images are more biased and more scattered than those of n: compare parts with parts.
 
     Raises:
-        QuantempoError: fewer than 3 parts, or fewer than 2 images in a part.
+        QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
     """
     if parts < 3 or len(features) // parts < 2:
         raise QuantempoError(
             f"cannot split {len(features)} images into {parts} parts; need at least 3 parts of 2"
         )
-    return spread([score(features[slice(part, None, parts)]) for part in range(parts)])
+    values = [score(features[slice(part, None, parts)]) for part in range(parts)]
+    if not np.isfinite(values).all():
+        raise QuantempoError(
+            f"got the scores {values} of parts of a set; a spread needs finite ones"
+        )
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
-from quantempo.evaluation.fidelity import eps_sqnr
-from quantempo.evaluation.outputs import evaluate_outputs
+from quantempo.evaluation import eps_sqnr, evaluate_outputs
 from quantempo.pipeline.arguments import merged
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.samples import engine_of, open_model, sample
