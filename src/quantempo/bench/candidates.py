@@ -180,9 +180,8 @@ def _frozen(subject: Subject, kind: str) -> Forward:
 
 
 def _compile(subject: Subject) -> Forward:
-    if subject.device.type == "cpu":
-        return _frozen(subject, "bf16")
-    return _compiled(_floating(subject))
+    on_cpu = subject.device.type == "cpu"
+    return _frozen(subject, "bf16") if on_cpu else _compiled(_floating(subject))
 
 
 def _autotuned(subject: Subject, flags: bool = False) -> Forward:
@@ -195,8 +194,8 @@ def _autotuned(subject: Subject, flags: bool = False) -> Forward:
     return _compiled(net, **mode, **(_FLAGS if flags else {}))
 
 
-def _torchao(config: str, **settings: Any) -> Callable[[Subject], Forward]:
-    """Return a builder with a torchao configuration on the layers that ours would take, compiled.
+def _peer(form: str, config: str, **settings: Any) -> Candidate:
+    """Return a torchao configuration on the layers that ours would take, compiled.
 
     Linear layers alone: torchao has no integer convolution. Layers of the time embedding see one
     row an image, which integer products refuse.
@@ -211,13 +210,8 @@ def _torchao(config: str, **settings: Any) -> Callable[[Subject], Forward]:
         library.quantize_(net, getattr(library, config)(**chosen), lambda _, name: name in names)
         return _compiled(net)
 
-    return build
-
-
-def _peer(form: str, config: str, **settings: Any) -> Candidate:
     found = importlib.util.find_spec("torchao")
     reason = None if found else "torchao is not installed (pip install torchao)"
-    build = _torchao(config, **settings)
     return Candidate(f"torchao/{form}", build, record, lambda _: reason, compiled=True)
 
 

@@ -176,18 +176,16 @@ def compare(
         results.put({**head, "candidate": name, "failed": reason})
 
     for candidate in tqdm(candidates, desc="bench", disable=None, leave=False):
-        reason = candidate.missing(subject)
-        if reason is None:
-            try:
-                one = prepare(candidate, subject, wanted, timer, budget)
-                ready[candidate.name] = one
-                results.put(head | one.row([]))
-            # Compilers and drivers raise anything; the table names it beside what ran.
-            except Exception as error:
-                reason = reason_of(error)
-                clear(wanted.device)
-        if reason is not None:
+        if reason := candidate.missing(subject):
             fail(candidate.name, reason)
+            continue
+        try:
+            one = ready[candidate.name] = prepare(candidate, subject, wanted, timer, budget)
+            results.put(head | one.row([]))
+        # Compilers and drivers raise anything; the table names it beside what ran.
+        except Exception as error:
+            fail(candidate.name, reason_of(error))
+            clear(wanted.device)
 
     def after(times: dict[str, list[float]]) -> None:
         results.put(*(head | ready[name].row(ms) for name, ms in times.items()))

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def run_network(session: Session) -> Network:
     return Network(name, floating, packed, inputs, session.pipe.scheduler, "run folder", dtype)
 
 
-def model_network(source: str, device: torch.device | str, recipe: Recipe | None = None) -> Network:
+def model_network(source: str, device: torch.device | str) -> Network:
     """Return a preset ("sd15") or the denoiser of a diffusers folder, quantized without data.
 
     Raises:
@@ -98,13 +99,13 @@ def model_network(source: str, device: torch.device | str, recipe: Recipe | None
     """
     if source in PRESETS or not Path(source).exists():
         # An unknown name is refused there, with the known ones.
-        return quick_network(source, build_preset(source, device), recipe=recipe)
+        return quick_network(source, build_preset(source, device))
     pipe = load_pipeline(source)
     floating, scheduler = denoiser_of(pipe)[1], pipe.scheduler
     del pipe
     gc.collect()
     floating = nn.Module.to(floating, device).eval()
-    return quick_network(Path(source).name, floating, scheduler, recipe)
+    return quick_network(Path(source).name, floating, scheduler)
 
 
 def quick_network(
@@ -112,29 +113,23 @@ def quick_network(
 ) -> Network:
     """Return a float32 denoiser on its device and its copy, quantized from random inputs.
 
-    `recipe` is by default the layers and bits of w8a8 with one scale a layer, rounded to nearest;
-    `scheduler` that of its pipeline, None for DDIM's defaults.
+    `recipe` is by default `quick_recipe`; `scheduler` that of its pipeline, None for DDIM's.
     """
     dtype = _float_type(next(floating.parameters()).device)
-    calls = [
-        random_inputs(floating, _RANGE_BATCH + i, time=time, seed=i + 1)
-        for i, time in enumerate(_TIMES)
-    ]
+    times = enumerate(_TIMES)
+    calls = [random_inputs(floating, _RANGE_BATCH + i, time=t, seed=i + 1) for i, t in times]
     data = MemorySet.of_calls(floating, calls)
     recipe = recipe or quick_recipe()
     packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
     cast_floats(packed, dtype)
     log.warning("%s: scales are from random inputs, for timing and not for images", name)
-
-    def inputs(rows: int) -> dict[str, Any]:
-        return random_inputs(floating, rows)
-
-    return Network(name, floating, packed, inputs, scheduler, "random inputs, for timing", dtype)
+    inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
+    return Network(name, floating, packed, inputs, scheduler, scales, dtype)
 
 
-def quick_recipe(name: str = "w8a8") -> Recipe:
-    """Return a shipped recipe's layers and bits, one bucket, rounded to nearest."""
-    recipe = Recipe.load(name).override("rounding", name="nearest", bias=False, refine=0)
+def quick_recipe() -> Recipe:
+    """Return the layers and bits of w8a8, one bucket, rounded to nearest."""
+    recipe = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
     return recipe.override("activations", buckets=1)
 
 

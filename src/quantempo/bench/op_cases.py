@@ -64,8 +64,14 @@ def _floats(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=_BF16)
 
 
-def _scale(count: int, device: torch.device) -> Tensor:
-    return torch.rand(count, device=device) * 1e-3 + 1e-3
+def _terms(channels: int, device: torch.device) -> Given:
+    """Return the scales and the bias of a product."""
+    scales = (torch.rand(count, device=device) * 1e-3 + 1e-3 for count in (1, channels))
+    return {
+        **dict(zip(("act_scale", "weight_scale"), scales, strict=True)),
+        "bucket": torch.zeros((), dtype=torch.int64, device=device),
+        "bias": torch.randn(channels, device=device),
+    }
 
 
 def conv(n: int, s: int, c: int, o: int) -> Case:
@@ -78,10 +84,7 @@ def conv(n: int, s: int, c: int, o: int) -> Case:
             "dense": weight,
             "weight": layout.conv_weight(weight),
             "table": layout.border_table(weight, _ZERO),
-            "act_scale": _scale(1, device),
-            "weight_scale": _scale(o, device),
-            "bucket": torch.zeros((), dtype=torch.int64, device=device),
-            "bias": torch.randn(o, device=device),
+            **_terms(o, device),
             "shift": _floats(n, o, device=device),
             "residual": _image(_floats(n, o, s, s, device=device)),
         }
@@ -122,10 +125,7 @@ def gemm(m: int, n: int, k: int) -> Case:
             "codes": _codes((m, k), device),
             "weight": weight,
             "table": layout.row_table(weight, _ZERO),
-            "act_scale": _scale(1, device),
-            "weight_scale": _scale(n, device),
-            "bucket": torch.zeros((), dtype=torch.int64, device=device),
-            "bias": torch.randn(n, device=device),
+            **_terms(n, device),
         }
 
     def run(given: Given) -> Tensor:

@@ -65,9 +65,8 @@ def check(case: Case, given: dict[str, Tensor]) -> None:
             differ from each other.
     """
     first = case.whole(given)
-    for _ in range(2):
-        if not torch.equal(first, case.whole(given)):
-            raise QuantempoError("repeated runs differ from each other")
+    if not all(torch.equal(first, case.whole(given)) for _ in range(2)):
+        raise QuantempoError("repeated runs differ from each other")
     count = len(first)
     # Both ends: the last rows fill no whole tile.
     size = 1 if first.ndim == 4 else 64
@@ -152,12 +151,12 @@ def time_op(
     times = take_turns(calls, timer, rounds=rounds, seconds=seconds, failed=row["failed"])
     ms = {name: median(values) / copies for name, values in times.items()}
     row |= {"copies": copies, "ms": {name: round(value, 5) for name, value in ms.items()}}
-    if "ours" in ms:
-        mine = ms["ours"]
-        row["checked"] = True
-        row["tflops"] = round(tera(case.operations, mine), 1)
-        row["tbytes"] = round(tera(case.moved, mine), 3)
-        row["roofline_fraction"] = round(limits.fraction(case.operations, case.moved, mine), 3)
+    if mine := ms.get("ours"):
+        fraction = limits.fraction(case.operations, case.moved, mine)
+        row |= {
+            "checked": True, "tflops": round(tera(case.operations, mine), 1),
+            "tbytes": round(tera(case.moved, mine), 3), "roofline_fraction": round(fraction, 3),
+        }  # fmt: skip
         row |= {f"speedup_vs_{n}": round(v / mine, 3) for n, v in ms.items() if n != "ours"}
     del calls, times
     clear(device)

@@ -65,17 +65,15 @@ def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float |
     "speedup_vs_best_bf16", "speedup_vs_best_fp32": {"MODEL_bBATCH": best float ms / best ms of the
     engine, None without one of them}; for bf16 also {"OPERATOR": see `_slowest`}.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for kind in ("bf16", "fp32"):
-        ratios: dict[str, float | None] = {}
-        for key, own in _networks(rows).items():
-            base, ours = best(own, kind, engine), best(own, "ours", engine)
-            ratios["{}_b{}".format(*key)] = (
-                round(base["ms_per_forward"] / ours["ms_per_forward"], 3) if base and ours else None
-            )
-        found[f"speedup_vs_best_{kind}"] = ratios
-    found["speedup_vs_best_bf16"] |= _slowest([row for row in rows if row["kind"] == "op"])
-    return found
+
+    def ratio(own: list[Row], kind: str) -> float | None:
+        base, ours = best(own, kind, engine), best(own, "ours", engine)
+        return round(base["ms_per_forward"] / ours["ms_per_forward"], 3) if base and ours else None
+
+    networks = {"{}_b{}".format(*key): own for key, own in _networks(rows).items()}
+    bf16, fp32 = ({k: ratio(v, kind) for k, v in networks.items()} for kind in ("bf16", "fp32"))
+    bf16 |= _slowest([row for row in rows if row["kind"] == "op"])
+    return {"speedup_vs_best_bf16": bf16, "speedup_vs_best_fp32": fp32}
 
 
 def _networks(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -22,25 +22,19 @@ from quantempo.engines.select import ENGINES, choose
 from quantempo.errors import QuantempoError
 from quantempo.models.load import check_device
 from quantempo.models.presets import check_preset
-from quantempo.pipeline.session import Session
+from quantempo.pipeline.session import Session, reopen
 
-__all__ = ["bench", "bench_network", "check_request"]
+__all__ = ["bench", "bench_network"]
 
 log = logging.getLogger("quantempo")
 
 _PACKAGES = ("quantempo", "torch", "triton", "diffusers", "torchao")
 
 
-def check_request(
-    run: bool,
-    model: str | None = None,
-    *,
-    device: str = "cpu",
-    ops: bool = False,
-    engines: Sequence[str] = (),
-    candidates: Iterable[str] = (),
-    out: str | Path | None = None,
-) -> None:
+def _check_request(
+    run: bool, model: str | None, device: str, ops: bool, engines: Sequence[str],
+    out: str | Path | None,
+) -> None:  # fmt: skip
     """Raise QuantempoError for a request that names nothing, too much, or what does not exist."""
     kind = device.partition(":")[0]
     if run and model is not None:
@@ -58,14 +52,13 @@ def check_request(
         reason = ENGINES.get(name).missing()
         if reason is not None:
             raise QuantempoError(f"engine '{name}' cannot run here: {reason}")
-    select(candidates, kind)
     if out is not None and Path(out).is_dir():
         # It would be replaced by the file.
         raise QuantempoError(f"{out} is a folder; expected a file to write to")
 
 
 def bench(
-    session: Session | None = None,
+    run: Session | str | Path | None = None,
     model: str | None = None,
     *,
     device: str = "cpu",
@@ -83,7 +76,7 @@ def bench(
     `bench.json`; a CPU's first batch goes into its `metrics.json` at the end.
 
     Args:
-        session: a run folder on the device; model: a preset or a diffusers folder.
+        run: a run folder, or its session on the device; model: a preset or a diffusers folder.
         batches: by default 8 and 16 on a CPU; 16 and 256 on a GPU, for text-to-image 2 and 8.
         engines: that run the quantized network, the first one judged by; by default all that a CPU
             has, and the fastest one of a GPU.
@@ -94,15 +87,17 @@ def bench(
         The record, see `Results.record`.
 
     Raises:
-        QuantempoError: see `check_request`; nothing packed yet.
+        QuantempoError: a request that names nothing, too much, or what does not exist; nothing
+            packed yet.
     """
-    check_request(session is not None, model, device=device, ops=ops, engines=engines,
-                  candidates=candidates, out=out)  # fmt: skip
+    _check_request(run is not None, model, device, ops, engines, out)
     kind = torch.device(device).type
+    known = select(candidates, kind)
+    session = reopen(run, device=device) if isinstance(run, str | Path) else run
     engine = engines[0] if engines else choose(kind).name
     chosen = [
         one
-        for one in select(candidates, kind)
+        for one in known
         if (compiled or not one.compiled or one.kind == "ours")
         and (not engines or one.engine is None or one.engine in engines)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,18 +49,9 @@ def bench(
     from quantempo.bench import run as library
     from quantempo.bench.results import text_table
 
-    what: dict[str, Any] = {"device": device, "ops": ops, "engines": engine or ()}
-    what["candidates"] = candidate or ()
-    # Before a run folder is opened.
-    library.check_request(run is not None, model, out=out, **what)
-    session = None
-    if run is not None:
-        from quantempo.pipeline.session import reopen
-
-        session = reopen(run, device=device)
     record = library.bench(
-        session, model, batches=batch, compiled=compiled, out=out, rounds=rounds, budget=budget,
-        steps=steps, **what,
+        run, model, device=device, batches=batch, engines=engine or (), candidates=candidate or (),
+        compiled=compiled, ops=ops, out=out, rounds=rounds, budget=budget, steps=steps,
     )  # fmt: skip
     if as_json:
         show(record, as_json)
