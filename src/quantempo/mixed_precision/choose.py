@@ -57,8 +57,7 @@ def choose_bits(
         QuantempoError: no budget, one that cannot be met (before anything is measured), a
             run folder with later stages of other bits without `force`, or see `measure`.
     """
-    budgets = _budgets(budget_bytes, budget_bops)
-    options = _options(options, budget_bops, session.recipe)
+    budgets, options, base, request = _asked(session.recipe, budget_bytes, budget_bops, options)
     if not rollout and session.run.has(ARTEFACT):
         # What was measured before decides; not again with other settings.
         rollout = session.run.read_json(ARTEFACT)["settings"]
@@ -66,8 +65,7 @@ def choose_bits(
     costs = _costs(outline(session, options, **rollout), options)
     _allocate(np.zeros(np.shape(costs["bytes"])), costs, budgets)
     table = measure(session, options, **rollout)
-    base = session.recipe.override("layers", bits={})
-    choice = {"request": _request(base, budgets, options), **_choice(table, budgets, options)}
+    choice = {"request": request, **_choice(table, budgets, options)}
     _adopt(session, base.override("layers", bits=choice["bits"]))
     table["choice"] = choice
     session.run.write_json(ARTEFACT, table)
@@ -131,10 +129,9 @@ def recall(
     """
     folder = RunFolder(run)
     choice = folder.read_json(ARTEFACT).get("choice") if folder.has(ARTEFACT) else None
-    base = recipe.override("layers", bits={})
-    budgets, options = _budgets(budget_bytes, budget_bops), _options(options, budget_bops, recipe)
+    _, _, base, request = _asked(recipe, budget_bytes, budget_bops, options)
     with reading(folder / ARTEFACT):
-        if choice is None or choice["request"] != _request(base, budgets, options):
+        if choice is None or choice["request"] != request:
             return recipe
         return base.override("layers", bits=choice["bits"])
 
@@ -157,25 +154,19 @@ def _adopt(session: Session, recipe: Recipe) -> None:
     session.run.update_manifest(**entries, recipe_sha256=recipe.sha256)
 
 
-def _budgets(budget_bytes: int | None, budget_bops: int | None) -> dict[str, int]:
+def _asked(
+    recipe: Recipe,
+    budget_bytes: int | None,
+    budget_bops: int | None,
+    options: Sequence[str] | None,
+) -> tuple[dict[str, int], tuple[str, ...], Recipe, str]:
+    """Return budgets by name, the bits to choose from, the recipe without bits, and their hash."""
     given = {"bytes": budget_bytes, "bops": budget_bops}
     budgets = {name: value for name, value in given.items() if value is not None}
     if not budgets:
         raise QuantempoError("got no budget; give bytes, bit operations or both")
-    return budgets
-
-
-def _options(
-    options: Sequence[str] | None, budget_bops: int | None, recipe: Recipe
-) -> tuple[str, ...]:
-    """Return the bits to choose from."""
-    if options is not None:
-        return tuple(dict.fromkeys(options))
-    if budget_bops is not None:
-        return OPTIONS
-    return tuple(f"w{bits}a{recipe.activations.bits}" for bits in _WEIGHT_BITS)
-
-
-def _request(base: Recipe, budgets: dict[str, int], options: Sequence[str]) -> str:
-    """Return a hash of what was asked for."""
-    return hash_of([base.sha256, budgets, list(options)])
+    if options is None:
+        few = (f"w{bits}a{recipe.activations.bits}" for bits in _WEIGHT_BITS)
+        options = OPTIONS if budget_bops is not None else tuple(few)
+    options, base = tuple(dict.fromkeys(options)), recipe.override("layers", bits={})
+    return budgets, options, base, hash_of([base.sha256, budgets, list(options)])

@@ -79,7 +79,7 @@ def outline(
     steps: int = 10,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """Return the table as far as it is measured, with the size of every layer; writes no losses.
+    """Return the table as far as it is measured, with the size of every layer; write nothing.
 
     Trace and calibrate are run if they are not done. Arguments and errors are those of `measure`.
     """
@@ -92,7 +92,35 @@ def outline(
         parse_bits(option, "options")
     trace(session)
     calibrate(session)
-    return _read(session, {"chains": chains, "steps": steps, "seed": seed})
+    settings = {"chains": chains, "steps": steps, "seed": seed}
+    chosen = {name: getattr(session.recipe, name) for name in ("activations", "weights")}
+    # `bits` are what is varied here.
+    text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
+    key = hash_of({**text, "inputs": session.key("calibrate"), "settings": settings})
+    if session.run.has(ARTEFACT):
+        table: dict[str, Any] = session.run.read_json(ARTEFACT)
+        with reading(session.run / ARTEFACT):
+            known = table["key"]
+        if known == key:
+            return table
+        if not session.force:
+            raise QuantempoError(
+                f"{session.run / ARTEFACT} was made with other settings; use another --run "
+                "folder, or --force to redo it"
+            )
+    plans = [p for p in session.plans if p.kind == "int8"]
+    if not plans:
+        raise QuantempoError("the recipe keeps every layer in float; nothing to measure")
+    data = TraceSet(session.run / "trace")
+    batch = data.rows(torch.zeros(1, dtype=torch.long))
+    macs = count_macs(session.denoiser, lambda: data.replay(session.denoiser, batch), 1)
+    layers = []
+    for p in plans:
+        weight: Any = session.denoiser.get_submodule(p.name).weight
+        row = {"name": p.name, "role": p.role, "macs": macs.get(p.name, 0)}
+        layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
+    empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
+    return {**empty, "layers": layers, "choice": None}
 
 
 def _measure(
@@ -137,43 +165,6 @@ def _measure(
     entry = {"key": table["key"], "seconds": table["seconds"]}
     session.run.update_manifest(stages={"sensitivity": entry})
     log.info("sensitivity: %.1f s -> %s", table["seconds"], ARTEFACT)
-
-
-def _read(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of a run folder as far as it is, or an empty one.
-
-    Raises:
-        QuantempoError: it is of other settings and `force` is off, or there are no integer layers.
-    """
-    chosen = {name: getattr(session.recipe, name) for name in ("activations", "weights")}
-    # `bits` are what is varied here.
-    text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
-    key = hash_of({**text, "inputs": session.key("calibrate"), "settings": settings})
-    if session.run.has(ARTEFACT):
-        table: dict[str, Any] = session.run.read_json(ARTEFACT)
-        with reading(session.run / ARTEFACT):
-            known = table["key"]
-        if known == key:
-            return table
-        if not session.force:
-            raise QuantempoError(
-                f"{session.run / ARTEFACT} was made with other settings; use another --run "
-                "folder, or --force to redo it"
-            )
-    plans = [p for p in session.plans if p.kind == "int8"]
-    if not plans:
-        raise QuantempoError("the recipe keeps every layer in float; nothing to measure")
-    data = TraceSet(session.run / "trace")
-    batch = data.rows(torch.zeros(1, dtype=torch.long))
-    macs = count_macs(session.denoiser, lambda: data.replay(session.denoiser, batch), 1)
-    roles = {p.name: p.role for p in plans}
-    layers = []
-    for name in (p.name for p in plans):
-        weight: Any = session.denoiser.get_submodule(name).weight
-        row = {"name": name, "role": roles[name], "macs": macs.get(name, 0)}
-        layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
-    empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
-    return {**empty, "layers": layers, "choice": None}
 
 
 def table_rows(table: dict[str, Any], options: Sequence[str]) -> list[dict[str, Any]]:

@@ -75,11 +75,8 @@ def evaluate(
         metrics = more | metrics | {"scores": metrics.get("scores", []) + more.get("scores", [])}
     metrics |= _by_time(session, pipe, packed)
     about: dict[str, Any] = {"engine": engine_of(packed), "steps": steps, "seeds": seeds}
-    about |= {"batch_size": batch_size} | {
-        "sampler": type(pipe.scheduler).__name__,
-        "machine": machine(),
-    }
-    metrics |= summary(session) | about
+    about |= {"batch_size": batch_size, "sampler": type(pipe.scheduler).__name__}
+    metrics |= summary(session) | about | {"machine": machine()}
     before = run.read_json("metrics.json") if run.has("metrics.json") else {}
     metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
     if keep:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from quantempo.errors import QuantempoError
 
@@ -49,8 +50,6 @@ def compare(
 
 def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> None:
     """Write one PNG: `columns` pictures of `first`, below them those of `second`, equal seeds."""
-    from PIL import Image
-
     seeds = seeds_of(first, second)[:columns]
     rows = [
         np.concatenate([_pixels(folder / f"{seed}.png") for seed in seeds], 1)
@@ -58,14 +57,11 @@ def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> N
     ]
     whole = Image.fromarray(np.concatenate(rows))
     factor = max(1, 96 // (whole.height // 2))
-    size = (whole.width * factor, whole.height * factor)
-    whole.resize(size, Image.Resampling.NEAREST).save(target, "PNG", optimize=True)
+    ImageOps.scale(whole, factor, Image.Resampling.NEAREST).save(target, "PNG", optimize=True)
 
 
 def _pixels(path: Path) -> np.ndarray:
     """Return (H, W, 3) uint8."""
-    from PIL import Image
-
     try:
         return np.asarray(Image.open(path).convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -74,16 +70,12 @@ def _pixels(path: Path) -> np.ndarray:
 
 def _shown(pixels: np.ndarray) -> str:
     """Return a PNG address, enlarged by a whole factor (nearest neighbour) or reduced to fit."""
-    from PIL import Image
-
     image = Image.fromarray(pixels)
     side = max(image.size)
-    factor = -(-SMALLEST_SIDE // side)
     if side > LARGEST_SIDE:
         image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    elif factor > 1:
-        size = (image.width * factor, image.height * factor)
-        image = image.resize(size, Image.Resampling.NEAREST)
+    elif side < SMALLEST_SIDE:
+        image = ImageOps.scale(image, -(-SMALLEST_SIDE // side), Image.Resampling.NEAREST)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -18,9 +18,9 @@ from quantempo.errors import QuantempoError
 
 __all__ = [
     "ACCENT", "FLOAT", "INDIGO", "INK", "INT8", "MUTED", "OCHRE", "RULE", "VARIABLES", "Activation",
-    "activation_boxes", "activation_densities", "bare", "bars", "layer_bars", "legend_above",
-    "new_figure", "quantiles", "scale_curves", "step_curve", "time_axis", "timestep_distribution",
-    "trim",
+    "activation_boxes", "activation_densities", "bare", "bars", "layer_axis", "layer_bars",
+    "legend_above", "new_figure", "quantiles", "scale_curves", "step_curve", "time_axis",
+    "timestep_distribution", "trim",
 ]  # fmt: skip
 
 # Colours stand for variables of the page, so that figures follow its light and dark themes.
@@ -97,6 +97,17 @@ def legend_above(axis: Any, columns: int) -> None:
     """Put the legend above the axes, at the right end of the title's line."""
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.1,
                 columnspacing=1.4, handlelength=1.4)  # fmt: skip
+
+
+def layer_axis(axis: Any, count: int, title: str) -> None:
+    """Let layers run in the order of the network, without ticks."""
+    axis.set_xlim(-0.8, count - 0.2)
+    axis.set_xticks([])
+    axis.set_xlabel("layers in the order of the network")
+    axis.set_title(title)
+    if axis.get_legend_handles_labels()[0]:
+        legend_above(axis, 6)
+    bare(axis, "y")
 
 
 def bare(axis: Any, grid: str) -> None:
@@ -257,12 +268,7 @@ def layer_bars(values: Sequence[float], roles: Sequence[str], marked: Sequence[i
             axis.bar(here, heights[here], width=0.8, color=colour, label=role)
         for number, i in enumerate(marked, 1):
             axis.text(i, heights[i], str(number), ha="center", va="bottom", weight="bold")
-        axis.set_xlim(-0.8, len(heights) - 0.2)
-        axis.set_xticks([])
-        axis.set_xlabel("layers in the order of the network")
-        axis.set_title("SQNR of the layer's output on the float model's input, dB")
-        legend_above(axis, 6)
-        bare(axis, "y")
+        layer_axis(axis, len(heights), "SQNR of the layer's output on the float model's input, dB")
     return figure.svg
 
 

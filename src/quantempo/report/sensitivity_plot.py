@@ -44,13 +44,8 @@ def draw(table: dict[str, Any]) -> str:
                           linestyle="none", markeredgewidth=0.9)  # fmt: skip
         axis.set_yscale("log")
         axis.minorticks_off()
-        axis.set_xlim(-0.8, len(layers) - 0.2)
-        axis.set_xticks([])
-        axis.set_xlabel("layers in the order of the network")
-        axis.set_title("mean squared error of the last latent with this layer alone quantized")
-        if axis.lines:
-            plots.legend_above(axis, 6)
-        plots.bare(axis, "y")
+        title = "mean squared error of the last latent with this layer alone quantized"
+        plots.layer_axis(axis, len(layers), title)
     return figure.svg
 
 
