@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Generic, TypeVar
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["Registry", "nearest"]
+__all__ = ["Registry", "check_known", "nearest"]
 
 T = TypeVar("T")
 
@@ -17,6 +17,15 @@ def nearest(name: str, known: list[str]) -> str:
     """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
     match = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise QuantempoError for the first name that is not known: `what`, the name, the known."""
+    known = list(known)
+    if (name := next((name for name in names if name not in known), None)) is not None:
+        raise QuantempoError(
+            f"{what} '{name}'{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+        )
 
 
 class Registry(Generic[T]):
@@ -47,11 +56,7 @@ class Registry(Generic[T]):
         Raises:
             QuantempoError: unknown name; the message lists the known ones and the nearest.
         """
-        if name not in self._entries:
-            raise QuantempoError(
-                f"unknown {self.kind} '{name}'{nearest(name, self.names())} "
-                f"(known: {', '.join(self.names())})"
-            )
+        check_known([name], self._entries, f"unknown {self.kind}")
         return self._entries[name]
 
     def names(self) -> list[str]:

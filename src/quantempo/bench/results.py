@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from quantempo.run_folder import atomic_path
-
-__all__ = ["Results", "best", "speedups", "text_table", "write_json"]
+__all__ = ["Results", "best", "speedups", "text_table"]
 
 Row = dict[str, Any]
 
@@ -97,12 +93,6 @@ def _slowest(rows: list[Row]) -> dict[str, float | None]:
         for op, ratios in found.items()
         if set(ratios) != {None}
     }
-
-
-def write_json(path: str | Path, record: Row) -> None:
-    """Write a record as JSON, whole or not at all."""
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def text_table(record: Row) -> Iterator[str]:

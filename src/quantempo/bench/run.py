@@ -15,7 +15,7 @@ from quantempo.bench.candidates import Candidate, select
 from quantempo.bench.forwards import clear, compare, images_per_second, sample_of
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
-from quantempo.bench.results import Results, write_json
+from quantempo.bench.results import Results
 from quantempo.bench.turns import Timer, timer_for
 from quantempo.core.machine import machine
 from quantempo.engines.select import ENGINES, choose
@@ -23,6 +23,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.load import check_device
 from quantempo.models.presets import check_preset
 from quantempo.pipeline.session import Session, reopen
+from quantempo.run_folder import RunFolder
 
 __all__ = ["bench", "bench_network"]
 
@@ -141,7 +142,7 @@ def _writer(
             # What was timed on other devices stays.
             session.run.write_json("bench.json", {**before, kind: record})
         if out is not None:
-            write_json(out, record)
+            RunFolder(Path(out).parent).write_json(Path(out).name, record)
 
     return write
 

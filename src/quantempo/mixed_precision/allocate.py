@@ -17,7 +17,7 @@ import numpy as np
 from quantempo.core import weight_format
 from quantempo.errors import QuantempoError
 
-__all__ = ["Allocation", "allocate", "bit_operations", "weight_bytes"]
+__all__ = ["Allocation", "allocate", "weight_bytes"]
 
 # Mixtures of two budgets that are tried; each is a sweep over all prices.
 _MIXTURES = 65
@@ -28,13 +28,12 @@ class Allocation:
     """Say what was chosen.
 
     choice: (L,) int64 option of each layer; loss: their sum; bound: no choice within the budgets
-    has less; spent: (M,) float64 of each budget.
+    has less.
     """
 
     choice: np.ndarray
     loss: float
     bound: float
-    spent: np.ndarray
 
 
 def weight_bytes(shape: Sequence[int], bits: int) -> int:
@@ -45,15 +44,6 @@ def weight_bytes(shape: Sequence[int], bits: int) -> int:
         bits: of its codes, 2 to 8.
     """
     return math.prod(weight_format(bits).stored_shape(shape)) + 4 * shape[0]
-
-
-def bit_operations(macs: int, weight_bits: int, act_bits: int) -> int:
-    """Return the bit operations of a layer: MACs * weight bits * activation bits.
-
-    Source: Uniq, Baskin et al. 2018, in the form used for mixed precision since; a nominal
-    figure, since the kernels here multiply bytes whatever the bits.
-    """
-    return macs * weight_bits * act_bits
 
 
 def allocate(
@@ -108,7 +98,7 @@ def allocate(
         )
     loss, choice = best
     # Rounding of the sums must not put the bound above what was reached.
-    return Allocation(choice, loss, min(bound, loss), _spent(costs, choice))
+    return Allocation(choice, loss, min(bound, loss))
 
 
 def _sweep(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantempo.errors import QuantempoError
-from quantempo.mixed_precision.allocate import Allocation, allocate, bit_operations, weight_bytes
+from quantempo.mixed_precision.allocate import Allocation, allocate, weight_bytes
 from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe, parse_bits
@@ -35,23 +35,19 @@ def choose_bits(
 ) -> dict[str, Any]:
     """Choose bits for every integer layer within budgets and put them into the session's recipe.
 
-    They replace `layers.bits`, so the manifest, the packed model and the report name them; the
-    choice stands in `sensitivity.json`. To be called before `pipeline.finish`.
+    They replace `layers.bits`; the choice, which is returned, stands in `sensitivity.json`. To be
+    called before `pipeline.finish`.
 
     Args:
         session: changed: its recipe gets the bits.
-        budget_bytes: of the integer weights as stored: codes (two to a byte up to 4 bits, else a
-            byte each) and one float32 scale for each output channel. Biases, activation scales
-            and layers in float are not counted; they do not depend on the choice.
-        budget_bops: bit operations of the integer layers for one image and one call of the
-            network: MACs * weight bits * activation bits.
+        budget_bytes: of the integer weights as stored, see `weight_bytes`. Biases, activation
+            scales and layers in float are not counted; they do not depend on the choice.
+        budget_bops: MACs * weight bits * activation bits of the integer layers, for one image and
+            one call of the network.
         options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
             activations if bytes are the only budget.
         rollout: chains, steps and seed of `measure`; by default those of `sensitivity.json` where
             there is one.
-
-    Returns:
-        What was chosen and spent, as in `sensitivity.json`.
 
     Raises:
         QuantempoError: no budget, one that cannot be met (before anything is measured), a
@@ -102,7 +98,8 @@ def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list
     rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
     return {
         "bytes": [[weight_bytes(row["weight_shape"], w) for w, _ in pairs] for row in rows],
-        "bops": [[bit_operations(row["macs"], w, a) for w, a in pairs] for row in rows],
+        # As in UNIQ, Baskin et al. 2018: nominal, the kernels multiply bytes whatever the bits.
+        "bops": [[row["macs"] * w * a for w, a in pairs] for row in rows],
     }
 
 

@@ -20,7 +20,7 @@ from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.scheduler_step import scheduler_noise
-from quantempo.registry import nearest
+from quantempo.registry import check_known
 
 __all__ = [
     *("PIXEL_PIPELINES", "call_pipeline", "check_arguments", "images_a_call", "kind_of"),
@@ -191,10 +191,7 @@ def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
         if key in _RESERVED and not (key.endswith("_per_prompt") and str(value) in ("1", "None")):
             raise QuantempoError(f"'{key}' cannot be given in the call of {name}: {_RESERVED[key]}")
         if key not in known:
-            raise QuantempoError(
-                f"{name} takes no argument '{key}'{nearest(key, choices)} "
-                f"(known: {', '.join(choices)})"
-            )
+            check_known([key], choices, f"{name} takes no argument")
     one = {key for key in ("height", "width") if call.get(key) is not None}
     if len(one) == 1 and "not height or not width" in _source(pipe):
         other = ({"height", "width"} - one).pop()

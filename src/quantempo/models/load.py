@@ -17,6 +17,7 @@ from torch import nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoisers_of
+from quantempo.registry import check_known
 
 __all__ = [
     "check_device", "check_finite", "check_pipeline", "configs_of", "load_pipeline", "model_digest",
@@ -57,8 +58,7 @@ def load_pipeline(
             that does not fit its config, layers of a LoRA among its weights.
     """
     if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise QuantempoError(f"unknown dtype '{dtype}' (known: {', '.join(_DTYPES)})")
+        check_known([dtype], _DTYPES, "unknown dtype")
         dtype = _DTYPES[dtype]
     folder = Path(source)
     if os.path.exists(folder):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
-from quantempo.registry import nearest
+from quantempo.registry import check_known
 from quantempo.run_folder import canonical
 
 __all__ = [
@@ -65,11 +65,7 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     """
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise QuantempoError(
-            f"unknown scheduler '{name}'{nearest(name, list(SCHEDULERS))} "
-            f"(known: {', '.join(SCHEDULERS)})"
-        )
+    check_known([name], SCHEDULERS, "unknown scheduler")
     class_name, settings = SCHEDULERS[name]
     kind = getattr(diffusers, class_name)
     old = pipe.scheduler
@@ -79,12 +75,7 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
             f"cannot be replaced by {class_name}: their noise laws differ; keep its own scheduler"
         )
     known = [key for key in inspect.signature(kind.__init__).parameters if key != "self"]
-    for key in overrides:
-        if key not in known:
-            raise QuantempoError(
-                f"{class_name} has no setting '{key}'{nearest(key, known)} "
-                f"(known: {', '.join(known)})"
-            )
+    check_known(overrides, known, f"{class_name} has no setting")
     law = {key: old.config[key] for key in _NOISE_LAW if key in old.config and key in known}
     scheduler = kind.from_config(old.config, **{**law, **settings, **overrides})
     # Some classes cannot follow every law (rescale_betas_zero_snr). 1e-6 passes over those that

@@ -6,16 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantempo.run_folder import RunFolder
-
-__all__ = ["bits_cell", "bits_facts", "bits_label", "layer_cells", "layer_rows"]
+__all__ = ["bits_cell", "bits_facts", "bits_label", "layer_cells"]
 
 Row = Mapping[str, Any]
-
-
-def layer_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """Return the rows of `layers.json`, none if it is not there yet."""
-    return run.read_json("layers.json") if run.has("layers.json") else []
 
 
 def _integer(rows: Sequence[Row]) -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantempo.report import plots, sensitivity_plot
-from quantempo.report.bits import bits_facts, bits_label, layer_cells, layer_rows
+from quantempo.report.bits import bits_facts, bits_label, layer_cells
 from quantempo.report.pictures import compare, seeds_of
 from quantempo.run_folder import RunFolder, read_tensors
 
@@ -48,7 +48,7 @@ def _file(run: RunFolder, name: str, command: str) -> Any:
     return {key: value.numpy() for key, value in run.read_safetensors(name).items()}
 
 
-def _optional(run: RunFolder, name: str) -> dict[str, Any]:
+def _optional(run: RunFolder, name: str) -> Any:
     return run.read_json(name) if run.has(name) else {}
 
 
@@ -115,19 +115,19 @@ def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def _summary(run: RunFolder) -> list[Block]:
-    metrics, rows = _file(run, "metrics.json", "evaluate"), layer_rows(run)
+    metrics, rows = _file(run, "metrics.json", "evaluate"), _optional(run, "layers.json")
     for measured in _times(run).values():
         for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
             if metrics.get(key) is None and measured.get(key) is not None:
                 metrics[key] = measured[key]
-    share, packed = metrics.get("int8_mac_share"), metrics.get("bytes_packed")
+    packed = metrics.get("bytes_packed")
     smaller = metrics.get("bytes_float32", 0) / packed if packed else None
     tiles = [
         ("PSNR to float", _metric(metrics, "psnr_db_mean", "{:.1f} dB")),
         ("faster than best fp32", _metric(metrics, "speedup_vs_best_fp32", "{:.2f}×")),
         ("faster than best bf16", _metric(metrics, "speedup_vs_best_bf16", "{:.2f}×")),
         ("smaller than float32", f"{smaller:.2f}×" if smaller else "not run"),
-        ("of MACs in integers", f"{100 * share:.1f} %" if share is not None else "not run"),
+        ("of MACs in integers", _metric(metrics, "int8_mac_share", "{:.1f} %", 100)),
     ]
     cost = [
         ("packed on disk", _megabytes(packed) if packed else "not run"),
@@ -157,7 +157,7 @@ def _samples(run: RunFolder) -> list[Block]:
         raise NotRunError("samples/ holds no pairs of images: quantempo evaluate")
     cells, gain, enlarged = compare(*folders, common)
     bands = [cells[i : i + SEEDS_A_ROW] for i in range(0, len(cells), SEEDS_A_ROW)]
-    labels = ("float", bits_label(layer_rows(run)), f"difference × {gain}")
+    labels = ("float", bits_label(_optional(run, "layers.json")), f"difference × {gain}")
     side = "Enlarged without smoothing. " if enlarged else ""
     caption = f"{side}{len(cells)} of {len(common)} pairs, by seed."
     return [Block("grid", bands, caption, labels)]
