@@ -19,10 +19,10 @@ from quantempo.bench.candidates import Candidate, Forward, Subject
 from quantempo.bench.results import Results, best
 from quantempo.bench.turns import Timer, reason_of, take_turns, time_limit
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.fidelity import sqnr_db
+from quantempo.evaluation.fidelity import prediction, sqnr_db
 from quantempo.models.presets import ddim_loop
 
-__all__ = ["Ready", "clear", "compare", "images_per_second", "prepare", "sample_of"]
+__all__ = ["Ready", "clear", "compare", "images_per_second", "prepare"]
 
 log = logging.getLogger("quantempo")
 
@@ -68,11 +68,6 @@ class Ready:
         }
 
 
-def sample_of(output: Any) -> Tensor:
-    """Return the tensor in what a denoiser returns."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
 @torch.no_grad()
 def prepare(
     candidate: Candidate,
@@ -106,7 +101,7 @@ def prepare(
             forward = candidate.graph(forward, inputs)
         # Networks with graphs of their own record at the second call, replay at the third.
         forward(**inputs)
-        output = sample_of(forward(**inputs))
+        output = prediction(forward(**inputs))
         quality = _judge(candidate, output, wanted)
         ms = timer(lambda: forward(**inputs), 1)
     seconds = time.perf_counter() - start

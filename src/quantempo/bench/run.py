@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quantempo.bench.candidates import Candidate, select
-from quantempo.bench.forwards import clear, compare, images_per_second, sample_of
+from quantempo.bench.forwards import clear, compare, images_per_second
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results
@@ -20,6 +20,7 @@ from quantempo.bench.turns import Timer, timer_for
 from quantempo.core.machine import machine
 from quantempo.engines.select import ENGINES, choose
 from quantempo.errors import QuantempoError
+from quantempo.evaluation.fidelity import prediction
 from quantempo.models.load import check_device
 from quantempo.models.presets import check_preset
 from quantempo.pipeline.session import Session, reopen
@@ -223,4 +224,4 @@ def bench_network(
 def _float32(network: Network, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the output of the float32 network, without TensorFloat32 in its convolutions."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return sample_of(network.floating(**inputs)).float()
+        return prediction(network.floating(**inputs)).float()

@@ -19,7 +19,10 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import check_images
 from quantempo.evaluation.scores import import_torchmetrics
 
-__all__ = ["PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "psnr_db", "sqnr_db", "ssim"]
+__all__ = [
+    *("PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "prediction", "psnr_db", "sqnr_db"),
+    "ssim",
+]
 
 # One level of difference in one value of a 32 x 32 x 3 image is 83 dB, of a 256 x 256 x 3 one
 # 101 dB: the cap only meets (almost) identical images.
@@ -95,13 +98,13 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     return torch.cat(rows).cpu().numpy()
 
 
-def _prediction(output: Any) -> Tensor:
-    # A tensor, a tuple or an output of diffusers whose head is the prediction, or `.sample`.
+def prediction(output: Any) -> Tensor:
+    """Return a denoiser's tensor: itself, the head of a tuple or of an output, or `.sample`."""
     if isinstance(output, Tensor):
         return output
     parts = list(output.values()) if isinstance(output, Mapping) else output
     if isinstance(parts, tuple | list) and parts:
-        return _prediction(parts[0])
+        return prediction(parts[0])
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
     raise QuantempoError(
@@ -171,9 +174,9 @@ def eps_sqnr(
     signal: dict[float, float] = {}
     noise: dict[float, float] = {}
     for args, kwargs, timestep in batches:
-        exact = _prediction(float_denoiser(*args, **kwargs))
+        exact = prediction(float_denoiser(*args, **kwargs))
         # Cloned: an engine may hand out the same output buffer on its next call.
-        powers = _powers(exact.clone(), _prediction(int8_denoiser(*args, **kwargs)))
+        powers = _powers(exact.clone(), prediction(int8_denoiser(*args, **kwargs)))
         keys = _keys(timestep, exact.shape[0], bins)
         for key, s, n in zip(keys, *(rows.tolist() for rows in powers), strict=True):
             if not (math.isfinite(s) and math.isfinite(n)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from traceback import walk_tb
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
-from quantempo.models.scheduler_step import scheduler_noise
+from quantempo.models.scheduler_step import replaced, scheduler_noise
 from quantempo.registry import check_known
 
 __all__ = [
@@ -305,14 +305,8 @@ def _explained(
 def _quiet(pipe: Any) -> Iterator[None]:
     """Silence the progress bars of a pipeline, and of pipelines it is made of, for a while."""
     parts = [part for part in vars(pipe).values() if hasattr(part, "set_progress_bar_config")]
-    before = [(part, vars(part).get("_progress_bar_config")) for part in (pipe, *parts)]
-    for part, old in before:
-        part.set_progress_bar_config(**{**(old or {}), "disable": True})
-    try:
+    with ExitStack() as stack:
+        for part in (pipe, *parts):
+            quiet = {**vars(part).get("_progress_bar_config", {}), "disable": True}
+            stack.enter_context(replaced(part, "_progress_bar_config", quiet))
         yield
-    finally:
-        for part, old in before:
-            if old is None:
-                vars(part).pop("_progress_bar_config", None)
-            else:
-                part._progress_bar_config = old

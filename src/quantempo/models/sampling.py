@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
+from quantempo.models.scheduler_step import replaced
 from quantempo.registry import check_known
 from quantempo.run_folder import canonical
 
@@ -98,15 +99,9 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     return swapped
 
 
-@contextmanager
-def denoising_with(pipe: Any, denoiser: nn.Module, name: str) -> Iterator[None]:
+def denoising_with(pipe: Any, denoiser: nn.Module, name: str) -> AbstractContextManager[None]:
     """Let a pipeline call another network of a name for a while."""
-    before = getattr(pipe, name)
-    setattr(pipe, name, denoiser)
-    try:
-        yield
-    finally:
-        setattr(pipe, name, before)
+    return replaced(pipe, name, denoiser)
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:

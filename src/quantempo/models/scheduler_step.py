@@ -1,4 +1,4 @@
-"""Wrap the step of a scheduler for a while, and give it its noise."""
+"""Replace an attribute for a while: the step of a scheduler, to give it its noise."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from typing import Any
 
 from torch import Generator
 
-__all__ = ["scheduler_noise", "wrapped_step"]
+__all__ = ["replaced", "scheduler_noise", "wrapped_step"]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object another attribute for a while; then that of its class shows again, if any."""
+    own, before = name in vars(owner), getattr(owner, name, None)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 @contextmanager
 def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
     """Let `scheduler.step(...)` call `around(step, ...)` for a while."""
-    step, before = scheduler.step, scheduler.__dict__.get("step")
+    step = scheduler.step
 
     # `wraps` keeps the signature, which pipelines inspect.
     @functools.wraps(step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return around(step, *args, **kwargs)
 
-    scheduler.step = wrapped
-    try:
+    with replaced(scheduler, "step", wrapped):
         yield
-    finally:
-        # The step of this instance may have been wrapped before.
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
 
 
 @contextmanager

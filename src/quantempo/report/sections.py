@@ -117,9 +117,7 @@ def _times(run: RunFolder) -> dict[str, dict[str, Any]]:
 def _summary(run: RunFolder) -> list[Block]:
     metrics, rows = _file(run, "metrics.json", "evaluate"), _optional(run, "layers.json")
     for measured in _times(run).values():
-        for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
-            if metrics.get(key) is None and measured.get(key) is not None:
-                metrics[key] = measured[key]
+        metrics |= {k: v for k, v in measured.items() if metrics.get(k) is None}
     packed = metrics.get("bytes_packed")
     smaller = metrics.get("bytes_float32", 0) / packed if packed else None
     tiles = [
