@@ -6,38 +6,19 @@ extractors and scores are in the modules. Not here: generating images. Never see
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from quantempo.evaluation.features import Extractor, Features, extract, load_extractor
-from quantempo.evaluation.fidelity import (
-    PSNR_CAP_DB,
-    SQNR_CAP_DB,
-    check_pairs,
-    eps_sqnr,
-    psnr_db,
-    sqnr_db,
-    ssim,
-)  # fmt: skip
-from quantempo.evaluation.scores import (
-    compare_sets,
-    frechet_distance,
-    load_images,
-    score_set,
-    spread_over_parts,
-)  # fmt: skip
+from quantempo.evaluation.features import extract, load_extractor
+from quantempo.evaluation.fidelity import check_pairs, eps_sqnr, paired, psnr_db, sqnr_pairs, ssim
+from quantempo.evaluation.scores import compare_sets, load_images, reference_tie, score_set
 
 __all__ = [
     "compare_sets", "eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "psnr_db",
     "ssim",
 ]  # fmt: skip
-
-# Fewer images than this in each of four parts say nothing about spread.
-IMAGES_PER_PART = 8
 
 
 def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[str, Any]:
@@ -48,21 +29,15 @@ def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[s
     frame (mean of films). Others (n, ...): sqnr_db of each pair, mean and p05.
     """
     if first.dtype != np.uint8:
-        found = _sqnr(first, other)
+        found = sqnr_pairs(first, other)
         mean, p05 = float(found.mean()), float(np.percentile(found, 5))
         return {"sqnr_db": found.tolist(), "sqnr_db_mean": mean, "sqnr_db_p05": p05}
     if first.ndim == 4:
         return evaluate_pairs(first, other, **how)
     result = evaluate_pairs(*(f.reshape(-1, *f.shape[2:]) for f in (first, other)), **how)
     by_frame = np.reshape(result["psnr_db"], first.shape[:2]).mean(axis=0).tolist()
-    motion = _sqnr(*(np.diff(films.astype(np.float32), axis=1) for films in (first, other)))
+    motion = sqnr_pairs(*(np.diff(films.astype(np.float32), axis=1) for films in (first, other)))
     return result | {"psnr_db_by_frame": by_frame, "motion_sqnr_db": float(motion.mean())}
-
-
-def _sqnr(first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the SQNR of each pair; that of nothing but noise is minus the cap."""
-    pairs = zip(torch.from_numpy(first).split(1), torch.from_numpy(other).split(1), strict=True)
-    return np.clip([sqnr_db(*pair) for pair in pairs], -SQNR_CAP_DB, SQNR_CAP_DB)
 
 
 def evaluate_pairs(
@@ -86,8 +61,8 @@ def evaluate_pairs(
         psnr_identical (count), ssim_mean, ssim_p05. Scores under the names of the extractor, X
         standing for lite0: fed_X, sfed_X, kid_X (quantized against float samples), is_X_float,
         is_X_int8; with a reference also fed_X_reference_float, fed_X_reference_int8, the same for
-        sfed and kid, and fed_X_reference_tie (see `_tie`). images, extractor, extractor_note, and
-        `scores`: one dict per score with its whole provenance.
+        sfed and kid, and fed_X_reference_tie (see `reference_tie`). images, extractor,
+        extractor_note, and `scores`: one dict per score with its whole provenance.
 
     Raises:
         QuantempoError: images that cannot be paired, fewer than 2, or what `load_extractor` and
@@ -95,7 +70,7 @@ def evaluate_pairs(
     """
     check_pairs(float_images, other_images)
     network = load_extractor(extractor, weights)
-    result = _paired(float_images, other_images) | {
+    result = paired(float_images, other_images) | {
         "images": len(float_images),
         "extractor": network.name,
         "extractor_note": network.note,
@@ -116,36 +91,5 @@ def evaluate_pairs(
                 row["reference_resized"] = images.resized
                 result[f"{row['name']}_reference_{name}"] = row["value"]
             scores += rows
-        result |= _tie(network, sets, real)
+        result |= reference_tie(network, sets, real)
     return result | {"scores": scores}
-
-
-def _paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    psnr, similarity = psnr_db(first, second), ssim(first, second)
-    identical = (first == second).reshape(len(first), -1).all(axis=1)
-    return {
-        "psnr_db_mean": float(psnr.mean()),
-        "psnr_db_p05": float(np.percentile(psnr, 5)),
-        "psnr_db": psnr.tolist(),
-        "psnr_db_cap": PSNR_CAP_DB,
-        "psnr_identical": int(identical.sum()),
-        "ssim_mean": float(similarity.mean()),
-        "ssim_p05": float(np.percentile(similarity, 5)),
-    }
-
-
-def _tie(extractor: Extractor, sets: dict[str, Features], real: Features) -> dict[str, Any]:
-    """Return the spread of the Frechet distance to the reference over 4 parts, and the verdict."""
-    parts = 4
-    key = f"{extractor.score_names['frechet']}_reference"
-    if len(sets["float"]) < parts * IMAGES_PER_PART:
-        return {f"{key}_tie": None}
-
-    def distance(part: Features) -> float:
-        return frechet_distance(part.pooled, real.pooled)
-
-    found = {name: spread_over_parts(distance, features, parts) for name, features in sets.items()}
-    result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
-    apart = abs(found["float"][0] - found["int8"][0])
-    # A tie: no further apart than the spread of the difference.
-    return result | {f"{key}_tie": apart <= math.hypot(*(std for _, std in found.values()))}

@@ -106,12 +106,9 @@ def check_images(images: np.ndarray, what: str) -> None:
 def extract(
     extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
 ) -> Features:
-    """Return the features, float32, of (n, H, W, 3) or (n, H, W, 1) uint8 images, in their order.
+    """Return the features, float32, of images (`check_images`), in their order.
 
     One channel is repeated. `device` is that of the extractor's network, and of the result.
-
-    Raises:
-        QuantempoError: wrong shape or dtype, or no image.
     """
     check_images(images, "images")
     parts = []

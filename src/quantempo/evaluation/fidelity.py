@@ -20,8 +20,8 @@ from quantempo.evaluation.features import check_images
 from quantempo.evaluation.scores import import_torchmetrics
 
 __all__ = [
-    *("PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "prediction", "psnr_db", "sqnr_db"),
-    "ssim",
+    *("PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "paired", "sqnr_pairs"),
+    *("prediction", "psnr_db", "sqnr_db", "ssim"),
 ]
 
 # One level of difference in one value of a 32 x 32 x 3 image is 83 dB, of a 256 x 256 x 3 one
@@ -36,11 +36,7 @@ SSIM_MIN_SIDE = 6
 
 
 def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
-    """Check that two image sets, (n, H, W, 3) or (n, H, W, 1) uint8, can be compared in pairs.
-
-    Raises:
-        QuantempoError: wrong rank, dtype, channel count, no image at all or different shapes.
-    """
+    """Raise QuantempoError unless two sets of images (`check_images`) can be compared in pairs."""
     check_images(first, "the first image set")
     check_images(second, "the second image set")
     if first.shape != second.shape:
@@ -70,8 +66,7 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     """Compute the structural similarity of each pair of images (1 when equal).
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
-    channels; torchmetrics does the computation in float64, `batch` pairs at a time. A processor
-    core takes about 20 ms for a pair of 32 x 32. Takes (n, H, W, C) uint8, returns (n,) float64.
+    channels, in float64, `batch` pairs at a time. Takes (n, H, W, C) uint8, returns (n,) float64.
 
     Raises:
         QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
@@ -96,6 +91,21 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
         ]
         rows.append(compare(*pair, sigma=1.5, data_range=255.0, reduction="none").reshape(-1))
     return torch.cat(rows).cpu().numpy()
+
+
+def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Return PSNR and SSIM of pairs of images, as in `evaluation.evaluate_pairs`."""
+    psnr, similarity = psnr_db(first, second), ssim(first, second)
+    identical = (first == second).reshape(len(first), -1).all(axis=1)
+    return {
+        "psnr_db_mean": float(psnr.mean()),
+        "psnr_db_p05": float(np.percentile(psnr, 5)),
+        "psnr_db": psnr.tolist(),
+        "psnr_db_cap": PSNR_CAP_DB,
+        "psnr_identical": int(identical.sum()),
+        "ssim_mean": float(similarity.mean()),
+        "ssim_p05": float(np.percentile(similarity, 5)),
+    }
 
 
 def prediction(output: Any) -> Tensor:
@@ -156,10 +166,8 @@ def eps_sqnr(
     `SQNR_CAP_DB`. Errors do not accumulate along the trajectory: both see the float model's x_t.
 
     Args:
-        float_denoiser, int8_denoiser: called with the same inputs, the float one first.
         batches: (args, kwargs, t), t a number, () or (B,) tensor of training time-steps; read once.
-        bins: increasing edges of time intervals; results are then per interval, keyed by its
-            centre. None: per distinct t.
+        bins: increasing edges of time intervals, whose centres are then the t; None: distinct t.
 
     Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
 
@@ -203,9 +211,12 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """Return 10 log10(sum reference^2 / sum (reference - other)^2), at most `SQNR_CAP_DB`.
-
-    Error: sums in float64, as in `eps_sqnr`.
-    """
+    """Return 10 log10(sum reference^2 / sum (reference - other)^2), at most `SQNR_CAP_DB`."""
     signal, noise = _powers(reference, other)
     return _decibels(float(signal.sum()), float(noise.sum()))
+
+
+def sqnr_pairs(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the SQNR of each pair; that of nothing but noise is minus the cap."""
+    pairs = zip(torch.from_numpy(first).split(1), torch.from_numpy(other).split(1), strict=True)
+    return np.clip([sqnr_db(*pair) for pair in pairs], -SQNR_CAP_DB, SQNR_CAP_DB)

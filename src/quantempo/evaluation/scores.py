@@ -7,6 +7,7 @@ feature networks (`features`) and paired measures (`fidelity`).
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from quantempo.evaluation.features import Extractor, Features
 
 __all__ = [
     "ImageSet", "compare_sets", "frechet_distance", "import_torchmetrics", "inception_score",
-    "kernel_distance", "load_images", "score_set", "spread_over_parts",
+    "kernel_distance", "load_images", "reference_tie", "score_set", "spread_over_parts",
 ]  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 KERNEL_SUBSET = 1000
 KERNEL_SUBSETS = 50
 IMAGES_PER_SPLIT = 1000
+# Fewer images than this in each of four parts say nothing about spread.
+IMAGES_PER_PART = 8
 
 
 def import_torchmetrics(module: str) -> Any:
@@ -110,10 +113,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
     """Compute the kernel distance (unbiased MMD^2, cubic kernel) of two feature sets.
 
-    k(x, y) = (x.y / D + 1)^3; mean and standard deviation over 50 random subsets of 1000 images,
-    or the one value of all images when both sets have the same size of at most 1000.
-
-    Sets are (n, D) and (m, D); `seed` draws the subsets. Returns (mean, std), std 0 for one subset.
+    k(x, y) = (x.y / D + 1)^3; (mean, standard deviation) over 50 subsets of 1000 images, which
+    `seed` draws, or (the one value of all, 0) when both sets have the same size of at most 1000.
 
     Raises:
         QuantempoError: different D, fewer than 2 rows.
@@ -215,6 +216,25 @@ def spread_over_parts(
             f"got the scores {values} of parts of a set; a spread needs finite ones"
         )
     return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def reference_tie(
+    extractor: Extractor, sets: dict[str, Features], real: Features
+) -> dict[str, Any]:
+    """Return the spread of the Frechet distance to the reference over 4 parts, and the verdict."""
+    parts = 4
+    key = f"{extractor.score_names['frechet']}_reference"
+    if len(sets["float"]) < parts * IMAGES_PER_PART:
+        return {f"{key}_tie": None}
+
+    def distance(part: Features) -> float:
+        return frechet_distance(part.pooled, real.pooled)
+
+    found = {name: spread_over_parts(distance, features, parts) for name, features in sets.items()}
+    result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
+    apart = abs(found["float"][0] - found["int8"][0])
+    # A tie: no further apart than the spread of the difference.
+    return result | {f"{key}_tie": apart <= math.hypot(*(std for _, std in found.values()))}
 
 
 @dataclass(frozen=True)

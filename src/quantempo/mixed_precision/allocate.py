@@ -37,12 +37,7 @@ class Allocation:
 
 
 def weight_bytes(shape: Sequence[int], bits: int) -> int:
-    """Return the bytes of an integer weight as stored: codes and one float32 scale a channel.
-
-    Args:
-        shape: (O, ...) of the weight.
-        bits: of its codes, 2 to 8.
-    """
+    """Return the bytes of an integer weight as stored: codes and one float32 scale a channel."""
     return math.prod(weight_format(bits).stored_shape(shape)) + 4 * shape[0]
 
 
@@ -57,19 +52,16 @@ def allocate(
     For one budget: the options on each layer's lower convex hull are taken in the order of loss
     saved per cost, which is the sweep over the Lagrangian price at all its break points; from the
     first that does not fit, those that still do fill the rest. For several budgets the cost is a
-    mixture of costs / budgets, and the best of 65 mixtures is taken.
-
-    Args:
-        losses: (L, O) finite.
-        costs: (L, O), or (M, L, O) for M = 1 or 2 budgets; >= 0.
+    mixture of costs / budgets, and the best of 65 mixtures is taken. Takes finite losses (L, O) and
+    costs >= 0, (L, O) or (M, L, O) for M = 1 or 2 budgets.
 
     Raises:
-        QuantempoError: shapes or values that make no sense; a budget below the least possible,
-            which is named; or two budgets that no mixture meets together.
+        QuantempoError: shapes or values that make no sense; a budget below the least possible; or
+            two budgets that no mixture meets together.
 
     Error: with one budget the loss is above the least possible by less than the largest step of
-    one layer along its hull, and never grows with the budget. With two neither is certain;
-    `Allocation.bound` says how far the choice can be from the best.
+    one layer along its hull, and never grows with the budget. With two neither is certain; see
+    `Allocation.bound`.
 
     Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
     """

@@ -39,7 +39,6 @@ def choose_bits(
     called before `pipeline.finish`.
 
     Args:
-        session: changed: its recipe gets the bits.
         budget_bytes: of the integer weights as stored, see `weight_bytes`. Biases, activation
             scales and layers in float are not counted; they do not depend on the choice.
         budget_bops: MACs * weight bits * activation bits of the integer layers, for one image and

@@ -47,10 +47,8 @@ def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) 
     Trace and calibrate are run if they are not done. Losses measured before with the same
     settings are kept, so a killed run resumes and further options can be added.
 
-    Args:
-        session: its recipe says which layers are integer, and how scales are searched; its bits
-            do not matter.
-        rollout: chains, steps and seed, see `outline`.
+    The session's recipe says which layers are integer and how scales are searched, its bits do not
+    matter; `rollout` are chains, steps and seed of `outline`.
 
     Raises:
         QuantempoError: an option that is none, no integer layer, a file of other settings without

@@ -53,12 +53,9 @@ _NOISE_LAW = (
 def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     """Return a pipeline that shares the networks of `pipe` and samples with another scheduler.
 
-    The noise law (betas, number of training time-steps, prediction type) is kept unless an
-    override names it; `pipe` itself is not changed. DDIMPipeline and DDPMPipeline, which work
-    with their own schedulers only, give an UnconditionalPipeline.
-
-    Args:
-        name: a key of `SCHEDULERS`; overrides: further settings (timestep_spacing="trailing").
+    The noise law is kept unless an override, a setting like timestep_spacing="trailing", names it;
+    `pipe` itself is not changed. DDIMPipeline and DDPMPipeline, which work with their own
+    schedulers only, give an UnconditionalPipeline.
 
     Raises:
         QuantempoError: unknown name or setting, or a model that this kind of scheduler cannot
@@ -130,13 +127,11 @@ def run_pipeline(
         places: of the images in the whole set; None: 0, 1, ...
         on_batch: called with (index of the first image, what was made) after every call.
         progress: draw a bar on stderr; None: only on a terminal.
-        call: further arguments of the pipeline. Arguments with one entry an image (`PER_IMAGE`)
-            give image i entry i modulo their length; a single one is used for all. All others are
-            passed as they are, None too.
+        call: further arguments of the pipeline. Of those with one entry an image (`PER_IMAGE`)
+            image i gets entry i modulo their length; others are passed as they are, None too.
 
-    Returns:
-        Pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, round(255 x); other outputs (n,
-        ...) float32.
+    Returns pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, round(255 x); other outputs
+    (n, ...) float32.
 
     Raises:
         QuantempoError: the pipeline needs an argument it was not given, does not know one, fails

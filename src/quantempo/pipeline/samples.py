@@ -40,8 +40,7 @@ def open_model(
 ) -> Any:
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
-    Args:
-        loading: dtype, variant, revision, as of `load_pipeline`.
+    `loading`: dtype, variant, revision, as of `load_pipeline`.
 
     Raises:
         QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
