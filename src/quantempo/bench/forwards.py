@@ -152,9 +152,8 @@ def compare(
     results: Results,
     head: dict[str, Any],
     *,
-    rounds: int = 9,
-    seconds: float = 0.25,
     budget: float | None = None,
+    **turns: Any,
 ) -> dict[str, Ready]:
     """Prepare every candidate, time those that are right in turns; return what ran.
 
@@ -187,7 +186,7 @@ def compare(
 
     failed: dict[str, str] = {}
     with torch.no_grad():
-        take_turns(ready, timer, rounds=rounds, seconds=seconds, failed=failed, after=after)
+        take_turns(ready, timer, failed=failed, after=after, **turns)
     for name, reason in failed.items():
         fail(name, reason)
         del ready[name]

@@ -118,18 +118,12 @@ def _rotated(
 
 
 def time_op(
-    case: Case,
-    device: torch.device,
-    timer: Timer,
-    limits: Limits,
-    *,
-    rounds: int = 5,
-    seconds: float = 0.25,
+    case: Case, device: torch.device, timer: Timer, limits: Limits, **turns: Any
 ) -> dict[str, Any]:
     """Return the row of one case: ours is "ours"; one that fails its check is not timed.
     {"kind", "op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and, where
     ours ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and
-    "speedup_vs_NAME" over each rival.
+    "speedup_vs_NAME" over each rival. `turns` are of `take_turns`.
     """
     row: dict[str, Any] = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
 
@@ -148,7 +142,7 @@ def time_op(
         except Exception as error:
             row["failed"][name] = reason_of(error)
             log.warning("bench: %s %s: %s is not timed: %s", case.op, case.name, name, error)
-    times = take_turns(calls, timer, rounds=rounds, seconds=seconds, failed=row["failed"])
+    times = take_turns(calls, timer, failed=row["failed"], **turns)
     ms = {name: median(values) / copies for name, values in times.items()}
     row |= {"copies": copies, "ms": {name: round(value, 5) for name, value in ms.items()}}
     if mine := ms.get("ours"):

@@ -14,11 +14,9 @@ _IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape")
 
 
 class Results:
-    """Rows of one bench; a bench that is killed leaves what it had.
+    """Rows of one bench and what they share, {"device", "engine", "machine", ...}.
 
-    Args:
-        head: what all rows share, {"device", "engine", "machine", ...}.
-        write: takes the record after every change.
+    `write` takes the record after every change: a bench that is killed leaves what it had.
     """
 
     def __init__(self, head: Row, write: Callable[[Row], None] = lambda record: None) -> None:

@@ -85,8 +85,7 @@ def bench(
         candidates: shell patterns of their names, all by default; compiled: with torch.compile in
             baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
 
-    Returns:
-        The record, see `Results.record`.
+    Returns the record, see `Results.record`.
 
     Raises:
         QuantempoError: a request that names nothing, too much, or what does not exist; nothing

@@ -36,30 +36,35 @@ Force = Annotated[bool, typer.Option("--force", help="Redo what other settings m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def _option(kind: Any, text: str, *names: str, panel: str) -> Any:
-    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=panel)]
+def _options(panel: str, table: dict[str, tuple[Any, ...]]) -> dict[str, inspect.Parameter]:
+    """Return optional parameters of a panel: name -> (type, help, further names)."""
+
+    def option(name: str, kind: Any, text: str, *names: str) -> inspect.Parameter:
+        hint = Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=panel)]
+        place = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, place, default=None, annotation=hint)
+
+    return {name: option(name, *row) for name, row in table.items()}
 
 
-_value = functools.partial(_option, panel="Arguments of the pipeline's call")
-_CALL = {
-    "prompts": _value(Path, "Text file, one prompt a line, for text models."),
-    "class_labels": _value(str, "Comma-separated labels, for class models."),
-    "negative_prompt": _value(str, "What not to show, for text models."),
-    "height": _value(int, "Pixels."),
-    "width": _value(int, "Pixels."),
-    "num_frames": _value(int, "Frames of a film."),
-    "guidance_scale": _value(float, "Guidance, where it differs from the pipeline's own."),
-    "strength": _value(float, "How far an input image is changed, 0 to 1."),
-    "max_sequence_length": _value(int, "Tokens of a prompt."),
-    "call_file": _value(Path, "TOML file of any arguments; files of images by name.", "--call"),
-    "settings": _value(list[str], "Any argument, KEY=VALUE; can be repeated.", "--set"),
-}
-_load = functools.partial(_option, panel="Loading of the model")
-_LOADING = {
-    "dtype": _load(str, "float32 (default), bfloat16 or float16."),
-    "variant": _load(str, "Weights of another name: fp16, ema."),
-    "revision": _load(str, "Branch or commit of a hub name."),
-}
+_CALL = _options("Arguments of the pipeline's call", {
+    "prompts": (Path, "Text file, one prompt a line, for text models."),
+    "class_labels": (str, "Comma-separated labels, for class models."),
+    "negative_prompt": (str, "What not to show, for text models."),
+    "height": (int, "Pixels."),
+    "width": (int, "Pixels."),
+    "num_frames": (int, "Frames of a film."),
+    "guidance_scale": (float, "Guidance, where it differs from the pipeline's own."),
+    "strength": (float, "How far an input image is changed, 0 to 1."),
+    "max_sequence_length": (int, "Tokens of a prompt."),
+    "call_file": (Path, "TOML file of any arguments; files of images by name.", "--call"),
+    "settings": (list[str], "Any argument, KEY=VALUE; can be repeated.", "--set"),
+})  # fmt: skip
+_LOADING = _options("Loading of the model", {
+    "dtype": (str, "float32 (default), bfloat16 or float16."),
+    "variant": (str, "Weights of another name: fp16, ema."),
+    "revision": (str, "Branch or commit of a hub name."),
+})  # fmt: skip
 
 
 def _with(
@@ -81,12 +86,6 @@ def _with(
         return command
 
     return decorate
-
-
-def _parameters(options: dict[str, Any]) -> dict[str, inspect.Parameter]:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    hints = options.items()
-    return {k: inspect.Parameter(k, kind, default=None, annotation=hint) for k, hint in hints}
 
 
 def call_arguments(
@@ -120,10 +119,8 @@ def call_arguments(
     return call
 
 
-with_call = _with("call", _parameters(_CALL), call_arguments)
-with_loading = _with(
-    "loading", _parameters(_LOADING), lambda **given: {k: v for k, v in given.items() if v}
-)
+with_call = _with("call", _CALL, call_arguments)
+with_loading = _with("loading", _LOADING, lambda **given: {k: v for k, v in given.items() if v})
 
 
 @with_call

@@ -58,9 +58,8 @@ def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) 
     """
     table = outline(session, options, **rollout)
     bits = {option: parse_bits(option, "options") for option in options}
-    todo = ([o for o in bits if o not in row["losses"]] for row in table["layers"])
-    missing = [(row, some) for row, some in zip(table["layers"], todo, strict=True) if some]
-    if missing:
+    todo = ((row, [o for o in bits if o not in row["losses"]]) for row in table["layers"])
+    if missing := [(row, some) for row, some in todo if some]:
         _measure(session, table, missing, bits)
     else:
         log.info("sensitivity: done before (%s)", ARTEFACT)

@@ -112,12 +112,9 @@ def _found(key: str, value: Any, folder: Path) -> Any:
 def _paths(pattern: str, folder: Path) -> list[Path]:
     """Return the files of a pattern, sorted, beside the file that names it or else here."""
     for root in (folder, Path()) if "\0" not in pattern else ():
-        given = root / pattern
-        found = (
-            [given] if os.path.isfile(given) else [Path(p) for p in sorted(glob.glob(str(given)))]
-        )
-        if found:
-            return found
+        given = str(root / pattern)
+        if found := [given] if os.path.isfile(given) else sorted(glob.glob(given)):
+            return [Path(path) for path in found]
     raise QuantempoError(f"no file '{pattern}' in {folder.resolve()}; give one that is there")
 
 

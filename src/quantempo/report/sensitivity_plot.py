@@ -10,10 +10,9 @@ from typing import Any
 from quantempo.report import plots
 from quantempo.report.plots import ACCENT, FLOAT, INDIGO, INK, INT8, OCHRE
 
-__all__ = ["HEAD", "budget_facts", "draw", "layer_cells", "options_of", "standalone"]
+__all__ = ["budget_facts", "draw", "layer_cells", "options_of", "standalone"]
 
 _COLOURS = (INT8, ACCENT, INDIGO, OCHRE, FLOAT, INK)
-HEAD = ("layer", "role", "weight", "MACs", "bits chosen")
 
 
 def options_of(table: dict[str, Any]) -> list[str]:
@@ -87,4 +86,4 @@ def layer_cells(table: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
         losses = (row["losses"].get(option) for option in options)
         shown = ("–" if loss is None else f"{loss:.2e}" for loss in losses)
         cells.append((row["name"], row["role"], shape, share, bits.get(row["name"], "–"), *shown))
-    return (*HEAD, *options), cells
+    return ("layer", "role", "weight", "MACs", "bits chosen", *options), cells
