@@ -256,10 +256,10 @@ def _round(
     denoiser: nn.Module, plans: list[LayerPlan], scales: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
     """Return the codes of all integer layers by a rounding that looks at weights alone."""
-    weights = {name: weight.cpu() for name, weight in _weights(denoiser, plans).items()}
+    weights = _weights(denoiser, plans)
     specs = {name: weight_format(weight) for name, (weight, _) in bits_of(plans).items()}
     steps = {name: scales[f"{name}.weight_scale"] for name in weights}
-    return round_by_weights(name, weights, steps, specs)
+    return {k: v.cpu() for k, v in round_by_weights(name, weights, steps, specs).items()}
 
 
 def round_weights(
