@@ -143,13 +143,13 @@ def test_a_half_precision_model_keeps_its_weights_and_answers_in_kind(unet: nn.M
 @torch.no_grad()
 def test_graphs_are_kept_per_shape(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     net, compiled = one_layer(nn.Conv2d(8, 8, 1)), []
-    original = module._compile
+    original = module._Runner._compile
 
     def count(*args: Any) -> Any:
         compiled.append(args)
         return original(*args)
 
-    monkeypatch.setattr(module, "_compile", count)
+    monkeypatch.setattr(module._Runner, "_compile", count)
     OpenVinoEngine().attach(net)
     for batch in (1, 2, 1, 2):
         net(torch.randn(batch, 8, 4, 4), 3)

@@ -106,7 +106,7 @@ def test_the_graph_holds_our_integers_and_scales() -> None:
 
     net = packed(tiny_unet(), buckets=3)
     inputs = [torch.zeros(1, dtype=torch.int64), torch.zeros(2, 3, 16, 16), torch.zeros(2)]
-    graph, calls = build_graph(net, lambda x, t: [type(net).forward(net, x, t).sample], inputs)
+    graph, calls = build_graph(net, lambda n, x, t: [type(net).forward(n, x, t).sample], inputs)
     nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
     assert {call.name for call in calls} == {name for name, _ in quantized_layers(net)}
     for call in calls:

@@ -90,8 +90,12 @@ class Format:
         """Return the shape that codes (O, ...) are stored in: (O, ceil(K/2)) if packed."""
         return (shape[0], (math.prod(shape[1:]) + 1) // 2) if self.packed else tuple(shape)
 
-    def check(self, codes: Tensor) -> None:
-        """Raise QuantempoError unless these are integers of this range."""
+    def encode(self, codes: Tensor) -> Tensor:
+        """Return codes (O, ...) as stored: two a byte, the even index low, or as is.
+
+        Raises:
+            QuantempoError: they are not integers of this range.
+        """
         low, high = self.qmin, self.qmax
         if codes.is_floating_point() or (
             codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high
@@ -99,10 +103,6 @@ class Format:
             raise QuantempoError(
                 f"got {codes.dtype} outside [{low}, {high}]; expected integers inside"
             )
-
-    def encode(self, codes: Tensor) -> Tensor:
-        """Return checked codes (O, ...) as stored: two a byte, the even index low, or as is."""
-        self.check(codes)
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
     def decode(self, stored: Tensor, shape: Sequence[int]) -> Tensor:

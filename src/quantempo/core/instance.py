@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
-    "Forward", "PerThread", "drop", "keep", "own_forward", "put_buffer", "put_child",
+    "Forward", "PerThread", "drop", "keep", "own_forward", "put_buffer",
     "put_forward", "reset_forward", "set_forward", "touched",
 ]  # fmt: skip
 
@@ -117,12 +117,6 @@ def keep(module: nn.Module, name: str, value: Any) -> None:
 def drop(module: nn.Module, name: str, default: Any = None) -> Any:
     """Remove an attribute set by `keep` and return it, or the default."""
     return module.__dict__.pop(name, default)
-
-
-def put_child(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Exchange the module called `name` (dotted) for another one of any type."""
-    owner, _, leaf = name.rpartition(".")
-    root.get_submodule(owner)._modules[leaf] = module
 
 
 def put_buffer(root: nn.Module, name: str, value: Tensor) -> None:

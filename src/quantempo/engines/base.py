@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,26 +19,50 @@ from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
 
-__all__ = ["BACKENDS", "ActivationGrids", "Backend", "Kernel", "channel_dim", "run_per_bucket"]
+__all__ = [
+    "BACKENDS", "ActivationGrids", "Backend", "Kernel", "Prepared", "channel_dim", "last",
+    "rows_of", "run_per_bucket",
+]  # fmt: skip
 
 # Terms (q_a - z) q_w that an int32 holds whatever they are.
 MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
 
 
-@runtime_checkable
-class Kernel(Protocol):
+class Prepared:
+    """Constants of one device, built in `prepare`."""
+
+    device: torch.device | None = None
+    # Whether a compiler may be the first to make them.
+    traceable = False
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the constants (again)."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepare(device)
+        self.device = device
+
+    def _prepare(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def here(self, device: torch.device) -> None:
+        """Make the constants if they are not on this device."""
+        if self.device != device:
+            if torch.compiler.is_compiling() and not self.traceable:
+                raise QuantempoError("the model was moved; attach the engine, then compile")
+            self.prepare(device)
+
+
+class Kernel(Prepared):
     """One lowered layer; `prepare` it again after changing the layer's integers or scales."""
 
     backend: str
 
+    def __init__(self, layer: QLayer) -> None:
+        self.layer = layer
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the dtype of x."""
-
-    def prepare(self, device: torch.device) -> None:
-        """Make the constants on a device from the layer's integers and scales."""
-
-    def here(self, device: torch.device) -> Any:
-        """Return the constants on a device, made now if they are not there."""
+        raise NotImplementedError
 
 
 class Backend:
@@ -80,6 +103,16 @@ def channel_dim(layer: QLayer) -> int:
     return 1 if isinstance(layer, QConv2d) else -1
 
 
+def last(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) in channels_last memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return (B H W, C) of x (B, C, H, W) channels_last, a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
 class ActivationGrids:
     """The activation grids of a layer as Python numbers, because oneDNN takes them as such."""
 
@@ -90,16 +123,6 @@ class ActivationGrids:
         self.zero_points: list[int] = layer.act_zero_point.tolist()
         self.buckets = layer.act_scale.shape[1]
         self.qmax = layer.act_qmax
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, ActivationGrids)
-            and self.scales == other.scales
-            and self.zero_points == other.zero_points
-            and self.qmax == other.qmax
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def column(self, bucket: int) -> int:
         """Return the column of the scale table for a time bucket."""
@@ -131,12 +154,7 @@ def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor
     if isinstance(buckets, int):
         return run(buckets, *inputs)
     first = next(x for x in inputs if x is not None)
-    repeat, rest = divmod(first.shape[0], clock.bucket.shape[0])
-    if rest:
-        raise QuantempoError(
-            f"got {len(clock.bucket)} time-steps for a layer input of {len(first)} rows; "
-            "expected a multiple"
-        )
+    repeat = clock.repeats(len(first))
     output: Tensor | None = None
     for bucket, rows in buckets.items():
         # Row i of the clock stands for rows i * repeat ... of the layer's input.

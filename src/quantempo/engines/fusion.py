@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from quantempo.core.instance import drop, keep, reset_forward, set_forward, touched
 from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
-from quantempo.models.fusion_unet import HeadParts, ResnetParts, UpBlockParts
+from quantempo.models.fusion_unet import HeadParts, UpBlockParts
 from quantempo.models.layers import is_unit, skip_segments
 from quantempo.quantized import QConv2d, QLayer, QLinear, find_clock, quantized_layers
 
@@ -202,9 +201,6 @@ class FusedBlock:
         """Run the block fused."""
         raise NotImplementedError
 
-    def prepare(self, device: torch.device) -> None:
-        """Make all constants for a device; done by the first call otherwise."""
-
 
 class FusedUpBlock(FusedBlock):
     """An up block whose residual blocks read the two halves of their input where they are."""
@@ -242,12 +238,6 @@ class FusedUpBlock(FusedBlock):
         for upsampler in parts.upsamplers:
             x = upsampler(x, upsample_size)
         return x
-
-
-def time_layers(network: Network) -> list[Any]:
-    """Return the float layers that add the time embedding to residual blocks."""
-    layers = [parts.time for parts in network.of(ResnetParts)]
-    return [i for i in layers if isinstance(i, nn.Linear) and i.bias is not None]
 
 
 def same(x: Tensor) -> Tensor:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantempo.core.instance import PerThread
+from quantempo.engines.fusion import Network
+from quantempo.models.fusion_unet import ResnetParts
 
 __all__ = ["PerForward", "TimeShifts", "float_rows"]
 
 
-class _Kept:
-    def __init__(self) -> None:
-        self.unread = 0
-        self.given: Tensor | None = None
-        self.version: int | None = None
-        self.now: Tensor | None = None
-        self.value: Any = None
+class _Traced:
+    def __init__(self, **first: Any) -> None:
+        self.__dict__.update(first)
 
 
 class PerForward:
@@ -32,7 +30,8 @@ class PerForward:
 
     def __init__(self, readers: int) -> None:
         self._all = (1 << readers) - 1
-        self._kept, self._traced = PerThread(**vars(_Kept())), _Kept()
+        empty = {"unread": 0, **dict.fromkeys(("given", "version", "now", "value"))}
+        self._kept, self._traced = PerThread(**empty), _Traced(**empty)
 
     def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
         """Return make(given, *how), made now unless known.
@@ -72,6 +71,12 @@ class TimeShifts(PerForward):
     Args:
         layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
     """
+
+    @classmethod
+    def of(cls, network: Network) -> Self:
+        """Return those of all residual blocks that read a float layer."""
+        layers = [parts.time for parts in network.of(ResnetParts)]
+        return cls([i for i in layers if isinstance(i, nn.Linear) and i.bias is not None])
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(len(layers))

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
+from quantempo.engines import calls
 from quantempo.engines.by_shape import ByShape
-from quantempo.engines.calls import check_call, check_network, keep_nan, one_row, tensors_of
-from quantempo.engines.watch import Watch
 from quantempo.errors import QuantempoError
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.registry import Registry
@@ -71,8 +70,8 @@ class Engine:
 ENGINES: Registry[Engine] = Registry("engine")
 
 
-def choose(device: str) -> Engine:
-    """Return the fastest engine that can run on a device type; log what was passed over, and why.
+def choose(device: str, but: str | None = None) -> Engine:
+    """Return the fastest engine (but one) that can run on a device type; log what is passed over.
 
     Raises:
         QuantempoError: none can.
@@ -80,7 +79,7 @@ def choose(device: str) -> Engine:
     found: list[tuple[str, Engine, str | None]] = []
     for name in ENGINES.names():
         engine = ENGINES.get(name)
-        if device not in engine.devices and "any" not in engine.devices:
+        if name == but or (device not in engine.devices and "any" not in engine.devices):
             continue
         reason = engine.missing()
         if reason is None:
@@ -124,14 +123,14 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
         reason = f"it runs on {', '.join(chosen.devices)}, the model is on {device}"
     if reason is not None:
         raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
-    check_network(denoiser)
+    calls.check_network(denoiser)
     root = put_forward(denoiser, _Denoiser)
     root.release()
     chosen.attach(denoiser)
     rival = _rival(denoiser, chosen, device) if engine == "auto" else chosen
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
-    root.watch = Watch(denoiser, watched)
+    root.watch = calls.Watch(denoiser, watched)
     root.name, root.asked = chosen.name, engine
     log.debug("engine: %s", chosen.name)
     return chosen.name
@@ -155,9 +154,7 @@ def _rival(denoiser: nn.Module, chosen: Engine, device: str) -> Engine:
 
 def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: Any) -> Any:
     """Attach the best engine but a wrong one, for good, and return what it makes of a call."""
-    device = _device(denoiser)
-    able = (ENGINES.get(name) for name in ENGINES.names() if name != wrong)
-    engine = next(e for e in able if e.missing() is None and {device, "any"} & set(e.devices))
+    engine = choose(_device(denoiser), but=wrong)
     log.warning(
         "engine %s is far from the exact integers on %s, from %s on: %s runs it instead",
         wrong, type(denoiser).__name__, layer, engine.name,
@@ -200,7 +197,7 @@ class _Denoiser(Forward):
         super().__init__(module, before)
         self.asked, self.fixed = asked, True
         self.name: str | None = None
-        self.watch: Watch | None = None
+        self.watch: calls.Watch | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self.before, self.asked)
@@ -218,18 +215,18 @@ class _Denoiser(Forward):
                     "call quantempo.attach(denoiser) before torch.compile"
                 )
             return super().__call__(*args, **kwargs)
-        given = tensors_of(args, kwargs)
-        check_call(self.module, given)
+        given = calls.tensors_of(args, kwargs)
+        calls.check_call(self.module, given)
         if self.asked is not None and self._stale():
             with ATTACHING:
                 if self._stale():
                     attach(self.module, self.asked)
         with torch.no_grad():
             if not all(value.numel() for value in given):
-                args, kwargs = tree_map_only(Tensor, one_row, (args, kwargs))
+                args, kwargs = tree_map_only(Tensor, calls.one_row, (args, kwargs))
                 return tree_map_only(Tensor, lambda y: y[:0], super().__call__(*args, **kwargs))
             output = super().__call__(*args, **kwargs)
-            return keep_nan(output, given) if given else output
+            return calls.keep_nan(output, given) if given else output
 
     def _stale(self) -> bool:
         return self.name is None or self.watch is None or self.watch.changed()

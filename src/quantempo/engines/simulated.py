@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.core import ACTIVATION
-from quantempo.engines.base import BACKENDS, Backend, channel_dim
+from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
 from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
 
-__all__ = ["SimulatedBackend", "exact_parts", "reference", "sum_bound", "too_far"]
+__all__ = ["SimulatedBackend", "exact_parts", "float32_copy", "reference", "sum_bound", "too_far"]
 
 # An engine that is further from this one, in dB, is wrong: a wrong conversion was at 2.
 AGREE_DB = 8.0
@@ -51,11 +51,11 @@ def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, to
     yield from cut(0, weight_int.shape[1])
 
 
-class _Kernel:
-    backend = "simulated"
+class _Kernel(Kernel):
+    backend, traceable = "simulated", True
 
     def __init__(self, layer: QLayer) -> None:
-        self.layer = layer
+        super().__init__(layer)
         # (segment, channels of it, weight) of each part.
         self.parts: list[tuple[int, slice, Tensor]] = []
         self.qmax = torch.empty(0)
@@ -76,7 +76,7 @@ class _Kernel:
             y = y + layer.bias.reshape(rows)
         return y.to(x.dtype)
 
-    def prepare(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device) -> None:
         layer = self.layer
         # Cuts that still hold are kept: a compiled network is compiled for its parts.
         # A tensor: layers that differ in bits alone are one compiled network.
@@ -97,17 +97,11 @@ class _Kernel:
                 parts.append((i, channels, weight))
         self.parts = parts
 
-    def here(self, device: torch.device) -> list[tuple[int, slice, Tensor]]:
-        if not self.parts or self.parts[0][2].device != device:
-            self.prepare(device)
-        return self.parts
-
     def sums(self, segment: int, codes: Tensor) -> Tensor:
         """Return sum_k q q_w rounded once to float32; codes: float32 q = q_a - z of a segment."""
         layer = self.layer
         sums: list[Tensor] = []
-        parts = self.here(codes.device)
-        mine = [(channels, weight) for i, channels, weight in parts if i == segment]
+        mine = [(channels, weight) for i, channels, weight in self.parts if i == segment]
         for channels, weight in mine:
             part = codes if len(mine) == 1 else codes.narrow(
                 channel_dim(layer), channels.start, channels.stop - channels.start
@@ -121,22 +115,29 @@ class _Kernel:
         return sums[0].float() if len(sums) == 1 else sum(s.double() for s in sums).float()
 
 
-@contextmanager
-def reference(
-    denoiser: nn.Module, bucket: Tensor
-) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
-    """Yield the forward of a denoiser in float32, its integer layers run by `simulated`.
+def float32_copy(denoiser: nn.Module) -> Any:
+    """Return a copy in float32; tensors are the denoiser's own where these are, or hold integers.
 
-    And the outputs of these layers, in the order in which they are called. The tensors are
-    those of the denoiser where they are in float32 or hold integers; the float weights of one layer
-    at a time are made. Nothing that others have set on it acts.
+    What engines and others have set on blocks is not copied, or not called by the class' forward.
     """
     tensors = (*denoiser.parameters(), *denoiser.buffers())
     known: dict[int, Any] = {
         id(t): t if t.dtype == torch.float32 or not t.is_floating_point() else t.detach().float()
         for t in tensors
     }
-    exact, seen = copy.deepcopy(denoiser, known), list[Tensor]()
+    return copy.deepcopy(denoiser, known)
+
+
+@contextmanager
+def reference(
+    denoiser: nn.Module, bucket: Tensor
+) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
+    """Yield the forward of a denoiser in float32, its integer layers run by `simulated`.
+
+    And the outputs of these layers, in the order in which they are called. The float weights of one
+    layer at a time are made.
+    """
+    exact, seen = float32_copy(denoiser), list[Tensor]()
     clock = find_clock(exact)
     assert clock is not None
     clock.call.bucket = bucket.reshape(()) if bucket.numel() == 1 else bucket

@@ -14,17 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from quantempo.models.fusion import (
-    Conv3x3,
-    Linear,
-    Norm,
-    Parts,
-    Sampler,
-    Shortcut,
-    drops,
-    matches,
-    no,
-)
+from quantempo.models import fusion
 from quantempo.models.layers import EMBEDDINGS
 
 __all__ = [
@@ -40,15 +30,15 @@ _CROSS_ARGUMENTS = (
 
 
 @dataclass(frozen=True)
-class ResnetParts(Parts):
+class ResnetParts(fusion.Parts):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time(silu(temb))))), x through `shortcut`."""
 
-    norm1: Norm
-    conv1: Conv3x3
+    norm1: fusion.Norm
+    conv1: fusion.Conv3x3
     time: nn.Module | None
-    norm2: Norm
-    conv2: Conv3x3
-    shortcut: Shortcut
+    norm2: fusion.Norm
+    conv2: fusion.Conv3x3
+    shortcut: fusion.Shortcut
 
     def given(self, temb: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return (temb,)."""
@@ -56,14 +46,14 @@ class ResnetParts(Parts):
 
 
 @dataclass(frozen=True)
-class AttentionParts(Parts):
+class AttentionParts(fusion.Parts):
     """x + out(softmax(q k^T scale) v), q, k and v of norm(x), over the pixels of (B, C, H, W)."""
 
-    norm: Norm
-    q: Linear
-    k: Linear
-    v: Linear
-    out: Linear
+    norm: fusion.Norm
+    q: fusion.Linear
+    k: fusion.Linear
+    v: fusion.Linear
+    out: fusion.Linear
     heads: int
 
     def given(self, *args: Any, **kwargs: Any) -> tuple[()] | None:
@@ -73,18 +63,18 @@ class AttentionParts(Parts):
 
 
 @dataclass(frozen=True)
-class DownsampleParts(Parts):
+class DownsampleParts(fusion.Parts):
     """conv(x inside `border` = (top, bottom, left, right) zeros)."""
 
-    conv: Sampler
+    conv: fusion.Sampler
     border: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class UpsampleParts(Parts):
+class UpsampleParts(fusion.Parts):
     """conv(x with every pixel repeated 2 x 2)."""
 
-    conv: Conv3x3
+    conv: fusion.Conv3x3
 
     def given(self, output_size: Any = None, *args: Any, **kwargs: Any) -> tuple[()] | None:
         """Return (), or None for another size than twice that of x."""
@@ -92,7 +82,7 @@ class UpsampleParts(Parts):
 
 
 @dataclass(frozen=True)
-class UpBlockParts(Parts):
+class UpBlockParts(fusion.Parts):
     """For each resnet: x = attention(resnet(torch.cat([x, skip], 1), temb)); then upsample.
 
     more: names of the arguments after temb; cross: the attentions are transformers.
@@ -118,7 +108,7 @@ class UpBlockParts(Parts):
 
 
 @dataclass(frozen=True)
-class HeadParts(Parts):
+class HeadParts(fusion.Parts):
     """out(silu(norm(x))), the end of the network; `stem`: its first layer; apart: see `_APART`."""
 
     stem: nn.Conv2d
@@ -132,36 +122,36 @@ class HeadParts(Parts):
         return [self.stem, self.norm, self.activation, self.out]
 
 
-@matches(ResnetParts, ResnetBlock2D)
+@fusion.matches(ResnetParts, ResnetBlock2D)
 def _resnet(block: Any) -> tuple[Any, ...] | str:
     time, act = block.time_embedding_norm, type(block.nonlinearity).__name__
     fields = (block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2)
-    return no(
+    return fusion.no(
         (time == "default" and not block.skip_time_act, f"its time embedding is '{time}'"),
         (block.upsample is None and block.downsample is None, "it changes the size of its input"),
         (block.output_scale_factor == 1.0, "its output is scaled"),
         (isinstance(block.nonlinearity, nn.SiLU), f"its activation is {act}, not SiLU"),
-        (not drops(block), "its dropout is active"),
+        (not fusion.drops(block), "its dropout is active"),
     ) or (*fields, block.conv_shortcut)
 
 
-@matches(AttentionParts, Attention)
+@fusion.matches(AttentionParts, Attention)
 def _attention(block: Any) -> tuple[Any, ...] | str | None:
     b, kind = block, type(block.processor)
     if b.group_norm is None:
         # Of a transformer block, where the norm is outside.
         return None
     plain = b.residual_connection and b.rescale_output_factor == 1.0
-    return no(
+    return fusion.no(
         (kind is AttnProcessor2_0, f"its processor is {kind.__name__}"),
         (b.spatial_norm is b.norm_q is b.norm_k is None, "it has a second norm"),
         (not b.norm_cross and not b.is_cross_attention, "it reads a context"),
         (plain, "its output is scaled or not added to its input"),
-        (not drops(b), "its dropout is active"),
+        (not fusion.drops(b), "its dropout is active"),
     ) or (b.group_norm, b.to_q, b.to_k, b.to_v, b.to_out[0], b.heads)
 
 
-@matches(DownsampleParts, Downsample2D)
+@fusion.matches(DownsampleParts, Downsample2D)
 def _downsample(block: Any) -> tuple[Any, ...] | str | None:
     if not block.use_conv:
         return None
@@ -170,7 +160,7 @@ def _downsample(block: Any) -> tuple[Any, ...] | str | None:
     return "it has a norm" if block.norm is not None else (block.conv, border)
 
 
-@matches(UpsampleParts, Upsample2D)
+@fusion.matches(UpsampleParts, Upsample2D)
 def _upsample(block: Any) -> tuple[Any, ...] | str | None:
     if not block.use_conv:
         return None
@@ -179,7 +169,7 @@ def _upsample(block: Any) -> tuple[Any, ...] | str | None:
     return (conv,) if plain else "it does more than repeat pixels"
 
 
-@matches(UpBlockParts, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D)
+@fusion.matches(UpBlockParts, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D)
 def _up_block(block: Any) -> tuple[Any, ...] | str:
     upsamplers, cross = tuple(block.upsamplers or ()), type(block) is CrossAttnUpBlock2D
     if any(type(upsampler) is not Upsample2D for upsampler in upsamplers):
@@ -189,12 +179,12 @@ def _up_block(block: Any) -> tuple[Any, ...] | str:
     return tuple(block.resnets), attentions, upsamplers, more, cross
 
 
-@matches(HeadParts, UNet2DModel, UNet2DConditionModel)
+@fusion.matches(HeadParts, UNet2DModel, UNet2DConditionModel)
 def _head(model: Any) -> tuple[Any, ...] | str:
     m = model
     plain = isinstance(m.conv_norm_out, nn.GroupNorm) and isinstance(m.conv_act, nn.SiLU)
     in_float = isinstance(m.conv_in, nn.Conv2d) and isinstance(m.conv_out, nn.Conv2d)
-    return no(
+    return fusion.no(
         (plain, "it does not end in a norm and SiLU"),
         (in_float, "its first or last layer is quantized"),
     ) or (m.conv_in, m.conv_norm_out, m.conv_act, m.conv_out, EMBEDDINGS)

@@ -197,10 +197,15 @@ class StepClock(nn.Module):
         value = table.index_select(0, bucket.reshape(-1))
         if bucket.ndim == 0:
             return value.reshape(())
-        if like.shape[0] % len(value):
+        value = value.repeat_interleave(self.repeats(like.shape[0]))
+        return value.reshape(-1, *[1] * (like.ndim - 1))
+
+    def repeats(self, rows: int) -> int:
+        """Return how many of these rows of a layer's input there are for each time-step."""
+        repeat, rest = divmod(rows, self.bucket.shape[0])
+        if rest:
             raise QuantempoError(
-                f"got {len(value)} time-steps for a layer input of {like.shape[0]} rows; "
+                f"got {len(self.bucket)} time-steps for a layer input of {rows} rows; "
                 "expected a multiple"
             )
-        value = value.repeat_interleave(like.shape[0] // len(value))
-        return value.reshape(-1, *[1] * (like.ndim - 1))
+        return repeat

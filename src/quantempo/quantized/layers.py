@@ -73,10 +73,7 @@ class QLayer(nn.Module):
 
         buffer("weight_int", codes.stored_shape(weight_shape), codes.storage)
         buffer("weight_scale", (out,), torch.float32)
-        if bias:
-            buffer("bias", (out,), torch.float32)
-        else:
-            self.register_buffer("bias", None)
+        self.register_buffer("bias", torch.empty(out, device=device) if bias else None)
         buffer("act_scale", (parts, buckets), torch.float32)
         buffer("act_zero_point", (parts,), torch.int32)
         self.segments = tuple(segments)

@@ -155,9 +155,7 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
     for plan in plans:
         if plan.kind == "float":
             continue
-        parent_name, _, leaf = plan.name.rpartition(".")
         try:
-            parent = denoiser.get_submodule(parent_name)
             layer: Any = denoiser.get_submodule(plan.name)
         except AttributeError as error:
             raise QuantempoError(
@@ -176,7 +174,7 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
             empty = kind.like(layer, clock, **plan.shape)
-        setattr(parent, leaf, empty.train(layer.training))
+        denoiser.set_submodule(plan.name, empty.train(layer.training))
     keep(denoiser, PADDED, odd_padding(denoiser))
     # Where diffusers asks for the type of a network, these weights do not answer.
     exact = [p.name for p in plans if p.kind == "float16"]

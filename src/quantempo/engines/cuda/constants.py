@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.engines.base import last, rows_of
 from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
 from quantempo.quantized import QConv2d, QLayer, StepClock
@@ -35,16 +36,6 @@ def constant(value: Tensor) -> Tensor:
     return value
 
 
-def last(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) in channels_last memory."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Return (B H W, C) of x (B, C, H, W) channels_last, a view."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 class ActivationGrid:
     """An activation grid: scale and inverse float32 (G,); zero_point, qmax of unsigned codes."""
 
@@ -52,11 +43,6 @@ class ActivationGrid:
         self.clock, self.zero_point, self.qmax = clock, zero_point, qmax
         self.scale = constant(scale.clone())
         self.inverse = constant(self.scale.reciprocal())
-
-    def same(self, other: ActivationGrid) -> bool:
-        """Return whether both give the same codes at all times; waits for the device."""
-        alike = self.zero_point == other.zero_point and self.qmax == other.qmax
-        return alike and torch.equal(self.scale, other.scale)
 
     def traced(self, x: Tensor) -> Tensor:
         """Return the int8 codes of x in operations that a compiler joins with those before."""
@@ -185,8 +171,7 @@ class LayerConstants:
 
     def __init__(self, layer: QLayer) -> None:
         self.layer = layer
-        self.device = layer.weight_scale.device
-        if self.device.type == "meta":
+        if layer.weight_scale.device.type == "meta":
             raise QuantempoError("got a layer without data; load its weights, then attach")
         zero_points: list[int] = layer.act_zero_point.tolist()
         self.grids = [
@@ -223,13 +208,6 @@ class LayerConstants:
         return {"kernel": kernel, "stride": layer.stride[0], "border": (top, top, left, left)}
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, layer: QLayer) -> LayerConstants:
-        """Make the constants; never inference tensors, whoever calls first."""
-        with torch.inference_mode(False):
-            return cls(layer)
-
-    @classmethod
     def joined(cls, layers: list[LayerConstants]) -> LayerConstants:
         """Return linear layers that read the same codes as one, their outputs side by side."""
         whole, first = copy.copy(layers[0]), layers[0].grids[0]
@@ -248,8 +226,10 @@ class LayerConstants:
 
     def reads_the_same(self, other: LayerConstants) -> bool:
         """Return whether another layer, of one segment too, takes the same codes (synchronises)."""
+        mine, grid = self.grids[0], other.grids[0]
         same_width = self.weights[0].shape[-1] == other.weights[0].shape[-1]
-        return same_width and self.grids[0].same(other.grids[0])
+        alike = mine.zero_point == grid.zero_point and mine.qmax == grid.qmax
+        return same_width and alike and torch.equal(mine.scale, grid.scale)
 
     @classmethod
     def together(cls, layers: list[LayerConstants]) -> list[LayerConstants]:
@@ -297,5 +277,6 @@ class LayerConstants:
 
 def constants_of(layer: Any, device: torch.device) -> LayerConstants:
     """Return the constants of an integer layer, those that its own kernel uses."""
-    found: LayerConstants = layer.kernel.here(device)
+    layer.kernel.here(device)
+    found: LayerConstants = layer.kernel.constants
     return found

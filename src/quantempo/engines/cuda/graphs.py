@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import keep
 from quantempo.models.layers import timestep_of, timestep_place
@@ -28,15 +28,6 @@ log = logging.getLogger("quantempo")
 
 # Eager calls before a recording: lazily made constants, autotuning, libraries that load.
 _WARMUP = 2
-
-
-def graphed(denoiser: Callable[..., Any], warmup: int = _WARMUP) -> Graphed:
-    """Return a module that calls a denoiser through CUDA graphs.
-
-    denoiser: with its engine attached, compiled or not, or any function that waits for no value of
-    its tensors; warmup: eager calls before each recording, at least 1.
-    """
-    return Graphed(denoiser, warmup)
 
 
 def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
@@ -92,6 +83,11 @@ class Graphed(nn.Module):
     any other change call `clear`. Attributes are those of the denoiser.
 
     Replays of all networks of a process follow each other, on one stream: they share memory.
+
+    Args:
+        denoiser: with its engine attached, compiled or not, or any function that waits for no value
+            of its tensors.
+        warmup: eager calls before each recording, at least 1.
     """
 
     def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:
@@ -189,6 +185,9 @@ class Graphed(nn.Module):
             self._told.add(reason)
 
 
+graphed = Graphed
+
+
 def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
     """Return an integer layer, and a few tensors by which a move of the network is noticed.
 
@@ -206,8 +205,7 @@ def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
 
 def _cuda_device(arguments: Any) -> torch.device | None:
     """Return the device of the first tensor on a GPU, or None."""
-    tensors: list[Tensor] = []
-    signature(arguments, tensors)
+    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
     return next((t.device for t in tensors if t.device.type == "cuda"), None)
 
 

@@ -11,11 +11,12 @@ import functools
 import importlib.util
 import logging
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import Backend
+from quantempo.engines.base import Backend, Kernel, channel_dim
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FLOATS,
@@ -60,18 +61,15 @@ def _say_slow() -> None:
     )
 
 
-class _Kernel:
+class _Kernel(Kernel):
     """A layer of several segments is one launch where it is a 1x1 convolution (the others are
     shortcut operands of the first), else one launch for each segment, added up in float32.
     """
 
     backend = "triton"
+    constants: LayerConstants
 
-    def __init__(self, layer: QLayer) -> None:
-        self.layer = layer
-        self.constants: LayerConstants | None = None
-
-    def prepare(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device) -> None:
         if self.layer.weight_scale.device != device:
             raise QuantempoError(
                 f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
@@ -79,24 +77,25 @@ class _Kernel:
             )
         if device.type == "cpu":
             _say_slow()
-        self.constants = LayerConstants.of(self.layer)
-
-    def here(self, device: torch.device) -> LayerConstants:
-        if self.constants is None or self.constants.device != device:
-            if torch.compiler.is_compiling():
-                raise QuantempoError("the model was moved; attach the engine, then compile")
-            self.prepare(device)
-        assert self.constants is not None
-        return self.constants
+        self.constants = LayerConstants(self.layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        constants = self.here(x.device)
+        self.here(x.device)
+        layer, constants = self.layer, self.constants
         dtype = x.dtype if x.dtype in FLOATS else torch.float32
-        if isinstance(self.layer, QConv2d):
-            y = _convolve(self.layer, constants, x, dtype)
-        else:
-            y = _multiply(constants, x, dtype).reshape(*x.shape[:-1], -1)
-        return y.to(x.dtype)
+        image = isinstance(layer, QConv2d)
+        parts = zip(x.split(layer.segments, channel_dim(layer)), constants.grids, strict=True)
+        codes = [(quantize if image else quantize_rows)(part, grid) for part, grid in parts]
+        how: dict[str, Any] = constants.shape if image else {}
+        if constants.sides is not None:
+            how |= constants.sides.arguments(codes[1:])
+            codes = codes[:1]
+        run = constants.conv if image else constants.gemm
+        y: Tensor | None = None
+        for i, main in enumerate(codes[:-1]):
+            y = run(main, torch.float32, i, residual=y, **how)
+        y = run(codes[-1], dtype, len(codes) - 1, residual=y, bias=constants.bias, **how)
+        return (y if image else y.reshape(*x.shape[:-1], -1)).to(x.dtype)
 
 
 class TritonBackend(Backend):
@@ -130,26 +129,3 @@ class TritonBackend(Backend):
                 return f"{channels} {what} channels are no multiple of {ALIGNED}"
         shape = _unsupported_shape(layer) if isinstance(layer, QConv2d) else None
         return shape or super().unsupported(layer)
-
-
-def _convolve(layer: QConv2d, constants: LayerConstants, x: Tensor, dtype: torch.dtype) -> Tensor:
-    sides = constants.sides
-    parts = zip(x.split(layer.segments, 1), constants.grids, strict=True)
-    codes = [quantize(part, grid) for part, grid in parts]
-    how = constants.shape | ({} if sides is None else sides.arguments(codes[1:]))
-    launches = codes if sides is None else codes[:1]
-    y: Tensor | None = None
-    for i, main in enumerate(launches[:-1]):
-        y = constants.conv(main, torch.float32, i, residual=y, **how)
-    final = len(launches) - 1
-    return constants.conv(launches[-1], dtype, final, residual=y, bias=constants.bias, **how)
-
-
-def _multiply(constants: LayerConstants, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (M, O)."""
-    parts = zip(x.split(constants.layer.segments, -1), constants.grids, strict=True)
-    codes = [quantize_rows(part, grid) for part, grid in parts]
-    y: Tensor | None = None
-    for i, main in enumerate(codes[:-1]):
-        y = constants.gemm(main, torch.float32, i, residual=y)
-    return constants.gemm(codes[-1], dtype, len(codes) - 1, residual=y, bias=constants.bias)

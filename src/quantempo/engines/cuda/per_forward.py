@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.blocks import Prepared
+from quantempo.engines.base import Prepared
 from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of, quantize_rows
-from quantempo.engines.fusion import Network, time_layers
+from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
 from quantempo.models.fusion_transformer import TokenAttentionParts, TransformerBlockParts
 
@@ -24,17 +24,12 @@ class SharedShifts(Prepared, TimeShifts):
 
     dtype = torch.float16
 
-    @classmethod
-    def of(cls, network: Network) -> SharedShifts:
-        """Return those of all residual blocks that read a float layer."""
-        return cls(time_layers(network))
-
     def _prepare(self, device: torch.device) -> None:
         self.weight, self.bias = map(constant, float_rows(self.layers, self.dtype))
 
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""
-        self.here(given)
+        self.here(given.device)
         return F.linear(F.silu(given.float()).to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -68,7 +63,7 @@ class SharedContext(Prepared, PerForward):
 
     def make(self, given: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Return keys and values of a context (B, S, C') by the place of their layer."""
-        self.here(given)
+        self.here(given.device)
         batch, tokens, width = given.shape
         found: dict[int, Tensor] = {}
         for layer, group in self.groups:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock, Prepared
+from quantempo.engines.base import Prepared, last, rows_of
+from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock
 from quantempo.engines.cuda.constants import (
     FLOATS,
     ActivationGrid,
@@ -26,9 +27,7 @@ from quantempo.engines.cuda.constants import (
     Norm,
     constant,
     constants_of,
-    last,
     quantize_rows,
-    rows_of,
 )
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.fusion import Network
@@ -136,7 +135,7 @@ class FusedTransformerBlock(GpuBlock):
 
     def run(self, x: Tensor, context: Any, grid: ActivationGrid | None = None) -> Tensor:
         """Return (B, T, C), or its codes on a grid, (B T, C) int8."""
-        self.here(x)
+        self.here(x.device)
         x = x.contiguous()
         for attention in self.attentions:
             x = attention(x, context if attention.parts.cross else None)
@@ -192,7 +191,7 @@ class FusedTransformer(GpuBlock):
 
     def run(self, x: Tensor, context: Any, arguments: dict[str, Any]) -> Tensor:
         """Return (B, C, H, W), channels_last; arguments: of blocks that are not fused."""
-        self.here(x)
+        self.here(x.device)
         x = last(x)
         batch, _, height, width = x.shape
         first, final = self.proj_in, self.proj_out

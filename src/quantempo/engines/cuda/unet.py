@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock, Prepared
+from quantempo.engines.base import Prepared, last, rows_of
+from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FloatSides,
@@ -28,20 +29,12 @@ from quantempo.engines.cuda.constants import (
     Sides,
     constant,
     constants_of,
-    last,
     quantize,
     quantize_rows,
-    rows_of,
 )
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.fusion import Network, same
-from quantempo.models.fusion_unet import (
-    AttentionParts,
-    DownsampleParts,
-    HeadParts,
-    ResnetParts,
-    UpsampleParts,
-)
+from quantempo.models import fusion_unet
 from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["FusedAttention", "FusedDownsample", "FusedResnet", "FusedUpsample"]
@@ -51,11 +44,11 @@ __all__ = ["FusedAttention", "FusedDownsample", "FusedResnet", "FusedUpsample"]
 _LARGE = 128 << 20
 
 
-@BLOCKS.build(ResnetParts)
+@BLOCKS.build(fusion_unet.ResnetParts)
 class FusedResnet(GpuBlock):
     """A residual block: two passes that write codes, two convolutions that add all the rest."""
 
-    def __init__(self, parts: ResnetParts, shifts: SharedShifts) -> None:
+    def __init__(self, parts: fusion_unet.ResnetParts, shifts: SharedShifts) -> None:
         super().__init__(parts)
         self.shifts, self.index = shifts, shifts.index(parts.time)
         self.clock = parts.conv1.clock
@@ -68,7 +61,7 @@ class FusedResnet(GpuBlock):
             self.widths.add(self.segments)
 
     @classmethod
-    def build(cls, parts: ResnetParts, network: Network) -> FusedResnet:
+    def build(cls, parts: fusion_unet.ResnetParts, network: Network) -> FusedResnet:
         """Return the forward of a block."""
         forward = cls(parts, network.once(SharedShifts.of))
         half = network.halves.get(f"{parts.name}.conv_shortcut")
@@ -99,7 +92,7 @@ class FusedResnet(GpuBlock):
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
-        self.here(x)
+        self.here(x.device)
         x, skip, sides = self._inputs(x, skip)
         shift, (conv1, conv2), dtype = self._shift(x, temb), (self.conv1, self.conv2), x.dtype
         bucket = self.clock.bucket
@@ -139,11 +132,11 @@ class FusedResnet(GpuBlock):
         return shift.expand(x.shape[0], -1)
 
 
-@BLOCKS.build(AttentionParts)
+@BLOCKS.build(fusion_unet.AttentionParts)
 class FusedAttention(GpuBlock):
     """Self-attention over pixels: one pass that writes codes for q, k and v."""
 
-    def __init__(self, parts: AttentionParts) -> None:
+    def __init__(self, parts: fusion_unet.AttentionParts) -> None:
         super().__init__(parts)
         self.clock = parts.q.clock
         self.dim = parts.q.out_features // parts.heads
@@ -156,7 +149,7 @@ class FusedAttention(GpuBlock):
 
     def run(self, x: Tensor) -> Tensor:
         """Run the block on x (B, C, H, W)."""
-        self.here(x)
+        self.here(x.device)
         x = last(x)
         batch, _, height, width = x.shape
         # (B, tokens, 3, heads, dim), then each (B, heads, tokens, dim)
@@ -184,12 +177,12 @@ class _Sampler(GpuBlock):
         self.conv = constants_of(self.parts.conv, device)
 
     def _convolve(self, x: Tensor, **how: Any) -> Tensor:
-        self.here(x)
+        self.here(x.device)
         codes = quantize(x, self.conv.grids[0])
         return self.conv.conv(codes, x.dtype, bias=self.conv.bias, **how)
 
 
-@BLOCKS.build(DownsampleParts)
+@BLOCKS.build(fusion_unet.DownsampleParts)
 class FusedDownsample(_Sampler):
     """The strided convolution, its border never written."""
 
@@ -199,7 +192,7 @@ class FusedDownsample(_Sampler):
         return self._convolve(x, kernel=kernel, stride=stride, border=self.parts.border)
 
 
-@BLOCKS.build(UpsampleParts)
+@BLOCKS.build(fusion_unet.UpsampleParts)
 class FusedUpsample(_Sampler):
     """The convolution of an image four times as large, which is never made."""
 
@@ -224,7 +217,7 @@ class _End(Prepared):
         self.bias = None if conv.bias is None else constant(conv.bias.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.here(x)
+        self.here(x.device)
         # Of the class: its own padding mode, with our weight.
         x = last(x).to(self.weight.dtype)
         y: Tensor = type(self.conv)._conv_forward(self.conv, x, self.weight, self.bias)
@@ -234,20 +227,22 @@ class _End(Prepared):
 class _Head(Prepared):
     """The last GroupNorm and SiLU in one pass, in the type of the stream."""
 
-    def __init__(self, parts: HeadParts, clock: StepClock) -> None:
+    def __init__(self, parts: fusion_unet.HeadParts, clock: StepClock) -> None:
         self.parts, self.clock = parts, clock
 
     def _prepare(self, device: torch.device) -> None:
         self.norm = Norm(self.parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.here(x)
+        self.here(x.device)
         y, _ = self.norm(last(x), bucket=self.clock.bucket, silu=True)
         return y
 
 
-@BLOCKS.build(HeadParts)
-def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+@BLOCKS.build(fusion_unet.HeadParts)
+def _ends(
+    head: fusion_unet.HeadParts, network: Network
+) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Between stem and head the activations are in half precision if nothing there minds.
 
     In float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.

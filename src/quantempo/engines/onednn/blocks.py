@@ -16,22 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.base import run_per_bucket
-from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same, time_layers
+from quantempo.engines.base import last, rows_of, run_per_bucket
+from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same
 from quantempo.engines.onednn.folded_layer import FoldedLayer
 from quantempo.engines.onednn.layer import quantize_tokens
 from quantempo.engines.per_forward import TimeShifts, float_rows
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.fused import Norm, Part
-from quantempo.models.fusion_unet import (
-    AttentionParts,
-    DownsampleParts,
-    HeadParts,
-    ResnetParts,
-    UpBlockParts,
-    UpsampleParts,
-)
+from quantempo.models import fusion_unet
 from quantempo.quantized import QLayer, StepClock
 
 __all__ = ["BLOCKS", "FloatTimeShifts"]
@@ -46,7 +39,7 @@ def _norm_refusal(norm: nn.GroupNorm) -> str | None:
 
 
 BLOCKS = Blocks("onednn", missing=lambda: fused_cpu.missing(), norm=_norm_refusal)
-BLOCKS.build(UpBlockParts)(FusedUpBlock)
+BLOCKS.build(fusion_unet.UpBlockParts)(FusedUpBlock)
 
 
 def _library() -> fused_cpu.Library:
@@ -61,24 +54,10 @@ def _norm(norm: nn.GroupNorm) -> Norm:
     return Norm(norm.num_groups, weight.float().contiguous(), bias.float().contiguous(), norm.eps)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return (B H W, C) of x (B, C, H, W) channels_last, a view."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 class FloatTimeShifts(TimeShifts):
     """Time shifts in float32, one row of work where the whole batch has one time-step."""
 
     merged: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, network: Network) -> FloatTimeShifts:
-        """Return those of all residual blocks that read a float layer."""
-        return cls(time_layers(network))
 
     def make(self, given: Tensor) -> Tensor:
         """Return float32 (B, sum C_i) of temb (B, E)."""
@@ -102,7 +81,7 @@ class _Block(FusedBlock):
         return (x.dtype == torch.float32 or half) and x.device.type == "cpu" and x.ndim == 4
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return run_per_bucket(self.clock, self._run, _last(x))
+        return run_per_bucket(self.clock, self._run, last(x))
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -127,11 +106,11 @@ class _FloatShortcut:
             into.add_(self.layer.bias.detach().to(dtype))
 
 
-@BLOCKS.build(ResnetParts)
+@BLOCKS.build(fusion_unet.ResnetParts)
 class _Resnet(_Block):
     """A residual block: two passes that write codes, two convolutions, one sum."""
 
-    def __init__(self, parts: ResnetParts, shifts: TimeShifts) -> None:
+    def __init__(self, parts: fusion_unet.ResnetParts, shifts: TimeShifts) -> None:
         super().__init__(parts)
         self.shifts, self.index = shifts, shifts.index(parts.time)
         self.norm1, self.norm2 = _norm(parts.norm1), _norm(parts.norm2)
@@ -141,7 +120,7 @@ class _Resnet(_Block):
         self.shortcuts: dict[tuple[int, ...], FoldedLayer | _FloatShortcut] = {}
 
     @classmethod
-    def build(cls, parts: ResnetParts, network: Network) -> _Resnet:
+    def build(cls, parts: fusion_unet.ResnetParts, network: Network) -> _Resnet:
         return cls(parts, network.once(FloatTimeShifts.of))
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
@@ -151,8 +130,8 @@ class _Resnet(_Block):
                 shift = self.shifts(self.index, temb)
             else:
                 shift = self.parts.time(F.silu(temb)).float()
-        skip = None if skip is None else _last(skip).to(x.dtype)
-        return run_per_bucket(self.clock, self._join, _last(x), skip, shift)
+        skip = None if skip is None else last(skip).to(x.dtype)
+        return run_per_bucket(self.clock, self._join, last(x), skip, shift)
 
     def _join(self, bucket: int, x: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
         library, dtype = _library(), x.dtype
@@ -169,9 +148,9 @@ class _Resnet(_Block):
         y = self.conv2(codes, bucket, dtype)
         library.add(y, x if shortcut is None else None, self.conv2.edge(bucket))
         if shortcut is not None:
-            into = _rows(y)
+            into = rows_of(y)
             for i, part in enumerate(raws or inputs):
-                shortcut.part(i, _rows(part), bucket, dtype, into=into)
+                shortcut.part(i, rows_of(part), bucket, dtype, into=into)
         return y
 
     def _inputs(self, x: Tensor, skip: Tensor | None) -> list[Tensor]:
@@ -188,11 +167,11 @@ class _Resnet(_Block):
         return self.shortcuts.get(widths)
 
 
-@BLOCKS.build(AttentionParts)
+@BLOCKS.build(fusion_unet.AttentionParts)
 class _Attention(_Block):
     """Self-attention over pixels: one pass that writes codes for q, k and v; products in bf16."""
 
-    def __init__(self, parts: AttentionParts) -> None:
+    def __init__(self, parts: fusion_unet.AttentionParts) -> None:
         super().__init__(parts)
         self.norm, self.clock = _norm(parts.norm), parts.q.clock
         self.dim = parts.q.out_features // parts.heads
@@ -216,7 +195,7 @@ class _Attention(_Block):
         else:
             y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         codes = quantize_tokens(y.transpose(1, 2).flatten(2), *self.out.grid(bucket))
-        rows = self.out(codes, bucket, x.dtype, add=_rows(x))
+        rows = self.out(codes, bucket, x.dtype, add=rows_of(x))
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
     def _project(self, bucket: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -227,7 +206,7 @@ class _Attention(_Block):
             grid = layer.grid(bucket)
             if grid != known:
                 codes, _ = _library().group_norm([Part(x)], self.norm, silu=False, grid=grid)
-                codes, known = _rows(codes), grid
+                codes, known = rows_of(codes), grid
             results.append(layer(codes, bucket, dtype))
         return results
 
@@ -235,19 +214,19 @@ class _Attention(_Block):
 class _Sampler(_Block):
     """Quantize into a border of zero points, then one convolution without padding."""
 
-    def __init__(self, parts: DownsampleParts | UpsampleParts) -> None:
+    def __init__(self, parts: fusion_unet.DownsampleParts | fusion_unet.UpsampleParts) -> None:
         super().__init__(parts)
         self.conv, self.clock = FoldedLayer(parts.conv, bordered=True), parts.conv.clock
 
 
-@BLOCKS.build(DownsampleParts)
+@BLOCKS.build(fusion_unet.DownsampleParts)
 class _Downsample(_Sampler):
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         codes = _library().quantize(x, *self.conv.grid(bucket), border=self.parts.border)
         return self.conv(codes, bucket, x.dtype)
 
 
-@BLOCKS.build(UpsampleParts)
+@BLOCKS.build(fusion_unet.UpsampleParts)
 class _Upsample(_Sampler):
     """Repeat the codes, not the floats (a quarter of the work, a sixteenth of the memory)."""
 
@@ -264,24 +243,26 @@ class _Stem:
         self.conv, self.dtype = conv, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _last(type(self.conv).forward(self.conv, _last(x))).to(self.dtype)
+        return last(type(self.conv).forward(self.conv, last(x))).to(self.dtype)
 
 
 class _Head:
     """The last GroupNorm and SiLU in one pass, float32 out; the activation becomes a no-op."""
 
-    def __init__(self, parts: HeadParts) -> None:
+    def __init__(self, parts: fusion_unet.HeadParts) -> None:
         self.parts, self.norm = parts, _norm(parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return F.silu(type(self.parts.norm).forward(self.parts.norm, x))
-        y, _ = _library().group_norm([Part(_last(x))], self.norm, silu=True, grid=None)
+        y, _ = _library().group_norm([Part(last(x))], self.norm, silu=True, grid=None)
         return y.to(self.parts.out.weight.dtype)
 
 
-@BLOCKS.build(HeadParts)
-def _ends(head: HeadParts, network: Network) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+@BLOCKS.build(fusion_unet.HeadParts)
+def _ends(
+    head: fusion_unet.HeadParts, network: Network
+) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Between stem and head the activations are bfloat16 if the CPU has it and nothing minds.
 
     Otherwise in the type of the model, that of the blocks which are not fused.

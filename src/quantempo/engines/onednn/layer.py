@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import ActivationGrids, Backend, run_per_bucket
+from quantempo.engines.base import ActivationGrids, Backend, Kernel, channel_dim, run_per_bucket
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import QConv2d, QLayer
@@ -38,34 +38,24 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -
     return library.quantize_rows(rows, scale, zero_point, qmax)
 
 
-class _Kernel:
+class _Kernel(Kernel):
     """A packed operator for each segment, grids as numbers."""
 
-    backend = "onednn"
-
-    def __init__(self, layer: QLayer) -> None:
-        self.layer = layer
-        self.grids: ActivationGrids | None = None
-        self.parts: list[Any] = []
+    backend, traceable = "onednn", True
+    grids: ActivationGrids
+    parts: list[Any]
 
     def __call__(self, x: Tensor) -> Tensor:
-        grids = self.here(x.device)
-        run = self._convolve if isinstance(self.layer, QConv2d) else self._multiply
-        if grids.buckets == 1:
-            return run(0, x)
-        return run_per_bucket(grids.clock, run, x)
+        self.here(x.device)
+        if self.grids.buckets == 1:
+            return self._run(0, x)
+        return run_per_bucket(self.layer.clock, self._run, x)
 
-    def prepare(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device) -> None:
         layer = self.layer
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
         self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
         self.grids = ActivationGrids(layer)
-
-    def here(self, device: torch.device) -> ActivationGrids:
-        if self.grids is None:
-            self.prepare(device)
-        assert self.grids is not None
-        return self.grids
 
     def _pack(self, weight: Tensor) -> onednn.Int8Conv2d | onednn.Int8Linear:
         layer = self.layer
@@ -74,30 +64,19 @@ class _Kernel:
         how = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return onednn.Int8Conv2d(weight, layer.weight_scale, *how)
 
-    def _convolve(self, bucket: int, x: Tensor) -> Tensor:
-        grids, bias = self.here(x.device), self.layer.bias
-        y: Any = None
-        for i, part in enumerate(x.split(grids.segments, 1)):
-            grid = grids.of(bucket, i)
-            term = self.parts[i](_quantize_image(part, *grid), *grid[:2], bias, self._dtype(x))
-            y, bias = (term if y is None else y.add_(term)), None
-        result: Tensor = y.to(x.dtype)
-        return result
-
-    def _multiply(self, bucket: int, x: Tensor) -> Tensor:
-        grids, bias = self.here(x.device), self.layer.bias
-        y: Any = None
-        for i, part in enumerate(x.split(grids.segments, -1)):
-            grid = grids.of(bucket, i)
-            codes = quantize_tokens(part, *grid)
-            y, bias = self.parts[i](codes, *grid[:2], bias, self._dtype(x), into=y), None
-        result: Tensor = y.reshape(*x.shape[:-1], -1).to(x.dtype)
-        return result
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
+    def _run(self, bucket: int, x: Tensor) -> Tensor:
+        convolution, bias = isinstance(self.layer, QConv2d), self.layer.bias
         # Parts are added up in float32; half precision is left to a last cast.
         half = x.dtype == torch.bfloat16 and len(self.parts) == 1 and onednn.native_bfloat16()
-        return torch.bfloat16 if half else torch.float32
+        dtype = torch.bfloat16 if half else torch.float32
+        y: Any = None
+        for i, part in enumerate(x.split(self.grids.segments, channel_dim(self.layer))):
+            grid = self.grids.of(bucket, i)
+            codes = (_quantize_image if convolution else quantize_tokens)(part, *grid)
+            term = self.parts[i](codes, *grid[:2], bias, dtype)
+            y, bias = (term if y is None else y.add_(term)), None
+        result: Tensor = y if convolution else y.reshape(*x.shape[:-1], -1)
+        return result.to(x.dtype)
 
 
 class OneDNNBackend(Backend):

@@ -5,8 +5,6 @@ Compiled for the shapes at hand, at the first call with them; nothing is calibra
 
 from __future__ import annotations
 
-import copy
-import functools
 import importlib.util
 import inspect
 import logging
@@ -89,7 +87,9 @@ class OpenVinoEngine(Engine):
         if importlib.util.find_spec("openvino") is None:
             return "OpenVINO is not installed (pip install 'quantempo[openvino]')"
         try:
-            return _wrong_sums()
+            from quantempo.engines.openvino.graph import wrong_sums
+
+            return wrong_sums()
         except Exception as error:  # Private modules of it are imported: they may move.
             return f"this version of OpenVINO cannot be used: {error}"
 
@@ -117,15 +117,6 @@ class OpenVinoEngine(Engine):
         for module in denoiser.modules():
             if module is not denoiser:
                 yield module
-
-    def config(self) -> dict[str, Any]:
-        """Return the OpenVINO settings a graph is compiled with."""
-        return {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision],
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
 
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -164,7 +155,7 @@ class _Runner:
             if key not in self.graphs:
                 while len(self.graphs) >= MAX_GRAPHS:
                     self.graphs.popitem(last=False)
-                graph = _compile(self.denoiser, self.engine, layout, values)
+                graph = self._compile(layout, values)
                 graph.wrong = self._first_wrong(graph, layout, values)
                 self.graphs[key] = graph
             self.graphs.move_to_end(key)
@@ -180,9 +171,48 @@ class _Runner:
         outputs = graph(values)
         if not too_far(outputs, expected):
             return None
-        probe = _compile(self.denoiser, self.engine, layout, values, inner=True)
+        probe = self._compile(layout, values, inner=True)
         layers = zip(probe.names, probe(values)[len(outputs) :], seen, strict=True)
         return next((name for name, y, truth in layers if too_far([y], [truth])), "its end")
+
+    def _compile(self, layout: _Layout, values: list[Tensor], inner: bool = False) -> _Graph:
+        """Return the graph of a call; `inner`: integer layers are outputs too, after its own."""
+        import openvino as ov
+
+        from quantempo.engines.openvino.graph import build_graph
+        from quantempo.engines.openvino.rewrite import rewrite
+
+        engine, answer = self.engine, list[_Layout]()
+
+        def run(denoiser: nn.Module, *tensors: Tensor) -> list[Tensor]:
+            # Not denoiser(...): its pre-hook works on real time-steps. Under autocast the graph
+            # would hold casts.
+            with torch.autocast("cpu", enabled=False):
+                output = type(denoiser).forward(denoiser, **layout.fill(tensors))
+            made, found = _Layout.of(output)
+            answer[:] = [made]
+            return found
+
+        log.info("compiling the denoiser for inputs %s", [tuple(x.shape) for x in values[1:]])
+        try:
+            graph, calls = build_graph(self.denoiser, run, values, inner)
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
+            raise QuantempoError(
+                f"engine 'openvino' cannot convert {type(self.denoiser).__name__} as it is called: "
+                f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
+            ) from error
+        core = ov.Core()
+        has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        fast = engine.attention == "bfloat16" or (engine.attention == "auto" and has_bfloat16)
+        rewrite(graph, bfloat16_attention=fast)
+        how = {
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[engine.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        return _Graph(core.compile_model(graph, "CPU", how), calls, answer[0])
 
     def _bucket(self) -> Tensor:
         """Return the time bucket, (1,), or (B,) when the batch mixes several."""
@@ -248,49 +278,6 @@ def _kernel_rows(compiled: Any, calls: list[Any]) -> list[KernelRow]:
     return rows + [KernelRow(name, True, "none", "") for name in sorted(left)]
 
 
-def _compile(
-    denoiser: nn.Module,
-    engine: OpenVinoEngine,
-    layout: _Layout,
-    values: list[Tensor],
-    inner: bool = False,
-) -> _Graph:
-    """Return the graph of a call; `inner`: integer layers are outputs too, after its own."""
-    import openvino as ov
-
-    from quantempo.engines.openvino.graph import build_graph
-    from quantempo.engines.openvino.rewrite import rewrite
-
-    answer: list[_Layout] = []
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        # Not denoiser(...): its `forward` is this engine, its pre-hook works on real time-steps.
-        # Under autocast the graph would hold casts.
-        with torch.autocast("cpu", enabled=False):
-            output = type(denoiser).forward(denoiser, **layout.fill(tensors))
-        made, found = _Layout.of(output)
-        answer[:] = [made]
-        return found
-
-    # A copy has the same tensors, and nothing that another engine has set on its blocks.
-    state = [*denoiser.parameters(), *denoiser.buffers()]
-    denoiser = copy.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
-    log.info("compiling the denoiser for inputs %s", [tuple(value.shape) for value in values[1:]])
-    try:
-        graph, calls = build_graph(denoiser, run, values, inner)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
-        raise QuantempoError(
-            f"engine 'openvino' cannot convert {type(denoiser).__name__} as it is called: "
-            f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
-        ) from error
-    core = ov.Core()
-    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    fast = engine.attention == "bfloat16" or (engine.attention == "auto" and has_bfloat16)
-    rewrite(graph, bfloat16_attention=fast)
-    return _Graph(core.compile_model(graph, "CPU", engine.config()), calls, answer[0])
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Nested values without their tensors; leaves are () for a tensor, else (value,)."""
@@ -331,19 +318,3 @@ def _left_out(denoiser: nn.Module) -> str | None:
 
 def _text(info: Any, key: str) -> str:
     return str(info[key].astype(str)) if key in info else ""
-
-
-@functools.cache
-def _wrong_sums() -> str | None:
-    """Put the largest terms through an int8 kernel of this CPU; return what went wrong, or None.
-
-    CPUs without VNNI add pairs of products in 16 bits, which saturates: 255 * 127 * 2 > 32767.
-    """
-    from quantempo.engines.openvino.graph import extreme_sums
-
-    expected, found, precision = extreme_sums()
-    if precision not in _INT8:
-        return f"OpenVINO computes int8 layers in {precision} on this CPU"
-    if found != expected:
-        return f"its int8 sums saturate on this CPU ({found:.0f} instead of {expected:.0f})"
-    return None

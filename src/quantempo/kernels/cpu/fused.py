@@ -149,16 +149,10 @@ class Library:
 
     def quantize_rows(self, x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
         """Return the codes of x (R, K), rows contiguous, uint8 (R, K)."""
-        rows, width = x.shape
-        if x.stride(1) != 1 and width > 1:
+        if x.stride(1) != 1 and x.shape[1] > 1:
             x = x.contiguous()
-        codes = torch.empty((rows, width), dtype=torch.uint8)
-        call = _QuantizeStruct(
-            x.data_ptr(), 1, rows, 1, width, x.stride(0), _bf16(x), 1,
-            0, 0, 0, 0, scale, zero_point, qmax, codes.data_ptr(),
-        )  # fmt: skip
-        self._quantize(ctypes.byref(call), _threads(codes))
-        return codes
+        # An image one pixel wide.
+        return self.quantize(x.t()[None, :, :, None], scale, zero_point, qmax)[0, :, :, 0].t()
 
     def group_norm(
         self,
