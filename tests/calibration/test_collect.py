@@ -126,6 +126,25 @@ def test_segments_of_a_linear_layer_are_of_its_last_axis() -> None:
     assert found["layer.range"][:, 0].tolist() == [[0, 9], [1, 11]]
 
 
+@pytest.mark.parametrize("how", ["tiled", "shared", "frames"])
+def test_rows_that_are_not_the_samples_one_by_one_are_of_no_time(how: str) -> None:
+    class Net(Linear):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            shared = torch.linspace(1, 9, 8)[:, None]
+            frames = sample.repeat_interleave(2, 0)
+            rows = {"tiled": sample.repeat(2, 1), "shared": shared, "frames": frames}[how]
+            return sample + self.layer(rows).mean()
+
+    data = MemorySet(torch.tensor([[1.0], [2.0], [3.0], [9.0]]), torch.tensor([0.0, 1, 2, 3]))
+    found = collect_statistics(Net(), {"layer": ()}, data, bins=4)
+    counts, ranges = found["layer.hist"][0].sum(1).tolist(), found["layer.range"][0]
+    assert counts == ([2, 2, 2, 2] if how == "frames" else [8, 0, 0, 0])
+    assert ranges[0].tolist() == ([1, 1] if how == "frames" else [1, 9])
+    recipe = Recipe().override("activations", buckets=4, min_gain=0.0)
+    scales = search_scales(found, {"layer": torch.ones(1, 1)}, recipe)["layer.act_scale"]
+    assert (len(scales.unique()) == 1) == (how != "frames")
+
+
 def test_times_are_binned_by_their_place() -> None:
     data = MemorySet(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.05, 0.06, 1.0]))
     found = collect_statistics(Linear(), {"layer": ()}, data, bins=6)

@@ -6,7 +6,8 @@ Which scale is best is the business of the search.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
+from quantempo.calibration.rows import measure
+from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
 from quantempo.scales import Histogram, MinMax
@@ -57,9 +60,10 @@ def collect_statistics(
         QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
-    _feed(ranges, denoiser, inputs, data, bins, "ranges")
+    timed = _timed(denoiser, inputs, data)
+    _feed(ranges, denoiser, inputs, data, bins, "ranges", timed)
     histograms = {name: Histogram(seen.edges(), bins) for name, seen in ranges.items()}
-    _feed(histograms, denoiser, inputs, data, bins, "histograms")
+    _feed(histograms, denoiser, inputs, data, bins, "histograms", timed)
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
     for name in inputs:
         state = {**ranges[name].state(), **histograms[name].state()}
@@ -75,6 +79,7 @@ def _feed(
     data: CalibrationData,
     bins: int,
     stage: str,
+    timed: Collection[str],
 ) -> None:
     """Run the denoiser on all rows and give each sink the inputs of its layer."""
     edges = time_bin_edges(data.times, bins)
@@ -82,9 +87,11 @@ def _feed(
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
         x, segments = input_of(args, kwargs), inputs[name]
-        x, bin_of = token_rows(time_bin, x)
-        # Rows of a layer's input may repeat a sample (frames, heads).
-        bin_of = bin_of.repeat_interleave(max(1, x.shape[0] // len(bin_of)))
+        bin_of: int | Tensor = 0
+        if name in timed:
+            x, rows = token_rows(time_bin, x)
+            # Rows of a layer's input may repeat a sample (frames, heads).
+            bin_of = rows.repeat_interleave(max(1, x.shape[0] // len(rows)))
         axis = -1 if isinstance(layer, nn.Linear) else 1
         for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
             sinks[name].update(part, bin_of, index)
@@ -98,6 +105,38 @@ def _feed(
             # An edge belongs to the bin above it.
             time_bin = torch.bucketize(place, edges[1:-1].double(), right=True)
             data.replay(denoiser, batch)
+
+
+@torch.no_grad()
+def _timed(
+    denoiser: nn.Module, inputs: Mapping[str, tuple[int, ...]], data: CalibrationData
+) -> Collection[str]:
+    """Return the layers whose input has the rows of a sample side by side, as the clock reads it.
+
+    The rows of others (shared by all samples, tiles of the batch) are of no time: one scale.
+    """
+    if not inputs:
+        return ()
+    index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
+    index = max(data.calls(index, _ROWS), key=len)
+
+    def norms(index: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
+            rows = torch.atleast_2d(input_of(args, kwargs)).flatten(1)
+            seen.setdefault(name, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+
+        with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
+            data.replay(denoiser, data.rows(index))
+        return seen
+
+    few, many, found = norms(index), norms(torch.cat([index, index[:1]])), set()
+    for name, rows in few.items():
+        with suppress(QuantempoError):
+            place = measure(rows, many[name], torch.arange(len(index)), len(index) + 1)[""]
+            found |= {name} if place is not None and not place.tiled else set()
+    return found
 
 
 @torch.no_grad()
