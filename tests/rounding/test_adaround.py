@@ -134,7 +134,7 @@ def test_learning_beats_its_start_and_is_the_same_for_the_same_seed() -> None:
         with torch.no_grad():
             powers = unit.block.powers()
             before = unit.block.loss(powers)
-            codes = ROUNDINGS.get("adaround")(unit)
+            codes = ROUNDINGS.get("adaround").codes(unit)
             after = unit.block.loss(powers)
         assert after < 0.6 * before
         for name, layer in unit.block.copies.items():
@@ -152,8 +152,8 @@ def test_what_is_worse_than_the_start_is_not_kept(start: str, monkeypatch) -> No
         adaround, "_learn_codes", lambda unit, start, powers: {n: -c for n, c in start.items()}
     )
     with torch.no_grad():
-        expected = ROUNDINGS.get(start)(_unit(replace(SETTINGS, start=start)))
-        codes = ROUNDINGS.get("adaround")(unit)
+        expected = ROUNDINGS.get(start).codes(_unit(replace(SETTINGS, start=start)))
+        codes = ROUNDINGS.get("adaround").codes(unit)
     assert adaround.START_KEPT in unit.notes[0]
     for name, layer in unit.block.copies.items():
         assert torch.equal(codes[name], expected[name])
@@ -197,7 +197,7 @@ def test_learning_starts_near_codes_that_know_more_than_the_weight(start, monkey
 
     monkeypatch.setattr(adaround, "learn", stop)
     with torch.no_grad():
-        ROUNDINGS.get("adaround")(_unit(replace(SETTINGS, start=start)))
+        ROUNDINGS.get("adaround").codes(_unit(replace(SETTINGS, start=start)))
     assert (float(seen[0]) <= 0.101) == (start == "gptq")
 
 
@@ -208,7 +208,9 @@ def test_each_part_of_the_loss_is_at_work(change: str, monkeypatch: pytest.Monke
     def codes(drop: float) -> dict[str, Tensor]:
         unit = _unit(replace(SETTINGS, drop=drop, iterations=40), noise=0.5)
         with torch.no_grad():
-            return adaround._learn_codes(unit, ROUNDINGS.get("nearest")(unit), unit.block.powers())
+            return adaround._learn_codes(
+                unit, ROUNDINGS.get("nearest").codes(unit), unit.block.powers()
+            )
 
     whole = codes(0.0)
     if change == "layers":
@@ -251,7 +253,7 @@ def test_gptq_of_a_block_uses_the_inputs_behind_its_rounded_layers() -> None:
     with torch.no_grad():
         powers = unit.block.powers()
         before = unit.block.loss(powers)
-        codes = ROUNDINGS.get("gptq")(unit)
+        codes = ROUNDINGS.get("gptq").codes(unit)
         assert unit.block.loss(powers) < before
     x = next(unit.block.layer_inputs("linear"))
     layer = unit.block.copies["linear"]

@@ -196,7 +196,7 @@ def test_every_layer_and_group_is_rounded_on_its_own_inputs() -> None:
     unit = Unit(
         weights, scales, dict.fromkeys(copies, spec), RoundingSettings(), _Block(copies, inputs)
     )
-    codes = ROUNDINGS.get("gptq")(unit)
+    codes = ROUNDINGS.get("gptq").codes(unit)
     own = {n: moments(layer, dequantized_input(layer, inputs[n])) for n, layer in copies.items()}
 
     def rounded(name: str, hessian: Tensor) -> Tensor:

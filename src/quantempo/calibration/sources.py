@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
-__all__ = ["SOURCES", "Source", "check_source", "image_digest", "needs_images", "replace_rows"]
+__all__ = ["SOURCES", "Source", "check_source", "image_digest", "replace_rows"]
 
 SOURCES: Registry[Source] = Registry("source of x_t")
 _OWN = 0x1A7E_5EED
@@ -53,11 +53,6 @@ SOURCES.register("trajectory")(Source(None))
 SOURCES.register("mimic")(Source(_mimic, needs_images=True, needs_schedule=True))
 SOURCES.register("raw")(Source(lambda x_0, eps, abar: x_0, needs_images=True))
 SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
-
-
-def needs_images(source: str) -> bool:
-    """Return whether a source reads images; QuantempoError for an unknown name."""
-    return SOURCES.get(source).needs_images
 
 
 def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
@@ -104,7 +99,7 @@ def _check_shape(images: np.ndarray, shape: tuple[int, ...]) -> None:
 
 def image_digest(source: str, images: np.ndarray | None) -> str | None:
     """Return the SHA-256 over shape and bytes of the images, or None if the source reads none."""
-    if images is None or not needs_images(source):
+    if images is None or not SOURCES.get(source).needs_images:
         return None
     digest = hashlib.sha256(str(images.shape).encode())
     digest.update(np.ascontiguousarray(images).data)

@@ -94,10 +94,9 @@ def trace(
     """
     call = dict(call or {})
     check_source(source, pipe, denoiser, images)
-    settings = _identity(pipe, denoiser, call, model_hash, num_train_timesteps)
-    settings |= {"time_sampler": _described(time_sampler), "source": source}
-    settings |= {"images": image_digest(source, images), "batch_size": batch_size}
-    settings |= {"steps": steps, "chains": chains, "picks": picks, "seed": seed}
+    settings = _settings(pipe, denoiser, call, time_sampler, model_hash, num_train_timesteps)
+    settings |= {"images": image_digest(source, images), "source": source, "seed": seed}
+    settings |= {"batch_size": batch_size, "steps": steps, "chains": chains, "picks": picks}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     run = _Run(pipe, denoiser, settings, call, images)
     files = _fill(run, RunFolder(folder), targets, force, progress, needed)
@@ -134,7 +133,8 @@ def _fill(
     """Write the chunks that are not there yet; return the names of all."""
     settings = run.settings
     size, steps = settings["batch_size"], settings["steps"]
-    files = {_file(first, size): first for first in range(0, len(targets), size)}
+    starts = range(0, len(targets), size)
+    files = {f"chunk-{i // size:05d}.safetensors": i for i in starts}
     missing = [name for name in files if not _is_whole(store, name, settings, force)]
     if missing:
         # From here on the index would promise more than the folder holds.
@@ -169,10 +169,6 @@ def _fill(
 def _probe(run: _Run, places: Sequence[int]) -> tuple[Law, list[Tensor]]:
     how = {key: run.settings[key] for key in ("steps", "seed")}
     return probe(run.pipe, run.denoiser, places, call=run.call, **how)
-
-
-def _file(first: int, batch_size: int) -> str:
-    return f"chunk-{first // batch_size:05d}.safetensors"
 
 
 def _record(
@@ -212,23 +208,21 @@ def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed
     return drawn.sort().values.view(picks, chains).T.contiguous()
 
 
-def _identity(
-    pipe: Any,
-    denoiser: nn.Module,
-    call: dict[str, Any],
-    model_hash: str | None,
-    num_train_timesteps: int | None,
+def _settings(
+    pipe: Any, denoiser: nn.Module, call: Any, sampler: Any, known: str | None, steps: int | None
 ) -> dict[str, Any]:
     """Describe what is traced, in JSON types."""
+    names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
+    kind = names.get(type(sampler), type(sampler).__name__)
     return {
         "format": _FORMAT,
-        "model": model_hash or model_digest(denoiser),
+        "model": known or model_digest(denoiser),
         "dtype": str(next(denoiser.parameters()).dtype),
         "pipeline": type(pipe).__name__,
         "scheduler": scheduler_settings(pipe.scheduler),
         "arguments": canonical(call),
-        "num_train_timesteps": num_train_timesteps
-        or getattr(pipe.scheduler.config, "num_train_timesteps", None),
+        "num_train_timesteps": steps or getattr(pipe.scheduler.config, "num_train_timesteps", None),
+        "time_sampler": {"name": kind, **asdict(sampler)},
     }
 
 
@@ -291,11 +285,6 @@ def _finish(
     for file in store.path.glob("chunk-*.safetensors"):
         if file.name not in names:
             file.unlink()
-
-
-def _described(sampler: Any) -> dict[str, Any]:
-    names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
-    return {"name": names.get(type(sampler), type(sampler).__name__), **asdict(sampler)}
 
 
 def _json(value: Any) -> str:

@@ -40,7 +40,6 @@ _SECTIONS = {
     "round": ("rounding",),
     "pack": (),
 }
-_OTHER = "{path} was made with other settings; use another --run folder, or --force to redo it"
 
 
 @dataclass
@@ -82,11 +81,14 @@ class Cache:
         entry = self.done().get(stage)
         return entry is not None and entry.get("key") != self.key(stage)
 
-    def refuse_stale(self) -> None:
-        """Raise QuantempoError if the run folder holds an artefact of other settings."""
-        for stage, artefact in ARTEFACTS.items():
-            if self.run.has(artefact) and self.stale(stage):
-                raise QuantempoError(_OTHER.format(path=self.run / artefact))
+    def refuse_stale(self, *stages: str) -> None:
+        """Raise QuantempoError if the run folder holds an artefact (of any stage) not as set."""
+        for stage in stages or ARTEFACTS:
+            if self.run.has(ARTEFACTS[stage]) and self.stale(stage):
+                raise QuantempoError(
+                    f"{self.run / ARTEFACTS[stage]} was made with other settings; use another "
+                    "--run folder, or --force to redo it"
+                )
 
     def seconds(self) -> dict[str, float]:
         """Return stage -> seconds of those that made what is packed."""
@@ -106,8 +108,7 @@ class Cache:
         packed = self.run / "packed"
         if not packed.is_dir() or "pack" not in self.done():
             raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
-        if self.stale("pack"):
-            raise QuantempoError(_OTHER.format(path=packed))
+        self.refuse_stale("pack")
         return packed
 
     @contextmanager
@@ -128,10 +129,13 @@ class Cache:
                     yield False
                     return
                 if not self.force:
-                    raise QuantempoError(_OTHER.format(path=self.run / artefact))
+                    self.refuse_stale(name)
             self.check_before(name)
             # Not after it: killed on the way, the new artefact would pass for the old one.
-            self._undo(name)
+            if name in (stages := self.done()):
+                del stages[name]
+                manifest = self.run.read_json("manifest.json")
+                self.run.write_json("manifest.json", manifest | {"stages": stages})
             start = time.perf_counter()
             yield True
             seconds = round(time.perf_counter() - start, 3)
@@ -139,12 +143,6 @@ class Cache:
             entry = {"key": self.key(name), "seconds": seconds, "sha256": hashes}
             self.run.update_manifest(stages={name: entry}, **self.surroundings)
             log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
-
-    def _undo(self, stage: str) -> None:
-        stages = self.done()
-        if stages.pop(stage, None) is not None:
-            manifest = self.run.read_json("manifest.json")
-            self.run.write_json("manifest.json", manifest | {"stages": stages})
 
     def check_before(self, name: str) -> None:
         """Refuse to build a stage on one that is not done, or was done with other settings."""

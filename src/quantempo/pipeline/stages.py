@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.calibration.sources import needs_images
+from quantempo.calibration.sources import SOURCES
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
@@ -82,7 +82,7 @@ def _traced(session: Session, needed: bool) -> TraceSet:
 
 def _source_images(session: Session) -> np.ndarray | None:
     """Return (n, H, W, 3) uint8 images of the size of x_t, or None if the source reads none."""
-    if not needs_images(session.recipe.trace.source) or session.data is None:
+    if not SOURCES.get(session.recipe.trace.source).needs_images or session.data is None:
         return None
     size = getattr(session.denoiser.config, "sample_size", None)
     size = (size, size) if isinstance(size, int) else size

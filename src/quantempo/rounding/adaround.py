@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantempo.rounding.base import ROUNDINGS, BlockRun, Needs, Unit, check_start
+from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, check_start
 from quantempo.rounding.learn import errors, learn
 from quantempo.rounding.soft import ScaleKernel, SoftKernel
 
-__all__ = ["START_KEPT", "AdaroundRounding", "refine_scales"]
+__all__ = ["START_KEPT", "refine_scales"]
 
 # What is noted of a block whose start was better.
 START_KEPT = "the start was better and is kept"
@@ -41,38 +41,34 @@ SPREAD_ELSE = 0.2
 SCALE_RATE = 1e-3
 
 
-class AdaroundRounding:
+def _adaround_codes(unit: Unit) -> dict[str, Tensor]:
     """Start from another rounding's codes and learn better ones; keep the start if it was better.
 
-    After it the block's layers hold the codes that are returned.
+    The better ones have the smaller block error over all rows. The block's layers hold them
+    afterwards.
     """
-
-    needs: Needs = "block"
-
-    def __call__(self, unit: Unit) -> dict[str, Tensor]:
-        """Return the codes whose block error over all rows is the smaller one."""
-        settings, block = unit.settings, unit.block
-        check_start(settings)
-        start = ROUNDINGS.get(settings.start)(unit)
-        for name, codes in start.items():
-            block.assign(name, codes)
-        if settings.iterations == 0:
-            return start
-        powers = block.powers()
-        before = block.loss(powers)
-        codes = _learn_codes(unit, start, powers)
-        for name, value in codes.items():
+    settings, block = unit.settings, unit.block
+    check_start(settings)
+    start = ROUNDINGS.get(settings.start).codes(unit)
+    for name, value in start.items():
+        block.assign(name, value)
+    if settings.iterations == 0:
+        return start
+    powers = block.powers()
+    before = block.loss(powers)
+    codes = _learn_codes(unit, start, powers)
+    for name, value in codes.items():
+        block.assign(name, value)
+    after = block.loss(powers)
+    better = after < before
+    moved = sum(int((codes[name] != start[name]).sum()) for name in codes)
+    share = moved / max(1, sum(value.numel() for value in codes.values()))
+    kept = f"{100 * share:.1f} % of the codes moved" if better else START_KEPT
+    unit.notes.append(f"adaround {before:.3e} -> {after:.3e}, {kept}")
+    if not better:
+        for name, value in start.items():
             block.assign(name, value)
-        after = block.loss(powers)
-        better = after < before
-        moved = sum(int((codes[name] != start[name]).sum()) for name in codes)
-        share = moved / max(1, sum(value.numel() for value in codes.values()))
-        kept = f"{100 * share:.1f} % of the codes moved" if better else START_KEPT
-        unit.notes.append(f"adaround {before:.3e} -> {after:.3e}, {kept}")
-        if not better:
-            for name, value in start.items():
-                block.assign(name, value)
-        return codes if better else start
+    return codes if better else start
 
 
 def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> dict[str, Tensor]:
@@ -133,4 +129,4 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
     return False
 
 
-ROUNDINGS.register("adaround")(AdaroundRounding())
+ROUNDINGS.register("adaround")(Rounding("block", _adaround_codes))

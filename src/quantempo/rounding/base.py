@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,9 @@ from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry
 
 __all__ = [
-    "ROUNDINGS", "BlockRun", "Inputs", "Needs", "Rounding", "Unit", "check_start",
+    "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "check_start",
     "dequantized_input", "nearest", "record", "round_by_weights", "run_until",
 ]  # fmt: skip
-
-Needs = Literal["weights", "hessian", "block"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,16 @@ class Unit:
     notes: list[str] = field(default_factory=list)
 
 
-class Rounding(Protocol):
-    """What every rounding offers.
+class Rounding(NamedTuple):
+    """What a rounding is.
 
     needs: "weights", or "hessian" (second moments of layer inputs) or "block" (inputs and output
-    of whole blocks): both of these run the network on the trace.
+    of whole blocks): both of these run the network on the trace; codes: return layer name -> int8,
+    the shape of the weight, in [qmin, qmax].
     """
 
-    needs: Needs
-
-    def __call__(self, unit: Unit) -> dict[str, Tensor]:
-        """Return layer name -> codes, int8, the shape of the weight, in [qmin, qmax]."""
+    needs: Literal["weights", "hessian", "block"]
+    codes: Callable[[Unit], dict[str, Tensor]]
 
 
 ROUNDINGS: Registry[Rounding] = Registry("rounding")
@@ -99,7 +96,7 @@ def round_by_weights(
             f"one of: {', '.join(usable)}"
         )
     near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
-    return rounding(Unit(weights, near, specs, RoundingSettings(name=name)))
+    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name)))
 
 
 class _Round(torch.autograd.Function):
@@ -140,20 +137,11 @@ def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
     return quantize(weight, grid, spec, axis=0).to(torch.int8)
 
 
-class NearestRounding:
-    """Round every layer of a unit by `nearest`."""
-
-    needs: Needs = "weights"
-
-    def __call__(self, unit: Unit) -> dict[str, Tensor]:
-        """Return the nearest codes of each layer."""
-        return {
-            name: nearest(weight, unit.scales[name], unit.specs[name])
-            for name, weight in unit.weights.items()
-        }
+def _nearest_codes(unit: Unit) -> dict[str, Tensor]:
+    return {n: nearest(w, unit.scales[n], unit.specs[n]) for n, w in unit.weights.items()}
 
 
-ROUNDINGS.register("nearest")(NearestRounding())
+ROUNDINGS.register("nearest")(Rounding("weights", _nearest_codes))
 
 
 class _StopError(Exception):

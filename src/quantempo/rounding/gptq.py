@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from quantempo.core import Format
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
-from quantempo.rounding.base import ROUNDINGS, BlockRun, Needs, Unit, dequantized_input
+from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
 
-__all__ = ["GptqRounding", "gptq", "input_hessian", "moments"]
+__all__ = ["gptq", "input_hessian", "moments"]
 
 log = logging.getLogger("quantempo")
 
@@ -161,28 +161,23 @@ def input_hessian(block: BlockRun, name: str) -> Tensor:
     return total / count
 
 
-class GptqRounding:
-    """Round the layers of a block in order of execution, each on the inputs it will really get."""
+def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
+    """Round the layers of a block in order of execution, each on the inputs it will really get.
 
-    needs: Needs = "hessian"
-
-    def __call__(self, unit: Unit) -> dict[str, Tensor]:
-        """Return the codes; the block's layers hold them afterwards.
-
-        Inputs of a layer come from the block whose earlier layers are rounded already. Groups of
-        a convolution are rounded apart.
-        """
-        codes = {}
-        for name, weight in unit.weights.items():
-            layer, spec = unit.block.copies[name], unit.specs[name]
-            hessian = input_hessian(unit.block, name)
-            rows = len(weight) // len(hessian)
-            flat, scales = (v.split(rows) for v in (weight.detach().flatten(1), unit.scales[name]))
-            groups = zip(flat, hessian, scales, strict=True)
-            parts = [gptq(part, h, scale, spec) for part, h, scale in groups]
-            codes[name] = torch.cat(parts).reshape(layer.weight_shape)
-            unit.block.assign(name, codes[name])
-        return codes
+    Those come from the block whose earlier layers are rounded already; its layers hold the codes
+    afterwards. Groups of a convolution are rounded apart.
+    """
+    codes = {}
+    for name, weight in unit.weights.items():
+        layer, spec = unit.block.copies[name], unit.specs[name]
+        hessian = input_hessian(unit.block, name)
+        rows = len(weight) // len(hessian)
+        flat, scales = (v.split(rows) for v in (weight.detach().flatten(1), unit.scales[name]))
+        groups = zip(flat, hessian, scales, strict=True)
+        parts = [gptq(part, h, scale, spec) for part, h, scale in groups]
+        codes[name] = torch.cat(parts).reshape(layer.weight_shape)
+        unit.block.assign(name, codes[name])
+    return codes
 
 
-ROUNDINGS.register("gptq")(GptqRounding())
+ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))

@@ -209,7 +209,7 @@ class _Job:
         unit = Unit(weights, scales, specs, settings, run)
         powers = run.powers()
         before = run.loss(powers)
-        codes = self.rounding(unit)
+        codes = self.rounding.codes(unit)
         for name, value in codes.items():
             run.assign(name, value)
         result = dict(codes)

@@ -75,27 +75,20 @@ def grid(name: str, zero: int, qmax: int) -> None:
 
 def last(device: torch.device, **images: Tensor | None) -> None:
     """Expect channels_last memory on a device."""
-    for name, x in images.items():
-        if x is None:
-            continue
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(
-                f"{name}: got strides {x.stride()}; expected channels_last, "
-                "use .contiguous(memory_format=torch.channels_last)"
-            )
-        _placed(name, x, device)
+    wanted = "channels_last, use .contiguous(memory_format=torch.channels_last)"
+    _placed(device, images, torch.channels_last, wanted)
 
 
 def dense(device: torch.device, **tensors: Tensor | None) -> None:
     """Expect contiguous memory on a device."""
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if not x.is_contiguous():
-            raise ValueError(f"{name}: got strides {x.stride()}; expected it contiguous")
-        _placed(name, x, device)
+    _placed(device, tensors, torch.contiguous_format, "it contiguous")
 
 
-def _placed(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: got one on {x.device}; expected it on {device}")
+def _placed(
+    device: torch.device, given: dict[str, Tensor | None], memory: torch.memory_format, wanted: str
+) -> None:
+    for name, x in given.items():
+        if x is not None and not x.is_contiguous(memory_format=memory):
+            raise ValueError(f"{name}: got strides {x.stride()}; expected {wanted}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: got one on {x.device}; expected it on {device}")
