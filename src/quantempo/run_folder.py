@@ -154,11 +154,8 @@ def _explain(error: OSError, path: Path) -> QuantempoError:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import TraceBatch
 from quantempo.calibration.rows import Law, dump, join, key_of, measure, take
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import DenoiserInputs, bind_inputs, hooked
+from quantempo.models.layers import DenoiserInputs, bind_inputs
 from quantempo.models.sampling import call_pipeline
 from quantempo.quantized import Times
 
@@ -132,13 +131,10 @@ class Recorder:
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)
 
-    def listening(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """Hook into `denoiser` for a while."""
-        return hooked({"": denoiser}, self._hook, before=True)
-
-    def _hook(
+    def see(
         self, _: str, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        """Keep what one call has for the targets; a hook before the denoiser."""
         inputs = bind_inputs(denoiser, args, kwargs)
         rows, chains = inputs.sample.shape[0], len(self.slots)
         if rows % chains:

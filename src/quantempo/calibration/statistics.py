@@ -62,12 +62,12 @@ def collect_statistics(
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
     timed = _timed(denoiser, inputs, data)
     _feed(ranges, denoiser, inputs, data, bins, "ranges", timed)
-    histograms = {name: Histogram(seen.edges(), bins) for name, seen in ranges.items()}
+    histograms = {name: Histogram(ends.edges(), bins) for name, ends in ranges.items()}
     _feed(histograms, denoiser, inputs, data, bins, "histograms", timed)
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
-    for name in inputs:
-        state = {**ranges[name].state(), **histograms[name].state()}
-        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    for name, seen in histograms.items():
+        found = {"range": ranges[name].range, "hist": seen.counts, "edges": seen.edges}
+        tensors |= {f"{name}.{key}": value for key, value in found.items()}
     return tensors
 
 

@@ -34,6 +34,7 @@ from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
+from quantempo.models.layers import hooked
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import call_pipeline, scheduler_settings
 from quantempo.quantized import Times
@@ -178,7 +179,7 @@ def _record(
     pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
     recorder = Recorder(law, times, targets, first, seed, bar)
-    with recorder.listening(run.denoiser):
+    with hooked({"": run.denoiser}, recorder.see, before=True):
         seeds = range(seed, seed + len(targets))
         call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **run.call)
     tensors, details = recorder.result()

@@ -181,9 +181,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         """Return the configuration as JSON types."""
         return {**self.__dict__, "quant_method": self.quant_method.value}
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the same as `to_dict`; diffusers logs it."""
-        return self.to_dict()
+    # What diffusers logs.
+    to_diff_dict = to_dict
 
     def __repr__(self) -> str:
         return f"QuantempoConfig(format_version={self.format_version}, recipe={self.recipe})"
@@ -208,7 +207,8 @@ class QuantempoConfig(QuantizationConfigMixin):
 class QuantempoQuantizer(DiffusersQuantizer):
     """Rebuild the quantized modules of a saved denoiser while diffusers loads it."""
 
-    requires_calibration = True
+    requires_calibration = is_compileable = True
+    is_trainable = False
 
     def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -229,8 +229,13 @@ class QuantempoQuantizer(DiffusersQuantizer):
             check_plans(model, plans)
         times = check_times(config.times)
         table = torch.zeros(times.count, dtype=torch.int64)
-        swap_layers(model, plans, install_clock(model, table, times))
-        self._ours = _quantized_state(model)
+        clock = install_clock(model, table, times)
+        swap_layers(model, plans, clock)
+        self._ours = dict(clock.named_buffers(CLOCK_NAME))
+        for prefix, module in model.named_modules():
+            if isinstance(module, _OURS):
+                self._ours |= dict(module.named_buffers(prefix, recurse=False))
+                self._ours |= dict(module.named_parameters(prefix, recurse=False))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep our tensors of one file (a shard or the whole) as they are on disk."""
@@ -340,26 +345,6 @@ class QuantempoQuantizer(DiffusersQuantizer):
         config.hashes["settings"] = settings_digest(config.to_dict())
         model.register_to_config(quantization_config=config.to_dict())
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Integers take no gradients."""
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Layers are plain modules with buffers."""
-        return True
-
-
-def _quantized_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the named tensors that belong to quantized modules and the clock."""
-    state = {f"{CLOCK_NAME}.bucket_of": model.get_buffer(f"{CLOCK_NAME}.bucket_of")}
-    for prefix, module in model.named_modules():
-        if isinstance(module, _OURS):
-            state |= dict(module.named_buffers(prefix, recurse=False))
-            state |= dict(module.named_parameters(prefix, recurse=False))
-    return state
 
 
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:

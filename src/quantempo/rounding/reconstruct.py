@@ -87,7 +87,9 @@ def round_denoiser(
                 kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
         else:
             log.debug("%s: rounded before", block.name)
-            job.apply(block, found)
+            apply_rounding(copied, found)
+            for layer in map(copied.get_submodule, block.layers):
+                layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
         result |= {k: v.cpu() for k, v in found.items()}
     if job.rounding.needs == "block":
         log.debug("%d of %d blocks keep their start", job.kept, len(job.blocks))
@@ -222,13 +224,6 @@ class _Job:
         notes = "".join(f"; {note}" for note in unit.notes)
         log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
         return result
-
-    def apply(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a finished block into the layers of the copy."""
-        apply_rounding(self.copied, tensors)
-        for name in block.layers:
-            layer: Any = self.copied.get_submodule(name)
-            layer.kernel.prepare(self.device)
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
         """Record the inputs of a block in both networks."""

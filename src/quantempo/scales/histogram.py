@@ -107,10 +107,6 @@ class MinMax:
             raise QuantempoError("got no data for an activation; calibrate with at least one input")
         return edges
 
-    def state(self) -> dict[str, Tensor]:
-        """Return plain tensors: {"range": (S, K, 2) float32}."""
-        return {"range": self.range}
-
 
 class Histogram:
     """Count the values of every segment and time bin in equal bins over a fixed range.
@@ -158,10 +154,6 @@ class Histogram:
             return
         for k, values in _rows(x, time_bin, self.counts.shape[1]):
             self.counts[segment, k] += _count(values, lo, hi, bins)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return plain tensors: {"hist": (S, K, N) int64, "edges": (S, 2) float32}."""
-        return {"hist": self.counts, "edges": self.edges}
 
 
 def _on_host(values: Tensor) -> bool:

@@ -176,9 +176,7 @@ def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0)
     """Cut K fine bins into contiguous buckets that suit all layers best.
 
     Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
-    scale in every bucket, and counts relative to its error with one scale, so that no layer
-    decides by the size of its activations. (The minimum over scales is inside the sum over
-    layers: adding the layers' tables first would give all of them the same candidate.) Exact, in
+    scale in every bucket, and counts relative to its error with one scale. Exact, in
     O(layers K^2 P + B K^2).
 
     Args:
@@ -186,8 +184,7 @@ def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0)
         buckets: B; fewer are returned if fewer bins hold data.
 
     Returns:
-        (B + 1,) int64 boundaries [0, ..., K]; bucket b holds fine bins boundaries[b] up to, not
-        including, boundaries[b + 1]. Every bucket holds data.
+        (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`. Every bucket holds data.
 
     Raises:
         QuantempoError: no tables, tables over different bins, buckets < 1.
