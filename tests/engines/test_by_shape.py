@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import set_forward
 from quantempo.engines import attach, attached, detach, select
-from quantempo.engines.by_shape import ByShape
 from quantempo.engines.layerwise import execution
 from quantempo.engines.openvino.engine import OpenVinoEngine
+from quantempo.engines.select import ByShape
 from quantempo.errors import QuantempoError
 from quantempo.kernels.cpu import fused
 from tests.engines.openvino_nets import needs_openvino

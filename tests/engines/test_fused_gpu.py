@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,8 +146,9 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
         "", block, block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2,
         block.conv_shortcut,
     )  # fmt: skip
-    fused = FusedResnet(parts, SharedShifts([block.time_emb_proj]))
-    fused.accept((16, 32))
+    shifts = SharedShifts([block.time_emb_proj])
+    network = SimpleNamespace(once=lambda of: shifts, halves={".conv_shortcut": (16, 32)})
+    fused = FusedResnet(parts, network)
     fused.prepare(torch.device("cpu"))
     assert ((16, 32) in fused.sides) == (segments != (32, 16))
     clock.set(torch.tensor([10, 999]))
@@ -173,7 +175,7 @@ def test_a_downsampler_has_the_border_of_its_block(padding, size):
     block = Downsample2D(32, use_conv=True, padding=padding)
     block.conv = make_conv(32, 32, stride=(2, 2), padding=(padding, padding))
     block.conv.kernel = TritonBackend().lower(block.conv)
-    fused = FusedDownsample(next(find_parts(block))[2])
+    fused = FusedDownsample(next(find_parts(block))[2], None)
     assert fused.parts.border == ((1, 1, 1, 1) if padding else (0, 1, 0, 1))
     fused.prepare(torch.device("cpu"))
     x = noise(2, 32, *size)

@@ -117,7 +117,6 @@ class ActivationGrids:
     """The activation grids of a layer as Python numbers, because oneDNN takes them as such."""
 
     def __init__(self, layer: QLayer) -> None:
-        self.clock = layer.clock
         self.segments = layer.segments
         self.scales: list[list[float]] = layer.act_scale.tolist()
         self.zero_points: list[int] = layer.act_zero_point.tolist()

@@ -20,7 +20,7 @@ from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, UpBlockParts
 from quantempo.models.layers import is_unit, skip_segments
-from quantempo.quantized import QConv2d, QLayer, QLinear, find_clock, quantized_layers
+from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, QLinear, quantized_layers
 
 __all__ = [
     "BlockRow", "Blocks", "FusedBlock", "FusedUpBlock", "Network", "fuse", "report", "unfuse",
@@ -64,10 +64,10 @@ class Blocks:
     builders: dict[type, Builder] = field(default_factory=dict)
 
     def build(self, kind: type) -> Callable[[T], T]:
-        """Register the builder of a kind of parts: a subclass of FusedBlock or a function."""
+        """Register the builder of a kind of parts: a subclass of FusedBlock, or a function."""
 
         def add(builder: T) -> T:
-            self.builders[kind] = getattr(builder, "build", None) or cast(Builder, builder)
+            self.builders[kind] = cast(Builder, builder)
             return builder
 
         return add
@@ -120,9 +120,8 @@ class Network:
     """
 
     def __init__(self, denoiser: nn.Module, parts: list[Parts]) -> None:
-        clock = find_clock(denoiser)
-        assert clock is not None
-        self.denoiser, self.parts, self.clock = denoiser, parts, clock
+        self.clock: Any = denoiser.get_submodule(CLOCK_NAME)
+        self.parts = parts
         self.halves: dict[str, tuple[int, int]] = dict(skip_segments(denoiser))
         self.forwards: dict[str, tuple[nn.Module, Any]] = {}
         self._names = {module: name for name, module in denoiser.named_modules()}
@@ -169,13 +168,8 @@ class FusedBlock:
 
     own: tuple[str, ...] = ("",)
 
-    def __init__(self, parts: Any) -> None:
+    def __init__(self, parts: Any, network: Network) -> None:
         self.parts = parts
-
-    @classmethod
-    def build(cls, parts: Any, network: Network) -> Built:
-        """Return the forward of a block, or why there is none."""
-        return cls(parts)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block; the arguments are those of its class, x by its place or its name there."""
@@ -207,17 +201,15 @@ class FusedUpBlock(FusedBlock):
 
     own: tuple[str, ...] = ()
 
-    def __init__(self, parts: UpBlockParts, resnets: list[Any]) -> None:
-        super().__init__(parts)
-        self.resnets = resnets
+    def __init__(self, parts: UpBlockParts, network: Network) -> None:
+        super().__init__(parts, network)
+        self.resnets = [network.forward_of(resnet) for resnet in parts.resnets]
 
     @classmethod
     def build(cls, parts: UpBlockParts, network: Network) -> Built:
         """Return the forward, or why there is none."""
-        resnets = [network.forward_of(resnet) for resnet in parts.resnets]
-        if any(resnet is None for resnet in resnets):
-            return "a residual block in it is not fused"
-        return cls(parts, resnets)
+        made = cls(parts, network)
+        return "a residual block in it is not fused" if None in made.resnets else made
 
     def takes(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Return whether the first residual block takes x."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from quantempo.core import ACTIVATION
 from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
-from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
+from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers
 
 __all__ = ["SimulatedBackend", "exact_parts", "float32_copy", "reference", "sum_bound", "too_far"]
 
@@ -128,23 +128,20 @@ def float32_copy(denoiser: nn.Module) -> Any:
     return copy.deepcopy(denoiser, known)
 
 
-@contextmanager
 def reference(
-    denoiser: nn.Module, bucket: Tensor
-) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
-    """Yield the forward of a denoiser in float32, its integer layers run by `simulated`.
+    denoiser: nn.Module, bucket: Tensor, arguments: dict[str, Any]
+) -> tuple[Any, list[Tensor]]:
+    """Return the output of a denoiser in float32, its integer layers run by `simulated`.
 
     And the outputs of these layers, in the order in which they are called. The float weights of one
     layer at a time are made.
     """
     exact, seen = float32_copy(denoiser), list[Tensor]()
-    clock = find_clock(exact)
-    assert clock is not None
-    clock.call.bucket = bucket.reshape(()) if bucket.numel() == 1 else bucket
+    exact.get_submodule(CLOCK_NAME).call.bucket = bucket.squeeze()
     for _, layer in quantized_layers(exact):
         layer.kernel = functools.partial(_run_once, layer, seen)
     with torch.no_grad(), torch.autocast(bucket.device.type, enabled=False):
-        yield functools.partial(type(exact).forward, exact), seen
+        return type(exact).forward(exact, **arguments), seen
 
 
 def _run_once(layer: QLayer, seen: list[Tensor], x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from quantempo.models.fusion_unet import UpBlockParts
 __all__ = ["BLOCKS", "GpuBlock"]
 
 BLOCKS = Blocks("triton", eager=True)
-BLOCKS.build(UpBlockParts)(FusedUpBlock)
+BLOCKS.build(UpBlockParts)(FusedUpBlock.build)
 
 
 class GpuBlock(Prepared, FusedBlock):

@@ -25,6 +25,7 @@ from quantempo.engines.cuda.constants import (
     quantize_rows,
 )
 from quantempo.errors import QuantempoError
+from quantempo.models.fusion import no
 from quantempo.quantized import QConv2d, QLayer
 
 __all__ = ["TritonBackend"]
@@ -38,19 +39,15 @@ _TRITON = (3, 4)
 
 def _unsupported_shape(layer: QConv2d) -> str | None:
     """Return why the operators have no such convolution, or None."""
-    kernel = layer.kernel_size
-    if kernel not in ((1, 1), (3, 3)):
-        return f"its kernel is {kernel[0]}x{kernel[1]}; 1x1 and 3x3 can be run"
-    if layer.groups != 1:
-        return f"it has {layer.groups} groups; 1 can be run"
-    if layer.dilation != (1, 1):
-        return f"its dilation is {layer.dilation}; 1 can be run"
-    if layer.stride not in ((1, 1), (2, 2)):
-        return f"its stride is {layer.stride}; 1 and 2 can be run"
-    most = kernel[0] // 2
-    if max(layer.padding) > most:
-        return f"its border is {layer.padding} pixels; at most {most} can be run"
-    return None
+    kernel, most = "x".join(map(str, layer.kernel_size)), layer.kernel_size[0] // 2
+    pad = layer.padding
+    return no(
+        (kernel in ("1x1", "3x3"), f"its kernel is {kernel}; 1x1 and 3x3 can be run"),
+        (layer.groups == 1, f"it has {layer.groups} groups; 1 can be run"),
+        (layer.dilation == (1, 1), f"its dilation is {layer.dilation}; 1 can be run"),
+        (layer.stride in ((1, 1), (2, 2)), f"its stride is {layer.stride}; 1 and 2 can be run"),
+        (max(pad) <= most, f"its border is {pad} pixels; at most {most} can be run"),
+    )
 
 
 @functools.cache

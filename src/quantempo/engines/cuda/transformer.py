@@ -1,10 +1,5 @@
 """Transformers inside a U-Net as few launches on a GPU, around int8 products.
 
-    transformer   gn_act_quant -> qgemm of pixel rows -> blocks -> qgemm + x
-    attention     LayerNorm, quantize -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
-    on a context  q alone; k and v of the context, of all layers in one qgemm, see `per_forward`
-    feed-forward  LayerNorm, quantize -> qgemm, value * gelu(gate), codes -> qgemm + x
-
 Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
 The last product of the last block writes the codes that the output projection reads. What is
 quantized in between is plain operations where a compiler joins them, see `constants.quantize`.
@@ -106,15 +101,11 @@ def _add(layer: LayerConstants, codes: Tensor, x: Tensor) -> Tensor:
 class FusedTransformerBlock(GpuBlock):
     """Attention layers and a gated feed-forward layer, each added to its input as it is written."""
 
-    def __init__(self, parts: TransformerBlockParts, contexts: SharedContext) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: TransformerBlockParts, network: Network) -> None:
+        super().__init__(parts, network)
+        contexts = network.once(SharedContext.of)
         self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
         self.cross = any(attention.cross for attention in parts.attentions)
-
-    @classmethod
-    def build(cls, parts: TransformerBlockParts, network: Network) -> FusedTransformerBlock:
-        """Return the forward of a block."""
-        return cls(parts, network.once(SharedContext.of))
 
     def _prepare(self, device: torch.device) -> None:
         for attention in self.attentions:
@@ -162,14 +153,9 @@ class FusedTransformer(GpuBlock):
     # The blocks inside are fused, or not, on their own.
     own: tuple[str, ...] = ("norm", "proj_in", "proj_out")
 
-    def __init__(self, parts: TransformerParts, blocks: list[Any]) -> None:
-        super().__init__(parts)
-        self.blocks = blocks
-
-    @classmethod
-    def build(cls, parts: TransformerParts, network: Network) -> FusedTransformer:
-        """Return the forward of a transformer."""
-        return cls(parts, [network.forward_of(block) for block in parts.blocks])
+    def __init__(self, parts: TransformerParts, network: Network) -> None:
+        super().__init__(parts, network)
+        self.blocks = [network.forward_of(block) for block in parts.blocks]
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts

@@ -1,10 +1,5 @@
 """Blocks of a network as few launches on a GPU, around int8 convolutions.
 
-    residual block   gn_act_quant -> qconv2d + bias + time -> gn_act_quant -> qconv2d + skip
-    self-attention   gn_act_quant -> one qgemm for q, k, v -> attention -> quantize -> qgemm + x
-    transformers     see `transformer`
-    samplers         quantize -> qconv2d with stride 2, or reading every pixel four times
-
 Nothing waits for the device and nothing depends on the value of a time-step: a block works eagerly,
 inside torch.compile and in a CUDA graph, for any batch, mixed time-steps included. The result
 equals the layers run one by one up to the order of float operations, which may move a code by one.
@@ -37,7 +32,7 @@ from quantempo.engines.fusion import Network, same
 from quantempo.models import fusion_unet
 from quantempo.quantized import QLayer, StepClock
 
-__all__ = ["FusedAttention", "FusedDownsample", "FusedResnet", "FusedUpsample"]
+__all__ = ["FusedDownsample", "FusedResnet"]
 
 # Codes for the norm's convolution and for the shortcut are written together, unless the images are
 # of more bytes: both would be the peak of the memory.
@@ -48,9 +43,10 @@ _LARGE = 128 << 20
 class FusedResnet(GpuBlock):
     """A residual block: two passes that write codes, two convolutions that add all the rest."""
 
-    def __init__(self, parts: fusion_unet.ResnetParts, shifts: SharedShifts) -> None:
-        super().__init__(parts)
-        self.shifts, self.index = shifts, shifts.index(parts.time)
+    def __init__(self, parts: fusion_unet.ResnetParts, network: Network) -> None:
+        super().__init__(parts, network)
+        self.shifts = network.once(SharedShifts.of)
+        self.index = self.shifts.index(parts.time)
         self.clock = parts.conv1.clock
         # Of a shortcut: channels of each input -> its operands; those that have own scales.
         self.sides: dict[tuple[int, ...], Sides | FloatSides] = {}
@@ -59,15 +55,11 @@ class FusedResnet(GpuBlock):
         if shortcut is not None:
             self.segments = getattr(shortcut, "segments", (shortcut.in_channels,))
             self.widths.add(self.segments)
-
-    @classmethod
-    def build(cls, parts: fusion_unet.ResnetParts, network: Network) -> FusedResnet:
-        """Return the forward of a block."""
-        forward = cls(parts, network.once(SharedShifts.of))
-        half = network.halves.get(f"{parts.name}.conv_shortcut")
-        if half is not None:
-            forward.accept(half)
-        return forward
+            # Two inputs of these channels, as an up block will hand them over.
+            halves = network.halves.get(f"{parts.name}.conv_shortcut", ())
+            aligned = all(width % ALIGNED == 0 for width in halves)
+            if halves and aligned and len(self.segments) == 1:
+                self.widths.add(halves)
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
@@ -83,12 +75,6 @@ class FusedResnet(GpuBlock):
         if shortcut is not None and shortcut.bias is not None:
             bias = shortcut.bias.float()
             self.bias = constant(bias if self.bias is None else self.bias + bias)
-
-    def accept(self, widths: tuple[int, int]) -> None:
-        """Prepare for two inputs of these channels, as an up block will hand them over."""
-        aligned = all(width % ALIGNED == 0 for width in widths)
-        if self.parts.shortcut is not None and aligned and len(self.segments) == 1:
-            self.widths.add(widths)
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
@@ -133,11 +119,11 @@ class FusedResnet(GpuBlock):
 
 
 @BLOCKS.build(fusion_unet.AttentionParts)
-class FusedAttention(GpuBlock):
+class _Attention(GpuBlock):
     """Self-attention over pixels: one pass that writes codes for q, k and v."""
 
-    def __init__(self, parts: fusion_unet.AttentionParts) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: fusion_unet.AttentionParts, network: Network) -> None:
+        super().__init__(parts, network)
         self.clock = parts.q.clock
         self.dim = parts.q.out_features // parts.heads
 
@@ -148,7 +134,6 @@ class FusedAttention(GpuBlock):
         self.projections = LayerConstants.together(layers)
 
     def run(self, x: Tensor) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
         self.here(x.device)
         x = last(x)
         batch, _, height, width = x.shape
@@ -193,11 +178,10 @@ class FusedDownsample(_Sampler):
 
 
 @BLOCKS.build(fusion_unet.UpsampleParts)
-class FusedUpsample(_Sampler):
+class _Upsample(_Sampler):
     """The convolution of an image four times as large, which is never made."""
 
     def run(self, x: Tensor) -> Tensor:
-        """Run the block on x (B, C, H, W)."""
         return self._convolve(x, upsample=True)
 
 
@@ -247,9 +231,8 @@ def _ends(
 
     In float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.
     """
-    dtype = torch.float16 if network.closed(head) else None
-    if head.stem.weight.dtype in (torch.float16, torch.bfloat16):
-        dtype = None
+    single = head.stem.weight.dtype not in (torch.float16, torch.bfloat16)
+    dtype = torch.float16 if single and network.closed(head) else None
     return [
         (head.stem, _End(head.stem, dtype, first=True)),
         (head.norm, _Head(head, network.clock)),

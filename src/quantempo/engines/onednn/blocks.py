@@ -39,7 +39,7 @@ def _norm_refusal(norm: nn.GroupNorm) -> str | None:
 
 
 BLOCKS = Blocks("onednn", missing=lambda: fused_cpu.missing(), norm=_norm_refusal)
-BLOCKS.build(fusion_unet.UpBlockParts)(FusedUpBlock)
+BLOCKS.build(fusion_unet.UpBlockParts)(FusedUpBlock.build)
 
 
 def _library() -> fused_cpu.Library:
@@ -110,18 +110,15 @@ class _FloatShortcut:
 class _Resnet(_Block):
     """A residual block: two passes that write codes, two convolutions, one sum."""
 
-    def __init__(self, parts: fusion_unet.ResnetParts, shifts: TimeShifts) -> None:
-        super().__init__(parts)
-        self.shifts, self.index = shifts, shifts.index(parts.time)
+    def __init__(self, parts: fusion_unet.ResnetParts, network: Network) -> None:
+        super().__init__(parts, network)
+        self.shifts = network.once(FloatTimeShifts.of)
+        self.index = self.shifts.index(parts.time)
         self.norm1, self.norm2 = _norm(parts.norm1), _norm(parts.norm2)
         self.conv1, self.conv2 = FoldedLayer(parts.conv1), FoldedLayer(parts.conv2)
         self.clock = parts.conv1.clock
         # By the channels of its inputs.
         self.shortcuts: dict[tuple[int, ...], FoldedLayer | _FloatShortcut] = {}
-
-    @classmethod
-    def build(cls, parts: fusion_unet.ResnetParts, network: Network) -> _Resnet:
-        return cls(parts, network.once(FloatTimeShifts.of))
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         shift = None
@@ -171,8 +168,8 @@ class _Resnet(_Block):
 class _Attention(_Block):
     """Self-attention over pixels: one pass that writes codes for q, k and v; products in bf16."""
 
-    def __init__(self, parts: fusion_unet.AttentionParts) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: fusion_unet.AttentionParts, network: Network) -> None:
+        super().__init__(parts, network)
         self.norm, self.clock = _norm(parts.norm), parts.q.clock
         self.dim = parts.q.out_features // parts.heads
         # The scale of the scores is folded into q.
@@ -214,8 +211,8 @@ class _Attention(_Block):
 class _Sampler(_Block):
     """Quantize into a border of zero points, then one convolution without padding."""
 
-    def __init__(self, parts: fusion_unet.DownsampleParts | fusion_unet.UpsampleParts) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Any, network: Network) -> None:
+        super().__init__(parts, network)
         self.conv, self.clock = FoldedLayer(parts.conv, bordered=True), parts.conv.clock
 
 

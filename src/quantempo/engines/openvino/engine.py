@@ -25,7 +25,7 @@ from quantempo.engines.select import ATTACHING, Engine, run_instead
 from quantempo.engines.simulated import reference, too_far
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
-from quantempo.quantized import QConv2d, find_clock, quantized_layers
+from quantempo.quantized import CLOCK_NAME, QConv2d, quantized_layers
 
 __all__ = ["KernelRow", "OpenVinoEngine"]
 
@@ -166,14 +166,14 @@ class _Runner:
         # Below 4 bits moved codes alone leave less.
         if any(min(la.act_bits, la.weight_bits) < 4 for _, la in quantized_layers(self.denoiser)):
             return None
-        with reference(self.denoiser, values[0]) as (exact, seen):
-            _, expected = _Layout.of(exact(**layout.fill(values[1:])))
+        truth, seen = reference(self.denoiser, values[0], layout.fill(values[1:]))
+        _, expected = _Layout.of(truth)
         outputs = graph(values)
         if not too_far(outputs, expected):
             return None
         probe = self._compile(layout, values, inner=True)
         layers = zip(probe.names, probe(values)[len(outputs) :], seen, strict=True)
-        return next((name for name, y, truth in layers if too_far([y], [truth])), "its end")
+        return next((name for name, y, right in layers if too_far([y], [right])), "its end")
 
     def _compile(self, layout: _Layout, values: list[Tensor], inner: bool = False) -> _Graph:
         """Return the graph of a call; `inner`: integer layers are outputs too, after its own."""
@@ -216,9 +216,7 @@ class _Runner:
 
     def _bucket(self) -> Tensor:
         """Return the time bucket, (1,), or (B,) when the batch mixes several."""
-        clock = find_clock(self.denoiser)
-        assert clock is not None
-        bucket = clock.bucket.reshape(-1)
+        bucket = self.denoiser.get_submodule(CLOCK_NAME).bucket.reshape(-1)
         return bucket if bool((bucket != bucket[0]).any()) else bucket[:1]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import keep
 from quantempo.engines.simulated import float32_copy
-from quantempo.quantized import QConv2d, QLayer, quantized_layers
+from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers
 
 __all__ = ["build_graph", "constant", "wrong_sums"]
 
@@ -47,12 +47,11 @@ _LIBRARY.impl(_OP, lambda x, bucket, index, shape: x.new_zeros(shape), "CPU")
 
 @dataclass(frozen=True)
 class _LayerCall:
-    """One use of an integer layer in the forward pass; shape, out_shape: of input and output."""
+    """One use of an integer layer in the forward pass; shape: of its input."""
 
     name: str
     layer: QLayer
     shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
 
 
 def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
@@ -78,8 +77,7 @@ def build_graph(
     with torch.no_grad():
         program = _Program(float32_copy(denoiser), run)
         for name, layer in list(quantized_layers(program.denoiser)):
-            recorder = _Recorder(name, layer, calls, program.bucket)
-            program.denoiser.set_submodule(name, recorder)
+            program.denoiser.set_submodule(name, _Recorder(name, layer, calls))
         with warnings.catch_warnings():
             # Values that the network turns into Python numbers are constants for fixed shapes.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -143,23 +141,21 @@ class _Program(nn.Module):
 
     def __init__(self, denoiser: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.denoiser, self.run, self.bucket = denoiser, run, list[Tensor]()
+        self.denoiser, self.run = denoiser, run
 
     def forward(self, bucket: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self.bucket[:] = [bucket]
+        self.denoiser.get_submodule(CLOCK_NAME).call.bucket = bucket
         return tuple(self.run(self.denoiser, *tensors))
 
 
 class _Recorder(nn.Module):
     """Stand where an integer layer stands while tracing: one opaque node, and a line in `calls`."""
 
-    def __init__(
-        self, name: str, layer: QLayer, calls: list[_LayerCall], bucket: list[Tensor]
-    ) -> None:
+    def __init__(self, name: str, layer: QLayer, calls: list[_LayerCall]) -> None:
         super().__init__()
         # Not a child: tracing reads every attribute of a module, also costly properties.
         keep(self, "layer", layer)
-        self.name, self.calls, self.bucket = name, calls, bucket
+        self.name, self.calls = name, calls
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -168,24 +164,23 @@ class _Recorder(nn.Module):
         return self.layer.run(self._node, x)
 
     def _node(self, x: Tensor) -> Tensor:
-        shapes = tuple(map(int, x.shape)), _out_shape(self.layer, x)
-        call = _LayerCall(self.name, self.layer, *shapes)
-        self.calls.append(call)
+        self.calls.append(_LayerCall(self.name, self.layer, tuple(map(int, x.shape))))
         op = getattr(torch.ops.quantempo, _OP)
-        return op(x, self.bucket[0], len(self.calls) - 1, list(call.out_shape))
+        shape = _out_shape(self.layer, x)
+        return op(x, self.layer.clock.bucket, len(self.calls) - 1, shape)
 
 
-def _out_shape(layer: QLayer, x: Tensor) -> tuple[int, ...]:
+def _out_shape(layer: QLayer, x: Tensor) -> list[int]:
     out = layer.weight_codes.shape[0]
     if not isinstance(layer, QConv2d):
-        return (*map(int, x.shape[:-1]), out)
+        return [*map(int, x.shape[:-1]), out]
     sizes = (
         (int(size) + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for size, pad, dilation, kernel, stride in zip(
             x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
         )
     )
-    return (int(x.shape[0]), out, *sizes)
+    return [int(x.shape[0]), out, *sizes]
 
 
 @dataclass
