@@ -11,7 +11,7 @@ from quantempo.engines import ENGINES, attach, detach, layerwise
 from quantempo.engines.fusion import FusedBlock, FusedUpBlock, fuse, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.engines.onednn.blocks import BLOCKS, FloatTimeShifts
-from quantempo.engines.onednn.folded_layer import FoldedLayer
+from quantempo.engines.onednn.layer import FoldedLayer
 from quantempo.kernels import reference
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn

@@ -11,8 +11,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.engines import ENGINES, attach
-from quantempo.engines.cuda.blocks import BLOCKS
 from quantempo.engines.cuda.transformer import FusedTransformer, FusedTransformerBlock
+from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.models.fusion import find_parts

@@ -2,7 +2,6 @@
 
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda import transformer, unet
-from quantempo.engines.cuda.blocks import BLOCKS
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
@@ -10,4 +9,4 @@ from quantempo.engines.select import ENGINES
 __all__ = ["transformer", "unet"]
 
 BACKENDS.register("triton")(TritonBackend())
-ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), BLOCKS))
+ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), unet.BLOCKS))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared, last, rows_of
-from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock
 from quantempo.engines.cuda.constants import (
     FLOATS,
     ActivationGrid,
@@ -25,6 +24,7 @@ from quantempo.engines.cuda.constants import (
     quantize_rows,
 )
 from quantempo.engines.cuda.per_forward import SharedContext
+from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
 from quantempo.models.fusion_transformer import (
     TokenAttentionParts,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared, last, rows_of
-from quantempo.engines.cuda.blocks import BLOCKS, GpuBlock
 from quantempo.engines.cuda.constants import (
     ALIGNED,
+    FLOATS,
     FloatSides,
     LayerConstants,
     Norm,
@@ -28,15 +28,27 @@ from quantempo.engines.cuda.constants import (
     quantize_rows,
 )
 from quantempo.engines.cuda.per_forward import SharedShifts
-from quantempo.engines.fusion import Network, same
+from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same
 from quantempo.models import fusion_unet
 from quantempo.quantized import QLayer, StepClock
 
-__all__ = ["FusedDownsample", "FusedResnet"]
+__all__ = ["BLOCKS", "FusedDownsample", "FusedResnet", "GpuBlock"]
 
 # Codes for the norm's convolution and for the shortcut are written together, unless the images are
 # of more bytes: both would be the peak of the memory.
 _LARGE = 128 << 20
+
+
+BLOCKS = Blocks("triton", eager=True)
+BLOCKS.build(fusion_unet.UpBlockParts)(FusedUpBlock.build)
+
+
+class GpuBlock(Prepared, FusedBlock):
+    """A fused block on images (B, C, H, W) of any floating type that the operators read."""
+
+    def takes(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Return whether `run` can be given these."""
+        return x.dtype in FLOATS and x.ndim == 4
 
 
 @BLOCKS.build(fusion_unet.ResnetParts)

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from quantempo.engines.base import last, rows_of, run_per_bucket
 from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same
-from quantempo.engines.onednn.folded_layer import FoldedLayer
-from quantempo.engines.onednn.layer import quantize_tokens
+from quantempo.engines.onednn.layer import FoldedLayer, quantize_tokens
 from quantempo.engines.per_forward import TimeShifts, float_rows
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
