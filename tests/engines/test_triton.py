@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantempo.engines import ENGINES, attach
+from quantempo.engines import ENGINES, attach, attached
 from quantempo.engines.base import BACKENDS, MAX_TERMS
 from quantempo.engines.cuda import layer as triton
 from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_rows
 from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantized_unet
@@ -218,3 +219,22 @@ def test_layers_one_by_one_are_those_of_simulated(backend):
         assert error <= 3e-2, "more than a code"
     assert different <= 2
     assert any(isinstance(layer, QConv2d) and len(layer.segments) == 2 for layer, *_ in pairs)
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_wrong_is_named_and_not_used(
+    on_a_cpu, packed_unet, monkeypatch, caplog
+) -> None:
+    network, x = copy.deepcopy(packed_unet), torch.randn(1, 3, 16, 16)
+    monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
+    attach(network, "triton")
+    network(x, 400)
+    assert "far from" not in caplog.text
+    attach(network, "triton")
+    name, part = next(iter(fused_modules(network).items()))
+    right = part.forward.active
+    part.forward.active = lambda *given, **how: -50 * right(*given, **how)
+    y = network(x, 400).sample
+    assert f"from {name} on" in caplog.text and attached(network) != "triton"
+    attach(network, "simulated")
+    assert float((network(x, 400).sample - y).norm() / y.norm()) < 0.1

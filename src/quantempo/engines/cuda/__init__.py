@@ -1,12 +1,72 @@
 """The engine for NVIDIA GPUs: int8 products, fused blocks, CUDA graphs."""
 
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda import transformer, unet
 from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
+from quantempo.engines.simulated import float32_copy, too_far
+from quantempo.models.layers import hooked
+from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers
 
 __all__ = ["transformer", "unet"]
 
+log = logging.getLogger("quantempo")
+
+
+class _TritonEngine(LayerwiseEngine):
+    def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
+        layers, clock = dict(quantized_layers(denoiser)), find_clock(denoiser)
+        assert clock is not None
+        # Below 4 bits moved codes alone leave less.
+        if any(min(la.act_bits, la.weight_bits) < 4 for la in layers.values()):
+            return None
+        # Offloaded, each layer is there for its own call only.
+        if any(tensor.is_meta for tensor in denoiser.parameters()):
+            return None
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs)
+        )
+        wrong: list[str] = []
+
+        def see(name: str, _: nn.Module, args: Any, kwargs: Any, truth: Any) -> None:
+            part = denoiser.get_submodule(name)
+            if far and not wrong and _far(part(*args, **kwargs), truth):
+                wrong.append(name)
+
+        copied, far, exact = float32_copy(denoiser), False, BACKENDS.get("simulated")
+        copied.get_submodule(CLOCK_NAME).call.bucket = clock.now
+        for _, layer in quantized_layers(copied):
+            # The float weights of one layer at a time.
+            layer.kernel = lambda x, layer=layer: exact.lower(layer)(x)
+        names, kind = [*layers, *fused_modules(denoiser)], type(copied)
+        with (
+            hooked({name: copied.get_submodule(name) for name in names}, see),
+            torch.autocast(clock.now.device.type, enabled=False),
+        ):
+            try:
+                far = _far(output, kind.forward(copied, *args, **kwargs))
+                if far:
+                    kind.forward(copied, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                log.info("engine triton is not compared: no memory for float32 at this size")
+        return next(iter(wrong), "its end") if far else None
+
+
+def _far(found: Any, expected: Any) -> bool:
+    tensors = [
+        [x for x in pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (found, expected)
+    ]
+    return too_far(*tensors)
+
+
 BACKENDS.register("triton")(TritonBackend())
-ENGINES.register("triton")(LayerwiseEngine("triton", ("cuda",), unet.BLOCKS))
+ENGINES.register("triton")(_TritonEngine("triton", ("cuda",), unet.BLOCKS))
