@@ -13,7 +13,6 @@ from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
-from quantempo.engines.simulated import float32_copy, too_far
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers
 
@@ -24,6 +23,9 @@ log = logging.getLogger("quantempo")
 
 class _TritonEngine(LayerwiseEngine):
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
+        # Here: engines are registered in the order of preference.
+        from quantempo.engines.simulated import float32_copy
+
         layers, clock = dict(quantized_layers(denoiser)), find_clock(denoiser)
         assert clock is not None
         # Below 4 bits moved codes alone leave less.
@@ -62,6 +64,8 @@ class _TritonEngine(LayerwiseEngine):
 
 
 def _far(found: Any, expected: Any) -> bool:
+    from quantempo.engines.simulated import too_far
+
     tensors = [
         [x for x in pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (found, expected)
     ]
