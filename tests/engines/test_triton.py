@@ -238,3 +238,21 @@ def test_a_kernel_that_is_wrong_is_named_and_not_used(
     assert f"from {name} on" in caplog.text and attached(network) != "triton"
     attach(network, "simulated")
     assert float((network(x, 400).sample - y).norm() / y.norm()) < 0.1
+
+
+@torch.no_grad()
+def test_a_comparison_that_fails_is_said_and_ends_no_call(
+    on_a_cpu, packed_unet, monkeypatch, caplog
+) -> None:
+    def no_memory(_):
+        raise torch.OutOfMemoryError("no memory")
+
+    network, x = copy.deepcopy(packed_unet), torch.randn(1, 3, 16, 16)
+    monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
+    attach(network, "triton")
+    wanted = network(x, 400).sample
+    monkeypatch.setattr("quantempo.engines.cuda.float32_copy", no_memory)
+    attach(network, "triton")
+    assert torch.equal(network(x, 400).sample, wanted)
+    assert "not compared with simulated here: no memory" in caplog.text
+    assert attached(network) == "triton"

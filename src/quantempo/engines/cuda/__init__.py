@@ -44,22 +44,25 @@ class _TritonEngine(LayerwiseEngine):
             if far and not wrong and _far(part(*args, **kwargs), truth):
                 wrong.append(name)
 
-        copied, far, exact = float32_copy(denoiser), False, BACKENDS.get("simulated")
-        copied.get_submodule(CLOCK_NAME).call.bucket = clock.now
-        for _, layer in quantized_layers(copied):
-            # The float weights of one layer at a time.
-            layer.kernel = lambda x, layer=layer: exact.lower(layer)(x)
-        names, kind = [*layers, *fused_modules(denoiser)], type(copied)
-        with (
-            hooked({name: copied.get_submodule(name) for name in names}, see),
-            torch.autocast(clock.now.device.type, enabled=False),
-        ):
-            try:
+        far, exact = False, BACKENDS.get("simulated")
+        try:
+            copied = float32_copy(denoiser)
+            copied.get_submodule(CLOCK_NAME).call.bucket = clock.now
+            for _, layer in quantized_layers(copied):
+                # The float weights of one layer at a time.
+                layer.kernel = lambda x, layer=layer: exact.lower(layer)(x)
+            names, kind = [*layers, *fused_modules(denoiser)], type(copied)
+            with (
+                hooked({name: copied.get_submodule(name) for name in names}, see),
+                torch.autocast(clock.now.device.type, enabled=False),
+            ):
                 far = _far(output, kind.forward(copied, *args, **kwargs))
                 if far:
                     kind.forward(copied, *args, **kwargs)
-            except torch.OutOfMemoryError:
-                log.info("engine triton is not compared: no memory for float32 at this size")
+        except Exception as error:
+            # Mostly no memory for float32: what checks a call must not end it.
+            text = " ".join(str(error).split())[:200]
+            log.warning("engine triton is not compared with simulated here: %s", text)
         return next(iter(wrong), "its end") if far else None
 
 
