@@ -51,11 +51,6 @@ class Subject:
     engine: str = "triton"
     dtype: torch.dtype = torch.bfloat16
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.floating.parameters()).device
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -180,7 +175,7 @@ def _frozen(subject: Subject, kind: str) -> Forward:
 
 
 def _compile(subject: Subject) -> Forward:
-    on_cpu = subject.device.type == "cpu"
+    on_cpu = next(subject.floating.parameters()).device.type == "cpu"
     return _frozen(subject, "bf16") if on_cpu else _compiled(_floating(subject))
 
 

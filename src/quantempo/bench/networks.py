@@ -138,7 +138,6 @@ def cast_floats(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Cast what is left in float in place; integers, scales and biases of integer layers stay."""
     for module in denoiser.modules():
         if not isinstance(module, _STATEFUL):
-            for tensors in (module._parameters, module._buffers):
-                for value in tensors.values():
-                    if value is not None and value.is_floating_point():
-                        value.data = value.data.to(dtype)
+            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if value.is_floating_point():
+                    value.data = value.data.to(dtype)

@@ -52,9 +52,8 @@ class Limits:
 
     def fraction(self, operations: float, moved: float, ms: float) -> float:
         """Return floor / measured, 1 for a kernel at the limit."""
-        return max(
-            tera(operations, ms) / (2 * self.bf16_tflops), tera(moved, ms) / self.copy_tbytes
-        )
+        compute, memory = 2 * self.bf16_tflops, self.copy_tbytes
+        return max(tera(operations, ms) / compute, tera(moved, ms) / memory)
 
 
 def check(case: Case, given: dict[str, Tensor]) -> None:

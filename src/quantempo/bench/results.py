@@ -42,15 +42,14 @@ class Results:
 
 def best(rows: list[Row], kind: str, engine: str | None = None) -> Row | None:
     """Return the fastest forward of a kind ("fp32", "bf16", "ours", the latter on one engine)."""
-    timed = [
-        row
-        for row in rows
-        if row["kind"] == "forward"
-        and "failed" not in row
-        and row["candidate"].startswith(f"{kind}/")
-        and (kind != "ours" or row["engine"] == engine)
-    ]
-    return min(timed, key=lambda row: row["ms_per_forward"], default=None)
+    own = (row for row in _timed(rows) if row["candidate"].startswith(f"{kind}/"))
+    return next((row for row in own if kind != "ours" or row["engine"] == engine), None)
+
+
+def _timed(rows: list[Row]) -> list[Row]:
+    """Return the forwards that have a time, the fastest first."""
+    timed = [row for row in rows if row["kind"] == "forward" and "failed" not in row]
+    return sorted(timed, key=lambda row: row["ms_per_forward"])
 
 
 def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float | None]]:
@@ -98,8 +97,7 @@ def text_table(record: Row) -> Iterator[str]:
     for (model, batch), rows in _networks(record["rows"]).items():
         yield ""
         yield f"{model}, batch {batch}: median ms a forward, dB against float32, MB"
-        timed = [row for row in rows if row["kind"] == "forward" and "failed" not in row]
-        for row in sorted(timed, key=lambda row: row["ms_per_forward"]):
+        for row in _timed(rows):
             yield (
                 f"  {row['candidate']:<26} {row['ms_per_forward']:10.3f} {row['sqnr_db']:7.1f} "
                 f"{row['peak_bytes'] / 1e6:9.0f}   ready in {row['prepare_seconds']:.0f} s"

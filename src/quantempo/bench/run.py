@@ -23,6 +23,7 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import prediction
 from quantempo.models.load import check_device
 from quantempo.models.presets import check_preset
+from quantempo.pipeline.quality import SPEED_KEYS
 from quantempo.pipeline.session import Session, reopen
 from quantempo.run_folder import RunFolder
 
@@ -164,8 +165,7 @@ def _into_metrics(session: Session, results: Results, size: int) -> None:
         for row in record["rows"]
         if (row["kind"], row.get("batch")) == ("forward", size) and "failed" not in row
     }
-    for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
-        metrics[key] = next(iter(record[key].values()))
+    metrics |= {key: next(iter(record[key].values())) for key in SPEED_KEYS[1:]}
     session.run.write_json("metrics.json", metrics)
 
 

@@ -55,10 +55,9 @@ def engines(as_json: Json = False) -> None:
     for name in ENGINES.names():
         engine = ENGINES.get(name)
         missing = engine.missing()
-        slower = None if missing else engine.handicap()
         rows.append({
             "engine": name, "devices": list(engine.devices), "works": missing is None,
-            "reason": missing or slower,
+            "reason": missing or engine.handicap(),
         })  # fmt: skip
     if as_json:
         show({"engines": rows}, as_json)

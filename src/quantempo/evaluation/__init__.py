@@ -51,7 +51,7 @@ def evaluate_pairs(
     """Compare the images of a float and a quantized model that started from the same seeds.
 
     Args:
-        float_images, other_images: (n, H, W, 3) or (n, H, W, 1) uint8, same seeds in same places.
+        float_images, other_images: as of `check_pairs`, same seeds in same places.
         reference: a folder of real images; both sets are then also scored against it.
         extractor, weights: of `load_extractor`; "lite0" works offline, "inception" gives FID and
             needs weights.
@@ -65,8 +65,7 @@ def evaluate_pairs(
         extractor_note, and `scores`: one dict per score with its whole provenance.
 
     Raises:
-        QuantempoError: images that cannot be paired, fewer than 2, or what `load_extractor` and
-            `load_images` raise.
+        QuantempoError: images not in pairs, fewer than 2, or see `load_extractor`, `load_images`.
     """
     check_pairs(float_images, other_images)
     network = load_extractor(extractor, weights)

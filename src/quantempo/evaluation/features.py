@@ -77,10 +77,8 @@ def load_extractor(
 ) -> Extractor:
     """Load a registered feature extractor, "lite0" or "inception", onto a device.
 
-    Args:
-        weights: weights file; None: the file that ships with the extractor, if one does.
-        sha256: expected SHA-256 of the file, whole or at least its first 8 digits; None: that of
-            the published file.
+    `weights` is its file, None for the one that ships with the extractor; `sha256` the hash
+    expected of it, whole or at least 8 digits, None for that of the published file.
 
     Raises:
         QuantempoError: unknown name, a package or the file is missing, the hash differs.
@@ -138,9 +136,7 @@ class Lite0(nn.Module):
 
     Batch norms are folded into the convolutions when the weights are loaded. Input (B, 3, H, W)
     uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128 when no side exceeds 64
-    pixels, then (x - 127) / 128.
-
-    `state` is the published state dict.
+    pixels, then (x - 127) / 128. `state` is the published state dict.
 
     Error: folding changes features by float32 rounding only (relative 1e-5).
     Source: Tan and Le, EfficientNet, 2019, https://arxiv.org/abs/1905.11946, table 1; "lite"

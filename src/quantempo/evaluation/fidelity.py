@@ -172,8 +172,7 @@ def eps_sqnr(
     Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
 
     Raises:
-        QuantempoError: no batch, outputs of different shapes, outputs that are not finite, or a
-            float output without any energy.
+        QuantempoError: no batch, outputs of different shapes, not finite, or all zero in float.
 
     Error: sums in float64; relative error of each power below 1e-12.
     """

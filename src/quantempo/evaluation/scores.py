@@ -31,7 +31,7 @@ KERNEL_SUBSET = 1000
 KERNEL_SUBSETS = 50
 IMAGES_PER_SPLIT = 1000
 # Fewer images than this in each of four parts say nothing about spread.
-IMAGES_PER_PART = 8
+_PARTS, IMAGES_PER_PART = 4, 8
 
 
 def import_torchmetrics(module: str) -> Any:
@@ -68,6 +68,7 @@ def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
 
 
 def _check_sets(first: Tensor, second: Tensor) -> None:
+    """Raise QuantempoError unless these are features (n, D) and (m, D), n and m at least 2."""
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise QuantempoError(
             f"got feature sets of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected "
@@ -87,9 +88,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     Sets are (n, D) and (m, D), any float dtype. Those with n + m < D are first rotated into their
     common span: rotations do not change d, and the eigenvalue problem shrinks from D to n + m.
-
-    Raises:
-        QuantempoError: different D, fewer than 2 rows.
 
     Error: float64; about 1e-6 of the trace for singular covariances (n <= D). The value itself is
         biased upwards for small n; compare only equal n and m.
@@ -116,9 +114,6 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
     k(x, y) = (x.y / D + 1)^3; (mean, standard deviation) over 50 subsets of 1000 images, which
     `seed` draws, or (the one value of all, 0) when both sets have the same size of at most 1000.
 
-    Raises:
-        QuantempoError: different D, fewer than 2 rows.
-
     Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
     """
     _check_sets(first, second)
@@ -134,13 +129,10 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None, int]:
-    """Compute exp(E_x KL(p(y|x) || p(y))) from class logits.
+    """Compute exp(E_x KL(p(y|x) || p(y))) from class logits (n, K), n > 0.
 
-    Logits (n, K) are split at random into one part per 1000 images, at most 10, as published scores
-    do; small sets stay whole. Returns (mean, std over the splits or None for one, their number).
-
-    Raises:
-        QuantempoError: no rows.
+    They are split at random into one part per 1000 images, at most 10, as published scores do;
+    small sets stay whole. Returns (mean, std over the splits or None for one, their number).
 
     Source: Salimans et al., 2016, https://arxiv.org/abs/1606.03498
     """
@@ -172,8 +164,7 @@ def compare_sets(
 ) -> list[dict[str, Any]]:
     """Score the distance of samples to a reference set in every way their extractor offers.
 
-    Returns one dict per score: name, value, std (or None), extractor, weights_sha256, images, note,
-    set and reference (the given names), reference_images.
+    Returns one dict per score: name, value, std (or None) and its `_provenance`.
     """
     common = _provenance(extractor, len(samples), *names, len(other))
     label = extractor.score_names
@@ -221,16 +212,14 @@ def spread_over_parts(
 def reference_tie(
     extractor: Extractor, sets: dict[str, Features], real: Features
 ) -> dict[str, Any]:
-    """Return the spread of the Frechet distance to the reference over 4 parts, and the verdict."""
-    parts = 4
+    """Return the spread of the Frechet distance to the reference over parts, and the verdict."""
     key = f"{extractor.score_names['frechet']}_reference"
-    if len(sets["float"]) < parts * IMAGES_PER_PART:
+    if len(sets["float"]) < _PARTS * IMAGES_PER_PART:
         return {f"{key}_tie": None}
-
-    def distance(part: Features) -> float:
-        return frechet_distance(part.pooled, real.pooled)
-
-    found = {name: spread_over_parts(distance, features, parts) for name, features in sets.items()}
+    found = {
+        name: spread_over_parts(lambda p: frechet_distance(p.pooled, real.pooled), features, _PARTS)
+        for name, features in sets.items()
+    }
     result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
     apart = abs(found["float"][0] - found["int8"][0])
     # A tie: no further apart than the spread of the difference.
@@ -251,11 +240,9 @@ def load_images(
 ) -> ImageSet:
     """Load the PNG and JPEG images of a folder and its subfolders, in sorted path order.
 
-    Args:
-        size: (H, W) wanted; images of another size are cropped centrally to its aspect and resized
-            (bicubic, antialiased) and counted. None: all must have one size.
-        limit: take that many, spread evenly over the sorted list (classes in subfolders stay
-            balanced); None: all.
+    Those of another `size` (H, W) are cropped centrally to its aspect and resized (bicubic,
+    antialiased) and counted; None: all must have one size. `limit` takes that many, spread evenly
+    over the sorted list (classes in subfolders stay balanced).
 
     Raises:
         QuantempoError: no such folder, no images in it, one that cannot be read, different sizes.

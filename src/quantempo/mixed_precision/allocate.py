@@ -70,7 +70,7 @@ def allocate(
     limits = np.atleast_1d(np.asarray(budgets, np.float64))
     _check(losses, costs, limits, names)
     shares = np.linspace(0, 1, _MIXTURES) if len(limits) > 1 else np.ones(1)
-    best: tuple[float, np.ndarray] | None = None
+    found: list[tuple[float, np.ndarray]] = []
     bound = float(losses.min(1).sum())
     for share in shares:
         mixture = np.array([share, 1 - share])[: len(limits)] / limits
@@ -78,17 +78,14 @@ def allocate(
         prices = price * mixture
         priced = losses + np.tensordot(prices, costs, 1)
         bound = max(bound, float(priced.min(1).sum() - prices @ limits))
-        if choice is None:
-            continue
-        loss = float(_pick(losses, choice).sum())
-        if best is None or loss < best[0]:
-            best = loss, choice
-    if best is None:
+        if choice is not None:
+            found.append((float(_pick(losses, choice).sum()), choice))
+    if not found:
         raise QuantempoError(
             f"found no choice that meets {' and '.join(_named(names, limits))} together, though "
             "each can be met alone; raise one of them, or add options with fewer bits of both"
         )
-    loss, choice = best
+    loss, choice = min(found, key=lambda pair: pair[0])
     # Rounding of the sums must not put the bound above what was reached.
     return Allocation(choice, loss, min(bound, loss))
 

@@ -45,12 +45,11 @@ def choose_bits(
             one call of the network.
         options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
             activations if bytes are the only budget.
-        rollout: chains, steps and seed of `measure`; by default those of `sensitivity.json` where
-            there is one.
+        rollout: of `measure`; by default those of `sensitivity.json` where there is one.
 
     Raises:
-        QuantempoError: no budget, one that cannot be met (before anything is measured), a
-            run folder with later stages of other bits without `force`, or see `measure`.
+        QuantempoError: no budget, one that cannot be met (before anything is measured), later
+            stages of other bits without `force`, or see `measure`.
     """
     budgets, options, base, request = _asked(session.recipe, budget_bytes, budget_bops, options)
     if not rollout and session.run.has(ARTEFACT):
@@ -133,12 +132,7 @@ def recall(
 
 
 def _adopt(session: Session, recipe: Recipe) -> None:
-    """Give a session another recipe, and its manifest too.
-
-    Raises:
-        QuantempoError: stages after the choice were made with other bits, and `force` is off; all
-            is as it was.
-    """
+    """Give a session another recipe, and its manifest too; all is as it was after an error."""
     before, session.recipe = session.recipe, recipe
     if not session.force:
         try:

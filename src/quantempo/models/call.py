@@ -211,13 +211,8 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping
         if key not in known:
             raise QuantempoError(f"{name} takes no '{key}', so it cannot be run from seeds here")
     given = {key for key, value in call.items() if value is not None}
-    needed = [
-        key
-        for key, parameter in known.items()
-        if parameter.default is parameter.empty
-        and key not in _RESERVED
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    plain = [(k, p) for k, p in known.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [key for key, p in plain if p.default is p.empty and key not in _RESERVED]
     if "prompt" in known and not any(kind_of(key) == "rows" and "embed" in key for key in given):
         needed.append("prompt")
     for key in needed:

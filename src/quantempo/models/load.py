@@ -48,10 +48,8 @@ def load_pipeline(
 
     Weights are read from safetensors files alone.
 
-    Args:
-        variant: name of the weights ("fp16", "ema"), of the components that have it; None: the
-            plain ones, or the only variant of a component that has no plain ones.
-        revision: of a hub name.
+    `variant` names the weights ("fp16", "ema") of the components that have it; None: the plain
+    ones, or the only variant of a component that has no plain ones. `revision` is of a hub name.
 
     Raises:
         QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint

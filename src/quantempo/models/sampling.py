@@ -142,7 +142,6 @@ def run_pipeline(
     """
     if not len(seeds):
         raise QuantempoError("got no seeds; give at least one")
-    check_arguments(pipe, call)
     batches, places = [], range(len(seeds)) if places is None else places
     batch_size = images_a_call(pipe, call, batch_size)
     # tqdm reads None as "only when stderr is a terminal".

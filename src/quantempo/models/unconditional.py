@@ -20,12 +20,7 @@ __all__ = ["UnconditionalPipeline"]
 
 
 class UnconditionalPipeline(DiffusionPipeline):
-    """Denoise pixels with a UNet2DModel and any scheduler of the Karras family.
-
-    Args:
-        unet: UNet2DModel-like, called as unet(x_t, t).
-        scheduler: any scheduler made for noise-prediction (or v-, or x_0-prediction) models.
-    """
+    """Denoise pixels with a UNet2DModel, called as unet(x_t, t), and any scheduler for it."""
 
     model_cpu_offload_seq = "unet"
 

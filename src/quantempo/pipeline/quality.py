@@ -44,12 +44,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample pairs from both models, score them and write `metrics.json`.
 
-    Args:
-        session: a run folder whose `packed/` is there.
-        images: number of pairs, seeds `seed`, `seed + 1`, ...
-        data: folder of real images for scores against a reference set.
-        inception: weights of the Inception network for FID, IS, sFID and KID.
-        call: arguments of the pipeline's call over those the run was traced with.
+    The pairs have seeds `seed`, `seed + 1`, ...; `call` goes over the arguments the run was traced
+    with. `data` is a folder of real images for scores against them, `inception` the weights of the
+    Inception network for FID, IS, sFID and KID.
 
     Raises:
         QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.

@@ -81,11 +81,8 @@ def sample(
     exactly in SEED.npy. What is there already, made by the same model and settings, is kept: a
     killed run resumes. The settings stand in `settings.json` beside them.
 
-    Args:
-        batch_size: images a call; an engine compiles for it.
-        call: further arguments of the pipeline's call.
-        identity: what else decides the images (hash of the model).
-        force: throw away pictures of other settings.
+    An engine compiles for `batch_size`; `identity` is what else decides the images (hash of the
+    model), `force` throws away pictures of other settings.
 
     Raises:
         QuantempoError: the folder holds something else, or see `run_pipeline`.

@@ -40,11 +40,8 @@ def bits_cell(row: Row) -> str:
 
 def _megabytes(rows: Sequence[Row]) -> float:
     """Return what integer weights take on disk: up to 4 bits two to a byte, else one each."""
-    total = 0
-    for row in rows:
-        inputs = math.prod(row["weight_shape"][1:])
-        total += row["weight_shape"][0] * (-(-inputs // 2) if row["bits_weight"] <= 4 else inputs)
-    return total / 1e6
+    sizes = ((r["weight_shape"][0], math.prod(r["weight_shape"][1:]), r) for r in rows)
+    return sum(o * (-(-n // 2) if r["bits_weight"] <= 4 else n) for o, n, r in sizes) / 1e6
 
 
 def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]:

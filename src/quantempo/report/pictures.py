@@ -1,6 +1,4 @@
-"""Pictures of the report: pairs of samples side by side with their difference, as data addresses.
-Reads png files, knows nothing of models.
-"""
+"""Pictures of the report: pairs of samples with their difference, as data addresses."""
 
 from __future__ import annotations
 
