@@ -61,7 +61,7 @@ def agrees(folder: Path, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_outputs_and_images_are_those_of_the_version_that_wrote_them(recipe, caplog, tmp_path):
     agrees(FORMAT2 / recipe, recipe)
-    assert not caplog.records
+    assert [record.levelname for record in caplog.records] in ([], ["INFO"])
     # Saved again it is of today's format and the same model.
     pipe = load_pipeline(FORMAT2 / recipe)
     pipe.save_pretrained(tmp_path)

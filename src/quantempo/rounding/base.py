@@ -356,7 +356,7 @@ class BlockRun:
         place = torch.cat(list(self.batches())).argsort()
         for index in self.batches():
             rows.append([y.square().mean(1) for y in self.run(index, exact=True)])
-        _, group = self.times.unique(return_inverse=True)
+        _, group = self.times.unique(dim=0, return_inverse=True)
         result = []
         for parts in zip(*rows, strict=True):
             power = torch.cat(parts)[place]

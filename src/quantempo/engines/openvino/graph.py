@@ -74,7 +74,8 @@ def build_graph(
     The node that does the sums of layer `name` and segment i is called "name/i".
     """
     calls: list[_LayerCall] = []
-    with torch.no_grad():
+    # The trace would hold the casts of an autocast around it, which OpenVINO does not know.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         program = _Program(float32_copy(denoiser), run)
         for name, layer in list(quantized_layers(program.denoiser)):
             program.denoiser.set_submodule(name, _Recorder(name, layer, calls))
