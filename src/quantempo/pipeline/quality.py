@@ -66,12 +66,14 @@ def evaluate(
             sample(pipe, out / "samples/float", identity=session.model["sha256"], **how),
             sample(packed, out / "samples/int8", identity=session.key("pack"), **how),
         )
+    # Of the images: calls of other shapes may run on another one.
+    used = engine_of(packed)
     metrics = evaluate_outputs(*pairs, reference=data)
     if inception is not None:
         more = evaluate_outputs(*pairs, reference=data, extractor="inception", weights=inception)
         metrics = more | metrics | {"scores": metrics.get("scores", []) + more.get("scores", [])}
     metrics |= _by_time(session, pipe, packed)
-    about: dict[str, Any] = {"engine": engine_of(packed), "steps": steps, "seeds": seeds}
+    about: dict[str, Any] = {"engine": used, "steps": steps, "seeds": seeds}
     about |= {"batch_size": batch_size, "sampler": type(pipe.scheduler).__name__}
     metrics |= summary(session) | about | {"machine": machine()}
     before = run.read_json("metrics.json") if run.has("metrics.json") else {}
