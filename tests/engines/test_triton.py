@@ -251,7 +251,7 @@ def test_a_comparison_that_fails_is_said_and_ends_no_call(
     monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
     attach(network, "triton")
     wanted = network(x, 400).sample
-    monkeypatch.setattr("quantempo.engines.cuda.float32_copy", no_memory)
+    monkeypatch.setattr("quantempo.engines.simulated.float32_copy", no_memory)
     attach(network, "triton")
     assert torch.equal(network(x, 400).sample, wanted)
     assert "not compared with simulated here: no memory" in caplog.text
