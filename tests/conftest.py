@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,11 +96,19 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return strict(collector.config, (yield))
 
 
+class Result(NamedTuple):
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run `quantempo ARGS` and return (exit code, stdout, stderr)."""
+    """Run `quantempo ARGS` as the console script does."""
 
-    def call(*args: object) -> tuple[int, str, str]:
+    def call(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["quantempo", *map(str, args)])
         capfd.readouterr()
         code = 0
@@ -108,7 +116,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return code, *capfd.readouterr()
+        return Result(code, *capfd.readouterr())
 
     return call
 

@@ -6,10 +6,8 @@ import errno
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,39 +16,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from quantempo.cli import app, main
+from quantempo.cli import app
 from quantempo.pipeline.stages import reopen
+from tests.conftest import Result
 from tests.packed import packed, recipe, saved
 
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*"))
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-class Result(NamedTuple):
-    """What a command left: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Result]:
-    """Run `quantempo ARGS` as the console script does."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["quantempo", *map(str, args)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
