@@ -42,6 +42,7 @@ def test_status_names_the_stages_done_and_the_command_that_goes_on(cli, tmp_path
 def test_status_of_what_is_no_run_is_one_sentence(cli, tmp_path):
     code, out, err = cli("status", tmp_path)
     assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert f"run quantempo quantize MODEL --run {tmp_path} first" in err
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ log = logging.getLogger("quantempo")
 _ASIDE = "aside"
 # What is written bit by bit carries its hash itself; those of stages stand in the manifest.
 _SEALED, _SEAL = ("sensitivity.json", "metrics.json", "bench.json"), "json_sha256"
+# Artefact -> the verb that writes it; `quantize` starts a run and goes on with one.
+_WRITTEN_BY = {"metrics.json": "evaluate", "bench.json": "bench", "sensitivity.json": "sensitivity"}
 # What reading a broken file raises.
 _DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError)
 
@@ -280,7 +282,10 @@ class RunFolder:
         """
         path = self.path / name
         if not path.is_file():
-            raise QuantempoError(f"no {name} in {self.path}; run the stage that writes it first")
+            verb = _WRITTEN_BY.get(name, "quantize MODEL")
+            raise QuantempoError(
+                f"no {name} in {self.path}; run quantempo {verb} --run {self.path} first"
+            )
         if name != "manifest.json":
             self._compare(name)
         with reading(path):

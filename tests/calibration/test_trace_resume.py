@@ -50,7 +50,7 @@ def test_an_interrupted_trace_continues_bit_for_bit(
     handle.remove()
     left = [file.name for file in (tmp_path / "torn").iterdir()]
     assert left == ["chunk-00000.safetensors"]
-    with pytest.raises(QuantempoError, match=r"torn\.json|trace first|run the stage"):
+    with pytest.raises(QuantempoError, match=r"torn\.json|trace first|run quantempo"):
         TraceSet(tmp_path / "torn")
     # the trace's own hook is gone after the failure
     assert not pipe.unet._forward_pre_hooks
