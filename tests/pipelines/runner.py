@@ -29,7 +29,7 @@ from tests.pipelines.transformers_2d import TRANSFORMERS
 from tests.pipelines.unets import UNETS
 from tests.pipelines.videos import VIDEOS
 
-__all__ = ["ENGINES", "FAMILIES", "fresh", "run"]
+__all__ = ["FAMILIES", "fresh", "run"]
 
 FAMILIES = {**UNETS, **TRANSFORMERS, **VIDEOS}
 
@@ -44,12 +44,12 @@ def recipe() -> Recipe:
     return short.override("rounding", samples=6)
 
 
-def run(name: str, engines: tuple[str, ...] = ENGINES) -> dict[str, Any]:
-    """Return the outcome of a family: its figures, or the stage it ended in and the error."""
+def run(name: str, engine: str = "auto") -> dict[str, Any]:
+    """Return a family's figures, of images by `engine`; or the stage it ended in and the error."""
     row: dict[str, Any] = {"family": name, "stage": "build"}
     with tempfile.TemporaryDirectory(prefix="quantempo-pipeline-") as folder:
         try:
-            _run(name, Path(folder), row, engines)
+            _run(name, Path(folder), row, engine)
             row.pop("stage")
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
@@ -61,7 +61,7 @@ def run(name: str, engines: tuple[str, ...] = ENGINES) -> dict[str, Any]:
     return row
 
 
-def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...]) -> None:
+def _run(name: str, folder: Path, row: dict[str, Any], engine: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe, call = FAMILIES[name]()
@@ -72,13 +72,13 @@ def _run(name: str, folder: Path, row: dict[str, Any], engines: tuple[str, ...])
     packed = _quantize(source, out, call)
     row["stage"] = "evaluate"
     session = quantempo.reopen(out)
-    metrics = quantempo.evaluate(session, images=len(SEEDS), steps=STEPS)
+    metrics = quantempo.evaluate(session, images=len(SEEDS), steps=STEPS, engine=engine)
     row |= {"share": metrics["int8_mac_share"], "engine": metrics["engine"]}
     row["float"] = dict(Counter(layer["reason"] for layer in metrics["float_layers"]))
     row["stage"] = "inspect"
     describe(packed)
     row["stage"] = "reload"
-    row |= fresh().submit(reload, source, packed, folder, call, engines).result()
+    row |= fresh().submit(reload, source, packed, folder, call).result()
 
 
 def _quantize(source: Path, out: Path, call: dict[str, Any]) -> Path:
@@ -112,9 +112,7 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def reload(
-    source: Path, packed: Path, folder: Path, call: dict[str, Any], engines: tuple[str, ...]
-) -> dict[str, Any]:
+def reload(source: Path, packed: Path, folder: Path, call: dict[str, Any]) -> dict[str, Any]:
     """Sample from both; return the worst SQNR of a denoiser call by engine, and what is packed."""
     whole, integer = quantempo.open_model(source), quantempo.open_model(packed)
     parts = {
@@ -134,7 +132,7 @@ def reload(
     if {name for name, *_ in calls} != set(parts):
         raise AssertionError("a packed network was never called")
     found = {}
-    for engine in engines:
+    for engine in ENGINES:
         for part in parts.values():
             quantempo.attach(part, engine)
         quantempo.sample(integer, folder / f"samples-{engine}", SEEDS, **options)

@@ -24,7 +24,8 @@ PAGE_ONLY = {
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PAGE_ONLY])
 def test_a_family_does_what_the_page_says(name: str) -> None:
-    row, said = run(name), page.read()[name]
+    # A graph of OpenVINO is half the time of a family: the new process compiles one.
+    row, said = run(name, engine="simulated"), page.read()[name]
     assert said["result"] != "works" or "error" not in row, row
     assert said["result"].startswith("fails") or row.get("clear", True), row
     assert all(value > FLOOR_DB for value in row.get("sqnr_db", {}).values()), row
