@@ -4,6 +4,7 @@
 only that is: under `--no-skips`, which `.ci/run` asks for, a skip for another reason is a failure.
 """
 
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,16 @@ DEVICE = re.compile(r"Skipped: .*(CUDA|GPU|Hopper)")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help=f"fail skips, unless: {NO_DEVICE}")
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: a collection of garbage need not look at its million objects.
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
