@@ -63,6 +63,14 @@ def norm(count: int = 2, size: tuple[int, int] = (4, 5)) -> dict[str, object]:
     }  # fmt: skip
 
 
+def tokens(count: int = 2, size: int = 5) -> dict[str, object]:
+    rows = floats(count, 96)
+    return {
+        "x": floats(count, size, 48)[:, :, 8:40], "bucket": torch.tensor([0] * count),
+        "scale": rows[:, :32], "shift": rows[:, 40:72].half(),
+    }  # fmt: skip
+
+
 RAW = {"raw_scales": torch.rand(2, 3), "raw_zero_points": [3, 4], "raw_qmax": 15}
 ONES = torch.ones(32)
 CALLS = [
@@ -76,6 +84,9 @@ CALLS = [
     (ops.qgemm, gemm() | {"out_scale": torch.rand(1), "out_zero": 7}),
     (ops.qgemm, gated() | {"out_scale": torch.rand(1)}),
     (ops.qgemm, gated()),
+    (ops.norm_modulate_quant, tokens()),
+    (ops.norm_modulate_quant, tokens() | {"act_scale": torch.rand(3), "norm": "rms"}),
+    (ops.norm_modulate_quant, tokens() | {"weight": ONES, "bias": ONES.half(), "scale": None}),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
     (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None}),
@@ -106,7 +117,7 @@ def test_fake_results_have_the_strides_of_real_ones(call, arguments):
 
 
 def test_the_operators_ask_for_unchanged_strides():
-    for name in ("gn_act_quant", "qconv2d", "qgemm"):
+    for name in ("gn_act_quant", "norm_modulate_quant", "qconv2d", "qgemm"):
         overload = getattr(torch.ops.quantempo, name).default
         layouts = {tag for tag in overload.tags if "strides" in tag.name or "layout" in tag.name}
         assert {tag.name for tag in layouts} == {"needs_exact_strides"}
@@ -116,7 +127,7 @@ KERNEL, LINEAR = int8(32, 32, 3, 3, seed=3), int8(32, 32, seed=4)
 
 
 def block(x: torch.Tensor, temb: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
-    """Half a ResNet block: pointwise work around all three operators."""
+    """Half a ResNet block: pointwise work around its three operators."""
     gamma, beta, steps = torch.ones(32), torch.zeros(32), torch.tensor([0.02, 0.05, 0.03])
     # Inductor would like to choose the layout of this sum.
     x = (x + 1).contiguous(memory_format=LAST)
@@ -218,6 +229,16 @@ REFUSED = [
     (ops.qgemm, gemm() | {"codes": int8(32, 6).t()}, "codes: got strides"),
     (ops.qgemm, gemm() | {"weight": int8(16, 48)}, r"expected int8 \(16, 32\)"),
     (ops.qgemm, gemm() | {"table": torch.zeros(16)}, "table: got float32"),
+    (ops.norm_modulate_quant, tokens() | {"x": floats(2, 32)}, r"x: got \(2, 32\)"),
+    (ops.norm_modulate_quant, tokens() | {"x": floats(2, 5, 24)}, "C a multiple of 16 up to"),
+    (ops.norm_modulate_quant, tokens() | {"x": floats(2, 32, 5).mT}, "x: got strides"),
+    (ops.norm_modulate_quant, tokens() | {"norm": "batch"}, "expected one of layer, rms, none"),
+    (ops.norm_modulate_quant, tokens() | {"weight": torch.ones(31)}, "weight: got"),
+    (ops.norm_modulate_quant, tokens() | {"scale": floats(1, 32)}, r"scale: .* \(2, 32\)"),
+    (ops.norm_modulate_quant, tokens() | {"shift": floats(32, 2).t()}, "shift: got strides"),
+    (ops.norm_modulate_quant, tokens() | {"act_scale": torch.ones(())}, r"float32 \(G,\)"),
+    (ops.norm_modulate_quant, tokens() | {"zero_point": 300}, "zero_point: got 300"),
+    (ops.norm_modulate_quant, tokens(3) | {"bucket": torch.tensor([0, 1])}, "B divides the 3"),
     (ops.gn_act_quant, norm() | {"beta": None}, "both or neither"),
     (ops.gn_act_quant, norm() | {"groups": 5}, "a divisor of the 16 channels"),
     (ops.gn_act_quant, norm() | {"gamma": torch.ones(8)}, "gamma: got"),
@@ -257,6 +278,7 @@ def test_nothing_in_nothing_out():
     assert (empty.shape, empty.dtype) == ((0, 32, 4, 5), torch.float16)
     assert ops.qconv2d(**convolution(2, (0, 5))).shape == (2, 32, 0, 5)
     assert ops.qgemm(**gemm(0)).shape == (0, 16)
+    assert [len(part) for part in ops.norm_modulate_quant(**tokens(2, 0))] == [0, 0]
     for tensor in ops.gn_act_quant(**norm(0), raw_scales=torch.rand(1, 3), raw_zero_points=[2])[:2]:
         assert (tensor.shape, tensor.dtype) == ((0, 16, 4, 5), INT8)
 

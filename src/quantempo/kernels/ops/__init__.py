@@ -1,8 +1,9 @@
-"""Three operators that a quantized U-Net needs on a GPU: one schema for CUDA, CPU and tracing.
+"""What quantized U-Nets and transformers need on a GPU: one schema for CUDA, CPU and tracing.
 
-    gn_act_quant   codes of silu(GroupNorm(cat(x, skip)))       one pass instead of five
-    qconv2d        integer convolution with its whole epilogue
-    qgemm          the same for the rows of a linear layer
+    gn_act_quant          codes of silu(GroupNorm(cat(x, skip))), in one pass instead of five
+    norm_modulate_quant   codes of LayerNorm(x) (1 + scale) + shift, static or a token at a time
+    qconv2d               integer convolution with its whole epilogue
+    qgemm                 the same for the rows of a linear layer
 
 Images are logically (N, C, H, W) in channels_last memory. CODES: an unsigned code q in [0, qmax]
 with zero point z is stored as int8 q' = q - 128; z is given unsigned. BUCKET: int64 () or (B,),
@@ -15,8 +16,9 @@ No operator has gradients.
 """
 
 from quantempo.kernels.ops.gn_act_quant import gn_act_quant
+from quantempo.kernels.ops.norm_modulate_quant import norm_modulate_quant
 from quantempo.kernels.ops.operator import reserve
 from quantempo.kernels.ops.qconv2d import qconv2d
 from quantempo.kernels.ops.qgemm import qgemm
 
-__all__ = ["gn_act_quant", "qconv2d", "qgemm", "reserve"]
+__all__ = ["gn_act_quant", "norm_modulate_quant", "qconv2d", "qgemm", "reserve"]

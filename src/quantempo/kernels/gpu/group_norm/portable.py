@@ -15,7 +15,7 @@ import triton.language as tl
 
 from quantempo.kernels.gpu.dependent_launch import wait_for_predecessor
 
-__all__ = ["apply", "channel_moments", "one_launch"]
+__all__ = ["apply", "channel_moments", "one_launch", "stored"]
 
 # 1.5 * 2^23: float32 of this size hold integers only, so adding it rounds, ties to even.
 _MAGIC = tl.constexpr(12582912.0)
@@ -48,7 +48,7 @@ def _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE: tl.con
 
 
 @triton.jit
-def _stored(scaled, zero_point, qmax):
+def stored(scaled, zero_point, qmax):
     """Return the codes of a / scale: clamp(rne + z, 0, qmax) - 128, int8."""
     # Beyond the integers that the sum holds exactly it is still monotone, so clamping after
     # rounding is right, and multiplication, rounding and zero point are two instructions.
@@ -89,7 +89,7 @@ def _write(
         value = value * inverse
     target = codes + image.to(tl.int64) * pixels * C + pixel * C + channel
     if QUANTIZE:
-        tl.store(target, _stored(value, zero_point, qmax), mask=inside)
+        tl.store(target, stored(value, zero_point, qmax), mask=inside)
     else:
         tl.store(target, value.to(codes.dtype.element_ty), mask=inside)
 
@@ -215,7 +215,7 @@ def one_launch(
             )  # fmt: skip
         if RAW:
             place = _place(raw_x, raw_skip, image, row, channel, first, pixels, C1, C2, SOURCE)
-            q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
+            q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
             tl.store(place, q, mask=inside)
     else:
         for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
@@ -231,7 +231,7 @@ def one_launch(
                 place = _place(
                     raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE
                 )
-                q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
+                q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
                 tl.store(place, q, mask=inside)
 
 
@@ -352,5 +352,5 @@ def apply(
         )  # fmt: skip
     if RAW:
         place = _place(raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
-        q = _stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
+        q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
         tl.store(place, q, mask=inside)

@@ -1,0 +1,262 @@
+"""Tokens normalised, modulated and quantized: interpreted against float64, and as machine code.
+
+Codes may differ by 1 from the float64 ones where the float64 quotient lies within TIE of a tie.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantempo.kernels import ops
+from quantempo.kernels.gpu import norm_modulate_quant as kernel
+from quantempo.kernels.ops.norm_modulate_quant import Tokens
+from tests.gpu import harness
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+TIE = 1e-3
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; wide: x, scale and shift are slices of wider tensors, x from `skip` on."""
+
+    b: int = 2
+    t: int = 7
+    c: int = 48
+    norm: str = "layer"
+    affine: bool = False
+    modulate: str = "both"  # or "scale", "shift", "none"
+    dtype: torch.dtype = BRAIN
+    modulation: torch.dtype = BRAIN
+    static: bool = False
+    buckets: int = 1
+    mixed: bool = False
+    zero_point: int = 70
+    qmax: int = 255
+    wide: bool = False
+    skip: int = 8
+    offset: float = 0.5
+
+    def call(self, device: str = "cpu") -> Tokens:
+        g = torch.Generator().manual_seed(11)
+        b, t, c, more = self.b, self.t, self.c, 40 if self.wide else 0
+
+        def randn(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
+            return torch.randn(shape, generator=g).to(dtype).to(device)
+
+        x = (randn(b, t + more // 8, c + more) * 2 + self.offset).to(self.dtype)
+        start = self.skip if self.wide else 0
+        rows = randn(b, 2 * c + more, dtype=self.modulation)
+        scale, shift = rows[:, :c], rows[:, c : 2 * c]
+        weight, bias = (randn(c) + 1, randn(c, dtype=HALF)) if self.affine else (None, None)
+        steps = (torch.rand(self.buckets, generator=g) * 0.02 + 0.01).to(device)
+        index = torch.randint(0, self.buckets, (b,) if self.mixed else (), generator=g).to(device)
+        return ops.norm_modulate_quant.__wrapped__(
+            x[:, :t, start : start + c], bucket=index, norm=self.norm, weight=weight, bias=bias,
+            scale=scale if self.modulate in ("both", "scale") else None,
+            shift=shift if self.modulate in ("both", "shift") else None, eps=1e-5,
+            act_scale=steps if self.static else None, zero_point=self.zero_point, qmax=self.qmax,
+        )  # fmt: skip
+
+
+def exact(call: Tokens) -> Tensor:
+    """Return v in float64, from the formulas, (B T, C)."""
+    v = call.x.double()
+    if call.norm == "layer":
+        v = v - v.mean(2, keepdim=True)
+    if call.norm != "none":
+        v = v / (v.square().mean(2, keepdim=True) + call.eps).sqrt()
+    v = v if call.weight is None else v * call.weight.double() + call.bias.double()
+    v = v if call.scale is None else v * (1 + call.scale.double())[:, None]
+    v = v if call.shift is None else v + call.shift.double()[:, None]
+    return v.flatten(0, 1)
+
+
+def check(call: Tokens, launch) -> int:
+    """Run a call, assert its results, return how many codes differ from the float64 ones."""
+    codes, row_scale = launch(call)
+    v, rows = exact(call), call.x.shape[0] * call.x.shape[1]
+    assert codes.dtype == torch.int8 and codes.is_contiguous()
+    assert codes.shape == (rows, call.x.shape[2])
+    if call.act_scale is None:
+        assert row_scale.shape == (rows,)
+        wanted = v.abs().amax(1) / 127
+        assert ((row_scale - wanted).abs() <= 2e-5 * wanted).all()
+        quotient, low, high, zero = v / row_scale.double()[:, None], -127, 127, 0
+    else:
+        assert row_scale.shape == (0,)
+        index = call.bucket.expand(len(call.x)) if call.bucket.ndim == 0 else call.bucket
+        steps = call.act_scale[index if len(call.act_scale) > 1 else 0 * index]
+        quotient = v / steps.double().repeat_interleave(call.x.shape[1])[:, None]
+        low, high, zero = -128, call.qmax - 128, call.zero_point - 128
+    expected = (torch.round(quotient) + zero).clamp(low, high)
+    wrong = codes.double() != expected
+    assert ((codes.double() - expected).abs() <= 1).all()
+    from_tie = (quotient - torch.floor(quotient) - 0.5).abs()
+    assert (from_tie[wrong] <= TIE).all(), from_tie[wrong].max()
+    return int(wrong.sum())
+
+
+CASES = {
+    "a scale a token": Case(),
+    "one token": Case(b=1, t=1, c=16),
+    "static": Case(static=True),
+    "four bits": Case(static=True, qmax=15, zero_point=3),
+    "buckets": Case(b=3, static=True, buckets=4, mixed=True),
+    "one bucket of many": Case(static=True, buckets=4),
+    "buckets, one scale": Case(static=True, mixed=True),
+    "rms": Case(norm="rms", c=1152, t=3),
+    "affine": Case(affine=True, modulate="none", c=320),
+    "affine, modulated": Case(affine=True, static=True, norm="rms"),
+    "scale alone": Case(modulate="scale"),
+    "shift alone": Case(modulate="shift", norm="rms"),
+    "quantized only": Case(norm="none", modulate="none", dtype=HALF),
+    "modulated only": Case(norm="none", c=80),
+    "slices": Case(wide=True, c=160, static=True),
+    "slices that start anywhere": Case(wide=True, skip=3, dtype=FLOAT),
+    "half and float": Case(dtype=HALF, modulation=FLOAT, c=640),
+    "float": Case(dtype=FLOAT, c=1280, t=2),
+    "no padding": Case(b=1, t=3, c=3072),
+    "large": Case(b=1, t=2, c=8208),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_float64(name: str, device: str) -> None:
+    module = harness.interpreted("norm_modulate_quant") if device == "cpu" else kernel
+    call = CASES[name].call(device)
+    different = check(call, module.launch)
+    # Chance of a quotient so near a tie is 2 TIE.
+    assert different <= 0.01 * call.x.numel()
+    if device == "cuda":
+        again = kernel.launch(call)
+        assert all(torch.equal(*pair) for pair in zip(again, kernel.launch(call), strict=True))
+
+
+@pytest.mark.parametrize("name", ["a scale a token", "static", "slices", "quantized only"])
+def test_the_definition_agrees_with_float64(name: str) -> None:
+    call = CASES[name].call()
+    call.check(strides=True)
+    assert check(call, Tokens.exact) == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("launch", ["definition", *DEVICES])
+def test_rows_without_a_largest_value(launch) -> None:
+    x = torch.zeros(1, 7, 64)
+    x[0, 1, 5], x[0, 2, 5], x[0, 3, 5], x[0, 5, 5] = torch.inf, torch.nan, 3e38, 1e-40
+    x[0, 4] = torch.arange(64) / 2
+    x[0, 6, 3:5] = torch.tensor([torch.nan, -torch.inf])
+    device = "cuda" if launch == "cuda" else "cpu"
+    run = {
+        "definition": Tokens.exact, "cuda": kernel.launch,
+        "cpu": harness.interpreted("norm_modulate_quant").launch,
+    }[launch]  # fmt: skip
+    given = ops.norm_modulate_quant.__wrapped__
+    bucket = torch.tensor(0, device=device)
+    codes, scale = (r.cpu() for r in run(given(x.to(device), bucket=bucket, norm="none")))
+    # Zeros, and what is nearer to them than the smallest normal number.
+    assert scale[0] == scale[5] == 2**-126 and not codes[[0, 5]].any()
+    # No row that holds a NaN or an infinity becomes a plausible one.
+    assert scale[[1, 2, 6]].isnan().all() and not codes[[1, 2, 6]].any()
+    assert codes[3, 5] == 127 and scale[3] == torch.tensor(3e38) / 127
+    reciprocal = 1 / (torch.tensor(31.5) / 127)
+    assert torch.equal(codes[4].float(), torch.round(x[0, 4] * reciprocal))
+    for norm in ("layer", "rms"):
+        codes, scale = (r.cpu() for r in run(given(x.to(device), bucket=bucket, norm=norm)))
+        assert scale[[1, 2, 6]].isnan().all() and not codes[[1, 2, 6]].any()
+        assert scale[[0, 4]].isfinite().all() and not codes[0].any()
+
+
+def test_variance_survives_a_mean_a_thousand_times_larger() -> None:
+    call = Case(dtype=FLOAT, offset=2000.0, modulate="none", c=320, static=True).call()
+    # Float32 x itself has 2^-24 2000 = 1.2e-4 of a value of 2.
+    v, launch = exact(call), harness.interpreted("norm_modulate_quant").launch
+    codes, _ = launch(call)
+    expected = (torch.round(v / call.act_scale.double()) + call.zero_point).clamp(0, 255) - 128
+    assert ((codes - expected).abs() <= 1).all() and (codes != expected).double().mean() < 0.02
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+# (images, tokens, channels): FLUX, DiT-XL/2, PixArt, SD3.5-large, Wan 1.3B, small, MLPs of FLUX.
+SHIPPED = [
+    (1, 4608, 3072), (32, 256, 1152), (2, 4096, 2432), (1, 14040, 1536), (4, 64, 256),
+    (1, 4608, 12288), (1, 512, 20480),
+]  # fmt: skip
+MOST_REGISTERS = 128
+
+
+def recorded(
+    b: int, t: int, c: int, norm: str = "layer", dtype=BRAIN, static: bool = False,
+    affine: bool = False, zero_point: int = 128, early: bool = False,
+) -> harness.Launch:  # fmt: skip
+    def empty(*shape: int, dtype=FLOAT) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, weight = empty(b, 6 * c, dtype=dtype), empty(c) if affine else None
+    call = Tokens(
+        empty(b, t, c, dtype=dtype), empty(dtype=torch.int64), norm, weight, weight,
+        None if affine else rows[:, :c], None if affine else rows[:, c : 2 * c], 1e-6,
+        empty(8) if static else None, zero_point, 255,
+    )  # fmt: skip
+    with harness.recorded(kernel) as launches:
+        kernel.launch(call)
+    (only,) = launches
+    return dataclasses.replace(only, kwargs=only.kwargs | {"EARLY": early})
+
+
+COMPILED = [
+    *((90, shape, {"early": True}) for shape in SHIPPED),
+    *((arch, shape, {"static": arch == 80}) for arch in (80, 89) for shape in SHIPPED[:2]),
+    (90, SHIPPED[0], {"static": True, "early": True}),
+    (90, SHIPPED[1], {"norm": "rms", "static": True}),
+    (90, SHIPPED[3], {"dtype": FLOAT}),
+    (90, SHIPPED[2], {"affine": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "shape", "how"), COMPILED, ids=str)
+def test_shipped_shapes_compile_without_spills(arch: int, shape, how) -> None:
+    launch = recorded(*shape, **how)
+    binary = harness.compiled(launch, arch)
+    print(shape, arch, how, binary.registers, binary.shared, len(binary.sass.splitlines()))
+    assert (binary.spills, binary.stack) == (0, 0)
+    assert binary.registers <= MOST_REGISTERS
+    # x and two of C come sixteen bytes at a time, all of them; codes leave in eights.
+    wide = {"dtype": 6, "affine": 5}
+    loads = launch.kwargs["PIECES"] * max((wide.get(name, 3) for name in how), default=3)
+    assert binary.count(r"LDG\.E\.128") >= loads
+    assert binary.count(r"STG\.E\.64") == launch.kwargs["PIECES"]
+    assert binary.count(r"STG\.E\.(?:U8|U16)") == 0
+    # Shared memory holds what the warps of a row have to tell each other, not a tile.
+    assert binary.shared <= 64 and ("ACQBULK" in binary.sass) == how.get("early", False)
+
+
+def test_batches_token_counts_and_zero_points_share_a_binary() -> None:
+    calls = itertools.product((1, 3), (16, 77, 4608), (0, 128))
+    variants = {
+        harness.variant(recorded(b, t, 256, zero_point=z, static=True)) for b, t, z in calls
+    }
+    assert len(variants) == 1
+
+
+@pytest.mark.parametrize("channels", [16, 48, 320, 1152, 2432, 3072, 4096, 15360, 20480])
+def test_tiles_cover_the_channels(channels: int) -> None:
+    width, pieces, rows = kernel.tiles(channels)
+    warps = width * rows // 256
+    assert width * pieces >= channels and 4 <= warps <= 16
+    assert width * pieces < 1.2 * channels or channels < 64
+
+
+def test_without_tokens_there_is_no_launch() -> None:
+    call = Case(t=0).call()
+    codes, row_scale = harness.interpreted("norm_modulate_quant").launch(call)
+    assert codes.shape == (0, 48) and row_scale.shape == (0,)
