@@ -41,7 +41,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "run_folder": "artefacts, whole or not at all",
     },
     {"registry": "names of interchangeable parts"},
-    {"errors": "one type for a user's mistake"},
+    {"errors": "one type for a user's mistake, the log"},
 )
 ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}
 
@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 23_918, "studies": 4_700, "tests": 22_984}
+BUDGETS = {"src": 23_671, "studies": 4_700, "tests": 22_984}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

@@ -3,8 +3,6 @@
 Importing this package makes diffusers load quantempo checkpoints with `from_pretrained`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.abc
 import importlib.util

@@ -1,8 +1,10 @@
-"""Errors a user can act on; everything may import this."""
+"""Errors a user can act on, and the log; everything may import this."""
 
-from __future__ import annotations
+import logging
 
-__all__ = ["MISTAKES", "QuantempoError", "sentence"]
+__all__ = ["MISTAKES", "QuantempoError", "log", "sentence"]
+
+log = logging.getLogger("quantempo")
 
 
 class QuantempoError(ValueError):

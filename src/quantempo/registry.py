@@ -1,7 +1,5 @@
 """One explicit name -> object table per kind of plug-in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Generic, TypeVar

@@ -4,13 +4,10 @@ Files are written under a temporary name in the same folder and then renamed, so
 file is never taken for a whole one.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -29,14 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 
 __all__ = [
     "RunFolder", "atomic_path", "canonical", "file_sha256", "hash_of", "private_folder",
     "read_tensors", "reading", "tensors_sha256",
 ]  # fmt: skip
-
-log = logging.getLogger("quantempo")
 
 _ASIDE = "aside"
 # What is written bit by bit carries its hash itself; those of stages stand in the manifest.

@@ -4,8 +4,6 @@ A candidate turns a subject into a forward of the same signature. All run the sa
 same inputs; each owns its copy of the weights, so that its memory can be told from the others'.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import importlib.util

@@ -1,9 +1,6 @@
 """Build, check and time the candidates of one network at one batch size."""
 
-from __future__ import annotations
-
 import gc
-import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,13 +15,11 @@ from tqdm import tqdm
 from quantempo.bench.candidates import Candidate, Forward, Subject
 from quantempo.bench.results import Results, best
 from quantempo.bench.turns import Timer, reason_of, take_turns, time_limit
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.evaluation.fidelity import prediction, sqnr_db
 from quantempo.models.presets import ddim_loop
 
 __all__ = ["Ready", "clear", "compare", "images_per_second", "prepare"]
-
-log = logging.getLogger("quantempo")
 
 # dB against the float32 output below which something computes another network. bfloat16 keeps
 # about 40; 8 bits with scales nobody searched still leave more than 10, noise has 0 or less.

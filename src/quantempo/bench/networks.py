@@ -1,10 +1,7 @@
 """Networks to time: of a run folder, of a preset's shape, or of any diffusers folder."""
 
-from __future__ import annotations
-
 import copy
 import gc
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +13,7 @@ from torch import nn
 
 from quantempo.bench.candidates import Subject
 from quantempo.calibration.dataset import MemorySet, TraceSet
+from quantempo.errors import log
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.presets import PRESETS, build_preset, random_inputs
@@ -25,8 +23,6 @@ from quantempo.quantized import Float16Linear, QLayer, StepClock
 from quantempo.recipe import Recipe
 
 __all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
-
-log = logging.getLogger("quantempo")
 
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)

@@ -5,8 +5,6 @@ and 2, SDXL at batch 8, linear layers of DiT-XL/2, FLUX and SDXL. Codes and weig
 cover their range, since zeros run faster.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -11,9 +11,6 @@ copies of its arguments that together exceed the L2 cache twice, so that inputs 
 they do in a network; the calls of one turn are one CUDA graph, without gaps between launches.
 """
 
-from __future__ import annotations
-
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +25,9 @@ from quantempo.bench.op_cases import CASES, PRODUCTS, Case, gemm
 from quantempo.bench.results import Results
 from quantempo.bench.turns import Call, Timer, reason_of, take_turns, timer_for
 from quantempo.engines.cuda.graphs import capture
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 
 __all__ = ["Limits", "bench_ops", "check", "measure_limits", "tera", "time_op"]
-
-log = logging.getLogger("quantempo")
 
 # Copies of the largest inputs: well below the memory of any card this runs on.
 _MOST_COPIES = 16

@@ -1,7 +1,5 @@
 """What was timed, as flat rows: written after every change, summarized, printed for people."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,8 +1,5 @@
 """Time a network, and the kernels under it, on a CPU or a GPU; `bench` is the front door."""
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +16,7 @@ from quantempo.bench.results import Results
 from quantempo.bench.turns import Timer, timer_for
 from quantempo.core.machine import machine
 from quantempo.engines.select import ENGINES, choose
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.evaluation.fidelity import prediction
 from quantempo.models.load import check_device
 from quantempo.models.presets import check_preset
@@ -28,8 +25,6 @@ from quantempo.pipeline.session import Session, reopen
 from quantempo.run_folder import RunFolder
 
 __all__ = ["bench", "bench_network"]
-
-log = logging.getLogger("quantempo")
 
 _PACKAGES = ("quantempo", "torch", "triton", "diffusers", "torchao")
 

@@ -1,8 +1,5 @@
 """Milliseconds of calls that take turns, by CUDA events or by the wall clock."""
 
-from __future__ import annotations
-
-import logging
 import signal
 import threading
 import time
@@ -12,9 +9,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Call", "Timer", "reason_of", "take_turns", "time_limit", "timer_for", "wall_ms"]
+from quantempo.errors import log
 
-log = logging.getLogger("quantempo")
+__all__ = ["Call", "Timer", "reason_of", "take_turns", "time_limit", "timer_for", "wall_ms"]
 
 Call = Callable[[], Any]
 

@@ -3,8 +3,6 @@
 Separate from `trace`, which decides the times, runs the pipeline and writes files.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Mapping, Sequence

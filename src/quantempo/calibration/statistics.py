@@ -3,8 +3,6 @@
 Which scale is best is the business of the search.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress

@@ -9,8 +9,6 @@ Three go by the name of the paper's NDTC: what it prints, what its released prog
 properly truncated normal distribution, our default.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields

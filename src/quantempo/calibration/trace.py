@@ -14,8 +14,6 @@ stages of Heun) one is chosen with equal chances. Memory holds the kept rows onl
 `sources` may replace x_t before a chunk is written; everything else stays as it was received.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -8,7 +8,6 @@ class is patched. This file and `models/` are the only ones that import diffuser
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from enum import Enum
@@ -26,7 +25,7 @@ from quantempo.checkpoint.hashes import check_files, digest, joined, seal, setti
 from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_times
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import sites
 from quantempo.quantized import (
     CLOCK_NAME,
@@ -43,8 +42,6 @@ from quantempo.run_folder import canonical, reading
 __all__ = [
     "FORMAT_VERSION", "QuantempoConfig", "QuantempoQuantizer", "mark_quantized", "register", "seal",
 ]  # fmt: skip
-
-log = logging.getLogger("quantempo")
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
 # float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.

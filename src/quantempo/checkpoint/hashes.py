@@ -1,7 +1,5 @@
 """SHA-256 of what a packed folder holds: its tensors, its settings, the files beside them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

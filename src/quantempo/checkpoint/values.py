@@ -4,8 +4,6 @@ A time bucket beyond the table of scales is a read out of bounds on a GPU. The h
 finds damage, not a file that was made so.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from typing import Any

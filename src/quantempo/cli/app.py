@@ -1,7 +1,5 @@
 """The typer application, and the border where user mistakes become exit code 2."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """What the verbs share: options, printing, the arguments of a pipeline's call."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json

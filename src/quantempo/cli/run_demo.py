@@ -4,9 +4,6 @@ load -> trace -> calibrate -> search -> round -> pack -> run -> evaluate -> repo
 number it claims measured on the spot and written to `metrics.json`.
 """
 
-from __future__ import annotations
-
-import logging
 import resource
 import sys
 import time
@@ -14,13 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from quantempo.bench.run import bench
+from quantempo.errors import log
 from quantempo.pipeline import quality
 from quantempo.pipeline import stages as pipeline
 from quantempo.report import render
 
 __all__ = ["DEMO_MODEL", "run_demo"]
-
-log = logging.getLogger("quantempo")
 
 DEMO_MODEL = Path(str(files("quantempo"))) / "data" / "ddpm-cifar10-9m"
 

@@ -1,7 +1,5 @@
 """quantempo sample and evaluate: images of a model, and how near they are to the float ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """quantempo sensitivity."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """The verbs that make a run folder: quantempo quantize and demo, or its stages one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any

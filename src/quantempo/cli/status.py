@@ -1,7 +1,5 @@
 """The verbs that look: quantempo status, report, inspect, and engines, what can run models here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """State set on one module and not on its class: forwards, attributes that are no children."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import threading

@@ -1,7 +1,5 @@
 """Describe the machine a figure was measured on."""
 
-from __future__ import annotations
-
 import os
 import platform
 from typing import Any

@@ -1,7 +1,5 @@
 """One random generator an image: image i depends on seed i only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

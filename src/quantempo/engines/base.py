@@ -6,8 +6,6 @@
 The integer sums of all backends are equal; only the float epilogue has a tolerance.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

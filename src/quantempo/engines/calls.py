@@ -1,7 +1,5 @@
 """What is asked and noticed at every call of a packed denoiser, whatever engine runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any

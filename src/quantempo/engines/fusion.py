@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from torch import Tensor, nn
 
 from quantempo.core.instance import drop, keep, reset_forward, set_forward, touched
+from quantempo.errors import log
 from quantempo.models import fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, UpBlockParts
@@ -25,8 +26,6 @@ from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, QLinear, quantized_
 __all__ = [
     "BlockRow", "Blocks", "FusedBlock", "FusedUpBlock", "Network", "fuse", "report", "unfuse",
 ]  # fmt: skip
-
-log = logging.getLogger("quantempo")
 
 # Importing them registers what they know.
 FAMILIES = (fusion_transformer, fusion_unet)

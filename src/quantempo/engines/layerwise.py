@@ -4,9 +4,6 @@ Each lowers every layer with the backend of its name and fuses the blocks around
 the backend cannot take is run by `simulated`: logged, counted, and listed by `execution`.
 """
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -15,12 +12,11 @@ from torch import nn
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import Blocks, fuse, fused_layers, fused_modules, unfuse
 from quantempo.engines.select import Engine
+from quantempo.errors import log
 from quantempo.kernels import ops
 from quantempo.quantized import quantized_layers
 
 __all__ = ["LayerwiseEngine", "execution"]
-
-log = logging.getLogger("quantempo")
 
 
 class LayerwiseEngine(Engine):

@@ -1,7 +1,5 @@
 """Cache of one forward: what several blocks read, computed by the first, freed after the last."""
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 import torch

@@ -5,10 +5,7 @@ An engine attaches to a quantized denoiser by setting attributes of that instanc
 and files never depend on it.
 """
 
-from __future__ import annotations
-
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
 from quantempo.engines import calls
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.registry import Registry
@@ -29,8 +26,6 @@ __all__ = [
     "ATTACHING", "ENGINES", "ByShape", "Engine", "attach", "attach_lazily", "attached", "choose",
     "detach", "run_instead",
 ]  # fmt: skip
-
-log = logging.getLogger("quantempo")
 
 # One at a time: attaching and tracing change a network that other threads may call.
 ATTACHING = threading.RLock()

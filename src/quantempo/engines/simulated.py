@@ -1,7 +1,5 @@
 """The integers of a layer in float arithmetic, with exact sums, on any device."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Here: `evaluate_outputs`, the one call behind the evaluate stage; paired fidelit
 extractors and scores are in the modules. Not here: generating images. Never sees a quantizer.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

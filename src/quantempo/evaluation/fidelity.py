@@ -4,8 +4,6 @@ Here: PSNR and SSIM of final images, SQNR of the noise prediction per time-step.
 whole distributions (`scores`). Sees images and callables, never a quantizer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise

@@ -4,8 +4,6 @@ Here: thin, seeded calls of torchmetrics on features, the reference folder, ties
 feature networks (`features`) and paired measures (`fidelity`).
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import warnings

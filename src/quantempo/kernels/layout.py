@@ -7,8 +7,6 @@ have: 4 classes of rows times 4 of columns, of which an image of more than one r
 Everything here is done once, when a model is packed.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@
 Written for reading, from the formulas alone; nothing here is used to run a model.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

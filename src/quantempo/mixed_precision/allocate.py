@@ -5,8 +5,6 @@
 Numbers in, indices out: what an option is, and how its loss was measured, is not known here.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,8 +1,5 @@
 """Choose the bits of each layer within budgets by what they cost in the image."""
 
-from __future__ import annotations
-
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.mixed_precision.allocate import Allocation, allocate, weight_bytes
 from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
 from quantempo.pipeline.session import Session
@@ -18,8 +15,6 @@ from quantempo.recipe import Recipe, parse_bits
 from quantempo.run_folder import RunFolder, hash_of, reading
 
 __all__ = ["choose_bits", "recall"]
-
-log = logging.getLogger("quantempo")
 
 # Bits of weights to choose from where a budget of bytes alone says nothing of activations.
 _WEIGHT_BITS = (4, 8)

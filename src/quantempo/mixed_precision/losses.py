@@ -7,9 +7,6 @@ Losses of several layers are added as if they did not meet: good enough to rank,
 Source: after MixDQ (Zhao et al., ECCV 2024), with the error of the latent in place of SSIM.
 """
 
-from __future__ import annotations
-
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
@@ -32,8 +29,6 @@ from quantempo.report.sensitivity_plot import draw, standalone
 from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
 __all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
-
-log = logging.getLogger("quantempo")
 
 ARTEFACT, PLOT = "sensitivity.json", "sensitivity.svg"
 OPTIONS = ("w4a4", "w4a8", "w8a4", "w8a8")

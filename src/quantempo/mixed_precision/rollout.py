@@ -1,7 +1,5 @@
 """A short trajectory of a pipeline in which one layer is quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

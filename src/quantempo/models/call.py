@@ -4,8 +4,6 @@ Here: which arguments have one entry an image (`PER_IMAGE`). Not here: loops ove
 schedulers (`sampling`), arguments on disk (`pipeline.arguments`).
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ To add a block: a dataclass of parts, and a function under `@matches(parts, its 
 their fields, or why the block is not a plain one. What runs the parts is in `engines`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum

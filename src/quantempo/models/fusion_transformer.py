@@ -1,7 +1,5 @@
 """Parts of diffusers' transformers inside U-Nets, see `fusion`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

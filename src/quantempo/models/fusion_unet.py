@@ -1,7 +1,5 @@
 """Parts of the blocks of diffusers' U-Nets, see `fusion`; transformers in `fusion_transformer`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

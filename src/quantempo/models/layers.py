@@ -4,8 +4,6 @@ All name strings of architectures live in `models/`; the rest of the program see
 decided by structure and name, never by position in a list.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping

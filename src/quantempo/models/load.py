@@ -1,7 +1,5 @@
 """Open a diffusers pipeline from disk, and say plainly what is wrong with it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

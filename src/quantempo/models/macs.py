@@ -1,7 +1,5 @@
 """Count the multiply-accumulates of a denoiser's forward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 For measuring speed where no checkpoint is at hand: shapes decide the time, weights do not.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

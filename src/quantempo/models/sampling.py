@@ -4,8 +4,6 @@ The pipeline itself is called; nothing here re-implements a sampler. Tracing, im
 timing share these functions. `unconditional` holds the one pipeline that diffusers lacks.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Replace an attribute for a while: the step of a scheduler, to give it its noise."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,6 @@ an error for those whose step takes no generator. With DDIM and DDPM this one gi
 bit for bit. Kept apart from `sampling` because it needs diffusers at import.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

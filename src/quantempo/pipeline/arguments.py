@@ -4,8 +4,6 @@ The manifest keeps numbers and text, and tensors, arrays and pictures by their h
 in `call.safetensors` beside it. Which go with an image is known to `models.call`.
 """
 
-from __future__ import annotations
-
 import ast
 import glob
 import os

@@ -4,9 +4,6 @@ A stage is reused if the hash of all that decides its artefact (model, settings 
 the recipe and of the stages before) is the one noted when it was made.
 """
 
-from __future__ import annotations
-
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder, file_sha256, hash_of, reading
 
 __all__ = ["ARTEFACTS", "BESIDE", "Cache"]
-
-log = logging.getLogger("quantempo")
 
 # Stage -> the artefact that is there when it is done.
 ARTEFACTS = {

@@ -1,7 +1,5 @@
 """The layer table: what every Conv2d and Linear became, and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Sample from the float and the packed model, and judge one by the other."""
 
-from __future__ import annotations
-
-import logging
 import os
 import tempfile
 import time
@@ -14,6 +11,7 @@ import torch
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
+from quantempo.errors import log
 from quantempo.evaluation import eps_sqnr, evaluate_outputs
 from quantempo.pipeline.arguments import merged
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
@@ -25,8 +23,6 @@ __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
 
 # What a benchmark adds to metrics.json; kept when the pairs are scored again.
 SPEED_KEYS = ("ms_per_forward", "speedup_vs_best_fp32", "speedup_vs_best_bf16")
-
-log = logging.getLogger("quantempo")
 
 
 def evaluate(

@@ -1,9 +1,6 @@
 """Sample from a model into a folder, named by seed: PNG, or GIF or WAV beside exact numbers."""
 
-from __future__ import annotations
-
 import hashlib
-import logging
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from quantempo.engines.select import attach, attached
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.call import check_arguments, sample_rate, unusual_settings
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import check_device, configs_of, load_pipeline
@@ -24,8 +21,6 @@ from quantempo.quantized import find_clock
 from quantempo.run_folder import RunFolder, atomic_path, hash_of
 
 __all__ = ["engine_of", "open_model", "sample"]
-
-log = logging.getLogger("quantempo")
 
 _HASH = "sha256"
 

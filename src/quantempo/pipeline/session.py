@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch import nn
 from quantempo import __version__
 from quantempo.calibration.trace import SOURCES, TraceSet, check_settings
 from quantempo.core.machine import machine
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import (
     check_device,
@@ -39,8 +38,6 @@ from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
 __all__ = ["Session", "load", "reopen"]
-
-log = logging.getLogger("quantempo")
 
 
 @dataclass

@@ -6,8 +6,6 @@ model and settings is not repeated, so a killed run resumes. Evaluate and report
 their own (`pipeline.quality`, `report`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import wraps

@@ -1,7 +1,5 @@
 """Decide what each layer of a denoiser becomes, replace layers in place, list them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Say in words which bits a packed model has, from its layer table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

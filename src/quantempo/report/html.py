@@ -4,8 +4,6 @@ What the sections show is in `sections`, how they look in `report.html.j2`. A pu
 of the files of a run folder.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

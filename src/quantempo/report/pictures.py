@@ -1,7 +1,5 @@
 """Pictures of the report: pairs of samples with their difference, as data addresses."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Not here: where the arrays come from (`html`). Matplotlib is imported by the functions.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Here: one function a section, files in, blocks out. Not here: the page (`html`),
 (`plots`). A pure reader.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Here: the loss of each layer at each option, and the bits chosen within budgets. Plain values in.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from quantempo.report import plots

@@ -5,8 +5,6 @@
 Source: Nagel et al. 2020 (AdaRound, eq. 21-24) on the blocks of Li et al. 2021 (BRECQ).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -5,8 +5,6 @@ packing, backends and files never know how they were found. To record the inputs
 network is stopped there, so a recording costs what comes before it and no more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial

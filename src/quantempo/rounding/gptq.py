@@ -5,9 +5,6 @@
 Source: Frantar et al. 2022, "GPTQ", algorithm 1, with columns in the order of descending diag(H).
 """
 
-from __future__ import annotations
-
-import logging
 import math
 
 import torch
@@ -15,13 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.core import Format
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
 
 __all__ = ["gptq", "input_hessian", "moments"]
-
-log = logging.getLogger("quantempo")
 
 # Factors on the damping that are tried in float64, one after the other.
 _HARDER = (1.0, 10.0, 100.0)

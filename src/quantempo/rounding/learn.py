@@ -7,8 +7,6 @@ are those behind the quantized part of the network, mixed element by element wit
 (QDrop, Wei et al. 2022). The layer term: after EDA-DM (Liu et al. 2024).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -9,11 +9,8 @@ mean output of every layer can be made that of the float layer:
 Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirical form.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +24,7 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import Block, blocks, hooked
 from quantempo.quantized import QConv2d, QLayer, QPatches, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
@@ -36,8 +33,6 @@ from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_sta
 from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
-
-log = logging.getLogger("quantempo")
 
 # Bytes that stay on the device: of the float inputs of all blocks, recorded at once if they fit,
 # and of the inputs of one block.

@@ -5,8 +5,6 @@
 Source of the gradient of s_a: Esser et al. 2020 (LSQ).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

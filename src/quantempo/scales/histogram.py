@@ -7,8 +7,6 @@ chooses a scale.
 S segments, K fine time bins; which time-step belongs to which bin is the caller's business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -8,8 +8,6 @@ contract, the search and the recipe find it by its name.
 E[v] below is the weighted mean sum_i w_i v_i / sum_i w_i over the last axis.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from inspect import signature

@@ -1,6 +1,5 @@
 """The engine for NVIDIA GPUs: int8 products, fused blocks, CUDA graphs."""
 
-import logging
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
+from quantempo.errors import log
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers
 
 __all__ = ["transformer", "unet"]
-
-log = logging.getLogger("quantempo")
 
 
 class _TritonEngine(LayerwiseEngine):

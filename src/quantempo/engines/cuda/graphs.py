@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import keep
+from quantempo.errors import log
 from quantempo.models.layers import timestep_of, timestep_place
 from quantempo.quantized import quantized_layers
 
 __all__ = ["Graphed", "capture", "graphed", "signature"]
-
-log = logging.getLogger("quantempo")
 
 # Eager calls before a recording: lazily made constants, autotuning, libraries that load.
 _WARMUP = 2

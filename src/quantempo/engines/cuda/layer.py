@@ -5,11 +5,8 @@ quantized by plain operations, which the compiler joins with what comes before (
 GEGLU, a softmax); the integers are the same.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
-import logging
 from importlib import metadata
 from typing import Any
 
@@ -24,13 +21,11 @@ from quantempo.engines.cuda.constants import (
     quantize,
     quantize_rows,
 )
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.fusion import no
 from quantempo.quantized import QConv2d, QLayer
 
 __all__ = ["TritonBackend"]
-
-log = logging.getLogger("quantempo")
 
 _CAPABILITY = (8, 0)
 # The first with all that the kernels import; 3.6 is what they were measured with.

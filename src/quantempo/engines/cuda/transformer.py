@@ -5,8 +5,6 @@ The last product of the last block writes the codes that the output projection r
 quantized in between is plain operations where a compiler joins them, see `constants.quantize`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

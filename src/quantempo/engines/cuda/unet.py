@@ -5,8 +5,6 @@ inside torch.compile and in a CUDA graph, for any batch, mixed time-steps includ
 equals the layers run one by one up to the order of float operations, which may move a code by one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ quantization. The result equals the layers run one by one up to the order of flo
 which may move a code by one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Int8 layers on the CPU through oneDNN: on floats, and on codes for `blocks`, which joins them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

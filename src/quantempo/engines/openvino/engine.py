@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -23,13 +22,11 @@ from quantempo.core.instance import own_forward, reset_forward, set_forward, tou
 from quantempo.engines.base import too_many_terms
 from quantempo.engines.select import ATTACHING, Engine, run_instead
 from quantempo.engines.simulated import reference, too_far
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import CLOCK_NAME, QConv2d, quantized_layers
 
 __all__ = ["KernelRow", "OpenVinoEngine"]
-
-log = logging.getLogger("quantempo")
 
 _KERNELS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 _INT8 = ("u8", "i8")

@@ -12,8 +12,6 @@ nothing is multiplied. Quantizers have 256 levels; a grid of fewer bits is the l
 its input clamped to (qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ layout and several passes over memory. Every rewrite here is an identity in exac
 knows operators, not models. Imported only once OpenVINO is known to be installed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

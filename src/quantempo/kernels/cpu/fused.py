@@ -7,8 +7,6 @@
 ctypes. Nothing requires it: `load()` says why it is not there and callers use torch instead.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

@@ -7,8 +7,6 @@ and compared with the reference once; `missing()` says what is wrong. Activation
 signed ones run a reference kernel thousands of times slower.
 """
 
-from __future__ import annotations
-
 import functools
 import platform
 from typing import Any

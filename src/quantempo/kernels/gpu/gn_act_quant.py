@@ -14,8 +14,6 @@ On Hopper a third, `hopper`: TMA loads bring the slab of a program into shared m
 stays.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -3,8 +3,6 @@
 They look at shapes, types, strides and devices only, never at values: nothing here waits for a GPU.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

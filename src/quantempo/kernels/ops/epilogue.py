@@ -6,8 +6,6 @@ Kernels get `terms` as one argument and `form` as one constant: a term more is a
 its lines in `check` and `exact`, and its use in the epilogues of `gpu.contraction`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

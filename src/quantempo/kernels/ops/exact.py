@@ -4,8 +4,6 @@ Integer sums below 2^53 are exact in float64 in any order. Slow; it is there to 
 the fused network without a GPU.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

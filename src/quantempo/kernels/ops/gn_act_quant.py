@@ -1,7 +1,5 @@
 """GroupNorm, SiLU and quantization in one pass: signature, checks, exact definition."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ The function describes a call: it returns a record of its arguments that can che
 result exactly on a CPU, and say what it looks like. The schema is inferred from the annotations.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

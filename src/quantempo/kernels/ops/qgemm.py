@@ -1,7 +1,5 @@
 """Integer matrix product: signature, checks, exact definition."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

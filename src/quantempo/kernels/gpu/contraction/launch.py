@@ -1,7 +1,5 @@
 """Launch `ops.qconv2d` and `ops.qgemm`: which kernel, tile, descriptors, grid, workspace."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Sequence

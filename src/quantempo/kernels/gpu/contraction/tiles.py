@@ -9,8 +9,6 @@ slots: programs that share a tile. The coefficients are fitted to 1,739 timings 
 always one of those timed, took 2.1 % more time than the best one on average, 23 % at worst.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, replace

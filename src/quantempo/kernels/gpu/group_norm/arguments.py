@@ -1,7 +1,5 @@
 """Launch arguments shared by all GroupNorm kernels."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import Tensor

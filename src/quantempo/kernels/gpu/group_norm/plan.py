@@ -3,8 +3,6 @@
 Plain integers, no Triton: the choice depends on the shape alone, so it is made once a shape.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
