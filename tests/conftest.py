@@ -27,6 +27,7 @@ LANES = {
         "bench/test_run.py",
         "checkpoint/test_fresh_process.py",
         "checkpoint/test_plugin.py::test_the_bundled_model",
+        "engines/test_fused_flux.py::test_a_network_compiles",
         "engines/test_fused_gpu.py::test_a_network_compiles",
         "engines/test_fused_transformer.py::test_a_network_compiles",
         "engines/test_low_bits.py::test_openvino",

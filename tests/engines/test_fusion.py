@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from quantempo.engines import ENGINES
@@ -45,14 +45,15 @@ def dit() -> nn.Module:
     return quantize_network(network, [(x, torch.tensor([450, 20]), label)])
 
 
-def flux() -> nn.Module:
-    network = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 6, 6),
+def sana() -> nn.Module:
+    network = SanaTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=16, sample_size=4,
     ).eval()  # fmt: skip
-    call = (noise(1, 4, 16), noise(1, 5, 32), noise(1, 32), torch.tensor([0.5]))
-    return quantize_network(network, [(*call, torch.zeros(4, 3), torch.zeros(5, 3))])
+    return quantize_network(
+        network, [(noise(2, 16, 4, 4), noise(2, 5, 16), torch.tensor([9, 450]))]
+    )
 
 
 @pytest.mark.parametrize("name", FUSING)
@@ -91,20 +92,15 @@ def test_each_refusal_is_kept_and_counted_once(engine, name, caplog):
 
 
 DIT = "its norm is 'ada_norm_zero', not 'layer_norm'"
-FLUX = "no fused form is known"
+SANA = "no fused form is known"
 NOT_FUSED = {
     dit: (
         [BlockRow(f"transformer_blocks.{i}", "BasicTransformerBlock", DIT) for i in (0, 1)],
         f"fused 0 of 2 blocks of DiTTransformer2DModel; 2 not: BasicTransformerBlock: {DIT} (2)",
     ),
-    flux: (
-        [
-            BlockRow("transformer_blocks.0", "FluxTransformerBlock", FLUX),
-            BlockRow("single_transformer_blocks.0", "FluxSingleTransformerBlock", FLUX),
-            BlockRow("single_transformer_blocks.1", "FluxSingleTransformerBlock", FLUX),
-        ],
-        "fused 0 of 3 blocks of FluxTransformer2DModel; 3 not: FluxSingleTransformerBlock: "
-        f"{FLUX} (2); FluxTransformerBlock: {FLUX} (1)",
+    sana: (
+        [BlockRow(f"transformer_blocks.{i}", "SanaTransformerBlock", SANA) for i in (0, 1)],
+        f"fused 0 of 2 blocks of SanaTransformer2DModel; 2 not: SanaTransformerBlock: {SANA} (2)",
     ),
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import drop, keep, reset_forward, set_forward, touched
 from quantempo.errors import log
-from quantempo.models import fusion_transformer, fusion_unet
+from quantempo.models import fusion_flux, fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, UpBlockParts
 from quantempo.models.layers import is_unit, skip_segments
@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Importing them registers what they know.
-FAMILIES = (fusion_transformer, fusion_unet)
+FAMILIES = (fusion_flux, fusion_transformer, fusion_unet)
 _FUSED = "_quantempo_fused"
 T = TypeVar("T")
 
@@ -95,7 +95,8 @@ class Blocks:
             plain = isinstance(module, QConv2d | nn.Conv2d) and _is_plain(module, need)
             size = "x".join(map(str, need.kernel)) if need.kernel else "one"
             return None if plain else f"a convolution in it is not a plain {size}"
-        plain = isinstance(module, QLinear) and len(module.segments) == 1
+        most = 2 if need is Need.PARALLEL else 1
+        plain = isinstance(module, QLinear) and len(module.segments) <= most
         return None if plain else "a projection in it is not a plain linear layer"
 
 
@@ -169,12 +170,13 @@ class FusedBlock:
 
     def __init__(self, parts: Any, network: Network) -> None:
         self.parts = parts
+        # The name of x, which a compiler could not find.
+        self.first = list(inspect.signature(type(parts.module).forward).parameters)[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block; the arguments are those of its class, x by its place or its name there."""
         if not args:
-            names = list(inspect.signature(type(self.parts.module).forward).parameters)
-            args = (kwargs.pop(names[1]),)
+            args = (kwargs.pop(self.first),)
         x, *rest = args
         given = self.parts.given(*rest, **kwargs)
         if given is None or not self.takes(x, *given):

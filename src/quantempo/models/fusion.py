@@ -33,6 +33,7 @@ class Need(Enum):
     """What a part must be, if not a convolution."""
 
     LINEAR = "an integer linear layer of one segment"
+    PARALLEL = "an integer linear layer of one segment or two"
     ROWS = "an integer layer that multiplies each pixel or token by one matrix, linear or 1x1"
     NORM = "an affine group normalisation"
 
@@ -42,6 +43,7 @@ Conv3x3 = Annotated[nn.Module, Conv()]
 Shortcut = Annotated[nn.Module | None, Conv((1, 1), operands=2, floating=True)]
 Sampler = Annotated[nn.Module, Conv(kernel=None, stride=None, padded=False)]
 Linear = Annotated[nn.Module, Need.LINEAR]
+Parallel = Annotated[nn.Module, Need.PARALLEL]
 Rows = Annotated[nn.Module, Need.ROWS]
 Norm = Annotated[nn.GroupNorm, Need.NORM]
 
