@@ -9,16 +9,14 @@ from tests.pipelines.runner import FAMILIES, run
 FLOOR_DB = 15.0
 # On the page alone, for time: they differ from others in schedule or call only, or take long.
 PAGE_ONLY = {
-    *(
-        "DDIM",
-        "TCD",
-        "Stable Diffusion 1, no guidance",
-        "SDXL, image to image",
-        "SDXL, EDM schedule",
-    ),
+    *("DDIM", "DDPM, learned variance", "TCD", "Stable Diffusion 1, no guidance"),
+    *("Stable Diffusion 2, v-prediction", "SDXL, image to image", "SDXL, EDM schedule"),
     *("Consistency models, classes", "PixArt alpha", "Stable Diffusion, x4 upscale"),
     *("Stable Diffusion, GLIGEN network", "Text to video (UNet3D)", "Stable Video Diffusion"),
     *("ControlNet, SDXL", "SDXL refiner", "AnimateDiff", "Kandinsky 2.2, decoder"),
+    *("Latent diffusion (VQ)", "Latent diffusion, text", "InstructPix2Pix", "MusicLDM"),
+    *("Flux, image to image", "Flux dev (guidance embedded)", "Stable Diffusion 3"),
+    *("Qwen-Image", "Wan 2.1, text to video"),
 }
 
 
