@@ -24,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 Number = int | float
+GRANULARITIES = ("time", "token", "auto")
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,17 @@ class TraceSettings:
 class ActivationSettings:
     """How inputs of layers are quantized.
 
+    granularity: of the scales of linear layers: "time", found beforehand for intervals of time;
+    "token", measured for each token as it comes; "auto", for each layer the one with less error.
     buckets: number of time intervals with scales of their own; a layer that gains less than
-    min_gain (fraction of its error) keeps one scale.
+    min_gain (fraction of its error) keeps one scale, and none for each token.
     """
 
     bits: int = 8
     symmetric: bool = False
     metric: str = "mse"
     p: float = 2.4
+    granularity: str = "time"
     buckets: int = 8
     min_gain: float = 0.05
 
@@ -140,6 +144,11 @@ class Recipe:
         ):
             if not low <= value <= high:
                 raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
+        if self.activations.granularity not in GRANULARITIES:
+            raise QuantempoError(
+                f"got activations.granularity = '{self.activations.granularity}'; expected one of: "
+                f"{', '.join(GRANULARITIES)}"
+            )
         for key, text in self.layers.bits.items():
             parse_bits(text, f"layers.bits.{key}")
 

@@ -52,6 +52,8 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
         torch.ones_like(layer.act_scale) if plain else uniform(layer.act_scale.shape, 0.01, 0.03),
         torch.randint(0, layer.act_qmax + 1, layer.act_zero_point.shape, generator=generator),
     )
+    if layer.dynamic:
+        layer.act_zero_point.fill_(layer.act_format.symmetric_zero_point)
 
 
 Pair = tuple[int, int]
@@ -75,12 +77,12 @@ def make_conv(
 
 def make_linear(
     channels: int, out: int, segments: tuple[int, ...] = (), clock: StepClock | None = None,
-    seed: int = 0, plain: bool = False, bits: Pair = (8, 8),
+    seed: int = 0, plain: bool = False, bits: Pair = (8, 8), dynamic: bool = False,
 ) -> QLinear:  # fmt: skip
     """Make a linear layer of random integers; `plain`: scales 1, no bias; `bits`: (w, a)."""
     clock = clock or make_clock()
     layer = QLinear(
-        (out, channels), True, clock, segments or (channels,), _buckets(clock),
+        (out, channels), True, clock, segments or (channels,), 0 if dynamic else _buckets(clock),
         weight_bits=bits[0], act_bits=bits[1],
     )  # fmt: skip
     _fill(layer, seed, plain)

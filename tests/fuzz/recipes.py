@@ -17,7 +17,7 @@ ODD: list[Any] = [
 ]
 NAMES = [
     *("mse", "l1", "lp", "cosine", "kl", "linf", "nearest", "gptq", "adaround", "linspace"),
-    *("trajectory", "noise", "mimic", "raw", "ndtc"),
+    *("trajectory", "noise", "mimic", "raw", "ndtc", "token", "auto"),
 ]
 
 

@@ -98,7 +98,8 @@ def test_convolution_entry(name):
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
 @pytest.mark.parametrize("requantize", [False, True])
-def test_linear_entry(activation, requantize):
+@pytest.mark.parametrize("tokens", [False, True])
+def test_linear_entry(activation, requantize, tokens):
     # 22 rows of two images: a row is an image of one pixel to the reference.
     case = Case(
         n=22, c=80, h=1, w=1, o=48, kernel=1, border=(0,) * 4, shift="none", mixed=False,
@@ -106,6 +107,9 @@ def test_linear_entry(activation, requantize):
     )  # fmt: skip
     made = Example(case)
     made.bucket = torch.tensor([2, 0])
+    if tokens:
+        made.act_scale, made.bucket = made.rand(22), torch.arange(22)
+        made.out_scale = made.out_scale[:1] if requantize else None
     same = ("act_scale", "weight_scale", "bucket", "bias", "out_scale", "out_zero", "out_qmax")
     known = {key: value for key, value in made.arguments().items() if key in same}
     weight = made.weight.flatten(1)
@@ -117,7 +121,7 @@ def test_linear_entry(activation, requantize):
     assert y.shape == (22, 48)
     assert y.is_contiguous()
     # The scale of each row, for the reference.
-    made.bucket = made.bucket.repeat_interleave(11)
+    made.bucket = made.bucket.repeat_interleave(22 // len(made.bucket))
     scale = made.per_image(made.out_scale) if requantize else None
     check_values(y[:, :, None, None], made.exact(), torch.float32, scale)
 

@@ -19,7 +19,7 @@ from quantempo.calibration.rows import measure
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
-from quantempo.scales import Histogram, MinMax
+from quantempo.scales import Histogram, Metric, MinMax, TokenError
 
 __all__ = ["TIME_BINS", "collect_statistics", "measure_roles", "time_bin_edges"]
 
@@ -44,15 +44,18 @@ def collect_statistics(
     data: CalibrationData,
     *,
     bins: int = TIME_BINS,
+    tokens: Metric | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of `stats.safetensors`, by two passes: ranges, histograms over these.
 
     `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
-    `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms.
+    `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms;
+    with `tokens`, `NAME.token_error` (S, 7) of each linear layer.
 
     Args:
         denoiser: float, left as it was.
         inputs: layer name -> input channels of its segments, () for one.
+        tokens: a metric of what a scale for each token costs, see `TokenError`.
 
     Raises:
         QuantempoError: NaN in an activation, or a layer that no row reaches.
@@ -61,12 +64,17 @@ def collect_statistics(
     timed = _timed(denoiser, inputs, data)
     _feed(ranges, denoiser, inputs, data, bins, "ranges", timed)
     histograms = {name: Histogram(ends.edges(), bins) for name, ends in ranges.items()}
-    _feed(histograms, denoiser, inputs, data, bins, "histograms", timed)
+    errors = {
+        name: TokenError(max(1, len(parts)), tokens)
+        for name, parts in inputs.items()
+        if tokens is not None and isinstance(denoiser.get_submodule(name), nn.Linear)
+    }
+    _feed(histograms, denoiser, inputs, data, bins, "histograms", timed, errors)
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
     for name, seen in histograms.items():
         found = {"range": ranges[name].range, "hist": seen.counts, "edges": seen.edges}
         tensors |= {f"{name}.{key}": value for key, value in found.items()}
-    return tensors
+    return tensors | {f"{name}.token_error": seen.error for name, seen in errors.items()}
 
 
 @torch.no_grad()
@@ -78,6 +86,7 @@ def _feed(
     bins: int,
     stage: str,
     timed: Collection[str],
+    errors: Mapping[str, TokenError] | None = None,
 ) -> None:
     """Run the denoiser on all rows and give each sink the inputs of its layer."""
     edges = time_bin_edges(data.times, bins)
@@ -93,6 +102,8 @@ def _feed(
         axis = -1 if isinstance(layer, nn.Linear) else 1
         for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
             sinks[name].update(part, bin_of, index)
+            if errors and name in errors:
+                errors[name].update(part, bin_of, index)
 
     # On a GPU few large batches: every layer waits for the device once a batch.
     size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256

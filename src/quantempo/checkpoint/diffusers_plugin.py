@@ -71,7 +71,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         float16: name -> reason of float layers whose weights are stored in float16.
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
-        buckets: name -> number of time buckets, where there is more than one.
+        buckets: name -> number of time buckets, where it is not 1; 0: a scale for every token.
+        reasons: name -> why an integer layer has the scales it has, where it was measured.
         bits: name -> [weight bits, activation bits], where they are not [8, 8].
         roles: name -> role, as measured.
         times: fields of `Times`, the places in time of the clock's table.
@@ -89,6 +90,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         float_layers: dict[str, str] | None = None,
         segments: dict[str, list[int]] | None = None,
         buckets: dict[str, int] | None = None,
+        reasons: dict[str, str] | None = None,
         bits: dict[str, list[int]] | None = None,
         roles: dict[str, str] | None = None,
         times: dict[str, Any] | None = None,
@@ -126,6 +128,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         self.recipe = recipe or {}
         self.float_layers, self.segments = float_layers or {}, segments or {}
         self.buckets, self.bits, self.roles = buckets or {}, bits or {}, roles or {}
+        self.reasons = reasons or {}
         self.network, self.hashes = network or {}, hashes or {}
         self.format_version, self.version = format_version, version
 
@@ -166,7 +169,8 @@ class QuantempoConfig(QuantizationConfigMixin):
             float16={p.name: p.reason or "" for p in plans if p.kind == "float16"},
             float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
             segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
-            buckets={p.name: p.buckets for p in int8 if p.buckets > 1},
+            buckets={p.name: p.buckets for p in int8 if p.buckets != 1},
+            reasons={p.name: p.reason for p in int8 if p.reason is not None},
             bits={name: both for name, both in bits.items() if both != [8, 8]},
             roles={p.name: p.role for p in plans},
             times=asdict(times) | {"values": list(times.values)},
@@ -176,7 +180,11 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
-        return {**self.__dict__, "quant_method": self.quant_method.value}
+        found = {**self.__dict__, "quant_method": self.quant_method.value}
+        if not self.reasons:
+            # Unknown to earlier versions, which read all but a scale for every token.
+            del found["reasons"]
+        return found
 
     # What diffusers logs.
     to_diff_dict = to_dict
@@ -195,7 +203,8 @@ class QuantempoConfig(QuantizationConfigMixin):
             else:
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
-                plans.append(LayerPlan(site.name, "int8", segments, buckets, None, *bits))
+                why = self.reasons.get(site.name)
+                plans.append(LayerPlan(site.name, "int8", segments, buckets, why, *bits))
             # Folders of format 3 from before roles were measured have none.
             plans[-1] = replace(plans[-1], role=self.roles.get(site.name, site.role))
         return plans

@@ -47,8 +47,10 @@ def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
         parts = plan.segments or (width,)
         whole = sum(parts) == width and min(parts) > 0
         _expect(whole, f"segments {list(parts)} of {plan.name}", f"parts of {width} channels")
-        known = type(plan.buckets) is int and plan.buckets > 0
-        _expect(known, f"{plan.buckets!r} buckets of {plan.name}", "1 or more")
+        # 0: a scale for every token, of which only linear layers have some.
+        least = 0 if isinstance(layer, nn.Linear) else 1
+        known = type(plan.buckets) is int and plan.buckets >= least
+        _expect(known, f"{plan.buckets!r} buckets of {plan.name}", f"{least} or more")
 
 
 def check_tensor(name: str, tensor: Tensor, buffer: Tensor | None, half: bool) -> None:
@@ -77,7 +79,10 @@ def check_layers(denoiser: nn.Module) -> None:
             tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
         zero, codes = layer.act_zero_point, layer.weight_format
         tables.append((f"codes of {name}", layer.weight_codes, codes.qmin, codes.qmax))
-        tables.append((f"zero points of {name}", zero, layer.act_format.qmin, layer.act_qmax))
+        ends = layer.act_format.qmin, layer.act_qmax
+        if layer.dynamic:
+            ends = (layer.act_format.symmetric_zero_point,) * 2
+        tables.append((f"zero points of {name}", zero, *ends))
         for key in ("act_scale", "weight_scale"):
             scale = layer.get_buffer(key)
             positive = bool(((scale > 0) & scale.isfinite()).all())

@@ -101,7 +101,7 @@ def inspect(
     )
     for row in rows:
         shape = "x".join(str(n) for n in row["weight_shape"])
-        scales = "-"
+        scales = "a token" if row["buckets"] == 0 else "-"
         if row["scale_min"] is not None:
             scales = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g} ({row['buckets']})"
         backend = f"{row['backend']}: {row['reason']}" if row["reason"] else row["backend"]

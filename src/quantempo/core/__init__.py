@@ -10,6 +10,7 @@ from quantempo.core.formats import (
     dequantize,
     fake_quantize,
     quantize,
+    token_scale,
     unpack_int12,
     weight_format,
 )
@@ -17,5 +18,5 @@ from quantempo.core.random import generators
 
 __all__ = [
     "ACTIVATION", "FORMATS", "WEIGHT", "Format", "Grid", "activation_format", "dequantize",
-    "fake_quantize", "generators", "quantize", "unpack_int12", "weight_format",
+    "fake_quantize", "generators", "quantize", "token_scale", "unpack_int12", "weight_format",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from quantempo.registry import Registry
 
 __all__ = [
     "ACTIVATION", "FORMATS", "WEIGHT", "Format", "Grid", "activation_format", "dequantize",
-    "fake_quantize", "quantize", "unpack_int12", "weight_format",
+    "fake_quantize", "quantize", "token_scale", "unpack_int12", "weight_format",
 ]  # fmt: skip
 
 _INT32 = 2**31 - 1
@@ -161,6 +161,18 @@ def activation_format(bits: int) -> Format:
 
 
 WEIGHT, ACTIVATION = weight_format(8), activation_format(8)
+
+
+def token_scale(x: Tensor, spec: Format) -> Tensor:
+    """Return max_k |x_k| / (qmax - z), float32 (..., 1), of x (..., K); z: symmetric zero point.
+
+    At least the smallest normal number, of rows of zeros; NaN of rows that hold NaN.
+
+    Error: |x - x_hat| <= scale / 2, no value is clipped.
+    """
+    peak = x.abs().amax(-1, keepdim=True).float()
+    top = spec.qmax - spec.symmetric_zero_point
+    return (peak / top).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)

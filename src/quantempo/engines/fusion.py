@@ -89,6 +89,8 @@ class Blocks:
         found = getattr(getattr(module, "kernel", None), "backend", None)
         if not floating and found != self.backend:
             return f"a layer in it runs on {found}"
+        if isinstance(module, QLayer) and module.dynamic:
+            return "a layer in it has a scale for every token"
         if need is Need.ROWS and isinstance(module, QConv2d):
             need = Conv((1, 1))
         if isinstance(need, Conv):

@@ -65,7 +65,7 @@ class _Kernel(Kernel):
         rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
         y: Tensor | None = None
         for i, segment in enumerate(x.float().split(layer.segments, axis)):
-            scale, zero = layer.scale_now(i, x), layer.act_zero_point[i]
+            scale, zero = layer.scale_now(i, segment), layer.act_zero_point[i]
             codes = (torch.round(segment / scale) + zero).clamp_min(0).minimum(self.qmax) - zero
             term = self.sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
             y = term if y is None else y + term

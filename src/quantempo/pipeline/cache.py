@@ -65,6 +65,8 @@ class Cache:
         if stage == "calibrate":
             # Statistics are of the float model: the same for any bits, and what stays in float.
             del settings["layers"]["bits"], settings["layers"]["float_macs"]
+            if (how := self.recipe.activations).granularity != "time":
+                settings["tokens"] = [how.metric, how.p]
         return hash_of(settings)
 
     def done(self) -> dict[str, Any]:

@@ -70,10 +70,11 @@ def layer_rows(
                 "bits_activation": layer.act_bits,
                 "segments": list(layer.segments),
                 "buckets": layer.act_scale.shape[1],
-                "scale_min": float(layer.act_scale.min()),
-                "scale_max": float(layer.act_scale.max()),
                 "zero_point": layer.act_zero_point.tolist(),
             }
+            if not layer.dynamic:
+                least, most = layer.act_scale.aminmax()
+                row |= {"scale_min": float(least), "scale_max": float(most)}
         rows.append(row)
     row = _row(ATTENTION_MATMULS, "matmul", "attention", macs.get(ATTENTION_MATMULS, 0))
     row["reason"] = "product of two activations: softmax and its neighbours stay in float"

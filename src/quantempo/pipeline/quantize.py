@@ -38,7 +38,7 @@ from quantempo.quantized import (
 )
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_denoiser
-from quantempo.scales import LayerScales, make_metric, search_scales
+from quantempo.scales import MEAN_METRICS, LayerScales, make_metric, search_scales
 
 __all__ = [
     "LayerPlan", "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan",
@@ -85,7 +85,7 @@ class Quantized:
         # The search decides which layers have several buckets.
         plans = [
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
-            for p in _settled(plans, scales)
+            for p in _settled(plans, scales, recipe)
         ]
         return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases)
 
@@ -133,6 +133,12 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     make_metric(recipe.activations.metric, recipe.activations.p)
     make_metric(recipe.weights.metric, recipe.weights.p)
+    how, known = recipe.activations, sorted(MEAN_METRICS)
+    if how.granularity != "time" and how.metric not in known:
+        raise QuantempoError(
+            f"got activations.granularity = '{how.granularity}' with metric '{how.metric}', which "
+            f"is no mean over elements; expected a metric of: {', '.join(known)}"
+        )
     if ROUNDINGS.get(recipe.rounding.name).needs == "block":
         check_start(recipe.rounding)
     check_roles(recipe.layers.float_roles)
@@ -148,10 +154,12 @@ def plan(
 
 
 def calibrate(
-    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan]
+    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan], recipe: Recipe
 ) -> dict[str, Tensor]:
     """Return the statistics of the inputs of all integer layers, see `collect_statistics`."""
-    return collect_statistics(denoiser, segments_of(plans), data)
+    how = recipe.activations
+    tokens = None if how.granularity == "time" else make_metric(how.metric, how.p)
+    return collect_statistics(denoiser, segments_of(plans), data, tokens=tokens)
 
 
 def segments_of(plans: list[LayerPlan]) -> dict[str, tuple[int, ...]]:
@@ -234,10 +242,16 @@ def error_shares(
     return {name: (errors[name], max(macs.get(name, 0), 1) / work) for name in names}
 
 
-def _settled(plans: list[LayerPlan], scales: Mapping[str, Tensor]) -> list[LayerPlan]:
-    """Return the plans with the layers in float that `keep_costly` left there."""
+def _settled(
+    plans: list[LayerPlan], scales: Mapping[str, Tensor], recipe: Recipe
+) -> list[LayerPlan]:
+    """Return the plans with what was measured: layers left in float by `keep_costly`, scales."""
     result = []
     for plan in plans:
+        if (errors := scales.get(f"{plan.name}.errors")) is not None:
+            time, token = (f"{float(error):.3g}" for error in errors)
+            kind = f"{recipe.activations.metric} of inputs"
+            plan = replace(plan, reason=f"{kind}: {token} with a scale a token, {time} by time")
         both = scales.get(f"{plan.name}.costly")
         if both is not None:
             reason = f"measured: {both[0]:.0%} of the output's error for {both[1]:.1%} of the work"
@@ -276,7 +290,7 @@ def round_weights(
 
     The float denoiser is left as it was; folder, key: where finished blocks are kept.
     """
-    settings, plans = recipe.rounding, _settled(plans, scales)
+    settings, plans = recipe.rounding, _settled(plans, scales, recipe)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")
     if not codes or (alone and not settings.bias and not settings.refine):
@@ -299,7 +313,7 @@ def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quan
     """
     check_recipe(recipe, denoiser)
     plans = plan(denoiser, recipe, data)
-    statistics = calibrate(denoiser, data, plans)
+    statistics = calibrate(denoiser, data, plans, recipe)
     scales = search(denoiser, statistics, plans, recipe)
     scales = keep_costly(denoiser, data, plans, scales, recipe)
     codes = round_weights(denoiser, data, recipe, plans, scales)

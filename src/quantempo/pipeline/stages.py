@@ -92,7 +92,8 @@ def calibrate(session: Session) -> None:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     with session.stage("calibrate") as needed:
         if needed:
-            stats = core.calibrate(session.denoiser, _trace_of(session), session.plans)
+            given = session.denoiser, _trace_of(session), session.plans, session.recipe
+            stats = core.calibrate(*given)
             session.run.write_safetensors("stats.safetensors", stats)
 
 

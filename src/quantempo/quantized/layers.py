@@ -3,6 +3,8 @@
     y = s_a * s_w[o] * (sum_k q_a q_w - z * sum_k q_w) + bias[o]
     q_a = clamp(round(x / s_a) + z, 0, 2^act_bits - 1)
 
+s_a belongs to a time bucket, or to each token: max |x| / (2^(act_bits - 1) - 1), z in the middle.
+
 They replace Conv2d and Linear in place under the same name. What executes them is a plain callable
 `kernel` that a backend attaches; saving and loading never depend on it. Source: PTQ4DM section
 3.1 with quantizers moved to layer inputs, where integer kernels need them.
@@ -17,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import activation_format, weight_format
+from quantempo.core import activation_format, token_scale, weight_format
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
@@ -37,7 +39,7 @@ class QLayer(nn.Module):
 
     Args:
         segments: input channels of each segment with a scale of its own; sums to C_in.
-        buckets: G, 1 for one scale at all times.
+        buckets: G, 1 for one scale at all times, 0 for a scale for every token (`dynamic`).
         device: where the (uninitialised) buffers are made.
     """
 
@@ -145,8 +147,15 @@ class QLayer(nn.Module):
         codes = self.weight_codes
         return codes.float() * self.weight_scale.reshape(-1, *[1] * (codes.ndim - 1))
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale of an input is that of each token, measured as it comes."""
+        return self.act_scale.shape[1] == 0
+
     def scale_now(self, segment: int, x: Tensor) -> Tensor:
-        """Return the activation scale of the current time bucket: () or (B, 1, ...) like x."""
+        """Return the scale of a segment x: () or (B, 1, ...) by time bucket, (..., 1) by token."""
+        if self.dynamic:
+            return token_scale(x, self.act_format)
         return self.clock.rows(self.act_scale[segment], x)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -177,7 +186,8 @@ class QLayer(nn.Module):
         return {**self.__dict__, "kernel": None, "_unpacked": None}
 
     def _grids(self) -> str:
-        return f"W{self.weight_bits}A{self.act_bits}, buckets={self.act_scale.shape[1]}"
+        scales = "dynamic" if self.dynamic else f"buckets={self.act_scale.shape[1]}"
+        return f"W{self.weight_bits}A{self.act_bits}, {scales}"
 
     kernel: Kernel | None
 

@@ -37,7 +37,8 @@ class LayerPlan:
     """What one layer becomes.
 
     kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear) or "float" (left
-    alone); buckets: columns of its scale table; reason: why not int8; role: a key of ROLES.
+    alone); buckets: columns of its scale table, 0 for a scale for every token; reason: why it is
+    not int8, or has such scales; role: a key of ROLES.
     """
 
     name: str

@@ -67,7 +67,7 @@ def layer_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
             " × ".join(map(str, row["weight_shape"])) or "–",
             bits_cell(row),
             str(max(1, len(row["segments"]))),
-            str(row["buckets"] or "–"),
+            {None: "–", 0: "token"}.get(row["buckets"], str(row["buckets"])),
             "–" if row["scale_min"] is None else f"{row['scale_min']:.3g} – {row['scale_max']:.3g}",
             f"{100 * row['macs'] / total:.2f} %",
             "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
@@ -76,6 +76,6 @@ def layer_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
         for row in rows
     ]
     head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
-            "SQNR dB", "why in float")  # fmt: skip
+            "SQNR dB", "why")  # fmt: skip
     caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
     return head, cells, caption

@@ -199,6 +199,9 @@ def window_of(scales: dict[str, np.ndarray], name: str, bits: int) -> np.ndarray
     if f"{name}.act_scale" not in scales or "bucket_of" not in scales:
         return None
     scale = scales[f"{name}.act_scale"][0]
+    if not len(scale):
+        # Every token has its own.
+        return None
     zero, top = scales[f"{name}.act_zero_point"][0], 2**bits - 1
     per_time = np.broadcast_to(scale, (max(scales["bucket_of"].max() + 1, len(scale)),))
     per_time = per_time[scales["bucket_of"]]
@@ -236,20 +239,24 @@ def _scales(run: RunFolder) -> list[Block]:
     tensors = _file(run, "scales.safetensors", "search")
     roles = {row["name"]: row["role"] for row in _file(run, "layers.json", "pack")}
     bucket_of = tensors.get("bucket_of")
-    moving, fixed = [], 0
+    moving, fixed, tokens = [], 0, 0
     for key, scale in tensors.items():
         if key.endswith(".act_scale"):
-            if scale.shape[1] == 1 or bucket_of is None:
+            if scale.shape[1] == 0:
+                tokens += 1
+            elif scale.shape[1] == 1 or bucket_of is None:
                 fixed += 1
             else:
                 role = roles.get(key.removesuffix(".act_scale"), "other")
                 moving += [(role, values) for values in scale]
+    each = f" {tokens} layers have a scale for every token." if tokens else ""
     if not moving or bucket_of is None:
-        return [Block("text", f"All {fixed} integer layers keep one activation scale over time.")]
+        text = f"All {fixed} {'other ' if tokens else ''}integer layers keep one activation scale"
+        return [Block("text", f"{text} over time.{each}")]
     count = int(bucket_of.max()) + 1
     caption = (
         f"{len(moving)} inputs with scales of their own in {count} time buckets; {fixed} layers "
-        "gain too little from it and keep one. A skip input in two parts counts twice."
+        f"gain too little from it and keep one. A skip input in two parts counts twice.{each}"
     )
     return [Block("svg", plots.scale_curves(moving, bucket_of), caption)]
 

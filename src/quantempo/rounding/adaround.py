@@ -105,13 +105,15 @@ def refine_scales(block: BlockRun, unit: Unit) -> bool:
     over all rows is smaller with them.
     """
     settings, powers = unit.settings, block.powers()
+    if all(layer.dynamic for layer in block.copies.values()):
+        return False
     before = block.loss(powers)
     old = {name: layer.act_scale.clone() for name, layer in block.copies.items()}
     at_start = errors(block, powers)
     kernels = {name: ScaleKernel(layer) for name, layer in block.copies.items()}
     for name, kernel in kernels.items():
         block.copies[name].kernel = kernel
-    parameters = [kernel.log_scale for kernel in kernels.values()]
+    parameters = [k.log_scale for k in kernels.values() if not k.layer.dynamic]
     how = replace(settings, iterations=settings.refine, seed=settings.seed + 1)
     learn(block, parameters, how, powers=powers, start=at_start, rate=SCALE_RATE)
     for name, layer in block.copies.items():

@@ -118,7 +118,7 @@ def dequantized_input(
     """
     axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
     for i, part in enumerate(x.float().split(layer.segments, axis)):
-        scale = (scale_at or layer.scale_now)(i, x)
+        scale = (scale_at or layer.scale_now)(i, part)
         codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
         parts.append(codes * scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

@@ -95,5 +95,7 @@ class ScaleKernel(_Kernel):
         return self.fixed
 
     def scale(self, segment: int, x: Tensor) -> Tensor:
-        """Return the scale of the current time bucket."""
+        """Return the scale of the current time bucket, or of each token, which is not learned."""
+        if self.layer.dynamic:
+            return self.layer.scale_now(segment, x)
         return self.layer.clock.rows(self.log_scale[segment].exp(), x)

@@ -8,8 +8,8 @@ from quantempo.scales.activation import (
     cost_table,
     search_activation,
 )
-from quantempo.scales.histogram import Histogram, MinMax, bin_centers
-from quantempo.scales.metrics import METRICS, make_metric
+from quantempo.scales.histogram import Histogram, MinMax, TokenError, bin_centers
+from quantempo.scales.metrics import MEAN_METRICS, METRICS, Metric, make_metric
 from quantempo.scales.search import (
     LayerScales,
     bucket_of_bin,
@@ -20,7 +20,8 @@ from quantempo.scales.search import (
 )
 
 __all__ = [
-    "METRICS", "ActivationScale", "Candidates", "CostTable", "Histogram", "LayerScales", "MinMax",
-    "bin_centers", "bucket_gain", "bucket_of_bin", "cost_table", "make_metric", "search_activation",
-    "search_scales", "search_weight", "segment_costs", "segment_time",
+    "MEAN_METRICS", "METRICS", "ActivationScale", "Candidates", "CostTable", "Histogram",
+    "LayerScales", "Metric", "MinMax", "TokenError", "bin_centers", "bucket_gain", "bucket_of_bin",
+    "cost_table", "make_metric", "search_activation", "search_scales", "search_weight",
+    "segment_costs", "segment_time",
 ]  # fmt: skip

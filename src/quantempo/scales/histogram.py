@@ -1,6 +1,6 @@
-"""Streaming statistics of one activation: `MinMax`, then `Histogram` over its range.
+"""Streaming statistics of one activation: `MinMax`, then `Histogram` over its range, `TokenError`.
 
-Both hold one row per input-channel segment and fine time bin, and both are sums or extremes of
+The first two hold one row per input-channel segment and fine time bin, and are sums or extremes of
 integers or single values: the order of batches and their size do not change a bit. Nothing here
 chooses a scale.
 
@@ -12,9 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quantempo.core import activation_format, token_scale
 from quantempo.errors import QuantempoError
+from quantempo.scales.metrics import Metric
 
-__all__ = ["Histogram", "MinMax", "bin_centers"]
+__all__ = ["ACT_BITS", "Histogram", "MinMax", "TokenError", "bin_centers"]
+
+# Widths of activations.
+ACT_BITS = range(2, 9)
 
 # Small enough for the temporaries of a piece to stay in cache (3 times faster), and for torch not
 # to spread a piece over threads.
@@ -152,6 +157,31 @@ class Histogram:
             return
         for k, values in _rows(x, time_bin, self.counts.shape[1]):
             self.counts[segment, k] += _count(values, lo, hi, bins)
+
+
+class TokenError:
+    """Average a metric of `MEAN_METRICS` over inputs whose tokens have a scale each, at all widths.
+
+    Attributes:
+        error: (S, 7) float64, of codes of 2 to 8 bits; 0 where nothing was seen.
+    """
+
+    def __init__(self, segments: int, metric: Metric) -> None:
+        self.error, self.metric = torch.zeros(segments, len(ACT_BITS), dtype=torch.float64), metric
+        self.tokens = [0] * segments
+
+    @torch.no_grad()
+    def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
+        """Take in a batch (..., K) of floats, whatever its time."""
+        rows, sums = x.float().reshape(-1, x.shape[-1]), []
+        for bits in ACT_BITS:
+            scale = token_scale(rows, activation_format(bits))
+            codes = (rows / scale).round_()
+            sums.append(self.metric(rows, codes.mul_(scale)).double().sum())
+        self.tokens[segment] += len(rows)
+        share = len(rows) / max(1, self.tokens[segment])
+        mean = torch.stack(sums).cpu() / max(1, len(rows))
+        self.error[segment] += share * (mean - self.error[segment])
 
 
 def _on_host(values: Tensor) -> bool:

@@ -19,8 +19,8 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
 __all__ = [
-    "DENSITY_METRICS", "METRICS", "Metric", "cosine", "kl", "l1", "linf", "lp", "make_metric",
-    "mse",
+    "DENSITY_METRICS", "MEAN_METRICS", "METRICS", "Metric", "cosine", "kl", "l1", "linf", "lp",
+    "make_metric", "mse",
 ]  # fmt: skip
 
 # Contract: metric(x (..., L), x_hat (..., L), weight (..., L) | None) -> (...). Leading axes
@@ -34,6 +34,8 @@ METRICS: Registry[Metric] = Registry("metric")
 
 # Metrics of the distribution, not of the elements: they need a histogram even for exact data.
 DENSITY_METRICS = frozenset({"kl"})
+# Means over elements: those of parts of the data add up to that of the whole.
+MEAN_METRICS = frozenset({"mse", "l1", "lp"})
 
 # Mass that the simulated density of `kl` grants to everything outside its range.
 KL_OUTSIDE = 1e-6

@@ -29,7 +29,7 @@ from quantempo.scales.activation import (
     cost_table,
     search_activation,
 )
-from quantempo.scales.histogram import bin_centers
+from quantempo.scales.histogram import ACT_BITS, bin_centers
 from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
 
 __all__ = [
@@ -75,11 +75,12 @@ def search_scales(
 
     For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), `NAME.weight_scale` (O,);
     `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of
-    buckets, or 1 for a layer none of whose segments gains `min_gain` by it.
+    buckets, 1 for a layer none of whose segments gains `min_gain` by it, or 0 for one whose tokens
+    have a scale each; `NAME.errors` (2,) float64 where that was measured: by time, by token.
 
     Args:
         stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
-            without them gets a weight scale alone.
+            without them gets a weight scale alone. `NAME.token_error` (S, 7), see `TokenError`.
         weights: float weight (O, ...) of each layer, searched on its device.
         recipe: metrics, bits and number of buckets.
         known: weight scales (O,) of layers that need no search.
@@ -113,6 +114,15 @@ def search_scales(
         tensors[f"{name}.act_zero_point"] = torch.tensor(
             [part.zero_point for part in parts], dtype=torch.int32
         )
+        if settings.granularity == "time" or f"{name}.token_error" not in stats:
+            continue
+        mass = stats[f"{name}.hist"].sum((1, 2)).double()
+        token = stats[f"{name}.token_error"][:, ACT_BITS.index(specs[name].bits)]
+        both = torch.stack([token.new_tensor([part.cost for part in parts]), token])
+        tensors[f"{name}.errors"] = errors = both @ (mass / mass.sum())
+        if settings.granularity == "token" or errors[1] < (1 - settings.min_gain) * errors[0]:
+            tensors[f"{name}.act_scale"] = torch.empty(len(parts), 0)
+            tensors[f"{name}.act_zero_point"].fill_(specs[name].symmetric_zero_point)
     return tensors
 
 

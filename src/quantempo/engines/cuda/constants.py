@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.core import activation_format, token_scale
 from quantempo.engines.base import last, rows_of
 from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
+from quantempo.kernels.ops import exact
+from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
     "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
+    "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -73,6 +77,17 @@ def quantize_rows(x: Tensor, grid: ActivationGrid) -> Tensor:
     # As images one pixel wide, so that rows find their time bucket: (B, K, rows, 1).
     images = x.reshape(1 if x.ndim == 1 else x.shape[0], -1, 1, width).permute(0, 3, 1, 2)
     return rows_of(quantize(images, grid))
+
+
+def quantize_tokens(x: Tensor, grid: ActivationGrid) -> tuple[Tensor, Tensor]:
+    """Return codes as `quantize_rows` does, and the scale of each row, (M,) float32."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    one_pass = grid.qmax == 255 and rows.shape[1] <= MOST_CHANNELS and x.dtype in FLOATS
+    if one_pass and not torch.compiler.is_compiling():
+        bucket = grid.clock.now.reshape(-1)[0]
+        return ops.norm_modulate_quant(rows[None], bucket=bucket, norm="none")
+    scale = token_scale(rows, activation_format(grid.qmax.bit_length()))
+    return exact.quantize(rows, scale, grid.zero_point, grid.qmax), scale[:, 0]
 
 
 class Norm:
@@ -262,14 +277,21 @@ class LayerConstants:
         dtype: torch.dtype,
         part: int = 0,
         grid: ActivationGrid | None = None,
+        rows: Tensor | None = None,
         **how: Any,
     ) -> Tensor:
-        """Return the product (M, O) of a segment's codes (M, K_i), or its int8 codes on `grid`."""
+        """Return the product (M, O) of a segment's codes (M, K_i), or its int8 codes on `grid`.
+
+        rows: (M,) float32, the scale of each row where it is that of a token.
+        """
         if grid is not None:
             how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
-        return ops.qgemm(
-            codes, *self._of(part), out_dtype=dtype, bucket=self.layer.clock.bucket, **how
-        )
+        weight, scale, *rest = self._of(part)
+        if rows is not None:
+            scale, bucket = rows, torch.arange(len(rows), device=rows.device)
+        else:
+            bucket = self.layer.clock.bucket
+        return ops.qgemm(codes, weight, scale, *rest, out_dtype=dtype, bucket=bucket, **how)
 
     def _of(self, part: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.weights[part], self.grids[part].scale, self.weight_scale, self.tables[part]

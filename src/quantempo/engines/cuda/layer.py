@@ -20,6 +20,7 @@ from quantempo.engines.cuda.constants import (
     LayerConstants,
     quantize,
     quantize_rows,
+    quantize_tokens,
 )
 from quantempo.errors import QuantempoError, log
 from quantempo.models.fusion import no
@@ -77,15 +78,22 @@ class _Kernel(Kernel):
         dtype = x.dtype if x.dtype in FLOATS else torch.float32
         image = isinstance(layer, QConv2d)
         parts = zip(x.split(layer.segments, channel_dim(layer)), constants.grids, strict=True)
-        codes = [(quantize if image else quantize_rows)(part, grid) for part, grid in parts]
         how: dict[str, Any] = constants.shape if image else {}
+        # Of each segment: what `gemm` is told of its rows.
+        rows: list[dict[str, Any]] = [{}] * len(layer.segments)
+        if layer.dynamic:
+            pairs = [quantize_tokens(*pair) for pair in parts]
+            codes, rows = [pair[0] for pair in pairs], [{"rows": pair[1]} for pair in pairs]
+        else:
+            codes = [(quantize if image else quantize_rows)(part, grid) for part, grid in parts]
         if constants.sides is not None:
             how |= constants.sides.arguments(codes[1:])
             codes = codes[:1]
         run = constants.conv if image else constants.gemm
         y: Tensor | None = None
         for i, main in enumerate(codes[:-1]):
-            y = run(main, torch.float32, i, residual=y, **how)
+            y = run(main, torch.float32, i, residual=y, **rows[i], **how)
+        how |= rows[len(codes) - 1]
         y = run(codes[-1], dtype, len(codes) - 1, residual=y, bias=constants.bias, **how)
         return (y if image else y.reshape(*x.shape[:-1], -1)).to(x.dtype)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantempo.core import token_scale
 from quantempo.engines.base import ActivationGrids, Backend, Kernel, channel_dim, run_per_bucket
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
@@ -45,6 +46,8 @@ class _Kernel(Kernel):
 
     def __call__(self, x: Tensor) -> Tensor:
         self.here(x.device)
+        if self.layer.dynamic:
+            return self._run_tokens(x)
         if self.grids.buckets == 1:
             return self._run(0, x)
         return run_per_bucket(self.layer.clock, self._run, x)
@@ -74,6 +77,18 @@ class _Kernel(Kernel):
             term = self.parts[i](codes, *grid[:2], bias, dtype)
             y, bias = (term if y is None else y.add_(term)), None
         result: Tensor = y if convolution else y.reshape(*x.shape[:-1], -1)
+        return result.to(x.dtype)
+
+    def _run_tokens(self, x: Tensor) -> Tensor:
+        """Return the output of a layer with a scale for every token, the row scale put on last."""
+        layer = self.layer
+        y: Any = layer.bias
+        for i, part in enumerate(x.reshape(-1, x.shape[-1]).split(self.grids.segments, -1)):
+            scale = token_scale(part, layer.act_format)
+            codes = quantize_tokens(part / scale, 1.0, self.grids.zero_points[i], self.grids.qmax)
+            term = self.parts[i](codes, 1.0, self.grids.zero_points[i], None)
+            y = term.mul_(scale) if y is None else torch.addcmul(y, term, scale)
+        result: Tensor = y.reshape(*x.shape[:-1], -1)
         return result.to(x.dtype)
 
 

@@ -8,8 +8,9 @@ out for OpenVINO's low-precision transformations:
 
 Quantizers with a range that changes at run time would leave int8 behind; a multiplication before a
 constant one does not. It needs one zero point for all buckets of a layer. With a single bucket
-nothing is multiplied. Quantizers have 256 levels; a grid of fewer bits is the lower part of one,
-its input clamped to (qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
+nothing is multiplied. The scale of a token is worked out in the graph; s_ref is 1 then. Quantizers
+have 256 levels; a grid of fewer bits is the lower part of one, its input clamped to
+(qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
 """
 
 import functools
@@ -37,6 +38,7 @@ __all__ = ["build_graph", "constant", "wrong_sums"]
 _OP = "packed_layer"
 # 8 bits; low-precision transformations know no other number.
 _LEVELS = 256
+_TINY = float(np.finfo(np.float32).tiny)
 _LIBRARY = torch.library.Library("quantempo", "FRAGMENT")
 _LIBRARY.define(f"{_OP}(Tensor x, Tensor bucket, int index, int[] shape) -> Tensor")
 # Tracing needs the shape of the output, not its values.
@@ -208,10 +210,11 @@ class _LayerConverter:
         bias = None if layer.bias is None else _numpy(layer.bias).reshape(bias_shape)
         terms, start = [], 0
         for i, width in enumerate(layer.segments):
-            codes = self._quantized(call, i, bucket, _part(x, call, axis, start, width))
+            part = _part(x, call, axis, start, width)
+            codes = self._quantized(call, i, bucket, part)
             y = self._sum(call, i, codes, slice(start, start + width))
             start += width
-            back = self._table(call, i, bucket, inverse=False)
+            back = self._table(call, i, bucket, part, inverse=False)
             joined = len(layer.segments) == 1 and isinstance(layer, QConv2d)
             if back is not None and bias is not None and joined:
                 # A constant bias right behind a convolution is free, and keeps the (constant)
@@ -233,7 +236,7 @@ class _LayerConverter:
         scales = _numpy(layer.act_scale[i]).tobytes()
         key = (node.get_name(), x.get_index(), zero, layer.act_qmax, scales)
         if key not in self.shared:
-            to = self._table(call, i, bucket, inverse=True)
+            to = self._table(call, i, bucket, x, inverse=True)
             scaled = x if to is None else ops.multiply(x, to)
             low, high = constant(-zero * scale), constant((_LEVELS - 1 - zero) * scale)
             if layer.act_qmax < _LEVELS - 1:
@@ -264,9 +267,11 @@ class _LayerConverter:
         return y
 
     def _table(
-        self, call: _LayerCall, i: int, bucket: ov.Output, *, inverse: bool
+        self, call: _LayerCall, i: int, bucket: ov.Output, x: ov.Output, *, inverse: bool
     ) -> ov.Node | None:
-        """Return s_ref / s[bucket] (inverse) or s[bucket] / s_ref, or None with one bucket."""
+        """Return s_ref / s (inverse) or s / s_ref, s of a bucket or token; None with one bucket."""
+        if call.layer.dynamic:
+            return _token_scale(call.layer, x, inverse)
         scales = _numpy(call.layer.act_scale[i])
         if len(scales) == 1:
             return None
@@ -293,7 +298,15 @@ def _part(x: ov.Output, call: _LayerCall, axis: int, start: int, width: int) -> 
 
 def _reference(layer: QLayer, segment: int) -> float:
     """Return the scale of the constant quantizer, the largest of all buckets."""
-    return float(layer.act_scale[segment].max())
+    return 1.0 if layer.dynamic else float(layer.act_scale[segment].max())
+
+
+def _token_scale(layer: QLayer, x: ov.Output, inverse: bool) -> ov.Node:
+    """Return what `core.token_scale` does, or its inverse."""
+    top = layer.act_qmax - layer.act_format.symmetric_zero_point
+    peak = ops.reduce_max(ops.abs(x), constant(-1, np.int64), keep_dims=True)
+    scale = ops.maximum(ops.divide(peak, constant(float(top))), constant(_TINY))
+    return ops.divide(constant(1.0), scale) if inverse else scale
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -44,7 +44,10 @@ class Terms(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What kernels are compiled for: which terms there are, and lengths of tables."""
+    """What kernels are compiled for: which terms there are, and lengths of tables.
+
+    BUCKETS, OUT_BUCKETS: 1, or 2 for any more: there are as many as rows where each has a scale.
+    """
 
     SIDES: int
     BUCKETS: int
@@ -73,10 +76,9 @@ class Epilogue(NamedTuple):
         """What kernels are compiled for."""
         t = self.terms
         sides = (0, 1) if t.side_scales is None else t.side_scales.shape
-        outs = 1 if t.out_scale is None else t.out_scale.shape[0]
-        return Form(
-            sides[0], t.act_scale.shape[0], sides[1], outs, t.bucket.numel() > 1, self.activation
-        )
+        outs = 1 if t.out_scale is None else min(t.out_scale.shape[0], 2)
+        ins, mixed = min(t.act_scale.shape[0], 2), t.bucket.numel() > 1
+        return Form(sides[0], ins, sides[1], outs, mixed, self.activation)
 
     def check(
         self, shape: tuple[int, ...], table: tuple[int, ...], device: torch.device, strides: bool
@@ -100,6 +102,9 @@ class Epilogue(NamedTuple):
         fine = self.out_dtype != torch.int32 or t.out_scale is None
         checks.expect(fine, "out_dtype", self.out_dtype, "a float type with out_scale")
         checks.table("out_scale", t.out_scale)
+        lengths = [len(x) for x in (t.act_scale, t.out_scale) if x is not None and len(x) > 1]
+        # One bucket finds the entry of both.
+        checks.expect(len(set(lengths)) < 2, "act_scale, out_scale", lengths, "1 or equal lengths")
         checks.grid("out_zero", self.out_zero, self.out_qmax)
         if strides:
             checks.dense(
