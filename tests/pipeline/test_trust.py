@@ -199,19 +199,21 @@ WORK = """
 import sys
 from quantempo.pipeline import stages
 from tests.pipeline.test_trust import SMALL
+print("ready", flush=True)
 stages.quantize(sys.argv[1], sys.argv[2], SMALL)
 """
 
 
 def test_processes_on_one_run_folder_take_turns(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WORK, str(saved("unconditional")), str(tmp_path / "run")]
+    source, run = saved("unconditional"), tmp_path / "run"
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
-    running = [
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in running:
-        assert process.wait(300) == 0, process.stderr and process.stderr.read()
-    use(tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".*"))
+    command, pipes = [sys.executable, "-c", WORK, source, run], {"text": True}
+    pipes |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, **pipes) as other:
+        assert other.stdout.readline() == "ready\n"
+        pipeline.quantize(source, run, SMALL)
+        _, said = other.communicate(timeout=300)
+    assert other.returncode == 0, said
+    use(run)
+    assert not list(run.glob(".*"))
