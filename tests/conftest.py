@@ -5,6 +5,7 @@ only that is: under `--no-skips`, which `.ci/run` asks for, a skip for another r
 """
 
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ import torch
 
 from quantempo.cli import main
 
-# Tiny tensors lose more to waiting threads than they gain.
+# Tiny tensors lose more to waiting threads than they gain; processes of tests are told so, too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is imported stays: no collection of garbage need look at its million objects.
+gc.disable()
 
 # Marker -> tests in its lane, by how their name begins.
 LANES = {
@@ -70,12 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help=f"fail skips, unless: {NO_DEVICE}")
 
 
-def pytest_collection() -> None:
-    gc.disable()
-
-
 def pytest_collection_finish() -> None:
-    # What is imported stays: a collection of garbage need not look at its million objects.
     gc.freeze()
     gc.enable()
 

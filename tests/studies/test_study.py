@@ -87,17 +87,14 @@ def test_sigma_is_idle_under_ddim_and_not_under_ddpm(whole: Path) -> None:
 
 def test_several_processes_give_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out, known = tmp_path / "shared", legacy(whole, tmp_path, without=" seed 1")
-    script = (
-        "from tests.studies.test_study import PLAN, settings, run_study, Path\n"
-        f"how = dict(only=('Legacy',), known=Path({str(known)!r}))\n"
-        f"run_study(settings(Path({str(out)!r})), PLAN, **how)\n"
-    )
     file = tmp_path / "shared.py"
-    file.write_text("import sys; sys.path.insert(0, '.')\n" + script)
+    file.write_text(f"""import sys; sys.path.insert(0, '.')
+from tests.studies.test_study import PLAN, settings, run_study, Path
+run_study(settings(Path({str(out)!r})), PLAN, only=('Legacy',), known=Path({str(known)!r}))
+""")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node=2", str(file)], capture_output=True, text=True, timeout=300
-    )
+    command += ["--nproc-per-node=2", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     mine = cells(out)
     assert len(mine) == 10 and mine.items() <= cells(whole).items()
