@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction.tiles import Problem, Tile, choose_tile
-from quantempo.kernels.ops.epilogue import Epilogue, Terms
+from quantempo.kernels.ops.epilogue import GATED, Epilogue, Terms
 from quantempo.kernels.ops.qconv2d import Window
 
 LAST = torch.channels_last
@@ -38,6 +38,12 @@ class Layer:
     mixed: bool = False
     requantize: bool = False
     activation: str = "none"
+    rows: bool = False
+    gates: int = 0
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED
 
     @property
     def out_size(self) -> int:
@@ -46,9 +52,8 @@ class Layer:
     def problem(self) -> Problem:
         """Return what `choose_tile` is asked, as `launch.run` puts it."""
         if self.kernel == 0:
-            gated = self.activation == "geglu"
-            size = (1, 1, self.images, 1, self.outs, self.channels, 1, 1)
-            return Problem(*size, residual=not gated, gated=gated)
+            size = (1, 1, self.images, 1, self.outs, self.channels, 1, 1, self.sides)
+            return Problem(*size, not self.gated, self.gated)
         across = self.size if self.upsample else self.out_size
         phases = 4 if self.upsample else 1
         return Problem(
@@ -117,7 +122,7 @@ LAYERS = tuple(
 
 
 def mode(layer: Layer) -> tuple[Any, ...]:
-    return layer.stride, layer.upsample, len(layer.sides), layer.activation == "geglu"
+    return layer.stride, layer.upsample, len(layer.sides), layer.gated
 
 
 def ways(path: str, arch: int) -> list[tuple[Layer, Tile]]:
@@ -184,7 +189,8 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
     known: dict[str, Any] = {
         "codes": image(layer.size, layer.channels),
         "weight": integers(outs, kernel**2, layer.channels),
-        "act_scale": floats(8, spread=0.01), "weight_scale": floats(outs, spread=0.01),
+        "act_scale": floats(layer.images if layer.rows else 8, spread=0.01), "rows": layer.rows,
+        "weight_scale": floats(outs, spread=0.01),
         "table": torch.zeros(16, outs, device=device, dtype=torch.int32),
         "bucket": torch.zeros((buckets,) if buckets else (), device=device, dtype=torch.int64),
         "bias": floats(outs), "kernel": kernel, "stride": layer.stride,
@@ -196,16 +202,18 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
         known |= {
             "side_codes": [image(layer.out_size, side) for side in layer.sides],
             "side_weights": [integers(outs, side) for side in layer.sides],
-            "side_scales": floats(count, 8, spread=0.01),
+            "side_scales": floats(count, layer.images if layer.rows else 8, spread=0.01),
             "side_weight_scale": floats(outs, spread=0.01),
             "side_table": torch.zeros(count, outs, device=device, dtype=torch.int32),
         }
-    elif linear and layer.activation != "geglu":
+    if linear and not layer.gated:
         known["residual"] = _image(floats(layer.images, outs).half())
-    elif not linear and layer.stride == 1 and not layer.upsample:
+    elif not linear and layer.stride == 1 and not layer.upsample and not layer.sides:
         size = layer.out_size
         known["shift"] = floats(n, outs)
         known["residual"] = floats(n, size, size, outs).half().permute(0, 3, 1, 2)
+    if layer.gates:
+        known["gate"] = floats(layer.gates, 6 * outs).bfloat16()[:, outs : 2 * outs]
     if layer.activation != "none":
         known["activation"] = layer.activation
     if layer.requantize:
@@ -219,7 +227,7 @@ def call(
 ) -> Tensor:  # fmt: skip
     """Return y of `launch.run`; int32: the sums alone, without the sides."""
     codes, outs = known["codes"], layer.outs
-    if layer.activation == "geglu" and dtype != torch.int32:
+    if layer.gated and dtype != torch.int32:
         outs //= 2
     kind = codes.dtype if layer.requantize and dtype != torch.int32 else dtype
     if layer.kernel == 0:
@@ -239,13 +247,14 @@ def call(
 def contraction(
     *, codes: Tensor, weight: Tensor, y: Tensor, kernel: int, stride: int, upsample: bool,
     border: tuple[int, int], activation: str = "none", out_zero: int = 0, out_qmax: int = 255,
-    side_codes: Sequence[Tensor] = (), side_weights: Sequence[Tensor] = (), **terms: Tensor | None,
+    rows: bool = False, side_codes: Sequence[Tensor] = (), side_weights: Sequence[Tensor] = (),
+    **terms: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the arguments of `launch.run`; border: (top, left)."""
     size = (*y.shape[:1], weight.shape[0], *y.shape[2:])
     return {
         "codes": codes, "weight": weight, "y": y, "size": codes.shape, "out_size": size,
-        "epilogue": Epilogue(Terms(**terms), activation, y.dtype, out_zero, out_qmax),
+        "epilogue": Epilogue(Terms(**terms), activation, y.dtype, out_zero, out_qmax, rows),
         "window": Window(kernel, stride, *border, upsample), "side_codes": side_codes,
         "side_weights": side_weights,
     }  # fmt: skip

@@ -29,6 +29,11 @@ OTHERS = (
     Layer(256, 256, 16, 256, mixed=True, sides=(256, 256)),
     Layer(8192, 320, 1, 1280, kernel=0, requantize=True, activation="gelu"),
     Layer(8192, 320, 1, 2560, kernel=0, activation="geglu", mixed=True),
+    # A block of FLUX at 1024 pixels, by token; of Wan, whose gates are those of several images.
+    Layer(4608, 3072, 1, 12288, kernel=0, rows=True, activation="gelu_tanh"),
+    Layer(4608, 3072, 1, 3072, kernel=0, rows=True, sides=(12288,), gates=1),
+    Layer(4608, 1536, 1, 8192, kernel=0, rows=True, activation="swiglu", requantize=True),
+    Layer(8250, 1536, 1, 1536, kernel=0, mixed=True, gates=2),
 )
 
 

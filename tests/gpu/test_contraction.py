@@ -8,11 +8,13 @@ import functools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from quantempo.kernels import layout
 from quantempo.kernels.gpu.contraction import launch
 from quantempo.kernels.gpu.contraction.tiles import Tile
 from quantempo.kernels.ops import qconv2d, qgemm
+from quantempo.kernels.ops.qgemm import Product
 from tests.gpu import harness
 from tests.gpu.cases import Case, Example, check_values
 
@@ -24,7 +26,8 @@ pytestmark = [
 
 SMALL = Tile(32, 32, 64, 4, 2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
-HALF, BRAIN = torch.float16, torch.bfloat16
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+CUDA = pytest.mark.cuda
 
 CASES = {
     "odd": Case(),
@@ -130,7 +133,15 @@ def test_linear_entry(activation, requantize, tokens):
 GATED = {"many times": (22, 80, 48, True), "one time": (37, 48, 80, False)}
 
 
-def check_gated(launcher, name: str, device: str, quantized: bool) -> None:
+ACTIVATIONS = {
+    "none": lambda v: v,
+    "gelu_tanh": lambda v: v / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
+    "geglu": torch.nn.functional.gelu,
+    "swiglu": torch.nn.functional.silu,
+}
+
+
+def check_gated(launcher, name: str, device: str, quantized: bool, activation: str) -> None:
     rows, width, outs, many = GATED[name]
     g = torch.Generator().manual_seed(7)
     codes, weight = (
@@ -143,11 +154,11 @@ def check_gated(launcher, name: str, device: str, quantized: bool) -> None:
     now = bucket.repeat_interleave(rows // 2) if many else bucket.expand(rows)
     sums = codes.double() @ weight.double().T - table.double()
     y = sums * scales[now].double()[:, None] * weight_scale.double() + bias.double() - 2
-    exact = y[:, :outs] * torch.nn.functional.gelu(y[:, outs:])
+    exact = y[:, :outs] * ACTIVATIONS[activation](y[:, outs:])
     how = {"out_scale": steps.to(device), "out_zero": 70, "out_qmax": 255} if quantized else {}
     call = qgemm.__wrapped__(
         *(part.to(device) for part in (codes, weight, scales, weight_scale, table)),
-        bucket=bucket.to(device), bias=(bias - 2).to(device), activation="geglu",
+        bucket=bucket.to(device), bias=(bias - 2).to(device), activation=activation,
         out_dtype=torch.float32, **how,
     )  # fmt: skip
     got = launcher(call).cpu()
@@ -178,6 +189,108 @@ def test_on_a_device(name, path):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", GATED)
-def test_gates(name, quantized, device):
+@pytest.mark.parametrize("activation", ["geglu", "swiglu"])
+def test_gates(activation, name, quantized, device):
     module = harness.interpreted("contraction.launch") if device == "cpu" else launch
-    check_gated(module.launch, name, device, quantized)
+    check_gated(module.launch, name, device, quantized, activation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A product of a transformer block: M rows, whose scales and gates may be of their own."""
+
+    m: int = 70
+    k: int = 96
+    o: int = 80
+    rows: bool = True
+    images: int = 2
+    gates: int = 0
+    residual: torch.dtype | None = None
+    sides: tuple[int, ...] = ()
+    activation: str = "none"
+    requantize: bool = False
+
+
+BLOCKS = {
+    "a scale a row": Block(),
+    "codes out": Block(activation="gelu_tanh", requantize=True),
+    "tanh": Block(rows=False, activation="gelu_tanh", images=1),
+    "gates of a tile": Block(m=192, gates=2, residual=BRAIN),
+    "gates within a tile": Block(gates=5, residual=FLOAT, rows=False),
+    "one gate": Block(gates=1, residual=HALF, images=1),
+    "two segments": Block(sides=(160,), gates=1, residual=BRAIN),
+    "three segments": Block(sides=(48, 32), rows=False, activation="gelu_tanh", gates=2),
+    "large": Block(m=1320, k=512, o=640, sides=(1024,), gates=3, residual=BRAIN),
+    "large, not by row": Block(m=1320, k=1024, o=384, rows=False, gates=2, residual=HALF),
+    "large codes": Block(m=1100, k=256, o=1024, activation="gelu_tanh", requantize=True),
+}
+
+
+def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tensor | None]:
+    """Return a call, its result in float64 before it is rounded, and the scale of its codes."""
+    g = torch.Generator().manual_seed(3)
+    m, o, widths = case.m, case.o, (case.k, *case.sides)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=g) + 0.2
+
+    codes, weights = (
+        [torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8) for k in widths]
+        for n in (m, o)
+    )
+    bucket = torch.arange(case.images).flip(0)
+    now = bucket.repeat_interleave(m // case.images)
+    steps = rand(len(widths), m if case.rows else case.images) * 0.02
+    of_row = (steps if case.rows else steps[:, now]).double()
+    factors, zeros = [rand(o) * 0.01 for _ in range(2)], (128, 100, 201)
+    tables = [layout.row_table(w, z) for w, z in zip(weights, zeros, strict=False)]
+    reach = case.k**0.5
+    bias, gate = rand(o) * reach, (torch.randn(case.gates, 3 * o, generator=g)).to(BRAIN)
+    kind = case.residual
+    rest = None if kind is None else (torch.randn(m, o, generator=g) * reach).to(kind)
+    y = bias.double().expand(m, o)
+    for i, (q, w) in enumerate(zip(codes, weights, strict=True)):
+        part = (q.double() - (zeros[i] - 128)) @ w.double().T
+        y = y + part * of_row[i][:, None] * factors[min(i, 1)].double()
+    y = ACTIVATIONS[case.activation](y)
+    if case.gates:
+        y = y * gate[:, o : 2 * o].double().repeat_interleave(m // case.gates, 0)
+    y = y if rest is None else y + rest.double()
+    out = rand(case.images) * reach * 0.02
+    how: dict[str, object] = {"out_scale": out, "out_zero": 70} if case.requantize else {}
+    if case.sides:
+        how |= {
+            "side_codes": codes[1:], "side_weights": weights[1:], "side_scales": steps[1:],
+            "side_weight_scale": factors[1], "side_table": torch.stack(tables[1:]),
+        }  # fmt: skip
+    given = {
+        "codes": codes[0], "weight": weights[0], "act_scale": steps[0], "weight_scale": factors[0],
+        "table": tables[0], "bucket": bucket, "bias": bias, "rows": case.rows,
+        "gate": gate, "activation": case.activation, "residual": rest, "out_dtype": FLOAT, **how,
+    }  # fmt: skip
+    moved = tree_map_only(torch.Tensor, lambda x: x.to(device), given)
+    moved["gate"] = moved["gate"][:, o : 2 * o] if case.gates else None
+    call = qgemm.__wrapped__(**moved)
+    call.check(strides=True)
+    scale = out[now].double()[:, None, None, None] if case.requantize else None
+    return call, y[..., None, None], scale
+
+
+HERE = ("definition", "interpreted")
+PRODUCTS = [
+    *((name, path) for name in BLOCKS for path in HERE if "large" not in name),
+    *(pytest.param(name, path, marks=CUDA) for name in BLOCKS for path in launch.PATHS),
+]
+
+
+@pytest.mark.parametrize(("name", "path"), PRODUCTS)
+def test_products_of_transformers(name, path, monkeypatch):
+    if path == "hopper" and launch.choose_path(torch.device("cuda")) != "hopper":
+        pytest.skip("needs Hopper")
+    call, exact, scale = product(BLOCKS[name], "cpu" if path in HERE else "cuda")
+    module = harness.interpreted("contraction.launch") if path == "interpreted" else launch
+    if path in launch.PATHS:
+        monkeypatch.setattr(launch, "choose_path", lambda device: path)
+    got = call.exact() if path == "definition" else module.launch(call).cpu()
+    assert got.is_contiguous()
+    check_values(got[..., None, None], exact, FLOAT, scale)

@@ -24,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; wide: x, scale and shift are slices of wider tensors, x from `skip` on."""
+    """One call; wide: how much wider the tensors are of which x, scale and shift are slices."""
 
     b: int = 2
     t: int = 7
@@ -39,26 +39,24 @@ class Case:
     mixed: bool = False
     zero_point: int = 70
     qmax: int = 255
-    wide: bool = False
-    skip: int = 8
+    wide: int = 0
     offset: float = 0.5
 
     def call(self, device: str = "cpu") -> Tokens:
         g = torch.Generator().manual_seed(11)
-        b, t, c, more = self.b, self.t, self.c, 40 if self.wide else 0
+        b, t, c, more = self.b, self.t, self.c, self.wide
 
         def randn(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
             return torch.randn(shape, generator=g).to(dtype).to(device)
 
-        x = (randn(b, t + more // 8, c + more) * 2 + self.offset).to(self.dtype)
-        start = self.skip if self.wide else 0
+        x = (randn(b, t + more, c + more) * 2 + self.offset).to(self.dtype)[:, :t, more:]
         rows = randn(b, 2 * c + more, dtype=self.modulation)
         scale, shift = rows[:, :c], rows[:, c : 2 * c]
         weight, bias = (randn(c) + 1, randn(c, dtype=HALF)) if self.affine else (None, None)
         steps = (torch.rand(self.buckets, generator=g) * 0.02 + 0.01).to(device)
         index = torch.randint(0, self.buckets, (b,) if self.mixed else (), generator=g).to(device)
         return ops.norm_modulate_quant.__wrapped__(
-            x[:, :t, start : start + c], bucket=index, norm=self.norm, weight=weight, bias=bias,
+            x, bucket=index, norm=self.norm, weight=weight, bias=bias,
             scale=scale if self.modulate in ("both", "scale") else None,
             shift=shift if self.modulate in ("both", "shift") else None, eps=1e-5,
             act_scale=steps if self.static else None, zero_point=self.zero_point, qmax=self.qmax,
@@ -106,24 +104,21 @@ def check(call: Tokens, launch) -> int:
 CASES = {
     "a scale a token": Case(),
     "one token": Case(b=1, t=1, c=16),
-    "static": Case(static=True),
-    "four bits": Case(static=True, qmax=15, zero_point=3),
+    "static": Case(static=True, buckets=4),
+    "four bits": Case(static=True, qmax=15, zero_point=3, mixed=True),
     "buckets": Case(b=3, static=True, buckets=4, mixed=True),
-    "one bucket of many": Case(static=True, buckets=4),
-    "buckets, one scale": Case(static=True, mixed=True),
     "rms": Case(norm="rms", c=1152, t=3),
-    "affine": Case(affine=True, modulate="none", c=320),
-    "affine, modulated": Case(affine=True, static=True, norm="rms"),
-    "scale alone": Case(modulate="scale"),
+    "affine": Case(affine=True, modulate="scale", c=320, norm="rms"),
     "shift alone": Case(modulate="shift", norm="rms"),
     "quantized only": Case(norm="none", modulate="none", dtype=HALF),
     "modulated only": Case(norm="none", c=80),
-    "slices": Case(wide=True, c=160, static=True),
-    "slices that start anywhere": Case(wide=True, skip=3, dtype=FLOAT),
+    "slices": Case(wide=8, c=160, static=True),
+    "slices that start anywhere": Case(wide=3, dtype=FLOAT),
     "half and float": Case(dtype=HALF, modulation=FLOAT, c=640),
     "float": Case(dtype=FLOAT, c=1280, t=2),
     "no padding": Case(b=1, t=3, c=3072),
     "large": Case(b=1, t=2, c=8208),
+    "no token": Case(t=0),
 }
 
 
@@ -132,19 +127,10 @@ CASES = {
 def test_kernel_agrees_with_float64(name: str, device: str) -> None:
     module = harness.interpreted("norm_modulate_quant") if device == "cpu" else kernel
     call = CASES[name].call(device)
-    different = check(call, module.launch)
-    # Chance of a quotient so near a tie is 2 TIE.
-    assert different <= 0.01 * call.x.numel()
-    if device == "cuda":
-        again = kernel.launch(call)
-        assert all(torch.equal(*pair) for pair in zip(again, kernel.launch(call), strict=True))
-
-
-@pytest.mark.parametrize("name", ["a scale a token", "static", "slices", "quantized only"])
-def test_the_definition_agrees_with_float64(name: str) -> None:
-    call = CASES[name].call()
     call.check(strides=True)
     assert check(call, Tokens.exact) == 0
+    # Chance of a quotient so near a tie is 2 TIE.
+    assert check(call, module.launch) <= 0.01 * call.x.numel()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -159,9 +145,13 @@ def test_rows_without_a_largest_value(launch) -> None:
         "definition": Tokens.exact, "cuda": kernel.launch,
         "cpu": harness.interpreted("norm_modulate_quant").launch,
     }[launch]  # fmt: skip
-    given = ops.norm_modulate_quant.__wrapped__
-    bucket = torch.tensor(0, device=device)
-    codes, scale = (r.cpu() for r in run(given(x.to(device), bucket=bucket, norm="none")))
+
+    def rows(norm: str) -> tuple[Tensor, Tensor]:
+        given = {"bucket": torch.tensor(0, device=device), "norm": norm}
+        codes, scale = run(ops.norm_modulate_quant.__wrapped__(x.to(device), **given))
+        return codes.cpu(), scale.cpu()
+
+    codes, scale = rows("none")
     # Zeros, and what is nearer to them than the smallest normal number.
     assert scale[0] == scale[5] == 2**-126 and not codes[[0, 5]].any()
     # No row that holds a NaN or an infinity becomes a plausible one.
@@ -170,17 +160,15 @@ def test_rows_without_a_largest_value(launch) -> None:
     reciprocal = 1 / (torch.tensor(31.5) / 127)
     assert torch.equal(codes[4].float(), torch.round(x[0, 4] * reciprocal))
     for norm in ("layer", "rms"):
-        codes, scale = (r.cpu() for r in run(given(x.to(device), bucket=bucket, norm=norm)))
+        codes, scale = rows(norm)
         assert scale[[1, 2, 6]].isnan().all() and not codes[[1, 2, 6]].any()
         assert scale[[0, 4]].isfinite().all() and not codes[0].any()
 
 
 def test_variance_survives_a_mean_a_thousand_times_larger() -> None:
     call = Case(dtype=FLOAT, offset=2000.0, modulate="none", c=320, static=True).call()
-    # Float32 x itself has 2^-24 2000 = 1.2e-4 of a value of 2.
-    v, launch = exact(call), harness.interpreted("norm_modulate_quant").launch
-    codes, _ = launch(call)
-    expected = (torch.round(v / call.act_scale.double()) + call.zero_point).clamp(0, 255) - 128
+    codes, _ = harness.interpreted("norm_modulate_quant").launch(call)
+    expected = (torch.round(exact(call) / call.act_scale.double()) + 70).clamp(0, 255) - 128
     assert ((codes - expected).abs() <= 1).all() and (codes != expected).double().mean() < 0.02
 
 
@@ -227,7 +215,6 @@ COMPILED = [
 def test_shipped_shapes_compile_without_spills(arch: int, shape, how) -> None:
     launch = recorded(*shape, **how)
     binary = harness.compiled(launch, arch)
-    print(shape, arch, how, binary.registers, binary.shared, len(binary.sass.splitlines()))
     assert (binary.spills, binary.stack) == (0, 0)
     assert binary.registers <= MOST_REGISTERS
     # x and two of C come sixteen bytes at a time, all of them; codes leave in eights.
@@ -246,17 +233,3 @@ def test_batches_token_counts_and_zero_points_share_a_binary() -> None:
         harness.variant(recorded(b, t, 256, zero_point=z, static=True)) for b, t, z in calls
     }
     assert len(variants) == 1
-
-
-@pytest.mark.parametrize("channels", [16, 48, 320, 1152, 2432, 3072, 4096, 15360, 20480])
-def test_tiles_cover_the_channels(channels: int) -> None:
-    width, pieces, rows = kernel.tiles(channels)
-    warps = width * rows // 256
-    assert width * pieces >= channels and 4 <= warps <= 16
-    assert width * pieces < 1.2 * channels or channels < 64
-
-
-def test_without_tokens_there_is_no_launch() -> None:
-    call = Case(t=0).call()
-    codes, row_scale = harness.interpreted("norm_modulate_quant").launch(call)
-    assert codes.shape == (0, 48) and row_scale.shape == (0,)

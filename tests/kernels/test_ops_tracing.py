@@ -56,6 +56,15 @@ def gated() -> dict[str, object]:
     return gemm() | wide | {"table": torch.zeros(32, dtype=torch.int32)}
 
 
+def segments(rows: int = 6) -> dict[str, object]:
+    return gemm(rows) | {
+        "act_scale": torch.rand(rows), "rows": True, "gate": floats(2, 48)[:, 16:32],
+        "side_codes": [int8(rows, 48)], "side_weights": [int8(16, 48)],
+        "side_scales": torch.rand(1, rows), "side_weight_scale": torch.rand(16),
+        "side_table": torch.zeros(1, 16, dtype=torch.int32), "activation": "gelu_tanh",
+    }  # fmt: skip
+
+
 def norm(count: int = 2, size: tuple[int, int] = (4, 5)) -> dict[str, object]:
     return {
         "x": floats(count, 16, *size), "bucket": torch.tensor(0), "gamma": torch.rand(16),
@@ -85,6 +94,8 @@ CALLS = [
     (ops.qgemm, gated() | {"out_scale": torch.rand(1)}),
     (ops.qgemm, gemm() | {"act_scale": torch.rand(6), "bucket": torch.arange(6)}),
     (ops.qgemm, gated()),
+    (ops.qgemm, gated() | {"activation": "swiglu"}),
+    (ops.qgemm, segments() | {"residual": floats(6, 16)}),
     (ops.norm_modulate_quant, tokens()),
     (ops.norm_modulate_quant, tokens() | {"act_scale": torch.rand(3), "norm": "rms"}),
     (ops.norm_modulate_quant, tokens() | {"weight": ONES, "bias": ONES.half(), "scale": None}),
@@ -223,7 +234,16 @@ REFUSED = [
     (ops.qconv2d, convolution() | sides(2, 4, 4), r"side_codes: got int8 \(2, 32, 4, 4\)"),
     (ops.qconv2d, convolution() | sides(2, 4, 5) | {"side_table": None}, "all three"),
     (ops.qconv2d, convolution() | sides(2, 4, 5) | {"side_weights": []}, "side_weights: got 0"),
-    (ops.qgemm, gemm() | {"activation": "relu"}, "expected one of none, gelu, silu, geglu"),
+    (ops.qgemm, gemm() | {"activation": "relu"}, "one of none, gelu, gelu_tanh, silu, geglu, swi"),
+    (
+        ops.qgemm,
+        gated() | {"activation": "swiglu", "gate": floats(2, 16)},
+        "gate: got one; .* none",
+    ),
+    (ops.qgemm, segments() | {"act_scale": torch.rand(3)}, r"act_scale: .* \(6,\)"),
+    (ops.qgemm, segments() | {"side_scales": torch.rand(1, 3)}, r"side_scales: .* \(1, 6\)"),
+    (ops.qgemm, segments() | {"side_codes": [int8(5, 48)]}, r"side_codes: .* \(6, 48\)"),
+    (ops.qgemm, segments() | {"gate": floats(4, 16)}, "gate: got .* rows that divide 6"),
     (ops.qgemm, gemm() | {"activation": "geglu"}, "a multiple of 32 rows for geglu"),
     (ops.qgemm, gated() | {"residual": floats(6, 16)}, "residual: got one; expected none"),
     (ops.qgemm, gated() | {"out_dtype": torch.int32}, "a float type with geglu"),
@@ -231,15 +251,11 @@ REFUSED = [
     (ops.qgemm, gemm() | {"act_scale": ONES, "out_scale": ONES[:3]}, "1 or equal lengths"),
     (ops.qgemm, gemm() | {"weight": int8(16, 48)}, r"expected int8 \(16, 32\)"),
     (ops.qgemm, gemm() | {"table": torch.zeros(16)}, "table: got float32"),
-    (ops.norm_modulate_quant, tokens() | {"x": floats(2, 32)}, r"x: got \(2, 32\)"),
     (ops.norm_modulate_quant, tokens() | {"x": floats(2, 5, 24)}, "C a multiple of 16 up to"),
     (ops.norm_modulate_quant, tokens() | {"x": floats(2, 32, 5).mT}, "x: got strides"),
     (ops.norm_modulate_quant, tokens() | {"norm": "batch"}, "expected one of layer, rms, none"),
-    (ops.norm_modulate_quant, tokens() | {"weight": torch.ones(31)}, "weight: got"),
     (ops.norm_modulate_quant, tokens() | {"scale": floats(1, 32)}, r"scale: .* \(2, 32\)"),
     (ops.norm_modulate_quant, tokens() | {"shift": floats(32, 2).t()}, "shift: got strides"),
-    (ops.norm_modulate_quant, tokens() | {"act_scale": torch.ones(())}, r"float32 \(G,\)"),
-    (ops.norm_modulate_quant, tokens() | {"zero_point": 300}, "zero_point: got 300"),
     (ops.norm_modulate_quant, tokens(3) | {"bucket": torch.tensor([0, 1])}, "B divides the 3"),
     (ops.gn_act_quant, norm() | {"beta": None}, "both or neither"),
     (ops.gn_act_quant, norm() | {"groups": 5}, "a divisor of the 16 channels"),

@@ -288,9 +288,10 @@ class LayerConstants:
             how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
         weight, scale, *rest = self._of(part)
         if rows is not None:
-            scale, bucket = rows, torch.arange(len(rows), device=rows.device)
-        else:
-            bucket = self.layer.clock.bucket
+            scale, how = rows, how | {"rows": True}
+        clock = self.layer.clock
+        # Without codes out no row asks for its time, which may be another than its image's.
+        bucket = clock.now.reshape(-1)[0] if rows is not None and grid is None else clock.bucket
         return ops.qgemm(codes, weight, scale, *rest, out_dtype=dtype, bucket=bucket, **how)
 
     def _of(self, part: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

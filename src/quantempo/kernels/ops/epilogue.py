@@ -1,11 +1,13 @@
 """What follows the integer sums of a contraction: record, checks, exact definition.
 
-    y = act(s_a[b] s_w[o] acc + sum_i s_i[b] s_side[o] acc_i + bias[o] + shift[n, o]) + residual
+    v = act(s_a[b] s_w[o] acc + sum_i s_i[b] s_side[o] acc_i + bias[o] + shift[n, o])
+    y = v gate[n, o] + residual
 
 Kernels get `terms` as one argument and `form` as one constant: a term more is a field of `Terms`,
 its lines in `check` and `exact`, and its use in the epilogues of `gpu.contraction`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,18 +18,30 @@ from torch.nn import functional as F
 from quantempo.kernels.ops import checks
 from quantempo.kernels.ops.exact import channels_last, entries, quantize
 
-__all__ = ["Epilogue", "Form", "Terms"]
+__all__ = ["GATED", "Epilogue", "Form", "Terms"]
+
+# Activations that take two halves of the channels: v of the first times that of the second.
+GATED = {"geglu": "gelu", "swiglu": "silu"}
+
+
+_ACTIVATIONS = {
+    "none": lambda v: v,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": lambda v: v / (1 + torch.exp(-v)),
+}
 
 
 class Terms(NamedTuple):
     """The tensors of an epilogue; G buckets, O channels, up to S = 2 sides, N images or rows.
 
     Attributes:
-        act_scale: (G,); side_scales: (S, G); out_scale: (G,), of the codes of y.
+        act_scale: (G,); side_scales: (S, G); out_scale: (G,), of the codes of y. With `rows` of
+            `Epilogue` the first two have an entry for each row instead, (M,) and (S, M).
         weight_scale, side_weight_scale, bias: float32 (O,).
         table: int32 (16, O) or (O,), zero-point part of the sums; side_table: (S, O).
         bucket: int64 () or (B,).
-        shift: (N, O); residual: as y; any float.
+        shift, gate: (N, O); residual: as y; any float. N of `gate` is a divisor of the rows.
     """
 
     act_scale: Tensor
@@ -41,6 +55,7 @@ class Terms(NamedTuple):
     side_weight_scale: Tensor | None = None
     side_table: Tensor | None = None
     out_scale: Tensor | None = None
+    gate: Tensor | None = None
 
 
 class Form(NamedTuple):
@@ -55,6 +70,11 @@ class Form(NamedTuple):
     OUT_BUCKETS: int
     MIXED: bool
     ACTIVATION: str
+    ROWS: bool = False
+    # Whether 32 rows that begin at a multiple of 32 have one row of `gate`.
+    RUNS: bool = False
+    # Whether the second half of the channels are gates.
+    GATED: bool = False
 
 
 class Epilogue(NamedTuple):
@@ -65,6 +85,7 @@ class Epilogue(NamedTuple):
     out_dtype: torch.dtype = torch.bfloat16
     out_zero: int = 0
     out_qmax: int = 255
+    rows: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,13 +93,20 @@ class Epilogue(NamedTuple):
         return self.out_dtype if self.terms.out_scale is None else torch.int8
 
     @property
-    def form(self) -> Form:
-        """What kernels are compiled for."""
+    def gated(self) -> bool:
+        """Whether y has half as many channels as the sums."""
+        return self.activation in GATED
+
+    def form(self, count: int) -> Form:
+        """Return what kernels are compiled for, of `count` rows or pixels."""
         t = self.terms
         sides = (0, 1) if t.side_scales is None else t.side_scales.shape
         outs = 1 if t.out_scale is None else min(t.out_scale.shape[0], 2)
         ins, mixed = min(t.act_scale.shape[0], 2), t.bucket.numel() > 1
-        return Form(sides[0], ins, sides[1], outs, mixed, self.activation)
+        images = 0 if t.gate is None else t.gate.shape[0]
+        runs = images == 1 or (images > 1 and count // images % 32 == 0)
+        side = 1 if self.rows else sides[1]
+        return Form(sides[0], ins, side, outs, mixed, self.activation, self.rows, runs, self.gated)
 
     def check(
         self, shape: tuple[int, ...], table: tuple[int, ...], device: torch.device, strides: bool
@@ -93,16 +121,24 @@ class Epilogue(NamedTuple):
         t, features = self.terms, table[-1]
         checks.bucket(t.bucket, shape[0])
         checks.table("act_scale", t.act_scale)
+        if self.rows:
+            checks.shaped("act_scale", t.act_scale, (shape[0],), (torch.float32,))
         checks.shaped("weight_scale", t.weight_scale, (features,), (torch.float32,))
         checks.shaped("bias", t.bias, (features,), (torch.float32,))
         checks.shaped("table", t.table, table, (torch.int32,))
         checks.shaped("shift", t.shift, (shape[0], features), checks.FLOATS)
         checks.shaped("residual", t.residual, shape, checks.FLOATS)
+        if t.gate is not None:
+            images = t.gate.shape[0] if t.gate.ndim else 0
+            divides = images > 0 and shape[0] % images == 0
+            checks.expect(divides, "gate", checks.kind(t.gate), f"rows that divide {shape[0]}")
+            checks.shaped("gate", t.gate, (images, features), checks.FLOATS)
         checks.member("out_dtype", self.out_dtype, (*checks.FLOATS, torch.int32))
         fine = self.out_dtype != torch.int32 or t.out_scale is None
         checks.expect(fine, "out_dtype", self.out_dtype, "a float type with out_scale")
         checks.table("out_scale", t.out_scale)
-        lengths = [len(x) for x in (t.act_scale, t.out_scale) if x is not None and len(x) > 1]
+        tables = (None if self.rows else t.act_scale, t.out_scale)
+        lengths = [len(x) for x in tables if x is not None and len(x) > 1]
         # One bucket finds the entry of both.
         checks.expect(len(set(lengths)) < 2, "act_scale, out_scale", lengths, "1 or equal lengths")
         checks.grid("out_zero", self.out_zero, self.out_qmax)
@@ -112,8 +148,46 @@ class Epilogue(NamedTuple):
                 bucket=t.bucket, bias=t.bias, out_scale=t.out_scale,
                 # Rows may lie apart.
                 shift=None if t.shift is None else t.shift[:1],
+                gate=None if t.gate is None else t.gate[:1],
             )  # fmt: skip
             (checks.last if len(shape) == 4 else checks.dense)(device, residual=t.residual)
+
+    def check_sides(
+        self, codes: Sequence[Tensor], weights: Sequence[Tensor], shape: tuple[int, ...],
+        device: torch.device, strides: bool,
+    ) -> None:  # fmt: skip
+        """Check the sides; shape: of the sums, (N, O, H', W') or (M, O)."""
+        t, parts, (count, features, *across) = self.terms, len(codes), shape
+        checks.expect(parts <= 2, "side_codes", f"{parts} tensors", "at most 2")
+        found = f"{len(weights)} tensors"
+        checks.expect(len(weights) == parts, "side_weights", found, f"{parts}")
+        scales, weight_scale, table = t.side_scales, t.side_weight_scale, t.side_table
+        given = [tensor is not None for tensor in (scales, weight_scale, table)]
+        wanted = "all three with side_codes, none of them without"
+        names = "side_scales, side_weight_scale, side_table"
+        checks.expect(given == [parts > 0] * 3, names, given, wanted)
+        if scales is None:
+            return
+        entries = count if self.rows else scales.shape[-1]
+        fits = scales.shape == (parts, entries) and scales.dtype == torch.float32
+        wanted = f"float32 ({parts}, {entries if self.rows else 'G'})"
+        checks.expect(fits, "side_scales", checks.kind(scales), wanted)
+        checks.shaped("side_weight_scale", weight_scale, (features,), (torch.float32,))
+        checks.shaped("side_table", table, (parts, features), (torch.int32,))
+        memory = checks.last if across else checks.dense
+        for part, weight in zip(codes, weights, strict=True):
+            checks.expect(part.ndim == len(shape), "side_codes", checks.kind(part), "as codes")
+            channels = part.shape[1]
+            checks.sixteen(channels, features)
+            checks.shaped("side_codes", part, (count, channels, *across), checks.INT8)
+            checks.shaped("side_weights", weight, (features, channels), checks.INT8)
+            if strides:
+                memory(device, side_codes=part)
+                checks.dense(device, side_weights=weight)
+        if strides:
+            checks.dense(
+                device, side_scales=scales, side_weight_scale=weight_scale, side_table=table
+            )
 
     def exact(self, acc: Tensor, side_sums: Sequence[Tensor] = ()) -> Tensor:
         """Return y of float64 sums (N, O, H', W') or (M, O); of out_dtype int32 the sums alone."""
@@ -122,7 +196,8 @@ class Epilogue(NamedTuple):
         t, count, rest = self.terms, acc.shape[0], (1,) * (acc.ndim - 2)
 
         def each(table: Tensor) -> Tensor:
-            return entries(table, t.bucket, count).double().reshape(-1, 1, *rest)
+            own = table if self.rows else entries(table, t.bucket, count)
+            return own.double().reshape(-1, 1, *rest)
 
         def channel(values: Tensor | None) -> Tensor:
             assert values is not None
@@ -136,13 +211,10 @@ class Epilogue(NamedTuple):
             y += channel(t.bias)
         if t.shift is not None:
             y += t.shift.double().reshape(*t.shift.shape, *rest)
-        if self.activation == "gelu":
-            y = F.gelu(y)
-        elif self.activation == "silu":
-            y = y / (1 + torch.exp(-y))
-        elif self.activation == "geglu":
-            value, gate = y.chunk(2, 1)
-            y = value * F.gelu(gate)
+        value, y = y.chunk(2, 1) if self.gated else (1, y)
+        y = value * _ACTIVATIONS[GATED.get(self.activation, self.activation)](y)
+        if t.gate is not None:
+            y = y * t.gate.double().repeat_interleave(count // len(t.gate), 0)
         if t.residual is not None:
             y += t.residual.double()
         if t.out_scale is None:

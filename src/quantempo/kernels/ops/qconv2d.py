@@ -79,42 +79,10 @@ class Convolution(NamedTuple):
         fits = shape[2] >= 0 and shape[3] >= 0
         checks.expect(fits, "codes", codes.shape, "an image no smaller than the kernel")
         self.epilogue.check(shape, (16, features), codes.device, strides)
-        self._check_sides(shape, strides)
+        self.epilogue.check_sides(self.side_codes, self.side_weights, shape, codes.device, strides)
         if strides:
             checks.last(codes.device, codes=codes)
             checks.dense(codes.device, weight=self.weight)
-
-    def _check_sides(self, shape: tuple[int, int, int, int], strides: bool) -> None:
-        terms, parts, (count, features, rows, columns) = (
-            self.epilogue.terms, len(self.side_codes), shape,
-        )  # fmt: skip
-        checks.expect(parts <= 2, "side_codes", f"{parts} tensors", "at most 2")
-        weights = f"{len(self.side_weights)} tensors"
-        checks.expect(len(self.side_weights) == parts, "side_weights", weights, f"{parts}")
-        scales, weight_scale, table = terms.side_scales, terms.side_weight_scale, terms.side_table
-        given = [tensor is not None for tensor in (scales, weight_scale, table)]
-        wanted = "all three with side_codes, none of them without"
-        names = "side_scales, side_weight_scale, side_table"
-        checks.expect(given == [parts > 0] * 3, names, given, wanted)
-        if scales is None:
-            return
-        fits = scales.ndim == 2 and scales.shape[0] == parts and scales.dtype == torch.float32
-        checks.expect(fits, "side_scales", checks.kind(scales), f"float32 ({parts}, G)")
-        checks.shaped("side_weight_scale", weight_scale, (features,), (torch.float32,))
-        checks.shaped("side_table", table, (parts, features), (torch.int32,))
-        for part, weight in zip(self.side_codes, self.side_weights, strict=True):
-            channels = part.shape[1]
-            checks.sixteen(channels, features)
-            checks.shaped("side_codes", part, (count, channels, rows, columns), checks.INT8)
-            checks.shaped("side_weights", weight, (features, channels), checks.INT8)
-            if strides:
-                checks.last(self.codes.device, side_codes=part)
-                checks.dense(self.codes.device, side_weights=weight)
-        if strides:
-            checks.dense(
-                self.codes.device, side_scales=scales, side_weight_scale=weight_scale,
-                side_table=table,
-            )  # fmt: skip
 
     def empty(self) -> Tensor:
         """Return room for the result."""

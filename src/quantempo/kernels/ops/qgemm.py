@@ -1,17 +1,18 @@
 """Integer matrix product: signature, checks, exact definition."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.epilogue import Epilogue, Terms
+from quantempo.kernels.ops.epilogue import GATED, Epilogue, Terms
 from quantempo.kernels.ops.operator import operator
 
 __all__ = ["Product", "qgemm"]
 
-_ACTIVATIONS = ("none", "gelu", "silu", "geglu")
+_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", *GATED)
 
 
 class Product(NamedTuple):
@@ -19,14 +20,15 @@ class Product(NamedTuple):
 
     codes: Tensor
     weight: Tensor
+    side_codes: Sequence[Tensor]
+    side_weights: Sequence[Tensor]
     epilogue: Epilogue
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(M, O), or (M, O / 2) of "geglu"."""
+        """(M, O), or (M, O / 2) of a gated activation."""
         features = self.weight.shape[0]
-        gated = self.epilogue.activation == "geglu"
-        return self.codes.shape[0], features // 2 if gated else features
+        return self.codes.shape[0], features // 2 if self.epilogue.gated else features
 
     def check(self, strides: bool) -> None:
         """Check shapes and types, with `strides` memory and devices too."""
@@ -37,13 +39,17 @@ class Product(NamedTuple):
         width, features = codes.shape[1], weight.shape[0]
         checks.sixteen(width, features)
         checks.shaped("weight", weight, (features, width), checks.INT8)
-        if epilogue.activation == "geglu":
+        if epilogue.gated:
+            terms, name = epilogue.terms, epilogue.activation
             fits, dtype = features % 32 == 0, epilogue.out_dtype
-            checks.expect(fits, "weight", weight.shape, "a multiple of 32 rows for geglu")
-            alone = epilogue.terms.residual is None
-            checks.expect(alone, "residual", "one", "none with geglu")
-            checks.expect(dtype != torch.int32, "out_dtype", dtype, "a float type with geglu")
+            checks.expect(fits, "weight", weight.shape, f"a multiple of 32 rows for {name}")
+            for term in ("residual", "gate", "side_scales"):
+                alone = getattr(terms, term) is None
+                checks.expect(alone, term, "one", f"none with {name}")
+            checks.expect(dtype != torch.int32, "out_dtype", dtype, f"a float type with {name}")
         epilogue.check(self.shape, (features,), codes.device, strides)
+        sides, sums = (self.side_codes, self.side_weights), (codes.shape[0], features)
+        epilogue.check_sides(*sides, sums, codes.device, strides)
         if strides:
             checks.dense(codes.device, codes=codes, weight=weight)
 
@@ -54,7 +60,9 @@ class Product(NamedTuple):
     def exact(self) -> Tensor:
         """Return the result by the formula of `qgemm`."""
         sums = self.codes.double() @ self.weight.double().T
-        return self.epilogue.exact(sums - self.epilogue.terms.table.double())
+        parts = zip(self.side_codes, self.side_weights, strict=True)
+        sides = [x.double() @ weight.double().T for x, weight in parts]
+        return self.epilogue.exact(sums - self.epilogue.terms.table.double(), sides)
 
 
 @operator(Tensor, "contraction.launch")
@@ -68,6 +76,13 @@ def qgemm(
     bucket: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    side_codes: Sequence[Tensor] = (),
+    side_weights: Sequence[Tensor] = (),
+    side_scales: Tensor | None = None,
+    side_weight_scale: Tensor | None = None,
+    side_table: Tensor | None = None,
+    rows: bool = False,
     activation: str = "none",
     out_dtype: torch.dtype = torch.bfloat16,
     out_scale: Tensor | None = None,
@@ -76,7 +91,11 @@ def qgemm(
 ) -> Product:
     """Multiply rows of codes by an integer weight and rescale.
 
-    y = act(s_a s_w[o] (sum_k q' w - table[o]) + bias[o]) + residual
+    y = act(s_a s_w[o] (sum_k q' w - table[o]) + sum_i s_i s_side[o] (sum q'_i w_i - t_i[o])
+        + bias[o]) gate[n, o] + residual
+
+    A weight may be those of several layers that read the same rows, one below the other, and y then
+    has their results as slices of its columns.
 
     Args:
         codes: (M, K) int8, contiguous; K and O are multiples of 16.
@@ -85,17 +104,27 @@ def qgemm(
         table: int32 (O,): `layout.row_table`.
         bucket: see `kernels.ops`; row m uses entry m // (M / B).
         bias: (O,) float32; `residual`: (M, O) any float, contiguous.
-        activation: "none", "gelu" (by erf), "silu", or "geglu": columns j of the first half times
-            gelu of columns O / 2 + j, no residual, O a multiple of 32.
+        gate: (N, O) any float, rows may lie apart; row m is one of image n = m // (M / N).
+        side_codes: up to two (M, K_i) that pass through `side_weights` (O, K_i), the others as in
+            `qconv2d`: segments of one sum, each with a scale of its own.
+        rows: act_scale and side_scales have an entry for each row, (M,) and (S, M), as
+            `norm_modulate_quant` writes them; out_scale is by bucket as ever.
+        activation: "none", "gelu" (by erf), "gelu_tanh", "silu", or "geglu" and "swiglu": columns j
+            of the first half times gelu or silu of columns O / 2 + j, no residual, gate or sides, O
+            a multiple of 32.
         out_dtype, out_scale, out_zero, out_qmax: as in `qconv2d`.
 
     Returns:
-        (M, O), (M, O / 2) of "geglu".
+        (M, O), (M, O / 2) of "geglu" and "swiglu".
 
     Raises:
         ValueError: on shapes, types or strides other than these.
 
     Error: as `qconv2d`.
     """
-    terms = Terms(act_scale, weight_scale, table, bucket, bias, None, residual, out_scale=out_scale)
-    return Product(codes, weight, Epilogue(terms, activation, out_dtype, out_zero, out_qmax))
+    terms = Terms(
+        act_scale, weight_scale, table, bucket, bias, None, residual, side_scales,
+        side_weight_scale, side_table, out_scale, gate,
+    )  # fmt: skip
+    epilogue = Epilogue(terms, activation, out_dtype, out_zero, out_qmax, rows)
+    return Product(codes, weight, side_codes, side_weights, epilogue)

@@ -24,6 +24,7 @@ from quantempo.kernels.gpu.contraction.hopper_epilogue import (
     prefetch_residual,
     read_channel_terms,
     scale_of,
+    side_scales_of,
     write_tile,
 )
 from quantempo.kernels.gpu.contraction.input_reuse import (
@@ -71,7 +72,8 @@ def _sum(acc, buffers, stage, phase, count, BLOCK: gl.constexpr):
 @gluon.jit
 def _scaled(
     acc, place, scales, weight_scale, table, bucket, s, BUCKETS: gl.constexpr,
-    MIXED: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr,
+    MIXED: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
     """Return s[b] s_w[o] (acc - table[o]), float32, in the layout of the sums."""
     o = place.o + gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, mma))
@@ -80,7 +82,7 @@ def _scaled(
     p = gl.arange(0, BLOCK.PIXELS, gl.SliceLayout(0, mma))
     n, h, w = pixel(p, place, s, WINDOW, BLOCK)
     row = row_of(n, h, w, s)[0]
-    scale = scale_of(scales, bucket, row, s.rows_per_bucket, BUCKETS, MIXED)
+    scale = scale_of(scales, bucket, row, s.rows_per_bucket, BUCKETS, MIXED, ROWS)
     return acc.to(gl.float32) * (factor * scale)
 
 
@@ -118,12 +120,12 @@ def _compute(
     # The batch is at one time: one scale for all pixels, and the inverse of one.
     scale = 1.0
     inverse = 1.0
-    if not FORM.MIXED:
+    if not FORM.MIXED and not FORM.ROWS:
         scale = scale_of(terms.act_scale, terms.bucket, 0, 1, FORM.BUCKETS, False)
-        if terms.out_scale is not None:
-            inverse = gl.div_rn(
-                1.0, scale_of(terms.out_scale, terms.bucket, 0, 1, FORM.OUT_BUCKETS, False)
-            )
+    if not FORM.MIXED and terms.out_scale is not None:
+        inverse = gl.div_rn(
+            1.0, scale_of(terms.out_scale, terms.bucket, 0, 1, FORM.OUT_BUCKETS, False)
+        )
     stage = 0
     phase = 0
     box = 0
@@ -147,16 +149,16 @@ def _compute(
         elif SIDES > 0:
             v = _scaled(
                 acc, place, terms.act_scale, terms.weight_scale, terms.table, terms.bucket, s,
-                FORM.BUCKETS, FORM.MIXED, WINDOW, BLOCK, mma,
+                FORM.BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
             )  # fmt: skip
             for side in gl.static_range(SIDES):
                 acc, stage, phase = _sum(
                     acc, buffers, stage, phase, steps0 if side == 0 else steps1, BLOCK
                 )
                 v += _scaled(
-                    acc, place, terms.side_scales + side * FORM.SIDE_BUCKETS,
+                    acc, place, side_scales_of(side, terms, s, FORM),
                     terms.side_weight_scale, terms.side_table + side * s.outs, terms.bucket, s,
-                    FORM.SIDE_BUCKETS, FORM.MIXED, WINDOW, BLOCK, mma,
+                    FORM.SIDE_BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
                 )  # fmt: skip
         residual = ()
         if rows is not None:
@@ -201,12 +203,15 @@ def _produce(
 
 
 @gluon.jit(
-    do_not_specialize=["images", "rows_per_bucket", "shift_stride", "tiles", "out_zero", "out_qmax"]
-)
+    do_not_specialize=[
+        "images", "rows_per_bucket", "shift_stride", "tiles", "out_zero", "out_qmax",
+        "rows_per_gate",
+    ]
+)  # fmt: skip
 def contract_hopper(
     x, weight, side0, weight0, side1, weight1, rows, y, partial, counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
-    rows_per_bucket, shift_stride, out_zero, out_qmax, tiles,
+    rows_per_bucket, shift_stride, out_zero, out_qmax, tiles, gate_stride, rows_per_gate,
     FORM: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr, EARLY: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -217,8 +222,9 @@ def contract_hopper(
     boxes of a row of a tile. EARLY: the launch is a programmatic dependent one.
     """
     s = Scalars(
-        images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax
-    )
+        images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
+        gate_stride, rows_per_gate,
+    )  # fmt: skip
     SIDES: gl.constexpr = FORM.SIDES
     SPLITS: gl.constexpr = BLOCK.SPLITS
     tiles = tiles_of(tiles, s, WINDOW, BLOCK)

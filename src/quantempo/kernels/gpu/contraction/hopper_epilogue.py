@@ -13,7 +13,9 @@ from triton.experimental.gluon import language as gl
 
 from quantempo.kernels.gpu.contraction.records import border_row, pixel, row_of
 
-__all__ = ["prefetch_residual", "read_channel_terms", "scale_of", "write_tile"]
+__all__ = [
+    "prefetch_residual", "read_channel_terms", "scale_of", "side_scales_of", "write_tile",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -37,15 +39,30 @@ def prefetch_residual(
 
 
 @gluon.jit
-def scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED: gl.constexpr):
+def scale_of(
+    scales, bucket, row, rows_per_bucket, BUCKETS: gl.constexpr, MIXED: gl.constexpr,
+    ROWS: gl.constexpr = False,
+):  # fmt: skip
     """Return the scale of each pixel [1, P], or one for all if the batch is at one time."""
-    if BUCKETS == 1:
+    if ROWS:
+        scale = gl.expand_dims(gl.load(scales + row), 0)
+    elif BUCKETS == 1:
         scale = gl.load(scales)
     elif MIXED:
         scale = gl.expand_dims(gl.load(scales + gl.load(bucket + row // rows_per_bucket)), 0)
     else:
         scale = gl.load(scales + gl.load(bucket))
     return scale
+
+
+@gluon.jit
+def side_scales_of(side: gl.constexpr, terms, s, FORM: gl.constexpr):
+    """Return where the scales of a side begin."""
+    if FORM.ROWS:
+        scales = terms.side_scales + side * s.images * s.out_h * s.out_w
+    else:
+        scales = terms.side_scales + side * FORM.SIDE_BUCKETS
+    return scales
 
 
 @gluon.jit
@@ -66,16 +83,16 @@ def _halves(x):
 
 
 @gluon.constexpr_function
-def _store_layout(OUTS, num_warps, ACTIVATION):
+def _store_layout(OUTS, num_warps, GATED):
     """Return the layout of what is written: 8 channels of a pixel a thread, or 8 and 8 gates."""
-    across = min(OUTS // (16 if ACTIVATION == "geglu" else 8), 32)
+    across = min(OUTS // (16 if GATED else 8), 32)
     return gl.BlockedLayout([8, 1], [across, 32 // across], [1, num_warps], [0, 1])
 
 
 @gluon.jit
 def _channels(here, place, outs, FORM: gl.constexpr, BLOCK: gl.constexpr):
-    """Return the channels of rows `here` of a tile, whose second half are gates with geglu."""
-    if FORM.ACTIVATION == "geglu":
+    """Return the channels of rows `here` of a tile, whose second half may be gates."""
+    if FORM.GATED:
         # All gates follow all values.
         gates = (here >= BLOCK.OUTS // 2).to(gl.int32)
         o = (place.o + gates * (outs - BLOCK.OUTS)) // 2 + here
@@ -92,7 +109,7 @@ def read_channel_terms(
 
     Loaded before the sums are made, so that nothing waits for them after.
     """
-    rows: gl.constexpr = _store_layout(BLOCK.OUTS, num_warps, FORM.ACTIVATION)
+    rows: gl.constexpr = _store_layout(BLOCK.OUTS, num_warps, FORM.GATED)
     here = gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, rows))
     o = _channels(here, place, s.outs, FORM, BLOCK)
     known = o < s.outs
@@ -126,7 +143,7 @@ def write_tile(
     CHUNK: gl.constexpr = min(PIXELS, 32)
     PIECES: gl.constexpr = PIXELS // CHUNK
     SLOTS: gl.constexpr = SPLITS + FORM.SIDES
-    rows: gl.constexpr = _store_layout(OUTS, num_warps, FORM.ACTIVATION)
+    rows: gl.constexpr = _store_layout(OUTS, num_warps, FORM.GATED)
     here = gl.expand_dims(gl.arange(0, OUTS, gl.SliceLayout(1, rows)), 1)
     mask_o = _channels(here, place, s.outs, FORM, BLOCK) < s.outs
     factor, inner, bias_o, shift_o = vectors
@@ -136,7 +153,7 @@ def write_tile(
     if terms.shift is not None and BLOCK.N == 1:
         add += shift_o.to(gl.float32)
     gain = factor * scale
-    if not FORM.MIXED and (FORM.SIDES == 0 or SPLITS > 1):
+    if not FORM.MIXED and not FORM.ROWS and (FORM.SIDES == 0 or SPLITS > 1):
         # The constant part in float: one multiply-add a pixel, an error of 2^-24 |acc| s.
         add -= inner.to(gl.float32) * gain
     vectors = (
@@ -155,7 +172,6 @@ def write_tile(
         pieces = _halves(a) + _halves(b) + _halves(c) + _halves(d)
     for i in gl.static_range(PIECES):
         p = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, rows))
-        image = place.n + i * CHUNK // (BLOCK.H * BLOCK.W)
         at = partial
         if SPLITS > 1:
             at = partial + (tile * SLOTS).to(gl.int64) * (OUTS * PIXELS)
@@ -170,7 +186,7 @@ def write_tile(
             half = residual[i // (PIECES // 2)]
             r = half.slice(i % (PIECES // 2) * CHUNK, CHUNK).permute((1, 0)).load(rows)
         _write_piece(
-            v, r, at, p, image, vectors, place, inverse, y, terms, s, FORM, WINDOW, BLOCK,
+            v, r, at, p, vectors, place, inverse, y, terms, s, i * CHUNK, FORM, WINDOW, BLOCK,
             len(residual) > 0,
         )  # fmt: skip
 
@@ -186,8 +202,8 @@ def _side_terms(at, o, mask_o, row, terms, s, FORM: gl.constexpr, BLOCK: gl.cons
         u = gl.load(at + (BLOCK.SPLITS + side) * AREA, cache_modifier=".cg")
         u -= gl.load(terms.side_table + side * s.outs + o, mask=mask_o, other=0)
         scale = scale_of(
-            terms.side_scales + side * FORM.SIDE_BUCKETS, terms.bucket, row, s.rows_per_bucket,
-            FORM.SIDE_BUCKETS, FORM.MIXED,
+            side_scales_of(side, terms, s, FORM), terms.bucket, row, s.rows_per_bucket,
+            FORM.SIDE_BUCKETS, FORM.MIXED, FORM.ROWS,
         )  # fmt: skip
         f += u.to(gl.float32) * (scale * factor)
     return f
@@ -230,6 +246,26 @@ def _gelu(x):
 
 
 @gluon.jit
+def _sigmoid2(x):
+    """Return 1 / (1 + 2^-x), a square root for the quotient as in `_gelu`."""
+    root = gl.rsqrt(1.0 + gl.exp2(0.0 - x))
+    return root * root
+
+
+@gluon.jit
+def _gates_of(first, row, o, mask_o, inside, terms, s, FORM: gl.constexpr):
+    """Return the gates [O, CHUNK] of rows from `first` on, or [O, 1] where all have the same."""
+    if FORM.RUNS:
+        last = s.images * s.out_h * s.out_w - 1
+        image = gl.minimum(first, last) // s.rows_per_gate
+        gates = gl.load(terms.gate + image * s.gate_stride + o, mask=mask_o, other=0.0)
+    else:
+        image = gl.expand_dims(row // s.rows_per_gate * s.gate_stride, 0)
+        gates = gl.load(terms.gate + image + o, mask=inside, other=0.0)
+    return gates.to(gl.float32)
+
+
+@gluon.jit
 def _corner(place, first, s, width, UPSAMPLE: gl.constexpr):
     """Return how far the first value of a tile is from that of an image (N, H, W, O)."""
     h = place.h
@@ -242,10 +278,10 @@ def _corner(place, first, s, width, UPSAMPLE: gl.constexpr):
 
 @gluon.jit
 def _write_piece(
-    v, r, at, p, image, vectors, place, inverse, y, terms, s, FORM: gl.constexpr,
+    v, r, at, p, vectors, place, inverse, y, terms, s, BEGIN: gl.constexpr, FORM: gl.constexpr,
     WINDOW: gl.constexpr, BLOCK: gl.constexpr, LOADED: gl.constexpr,
 ):  # fmt: skip
-    """Finish the sums [O, CHUNK] of pixels p, the first of which is of `image`.
+    """Finish the sums [O, CHUNK] of pixels p of a tile, from BEGIN on.
 
     r: their residual if LOADED.
     """
@@ -258,7 +294,7 @@ def _write_piece(
     inside = gl.expand_dims(seen, 0) & mask_o
     first = place.o
     width = s.outs
-    if FORM.ACTIVATION == "geglu":
+    if FORM.GATED:
         # What is written has half as many channels: those of the values.
         first = first // 2
         width = s.outs // 2
@@ -283,10 +319,11 @@ def _write_piece(
     if y.dtype.element_ty == gl.int32:
         gl.store(y + corner + where, v - inner, mask=inside)
     else:
-        if FORM.MIXED:
+        if FORM.MIXED or FORM.ROWS:
             gain = gain * scale_of(
-                terms.act_scale, terms.bucket, row, s.rows_per_bucket, FORM.BUCKETS, True
-            )
+                terms.act_scale, terms.bucket, row, s.rows_per_bucket, FORM.BUCKETS, True,
+                FORM.ROWS,
+            )  # fmt: skip
             if WHOLE:
                 v -= inner
         if not WHOLE:
@@ -300,6 +337,7 @@ def _write_piece(
         if terms.shift is not None and BLOCK.N > 1:
             if BLOCK.H * BLOCK.W % p.shape[0] == 0:
                 # All these pixels are of one image.
+                image = place.n + BEGIN // (BLOCK.H * BLOCK.W)
                 at_image = gl.minimum(image, s.images - 1) * s.shift_stride
                 f += gl.load(terms.shift + at_image + o, mask=mask_o, other=0.0).to(gl.float32)
             else:
@@ -307,11 +345,19 @@ def _write_piece(
                 f += gl.load(terms.shift + each + o, mask=inside, other=0.0).to(gl.float32)
         if FORM.ACTIVATION == "gelu":
             f = _gelu(f)
+        elif FORM.ACTIVATION == "gelu_tanh":
+            # v / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3), both times log2(e).
+            f = f * _sigmoid2(f * (f * f * 0.1029432397 + 2.302208198))
         elif FORM.ACTIVATION == "silu":
             f = f / (1.0 + gl.exp(-f))
         elif FORM.ACTIVATION == "geglu":
             value, gate = _with_gates(f)
             f = value * _gelu(gate)
+        elif FORM.ACTIVATION == "swiglu":
+            value, gate = _with_gates(f)
+            f = value * gate * _sigmoid2(gate * 1.4426950408889634)
+        if terms.gate is not None:
+            f *= _gates_of(place.w + BEGIN, row, o, mask_o, inside, terms, s, FORM)
         if LOADED:
             f += r.to(gl.float32)
         elif terms.residual is not None:

@@ -143,7 +143,9 @@ def launch(call: Convolution | Product) -> Tensor:
         sides = call.side_codes, call.side_weights
         return run(*operands, call.codes.shape, call.shape, call.window, *sides)
     (count, width), (_, features) = call.codes.shape, call.shape
-    return run(*operands, (1, width, 1, count), (1, features, 1, count))
+    images = [side.t()[None, :, None] for side in call.side_codes]
+    size, out_size = (1, width, 1, count), (1, features, 1, count)
+    return run(*operands, size, out_size, Window(), images, call.side_weights)
 
 
 def run(
@@ -156,15 +158,15 @@ def run(
     Args:
         codes, weight, epilogue, window, side_codes, side_weights: as in `ops.qconv2d`.
         size: (N, C, H, W) of the codes, channels_last.
-        out_size: (N, O, H', W') of y, of which geglu leaves half the channels.
+        out_size: (N, O, H', W') of y, of which gates leave half the channels.
         tile, path: chosen by measured rules unless given.
     """
     if y.numel() == 0:
         return y
     images, channels, in_h, in_w = size
     out_h, out_w = out_size[2:]
-    outs, terms, form = weight.shape[0], epilogue.terms, epilogue.form
-    gated, stride = epilogue.activation == "geglu", window.STRIDE
+    outs, terms, count = weight.shape[0], epilogue.terms, images * out_h * out_w
+    form, gated, stride = epilogue.form(count), epilogue.gated, window.STRIDE
     odd = stride == 2 and not _parity(size, side_codes)
     path = "pointers" if odd else path or choose_path(codes.device)
     across = (in_h, in_w) if window.UPSAMPLE else (out_h, out_w)
@@ -190,13 +192,16 @@ def run(
     block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps)
     numbers = (
         images, in_h, in_w, out_h, out_w, channels, *(*widths, 0, 0)[:2], outs,
-        images * out_h * out_w // terms.bucket.numel(),
-        0 if terms.shift is None else terms.shift.stride(0), epilogue.out_zero, epilogue.out_qmax,
+        count // terms.bucket.numel(), 0 if terms.shift is None else terms.shift.stride(0),
+        epilogue.out_zero, epilogue.out_qmax,
     )  # fmt: skip
+    gate, gates = terms.gate, (0, 1)
+    if gate is not None:
+        gates = gate.stride(0), count // gate.shape[0]
     if path == "pointers":
         contract[(tiles, slots)](
             *operands, *[None] * (6 - len(operands)), y, partial, counters, terms, *numbers,
-            form, window, block, num_warps=tile.warps, num_stages=tile.stages,
+            *gates, form, window, block, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
     _check_hopper(size, out_size, window, tile, box)
@@ -216,7 +221,7 @@ def run(
     room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
     contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
         *operands, *[None] * (6 - len(operands)), residual, y, partial, counters, terms, *numbers,
-        tiles, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
+        tiles, *gates, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
         maxnreg=min(room, 168),
     )  # fmt: skip
     return y

@@ -93,9 +93,14 @@ def _gather(acc, partial, tile, first, last, SLOTS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _scale_of(scales, bucket, row, rows_per_bucket, BUCKETS: tl.constexpr, MIXED: tl.constexpr):
+def _scale_of(
+    scales, bucket, row, rows_per_bucket, BUCKETS: tl.constexpr, MIXED: tl.constexpr,
+    ROWS: tl.constexpr = False,
+):  # fmt: skip
     """Return the scale of each row [pixels, 1], or one for all if the batch is at one time."""
-    if BUCKETS == 1:
+    if ROWS:
+        scale = tl.load(scales + row)[:, None]
+    elif BUCKETS == 1:
         scale = tl.load(scales)
     elif MIXED:
         scale = tl.load(scales + tl.load(bucket + row // rows_per_bucket))[:, None]
@@ -119,8 +124,9 @@ def _main_term(
     else:
         factor = tl.load(terms.weight_scale + o, mask=o < s.outs, other=0.0)
         scale = _scale_of(
-            terms.act_scale, terms.bucket, row, s.rows_per_bucket, FORM.BUCKETS, FORM.MIXED
-        )
+            terms.act_scale, terms.bucket, row, s.rows_per_bucket, FORM.BUCKETS, FORM.MIXED,
+            FORM.ROWS,
+        )  # fmt: skip
         v = acc.to(tl.float32) * (scale * factor[None, :])
     return v
 
@@ -130,9 +136,12 @@ def _side_term(acc, side: tl.constexpr, row, o, terms, s, FORM: tl.constexpr):
     """Return s_i s_w[o] (acc_i - table_i[o]) of one side segment, [pixels, O] float32."""
     acc -= tl.load(terms.side_table + side * s.outs + o, mask=o < s.outs, other=0)[None, :]
     factor = tl.load(terms.side_weight_scale + o, mask=o < s.outs, other=0.0)
+    entries = side * FORM.SIDE_BUCKETS
+    if FORM.ROWS:
+        entries = side * s.images * s.out_h * s.out_w
     scale = _scale_of(
-        terms.side_scales + side * FORM.SIDE_BUCKETS, terms.bucket, row, s.rows_per_bucket,
-        FORM.SIDE_BUCKETS, FORM.MIXED,
+        terms.side_scales + entries, terms.bucket, row, s.rows_per_bucket, FORM.SIDE_BUCKETS,
+        FORM.MIXED, FORM.ROWS,
     )  # fmt: skip
     return acc.to(tl.float32) * (scale * factor[None, :])
 
@@ -164,17 +173,26 @@ def _finish(v, image, row, o, inside, y, terms, s, FORM: tl.constexpr):
         v += tl.load(terms.shift + where, mask=inside, other=0.0).to(tl.float32)
     if FORM.ACTIVATION == "gelu":
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif FORM.ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3)
+        v = v / (1.0 + tl.exp(v * (v * v * -0.0713548162726 - 1.5957691216057308)))
     elif FORM.ACTIVATION == "silu":
         v = v / (1.0 + tl.exp(-v))
-    if FORM.ACTIVATION == "geglu":
+    if FORM.GATED:
         v, gate = _halves(v)
-        v = 0.5 * v * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        if FORM.ACTIVATION == "geglu":
+            v = 0.5 * v * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        else:
+            v = v * gate / (1.0 + tl.exp(-gate))
         o = _halves(o[None, :])[0]
         outs = outs // 2
         inside = _halves(inside.to(tl.int1))[0] & (o < outs)
     else:
         o = o[None, :]
     where = row[:, None].to(tl.int64) * outs + o
+    if terms.gate is not None:
+        at = (row // s.rows_per_gate)[:, None] * s.gate_stride + o
+        v *= tl.load(terms.gate + at, mask=inside, other=0.0).to(tl.float32)
     if terms.residual is not None:
         v += tl.load(terms.residual + where, mask=inside, other=0.0).to(tl.float32)
     if terms.out_scale is not None:
@@ -186,11 +204,15 @@ def _finish(v, image, row, o, inside, y, terms, s, FORM: tl.constexpr):
         tl.store(y + where, v.to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax"])
+@triton.jit(
+    do_not_specialize=[
+        "images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax", "rows_per_gate",
+    ]
+)  # fmt: skip
 def contract(
     x, weight, side0, weight0, side1, weight1, y, partial, counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
-    rows_per_bucket, shift_stride, out_zero, out_qmax,
+    rows_per_bucket, shift_stride, out_zero, out_qmax, gate_stride, rows_per_gate,
     FORM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of y (or one share of its sums).
@@ -200,8 +222,9 @@ def contract(
     after.
     """
     s = Scalars(
-        images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax
-    )
+        images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
+        gate_stride, rows_per_gate,
+    )  # fmt: skip
     SPLITS: tl.constexpr = BLOCK.SPLITS
     SIDES: tl.constexpr = FORM.SIDES
     SLOTS: tl.constexpr = SPLITS + SIDES
@@ -213,7 +236,7 @@ def contract(
     place = place_of(tile, tiles, WINDOW, BLOCK)
     n, h, w = pixel(tl.arange(0, PIXELS), place, s, WINDOW, BLOCK)
     o = place.o + tl.arange(0, BLOCK.OUTS)
-    if FORM.ACTIVATION == "geglu":
+    if FORM.GATED:
         # Values, and as many gates, which are the second half of all channels.
         half = tl.arange(0, BLOCK.OUTS) // (BLOCK.OUTS // 2)
         o = (place.o + half * (outs - BLOCK.OUTS)) // 2 + tl.arange(0, BLOCK.OUTS)

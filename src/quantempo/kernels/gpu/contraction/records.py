@@ -53,6 +53,8 @@ class Scalars(NamedTuple):
     shift_stride: Any
     out_zero: Any
     out_qmax: Any
+    gate_stride: Any
+    rows_per_gate: Any
 
 
 class Tiles(NamedTuple):
