@@ -86,18 +86,12 @@ class QLayer(nn.Module):
 
     @classmethod
     def like(
-        cls,
-        layer: Any,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        buckets: int,
-        weight_bits: int = 8,
-        act_bits: int = 8,
+        cls, layer: Any, clock: StepClock, segments: tuple[int, ...], buckets: int, **bits: int
     ) -> Self:
         """Return an empty quantized copy of a float layer, on its device; no segments: one."""
         how = {name: getattr(layer, name) for name in cls.copied}
         shape, width = tuple(layer.weight.shape), layer.weight.shape[1] * how.get("groups", 1)
-        how |= {"weight_bits": weight_bits, "act_bits": act_bits, "device": layer.weight.device}
+        how |= {**bits, "device": layer.weight.device}
         return cls(shape, layer.bias is not None, clock, segments or (width,), buckets, **how)
 
     @property
@@ -185,9 +179,12 @@ class QLayer(nn.Module):
         """Leave out what an engine made: a copy gets its own."""
         return {**self.__dict__, "kernel": None, "_unpacked": None}
 
-    def _grids(self) -> str:
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        how = "".join(f"{name}={getattr(self, name)}, " for name in self.copied)
         scales = "dynamic" if self.dynamic else f"buckets={self.act_scale.shape[1]}"
-        return f"W{self.weight_bits}A{self.act_bits}, {scales}"
+        grids = f"W{self.weight_bits}A{self.act_bits}, {scales}"
+        return f"{tuple(self.weight_shape)}, segments={self.segments}, {how}{grids}"
 
     kernel: Kernel | None
 
@@ -225,14 +222,6 @@ class QConv2d(QLayer):
                 "on the float model and quantize that"
             )
 
-    def extra_repr(self) -> str:
-        """Describe the layer for `print(model)`."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, segments={self.segments}, "
-            f"{self._grids()}"
-        )
-
 
 class QLinear(QLayer):
     """Quantized linear layer; weight_int (O, C_in), input (..., C_in)."""
@@ -240,10 +229,6 @@ class QLinear(QLayer):
     def __init__(self, weight_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         super().__init__(weight_shape, *args, **kwargs)
         self.out_features, self.in_features = weight_shape
-
-    def extra_repr(self) -> str:
-        """Describe the layer for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, {self._grids()}"
 
 
 class QPatches(QLinear):

@@ -94,27 +94,17 @@ def _choose(images: tuple[Tensor, ...], groups: int, path: str | None) -> Plan |
     """Return the tiles of a call, of which kind decides the path; groups: 0 without a norm."""
     if path not in (None, *PATHS):
         raise ValueError(f"got path={path!r}; expected one of {PATHS}, or None for the faster")
-    x, (batch, channels, height, width) = images[0], images[0].shape
-    for image in images[1:]:
-        channels += image.shape[1]
-    size = (batch, height * width, channels, groups)
+    x, (batch, _, height, width) = images[0], images[0].shape
+    size = (batch, height * width, sum(image.shape[1] for image in images), groups)
     shared = None if path == "triton" else _shared(images, size, path)
     return shared or make_plan(*size, x.element_size())
-
-
-def _refusal(path: str, size: tuple[int, int, int, int], x: Tensor, wanted: str) -> ValueError:
-    batch, pixels, channels, groups = size
-    return ValueError(
-        f"got path={path!r}, {batch} images of {channels} channels in {groups} groups, {pixels} "
-        f"pixels, {x.dtype}; expected a norm, 16-bit floats, {wanted}: path='triton'"
-    )
 
 
 def _shared(
     images: tuple[Tensor, ...], size: tuple[int, int, int, int], path: str | None
 ) -> SharedPlan | None:
     """Return the tiles of slabs in shared memory, if that pays or is asked for."""
-    x, (batch, pixels, _, groups) = images[0], size
+    x, (batch, pixels, channels, groups) = images[0], size
     if path is None and not _is_hopper(x.device):
         return None
     able = norm_hopper is not None and groups > 0 and x.element_size() == 2
@@ -124,11 +114,12 @@ def _shared(
     able = able and not any(i.shape[1] % 8 or i.data_ptr() % 16 for i in images)
     plan = make_shared_plan(*size, path == "hopper") if able else None
     if path is not None and plan is None:
-        wanted = (
-            "channels of x and of skip multiples of 8, and a slab of whole groups that fits into "
-            "shared memory"
+        raise ValueError(
+            f"got path={path!r}, {batch} images of {channels} channels in {groups} groups, "
+            f"{pixels} pixels, {x.dtype}; expected a norm, 16-bit floats, channels of x and of "
+            "skip multiples of 8, and a slab of whole groups that fits into shared memory: "
+            "path='triton'"
         )
-        raise _refusal(path, size, x, wanted)
     return plan
 
 
