@@ -11,14 +11,14 @@ properly truncated normal distribution, our default.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from quantempo.errors import QuantempoError
-from quantempo.registry import Registry, nearest
+from quantempo.registry import Registry, check_known
 
 __all__ = ["TIME_SAMPLERS", "TimeSampler", "make_time_sampler"]
 
@@ -47,13 +47,9 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
             is not a number or out of its range.
     """
     kind = TIME_SAMPLERS.get(name)
-    known = [field.name for field in fields(kind)]
+    known = [parameter.name for parameter in fields(kind)]
+    check_known(args or {}, known, f"time sampler '{name}' has no parameter")
     for key, value in (args or {}).items():
-        if key not in known:
-            raise QuantempoError(
-                f"time sampler '{name}' has no parameter '{key}'{nearest(key, known)} "
-                f"(known: {', '.join(known) or 'none'})"
-            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise QuantempoError(
                 f"time sampler '{name}': got {key} = {value!r}; expected a number, "
@@ -62,9 +58,28 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
     return kind(**dict(args or {}))
 
 
+def _number(default: float, low: float, high: float) -> Any:
+    """Return a field of a `_Law` that may be from `low` to `high`."""
+    return field(default=default, metadata={"limits": (low, high)})
+
+
+class _Law:
+    """Refuse parameters of a distribution that are out of their limits."""
+
+    def __post_init__(self) -> None:
+        for parameter in fields(self):  # type: ignore[arg-type]
+            value, (low, high) = getattr(self, parameter.name), parameter.metadata["limits"]
+            if not low <= value <= high:
+                name = next(n for n in TIME_SAMPLERS.names() if TIME_SAMPLERS.get(n) is type(self))
+                raise QuantempoError(
+                    f"time sampler '{name}': got {parameter.name} = {value}; expected {low:g} to "
+                    f"{high:g}"
+                )
+
+
 @TIME_SAMPLERS.register("ndtc")
 @dataclass(frozen=True)
-class TruncatedNormal:
+class TruncatedNormal(_Law):
     """Draw a normal time conditioned on lying inside the trajectory, then floor it.
 
     t ~ N(mean T, (std T)^2) given 0 <= t < T, i = floor(t), by rejection: no pile-up at the ends.
@@ -73,30 +88,23 @@ class TruncatedNormal:
     eq. 15, with the width of their released program and a truncation in place of the clamp.
     """
 
-    mean: float = 0.4
-    std: float = 0.4
-
-    def __post_init__(self) -> None:
-        _check("ndtc", "mean", self.mean, 0.0, 1.0)
-        _check("ndtc", "std", self.std, 1e-3, 10.0)
+    mean: float = _number(0.4, 0.0, 1.0)
+    std: float = _number(0.4, 1e-3, 10.0)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Draw (n,) int64 step indices in [0, num_steps)."""
-
         def propose(count: int) -> Tensor:
             return self.mean + self.std * _normal(count, generator)
 
         return _reject(propose, n, num_steps)
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
         mass = _normal_cells(self.mean * num_steps, self.std * num_steps, num_steps)
         return mass / mass.sum()
 
 
 @TIME_SAMPLERS.register("ndtc_paper")
 @dataclass(frozen=True)
-class PaperNormal:
+class PaperNormal(_Law):
     """Draw as printed: i = clamp(floor(N(mean T, T / 2)), 0, T - 1), std sqrt(T / 2).
 
     Relative to T the width shrinks as 1 / sqrt(2 T): 10 % at 50 steps, 4.5 % at 250. The printed
@@ -106,24 +114,19 @@ class PaperNormal:
     Source: Shang et al., CVPR 2023, eq. 15 and Algorithm 1.
     """
 
-    mean: float = 0.4
-
-    def __post_init__(self) -> None:
-        _check("ndtc_paper", "mean", self.mean, 0.0, 0.5)
+    mean: float = _number(0.4, 0.0, 0.5)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Draw (n,) int64 step indices in [0, num_steps)."""
         t = self.mean * num_steps + math.sqrt(num_steps / 2) * _normal(n, generator)
         return t.floor().clamp(0, num_steps - 1).long()
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
         return _clamped_cells(self.mean * num_steps, math.sqrt(num_steps / 2), num_steps)
 
 
 @TIME_SAMPLERS.register("ndtc_repo")
 @dataclass(frozen=True)
-class RepoNormal:
+class RepoNormal(_Law):
     """Draw as the released program does: i = clamp(floor(N(mean T, (std T)^2)), 0, T - 1).
 
     At the defaults and 250 steps the clamp puts 16.1 % of the draws on index 0 exactly and 6.8 %
@@ -132,26 +135,20 @@ class RepoNormal:
     Source: the released code of Shang et al. at its last commit (2023-03-31), as observed.
     """
 
-    mean: float = 0.4
-    std: float = 0.4
-
-    def __post_init__(self) -> None:
-        _check("ndtc_repo", "mean", self.mean, 0.0, 1.0)
-        _check("ndtc_repo", "std", self.std, 1e-3, 10.0)
+    mean: float = _number(0.4, 0.0, 1.0)
+    std: float = _number(0.4, 1e-3, 10.0)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Draw (n,) int64 step indices in [0, num_steps)."""
         t = num_steps * (self.mean + self.std * _normal(n, generator))
         return t.floor().clamp(0, num_steps - 1).long()
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
         return _clamped_cells(self.mean * num_steps, self.std * num_steps, num_steps)
 
 
 @TIME_SAMPLERS.register("skew_normal")
 @dataclass(frozen=True)
-class SkewNormal:
+class SkewNormal(_Law):
     """Draw a skew normal time conditioned on lying inside the trajectory, then floor it.
 
     t / T has density (2 / omega) phi(z) Phi(alpha z), z = (t / T - xi) / omega. Drawn as
@@ -161,18 +158,12 @@ class SkewNormal:
     Source: Azzalini, "A class of distributions which includes the normal ones", 1985.
     """
 
-    xi: float = 0.1
-    omega: float = 0.4
-    alpha: float = 4.0
-
-    def __post_init__(self) -> None:
-        _check("skew_normal", "xi", self.xi, 0.0, 1.0)
-        _check("skew_normal", "omega", self.omega, 1e-3, 10.0)
-        # A distribution wholly outside [0, 1) could not be drawn by rejection.
-        _check("skew_normal", "alpha", self.alpha, -100.0, 100.0)
+    xi: float = _number(0.1, 0.0, 1.0)
+    omega: float = _number(0.4, 1e-3, 10.0)
+    # A distribution wholly outside [0, 1) could not be drawn by rejection.
+    alpha: float = _number(4.0, -100.0, 100.0)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Draw (n,) int64 step indices in [0, num_steps)."""
         delta = self.alpha / math.sqrt(1 + self.alpha**2)
 
         def propose(count: int) -> Tensor:
@@ -182,11 +173,8 @@ class SkewNormal:
         return _reject(propose, n, num_steps)
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one.
-
-        Error: each cell is integrated by 4-point Gauss-Legendre panels no wider than an eighth
-        of the sharpest scale of the density; below 1e-9 of the total in the tested range.
-        """
+        # Error: each cell is integrated by 4-point Gauss-Legendre panels no wider than an eighth
+        # of the sharpest scale of the density; below 1e-9 of the total in the tested range.
         panels = math.ceil(8 * max(1.0, abs(self.alpha)) / (self.omega * num_steps))
         width = 1 / (num_steps * panels)
         left = torch.arange(num_steps * panels, dtype=torch.float64)[:, None] * width
@@ -203,11 +191,9 @@ class Uniform:
     """Draw every index with the same probability 1 / T (the paper's Observation 3, eq. 14)."""
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Draw (n,) int64 step indices in [0, num_steps)."""
         return torch.randint(num_steps, (n,), generator=generator)
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
         return torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
 
 
@@ -220,26 +206,20 @@ class Linspace(Uniform):
     """
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Return (n,) int64 ascending step indices in [0, num_steps); draws nothing."""
         return (2 * torch.arange(n) + 1) * num_steps // (2 * n)
 
 
 @TIME_SAMPLERS.register("single")
 @dataclass(frozen=True)
-class Single:
+class Single(_Law):
     """Take one index for all: i = min(floor(fraction T), T - 1) (the paper's Observation 2)."""
 
-    fraction: float = 0.4
-
-    def __post_init__(self) -> None:
-        _check("single", "fraction", self.fraction, 0.0, 1.0)
+    fraction: float = _number(0.4, 0.0, 1.0)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
-        """Return (n,) int64 copies of the index; draws nothing."""
         return torch.full((n,), self._index(num_steps))
 
     def density(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) float64 probability of each index; it sums to one."""
         mass = torch.zeros(num_steps, dtype=torch.float64)
         mass[self._index(num_steps)] = 1
         return mass
@@ -255,13 +235,6 @@ _OUTER = math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5))
 _HEAVY, _LIGHT = (18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72
 _GAUSS_NODES = (torch.tensor([-_OUTER, -_INNER, _INNER, _OUTER], dtype=torch.float64) + 1) / 2
 _GAUSS = torch.tensor([_LIGHT, _HEAVY, _HEAVY, _LIGHT], dtype=torch.float64)
-
-
-def _check(name: str, key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise QuantempoError(
-            f"time sampler '{name}': got {key} = {value}; expected {low:g} to {high:g}"
-        )
 
 
 def _normal(n: int, generator: Generator) -> Tensor:
