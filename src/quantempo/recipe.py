@@ -4,8 +4,6 @@ Names in a recipe (time_sampler, metric, rounding) refer to registries; they are
 stage that uses them, so this module imports none of those.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -13,18 +11,31 @@ import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from quantempo.errors import QuantempoError
 from quantempo.registry import nearest
 
 __all__ = [
     "ActivationSettings", "LayerSettings", "Recipe", "RoundingSettings", "TraceSettings",
-    "WeightSettings", "parse_bits",
+    "WeightSettings", "check_numbers", "number", "parse_bits",
 ]  # fmt: skip
 
 Number = int | float
 GRANULARITIES = ("time", "token", "auto")
+
+
+def number(default: Number, low: Number, high: Number) -> Any:
+    """Return a field of settings that may be from `low` to `high`."""
+    return field(default=default, metadata={"limits": (low, high)})
+
+
+def check_numbers(settings: Any, start: str) -> None:
+    """Raise QuantempoError, beginning with `start`, for a field that is out of its limits."""
+    for item in fields(settings):
+        value, (low, high) = getattr(settings, item.name), item.metadata.get("limits", (None, None))
+        if low is not None and not low <= value <= high:
+            raise QuantempoError(f"{start}{item.name} = {value}; expected {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,10 @@ class TraceSettings:
     parameters; source: a registered source of x_t, "trajectory" for what the network received.
     """
 
-    steps: int = 50
-    chains: int = 32
-    picks: int = 8
-    seed: int = 1_000_000
+    steps: int = number(50, 1, 100_000)
+    chains: int = number(32, 1, 1_000_000)
+    picks: int = number(8, 1, 100_000)
+    seed: int = number(1_000_000, -(2**62), 2**62)
     time_sampler: str = "ndtc"
     time_sampler_args: dict[str, Number] = field(default_factory=dict)
     source: str = "trajectory"
@@ -55,20 +66,20 @@ class ActivationSettings:
     min_gain (fraction of its error) keeps one scale, and none for each token.
     """
 
-    bits: int = 8
+    bits: int = number(8, 2, 8)
     symmetric: bool = False
     metric: str = "mse"
     p: float = 2.4
     granularity: str = "time"
-    buckets: int = 8
-    min_gain: float = 0.05
+    buckets: int = number(8, 1, 64)
+    min_gain: float = number(0.05, 0, 1)
 
 
 @dataclass(frozen=True)
 class WeightSettings:
     """How weights are quantized: per output channel, symmetric, narrow."""
 
-    bits: int = 8
+    bits: int = number(8, 2, 8)
     metric: str = "lp"
     p: float = 2.4
 
@@ -86,7 +97,7 @@ class LayerSettings:
 
     float_roles: tuple[str, ...] = ("input", "output", "time")
     exclude: tuple[str, ...] = ()
-    float_macs: float = 0.0
+    float_macs: float = number(0.0, 0, 1)
     split_skips: bool = True
     bits: dict[str, str] = field(default_factory=dict)
 
@@ -104,13 +115,13 @@ class RoundingSettings:
 
     name: str = "nearest"
     start: str = "gptq"
-    samples: int = 256
-    iterations: int = 2000
-    refine: int = 0
-    batch: int = 32
-    drop: float = 0.5
+    samples: int = number(256, 1, 1_000_000)
+    iterations: int = number(2000, 0, 1_000_000)
+    refine: int = number(0, 0, 1_000_000)
+    batch: int = number(32, 1, 100_000)
+    drop: float = number(0.5, 0, 1)
     bias: bool = False
-    seed: int = 0
+    seed: int = number(0, -(2**62), 2**62)
 
 
 @dataclass(frozen=True)
@@ -125,25 +136,9 @@ class Recipe:
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
 
     def __post_init__(self) -> None:
-        for path, value, low, high in (
-            ("layers.float_macs", self.layers.float_macs, 0, 1),
-            ("trace.seed", self.trace.seed, -(2**62), 2**62),
-            ("rounding.seed", self.rounding.seed, -(2**62), 2**62),
-            ("trace.steps", self.trace.steps, 1, 100_000),
-            ("trace.chains", self.trace.chains, 1, 1_000_000),
-            ("trace.picks", self.trace.picks, 1, 100_000),
-            ("activations.buckets", self.activations.buckets, 1, 64),
-            ("activations.min_gain", self.activations.min_gain, 0, 1),
-            ("activations.bits", self.activations.bits, 2, 8),
-            ("weights.bits", self.weights.bits, 2, 8),
-            ("rounding.samples", self.rounding.samples, 1, 1_000_000),
-            ("rounding.iterations", self.rounding.iterations, 0, 1_000_000),
-            ("rounding.refine", self.rounding.refine, 0, 1_000_000),
-            ("rounding.batch", self.rounding.batch, 1, 100_000),
-            ("rounding.drop", self.rounding.drop, 0, 1),
-        ):
-            if not low <= value <= high:
-                raise QuantempoError(f"got {path} = {value}; expected {low} to {high}")
+        for section in fields(self):
+            if is_dataclass(settings := getattr(self, section.name)):
+                check_numbers(settings, f"got {section.name}.")
         if self.activations.granularity not in GRANULARITIES:
             raise QuantempoError(
                 f"got activations.granularity = '{self.activations.granularity}'; expected one of: "
@@ -153,7 +148,7 @@ class Recipe:
             parse_bits(text, f"layers.bits.{key}")
 
     @classmethod
-    def load(cls, source: str | Path) -> Recipe:
+    def load(cls, source: str | Path) -> Self:
         """Read a recipe: the name of a shipped one ("w8a8") or the path of a TOML file.
 
         Raises:
@@ -181,7 +176,7 @@ class Recipe:
             raise QuantempoError(f"recipe {source} is not valid TOML: {error}") from error
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build a recipe from nested dictionaries; see `load` for the errors."""
         return _build(cls, values, "")
 
@@ -200,7 +195,7 @@ class Recipe:
                 top.append(f"{key} = {_toml(value)}")
         return "\n\n".join(["\n".join(top), *sections]) + "\n"
 
-    def override(self, section: str, **values: Any) -> Recipe:
+    def override(self, section: str, **values: Any) -> Self:
         """Return a copy with settings of one section replaced (None values are ignored)."""
         given = {key: value for key, value in values.items() if value is not None}
         merged = {**asdict(getattr(self, section)), **given}

@@ -11,13 +11,14 @@ properly truncated normal distribution, our default.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from quantempo.errors import QuantempoError
+from quantempo.recipe import check_numbers, number
 from quantempo.registry import Registry, check_known
 
 __all__ = ["TIME_SAMPLERS", "TimeSampler", "make_time_sampler"]
@@ -58,23 +59,12 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
     return kind(**dict(args or {}))
 
 
-def _number(default: float, low: float, high: float) -> Any:
-    """Return a field of a `_Law` that may be from `low` to `high`."""
-    return field(default=default, metadata={"limits": (low, high)})
-
-
 class _Law:
     """Refuse parameters of a distribution that are out of their limits."""
 
     def __post_init__(self) -> None:
-        for parameter in fields(self):  # type: ignore[arg-type]
-            value, (low, high) = getattr(self, parameter.name), parameter.metadata["limits"]
-            if not low <= value <= high:
-                name = next(n for n in TIME_SAMPLERS.names() if TIME_SAMPLERS.get(n) is type(self))
-                raise QuantempoError(
-                    f"time sampler '{name}': got {parameter.name} = {value}; expected {low:g} to "
-                    f"{high:g}"
-                )
+        name = next(n for n in TIME_SAMPLERS.names() if TIME_SAMPLERS.get(n) is type(self))
+        check_numbers(self, f"time sampler '{name}': got ")
 
 
 @TIME_SAMPLERS.register("ndtc")
@@ -88,8 +78,8 @@ class TruncatedNormal(_Law):
     eq. 15, with the width of their released program and a truncation in place of the clamp.
     """
 
-    mean: float = _number(0.4, 0.0, 1.0)
-    std: float = _number(0.4, 1e-3, 10.0)
+    mean: float = number(0.4, 0, 1)
+    std: float = number(0.4, 1e-3, 10)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         def propose(count: int) -> Tensor:
@@ -114,7 +104,7 @@ class PaperNormal(_Law):
     Source: Shang et al., CVPR 2023, eq. 15 and Algorithm 1.
     """
 
-    mean: float = _number(0.4, 0.0, 0.5)
+    mean: float = number(0.4, 0, 0.5)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         t = self.mean * num_steps + math.sqrt(num_steps / 2) * _normal(n, generator)
@@ -135,8 +125,8 @@ class RepoNormal(_Law):
     Source: the released code of Shang et al. at its last commit (2023-03-31), as observed.
     """
 
-    mean: float = _number(0.4, 0.0, 1.0)
-    std: float = _number(0.4, 1e-3, 10.0)
+    mean: float = number(0.4, 0, 1)
+    std: float = number(0.4, 1e-3, 10)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         t = num_steps * (self.mean + self.std * _normal(n, generator))
@@ -158,10 +148,10 @@ class SkewNormal(_Law):
     Source: Azzalini, "A class of distributions which includes the normal ones", 1985.
     """
 
-    xi: float = _number(0.1, 0.0, 1.0)
-    omega: float = _number(0.4, 1e-3, 10.0)
+    xi: float = number(0.1, 0, 1)
+    omega: float = number(0.4, 1e-3, 10)
     # A distribution wholly outside [0, 1) could not be drawn by rejection.
-    alpha: float = _number(4.0, -100.0, 100.0)
+    alpha: float = number(4.0, -100, 100)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         delta = self.alpha / math.sqrt(1 + self.alpha**2)
@@ -214,7 +204,7 @@ class Linspace(Uniform):
 class Single(_Law):
     """Take one index for all: i = min(floor(fraction T), T - 1) (the paper's Observation 2)."""
 
-    fraction: float = _number(0.4, 0.0, 1.0)
+    fraction: float = number(0.4, 0, 1)
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         return torch.full((n,), self._index(num_steps))
