@@ -1,7 +1,5 @@
 """Calibration data: recorded denoiser inputs, from a trace folder or in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +151,7 @@ class MemorySet(CalibrationData):
     @classmethod
     def of_calls(
         cls, denoiser: nn.Module, calls: Iterable[Any], num_train_timesteps: int | None = None
-    ) -> MemorySet:
+    ) -> "MemorySet":
         """Return the set of some calls of a denoiser, given as keyword arguments.
 
         Their numbers of rows must differ, which tells what has an entry a row from what is shared;

@@ -10,8 +10,6 @@ stay those of the traced run. `trace` calls it, `timesteps` chooses the times.
 x_0 is an image of a data set in [-1, 1], eps ~ N(0, I). Source: PTQ4DM, eq. 4 and table 2.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from quantempo.registry import Registry
 
 __all__ = ["SOURCES", "Source", "check_source", "image_digest", "replace_rows"]
 
-SOURCES: Registry[Source] = Registry("source of x_t")
+SOURCES: Registry["Source"] = Registry("source of x_t")
 _OWN = 0x1A7E_5EED
 # Parts of a pipeline that make x_t something else than an image.
 _AUTOENCODERS = ("vae", "vqvae", "movq")

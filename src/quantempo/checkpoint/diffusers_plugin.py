@@ -5,8 +5,6 @@ in the component's config.json. Two public dictionaries of diffusers are extende
 class is patched. This file and `models/` are the only ones that import diffusers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -160,7 +158,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         *,
         times: Times,
         source_sha256: str,
-    ) -> QuantempoConfig:
+    ) -> "QuantempoConfig":
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
         int8 = [p for p in plans if p.kind == "int8"]
         bits = {p.name: [p.weight_bits, p.act_bits] for p in int8}

@@ -8,8 +8,6 @@ zero point's sign turned (there z is subtracted before the clamp).
 A new packed format is an entry of `FORMATS` and, where it should be fast, a kernel.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,7 +112,7 @@ class Format:
         codes = (nibbles.to(torch.int8) ^ 8) - 8 if self.signed else nibbles
         return codes.reshape(tuple(shape))
 
-    def exact_terms(self, other: Format) -> int:
+    def exact_terms(self, other: "Format") -> int:
         """Return how many terms sum_k (q_k - z) w_k may have and always fit an int32.
 
         q of this format with any zero point z of its range, w of `other`.

@@ -4,8 +4,6 @@
 of parts it has a fused forward for (`Blocks.build`). All reasons are kept: see `report`.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections import Counter
@@ -141,7 +139,7 @@ class Network:
         """Return the parts of one kind."""
         return [parts for parts in self.parts if isinstance(parts, kind)]
 
-    def once(self, make: Callable[[Network], T]) -> T:
+    def once(self, make: Callable[["Network"], T]) -> T:
         """Return make(self), called once for all blocks that share its result."""
         if make not in self._shared:
             self._shared[make] = make(self)

@@ -4,8 +4,6 @@ Here: the registry, EfficientNet-Lite0 (weights ship in a package, so it works o
 Inception network of published FIDs (needs its weights file). Not here: the scores.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
-    def __getitem__(self, rows: slice | Tensor) -> Features:
+    def __getitem__(self, rows: slice | Tensor) -> "Features":
         spatial = None if self.spatial is None else self.spatial[rows]
         return Features(self.pooled[rows], self.logits[rows], spatial)
 

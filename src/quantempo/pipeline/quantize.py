@@ -4,8 +4,6 @@ No run folder and no pipeline: `stages` wraps a cache around these steps, benchm
 call them directly.
 """
 
-from __future__ import annotations
-
 import copy as copies
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -74,7 +72,7 @@ class Quantized:
         scales: Mapping[str, Tensor],
         rounding: Mapping[str, Tensor],
         times: Times | None = None,
-    ) -> Quantized:
+    ) -> "Quantized":
         """Join the tensors of `search_scales` and of `round_weights`."""
         found = {
             name: replace(layer, act_scale=rounding.get(f"{name}.act_scale", layer.act_scale))

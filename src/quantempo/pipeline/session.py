@@ -1,7 +1,5 @@
 """A run folder with the float pipeline it belongs to: `load` starts one, `reopen` continues it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -82,7 +80,7 @@ class Session(Cache):
         return self.only or next(iter(denoisers_of(self.pipe)))
 
     @cached_property
-    def parts(self) -> list[Session]:
+    def parts(self) -> list["Session"]:
         """This session, and one for each further denoiser with a run folder inside its own."""
         found = [self]
         for name in [] if self.only else list(denoisers_of(self.pipe))[1:]:

@@ -4,8 +4,6 @@ Scales are keyed by the time the network receives, never by a call counter, so o
 serves every scheduler and step count of that model, and a batch may mix times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ class Times:
     clean: bool = False
 
     @classmethod
-    def of(cls, calls: list[Tensor], steps: int | None = None) -> Times:
+    def of(cls, calls: list[Tensor], steps: int | None = None) -> "Times":
         """Return the places of the times received, a tensor a call, in the order of the calls.
 
         An even run over T training time-steps has a place for each. The times that stay from call

@@ -10,8 +10,6 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 3.1 with quantizers moved to layer inputs, where integer kernels need them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Self
@@ -285,12 +283,12 @@ class Float16Linear(nn.Linear):
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     @classmethod
-    def like(cls, layer: nn.Linear) -> Float16Linear:
+    def like(cls, layer: nn.Linear) -> "Float16Linear":
         """Return an empty copy of a float linear layer, on its device."""
         bias = layer.bias is not None
         return cls(layer.in_features, layer.out_features, bias, layer.weight.device)
 
-    def fill(self, layer: nn.Linear) -> Float16Linear:
+    def fill(self, layer: nn.Linear) -> "Float16Linear":
         """Round the weight of a float layer to float16; QuantempoError beyond its range."""
         self.weight = nn.Parameter(layer.weight.detach().half().float(), requires_grad=False)
         if not bool(self.weight.isfinite().all()):

@@ -7,8 +7,6 @@ Every tensor operation here stays below the size from which torch uses threads: 
 independent, so a caller who wants both cores runs two layers at a time.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -83,7 +81,7 @@ class CostTable:
         away = (self.scale / self.scale[common]).log().abs()
         return contribution + smooth * total[common] * self.mass[:, None] * away
 
-    def at_best_zero_point(self) -> CostTable:
+    def at_best_zero_point(self) -> "CostTable":
         """Return the candidates of the zero point that suits rows with scales of their own best."""
         index = _choose(self.weighted(), self.zero_point)
         members = self.zero_point == self.zero_point[index[0]]

@@ -6,8 +6,6 @@ layer that gains too little from them keeps a single scale (`search_activation`,
 Weights: per output channel, symmetric.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -57,7 +55,7 @@ class LayerScales:
     weight_scale: Tensor
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor]) -> dict[str, LayerScales]:
+    def read(cls, tensors: Mapping[str, Tensor]) -> dict[str, "LayerScales"]:
         """Return the scales of every layer in the tensors of `scales.safetensors`."""
         names = [key.removesuffix(".weight_scale") for key in tensors if "weight_scale" in key]
         keys = [field.name for field in fields(cls)]

@@ -4,8 +4,6 @@ Everything that does not change between calls is made once for a device, outside
 kept as plain tensors: a compiler and a CUDA graph see constants at fixed addresses.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -105,7 +103,7 @@ class Norm:
         bucket: Tensor,
         silu: bool,
         grid: ActivationGrid | None = None,
-        sides: Sides | None = None,
+        sides: "Sides | None" = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the codes (floats without a grid) of the normalised torch.cat([x, skip], 1).
 
@@ -223,7 +221,7 @@ class LayerConstants:
         return {"kernel": kernel, "stride": layer.stride[0], "border": (top, top, left, left)}
 
     @classmethod
-    def joined(cls, layers: list[LayerConstants]) -> LayerConstants:
+    def joined(cls, layers: list["LayerConstants"]) -> "LayerConstants":
         """Return linear layers that read the same codes as one, their outputs side by side."""
         whole, first = copy.copy(layers[0]), layers[0].grids[0]
         weight = constant(torch.cat([o.weights[0] for o in layers]))
@@ -239,7 +237,7 @@ class LayerConstants:
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
         return whole
 
-    def reads_the_same(self, other: LayerConstants) -> bool:
+    def reads_the_same(self, other: "LayerConstants") -> bool:
         """Return whether another layer, of one segment too, takes the same codes (synchronises)."""
         mine, grid = self.grids[0], other.grids[0]
         same_width = self.weights[0].shape[-1] == other.weights[0].shape[-1]
@@ -247,12 +245,12 @@ class LayerConstants:
         return same_width and alike and torch.equal(mine.scale, grid.scale)
 
     @classmethod
-    def together(cls, layers: list[LayerConstants]) -> list[LayerConstants]:
+    def together(cls, layers: list["LayerConstants"]) -> list["LayerConstants"]:
         """Return linear layers that read the same input, joined if they share its codes."""
         alike = all(layers[0].reads_the_same(layer) for layer in layers[1:])
         return [cls.joined(layers)] if alike else layers
 
-    def pixelwise(self) -> LayerConstants:
+    def pixelwise(self) -> "LayerConstants":
         """Return the linear layer that does what this layer does to each pixel or token.
 
         The layer is linear, or a 1x1 convolution of one segment, stride 1; nothing is copied.

@@ -5,8 +5,6 @@ the GPU runs them. A graph is one launch. It holds the whole call, the hook that
 included, so every time-step is served by the same graph.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -110,7 +108,7 @@ class Graphed(nn.Module):
         """Drop all recordings."""
         self._recordings, self._pool = {}, None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphed":
         # Recordings stay with the tensors that they read.
         return Graphed(copy.deepcopy(self.denoiser, memo), self.warmup)
 

@@ -1,7 +1,5 @@
 """Computed once a forward: all time shifts; keys and values of the context."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +39,7 @@ class SharedContext(Prepared, PerForward):
         self.attentions = attentions
 
     @classmethod
-    def of(cls, network: Network) -> SharedContext:
+    def of(cls, network: Network) -> "SharedContext":
         """Return that of all attention layers that read a context."""
         blocks = network.of(TransformerBlockParts)
         return cls([a for block in blocks for a in block.attentions if a.cross])
