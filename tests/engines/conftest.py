@@ -9,12 +9,12 @@ from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from tests.engines.openvino_nets import packed
 from tests.engines.quantized import quantized_unet
-from tests.tiny import tiny_unet
+from tests.uses import small
 
 
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
-    return tiny_unet()
+    return small("pixels")
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,8 @@ from tests.engines.openvino_nets import (
     sqnr_db,
 )
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional
-from tests.uses import small
 
 pytestmark = needs_openvino
-
-
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return small("pixels")
 
 
 @torch.no_grad()

@@ -105,11 +105,8 @@ def _quantize(source: Path, out: Path, call: dict[str, Any]) -> Path:
 @functools.cache
 def fresh() -> ProcessPoolExecutor:
     """Return a second process; one for all families, since importing costs seconds."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet)
-
-
-def _quiet() -> None:
-    torch.set_num_threads(1)
+    how: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), **how)
 
 
 def reload(source: Path, packed: Path, folder: Path, call: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +154,7 @@ def _copied(tree: Any) -> Any:
 
 def _sqnr_db(want: Any, got: Any) -> float:
     """Return 10 log10(|want|^2 / |want - got|^2) over all tensors of an answer."""
-    wants, gots = (
-        torch.cat([t.double().flatten() for t in pytree.tree_leaves(_plain(tree))])
-        for tree in (want, got)
-    )
+    leaves = map(pytree.tree_leaves, (want, got))
+    wants, gots = (torch.cat([t.double().flatten() for t in found]) for found in leaves)
     noise = (wants - gots).square().sum()
     return float(10 * torch.log10(wants.square().sum() / noise.clamp(min=1e-30)))
-
-
-def _plain(answer: Any) -> Any:
-    return answer.to_tuple() if hasattr(answer, "to_tuple") else answer
