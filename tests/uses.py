@@ -41,7 +41,7 @@ def small(kind: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         if kind == "text":
             names = {"down_block_types": ("CrossAttnDownBlock2D",)}
-            names |= {"up_block_types": ("CrossAttnUpBlock2D",)}
+            names |= {"up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
             more = {"cross_attention_dim": 16, "attention_head_dim": 2, **names}
             return UNet2DConditionModel(sample_size=8, **shape, **more).eval()
         names = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
