@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, norm
+from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, norm, tokens
 from quantempo.bench.op_table import Limits, bench_ops, check, measure_limits, tera, time_op
 from quantempo.bench.results import Results, text_table
 from quantempo.errors import QuantempoError
@@ -13,7 +13,10 @@ from quantempo.kernels import ops
 from tests.bench.timers import Steady
 
 CPU = torch.device("cpu")
-SMALL = (conv(3, 6, 32, 48), gemm(150, 48, 64), norm(2, 4, 64), norm(2, 4, 64, 32))
+SMALL = (
+    conv(3, 6, 32, 48), gemm(150, 48, 64), norm(2, 4, 64), norm(2, 4, 64, 32), tokens(2, 5, 64),
+    tokens(2, 5, 64, static=True), gemm(150, 48, 64, block=True),
+)  # fmt: skip
 
 
 def test_costs_by_hand() -> None:
@@ -52,6 +55,8 @@ def test_the_definition_passes_its_check(case: Any) -> None:
         (SMALL[1], "bias", "epilogue"),
         (SMALL[2], "code", "steps from its value"),
         (SMALL[3], "raw", "steps from its value"),
+        (SMALL[4], "shift", "steps from its value"),
+        (SMALL[6], "gate", "epilogue"),
     ],
 )
 def test_wrong_kernels_are_refused(case, what, message, monkeypatch):
@@ -65,7 +70,7 @@ def test_wrong_kernels_are_refused(case, what, message, monkeypatch):
             table = kwargs["table"].clone()
             table[0b0101] = table[0]
             kwargs["table"] = table
-        elif what in ("shift", "bias") and kwargs.get(what) is not None:
+        elif what in ("shift", "bias", "gate") and kwargs.get(what) is not None:
             kwargs[what] = kwargs[what] * 1.1
         found = true(*args, **kwargs)
         if what == "chance":

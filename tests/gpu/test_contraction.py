@@ -27,7 +27,6 @@ pytestmark = [
 SMALL = Tile(32, 32, 64, 4, 2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
-CUDA = pytest.mark.cuda
 
 CASES = {
     "odd": Case(),
@@ -279,7 +278,7 @@ def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tens
 HERE = ("definition", "interpreted")
 PRODUCTS = [
     *((name, path) for name in BLOCKS for path in HERE if "large" not in name),
-    *(pytest.param(name, path, marks=CUDA) for name in BLOCKS for path in launch.PATHS),
+    *(pytest.param(name, path, marks=pytest.mark.cuda) for name in BLOCKS for path in launch.PATHS),
 ]
 
 

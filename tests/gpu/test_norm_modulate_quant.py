@@ -179,7 +179,6 @@ SHIPPED = [
     (1, 4608, 3072), (32, 256, 1152), (2, 4096, 2432), (1, 14040, 1536), (4, 64, 256),
     (1, 4608, 12288), (1, 512, 20480),
 ]  # fmt: skip
-MOST_REGISTERS = 128
 
 
 def recorded(
@@ -204,7 +203,6 @@ def recorded(
 COMPILED = [
     *((90, shape, {"early": True}) for shape in SHIPPED),
     *((arch, shape, {"static": arch == 80}) for arch in (80, 89) for shape in SHIPPED[:2]),
-    (90, SHIPPED[0], {"static": True, "early": True}),
     (90, SHIPPED[1], {"norm": "rms", "static": True}),
     (90, SHIPPED[3], {"dtype": FLOAT}),
     (90, SHIPPED[2], {"affine": True}),
@@ -216,7 +214,7 @@ def test_shipped_shapes_compile_without_spills(arch: int, shape, how) -> None:
     launch = recorded(*shape, **how)
     binary = harness.compiled(launch, arch)
     assert (binary.spills, binary.stack) == (0, 0)
-    assert binary.registers <= MOST_REGISTERS
+    assert binary.registers <= 128
     # x and two of C come sixteen bytes at a time, all of them; codes leave in eights.
     wide = {"dtype": 6, "affine": 5}
     loads = launch.kwargs["PIECES"] * max((wide.get(name, 3) for name in how), default=3)

@@ -1,8 +1,8 @@
 """The shapes on which kernels are timed, with their arguments, costs, truth and rivals.
 
 The shapes are those of real layers: a CIFAR-10 DDPM at batch 256, Stable Diffusion 1.5 at batch 8
-and 2, SDXL at batch 8, linear layers of DiT-XL/2, FLUX and SDXL. Codes and weights are random and
-cover their range, since zeros run faster.
+and 2, SDXL at batch 8, linear layers and tokens of DiT-XL/2, FLUX and SDXL. Codes and weights are
+random and cover their range, since zeros run faster.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from quantempo.bench.turns import Call
 from quantempo.kernels import layout, ops
 
-__all__ = ["CASES", "PRODUCTS", "Case", "conv", "gemm", "norm"]
+__all__ = ["CASES", "PRODUCTS", "Case", "conv", "gemm", "norm", "tokens"]
 
 _ZERO = 77
 _NORM_ZERO, _RAW_ZERO, _RAW_SCALE = 14, 128, 0.03
@@ -114,8 +114,11 @@ def conv(n: int, s: int, c: int, o: int) -> Case:
                 reference, sums, epilogue, {"bf16": bf16})  # fmt: skip
 
 
-def gemm(m: int, n: int, k: int) -> Case:
-    """Return a linear layer of (M, K) rows by (N, K) weights, with bias and a bfloat16 result."""
+def gemm(m: int, n: int, k: int, block: bool = False) -> Case:
+    """Return a linear layer of (M, K) rows by (N, K) weights, with bias and a bfloat16 result.
+
+    block: the last of a transformer block, with a scale for each row, a gate and a residual.
+    """
 
     def make(device: torch.device) -> Given:
         weight = _codes((n, k), device, -127)
@@ -124,21 +127,31 @@ def gemm(m: int, n: int, k: int) -> Case:
             "weight": weight,
             "table": layout.row_table(weight, _ZERO),
             **_terms(n, device),
+        } | (ends(device) if block else {})
+
+    def ends(device: torch.device) -> Given:
+        return {
+            "act_scale": torch.rand(m, device=device) * 1e-3 + 1e-3,
+            "gate": _floats(1, n, device=device),
+            "residual": _floats(m, n, device=device),
         }
 
     def run(given: Given) -> Tensor:
-        return ops.qgemm(**given, out_dtype=_BF16)
+        return ops.qgemm(**given, rows=block, out_dtype=_BF16)
 
     def sums(given: Given) -> Tensor:
-        some = {key: value for key, value in given.items() if key != "bias"}
-        return ops.qgemm(**some, out_dtype=torch.int32)
+        added = ("bias", "gate", "residual")
+        some = {key: value for key, value in given.items() if key not in added}
+        return ops.qgemm(**some, rows=block, out_dtype=torch.int32)
 
     def reference(given: Given, rows: Tensor) -> Tensor:
         codes = given["codes"][rows].double() - (_ZERO - layout.OFFSET)
         return codes @ given["weight"].double().t()
 
     def epilogue(given: Given, rows: Tensor, sums: Tensor) -> Tensor:
-        return (given["act_scale"] * given["weight_scale"]).double() * sums + given["bias"].double()
+        own = given["act_scale"][rows, None] if block else given["act_scale"]
+        y = (own * given["weight_scale"]).double() * sums + given["bias"].double()
+        return y * given["gate"].double() + given["residual"][rows].double() if block else y
 
     def bf16(device: torch.device) -> Call:
         x, weight = (_floats(rows, k, device=device) for rows in (m, n))
@@ -153,8 +166,9 @@ def gemm(m: int, n: int, k: int) -> Case:
         left, right = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
         return lambda: torch._scaled_mm(x, weight.t(), left, right, out_dtype=_BF16)
 
-    moved = (m + n) * float(k) + 2.0 * m * n
-    return Case("qgemm", f"{m}x{n}x{k}", 2.0 * m * n * k, moved, make, run, run, reference, sums,
+    moved = (m + n) * float(k) + (4.0 if block else 2.0) * m * n
+    name = f"{m}x{n}x{k}" + " gated" * block
+    return Case("qgemm", name, 2.0 * m * n * k, moved, make, run, run, reference, sums,
                 epilogue, {"bf16": bf16, "_int_mm": int8, "fp8 rowwise": fp8})  # fmt: skip
 
 
@@ -196,6 +210,38 @@ def norm(n: int, s: int, c: int, skip: int = 0) -> Case:
                 lambda given: torch.cat(both(given), 1), reference)  # fmt: skip
 
 
+def tokens(b: int, t: int, c: int, static: bool = False) -> Case:
+    """Return LayerNorm, modulation and codes of (B, T, C) bfloat16 tokens, a scale each or one."""
+
+    def make(device: torch.device) -> Given:
+        rows = _floats(b, 6 * c, device=device)
+        given = {
+            "x": _floats(b, t, c, device=device) + 0.5, "scale": rows[:, :c],
+            "shift": rows[:, c : 2 * c],
+            "bucket": torch.zeros((), dtype=torch.int64, device=device),
+        }  # fmt: skip
+        return given | ({"act_scale": torch.full((1,), 0.03, device=device)} if static else {})
+
+    def run(given: Given) -> Tensor:
+        return ops.norm_modulate_quant(**given)[0]
+
+    def reference(given: Given, rows: Tensor) -> Tensor:
+        scale, shift = (given[name].double()[rows // t] for name in ("scale", "shift"))
+        v = F.layer_norm(given["x"].flatten(0, 1)[rows].double(), (c,), eps=1e-6)
+        v = v * (1 + scale) + shift
+        own = given["act_scale"].double() if static else v.abs().amax(1, keepdim=True) / 127
+        return v / own
+
+    def copy(device: torch.device) -> Call:
+        source, target = (_codes((b * t * c * 3 // 2,), device) for _ in range(2))
+        return lambda: target.copy_(source)
+
+    name = f"{b}x{t}x{c}" + (" static" if static else "")
+    moved = 3.0 * b * t * c + 4.0 * b * (c + (0 if static else t))
+    return Case("norm_modulate_quant", name, 0.0, moved, make, run, run, reference,
+                rivals={"copy": copy})  # fmt: skip
+
+
 PRODUCTS = (
     gemm(8192, 4608, 1152), gemm(4608, 12288, 3072), gemm(2048, 10240, 1280),
     gemm(8192, 1280, 1280),
@@ -205,4 +251,5 @@ CASES = (
     conv(256, 8, 256, 256), conv(8, 64, 320, 320), conv(8, 32, 640, 640), conv(8, 16, 1280, 1280),
     conv(2, 64, 320, 320), conv(2, 32, 640, 640), conv(8, 128, 320, 320), *PRODUCTS,
     norm(256, 32, 128), norm(256, 16, 256), norm(256, 32, 256, 128), norm(8, 64, 320),
+    tokens(1, 4608, 3072), tokens(32, 256, 1152, static=True), gemm(4608, 3072, 12288, block=True),
 )  # fmt: skip
