@@ -64,7 +64,10 @@ def chosen(granularity: str, **settings: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(("metric", "power"), [("mse", 2), ("l1", 1), ("lp", 2.4)])
-def test_the_error_of_tokens_is_that_of_all_inputs(metric: str, power: float) -> None:
+def test_the_error_of_tokens_is_that_of_all_inputs(
+    metric: str, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantempo.scales.histogram.DEVICE_PIECE", 7 * WIDTH)
     inputs = {"outliers": (), "joined": (16, 2 * WIDTH - 16)}
     whole, how = data(), make_metric(metric, 2.4)
     found = collect_statistics(Net(), inputs, whole, tokens=how)

@@ -173,15 +173,23 @@ class TokenError:
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
         """Take in a batch (..., K) of floats, whatever its time."""
-        rows, sums = x.float().reshape(-1, x.shape[-1]), []
+        rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
+        pieces = rows.split(max(1, DEVICE_PIECE // rows.shape[1]))
+        total = torch.stack([self._sums(piece.float()) for piece in pieces]).sum(0).cpu()
+        self.tokens[segment] += len(rows)
+        share = len(rows) / self.tokens[segment]
+        self.error[segment] += share * (total / len(rows) - self.error[segment])
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Return the metric of all rows (M, K) together at each width, (7,)."""
+        sums = []
         for bits in ACT_BITS:
             scale = token_scale(rows, activation_format(bits))
             codes = (rows / scale).round_()
             sums.append(self.metric(rows, codes.mul_(scale)).double().sum())
-        self.tokens[segment] += len(rows)
-        share = len(rows) / max(1, self.tokens[segment])
-        mean = torch.stack(sums).cpu() / max(1, len(rows))
-        self.error[segment] += share * (mean - self.error[segment])
+        return torch.stack(sums)
 
 
 def _on_host(values: Tensor) -> bool:
