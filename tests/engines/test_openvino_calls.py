@@ -261,9 +261,14 @@ def test_unknown_precisions_and_layers_are_refused() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("factor", [-50.0, 0.6])
 def test_a_graph_that_is_wrong_is_named_and_not_used(
-    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unet: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
 ) -> None:
+    """Also where it is a loss of a few dB."""
     from quantempo.engines.openvino import graph
 
     net, x, name = packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.1.conv2"
@@ -271,7 +276,7 @@ def test_a_graph_that_is_wrong_is_named_and_not_used(
 
     def wrong(self: Any, call: Any, *how: Any) -> Any:
         y = right(self, call, *how)
-        return graph.ops.multiply(y, graph.constant(-50.0)) if call.name == name else y
+        return graph.ops.multiply(y, graph.constant(factor)) if call.name == name else y
 
     monkeypatch.setattr(graph._LayerConverter, "_sum", wrong)
     engines.attach(net, "openvino")

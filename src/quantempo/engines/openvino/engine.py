@@ -160,17 +160,17 @@ class _Runner:
 
     def _first_wrong(self, graph: _Graph, layout: _Layout, values: list[Tensor]) -> str | None:
         """Compare a new graph with `simulated`; return the first layer that is far, or None."""
-        # Below 4 bits moved codes alone leave less.
-        if any(min(la.act_bits, la.weight_bits) < 4 for _, la in quantized_layers(self.denoiser)):
-            return None
-        truth, seen = reference(self.denoiser, values[0], layout.fill(values[1:]))
-        _, expected = _Layout.of(truth)
-        outputs = graph(values)
-        if not too_far(outputs, expected):
+        arguments = layout.fill(values[1:])
+        (truth, seen), (free, loose) = (
+            reference(self.denoiser, values[0], arguments, rounded) for rounded in (True, False)
+        )
+        expected, outputs = _Layout.of(truth)[1], graph(values)
+        if not too_far(outputs, expected, _Layout.of(free)[1]):
             return None
         probe = self._compile(layout, values, inner=True)
-        layers = zip(probe.names, probe(values)[len(outputs) :], seen, strict=True)
-        return next((name for name, y, right in layers if too_far([y], [right])), "its end")
+        layers = zip(probe.names, probe(values)[len(outputs) :], seen, loose, strict=True)
+        far = (name for name, y, right, free in layers if too_far([y], [right], [free]))
+        return next(far, "its end")
 
     def _compile(self, layout: _Layout, values: list[Tensor], inner: bool = False) -> _Graph:
         """Return the graph of a call; `inner`: integer layers are outputs too, after its own."""
