@@ -127,6 +127,12 @@ def test_a_list_that_means_something_else_is_given_one_image_at_a_time(spy: Spy)
     assert images_a_call(spy, {"ip_adapter_image": PICTURES}, 16) == 1
     kind: Any = diffusers.Flux2KleinPipeline
     assert images_a_call(kind.__new__(kind), {"image": PICTURES}, 16) == 1
+    # Of a film the first frame; these encode picture i for film i.
+    for name, most in (("Wan", 1), ("LTX", 16), ("CogVideoX", 16), ("HunyuanVideo", 16)):
+        kind = getattr(diffusers, f"{name}ImageToVideoPipeline")
+        film = kind.__new__(kind)
+        film.video_processor = None
+        assert images_a_call(film, {"image": PICTURES}, 16) == most
     how: dict[str, Any] = {"steps": 1, "prompt": "a", "ip_adapter_image": PICTURES}
     with pytest.raises(QuantempoError, match="one image at a time"):
         call_pipeline(spy, [1, 2], **how)

@@ -138,9 +138,10 @@ def prx() -> Any:
     return p.pipeline(D.PRXPipeline, net, p.clip(), vae=p.vae(), default_sample_size=16)
 
 
+LARGE = {"height": 32, "width": 32}
 WHOLE = {"use_resolution_binning": False}
 PIXART = {**p.RAW, **WHOLE}
-SANA = {**LONG, **WHOLE, "height": 32, "width": 32, "complex_human_instruction": None}
+SANA = {**LONG, **WHOLE, **LARGE, "complex_human_instruction": None}
 SPRINT = {**SANA, "intermediate_timesteps": None}
 KONTEXT = {**LONG, **p.images(), "max_area": 256, "_auto_resize": False}
 EMBEDS = {**p.embeds(*BOTH), **SIZE}
@@ -184,8 +185,8 @@ TRANSFORMERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     ),
     "CogView 4": lambda: (cogview("CogView4", p.flow(), rope_axes_dim=(8, 8)), EMBEDS),
     "HunyuanDiT": lambda: (hunyuan_dit(), {**two_texts(), **SIZE, **WHOLE}),
-    "Lumina": lambda: (lumina(), {**p.RAW, "max_sequence_length": 8}),
-    "Lumina 2": lambda: (lumina2(), {"prompt": ["a", "a b c"], **SIZE, "system_prompt": "s"}),
+    "Lumina": lambda: (lumina(), {**p.RAW, **LARGE, "max_sequence_length": 8}),
+    "Lumina 2": lambda: (lumina2(), {"prompt": ["a", "a b c"], **LARGE, "system_prompt": "s"}),
     "Z-Image": lambda: (z_image(), LONG),
     "Qwen-Image": lambda: (qwen(D.QwenImagePipeline), MASKED),
     "Qwen-Image-Edit": lambda: (

@@ -65,6 +65,20 @@ def test_gptq_lowers_the_error_of_the_network(kind: str) -> None:
     assert _error(made, copied) < 0.9 * plain
 
 
+def test_a_block_whose_layers_run_outside_its_call_grows(monkeypatch) -> None:
+    """Lumina's block calls the last layer of its attention itself."""
+    made = case("dit")
+
+    def is_unit(module: nn.Module) -> bool:
+        return isinstance(module, nn.ModuleList) and isinstance(module[0], nn.Linear)
+
+    monkeypatch.setattr("quantempo.models.layers.is_unit", is_unit)
+    plain = _error(made, made.copied())
+    result, copied = _round(made, replace(QUICK, name="gptq"))
+    assert set(result) == set(made.scales)
+    assert _error(made, copied) < 0.9 * plain
+
+
 def test_the_float_network_and_the_engine_are_left_as_they_were() -> None:
     made = case("dit")
     before = {k: v.clone() for k, v in made.denoiser.state_dict().items()}

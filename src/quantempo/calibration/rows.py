@@ -105,7 +105,7 @@ def measure(small: Any, large: Any, index: Tensor, rows: int, path: str = "") ->
         pairs = ((i, small[i], large[i]) for i in _places(small))
         parts = [measure(a, b, index, rows, f"{path}[{i!r}]") for i, a, b in pairs]
         return {key: place for part in parts for key, place in part.items()}
-    raise QuantempoError(
+    raise UnmeasuredError(
         f"the argument {path} of a network is a {type(small).__name__} of {few} for {len(index)} "
         f"rows and a {type(large).__name__} of {many} for {rows}; expected one that grows with the "
         "rows or stays as it is"

@@ -17,9 +17,8 @@ from quantempo.engines.select import ENGINES
 from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers
 
 __all__ = [
-    *("SimulatedBackend", "exact_parts", "float32_copy", "reference", "run_once", "sum_bound"),
-    "too_far",
-]
+    "SimulatedBackend", "exact_parts", "float32_copy", "once", "reference", "sum_bound", "too_far",
+]  # fmt: skip
 
 # An engine may move codes: at most that draws the error of rounding anew, which doubles its square.
 # Engines that are right have 0.7 to 1.1 times that error (bfloat16 throughout 1.7), and in half
@@ -57,8 +56,9 @@ def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, to
 class _Kernel(Kernel):
     backend, traceable = "simulated", True
 
-    def __init__(self, layer: QLayer) -> None:
+    def __init__(self, layer: QLayer, rounded: bool = True) -> None:
         super().__init__(layer)
+        self.rounded = rounded
         # (segment, channels of it, weight) of each part.
         self.parts: list[tuple[int, slice, Tensor]] = []
         self.qmax = torch.empty(0)
@@ -71,16 +71,16 @@ class _Kernel(Kernel):
         y: Tensor | None = None
         for i, segment in enumerate(x.float().split(layer.segments, axis)):
             scale = layer.scale_now(i, segment)
-            codes = self.rounded(segment / scale, layer.act_zero_point[i])
+            codes = segment / scale
+            if self.rounded:
+                zero = layer.act_zero_point[i]
+                codes = (torch.round(codes) + zero).clamp_min(0).minimum(self.qmax) - zero
             term = self.sums(i, codes) * (scale * layer.weight_scale.reshape(rows))
             y = term if y is None else y + term
         assert y is not None
         if layer.bias is not None:
             y = y + layer.bias.reshape(rows)
         return y.to(x.dtype)
-
-    def rounded(self, codes: Tensor, zero: Tensor) -> Tensor:
-        return (torch.round(codes) + zero).clamp_min(0).minimum(self.qmax) - zero
 
     def _prepare(self, device: torch.device) -> None:
         layer = self.layer
@@ -134,11 +134,6 @@ def float32_copy(denoiser: nn.Module) -> Any:
     return copy.deepcopy(denoiser, known)
 
 
-class _Unrounded(_Kernel):
-    def rounded(self, codes: Tensor, zero: Tensor) -> Tensor:
-        return codes
-
-
 def reference(
     denoiser: nn.Module, bucket: Tensor, arguments: dict[str, Any], rounded: bool = True
 ) -> tuple[Any, list[Tensor]]:
@@ -150,7 +145,7 @@ def reference(
     exact, seen = float32_copy(denoiser), list[Tensor]()
 
     def run(layer: QLayer, x: Tensor) -> Tensor:
-        seen.append(run_once(layer, rounded, x))
+        seen.append(once(layer, rounded, x))
         return seen[-1]
 
     exact.get_submodule(CLOCK_NAME).call.bucket = bucket.squeeze()
@@ -160,27 +155,25 @@ def reference(
         return type(exact).forward(exact, **arguments), seen
 
 
-def run_once(layer: QLayer, rounded: bool, x: Tensor) -> Tensor:
+def once(layer: QLayer, rounded: bool, x: Tensor) -> Tensor:
     """Return the output of a layer, its float weights made for this call only."""
-    return (_Kernel if rounded else _Unrounded)(layer)(x)
+    return _Kernel(layer, rounded)(x)
 
 
-def too_far(
-    found: list[Tensor], expected: list[Tensor], unrounded: list[Tensor] | None = None
-) -> bool:
+def too_far(found: list[Tensor], expected: list[Tensor], free: list[Tensor] | None = None) -> bool:
     """Return whether outputs are further from the expected ones than moved codes make them.
 
-    unrounded: those of the network without rounding of activations; None: of one block.
+    free: those of the network without rounding of activations; None: of one block.
     """
     signal = noise = rounding = 0.0
-    for a, b, c in zip(found, expected, unrounded or expected, strict=True):
+    for a, b, c in zip(found, expected, free or expected, strict=True):
         # Inputs that hold NaN say nothing.
         known = b.isfinite()
         exact = b[known].double()
         signal += float(exact.square().sum())
         noise += float((a[known] - exact).square().sum())
         rounding += float((c[known] - exact).square().sum())
-    least = signal / 10 ** ((PART_DB if unrounded is None else AGREE_DB) / 10)
+    least = signal / 10 ** ((PART_DB if free is None else AGREE_DB) / 10)
     return not noise <= max(MOVED * rounding, least)
 
 

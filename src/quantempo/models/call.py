@@ -133,11 +133,11 @@ def _array(made: Any) -> np.ndarray:
     return made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made)
 
 
-def _source(pipe: Any) -> str:
+def _source(pipe: Any, name: str = "__call__") -> str:
     try:
-        return inspect.getsource(type(pipe).__call__)
-    except OSError:
-        # Typed into an interpreter.
+        return inspect.getsource(getattr(type(pipe), name))
+    except (AttributeError, OSError):
+        # Without such a method, or typed into an interpreter.
         return ""
 
 
@@ -148,7 +148,9 @@ def images_a_call(pipe: Any, call: Mapping[str, Any], most: int) -> int:
     """
     given = {key for key, value in call.items() if value is not None}
     images = {key for key in given if kind_of(key) in ("image", "film")}
-    one = _REFERENCES.match(type(pipe).__name__) or hasattr(pipe, "video_processor")
+    # LTX, CogVideoX and HunyuanVideo encode picture i for film i, and know no other way.
+    first = hasattr(pipe, "video_processor") and "image[i]" not in _source(pipe, "prepare_latents")
+    one = first or _REFERENCES.match(type(pipe).__name__)
     return 1 if (one and images) or any("ip_adapter" in key for key in given) else most
 
 

@@ -6,7 +6,7 @@ decided by structure and name, never by position in a list.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -326,15 +326,15 @@ class Block:
     layers: tuple[str, ...]
 
 
-def blocks(denoiser: nn.Module) -> list[Block]:
+def blocks(denoiser: nn.Module, whole: Collection[str] = ()) -> list[Block]:
     """Return the units of a float denoiser in the order in which its forward runs them.
 
-    Every one of LAYERS is in exactly one of them. After packing the same names hold the
-    quantized layers. The order is that of diffusers' U-Nets and of transformers whose blocks stand
-    in a list; whoever needs it of another network compares with a run.
+    Every one of LAYERS is in exactly one of them; `whole` names further modules that are units.
+    After packing the same names hold the quantized layers. The order is that of diffusers' U-Nets
+    and of transformers whose blocks stand in a list; others are compared with a run.
     """
     found = []
-    for name, module in _units(denoiser, ""):
+    for name, module in _units(denoiser, "", whole):
         inner = module.named_modules(prefix=name)
         layers = tuple(n for n, layer in inner if isinstance(layer, LAYERS))
         if layers:
@@ -342,12 +342,12 @@ def blocks(denoiser: nn.Module) -> list[Block]:
     return found
 
 
-def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, LAYERS) or (name and is_unit(module)):
+def _units(module: nn.Module, name: str, whole: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, LAYERS) or (name and (name in whole or is_unit(module))):
         yield name, module
         return
     for child, part in _in_order(module):
-        yield from _units(part, f"{name}.{child}" if name else child)
+        yield from _units(part, f"{name}.{child}" if name else child, whole)
 
 
 def is_unit(module: nn.Module) -> bool:

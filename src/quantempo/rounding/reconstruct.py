@@ -150,19 +150,32 @@ class _Job:
         self.exact: dict[str, Inputs] | None = None
 
     @torch.no_grad()
-    def _in_order(self) -> list[Block]:
-        """Return the blocks with integer layers, and those layers, as a run meets them."""
+    def _in_order(self, whole: frozenset[str] = frozenset()) -> list[Block]:
+        """Return the blocks with integer layers, and those layers, as a run meets them.
+
+        whole: modules around blocks whose layers run outside their call (Lumina).
+        """
         found = []
-        for block in blocks(self.denoiser):
+        for block in blocks(self.denoiser, whole):
             layers = [n for n in block.layers if isinstance(self.copied.get_submodule(n), QLayer)]
             if layers:
                 found.append(replace(block, layers=tuple(layers)))
         known = {block.name: block for block in found}
-        names = dict.fromkeys([*known, *(n for block in found for n in block.layers)])
-        modules = {name: self.denoiser.get_submodule(name) for name in names}
+        owner = {name: block.name for block in found for name in (block.name, *block.layers)}
+        modules = {name: self.denoiser.get_submodule(name) for name in owner}
         order: dict[str, None] = {}
-        with hooked(modules, lambda name, *_: order.setdefault(name), before=True):
+        running, outside = set[str](), set[str]()
+
+        def enter(name: str, *_: Any) -> None:
+            order.setdefault(name)
+            running.add(name)
+            if owner[name] not in running:
+                outside.add(owner[name].rpartition(".")[0])
+
+        with hooked(modules, enter, before=True), hooked(modules, lambda n, *_: running.discard(n)):
             self.data.replay(self.denoiser, self.batches[0])
+        if outside - {""}:
+            return self._in_order(whole | outside)
         met = [name for name in order if name in known]
         if met != [block.name for block in found if block.name in met]:
             log.warning("blocks run in another order than their structure says; taken as run")

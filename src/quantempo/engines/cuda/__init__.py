@@ -23,7 +23,7 @@ __all__ = ["flux", "transformer", "unet"]
 class _TritonEngine(LayerwiseEngine):
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
         # Here: engines are registered in the order of preference.
-        from quantempo.engines.simulated import float32_copy, run_once
+        from quantempo.engines.simulated import float32_copy, once
 
         layers, clock = dict(quantized_layers(denoiser)), find_clock(denoiser)
         assert clock is not None
@@ -48,7 +48,7 @@ class _TritonEngine(LayerwiseEngine):
 
             def run(rounded: bool) -> Any:
                 for _, layer in quantized_layers(copied):
-                    layer.kernel = partial(run_once, layer, rounded)
+                    layer.kernel = partial(once, layer, rounded)
                 return kind.forward(copied, *args, **kwargs)
 
             with (
