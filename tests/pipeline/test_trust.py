@@ -199,7 +199,6 @@ WORK = """
 import sys
 from quantempo.pipeline import stages
 from tests.pipeline.test_trust import SMALL
-print("ready", flush=True)
 stages.quantize(sys.argv[1], sys.argv[2], SMALL)
 """
 
@@ -208,10 +207,10 @@ def test_processes_on_one_run_folder_take_turns(tmp_path: Path) -> None:
     source, run = saved("unconditional"), tmp_path / "run"
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
-    command, pipes = [sys.executable, "-c", WORK, source, run], {"text": True}
-    pipes |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, env=environment, **pipes) as other:
-        assert other.stdout.readline() == "ready\n"
+    how = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WORK, source, run], **how) as other:
+        with RunFolder(run).lock():
+            assert any("waiting for another process" in line for line in other.stderr)
         pipeline.quantize(source, run, SMALL)
         _, said = other.communicate(timeout=300)
     assert other.returncode == 0, said
