@@ -219,7 +219,7 @@ BLOCKS = {
     "one gate": Block(gates=1, residual=HALF, images=1),
     "two segments": Block(sides=(160,), gates=1, residual=BRAIN),
     "three segments": Block(sides=(48, 32), rows=False, activation="gelu_tanh", gates=2),
-    "large": Block(m=1320, k=512, o=640, sides=(1024,), gates=3, residual=BRAIN),
+    "large": Block(m=4620, k=512, o=1280, sides=(1024,), gates=3, residual=BRAIN),
     "large, not by row": Block(m=1320, k=1024, o=384, rows=False, gates=2, residual=HALF),
     "large codes": Block(m=1100, k=256, o=1024, activation="gelu_tanh", requantize=True),
 }

@@ -94,7 +94,9 @@ def quantize_tokens(
         parts = centred
     inverse = 1.0
     if NORM != "none":
-        inverse = tl.rsqrt(_total(parts, True) * (1.0 / CHANNELS) + eps)
+        square = _total(parts, True) * (1.0 / CHANNELS) + eps
+        # Of squares beyond float32 too the row is to be NaN, not 0.
+        inverse = tl.where(square < float("inf"), tl.rsqrt(square), float("nan"))
     values = ()
     for i in tl.static_range(PIECES):
         v = parts[i]

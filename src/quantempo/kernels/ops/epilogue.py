@@ -18,18 +18,16 @@ from torch.nn import functional as F
 from quantempo.kernels.ops import checks
 from quantempo.kernels.ops.exact import channels_last, entries, quantize
 
-__all__ = ["GATED", "Epilogue", "Form", "Terms"]
+__all__ = ["ACTIVATIONS", "GATED", "Epilogue", "Form", "Terms"]
 
-# Activations that take two halves of the channels: v of the first times that of the second.
-GATED = {"geglu": "gelu", "swiglu": "silu"}
-
-
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "none": lambda v: v,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": lambda v: v / (1 + torch.exp(-v)),
 }
+# Of two halves of the channels: the first times one of these of the second.
+GATED = {"geglu": "gelu", "swiglu": "silu"}
 
 
 class Terms(NamedTuple):
@@ -212,7 +210,7 @@ class Epilogue(NamedTuple):
         if t.shift is not None:
             y += t.shift.double().reshape(*t.shift.shape, *rest)
         value, y = y.chunk(2, 1) if self.gated else (1, y)
-        y = value * _ACTIVATIONS[GATED.get(self.activation, self.activation)](y)
+        y = value * ACTIVATIONS[GATED.get(self.activation, self.activation)](y)
         if t.gate is not None:
             y = y * t.gate.double().repeat_interleave(count // len(t.gate), 0)
         if t.residual is not None:

@@ -130,6 +130,7 @@ def norm_modulate_quant(
     Raises:
         ValueError: on shapes, types or strides other than these.
 
-    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's.
+    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's, and
+        what has squares beyond float32 is as an infinity is.
     """
     return Tokens(x, bucket, norm, weight, bias, scale, shift, eps, act_scale, zero_point, qmax)

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.epilogue import GATED, Epilogue, Terms
+from quantempo.kernels.ops.epilogue import ACTIVATIONS, GATED, Epilogue, Terms
 from quantempo.kernels.ops.operator import operator
 
 __all__ = ["Product", "qgemm"]
-
-_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", *GATED)
 
 
 class Product(NamedTuple):
@@ -35,7 +33,7 @@ class Product(NamedTuple):
         codes, weight, epilogue = self.codes, self.weight, self.epilogue
         checks.expect(codes.ndim == 2, "codes", codes.shape, "(M, K)")
         checks.member("codes", codes.dtype, checks.INT8)
-        checks.member("activation", epilogue.activation, _ACTIVATIONS)
+        checks.member("activation", epilogue.activation, (*ACTIVATIONS, *GATED))
         width, features = codes.shape[1], weight.shape[0]
         checks.sixteen(width, features)
         checks.shaped("weight", weight, (features, width), checks.INT8)
