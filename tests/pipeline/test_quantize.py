@@ -103,6 +103,10 @@ def test_shares_of_the_error_add_up() -> None:
     # To first order; layers in float do the rest of the work.
     assert errors == pytest.approx(1, abs=0.1) and 0.9 < work < 1
     assert max(shares, key=lambda name: shares[name][0] / shares[name][1]) == COSTLY
+    # Of calls that cannot be joined, those of the most rows.
+    data._batches = [data.rows(rows) for rows in torch.arange(16).split((4, 12))]
+    data.pieces = [("one", 4), ("other", 12)]
+    assert error_shares(net, found.install(net, copy=True), data, [COSTLY])[COSTLY][0] > 0.1
 
 
 def test_what_stays_in_float_is_named_in_the_packed_folder(

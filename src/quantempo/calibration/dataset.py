@@ -93,6 +93,11 @@ class CalibrationData:
         mine = numbers.repeat_interleave(torch.tensor([n for _, n in self.pieces]))[index]
         return [part for n in mine.unique() for part in index[mine == n].split(size)]
 
+    def spread(self, most: int) -> Tensor:
+        """Return the numbers of rows from all over the set, up to `most`, for one call."""
+        index = torch.linspace(0, len(self) - 1, min(most, len(self))).long()
+        return max(self.calls(index, most), key=len)
+
     def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
         """Return the keyword arguments of the recorded call, on the device of `like`.
 

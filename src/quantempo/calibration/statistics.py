@@ -126,8 +126,7 @@ def _timed(
     """
     if not inputs:
         return ()
-    index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
-    index = max(data.calls(index, _ROWS), key=len)
+    index = data.spread(_ROWS)
 
     def norms(index: Tensor) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
@@ -166,8 +165,7 @@ def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
     """
     if not len(data):
         return {}
-    index = torch.linspace(0, len(data) - 1, min(_ROWS, len(data))).long()
-    batch = data.rows(max(data.calls(index, _ROWS), key=len))
+    batch = data.rows(data.spread(_ROWS))
     rows, chance = len(batch.t), Generator().manual_seed(0)
 
     def other(value: Any) -> Any:

@@ -31,9 +31,7 @@ def measured_rows(
     """Return `layer_rows` with work and errors measured on a few rows of the calibration set."""
     if not len(data):
         return layer_rows(sites(denoiser), plans, denoiser, {}, {})
-    # Spread evenly over the set, so that every part of time is in the figures.
-    index = torch.linspace(0, len(data) - 1, min(16, len(data))).long()
-    batch = data.rows(max(data.calls(index, 16), key=len))
+    batch = data.rows(data.spread(16))
 
     def forward() -> Tensor:
         return data.replay(denoiser, batch)

@@ -223,7 +223,7 @@ def error_shares(
     assert clock is not None
     for _, layer in quantized_layers(copied):
         layer.kernel = BACKENDS.get("simulated").lower(layer)
-    batch = data.rows(torch.linspace(0, len(data) - 1, min(16, len(data))).long())
+    batch = data.rows(data.spread(16))
     exact = data.replay(denoiser, batch)
 
     def error(network: nn.Module) -> Tensor:
