@@ -42,7 +42,7 @@ def test_override_changes_one_section_and_the_hash(tmp_path):
     ("values", "message"),
     [
         ({"tracee": {}}, "unknown recipe key 'tracee'; did you mean 'trace'"),
-        ({"trace": {"step": 3}}, "unknown recipe key 'trace.step'; did you mean 'steps'"),
+        ({"trace": {"step": 3}}, "unknown recipe key 'trace.step'; did you mean 'trace.steps'"),
         ({"trace": {"steps": "50"}}, "expected int"),
         ({"trace": {"steps": True}}, "expected int"),
         ({"trace": 3}, "expected a \\[trace\\] section"),

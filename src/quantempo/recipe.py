@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from quantempo.errors import QuantempoError
-from quantempo.registry import nearest
+from quantempo.registry import check_known, nearest
 
 __all__ = [
     "ActivationSettings", "LayerSettings", "Recipe", "RoundingSettings", "TraceSettings",
@@ -229,18 +229,13 @@ def _toml(value: Any) -> str:
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
-    result = {}
+    start, result = f"{where}." if where else "", {}
+    known = {start + item.name: item for item in fields(kind)}
+    check_known([start + key for key in values], known, "unknown recipe key")
     for key, value in values.items():
-        path = f"{where}.{key}" if where else key
-        if key not in known:
-            raise QuantempoError(
-                f"unknown recipe key '{path}'{nearest(key, list(known))} "
-                f"(known: {', '.join(known)})"
-            )
-        item = known[key]
+        item = known[start + key]
         default = item.default if not callable(item.default_factory) else item.default_factory()
-        result[key] = _coerce(value, default, path)
+        result[key] = _coerce(value, default, start + key)
     return kind(**result)
 
 

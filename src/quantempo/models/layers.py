@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
+from quantempo.registry import check_known
 
 __all__ = [
     "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
@@ -86,11 +87,7 @@ class Site:
 
 def check_roles(names: tuple[str, ...]) -> None:
     """Raise QuantempoError when a recipe names a role that does not exist."""
-    for name in names:
-        if name not in ROLES:
-            raise QuantempoError(
-                f"unknown role '{name}' in layers.float_roles (known: {', '.join(ROLES)})"
-            )
+    check_known(names, ROLES, "layers.float_roles has the unknown role")
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
-from quantempo.registry import nearest
+from quantempo.registry import check_known
 
 __all__ = ["PRESETS", "build_preset", "check_preset", "ddim_loop", "random_inputs"]
 
@@ -50,12 +50,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def check_preset(name: str) -> None:
     """Raise QuantempoError for a name that is no preset."""
-    if name not in PRESETS:
-        hint = nearest(name, list(PRESETS)).removeprefix("; ")
-        hint = f" ({hint})" if hint else ""
-        raise QuantempoError(
-            f"no model '{name}'; expected a diffusers folder or one of: {', '.join(PRESETS)}{hint}"
-        )
+    check_known([name], PRESETS, "no diffusers folder and no model")
 
 
 def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -> nn.Module:

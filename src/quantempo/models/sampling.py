@@ -114,7 +114,6 @@ def run_pipeline(
     batch_size: int = 16,
     places: Sequence[int] | None = None,
     on_batch: Callable[[int, np.ndarray], None] | None = None,
-    progress: bool | None = None,
     **call: Any,
 ) -> np.ndarray:
     """Make one image for each seed; image i depends on seeds[i] (and its prompt) only.
@@ -124,7 +123,6 @@ def run_pipeline(
         batch_size: images in one call of the pipeline, of `steps` steps.
         places: of the images in the whole set; None: 0, 1, ...
         on_batch: called with (index of the first image, what was made) after every call.
-        progress: draw a bar on stderr; None: only on a terminal.
         call: further arguments of the pipeline. Of those with one entry an image (`PER_IMAGE`)
             image i gets entry i modulo their length; others are passed as they are, None too.
 
@@ -142,9 +140,8 @@ def run_pipeline(
         raise QuantempoError("got no seeds; give at least one")
     batches, places = [], range(len(seeds)) if places is None else places
     batch_size = images_a_call(pipe, call, batch_size)
-    # tqdm reads None as "only when stderr is a terminal".
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(seeds), desc="sample", unit="image", disable=hidden, leave=False) as bar:
+    # None: unless stderr is a terminal.
+    with tqdm(total=len(seeds), desc="sample", unit="image", disable=None, leave=False) as bar:
         for first in range(0, len(seeds), batch_size):
             part = slice(first, first + batch_size)
             how: dict[str, Any] = {"steps": steps, "places": places[part], "output_type": "uint8"}

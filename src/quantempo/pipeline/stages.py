@@ -126,17 +126,6 @@ def round_weights(session: Session) -> None:
             session.run.write_safetensors("rounding.safetensors", codes)
 
 
-def _quantized(session: Session) -> core.Quantized:
-    """Return what the artefacts hold."""
-    return core.Quantized.of(
-        session.recipe,
-        session.plans,
-        session.run.read_safetensors("scales.safetensors"),
-        session.run.read_safetensors("rounding.safetensors"),
-        _trace_of(session).times,
-    )
-
-
 def pack(session: Session) -> Path:
     """Write the quantized pipeline, the diffusers folder `packed/`, and the table `layers.json`."""
     run = session.run
@@ -160,7 +149,9 @@ def pack(session: Session) -> Path:
 
 def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Return the quantized denoiser, marked for saving, and its rows of the layer table."""
-    found, data = _quantized(session), _trace_of(session)
+    run, data = session.run, _trace_of(session)
+    scales, codes = (run.read_safetensors(f"{name}.safetensors") for name in ("scales", "rounding"))
+    found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
     packed = found.install(session.denoiser, copy=True)
     rows = measured_rows(session.denoiser, packed, found.plans, data)
     config = QuantempoConfig.of(
