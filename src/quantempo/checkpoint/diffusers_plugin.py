@@ -44,6 +44,11 @@ __all__ = [
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
 # float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.
 FORMAT_VERSION = 4
+# The dictionaries of a configuration, empty where a file has none.
+_TABLES = (
+    *("recipe", "float16", "float_layers", "segments", "buckets", "reasons", "bits", "roles"),
+    *("network", "hashes"),
+)
 # Keys of format 2 for what is no longer run; empty ones are harmless.
 _REMOVED = {
     "correction": "a correction around the network",
@@ -83,20 +88,10 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        recipe: dict[str, Any] | None = None,
-        float16: dict[str, str] | None = None,
-        float_layers: dict[str, str] | None = None,
-        segments: dict[str, list[int]] | None = None,
-        buckets: dict[str, int] | None = None,
-        reasons: dict[str, str] | None = None,
-        bits: dict[str, list[int]] | None = None,
-        roles: dict[str, str] | None = None,
         times: dict[str, Any] | None = None,
-        network: dict[str, Any] | None = None,
-        hashes: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         version: str = "",
-        **unknown: Any,
+        **given: Any,
     ) -> None:
         self.quant_method = _Method.QUANTEMPO
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
@@ -104,31 +99,27 @@ class QuantempoConfig(QuantizationConfigMixin):
                 f"this checkpoint has format_version {format_version}; this quantempo reads up to "
                 f"{FORMAT_VERSION}; upgrade quantempo, or fetch the checkpoint again"
             )
-        unknown.pop("quant_method", None)
+        given.pop("quant_method", None)
+        for name in _TABLES:
+            setattr(self, name, given.pop(name, None) or {})
         # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
-        self.float16 = (float16 or {}) | unknown.pop("int12", {})
+        self.float16 |= given.pop("int12", {})
         # Up to format 3 all places were evenly spaced, the first at 0.
         if times is None:
-            times = {"count": unknown.pop("num_train_timesteps", 1000)}
-            times["per_unit"] = unknown.pop("per_unit", 1.0)
-        self.times = times
+            times = {"count": given.pop("num_train_timesteps", 1000)}
+            times["per_unit"] = given.pop("per_unit", 1.0)
+        self.times, self.format_version, self.version = times, format_version, version
         check_times(self.times)
         for key, what in _REMOVED.items():
-            if unknown.pop(key, None):
+            if given.pop(key, None):
                 raise QuantempoError(
                     f"this checkpoint has {what}, which quantempo no longer runs; quantize the "
                     "float model again, or install the version that wrote it"
                 )
-        if unknown:
+        if given:
             raise QuantempoError(
-                f"quantization_config has unknown keys {sorted(unknown)}; fetch it again"
+                f"quantization_config has unknown keys {sorted(given)}; fetch it again"
             )
-        self.recipe = recipe or {}
-        self.float_layers, self.segments = float_layers or {}, segments or {}
-        self.buckets, self.bits, self.roles = buckets or {}, bits or {}, roles or {}
-        self.reasons = reasons or {}
-        self.network, self.hashes = network or {}, hashes or {}
-        self.format_version, self.version = format_version, version
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Self:

@@ -104,24 +104,17 @@ def _allocate(
     return allocate(losses, limited, list(budgets.values()), names)
 
 
-def recall(
-    run: str | Path,
-    recipe: Recipe,
-    *,
-    budget_bytes: int | None = None,
-    budget_bops: int | None = None,
-    options: Sequence[str] | None = None,
-) -> Recipe:
+def recall(run: str | Path, recipe: Recipe, **request: Any) -> Recipe:
     """Return the recipe with the bits that the same request chose before in a run folder.
 
     So that a killed run resumes: stages after the choice were made with those bits. Without such a
-    choice the recipe comes back as it is.
+    choice the recipe comes back as it is. `request`: budgets and options, as of `choose_bits`.
     """
     folder = RunFolder(run)
     choice = folder.read_json(ARTEFACT).get("choice") if folder.has(ARTEFACT) else None
-    _, _, base, request = _asked(recipe, budget_bytes, budget_bops, options)
+    _, _, base, asked = _asked(recipe, **request)
     with reading(folder / ARTEFACT):
-        if choice is None or choice["request"] != request:
+        if choice is None or choice["request"] != asked:
             return recipe
         return base.override("layers", bits=choice["bits"])
 
@@ -141,9 +134,9 @@ def _adopt(session: Session, recipe: Recipe) -> None:
 
 def _asked(
     recipe: Recipe,
-    budget_bytes: int | None,
-    budget_bops: int | None,
-    options: Sequence[str] | None,
+    budget_bytes: int | None = None,
+    budget_bops: int | None = None,
+    options: Sequence[str] | None = None,
 ) -> tuple[dict[str, int], tuple[str, ...], Recipe, str]:
     """Return budgets by name, the bits to choose from, the recipe without bits, and their hash."""
     given = {"bytes": budget_bytes, "bops": budget_bops}
