@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
+from quantempo.models.layers import blocks, hooked
 from quantempo.quantized import quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import nearest, reconstruct, round_denoiser
@@ -126,6 +127,16 @@ def test_after_bias_correction_mean_outputs_are_the_float_ones(kind: str) -> Non
         assert float((got - wanted).abs().max() / spread) < 1e-5, name
         layer = copied.get_submodule(name)
         assert torch.equal(layer.bias, result[f"{name}.bias"])
+
+
+def test_blocks_are_rounded_as_a_run_meets_them() -> None:
+    made = case("unconditional")
+    job = reconstruct._Job(made.denoiser, made.copied(), made.data, QUICK, reconstruct.BUDGET)
+    names, run = [block.name for block in job.blocks], list[str]()
+    parts = {name: made.denoiser.get_submodule(name) for name in names}
+    with hooked(parts, lambda name, *_: run.append(name), before=True):
+        made.data.replay(made.denoiser, job.batches[0])
+    assert names == run != [b.name for b in blocks(made.denoiser) if b.name in parts]
 
 
 def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:

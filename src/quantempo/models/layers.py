@@ -57,17 +57,6 @@ EMBEDDINGS = (
     *("time_proj", "time_embedding", "class_embedding"),
     *("add_time_proj", "add_embedding", "encoder_hid_proj"),
 )
-# Children that do not run where they are defined; all others run in between, as defined.
-_RANK = {
-    **dict.fromkeys(EMBEDDINGS, 0),
-    "down_blocks": 2,
-    "transformer_blocks": 3,
-    "mid_block": 3,
-    "single_transformer_blocks": 4,
-    "up_blocks": 5,
-    **dict.fromkeys(("norm_out", "conv_norm_out", "conv_out", "proj_out"), 6),
-    **dict.fromkeys(("proj_out_1", "proj_out_2"), 6),
-}
 
 
 @dataclass(frozen=True)
@@ -324,11 +313,10 @@ class Block:
 
 
 def blocks(denoiser: nn.Module, whole: Collection[str] = ()) -> list[Block]:
-    """Return the units of a float denoiser in the order in which its forward runs them.
+    """Return the units of a float denoiser as defined; in which order they run only a run tells.
 
     Every one of LAYERS is in exactly one of them; `whole` names further modules that are units.
-    After packing the same names hold the quantized layers. The order is that of diffusers' U-Nets
-    and of transformers whose blocks stand in a list; others are compared with a run.
+    After packing the same names hold the quantized layers.
     """
     found = []
     for name, module in _units(denoiser, "", whole):
@@ -343,7 +331,7 @@ def _units(module: nn.Module, name: str, whole: Collection[str]) -> Iterator[tup
     if isinstance(module, LAYERS) or (name and (name in whole or is_unit(module))):
         yield name, module
         return
-    for child, part in _in_order(module):
+    for child, part in module.named_children():
         yield from _units(part, f"{name}.{child}" if name else child, whole)
 
 
@@ -351,19 +339,3 @@ def is_unit(module: nn.Module) -> bool:
     """Return whether a module is an attention, residual or transformer block, by its class."""
     kind = type(module).__name__
     return kind.endswith("Attention") or any(part in kind for part in _UNITS)
-
-
-def _in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module as its forward calls them."""
-    children = dict(module.named_children())
-    resnets, attentions = children.pop("resnets", None), children.get("attentions")
-    if resnets is None:
-        yield from sorted(children.items(), key=lambda item: _RANK.get(item[0], 1))
-        return
-    # A level of a U-Net: residual block and attention in turns, the sampler last.
-    children.pop("attentions", None)
-    turns = [(int(i), 0, f"resnets.{i}", part) for i, part in resnets.named_children()]
-    if attentions is not None:
-        turns += [(int(i), 1, f"attentions.{i}", p) for i, p in attentions.named_children()]
-    yield from ((name, part) for _, _, name, part in sorted(turns, key=lambda turn: turn[:2]))
-    yield from children.items()

@@ -176,19 +176,14 @@ class _Job:
             self.data.replay(self.denoiser, self.batches[0])
         if outside - {""}:
             return self._in_order(whole | outside)
-        met = [name for name in order if name in known]
-        if met != [block.name for block in found if block.name in met]:
-            log.warning("blocks run in another order than their structure says; taken as run")
-        idle = sorted({n for block in found for n in block.layers} - set(order))
-        if idle:
-            log.warning("never run by the trace, rounded as packed: %s", ", ".join(idle))
+        self.idle = sorted({n for block in found for n in block.layers} - set(order))
+        if self.idle:
+            log.warning("never run by the trace, rounded as packed: %s", ", ".join(self.idle))
         result = []
-        for name in met:
-            inside = set(known[name].layers)
-            run = tuple(n for n in order if n in inside)
-            if run:
-                result.append(replace(known[name], layers=run))
-        self.idle = idle
+        for block in (known[name] for name in order if name in known):
+            inside = set(block.layers)
+            if run := tuple(name for name in order if name in inside):
+                result.append(replace(block, layers=run))
         return result
 
     def _measured(self, calls: list[Tensor]) -> dict[str, Law]:
