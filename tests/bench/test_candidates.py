@@ -1,7 +1,6 @@
 """Which candidates there are, what they compute, and that only right ones are timed."""
 
 import copy
-import importlib.util
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,9 @@ from quantempo.bench.forwards import compare, prepare
 from quantempo.bench.networks import Network, quick_network
 from quantempo.bench.results import Results
 from quantempo.errors import QuantempoError
+from quantempo.models.presets import random_inputs
 from tests.bench.timers import Steady
-from tests.tiny import tiny_text, tiny_unet
+from tests.tiny import noise, tiny_dit, tiny_text, tiny_unet
 
 PLAIN = ("bf16/eager", "bf16/channels_last", "ours/simulated")
 HEAD = {"model": "tiny", "batch": 2}
@@ -71,7 +71,10 @@ def test_plain_candidates_are_near_float32_and_own_their_weights(name, subject, 
     assert last == name.endswith("channels_last")
 
 
-@pytest.mark.parametrize("name", [c.name for c in CANDIDATES if c.compiled and c.kind != "peer"])
+WHOLE = [c.name for c in CANDIDATES if c.compiled and c.kind != "peer" and "blocks" not in c.name]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_compiled_candidates_compute_the_network_in_one_graph(name, subject, wanted, monkeypatch):
     import torch._inductor.config as inductor
 
@@ -93,6 +96,26 @@ def test_compiled_candidates_compute_the_network_in_one_graph(name, subject, wan
     # Ours or the compiler's, and none for plain compilation.
     graphs = (candidate.graph is not None) + bool(given.get("triton.cudagraphs"))
     assert graphs == (0 if name.endswith("/compile") else 1)
+
+
+@pytest.mark.parametrize("name", ["bf16/blocks+graph", "torch/int8", "torch/fp8"])
+def test_blocks_of_transformers_are_compiled_by_class(name, monkeypatch):
+    compiled: list[str] = []
+
+    def compile_(block: torch.nn.Module, **_: Any) -> None:
+        compiled.append(type(block).__name__)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    net = tiny_dit().transformer
+    inputs = random_inputs(net, 2) | {"hidden_states": noise(2, 4, 8, 8)}
+    subject = Subject(net, None, inputs)
+    with torch.no_grad():
+        wanted = net(**inputs).sample
+    ready = prepare(replace(named(name)[0], graph=None), subject, wanted, Steady())
+    assert ready.sqnr_db > 20 and compiled == ["BasicTransformerBlock"] * 2
+    # A scale a token and a channel; what reads the time, and both ends, stay as they were.
+    kinds = [type(m).__name__ for m in ready.forward.modules()]
+    assert kinds.count("_Dynamic") == (0 if name.startswith("bf16") else 2 * 6)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +170,6 @@ def test_without_a_quantized_network_ours_is_missing(subject: Subject) -> None:
     eager = named("ours/eager")[0]
     assert eager.missing(subject) is None
     assert "no quantized network" in str(eager.missing(replace(subject, packed=None)))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is here")
-def test_torchao_is_listed_where_it_is_not_installed(subject: Subject) -> None:
-    for candidate in select(["torchao/*"]):
-        assert candidate.kind == "peer"
-        assert "torchao is not installed" in str(candidate.missing(subject))
 
 
 def test_casting_inputs_leaves_times_and_integers() -> None:

@@ -1,13 +1,19 @@
 """Networks quantized without data compute what the float ones do, in the dtype that is timed."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from quantempo.bench.networks import cast_floats, quick_network, quick_recipe
-from quantempo.engines.select import attach
+from quantempo.bench.candidates import cast_inputs
+from quantempo.bench.networks import cast_floats, large_network, quick_network, quick_recipe
+from quantempo.bench.run import _float32
+from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.select import ENGINES, attach
 from quantempo.evaluation.fidelity import sqnr_db
+from quantempo.models import presets
 from quantempo.quantized import Float16Linear, quantized_layers
-from tests.tiny import DENOISERS, tiny_unet
+from tests.tiny import DENOISERS, tiny_flux, tiny_unet
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
@@ -29,6 +35,40 @@ def test_a_network_without_data_computes_what_the_float_one_does(kind: str) -> N
     # The float network is left as it was.
     assert not dict(quantized_layers(net))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_large_network_is_packed_by_the_layer_and_shares_the_rest(monkeypatch) -> None:
+    made = presets._INPUTS["FluxTransformer2DModel"]
+
+    def few(config: Any, normal: Any) -> dict[str, Any]:
+        inputs = made(config, normal)
+        counts = {"hidden_states": 40, "encoder_hidden_states": 9}
+        inputs |= {name: inputs[name][:, :count] for name, count in counts.items()}
+        return inputs | {"img_ids": inputs["img_ids"][:40], "txt_ids": inputs["txt_ids"][:9]}
+
+    monkeypatch.setitem(presets._INPUTS, "FluxTransformer2DModel", few)
+    net = tiny_flux(9)[0].transformer
+    network = large_network("tiny", torch.nn.Module.to(net, torch.bfloat16))
+    packed, inputs = network.packed, network.subject(2).inputs
+    assert packed.x_embedder.weight is net.x_embedder.weight and network.dtype == torch.bfloat16
+    stored = [m for m in packed.modules() if isinstance(m, Float16Linear)]
+    assert {m.weight.dtype for m in stored} == {torch.float16}
+    assert len(dict(quantized_layers(packed))) == 1 + 12 + 5
+    attach(packed, "simulated")
+    got = packed(**cast_inputs(inputs, torch.bfloat16))[0]
+    assert sqnr_db(_float32(network, inputs), got.float()) > 15
+    # One copy of the modulations for all, in float16, in files too.
+    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
+    ENGINES.get("triton").attach(packed)
+    shared = packed.single_transformer_blocks[0].forward.modulation.shared
+    storage = shared.weight.untyped_storage().data_ptr()
+    assert all(layer.weight.untyped_storage().data_ptr() == storage for layer in shared.layers)
+    state = packed.state_dict()
+    packed.load_state_dict(state)
+    assert shared.layers[0].weight.dtype == torch.float32
+    name = "transformer_blocks.0.norm1_context.linear.weight"
+    assert torch.equal(shared.layers[0].weight.half(), state[name])
 
 
 def test_casting_leaves_integers_and_scales() -> None:

@@ -15,12 +15,14 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from quantempo.bench.networks import cast_floats
+from quantempo.core import activation_format
 from quantempo.engines import ENGINES, attach
-from quantempo.engines.cuda.flux import SharedModulations
+from quantempo.engines.cuda.flux import SharedModulations, joined
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.models.layers import hooked
+from quantempo.quantized import quantized_layers
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated, relative
 from tests.tiny import noise
@@ -77,6 +79,15 @@ def fused(**how: Any) -> nn.Module:
     return network
 
 
+def by_token(network: nn.Module, every: int) -> nn.Module:
+    """Give every so manyth layer a scale for every token."""
+    for _, layer in list(quantized_layers(network))[::every]:
+        layer.act_scale = layer.act_scale[:, :0]
+        layer.act_zero_point.fill_(128)
+    ENGINE.attach(network)
+    return network
+
+
 def reasons(network: nn.Module) -> set[str | None]:
     return {row.reason for row in report(network)}
 
@@ -126,6 +137,19 @@ def test_each_block_equals_its_layers(batch, guidance):
     check_errors(found)
 
 
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_layers_with_a_scale_for_every_token_are_fused(every):
+    network = by_token(copy.deepcopy(quantized()), every)
+    assert reasons(network) == {None}
+    check_errors(errors(network, **call(3)))
+    # The operator has codes of 8 bits.
+    layer = network.transformer_blocks[0].attn.to_q
+    layer.act_format = activation_format(6)
+    ENGINE.attach(network)
+    assert ("a layer in it has a scale for every token" in reasons(network)) == layer.dynamic
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("control", [False, True])
 def test_the_network_is_as_near_to_float_as_simulated(control):
@@ -134,6 +158,7 @@ def test_the_network_is_as_near_to_float_as_simulated(control):
         arguments["controlnet_block_samples"] = [noise(3, IMAGE, 32, seed=5)]
         arguments["controlnet_single_block_samples"] = [noise(3, IMAGE, 32, seed=s) for s in (6, 7)]
     truth, y = tiny()(**arguments).sample, network(**arguments).sample
+    unfuse(network)
     attach(network, "simulated")
     check_like_simulated(y, network(**arguments).sample, truth, LEVEL)
 
@@ -144,12 +169,11 @@ def test_all_layers_are_listed_as_fused_and_modulated_by_one_product():
     left = {name for name, how in table.items() if how != "triton, fused"}
     assert left == {"context_embedder"}
     forwards = [module.forward.active for module in fused_modules(network).values()]
-    shared = forwards[0].modulation.shared
-    assert len(shared.layers) == 2 * 2 + 2
-    singles, doubles = forwards[:2], forwards[2:]
-    streams = [s for double in doubles for s in double.streams]
-    assert {id(p.modulation.shared) for p in (*singles, *streams)} == {id(shared)}
-    assert all(len(p.projections.layers) == 1 for p in (*singles, *streams))
+    parts = [part for one in forwards for part in getattr(one, "streams", [one])]
+    shared = parts[0].modulation.shared
+    assert len(shared.layers) == len(parts) == 2 * 2 + 2
+    assert all(part.modulation.shared is shared for part in parts)
+    assert all(len(part.projections.layers) == 1 for part in parts)
     with torch.no_grad():
         network(**call())
     # Read by the last block, then let go of.
@@ -176,13 +200,26 @@ def test_streams_have_the_type_of_the_network(dtype):
 def test_a_network_compiles_whole_and_once():
     network = copy.deepcopy(quantized())
     del network.transformer_blocks[1]
-    ENGINE.attach(network)
+    by_token(network, 5)
     torch._dynamo.reset()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for time in (0.9, 0.1):
             arguments = call() | {"timestep": torch.full((2,), time)}
             assert torch.equal(compiled(**arguments).sample, network(**arguments).sample)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_a_single_block_returns_is_joined_without_a_copy(batch):
+    whole = noise(batch, TEXT + IMAGE, 32)
+    text, image = whole.split([TEXT, IMAGE], 1)
+    assert joined(text, image).data_ptr() == whole.data_ptr()
+    other = noise(batch, 2 * IMAGE + TEXT, 32)
+    gap, swapped = other.split([TEXT, IMAGE, IMAGE], 1), whole.split([IMAGE, TEXT], 1)
+    apart = (whole[:1, :TEXT], whole[-1:, TEXT:])
+    for first, second in ((text, image), (text, image + 1), swapped[::-1], gap[::2], apart):
+        y = joined(first, second)
+        assert torch.equal(y, torch.cat([first, second], 1)) and y.is_contiguous()
 
 
 class Scaled(nn.Module):
@@ -234,8 +271,7 @@ def test_what_users_change_is_seen_by_the_next_call(change, monkeypatch):
     network = copy.deepcopy(quantized())
     # Once before it is changed.
     attach(network, "triton")
-    before = network(**arguments).sample
-    change(network)
+    before, _ = network(**arguments).sample, change(network)
     y = network(**arguments).sample
     assert relative(y, expected) <= LEVEL < relative(y, before)
     assert None in reasons(network) if change is not _processors else reasons(network) != {None}
@@ -256,8 +292,8 @@ def test_arguments_for_processors_take_the_path_of_the_class():
         fuse(network, BLOCKS)
         for y, truth, other in zip(masked, expected, plain, strict=True):
             assert torch.equal(y, truth) and not torch.equal(y, other)
-        for y, other in zip(one(x, text, temb, joint_attention_kwargs={}), plain, strict=True):
-            assert torch.equal(y, other)
+        same = one(x, text, temb, joint_attention_kwargs={})
+        assert all(map(torch.equal, same, plain))
         takes = one.forward.takes
         assert takes(x, text, temb, None) and not takes(x, text.half(), temb, None)
         assert not takes(x, text, temb, (noise(3, 16), noise(3, 16)))
@@ -293,8 +329,9 @@ def test_a_block_that_does_something_else_says_why(change, reason):
 )
 def test_layers_left_in_float_are_read_or_refused(exclude):
     network = fused(exclude=(exclude,))
-    left = {row.reason for row in report(network)} - {None}
-    assert left == (set() if "norm" in exclude else {"a projection in it is in float"})
+    assert reasons(network) - {None} == (
+        set() if "norm" in exclude else {"a projection in it is in float"}
+    )
     check_errors(errors(network, **call()))
 
 

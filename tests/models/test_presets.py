@@ -6,33 +6,36 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.models.presets import build_preset, ddim_loop, random_inputs
+from quantempo.models.presets import LARGE, build_preset, ddim_loop, random_inputs
 from tests.tiny import DENOISERS, tiny_dit, tiny_unconditional
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("sdxl", 2_567_463_684), ("sd15", 859_520_964), ("ddpm35m", 35_746_307)],
+    ("name", "millions", "shapes"),
+    [
+        ("ddpm35m", 35.746, {"sample": (3, 32, 32)}),
+        ("sd15", 859.521, {"sample": (4, 64, 64), "encoder_hidden_states": (77, 768)}),
+        ("sdxl", 2567.464, {"sample": (4, 128, 128), "encoder_hidden_states": (77, 2048)}),
+        ("flux", 11901.408, {"hidden_states": (4096, 64), "encoder_hidden_states": (512, 4096)}),
+        ("sd35-large", 8056.628, {"hidden_states": (16, 128, 128), "pooled_projections": (2048,)}),
+        ("pixart-sigma", 610.856, {"hidden_states": (4, 128, 128)}),
+        ("dit-xl", 749.826, {"hidden_states": (4, 32, 32), "class_labels": ()}),
+        ("wan-1.3b", 1418.997, {"hidden_states": (16, 9, 60, 104)}),
+    ],
 )
-def test_presets_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+def test_presets_have_the_published_shapes_and_take_their_inputs(name, millions, shapes) -> None:
     net = build_preset(name, "meta")
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    assert not net.training
-
-
-@pytest.mark.parametrize(("name", "size", "text"), [("sd15", 64, 768), ("sdxl", 128, 2048)])
-def test_text_presets_take_latents_and_77_tokens(name: str, size: int, text: int) -> None:
-    net = build_preset(name, "meta")
-    net.conv_in.to_empty(device="cpu")
-    # The first parameter says where the inputs go.
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, abs=500)
+    assert not net.training and torch.get_default_dtype() == torch.float32
+    assert next(net.parameters()).dtype == (torch.bfloat16 if name in LARGE else torch.float32)
     inputs = random_inputs(net, 2)
-    assert inputs["sample"].shape == (2, 4, size, size)
-    assert inputs["encoder_hidden_states"].shape == (2, 77, text)
-    assert inputs["timestep"].shape == () and inputs["timestep"].dtype == torch.int64
+    assert {key: tuple(inputs[key].shape[1:]) for key in shapes} == shapes
+    x = next(iter(inputs.values()))
+    y = torch.nn.Module.to(net, "meta", torch.float32)(**inputs)[0]
+    assert y.shape[0] == 2 and y.shape[2:] == x.shape[2:]
     if name == "sdxl":
         added = inputs["added_cond_kwargs"]
-        assert added["text_embeds"].shape == (2, 1280)
-        assert added["time_ids"].tolist() == [[1024, 1024, 0, 0, 1024, 1024]] * 2
+        assert added["text_embeds"].shape == (2, 1280) and added["time_ids"].shape == (2, 6)
 
 
 def test_unknown_presets_and_networks_are_refused() -> None:

@@ -9,20 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantempo.bench.candidates import Subject
+from quantempo.bench.candidates import Subject, cast_inputs
 from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.errors import log
-from quantempo.models.layers import denoiser_of
+from quantempo.models.layers import denoiser_of, hooked, input_of, sites
 from quantempo.models.load import load_pipeline
-from quantempo.models.presets import PRESETS, build_preset, random_inputs
+from quantempo.models.presets import LARGE, PRESETS, build_preset, random_inputs
 from quantempo.pipeline.quantize import quantize
 from quantempo.pipeline.session import Session
-from quantempo.quantized import Float16Linear, QLayer, StepClock
+from quantempo.quantized import (
+    Float16Linear,
+    QLayer,
+    StepClock,
+    bits_of,
+    fill,
+    install_clock,
+    plan_layers,
+    swap_layers,
+)
 from quantempo.recipe import Recipe
 
-__all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
+__all__ = [
+    "Network", "cast_floats", "large_network", "model_network", "quick_network", "run_network",
+]  # fmt: skip
 
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)
@@ -32,7 +43,7 @@ _STATEFUL = (QLayer, Float16Linear, StepClock)
 
 @dataclass(frozen=True)
 class Network:
-    """A network in float32 and quantized, with a source of inputs.
+    """A network in float32 (large ones in bfloat16) and quantized, with a source of inputs.
 
     inputs: keyword arguments of a call of so many rows, float32, on the device; scheduler: of its
     pipeline, None for DDIM's defaults; scales: where those of the quantized network come from;
@@ -95,7 +106,8 @@ def model_network(source: str, device: torch.device | str) -> Network:
     """
     if source in PRESETS or not Path(source).exists():
         # An unknown name is refused there, with the known ones.
-        return quick_network(source, build_preset(source, device))
+        make = large_network if source in LARGE else quick_network
+        return make(source, build_preset(source, device))
     pipe = load_pipeline(source)
     floating, scheduler = denoiser_of(pipe)[1], pipe.scheduler
     del pipe
@@ -121,6 +133,47 @@ def quick_network(
     log.warning("%s: scales are from random inputs, for timing and not for images", name)
     inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
     return Network(name, floating, packed, inputs, scheduler, scales, dtype)
+
+
+@torch.no_grad()
+def large_network(name: str, floating: nn.Module) -> Network:
+    """Return a transformer and a quantized copy, which shares all that stays in float.
+
+    One layer at a time is in float32. Scales: the largest weight of a channel, the ends of the
+    inputs in random calls; one bucket.
+    """
+    dtype, ends = next(floating.parameters()).dtype, dict[str, list[Tensor]]()
+    plans = {plan.name: plan for plan in plan_layers(sites(floating), quick_recipe())}
+    layers = {name: floating.get_submodule(name) for name in plans}
+
+    def see(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        x = input_of(args, kwargs)
+        parts = x.split(plans[name].segments or x.shape[-1:], -1)
+        ends.setdefault(name, []).append(torch.stack([torch.stack(p.aminmax()) for p in parts]))
+
+    with hooked({name: layers[name] for name in bits_of([*plans.values()])}, see, before=True):
+        for i, time in enumerate(_TIMES):
+            floating(**cast_inputs(random_inputs(floating, 1, time=time, seed=i + 1), dtype))
+    state = [*floating.parameters(), *floating.buffers()]
+    packed = copy.deepcopy(floating, {id(tensor): tensor for tensor in state})
+    clock = install_clock(packed, torch.zeros(1, dtype=torch.int64, device=state[0].device))
+    for plan in plans.values():
+        if plan.kind == "int8" and plan.name not in ends:
+            continue
+        swap_layers(packed, [plan], clock)
+        old, layer = layers[plan.name], packed.get_submodule(plan.name)
+        if isinstance(layer, Float16Linear):
+            layer.fill(old).weight.data = old.weight.data.half()
+        elif isinstance(layer, QLayer):
+            weight, found = old.weight.float(), torch.stack(ends[plan.name]).float()
+            step = weight.abs().amax(1) / 127
+            low, high = found[..., 0].amin(0).clamp_max(0), found[..., 1].amax(0).clamp_min(0)
+            scale = ((high - low) / layer.act_qmax)[:, None]
+            codes = (weight / step[:, None]).round().to(torch.int8)
+            fill(layer, codes, step, old.bias, scale, (-low[:, None] / scale).round()[:, 0])
+    log.warning("%s: scales are from random inputs, for timing and not for images", name)
+    inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
+    return Network(name, floating, packed, inputs, None, scales, dtype)
 
 
 def quick_recipe() -> Recipe:

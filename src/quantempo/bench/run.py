@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quantempo.bench.candidates import Candidate, select
+from quantempo.bench.candidates import Candidate, cast_inputs, select
 from quantempo.bench.forwards import clear, compare, images_per_second
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
@@ -26,7 +26,7 @@ from quantempo.run_folder import RunFolder
 
 __all__ = ["bench", "bench_network"]
 
-_PACKAGES = ("quantempo", "torch", "triton", "diffusers", "torchao")
+_PACKAGES = ("quantempo", "torch", "triton", "diffusers")
 
 
 def _check_request(
@@ -216,6 +216,7 @@ def bench_network(
 
 @torch.no_grad()
 def _float32(network: Network, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the output of the float32 network, without TensorFloat32 in its convolutions."""
+    """Return the output of the float network, without TensorFloat32 in its convolutions."""
+    own = cast_inputs(inputs, next(network.floating.parameters()).dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return prediction(network.floating(**inputs)).float()
+        return prediction(network.floating(**own)).float()

@@ -73,10 +73,10 @@ class Blocks:
         """Return why this engine cannot fuse a block, or None."""
         if type(parts) not in self.builders:
             return f"engine {self.backend} has no fused form of it"
-        reasons = (self._lacks(module, need) for module, need in needs(parts))
+        reasons = (self._lacks(module, need, parts.by_token) for module, need in needs(parts))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _lacks(self, module: nn.Module, need: Conv | Need) -> str | None:
+    def _lacks(self, module: nn.Module, need: Conv | Need, by_token: bool) -> str | None:
         if need is Need.NORM:
             assert isinstance(module, nn.GroupNorm)
             return self.norm(module) if module.affine else "its norm has no weight"
@@ -87,7 +87,11 @@ class Blocks:
         found = getattr(getattr(module, "kernel", None), "backend", None)
         if not floating and found != self.backend:
             return f"a layer in it runs on {found}"
-        if isinstance(module, QLayer) and module.dynamic:
+        if (
+            isinstance(module, QLayer)
+            and module.dynamic
+            and not (by_token and module.act_bits == 8)
+        ):
             return "a layer in it has a scale for every token"
         if need is Need.ROWS and isinstance(module, QConv2d):
             need = Conv((1, 1))
@@ -95,8 +99,8 @@ class Blocks:
             plain = isinstance(module, QConv2d | nn.Conv2d) and _is_plain(module, need)
             size = "x".join(map(str, need.kernel)) if need.kernel else "one"
             return None if plain else f"a convolution in it is not a plain {size}"
-        most = 2 if need is Need.PARALLEL else 1
-        plain = isinstance(module, QLinear) and len(module.segments) <= most
+        segments = 2 if need is Need.PARALLEL else 1
+        plain = isinstance(module, QLinear) and len(module.segments) == segments
         return None if plain else "a projection in it is not a plain linear layer"
 
 

@@ -79,7 +79,7 @@ class TimeShifts(PerForward):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(len(layers))
         self.layers = layers
-        sizes = [len(layer.bias) for layer in layers]
+        self._sizes = sizes = [len(layer.bias) for layer in layers]
         self._start = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 
     def index(self, layer: Any) -> int | None:

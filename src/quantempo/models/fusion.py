@@ -33,7 +33,7 @@ class Need(Enum):
     """What a part must be, if not a convolution."""
 
     LINEAR = "an integer linear layer of one segment"
-    PARALLEL = "an integer linear layer of one segment or two"
+    PARALLEL = "an integer linear layer of two segments"
     ROWS = "an integer layer that multiplies each pixel or token by one matrix, linear or 1x1"
     NORM = "an affine group normalisation"
 
@@ -50,7 +50,12 @@ Norm = Annotated[nn.GroupNorm, Need.NORM]
 
 @dataclass(frozen=True)
 class Parts:
-    """Sub-modules of one block in the denoiser, and how it is called."""
+    """Sub-modules of one block in the denoiser, and how it is called.
+
+    by_token: whether what runs them fused takes layers with a scale for every token.
+    """
+
+    by_token = False
 
     name: str
     module: nn.Module

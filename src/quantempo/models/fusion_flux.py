@@ -54,6 +54,8 @@ class StreamParts(ProjectionParts):
 class FluxParts(Parts):
     """What both kinds of blocks have: one attention over the tokens of the text and the image."""
 
+    by_token = True
+
     def given(
         self,
         encoder_hidden_states: Any = None,
@@ -120,6 +122,10 @@ def _is_mlp(layer: Any) -> bool:
     )
 
 
+def _are_bare(*norms: Any) -> bool:
+    return _are(nn.LayerNorm, *norms) and all(norm.weight is norm.bias is None for norm in norms)
+
+
 def _are(kind: type[nn.Module], *modules: Any) -> bool:
     return all(type(module) is kind for module in modules)
 
@@ -131,7 +137,7 @@ def _double(block: Any) -> tuple[Any, ...] | str:
     reason = no(
         (_plain(a) and a.added_kv_proj_dim is not None, _OTHER),
         (_are(AdaLayerNormZero, *first) and first[0].emb is first[1].emb is None, _NORM),
-        (_are(nn.LayerNorm, *second, *(norm.norm for norm in first)), _NORM),
+        (_are_bare(*second, *(norm.norm for norm in first)), _NORM),
         (_are(nn.RMSNorm, a.norm_added_q, a.norm_added_k, a.norm_q, a.norm_k), _NORM),
         (_is_mlp(b.ff) and _is_mlp(b.ff_context), "its feed-forward layer is not a plain GELU"),
         (not drops(block), "its dropout is active"),
@@ -161,7 +167,7 @@ def _single(block: Any) -> tuple[Any, ...] | str:
     tanh = type(gelu) is nn.GELU and gelu.approximate == "tanh"
     return no(
         (_plain(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
-        (_are(AdaLayerNormZeroSingle, b.norm) and _are(nn.LayerNorm, b.norm.norm), _NORM),
+        (_are(AdaLayerNormZeroSingle, b.norm) and _are_bare(b.norm.norm), _NORM),
         (_are(nn.RMSNorm, a.norm_q, a.norm_k), _NORM),
         (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
     ) or (

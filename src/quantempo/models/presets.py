@@ -3,6 +3,7 @@
 For measuring speed where no checkpoint is at hand: shapes decide the time, weights do not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.registry import check_known
 
-__all__ = ["PRESETS", "build_preset", "check_preset", "ddim_loop", "random_inputs"]
+__all__ = ["LARGE", "PRESETS", "build_preset", "check_preset", "ddim_loop", "random_inputs"]
 
 # Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
@@ -45,7 +46,26 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False,
         "freq_shift": 1, "norm_eps": 1e-6,
     }),
+    # FLUX.1-dev: 11,901 M parameters, 19 double and 38 single blocks of 24 heads of 128.
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    # Stable Diffusion 3.5 large: 8,057 M parameters.
+    "sd35-large": ("SD3Transformer2DModel", {
+        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+    }),
+    # PixArt-Sigma XL/2, 1024 pixels: 611 M parameters.
+    "pixart-sigma": ("PixArtTransformer2DModel", {
+        "caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False,
+    }),
+    # DiT-XL/2, 256 pixels: 750 M parameters, since every block has an embedding of the class.
+    "dit-xl": ("DiTTransformer2DModel", {"in_channels": 4, "out_channels": 8, "norm_eps": 1e-5}),
+    # Wan 2.1, text to video: 1,419 M parameters.
+    "wan-1.3b": ("WanTransformer3DModel", {
+        "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30,
+    }),
 }  # fmt: skip
+# Of which there is no room for copies in float32.
+LARGE = ("flux", "sd35-large")
 
 
 def check_preset(name: str) -> None:
@@ -54,7 +74,9 @@ def check_preset(name: str) -> None:
 
 
 def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -> nn.Module:
-    """Return a preset with random float32 weights, made on the device ("meta": shapes alone).
+    """Return a preset with random weights, made on the device ("meta": shapes alone).
+
+    They are float32, of LARGE ones bfloat16.
 
     Raises:
         QuantempoError: unknown name.
@@ -65,9 +87,14 @@ def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -
     kind, config = PRESETS[name]
     device = torch.device(device)
     cards = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards), torch.device(device):
-        torch.manual_seed(seed)
-        return getattr(diffusers, kind)(**config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if name in LARGE else torch.float32)
+    try:
+        with torch.random.fork_rng(devices=cards), torch.device(device):
+            torch.manual_seed(seed)
+            return getattr(diffusers, kind)(**config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_inputs(
@@ -75,52 +102,98 @@ def random_inputs(
 ) -> dict[str, Any]:
     """Return the keyword arguments of a call with normal x_t and conditioning.
 
-    denoiser: a U-Net or DiT of diffusers, float32, on its device; time: the training time-step of
-    all rows; seed: of the values, which do not depend on the device.
+    denoiser: one of diffusers, on its device; time: the training time-step of all rows, of 1000;
+    seed: of the values, float32, which do not depend on the device.
 
     Raises:
         QuantempoError: a class whose arguments are not known here, or one that needs more.
     """
-    kind, config = type(denoiser).__name__, getattr(denoiser, "config", {})
-    if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"):
+    kind = type(denoiser).__name__
+    if kind not in _INPUTS:
         raise QuantempoError(
             f"cannot make inputs for a {kind}; bench a run folder of it (--run), whose trace has "
-            "them (known: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)"
-        )
-    added = config.get("addition_embed_type")
-    unknown = config.get("class_embed_type") or config.get("encoder_hid_dim_type")
-    if unknown or added not in (None, "text_time"):
-        raise QuantempoError(
-            f"this {kind} takes further conditioning; bench a run folder of it (--run)"
+            f"them (known: {', '.join(_INPUTS)})"
         )
     device, noise = next(denoiser.parameters()).device, Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=noise).to(device)
+        return torch.randn((batch, *shape), generator=noise).to(device)
 
+    found = _INPUTS[kind](getattr(denoiser, "config", {}), normal)
+    # As pipelines pass it: U-Nets get one number for all rows, flows a share of the way.
+    shape = () if kind.startswith("UNet") else (batch,)
+    value = time / 1000 if kind.startswith("Flux") else int(time)
+    timestep = torch.full(shape, value, device=device)
+    return {name: timestep if name == "timestep" else v.to(device) if isinstance(v, Tensor) else v
+            for name, v in found.items()}  # fmt: skip
+
+
+def _unet_inputs(config: Any, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    added = config.get("addition_embed_type")
+    unknown = config.get("class_embed_type") or config.get("encoder_hid_dim_type")
+    if unknown or added not in (None, "text_time"):
+        raise QuantempoError(
+            "this U-Net takes further conditioning; bench a run folder of it (--run)"
+        )
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    sample = "hidden_states" if kind == "DiTTransformer2DModel" else "sample"
-    inputs: dict[str, Any] = {
-        sample: normal(batch, config["in_channels"], height, width),
-        # As pipelines pass it: U-Nets get one number for all rows.
-        "timestep": torch.full((batch,) if "DiT" in kind else (), int(time), device=device),
-    }
-    if kind == "UNet2DConditionModel":
-        inputs["encoder_hidden_states"] = normal(batch, _TEXT_TOKENS, config["cross_attention_dim"])
+    inputs = {"sample": normal(config["in_channels"], height, width), "timestep": None}
+    batch = len(inputs["sample"])
+    if "cross_attention_dim" in config:
+        inputs["encoder_hidden_states"] = normal(_TEXT_TOKENS, config["cross_attention_dim"])
         if added:
             times = 6
             pooled = config["projection_class_embeddings_input_dim"]
-            pooled -= times * config["addition_time_embed_dim"]
-            ids = torch.tensor([8 * height, 8 * width, 0, 0, 8 * height, 8 * width], device=device)
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": normal(batch, pooled),
-                "time_ids": ids.float().expand(batch, times).contiguous(),
-            }
-    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    if classes and (kind != "UNet2DConditionModel"):
-        inputs["class_labels"] = torch.arange(batch, device=device) % classes
+            text = normal(pooled - times * config["addition_time_embed_dim"])
+            ids = torch.tensor([8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width])
+            ids = ids.to(text.device).expand(batch, times).contiguous()
+            inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
+    elif config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.arange(batch) % config["num_class_embeds"]
     return inputs
+
+
+def _latents(config: Any, normal: Callable[..., Tensor], *shape: int) -> dict[str, Any]:
+    """Return x_t of a transformer over latents, and the place of the time."""
+    shape = shape or (config["sample_size"],) * 2
+    return {"hidden_states": normal(config["in_channels"], *shape), "timestep": None}
+
+
+def _flux_inputs(config: Any, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    grid = torch.cartesian_prod(*[torch.arange(64.0)] * 2)
+    x = normal(len(grid), config["in_channels"])
+    return {
+        "hidden_states": x,
+        "encoder_hidden_states": normal(512, config["joint_attention_dim"]),
+        "pooled_projections": normal(config["pooled_projection_dim"]),
+        "timestep": None,
+        "img_ids": torch.cat([torch.zeros(len(grid), 1), grid], 1),
+        "txt_ids": torch.zeros(512, 3),
+        "guidance": torch.full((len(x),), 3.5) if config["guidance_embeds"] else None,
+    }
+
+
+# Class of diffusers -> (configuration, normal values of these shapes behind the rows) -> arguments
+# of a call, "timestep" to be filled in; tokens as for 1024 pixels, 33 frames of 480 x 832 of Wan.
+_INPUTS: dict[str, Callable[[Any, Callable[..., Tensor]], dict[str, Any]]] = {
+    "UNet2DModel": _unet_inputs,
+    "UNet2DConditionModel": _unet_inputs,
+    "DiTTransformer2DModel": lambda config, normal: (
+        found := _latents(config, normal)
+    ) | {"class_labels": torch.arange(len(found["hidden_states"])) % config["num_embeds_ada_norm"]},
+    "FluxTransformer2DModel": _flux_inputs,
+    "SD3Transformer2DModel": lambda config, normal: _latents(config, normal) | {
+        "encoder_hidden_states": normal(333, config["joint_attention_dim"]),
+        "pooled_projections": normal(config["pooled_projection_dim"]),
+    },
+    "PixArtTransformer2DModel": lambda config, normal: _latents(config, normal) | {
+        "encoder_hidden_states": normal(300, config["caption_channels"]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    },
+    "WanTransformer3DModel": lambda config, normal: _latents(config, normal, 9, 60, 104) | {
+        "encoder_hidden_states": normal(512, config["text_dim"]),
+    },
+}  # fmt: skip
 
 
 @torch.no_grad()

@@ -304,12 +304,14 @@ class Float16Linear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         half = self.weight.half()
         # Weights of 12 bits, from checkpoints of format 2, may need all of float32.
-        if half.is_meta or torch.equal(half.float(), self.weight):
+        if half.is_meta or torch.equal(half.float(), self.weight.float()):
             destination[f"{prefix}weight"] = half
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
+            # An engine may hold it in float16.
+            self.weight.data = self.weight.data.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -121,12 +121,12 @@ class Norm:
 
 
 class Sides:
-    """A 1x1 convolution of one or two images, added to the sums of another convolution.
+    """A 1x1 convolution (linear layer) of one or two images, added to the sums of another one.
 
     widths: channels of each image; skip: images at the front that are not part of it.
     """
 
-    def __init__(self, layer: QConv2d, widths: tuple[int, ...], skip: int = 0) -> None:
+    def __init__(self, layer: QLayer, widths: tuple[int, ...], skip: int = 0) -> None:
         rows = [min(i, len(layer.segments) - 1) for i in range(len(widths))][skip:]
         zero_points: list[int] = layer.act_zero_point.tolist()
         self.zero_points = [zero_points[row] for row in rows]
@@ -208,9 +208,10 @@ class LayerConstants:
         self.weight_scale = constant(layer.weight_scale)
         self.bias = None if layer.bias is None else constant(layer.bias)
         self.sides: Sides | None = None
-        plain = isinstance(layer, QConv2d) and layer.kernel_size == layer.stride == (1, 1)
+        plain = not isinstance(layer, QConv2d) or layer.kernel_size == layer.stride == (1, 1)
         if plain and 1 < len(parts) <= 1 + MOST_SIDES:
             self.sides = Sides(layer, layer.segments, skip=1)
+            self.sides.weights = [weight.flatten(1) for weight in self.weights[1:]]
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -4,8 +4,6 @@ The modulations of all blocks are one product a forward. Text and image are one 
 first attention on; between single blocks they stay one tensor.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,13 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import (
-    FLOATS,
-    ActivationGrid,
-    LayerConstants,
-    constant,
-    constants_of,
-)
+from quantempo.engines.cuda.constants import FLOATS, LayerConstants, constants_of
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
@@ -31,14 +23,17 @@ from quantempo.models.fusion_flux import (
     StreamParts,
 )
 
-__all__ = ["FusedFluxDouble", "FusedFluxSingle", "SharedModulations"]
+__all__ = ["FusedFluxDouble", "FusedFluxSingle", "SharedModulations", "joined"]
+
+# Codes of one segment as `LayerConstants.gemm` reads them: "codes", and "rows" of scales by token.
+Codes = dict[str, Any]
 
 
 class SharedModulations(SharedShifts):
     """Shifts, scales and gates of all blocks."""
 
     @classmethod
-    def of(cls, network: Network) -> SharedModulations:
+    def of(cls, network: Network) -> "SharedModulations":
         """Return those of all blocks that read a float layer."""
         layers = [s.modulation for parts in network.of(FluxDoubleParts) for s in parts.streams]
         layers += [parts.modulation for parts in network.of(FluxSingleParts)]
@@ -59,24 +54,37 @@ class _Modulation:
         return y.expand(batch, -1).chunk(parts, 1)
 
 
-class _Norm:
-    """norm(x) (1 + scale) + shift as codes."""
+def _codes(x: Tensor, layer: LayerConstants, norm: Any = None, part: int = 0, **how: Any) -> Codes:
+    """Return the codes (B T, C) of norm(x) (1 + scale) + shift for a segment of a layer.
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        self.how = {"norm": "layer", "eps": norm.eps} | {
-            name: None if value is None else constant(value)
-            for name, value in (("weight", norm.weight), ("bias", norm.bias))
-        }
+    x (B, T, C), images and tokens of which may lie apart; scale, shift: (B, C), if there is a norm.
+    """
+    how |= {"norm": "none"} if norm is None else {"norm": "layer", "eps": norm.eps}
+    grid, dynamic = layer.grids[part], layer.layer.dynamic
+    if not dynamic:
+        how |= {"act_scale": grid.scale, "zero_point": grid.zero_point, "qmax": grid.qmax}
+    codes, rows = ops.norm_modulate_quant(x, bucket=grid.clock.bucket, **how)
+    return {"codes": codes, "rows": rows} if dynamic else {"codes": codes}
 
-    def __call__(self, x: Tensor, shift: Tensor, scale: Tensor, grid: ActivationGrid) -> Tensor:
-        """Return (B T, C) int8 of x (B, T, C)."""
-        return _codes(x, grid, shift=shift, scale=scale, **self.how)
+
+def _hidden(up: LayerConstants, codes: Codes, x: Tensor, reader: LayerConstants) -> Codes:
+    """Return gelu_tanh(up(codes)) as codes of the last segment of `reader`; x (B, T, C) is like."""
+    how = {"dtype": x.dtype, "bias": up.bias, "activation": "gelu_tanh", **codes}
+    if not reader.layer.dynamic:
+        return {"codes": up.gemm(grid=reader.grids[-1], **how)}
+    return _codes(up.gemm(**how).view(*x.shape[:2], -1), reader, part=-1)
 
 
-def _codes(x: Tensor, grid: ActivationGrid, norm: str = "none", **how: Any) -> Tensor:
-    """Return (B T, C) int8 of x (B, T, C), images and tokens of which may lie apart."""
-    how |= {"act_scale": grid.scale, "zero_point": grid.zero_point, "qmax": grid.qmax}
-    return ops.norm_modulate_quant(x, bucket=grid.clock.bucket, norm=norm, **how)[0]
+def _add(layer: LayerConstants, every: list[Codes], gate: Tensor, x: Tensor) -> Tensor:
+    """Return x + gate layer(codes), (B, T, C), of the codes of each segment."""
+    first, *others = every
+    how: dict[str, Any] = {"bias": layer.bias, "gate": gate, "residual": x.flatten(0, 1), **first}
+    if others:
+        assert layer.sides is not None
+        how |= layer.sides.arguments([other["codes"] for other in others])
+        if layer.layer.dynamic:
+            how["side_scales"] = torch.stack([other["rows"] for other in others])
+    return layer.gemm(dtype=x.dtype, **how).view(x.shape)
 
 
 class _Projections(Prepared):
@@ -90,21 +98,17 @@ class _Projections(Prepared):
         parts = self.parts
         layers = [constants_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
         self.layers = LayerConstants.together(layers)
-        norms = [(norm, norm.weight) for norm in (parts.norm_q, parts.norm_k)]
-        self.norms = [
-            (norm.eps, {d: None if w is None else constant(w.to(d)) for d in FLOATS})
-            for norm, w in norms
-        ]
 
-    def __call__(self, every: list[Tensor], x: Tensor) -> list[Tensor]:
+    def __call__(self, every: list[Codes], x: Tensor) -> list[Tensor]:
         """Return q, k and v (B, T, heads, dim) of the codes for each layer; x (B, T, C) is like."""
         found: list[Tensor] = []
         for layer, codes in zip(self.layers, every, strict=True):
-            y = layer.gemm(codes, x.dtype, bias=layer.bias)
+            y = layer.gemm(dtype=x.dtype, bias=layer.bias, **codes)
             shape = (*x.shape[:2], -1, self.parts.q.out_features // self.dim, self.dim)
             found += y.view(shape).unbind(2)
-        for i, (eps, weights) in enumerate(self.norms):
-            found[i] = F.rms_norm(found[i], (self.dim,), weights[x.dtype], eps)
+        for i, norm in enumerate((self.parts.norm_q, self.parts.norm_k)):
+            weight = None if norm.weight is None else norm.weight.to(x.dtype)
+            found[i] = F.rms_norm(found[i], (self.dim,), weight, norm.eps)
         return found
 
 
@@ -118,16 +122,6 @@ def _rotated(x: Tensor, rotary: Any) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def _add(layer: LayerConstants, every: list[Tensor], gate: Tensor, x: Tensor) -> Tensor:
-    """Return x + gate layer(codes), (B, T, C), of the codes (B T, K_i) of each segment."""
-    y = x.float()
-    for i, codes in enumerate(every):
-        bias = None if i else layer.bias
-        product = layer.gemm(codes, torch.float32, i, bias=bias).view(x.shape)
-        y = y + gate[:, None].float() * product
-    return y.to(x.dtype)
-
-
 def _finite(x: Tensor) -> Tensor:
     """Return what the class makes of values that float16 cannot hold."""
     return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
@@ -138,16 +132,12 @@ class _Flux(GpuBlock):
 
     def takes(self, x: Tensor, text: Any, temb: Any, rotary: Any) -> bool:
         """Return whether `run` can be given these."""
-        if not isinstance(text, Tensor) or not isinstance(temb, Tensor):
+        if not isinstance(text, Tensor) or not isinstance(temb, Tensor) or x.dtype not in FLOATS:
             return False
         alike = x.ndim == text.ndim == 3 and x.dtype == text.dtype and len(x) == len(text)
-        if not alike or x.dtype not in FLOATS or temb.ndim != 2 or len(temb) not in (1, len(x)):
-            return False
-        tokens = x.shape[1] + text.shape[1]
-        return rotary is None or (
-            isinstance(rotary, tuple)
-            and all(value.ndim == 2 and len(value) == tokens for value in rotary)
-        )
+        known = alike and temb.ndim == 2 and len(temb) in (1, len(x))
+        tables = () if rotary is None else rotary
+        return known and all(y.ndim == 2 and len(y) == x.shape[1] + text.shape[1] for y in tables)
 
 
 class _Stream(Prepared):
@@ -160,25 +150,22 @@ class _Stream(Prepared):
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         self.projections.prepare(device)
-        self.norm1, self.norm2 = _Norm(parts.norm1), _Norm(parts.norm2)
         self.out, self.up, self.down = (
             constants_of(layer, device) for layer in (parts.out, parts.up, parts.down)
         )
 
     def before(self, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
         """Return q, k and v (B, T, heads, dim)."""
-        layers = self.projections.layers
-        every = [self.norm1(x, shift, scale, layer.grids[0]) for layer in layers]
+        how = {"norm": self.parts.norm1, "shift": shift, "scale": scale}
+        every = [_codes(x, layer, **how) for layer in self.projections.layers]
         return self.projections(every, x)
 
     def after(self, x: Tensor, y: Tensor, gate: Tensor, *rest: Tensor) -> Tensor:
         """Return the stream (B, T, C); y alike, of the attention."""
-        up, down, (shift, scale, last_gate) = self.up, self.down, rest
-        x = _add(self.out, [_codes(y, self.out.grids[0])], gate, x)
-        codes = self.norm2(x, shift, scale, up.grids[0])
-        y = F.gelu(up.gemm(codes, x.dtype, bias=up.bias), approximate="tanh")
-        codes = _codes(y.view(*x.shape[:2], -1), down.grids[0])
-        return _add(down, [codes], last_gate, x)
+        shift, scale, last_gate = rest
+        x = _add(self.out, [_codes(y, self.out)], gate, x)
+        codes = _codes(x, self.up, self.parts.norm2, shift=shift, scale=scale)
+        return _add(self.down, [_hidden(self.up, codes, x, self.down)], last_gate, x)
 
 
 @BLOCKS.build(FluxDoubleParts)
@@ -223,7 +210,6 @@ class FusedFluxSingle(_Flux):
         parts = self.parts
         self.projections.prepare(device)
         self.modulation.shared.here(device)
-        self.norm = _Norm(parts.norm)
         self.up, self.out = constants_of(parts.up, device), constants_of(parts.out, device)
         self.together = self.up.reads_the_same(self.projections.layers[-1])
 
@@ -231,23 +217,19 @@ class FusedFluxSingle(_Flux):
         """Return (text, tokens of the image), parts of one tensor."""
         self.here(x.device)
         tokens = [text.shape[1], x.shape[1]]
-        x, up, grids = _joined(text, x), self.up, self.out.grids
+        x, up, out = joined(text, x), self.up, self.out
         shift, scale, gate = self.modulation(temb, len(x), 3)
-        layers = self.projections.layers
-        every = [self.norm(x, shift, scale, layer.grids[0]) for layer in layers]
+        how = {"norm": self.parts.norm, "shift": shift, "scale": scale}
+        every = [_codes(x, layer, **how) for layer in self.projections.layers]
         q, k, v = self.projections(every, x)
-        codes = every[-1] if self.together else self.norm(x, shift, scale, up.grids[0])
-        hidden = F.gelu(up.gemm(codes, x.dtype, bias=up.bias), approximate="tanh")
-        hidden = _codes(hidden.view(*x.shape[:2], -1), grids[-1])
+        codes = every[-1] if self.together else _codes(x, up, **how)
+        hidden = _hidden(up, codes, x, out)
         y = self.parts.attend(_rotated(q, rotary), _rotated(k, rotary), v).flatten(2)
-        halves = [_codes(y, grids[0]), hidden]
-        if len(grids) == 1:
-            halves = [torch.cat(halves, 1)]
-        text, x = _finite(_add(self.out, halves, gate, x)).split(tokens, 1)
+        text, x = _finite(_add(out, [_codes(y, out), hidden], gate, x)).split(tokens, 1)
         return text, x
 
 
-def _joined(text: Tensor, x: Tensor) -> Tensor:
+def joined(text: Tensor, x: Tensor) -> Tensor:
     """Return torch.cat([text, x], 1), without a copy if a single block has returned them.
 
     A compiler sees by itself that a split tensor is put together again.

@@ -55,8 +55,8 @@ def _say_slow() -> None:
 
 
 class _Kernel(Kernel):
-    """A layer of several segments is one launch where it is a 1x1 convolution (the others are
-    shortcut operands of the first), else one launch for each segment, added up in float32.
+    """A layer of several segments is one launch where it is linear or a 1x1 convolution (the others
+    are shortcut operands of the first), else one launch for each segment, added up in float32.
     """
 
     backend = "triton"
@@ -86,7 +86,7 @@ class _Kernel(Kernel):
             codes, rows = [pair[0] for pair in pairs], [{"rows": pair[1]} for pair in pairs]
         else:
             codes = [(quantize if image else quantize_rows)(part, grid) for part, grid in parts]
-        if constants.sides is not None:
+        if constants.sides is not None and not layer.dynamic:
             how |= constants.sides.arguments(codes[1:])
             codes = codes[:1]
         run = constants.conv if image else constants.gemm

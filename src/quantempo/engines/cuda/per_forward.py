@@ -9,6 +9,7 @@ from quantempo.engines.cuda.constants import LayerConstants, constant, constants
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
 from quantempo.models.fusion_transformer import TokenAttentionParts, TransformerBlockParts
+from quantempo.quantized import Float16Linear
 
 __all__ = ["SharedContext", "SharedShifts"]
 
@@ -24,6 +25,10 @@ class SharedShifts(Prepared, TimeShifts):
 
     def _prepare(self, device: torch.device) -> None:
         self.weight, self.bias = map(constant, float_rows(self.layers, self.dtype))
+        for layer, part in zip(self.layers, self.weight.split(self._sizes), strict=True):
+            # One copy in memory serves both, where the layer's own loses nothing.
+            if isinstance(layer, Float16Linear) and torch.equal(layer.weight.float(), part.float()):
+                layer.weight.data = part
 
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""
