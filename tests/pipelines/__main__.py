@@ -20,15 +20,14 @@ if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("quantempo").setLevel(logging.ERROR)
     names = [word for word in sys.argv[1:] if word != "--write"]
-    rows = []
     for name in FAMILIES:
         if not names or any(word in name for word in names):
             start = time.perf_counter()
-            rows.append(run(name))
+            row = run(name)
             seconds = f"{time.perf_counter() - start:.1f} s"
-            print(json.dumps(page.line(rows[-1]) | {"seconds": seconds}), flush=True)
-            if "error" in rows[-1]:
-                print("   ", {k: rows[-1][k] for k in ("where", "raised", "error")}, flush=True)
-    if "--write" in sys.argv:
-        page.write(rows, FAMILIES)
+            print(json.dumps(page.line(row) | {"seconds": seconds}), flush=True)
+            if "--write" in sys.argv:
+                page.write([row], FAMILIES)
+            if "error" in row:
+                print("   ", {k: row[k] for k in ("where", "raised", "error")}, flush=True)
     fresh().shutdown()

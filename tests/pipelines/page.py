@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "line", "read", "write"]
+__all__ = ["FILE", "decibels", "line", "read", "write"]
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 HEAD = """# Pipelines of diffusers: what works
@@ -75,3 +75,8 @@ def read() -> dict[str, dict[str, str]]:
         keys = ("family", "pipeline", "result", "share", "sqnr", "float")
         found[cells[0]] = dict(zip(keys, cells, strict=True))
     return found
+
+
+def decibels(cells: dict[str, str]) -> list[float]:
+    """Return the figures of the cell `sqnr`."""
+    return [float(value) for value in re.findall(r"[\d.]+", cells["sqnr"])]
