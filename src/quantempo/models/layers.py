@@ -234,8 +234,8 @@ def bind_inputs(
     time, _ = timestep_place(denoiser)
     if not isinstance(sample, Tensor) or given.get(time) is None:
         raise QuantempoError(
-            f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected x_t "
-            f"first and a time ({', '.join(_TIMES)})"
+            f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected a tensor "
+            f"x_t first and a time ({', '.join(_TIMES)})"
         )
     timestep = _rows(given.pop(time), sample)
     # How the answer is wrapped says nothing about the network's input.
