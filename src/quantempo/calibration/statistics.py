@@ -4,7 +4,7 @@ Which scale is best is the business of the search.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Any
@@ -62,14 +62,14 @@ def collect_statistics(
     """
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
     timed = _timed(denoiser, inputs, data)
-    _feed(ranges, denoiser, inputs, data, bins, "ranges", timed)
+    _feed([ranges], denoiser, inputs, data, bins, "ranges", timed)
     histograms = {name: Histogram(ends.edges(), bins) for name, ends in ranges.items()}
     errors = {
         name: TokenError(max(1, len(parts)), tokens)
         for name, parts in inputs.items()
         if tokens is not None and isinstance(denoiser.get_submodule(name), nn.Linear)
     }
-    _feed(histograms, denoiser, inputs, data, bins, "histograms", timed, errors)
+    _feed([histograms, errors], denoiser, inputs, data, bins, "histograms", timed)
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
     for name, seen in histograms.items():
         found = {"range": ranges[name].range, "hist": seen.counts, "edges": seen.edges}
@@ -79,16 +79,15 @@ def collect_statistics(
 
 @torch.no_grad()
 def _feed(
-    sinks: Mapping[str, MinMax | Histogram],
+    sinks: Sequence[Mapping[str, MinMax | Histogram | TokenError]],
     denoiser: nn.Module,
     inputs: Mapping[str, tuple[int, ...]],
     data: CalibrationData,
     bins: int,
     stage: str,
     timed: Collection[str],
-    errors: Mapping[str, TokenError] | None = None,
 ) -> None:
-    """Run the denoiser on all rows and give each sink the inputs of its layer."""
+    """Run the denoiser on all rows and give the sinks of each layer its inputs."""
     edges = time_bin_edges(data.times, bins)
     time_bin = torch.zeros(0, dtype=torch.int64)
 
@@ -101,9 +100,8 @@ def _feed(
             bin_of = rows.repeat_interleave(max(1, x.shape[0] // len(rows)))
         axis = -1 if isinstance(layer, nn.Linear) else 1
         for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
-            sinks[name].update(part, bin_of, index)
-            if errors and name in errors:
-                errors[name].update(part, bin_of, index)
+            for sink in (some[name] for some in sinks if name in some):
+                sink.update(part, bin_of, index)
 
     # On a GPU few large batches: every layer waits for the device once a batch.
     size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -219,12 +220,9 @@ class Single(_Law):
         return min(math.floor(round(self.fraction * num_steps, 9)), num_steps - 1)
 
 
-# Four-point Gauss-Legendre rule on [0, 1].
-_INNER = math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5))
-_OUTER = math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5))
-_HEAVY, _LIGHT = (18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72
-_GAUSS_NODES = (torch.tensor([-_OUTER, -_INNER, _INNER, _OUTER], dtype=torch.float64) + 1) / 2
-_GAUSS = torch.tensor([_LIGHT, _HEAVY, _HEAVY, _LIGHT], dtype=torch.float64)
+# Four-point Gauss-Legendre rule on [0, 1], weights up to a factor.
+_POINTS, _GAUSS = map(torch.from_numpy, np.polynomial.legendre.leggauss(4))
+_GAUSS_NODES = (_POINTS + 1) / 2
 
 
 def _normal(n: int, generator: Generator) -> Tensor:

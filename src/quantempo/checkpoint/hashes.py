@@ -23,7 +23,8 @@ def check_files(folder: Path, end: str = "") -> None:
     if not (folder / _FILES).is_file():
         return
     with reading(folder / _FILES):
-        known = {name: text for name, text in _json(folder / _FILES).items() if name.endswith(end)}
+        listed = json.loads((folder / _FILES).read_text())
+        known = {name: text for name, text in listed.items() if name.endswith(end)}
         for name, digest in known.items():
             if not (folder / name).is_file() or file_sha256(folder / name) != digest:
                 raise QuantempoError(
@@ -32,17 +33,13 @@ def check_files(folder: Path, end: str = "") -> None:
                 )
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def seal(folder: Path, component: str) -> None:
     """Write the hashes of all files beside a packed network, `check_files` reads them.
 
     Where the float model lay is removed from all: equal models are equal files.
     """
     for file in sorted(folder.rglob("*.json")):
-        values = _json(file)
+        values = json.loads(file.read_text())
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}

@@ -98,7 +98,7 @@ def _sweep(
     mixed = np.tensordot(mixture, costs, 1)
     hulls = [_hull(loss, cost) for loss, cost in zip(losses, mixed, strict=True)]
     choice = np.array([hull[0] for hull in hulls])
-    spent = _spent(costs, choice)
+    spent = _pick(costs, choice).sum(-1)
     moves = []
     for layer, hull in enumerate(hulls):
         for place, (a, b) in enumerate(itertools.pairwise(hull)):
@@ -141,10 +141,6 @@ def _hull(loss: np.ndarray, cost: np.ndarray) -> list[int]:
 def _pick(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
     """Return (..., L): the chosen option's entry of (..., L, O)."""
     return values[..., np.arange(len(choice)), choice]
-
-
-def _spent(costs: np.ndarray, choice: np.ndarray) -> np.ndarray:
-    return _pick(costs, choice).sum(-1)
 
 
 def _named(names: Sequence[str], limits: np.ndarray) -> list[str]:

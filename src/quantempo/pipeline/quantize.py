@@ -40,7 +40,7 @@ from quantempo.scales import MEAN_METRICS, LayerScales, make_metric, search_scal
 
 __all__ = [
     "LayerPlan", "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan",
-    "quantize", "round_weights", "search", "segments_of",
+    "quantize", "round_weights", "search",
 ]  # fmt: skip
 
 # Times its share of the work that a layer's share of the error has to be, to stay in float.
@@ -157,12 +157,8 @@ def calibrate(
     """Return the statistics of the inputs of all integer layers, see `collect_statistics`."""
     how = recipe.activations
     tokens = None if how.granularity == "time" else make_metric(how.metric, how.p)
-    return collect_statistics(denoiser, segments_of(plans), data, tokens=tokens)
-
-
-def segments_of(plans: list[LayerPlan]) -> dict[str, tuple[int, ...]]:
-    """Return the input channels of the segments of each integer layer, () for one."""
-    return {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
+    inputs = {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
+    return collect_statistics(denoiser, inputs, data, tokens=tokens)
 
 
 def search(
