@@ -1,4 +1,4 @@
-"""Fused blocks of FLUX for GPUs against the same layers run one by one, on a CPU, tiny."""
+"""Fused blocks of FLUX and SD3 for GPUs against the same layers run one by one, on a CPU, tiny."""
 
 import copy
 from functools import cache
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.normalization import AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
@@ -34,6 +34,9 @@ ENGINE = ENGINES.get("triton")
 TEXT, IMAGE = 5, 9
 # What quantization alone does to the output.
 LEVEL = 0.02
+
+
+NAMES = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
 
 
 @cache
@@ -161,6 +164,30 @@ def test_the_network_is_as_near_to_float_as_simulated(control):
     unfuse(network)
     attach(network, "simulated")
     check_like_simulated(y, network(**arguments).sample, truth, LEVEL)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("norm", [None, "rms_norm"])
+def test_blocks_of_stable_diffusion_3_have_the_image_first(norm):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        floating = SD3Transformer2DModel(
+            sample_size=8, num_layers=4, num_attention_heads=2, attention_head_dim=16,
+            joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+            pos_embed_max_size=8, qk_norm=norm, dual_attention_layers=(1,),
+        ).eval()  # fmt: skip
+    values = noise(3, 16, 8, 8), noise(3, TEXT, 32, seed=1), noise(3, 32, seed=2)
+    arguments = (*values, torch.tensor([900.0, 400.0, 20.0]))
+    network = quantize_network(floating, [arguments])
+    ENGINE.attach(network)
+    left = ["it has a second attention", "its text is read and not written"]
+    assert [row.reason for row in report(network)] == [None, left[0], None, left[1]]
+    check_errors(errors(network, **dict(zip(NAMES, arguments, strict=True))))
+    y = network(*arguments).sample
+    unfuse(network)
+    attach(network, "simulated")
+    check_like_simulated(y, network(*arguments).sample, floating(*arguments).sample, LEVEL)
 
 
 def test_all_layers_are_listed_as_fused_and_modulated_by_one_product():

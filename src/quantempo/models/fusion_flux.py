@@ -1,4 +1,4 @@
-"""Parts of the blocks of FLUX, see `fusion`."""
+"""Parts of the blocks of FLUX and Stable Diffusion 3, see `fusion`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -16,21 +17,26 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantempo.models.fusion import Linear, Parallel, Parts, drops, matches, no
 
-__all__ = ["FluxDoubleParts", "FluxParts", "FluxSingleParts", "ProjectionParts", "StreamParts"]
+__all__ = [
+    "FluxDoubleParts", "FluxParts", "FluxSingleParts", "JointParts", "ProjectionParts",
+    "StreamParts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ProjectionParts:
-    """norm_q(q(x)), norm_k(k(x)) and v(x), by heads."""
+    """norm_q(q(x)), norm_k(k(x)) and v(x), by heads; a norm (an RMSNorm) may be None."""
 
     q: Linear
     k: Linear
     v: Linear
-    norm_q: nn.RMSNorm
-    norm_k: nn.RMSNorm
+    norm_q: Any
+    norm_k: Any
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,29 @@ class FluxDoubleParts(FluxParts):
     """streams: of the text and of the image, in the order of their tokens."""
 
     streams: tuple[StreamParts, ...]
+    image_first = False
+
+
+@dataclass(frozen=True)
+class JointParts(FluxDoubleParts):
+    """A block of Stable Diffusion 3, without rotary embedding."""
+
+    image_first = True
+
+    def given(  # type: ignore[override]
+        self,
+        encoder_hidden_states: Any = None,
+        temb: Any = None,
+        joint_attention_kwargs: Any = None,
+    ) -> tuple[Any, ...] | None:
+        """Return (text, temb, None), None with arguments for processors."""
+        plain = not joint_attention_kwargs and _plain(self.module.attn)
+        return (encoder_hidden_states, temb, None) if plain else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim)) v, all (B, T, heads, dim)."""
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -104,12 +133,9 @@ _NORM = "a norm in it is unknown"
 
 
 def _plain(attention: Any) -> bool:
-    a = attention
-    return (
-        type(a) is FluxAttention
-        and type(a.processor) is FluxAttnProcessor
-        and not a.fused_projections
-    )
+    kinds = type(attention), type(attention.processor)
+    known = (FluxAttention, FluxAttnProcessor), (Attention, JointAttnProcessor2_0)
+    return kinds in known and not attention.fused_projections
 
 
 def _is_mlp(layer: Any) -> bool:
@@ -126,8 +152,24 @@ def _are_bare(*norms: Any) -> bool:
     return _are(nn.LayerNorm, *norms) and all(norm.weight is norm.bias is None for norm in norms)
 
 
+def _are_rms(*norms: Any) -> bool:
+    kinds = (type(None), nn.RMSNorm, RMSNorm)
+    return all(type(norm) in kinds and getattr(norm, "bias", None) is None for norm in norms)
+
+
 def _are(kind: type[nn.Module], *modules: Any) -> bool:
     return all(type(module) is kind for module in modules)
+
+
+@matches(JointParts, JointTransformerBlock)
+def _joint(block: Any) -> tuple[Any, ...] | str | None:
+    reason = no(
+        (not block.use_dual_attention, "it has a second attention"),
+        (not block.context_pre_only, "its text is read and not written"),
+        (block._chunk_size is None, "its feed-forward layer runs in chunks"),
+    )
+    found = _double(block) if reason is None else reason
+    return (found[0][::-1],) if isinstance(found, tuple) else found
 
 
 @matches(FluxDoubleParts, FluxTransformerBlock)
@@ -138,20 +180,14 @@ def _double(block: Any) -> tuple[Any, ...] | str:
         (_plain(a) and a.added_kv_proj_dim is not None, _OTHER),
         (_are(AdaLayerNormZero, *first) and first[0].emb is first[1].emb is None, _NORM),
         (_are_bare(*second, *(norm.norm for norm in first)), _NORM),
-        (_are(nn.RMSNorm, a.norm_added_q, a.norm_added_k, a.norm_q, a.norm_k), _NORM),
+        (_are_rms(a.norm_added_q, a.norm_added_k, a.norm_q, a.norm_k), _NORM),
         (_is_mlp(b.ff) and _is_mlp(b.ff_context), "its feed-forward layer is not a plain GELU"),
         (not drops(block), "its dropout is active"),
     )
     if reason is not None:
         return reason
-    text = (
-        a.add_q_proj,
-        a.add_k_proj,
-        a.add_v_proj,
-        a.norm_added_q,
-        a.norm_added_k,
-    )
-    image = (a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k)
+    text = (a.add_q_proj, a.add_k_proj, a.add_v_proj, a.norm_added_q, a.norm_added_k, a.heads)
+    image = (a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k, a.heads)
     rest = zip((text, image), first, (a.to_add_out, a.to_out[0]), second, strict=True)
     return (
         tuple(
@@ -168,9 +204,9 @@ def _single(block: Any) -> tuple[Any, ...] | str:
     return no(
         (_plain(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
         (_are(AdaLayerNormZeroSingle, b.norm) and _are_bare(b.norm.norm), _NORM),
-        (_are(nn.RMSNorm, a.norm_q, a.norm_k), _NORM),
+        (_are_rms(a.norm_q, a.norm_k), _NORM),
         (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
     ) or (
-        (ProjectionParts(a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k),),
+        (ProjectionParts(a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k, a.heads),),
         b.norm.linear, b.norm.norm, b.proj_mlp, b.proj_out,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Blocks of FLUX as few launches on a GPU, around int8 products.
+"""Blocks of FLUX and Stable Diffusion 3 as few launches on a GPU, around int8 products.
 
 The modulations of all blocks are one product a forward. Text and image are one sequence from the
 first attention on; between single blocks they stay one tensor.
@@ -19,6 +19,7 @@ from quantempo.kernels import ops
 from quantempo.models.fusion_flux import (
     FluxDoubleParts,
     FluxSingleParts,
+    JointParts,
     ProjectionParts,
     StreamParts,
 )
@@ -91,8 +92,7 @@ class _Projections(Prepared):
     """Queries, keys and values of one stream."""
 
     def __init__(self, parts: ProjectionParts) -> None:
-        self.parts = parts
-        self.dim = parts.norm_q.normalized_shape[0]
+        self.parts, self.dim = parts, parts.q.out_features // parts.heads
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
@@ -104,11 +104,13 @@ class _Projections(Prepared):
         found: list[Tensor] = []
         for layer, codes in zip(self.layers, every, strict=True):
             y = layer.gemm(dtype=x.dtype, bias=layer.bias, **codes)
-            shape = (*x.shape[:2], -1, self.parts.q.out_features // self.dim, self.dim)
+            shape = (*x.shape[:2], -1, self.parts.heads, self.dim)
             found += y.view(shape).unbind(2)
         for i, norm in enumerate((self.parts.norm_q, self.parts.norm_k)):
-            weight = None if norm.weight is None else norm.weight.to(x.dtype)
-            found[i] = F.rms_norm(found[i], (self.dim,), weight, norm.eps)
+            weight = getattr(norm, "weight", None)
+            weight = None if weight is None else weight.to(x.dtype)
+            if norm is not None:
+                found[i] = F.rms_norm(found[i], (self.dim,), weight, norm.eps)
         return found
 
 
@@ -123,7 +125,7 @@ def _rotated(x: Tensor, rotary: Any) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return what the class makes of values that float16 cannot hold."""
+    """Return what FLUX makes of values that float16 cannot hold."""
     return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
 
 
@@ -168,6 +170,7 @@ class _Stream(Prepared):
         return _add(self.down, [_hidden(self.up, codes, x, self.down)], last_gate, x)
 
 
+@BLOCKS.build(JointParts)
 @BLOCKS.build(FluxDoubleParts)
 class FusedFluxDouble(_Flux):
     """Text and image: projections and feed-forward layers of their own, one attention."""
@@ -184,17 +187,15 @@ class FusedFluxDouble(_Flux):
     def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Return (text, tokens of the image)."""
         self.here(x.device)
-        both = [text.contiguous(), x.contiguous()]
+        order = -1 if self.parts.image_first else 1
+        both = [text.contiguous(), x.contiguous()][::order]
         given = [s.modulation(temb, len(x), 6) for s in self.streams]
         heads = [s.before(y, *g[:2]) for s, y, g in zip(self.streams, both, given, strict=True)]
         q, k, v = (torch.cat(parts, 1) for parts in zip(*heads, strict=True))
         y = self.parts.attend(_rotated(q, rotary), _rotated(k, rotary), v).flatten(2)
-        parts = y.split([text.shape[1], x.shape[1]], 1)
-        text, x = (
-            stream.after(old, new, *g[2:])
-            for stream, old, new, g in zip(self.streams, both, parts, given, strict=True)
-        )
-        return _finite(text), x
+        parts = zip(self.streams, both, y.split([z.shape[1] for z in both], 1), given, strict=True)
+        text, x = [stream.after(old, new, *g[2:]) for stream, old, new, g in parts][::order]
+        return text if self.parts.image_first else _finite(text), x
 
 
 @BLOCKS.build(FluxSingleParts)
