@@ -35,7 +35,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {"scales": "choose scales"},
     {"models": "know architectures", "report": "read a run folder, draw one page"},
     {
-        "core": "grids, formats, packing",
+        "core": "formats, packing",
         "kernels": "operators on plain tensors",
         "recipe": "settings as TOML",
         "run_folder": "artefacts, whole or not at all",
@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 24_533, "studies": 4_700, "tests": 23_882}
+BUDGETS = {"src": 24_453, "studies": 4_700, "tests": 23_882}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

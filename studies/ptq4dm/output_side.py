@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import ACTIVATION
 from quantempo.models.layers import Site
+from studies.ptq4dm.sampler_tensors import to_grid
 
 __all__ = ["install_output_side", "output_side_layers"]
 
@@ -53,14 +53,4 @@ def install_output_side(
     for name, grid in grids.items():
         layer = denoiser.get_submodule(name)
         scale, zero = (part.to(layer.weight.device) for part in grid)
-        layer.register_forward_hook(_hook(scale.float(), zero.float()))
-
-
-def _hook(scale: Tensor, zero: Tensor) -> Any:
-    def to_grid(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Not `fake_quantize`: its checks would wait for the device once a layer and step.
-        codes = torch.round(output.float() / scale) + zero
-        codes = codes.clamp(ACTIVATION.qmin, ACTIVATION.qmax)
-        return ((codes - zero) * scale).to(output.dtype)
-
-    return to_grid
+        layer.register_forward_hook(lambda _, args, y, own=(scale, zero): to_grid(y, own))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import ACTIVATION, Grid, fake_quantize
+from quantempo.core import ACTIVATION
 from quantempo.errors import QuantempoError
 
 __all__ = [
@@ -47,8 +47,9 @@ def learns_variance(denoiser: nn.Module) -> bool:
 
 def to_grid(x: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
     """Return x on an unsigned 8-bit grid, same shape and dtype; error <= scale / 2 inside it."""
-    scale, zero_point = (part.reshape(1).to(x.device) for part in grid)
-    return fake_quantize(x, Grid(scale, zero_point), ACTIVATION)
+    scale, zero = (part.to(x.device) for part in grid)
+    codes = (torch.round(x.float() / scale) + zero).clamp(ACTIVATION.qmin, ACTIVATION.qmax)
+    return ((codes - zero) * scale).to(x.dtype)
 
 
 def output_part(name: str, denoiser: nn.Module) -> slice | None:

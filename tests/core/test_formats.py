@@ -80,3 +80,14 @@ def test_one_generator_an_image():
     both = [torch.randn(3, generator=g) for g in generators([5, 9])]
     assert torch.equal(both[1], torch.randn(3, generator=generators([9])[0]))
     assert not torch.equal(both[0], both[1])
+
+
+def test_ranges_and_mistakes():
+    assert (Format(8).qmin, Format(8).qmax) == (0, 255)
+    narrow = Format(8, signed=True, narrow=True)
+    assert (narrow.qmin, narrow.qmax, narrow.symmetric_zero_point) == (-127, 127, 0)
+    assert Format(4, signed=True).qmin == -8
+    with pytest.raises(QuantempoError, match="narrow"):
+        Format(8, narrow=True)
+    with pytest.raises(QuantempoError, match="bits=1"):
+        Format(1)

@@ -43,6 +43,14 @@ def test_weights_on_the_grid_come_back_exactly() -> None:
     assert torch.equal(nearest(weight, scale, WEIGHT), codes)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_one_bad_scale_or_weight_among_good_ones_is_refused(bad: float) -> None:
+    with pytest.raises(QuantempoError, match="positive"):
+        nearest(torch.ones(3, 2), torch.tensor([1.0, bad, 2.0]), WEIGHT)
+    with pytest.raises(QuantempoError, match="NaN"):
+        nearest(torch.tensor([[1.0, float("nan")]]), torch.ones(1), WEIGHT)
+
+
 def test_the_registry_knows_it_and_names_what_it_does_not() -> None:
     assert ROUNDINGS.names() == ["nearest", "gptq", "adaround"]
     assert [ROUNDINGS.get(name).needs for name in ROUNDINGS.names()] == [

@@ -1,15 +1,11 @@
-"""Core numerics: formats of integers, affine grids, seeds."""
+"""Core numerics: formats of integers, seeds."""
 
 from quantempo.core.formats import (
     ACTIVATION,
     FORMATS,
     WEIGHT,
     Format,
-    Grid,
     activation_format,
-    dequantize,
-    fake_quantize,
-    quantize,
     token_scale,
     unpack_int12,
     weight_format,
@@ -17,6 +13,6 @@ from quantempo.core.formats import (
 from quantempo.core.random import generators
 
 __all__ = [
-    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "Grid", "activation_format", "dequantize",
-    "fake_quantize", "generators", "quantize", "token_scale", "unpack_int12", "weight_format",
+    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "activation_format", "generators", "token_scale",
+    "unpack_int12", "weight_format",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.calibration.rows import Law, by_row, join, key_of, take
-from quantempo.core import Format, Grid, quantize
+from quantempo.core import Format
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
@@ -129,10 +129,15 @@ def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
 
     weight: (O, ...) floating; scale: (O,) float32, > 0; spec: signed grid of at most 8 bits.
 
+    Raises:
+        QuantempoError: NaN in the weight, or a scale that is not positive and finite.
+
     Error: |w - scale q| <= scale / 2 inside the range.
     """
-    grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32))
-    return quantize(weight, grid, spec, axis=0).to(torch.int8)
+    if bool(weight.isnan().any()) or not bool(((scale > 0) & scale.isfinite()).all()):
+        raise QuantempoError("got NaN in a weight, or a scale that is not positive and finite")
+    codes = torch.round(weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    return codes.clamp(spec.qmin, spec.qmax).to(torch.int8)
 
 
 def _nearest_codes(unit: Unit) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantempo.core import ACTIVATION, Format, Grid
+from quantempo.core import ACTIVATION, Format
 from quantempo.errors import QuantempoError
 from quantempo.scales.histogram import bin_centers
 from quantempo.scales.metrics import make_metric
@@ -104,11 +104,6 @@ class ActivationScale:
     cost: float
     min_max_cost: float
     gain: float
-
-    @property
-    def grid(self) -> Grid:
-        """Return the G grids, with the zero point repeated."""
-        return Grid(self.scale, torch.full_like(self.scale, self.zero_point, dtype=torch.int32))
 
 
 def _candidates(
