@@ -231,8 +231,8 @@ def _quantize_before_moving(graph: ov.Model) -> None:
 
 def _attention_in_bfloat16(graph: ov.Model) -> None:
     for node in _nodes(graph, "ScaledDotProductAttention"):
-        heads, queries = list(node.get_output_shape(0))[-3:-1]
-        if heads == queries:
+        shape = node.get_output_partial_shape(0)
+        if shape.is_dynamic or shape[-3] == shape[-2]:
             # OpenVINO (2026.4) mixes the two up if q comes as (B, queries, heads, C): 5 to 20 dB.
             continue
         inputs = [
