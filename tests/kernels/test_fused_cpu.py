@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from quantempo.core import ACTIVATION, token_scale
 from quantempo.kernels import reference
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
@@ -222,6 +223,11 @@ def test_quantize_rows(dtype):
     x = image(6, 37, 1, 1, dtype=dtype).reshape(6, 37)
     for rows in (x, x[:, 5:30], x[::2], x.t().contiguous().t()):
         assert torch.equal(LIBRARY.quantize_rows(rows, 0.11, 5), reference.quantize(rows, 0.11, 5))
+        # Of each row, measured on the way.
+        found, scale = torch.empty(len(rows), 1), token_scale(rows, ACTIVATION)
+        codes = LIBRARY.quantize_rows(rows, 0.0, 128, 255, found)
+        assert torch.equal(found, scale)
+        assert torch.equal(codes, onednn.quantize(rows / scale, 1.0, 128))
 
 
 def test_silu_over_its_whole_range():

@@ -37,6 +37,17 @@ def quantize_tokens(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -
     return library.quantize_rows(rows, scale, zero_point, qmax)
 
 
+def _quantize_each(x: Tensor, layer: QLayer) -> tuple[Tensor, Tensor]:
+    """Return uint8 codes (R, K) of x (R, K) with a scale for every row, and these, (R, 1)."""
+    codes, library = layer.act_format, fused_cpu.load()
+    zero, qmax = codes.symmetric_zero_point, codes.qmax
+    if library is None or x.dtype not in (torch.float32, torch.bfloat16):
+        scale = token_scale(x, codes)
+        return onednn.quantize(x / scale, 1.0, zero, qmax).contiguous(), scale
+    scale = x.new_empty((len(x), 1), dtype=torch.float32)
+    return library.quantize_rows(x, 0.0, zero, qmax, scale), scale
+
+
 class _Kernel(Kernel):
     """A packed operator for each segment, grids as numbers."""
 
@@ -84,10 +95,9 @@ class _Kernel(Kernel):
         layer = self.layer
         y: Any = layer.bias
         for i, part in enumerate(x.reshape(-1, x.shape[-1]).split(self.grids.segments, -1)):
-            scale = token_scale(part, layer.act_format)
-            codes = quantize_tokens(part / scale, 1.0, self.grids.zero_points[i], self.grids.qmax)
+            codes, scale = _quantize_each(part, layer)
             term = self.parts[i](codes, 1.0, self.grids.zero_points[i], None)
-            y = term.mul_(scale) if y is None else torch.addcmul(y, term, scale)
+            y = term.mul_(scale) if y is None else torch.addcmul(y, term, scale, out=term)
         result: Tensor = y.reshape(*x.shape[:-1], -1)
         return result.to(x.dtype)
 

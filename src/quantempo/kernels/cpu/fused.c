@@ -5,6 +5,7 @@
  * Built without linking an OpenMP runtime: the symbols resolve to the one torch has loaded, so
  * there is a single pool of threads.
  */
+#include <float.h>
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -360,7 +361,31 @@ typedef struct {
     float scale;
     int32_t zero, qmax; /* codes are 0 to qmax; zero among them */
     uint8_t *codes;     /* [n][top + repeat height + bottom][left + repeat width + right][c] */
+    float *scales;      /* [n][height], of each row: measured, written, used for `scale`; or NULL */
 } quantize_t;
+
+/* max |x| / top of a row, at least the smallest normal number: `core.token_scale`, bit for bit. */
+INLINE float row_scale(const quantize_t *k, const char *x, float top, int bf16) {
+    const ptrdiff_t size = bf16 ? 2 : 4;
+    vi most = {0};
+    for (int64_t j = 0; j < k->width; j++) {
+        for (int64_t c = 0; c < k->channels; c += LANES) {
+            const char *from = x + size * (j * k->stride + c);
+            char in[4 * LANES] = {0};
+            if (c + LANES > k->channels)
+                from = memcpy(in, from, size * (size_t)(k->channels - c));
+            /* Without their sign, the bits of floats are in order; NaN is the largest. */
+            vi v = (vi)load(from, bf16) & 0x7fffffff, more = v > most;
+            most = (v & more) | (most & ~more);
+        }
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++)
+        if (most[i] > bits) bits = most[i];
+    float peak;
+    memcpy(&peak, &bits, sizeof peak);
+    return peak / top < FLT_MIN ? FLT_MIN : peak / top;
+}
 
 INLINE void quantize_row(const quantize_t *k, int64_t row, int bf16) {
     const float z = (float)k->zero, top = (float)(k->qmax - k->zero);
@@ -371,18 +396,20 @@ INLINE void quantize_row(const quantize_t *k, int64_t row, int bf16) {
     const char *x = (const char *)k->x + size * row * k->width * k->stride;
     uint8_t *out = k->codes + (sample * lines + k->top + k->repeat * i) * line;
     uint8_t *pixel = out + k->left * k->channels;
+    const float scale = k->scales ? row_scale(k, x, top, bf16) : k->scale;
+    if (k->scales) k->scales[row] = scale;
     memset(out, k->zero, (size_t)(k->left * k->channels));
     for (int64_t j = 0; j < k->width; j++, pixel += k->repeat * k->channels) {
         const char *from = x + size * j * k->stride;
         int64_t c = 0;
         /* A true quotient: the same codes as core.quantize, bit for bit. */
         for (; c + LANES <= k->channels; c += LANES)
-            put_bytes(pixel + c, to_code(load(from + size * c, bf16) / k->scale, z, top));
+            put_bytes(pixel + c, to_code(load(from + size * c, bf16) / scale, z, top));
         if (c < k->channels) {
             char in[4 * LANES] = {0};
             uint8_t codes[LANES];
             memcpy(in, from + size * c, size * (size_t)(k->channels - c));
-            put_bytes(codes, to_code(load(in, bf16) / k->scale, z, top));
+            put_bytes(codes, to_code(load(in, bf16) / scale, z, top));
             memcpy(pixel + c, codes, (size_t)(k->channels - c));
         }
         for (int r = 1; r < k->repeat; r++)

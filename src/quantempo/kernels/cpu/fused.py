@@ -68,7 +68,7 @@ class _NormStruct(ctypes.Structure):
 class _QuantizeStruct(ctypes.Structure):
     _fields_ = _fields(
         "pointer x; int64 n height width channels stride; int32 bf16 repeat;"
-        "int64 top bottom left right; float scale; int32 zero qmax; pointer codes"
+        "int64 top bottom left right; float scale; int32 zero qmax; pointer codes scales"
     )
 
 
@@ -123,6 +123,7 @@ class Library:
         qmax: int = 255,
         border: tuple[int, int, int, int] = (0, 0, 0, 0),
         repeat: int = 1,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Return the codes of x, upsampled `repeat` times (nearest), inside a border of z.
 
@@ -132,6 +133,8 @@ class Library:
             x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor.
             zero_point, qmax: 0 <= zero_point <= qmax <= 255.
             border: pixels added (top, bottom, left, right).
+            scales: float32 (B H), filled with max |x| / (qmax - zero_point) of each row of pixels,
+                which then has this scale.
         """
         batch, channels, height, width = x.shape
         stride = _pixel_stride(x)
@@ -141,16 +144,25 @@ class Library:
         call = _QuantizeStruct(
             x.data_ptr(), batch, height, width, channels, stride, _bf16(x), repeat,
             top, bottom, left, right, scale, zero_point, qmax, codes.data_ptr(),
+            None if scales is None else scales.data_ptr(),
         )  # fmt: skip
         self._quantize(ctypes.byref(call), _threads(codes))
         return codes
 
-    def quantize_rows(self, x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
-        """Return the codes of x (R, K), rows contiguous, uint8 (R, K)."""
+    def quantize_rows(
+        self,
+        x: Tensor,
+        scale: float,
+        zero_point: int,
+        qmax: int = 255,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """Return the codes of x (R, K), rows contiguous, uint8 (R, K); scales: see `quantize`."""
         if x.stride(1) != 1 and x.shape[1] > 1:
             x = x.contiguous()
         # An image one pixel wide.
-        return self.quantize(x.t()[None, :, :, None], scale, zero_point, qmax)[0, :, :, 0].t()
+        image = x.t()[None, :, :, None]
+        return self.quantize(image, scale, zero_point, qmax, scales=scales)[0, :, :, 0].t()
 
     def group_norm(
         self,
