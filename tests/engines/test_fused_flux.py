@@ -1,4 +1,4 @@
-"""Fused blocks of FLUX and SD3 for GPUs against the same layers run one by one, on a CPU, tiny."""
+"""Fused blocks of FLUX for GPUs against the same layers run one by one, on a CPU, tiny."""
 
 import copy
 from functools import cache
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel
 from diffusers.models.normalization import AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from quantempo.bench.networks import cast_floats
 from quantempo.core import activation_format
 from quantempo.engines import ENGINES, attach
-from quantempo.engines.cuda.flux import SharedModulations, joined
+from quantempo.engines.cuda.joint import SharedModulations, joined
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
-from quantempo.models.layers import hooked
-from quantempo.quantized import quantized_layers
+from tests.engines.one_by_one import by_token, check_errors, errors, randomized, reasons
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import check_like_simulated, relative
 from tests.tiny import noise
@@ -36,9 +35,6 @@ TEXT, IMAGE = 5, 9
 LEVEL = 0.02
 
 
-NAMES = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
-
-
 @cache
 def tiny(guidance: bool = True) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
@@ -48,14 +44,7 @@ def tiny(guidance: bool = True) -> nn.Module:
             num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
             axes_dims_rope=(4, 6, 6), guidance_embeds=guidance,
         )  # fmt: skip
-        for module in network.modules():
-            if isinstance(module, nn.RMSNorm):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-            elif isinstance(module, nn.Linear):
-                # Else gates and shifts are next to nothing.
-                nn.init.normal_(module.weight, std=1.5 / module.in_features**0.5)
-                nn.init.normal_(module.bias, std=0.3)
-    return network.eval()
+        return randomized(network)
 
 
 def call(batch: int = 2, guidance: bool = True) -> dict[str, Tensor | None]:
@@ -80,47 +69,6 @@ def fused(**how: Any) -> nn.Module:
     network = copy.deepcopy(quantized(**how))
     ENGINE.attach(network)
     return network
-
-
-def by_token(network: nn.Module, every: int) -> nn.Module:
-    """Give every so manyth layer a scale for every token."""
-    for _, layer in list(quantized_layers(network))[::every]:
-        layer.act_scale = layer.act_scale[:, :0]
-        layer.act_zero_point.fill_(128)
-    ENGINE.attach(network)
-    return network
-
-
-def reasons(network: nn.Module) -> set[str | None]:
-    return {row.reason for row in report(network)}
-
-
-@torch.no_grad()
-def errors(network: nn.Module, **arguments: Any) -> list[float]:
-    """Return how far each stream of each block is from its layers run one by one."""
-    seen: dict[str, Any] = {}
-
-    def see(name: str, block: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        seen[name] = args, kwargs, y
-
-    rows = report(network)
-    unfuse(network)
-    blocks = {row.name: network.get_submodule(row.name) for row in rows if row.reason is None}
-    with hooked(blocks, see):
-        network(**arguments)
-    fuse(network, BLOCKS)
-    found = []
-    for name, (args, kwargs, expected) in seen.items():
-        blocks[name].forward.prepare(torch.device("cpu"))
-        for y, truth in zip(blocks[name](*args, **kwargs), expected, strict=True):
-            assert y.dtype == truth.dtype and y.shape == truth.shape
-            found.append(relative(y, truth))
-    return sorted(found)
-
-
-def check_errors(found: list[float]) -> None:
-    # A code of 255 that moves by one costs about 1e-3; where none does, nothing hides an error.
-    assert found[-1] <= 8e-3 and found[len(found) // 4] <= 2e-6, found
 
 
 @pytest.fixture
@@ -166,41 +114,19 @@ def test_the_network_is_as_near_to_float_as_simulated(control):
     check_like_simulated(y, network(**arguments).sample, truth, LEVEL)
 
 
-@torch.no_grad()
-@pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("norm", [None, "rms_norm"])
-def test_blocks_of_stable_diffusion_3_have_the_image_first(norm):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        floating = SD3Transformer2DModel(
-            sample_size=8, num_layers=4, num_attention_heads=2, attention_head_dim=16,
-            joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
-            pos_embed_max_size=8, qk_norm=norm, dual_attention_layers=(1,),
-        ).eval()  # fmt: skip
-    values = noise(3, 16, 8, 8), noise(3, TEXT, 32, seed=1), noise(3, 32, seed=2)
-    arguments = (*values, torch.tensor([900.0, 400.0, 20.0]))
-    network = quantize_network(floating, [arguments])
-    ENGINE.attach(network)
-    left = ["it has a second attention", "its text is read and not written"]
-    assert [row.reason for row in report(network)] == [None, left[0], None, left[1]]
-    check_errors(errors(network, **dict(zip(NAMES, arguments, strict=True))))
-    y = network(*arguments).sample
-    unfuse(network)
-    attach(network, "simulated")
-    check_like_simulated(y, network(*arguments).sample, floating(*arguments).sample, LEVEL)
-
-
 def test_all_layers_are_listed_as_fused_and_modulated_by_one_product():
     network = fused()
     table = execution(network)
     left = {name for name, how in table.items() if how != "triton, fused"}
     assert left == {"context_embedder"}
     forwards = [module.forward.active for module in fused_modules(network).values()]
-    parts = [part for one in forwards for part in getattr(one, "streams", [one])]
-    shared = parts[0].modulation.shared
-    assert len(shared.layers) == len(parts) == 2 * 2 + 2
-    assert all(part.modulation.shared is shared for part in parts)
-    assert all(len(part.projections.layers) == 1 for part in parts)
+    modulations = [modulation for one in forwards for modulation in one.modulations]
+    shared = modulations[0].shared
+    assert len(shared.layers) == len(modulations) == 2 * 2 + 2
+    assert all(modulation.shared is shared for modulation in modulations)
+    doubles = [stream.projections for one in forwards[2:] for stream in one.streams]
+    every = [*(one.projections for one in forwards[:2]), *(p for each in doubles for p in each)]
+    assert len(every) == 2 * 2 + 2 and all(len(p.layers) == 1 for p in every)
     with torch.no_grad():
         network(**call())
     # Read by the last block, then let go of.

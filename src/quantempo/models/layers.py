@@ -131,7 +131,7 @@ def _end(name: str, parent: nn.Module) -> str:
     # proj_out_1 of a DiT is the modulation of its last norm: it reads the conditioning only.
     if any(key in name for key in _TIME) or name == "proj_out_1":
         return "time"
-    return "time" if type(parent).__name__.startswith("AdaLayerNorm") else ""
+    return "time" if "AdaLayerNorm" in type(parent).__name__ else ""
 
 
 def _kind(name: str, layer: nn.Module) -> str:

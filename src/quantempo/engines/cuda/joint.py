@@ -1,7 +1,7 @@
-"""Blocks of FLUX and Stable Diffusion 3 as few launches on a GPU, around int8 products.
+"""Blocks of FLUX and SD3 as few launches on a GPU, around int8 products.
 
-The modulations of all blocks are one product a forward. Text and image are one sequence from the
-first attention on; between single blocks they stay one tensor.
+The modulations of all blocks are one product a forward. Text and image are one sequence in each
+attention; between single blocks of FLUX they stay one tensor.
 """
 
 from typing import Any
@@ -16,15 +16,16 @@ from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
 from quantempo.kernels import ops
-from quantempo.models.fusion_flux import (
+from quantempo.models.fusion_joint import (
     FluxDoubleParts,
     FluxSingleParts,
+    JointBlockParts,
     JointParts,
     ProjectionParts,
     StreamParts,
 )
 
-__all__ = ["FusedFluxDouble", "FusedFluxSingle", "SharedModulations", "joined"]
+__all__ = ["FusedDouble", "FusedFluxSingle", "SharedModulations", "joined"]
 
 # Codes of one segment as `LayerConstants.gemm` reads them: "codes", and "rows" of scales by token.
 Codes = dict[str, Any]
@@ -36,23 +37,22 @@ class SharedModulations(SharedShifts):
     @classmethod
     def of(cls, network: Network) -> "SharedModulations":
         """Return those of all blocks that read a float layer."""
-        layers = [s.modulation for parts in network.of(FluxDoubleParts) for s in parts.streams]
-        layers += [parts.modulation for parts in network.of(FluxSingleParts)]
+        layers = [layer for parts in network.of(JointParts) for layer in parts.modulations]
         return cls([i for i in layers if isinstance(i, nn.Linear) and i.bias is not None])
 
 
 class _Modulation:
-    """Shift, scale, gate, ... of one layer."""
+    """Shifts, scales and gates of one layer."""
 
     def __init__(self, layer: nn.Module, network: Network) -> None:
         self.layer, self.shared = layer, network.once(SharedModulations.of)
         self.index = self.shared.index(layer)
 
-    def __call__(self, temb: Tensor, batch: int, parts: int) -> tuple[Tensor, ...]:
-        """Return `parts` tensors (B, C), rows not contiguous."""
+    def __call__(self, temb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Return all of them, (B, C) each, rows not contiguous, for x (B, T, C)."""
         index = self.index
         y = self.layer(F.silu(temb)) if index is None else self.shared(index, temb)
-        return y.expand(batch, -1).chunk(parts, 1)
+        return y.expand(len(x), -1).split(x.shape[2], 1)
 
 
 def _codes(x: Tensor, layer: LayerConstants, norm: Any = None, part: int = 0, **how: Any) -> Codes:
@@ -92,7 +92,7 @@ class _Projections(Prepared):
     """Queries, keys and values of one stream."""
 
     def __init__(self, parts: ProjectionParts) -> None:
-        self.parts, self.dim = parts, parts.q.out_features // parts.heads
+        self.parts = parts
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
@@ -102,15 +102,14 @@ class _Projections(Prepared):
     def __call__(self, every: list[Codes], x: Tensor) -> list[Tensor]:
         """Return q, k and v (B, T, heads, dim) of the codes for each layer; x (B, T, C) is like."""
         found: list[Tensor] = []
+        heads, dim = self.parts.heads, self.parts.q.out_features // self.parts.heads
         for layer, codes in zip(self.layers, every, strict=True):
             y = layer.gemm(dtype=x.dtype, bias=layer.bias, **codes)
-            shape = (*x.shape[:2], -1, self.parts.heads, self.dim)
-            found += y.view(shape).unbind(2)
+            found += y.view(*x.shape[:2], -1, heads, dim).unbind(2)
         for i, norm in enumerate((self.parts.norm_q, self.parts.norm_k)):
-            weight = getattr(norm, "weight", None)
-            weight = None if weight is None else weight.to(x.dtype)
             if norm is not None:
-                found[i] = F.rms_norm(found[i], (self.dim,), weight, norm.eps)
+                weight = None if norm.weight is None else norm.weight.to(x.dtype)
+                found[i] = F.rms_norm(found[i], (dim,), weight, norm.eps)
         return found
 
 
@@ -125,12 +124,20 @@ def _rotated(x: Tensor, rotary: Any) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return what FLUX makes of values that float16 cannot hold."""
+    """Return what the class makes of values that float16 cannot hold."""
     return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-class _Flux(GpuBlock):
+class _Joint(GpuBlock):
     """A block that is called with tokens (B, T, C) and returns (text, tokens)."""
+
+    def __init__(self, parts: Any, network: Network) -> None:
+        super().__init__(parts, network)
+        self.modulations = [_Modulation(layer, network) for layer in parts.modulations]
+
+    def _prepare(self, device: torch.device) -> None:
+        for modulation in self.modulations:
+            modulation.shared.here(device)
 
     def takes(self, x: Tensor, text: Any, temb: Any, rotary: Any) -> bool:
         """Return whether `run` can be given these."""
@@ -142,75 +149,98 @@ class _Flux(GpuBlock):
         return known and all(y.ndim == 2 and len(y) == x.shape[1] + text.shape[1] for y in tables)
 
 
-class _Stream(Prepared):
-    """What a double block does to one stream, before and after the attention."""
+class Stream(Prepared):
+    """What a block does to one stream, before and after the attention.
 
-    def __init__(self, parts: StreamParts, network: Network) -> None:
-        self.parts, self.projections = parts, _Projections(parts)
-        self.modulation = _Modulation(parts.modulation, network)
+    given: its modulation, (B, C) each, in the order of `StreamParts`.
+    """
+
+    def __init__(self, parts: StreamParts) -> None:
+        self.parts = parts
+        self.projections = [_Projections(attention) for attention in parts.attentions]
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.projections.prepare(device)
-        self.out, self.up, self.down = (
-            constants_of(layer, device) for layer in (parts.out, parts.up, parts.down)
-        )
+        for projections in self.projections:
+            projections.prepare(device)
+        layers = [*(attention.out for attention in parts.attentions), parts.up, parts.down]
+        found: list[Any] = [layer and constants_of(layer, device) for layer in layers]
+        *self.outs, self.up, self.down = found
 
-    def before(self, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
-        """Return q, k and v (B, T, heads, dim)."""
-        how = {"norm": self.parts.norm1, "shift": shift, "scale": scale}
-        every = [_codes(x, layer, **how) for layer in self.projections.layers]
-        return self.projections(every, x)
+    def before(self, x: Tensor, given: tuple[Tensor, ...], index: int = 0) -> list[Tensor]:
+        """Return q, k and v (B, T, heads, dim) of an attention."""
+        # Of a stream that ends, AdaLayerNormContinuous has the scale first.
+        shift, scale = given[::-1] if len(given) == 2 else given[6 * index : 6 * index + 2]
+        how, projections = {"shift": shift, "scale": scale}, self.projections[index]
+        every = [_codes(x, layer, self.parts.norm1, **how) for layer in projections.layers]
+        return projections(every, x)
 
-    def after(self, x: Tensor, y: Tensor, gate: Tensor, *rest: Tensor) -> Tensor:
-        """Return the stream (B, T, C); y alike, of the attention."""
-        shift, scale, last_gate = rest
-        x = _add(self.out, [_codes(y, self.out)], gate, x)
+    def add(self, x: Tensor, every: list[Tensor], given: tuple[Tensor, ...]) -> Tensor:
+        """Return the stream with what each attention gave, all (B, T, C)."""
+        for out, y, gate in zip(self.outs, every, given[2::6], strict=True):
+            x = _add(out, [_codes(y, out)], gate, x)
+        return x
+
+    def feed(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """Return the stream with its feed-forward layer, (B, T, C)."""
+        shift, scale, gate = given[3:6]
         codes = _codes(x, self.up, self.parts.norm2, shift=shift, scale=scale)
-        return _add(self.down, [_hidden(self.up, codes, x, self.down)], last_gate, x)
+        return _add(self.down, [_hidden(self.up, codes, x, self.down)], gate, x)
 
 
-@BLOCKS.build(JointParts)
 @BLOCKS.build(FluxDoubleParts)
-class FusedFluxDouble(_Flux):
+@BLOCKS.build(JointBlockParts)
+class FusedDouble(_Joint):
     """Text and image: projections and feed-forward layers of their own, one attention."""
 
-    def __init__(self, parts: FluxDoubleParts, network: Network) -> None:
+    def __init__(self, parts: FluxDoubleParts | JointBlockParts, network: Network) -> None:
         super().__init__(parts, network)
-        self.streams = [_Stream(stream, network) for stream in parts.streams]
+        self.streams = [Stream(stream) for stream in parts.streams]
 
     def _prepare(self, device: torch.device) -> None:
+        super()._prepare(device)
         for stream in self.streams:
             stream.prepare(device)
-            stream.modulation.shared.here(device)
 
-    def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
-        """Return (text, tokens of the image)."""
+    def run(
+        self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return (text, tokens of the image), None for a text that ends."""
         self.here(x.device)
-        order = -1 if self.parts.image_first else 1
-        both = [text.contiguous(), x.contiguous()][::order]
-        given = [s.modulation(temb, len(x), 6) for s in self.streams]
-        heads = [s.before(y, *g[:2]) for s, y, g in zip(self.streams, both, given, strict=True)]
+        both = [text.contiguous(), x.contiguous()]
+        given = [m(temb, y) for m, y in zip(self.modulations, both, strict=True)]
+        heads = [s.before(*pair) for s, *pair in zip(self.streams, both, given, strict=True)]
         q, k, v = (torch.cat(parts, 1) for parts in zip(*heads, strict=True))
         y = self.parts.attend(_rotated(q, rotary), _rotated(k, rotary), v).flatten(2)
-        parts = zip(self.streams, both, y.split([z.shape[1] for z in both], 1), given, strict=True)
-        text, x = [stream.after(old, new, *g[2:]) for stream, old, new, g in parts][::order]
-        return text if self.parts.image_first else _finite(text), x
+        parts = y.split([text.shape[1], x.shape[1]], 1)
+        first, second = (
+            self._after(*group) for group in zip(self.streams, both, parts, given, strict=True)
+        )
+        assert second is not None
+        return _finite(first) if self.parts.clips and first is not None else first, second
+
+    def _after(
+        self, stream: Stream, x: Tensor, y: Tensor, given: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        if stream.up is None:
+            return None
+        own = (stream.before(x, given, i) for i in range(1, len(stream.projections)))
+        every = [y, *(self.parts.attend(*heads).flatten(2) for heads in own)]
+        return stream.feed(stream.add(x, every, given), given)
 
 
 @BLOCKS.build(FluxSingleParts)
-class FusedFluxSingle(_Flux):
+class FusedFluxSingle(_Joint):
     """Attention and feed-forward layer side by side, their outputs added by one layer."""
 
     def __init__(self, parts: FluxSingleParts, network: Network) -> None:
         super().__init__(parts, network)
         self.projections = _Projections(parts.projections[0])
-        self.modulation = _Modulation(parts.modulation, network)
 
     def _prepare(self, device: torch.device) -> None:
+        super()._prepare(device)
         parts = self.parts
         self.projections.prepare(device)
-        self.modulation.shared.here(device)
         self.up, self.out = constants_of(parts.up, device), constants_of(parts.out, device)
         self.together = self.up.reads_the_same(self.projections.layers[-1])
 
@@ -219,7 +249,7 @@ class FusedFluxSingle(_Flux):
         self.here(x.device)
         tokens = [text.shape[1], x.shape[1]]
         x, up, out = joined(text, x), self.up, self.out
-        shift, scale, gate = self.modulation(temb, len(x), 3)
+        shift, scale, gate = self.modulations[0](temb, x)
         how = {"norm": self.parts.norm, "shift": shift, "scale": scale}
         every = [_codes(x, layer, **how) for layer in self.projections.layers]
         q, k, v = self.projections(every, x)

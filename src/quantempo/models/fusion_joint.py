@@ -1,0 +1,274 @@
+"""Parts of the blocks of transformers over text and image (FLUX, SD3), see `fusion`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    RMSNorm,
+    SD35AdaLayerNormZeroX,
+)
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantempo.models.fusion import Linear, MaybeLinear, Parallel, Parts, drops, matches, no
+
+__all__ = [
+    "AttentionParts", "FluxDoubleParts", "FluxSingleParts", "JointBlockParts", "JointParts",
+    "ProjectionParts", "StreamParts",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProjectionParts:
+    """norm_q(q(x)), norm_k(k(x)) and v(x), by heads; the norms are RMSNorms or None."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    heads: int
+    norm_q: Any
+    norm_k: Any
+
+
+@dataclass(frozen=True)
+class AttentionParts(ProjectionParts):
+    """out(attention(q, k, v)); out is None where nothing reads it."""
+
+    out: MaybeLinear
+
+
+@dataclass(frozen=True)
+class StreamParts:
+    """One stream x (B, T, C) of a block; m(y) = y (1 + scale) + shift.
+
+    x = x + gate out(attention(m(norm1(x)))); x = x + gate down(gelu_tanh(up(m(norm2(x)))))
+
+    Its modulation is shift, scale and gate of the attention, then those of the rest; without a
+    rest, scale and shift alone.
+
+    attentions: that of all streams; with one of this stream alone both are added, and the
+    modulation ends with that one's.
+    """
+
+    norm1: nn.LayerNorm
+    attentions: tuple[AttentionParts, ...]
+    norm2: nn.LayerNorm | None
+    up: MaybeLinear
+    down: MaybeLinear
+
+
+@dataclass(frozen=True)
+class JointParts(Parts):
+    """What all have: one attention over the tokens of the text and the image.
+
+    modulations: the layer of silu(temb) of each stream; clips: whether the class clips the text.
+    """
+
+    by_token = True
+    clips = False
+
+    modulations: tuple[nn.Module, ...]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim)) v, all (B, T, heads, dim)."""
+        heads = (y.transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class JointBlockParts(JointParts):
+    """streams: of the text and of the image; the last block of a network ends the first."""
+
+    streams: tuple[StreamParts, ...]
+
+    def given(
+        self,
+        encoder_hidden_states: Any = None,
+        temb: Any = None,
+        joint_attention_kwargs: Any = None,
+    ) -> tuple[Any, ...] | None:
+        """Return (text, temb, no rotary embedding), None with arguments for processors."""
+        attentions = [getattr(self.module, name) for name in ("attn", "attn2")]
+        plain = not joint_attention_kwargs and all(a is None or _is_sd3(a) for a in attentions)
+        return (encoder_hidden_states, temb, None) if plain else None
+
+
+@dataclass(frozen=True)
+class FluxParts(JointParts):
+    """What both kinds of blocks of FLUX have."""
+
+    clips = True
+
+    def given(
+        self,
+        encoder_hidden_states: Any = None,
+        temb: Any = None,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: Any = None,
+    ) -> tuple[Any, ...] | None:
+        """Return (text, temb, rotary embedding), None with arguments for processors."""
+        plain = not joint_attention_kwargs and _is_flux(self.module.attn)
+        return (encoder_hidden_states, temb, image_rotary_emb) if plain else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block.
+
+        All (B, T, heads, dim).
+        """
+        how = self.module.attn.processor
+        backend, parallel = how._attention_backend, how._parallel_config
+        y: Tensor = dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel)
+        return y
+
+
+@dataclass(frozen=True)
+class FluxDoubleParts(FluxParts):
+    """streams: of the text and of the image, in the order of their tokens."""
+
+    streams: tuple[StreamParts, ...]
+
+
+@dataclass(frozen=True)
+class FluxSingleParts(FluxParts):
+    """x + gate out([attention(y), gelu_tanh(up(y))]), y = norm(x) (1 + scale) + shift.
+
+    Its modulation is shift, scale, gate.
+    """
+
+    projections: tuple[ProjectionParts, ...]
+    norm: nn.LayerNorm
+    up: Linear
+    out: Parallel
+
+
+_OTHER = "its attention has a class, processor or layers of its own"
+_NORM = "a norm in it is unknown"
+
+
+def _is_flux(attention: Any) -> bool:
+    a = attention
+    return (
+        type(a) is FluxAttention
+        and type(a.processor) is FluxAttnProcessor
+        and not a.fused_projections
+    )
+
+
+def _is_sd3(attention: Any) -> bool:
+    return type(attention) is Attention and type(attention.processor) is JointAttnProcessor2_0
+
+
+def is_mlp(layer: Any) -> bool:
+    """Return whether a layer is linear, GELU by tanh, linear, with no more than dropout."""
+    net: Any = getattr(layer, "net", ())
+    return (
+        type(layer) is FeedForward
+        and type(net[0]) is GELU
+        and net[0].approximate == "tanh"
+        and all(type(other) is nn.Dropout for other in (net[1], *net[3:]))
+    )
+
+
+def are_bare(*norms: Any) -> bool:
+    """Return whether all are LayerNorms without weights."""
+    return _are(nn.LayerNorm, *norms) and all(norm.weight is norm.bias is None for norm in norms)
+
+
+def _are(kind: type[nn.Module], *modules: Any) -> bool:
+    return all(type(module) is kind for module in modules)
+
+
+def _heads(attention: Any, text: bool = False) -> AttentionParts:
+    a = attention
+    if text:
+        norms = (a.norm_added_q, a.norm_added_k)
+        return AttentionParts(
+            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out
+        )
+    return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])
+
+
+def _double(block: Any, own: tuple[Any, ...], rms: tuple[type, ...]) -> tuple[Any, ...] | str:
+    """Return modulations and streams of a block whose attention is known, or why there are none.
+
+    own: attentions of the image alone; rms: the classes of norms of queries and keys.
+    """
+    b, first = block, (block.norm1_context, block.norm1)
+    rest = [(b.norm2_context, b.ff_context), (b.norm2, b.ff)]
+    every = ((_heads(b.attn, text=True),), tuple(_heads(a) for a in (b.attn, *own)))
+    ends = every[0][0].out is None
+    kinds = (
+        AdaLayerNormContinuous if ends else AdaLayerNormZero,
+        SD35AdaLayerNormZeroX if own else AdaLayerNormZero,
+    )
+    known = all(type(norm) is kind for norm, kind in zip(first, kinds, strict=True))
+    bare = [*(getattr(n, "norm", None) for n in first), *(norm for norm, _ in rest[ends:])]
+    heads = [norm for each in every for a in each for norm in (a.norm_q, a.norm_k)]
+    reason = no(
+        (known and all(getattr(norm, "emb", None) is None for norm in first), _NORM),
+        (are_bare(*bare), _NORM),
+        (all(type(n) in rms and getattr(n, "bias", None) is None for n in heads), _NORM),
+        (all(is_mlp(ff) for _, ff in rest[ends:]), "its feed-forward layer is not a plain GELU"),
+        (not drops(block), "its dropout is active"),
+    )
+    if reason is not None:
+        return reason
+    mlps = [(None, None) if ff is None else (ff.net[0].proj, ff.net[2]) for _, ff in rest]
+    streams = tuple(
+        StreamParts(norm1.norm, each, norm2, *mlp)
+        for norm1, each, (norm2, _), mlp in zip(first, every, rest, mlps, strict=True)
+    )
+    return tuple(norm.linear for norm in first), streams
+
+
+@matches(FluxDoubleParts, FluxTransformerBlock)
+def _flux_double(block: Any) -> tuple[Any, ...] | str:
+    plain = _is_flux(block.attn) and block.attn.added_kv_proj_dim is not None
+    return _double(block, (), (nn.RMSNorm,)) if plain else _OTHER
+
+
+@matches(JointBlockParts, JointTransformerBlock)
+def _joint(block: Any) -> tuple[Any, ...] | str:
+    own = (block.attn2,) if block.use_dual_attention else ()
+    plain = (
+        all(map(_is_sd3, (block.attn, *own)))
+        and block.attn.added_kv_proj_dim is not None
+        and block.attn.context_pre_only is block.context_pre_only
+        and all(a.added_kv_proj_dim is None for a in own)
+    )
+    reason = no(
+        (plain, _OTHER),
+        (block._chunk_size is None, "its feed-forward layer runs in chunks"),
+    )
+    return reason or _double(block, own, (RMSNorm, type(None)))
+
+
+@matches(FluxSingleParts, FluxSingleTransformerBlock)
+def _single(block: Any) -> tuple[Any, ...] | str:
+    b, a, gelu = block, block.attn, block.act_mlp
+    tanh = type(gelu) is nn.GELU and gelu.approximate == "tanh"
+    return no(
+        (_is_flux(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
+        (_are(AdaLayerNormZeroSingle, b.norm) and are_bare(b.norm.norm), _NORM),
+        (_are(nn.RMSNorm, a.norm_q, a.norm_k), _NORM),
+        (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
+    ) or (
+        (b.norm.linear,),
+        (ProjectionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k),),
+        b.norm.norm, b.proj_mlp, b.proj_out,
+    )  # fmt: skip
