@@ -188,7 +188,7 @@ def test_other_units_and_nested_conditioning(tmp_path: Path) -> None:
     assert data.timesteps.dtype == torch.float32
     times = torch.tensor([0, 166, 332, 498, 664, 830]) / 1000
     assert torch.equal(data.timesteps.view(5, 6), times.expand(5, 6))
-    batch = next(iter(data))
+    batch = next(data.batches())
     extra = batch.cond["added"]["a"]
     assert torch.equal(extra["maps"][0], batch.x_t + 1)
     assert torch.equal(extra["maps"][1], batch.x_t[:, :1] * 2)
@@ -305,7 +305,7 @@ def test_reading_back(tmp_path: Path) -> None:
     joined = torch.cat([b.x_t for b in batches])
     assert joined.dtype == torch.float32
     assert torch.equal(joined, opened.column("x_t"))
-    assert torch.equal(torch.cat([b.t for b in opened]), opened.timesteps)
+    assert torch.equal(torch.cat([b.t for b in opened.batches()]), opened.timesteps)
     index = torch.tensor([29, 0, 13, 13])
     picked = opened.rows(index)
     assert isinstance(picked, TraceBatch)
@@ -329,4 +329,4 @@ def test_half_precision_inputs_are_stored_exactly(tmp_path: Path) -> None:
     x_t = data.column("x_t")
     assert x_t.dtype == torch.float32
     assert torch.equal(x_t, x_t.bfloat16().float())
-    assert data.replay(pipe.unet, next(iter(data))).dtype == torch.bfloat16
+    assert data.replay(pipe.unet, next(data.batches())).dtype == torch.bfloat16

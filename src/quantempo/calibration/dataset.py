@@ -60,9 +60,6 @@ class CalibrationData:
     def __len__(self) -> int:
         return sum(count for _, count in self.pieces)
 
-    def __iter__(self) -> Iterator[TraceBatch]:
-        return self.batches()
-
     def batches(self, batch_size: int = 32) -> Iterator[TraceBatch]:
         """Yield all rows in order, at most `batch_size` at a time, one piece in memory."""
         for number, (_, count) in enumerate(self.pieces):
@@ -116,23 +113,16 @@ class CalibrationData:
 
 
 class MemorySet(CalibrationData):
-    """A calibration set in memory.
+    """A calibration set in memory, of a denoiser called with sample and timestep; see `of_calls`.
 
     Args:
         x_t: (N, ...) float32; t: (N,).
-        names: what the denoiser calls its arguments x_t and t.
         num_train_timesteps: T where t is 0 .. T - 1; None: the times are those of the rows.
     """
 
-    def __init__(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        *,
-        names: tuple[str, str] = ("sample", "timestep"),
-        num_train_timesteps: int | None = None,
-    ) -> None:
-        self._fill([TraceBatch(x_t, t, {})], _ROWS, names, num_train_timesteps)
+    def __init__(self, x_t: Tensor, t: Tensor, *, num_train_timesteps: int | None = None) -> None:
+        batches = [TraceBatch(x_t, t, {})]
+        self._fill(batches, _ROWS, ("sample", "timestep"), num_train_timesteps)
 
     def _fill(
         self, batches: list[TraceBatch], law: Law, names: tuple[str, str], steps: int | None

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quantempo import __version__
+from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError, log
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder, file_sha256, hash_of, reading
@@ -48,7 +51,8 @@ class Cache:
     @property
     def surroundings(self) -> dict[str, Any]:
         """What the manifest says of who made the artefacts."""
-        return {}
+        versions = {package: version(package) for package in ("torch", "diffusers")}
+        return {"versions": {"quantempo": __version__, **versions}, "machine": machine()}
 
     @property
     def identity(self) -> dict[str, Any]:

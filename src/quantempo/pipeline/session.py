@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from quantempo import __version__
 from quantempo.calibration.trace import SOURCES, TraceSet, check_settings
-from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import (
@@ -120,12 +117,6 @@ class Session(Cache):
             "parameters": sum(p.numel() for p in self.denoiser.parameters()),
             "sha256": model_digest(self.denoiser),
         }
-
-    @property
-    def surroundings(self) -> dict[str, Any]:
-        """What the manifest says of who made the artefacts."""
-        versions = {package: version(package) for package in ("torch", "diffusers")}
-        return {"versions": {"quantempo": __version__, **versions}, "machine": machine()}
 
     @cached_property
     def identity(self) -> dict[str, Any]:  # type: ignore[override]

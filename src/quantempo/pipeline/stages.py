@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import SOURCES
@@ -34,18 +34,25 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("quantempo")
-T = TypeVar("T")
 
 
-def _of_each(stage: Callable[[Session], T]) -> Callable[[Session], T]:
-    """Run a stage for every denoiser of a session; return what the first gave."""
+Stage = Callable[[Session], None]
 
-    @wraps(stage)
-    def run(session: Session) -> T:
-        first, *_ = [stage(part) for part in session.parts]
-        return first
 
-    return run
+def _stage(name: str, file: str) -> Callable[[Callable[[Session], dict[str, Tensor]]], Stage]:
+    """Write what a function makes as the artefact of a stage, for every denoiser of a session."""
+
+    def decorate(make: Callable[[Session], dict[str, Tensor]]) -> Stage:
+        @wraps(make)
+        def run(session: Session) -> None:
+            for part in session.parts:
+                with part.stage(name) as needed:
+                    if needed:
+                        part.run.write_safetensors(file, make(part))
+
+        return run
+
+    return decorate
 
 
 def trace(session: Session) -> TraceSet:
@@ -87,43 +94,33 @@ def _source_images(session: Session) -> np.ndarray | None:
     return load_images(session.data, size, limit=10_000).images
 
 
-@_of_each
-def calibrate(session: Session) -> None:
+@_stage("calibrate", "stats.safetensors")
+def calibrate(session: Session) -> dict[str, Tensor]:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
-    with session.stage("calibrate") as needed:
-        if needed:
-            given = session.denoiser, _trace_of(session), session.plans, session.recipe
-            stats = core.calibrate(*given)
-            session.run.write_safetensors("stats.safetensors", stats)
+    return core.calibrate(session.denoiser, _trace_of(session), session.plans, session.recipe)
 
 
-@_of_each
-def search(session: Session) -> None:
+@_stage("search", "scales.safetensors")
+def search(session: Session) -> dict[str, Tensor]:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
-    with session.stage("search") as needed:
-        if needed:
-            stats = session.run.read_safetensors("stats.safetensors")
-            scales = core.search(session.denoiser, stats, session.plans, session.recipe)
-            given = session.denoiser, _trace_of(session), session.plans, scales, session.recipe
-            scales = core.keep_costly(*given)
-            session.run.write_safetensors("scales.safetensors", scales)
+    stats = session.run.read_safetensors("stats.safetensors")
+    scales = core.search(session.denoiser, stats, session.plans, session.recipe)
+    given = session.denoiser, _trace_of(session), session.plans, scales, session.recipe
+    return core.keep_costly(*given)
 
 
-@_of_each
-def round_weights(session: Session) -> None:
+@_stage("round", "rounding.safetensors")
+def round_weights(session: Session) -> dict[str, Tensor]:
     """Choose the integer weights; writes `rounding.safetensors`."""
-    with session.stage("round") as needed:
-        if needed:
-            codes = core.round_weights(
-                session.denoiser,
-                _trace_of(session),
-                session.recipe,
-                session.plans,
-                session.run.read_safetensors("scales.safetensors"),
-                folder=session.run / "blocks",
-                key=session.key("round"),
-            )
-            session.run.write_safetensors("rounding.safetensors", codes)
+    return core.round_weights(
+        session.denoiser,
+        _trace_of(session),
+        session.recipe,
+        session.plans,
+        session.run.read_safetensors("scales.safetensors"),
+        folder=session.run / "blocks",
+        key=session.key("round"),
+    )
 
 
 def pack(session: Session) -> Path:

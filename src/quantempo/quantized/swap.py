@@ -50,12 +50,6 @@ class LayerPlan:
     act_bits: int = 8
     role: str = "linear"
 
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What a quantized layer is built with, besides the float layer and the clock."""
-        names = ("segments", "buckets", "weight_bits", "act_bits")
-        return {name: getattr(self, name) for name in names}
-
 
 def bits_of(plans: list[LayerPlan]) -> dict[str, tuple[int, int]]:
     """Return (weight bits, activation bits) of each integer layer."""
@@ -172,7 +166,8 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
         else:
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
-            empty = kind.like(layer, clock, **plan.shape)
+            bits = {"weight_bits": plan.weight_bits, "act_bits": plan.act_bits}
+            empty = kind.like(layer, clock, plan.segments, plan.buckets, **bits)
         denoiser.set_submodule(plan.name, empty.train(layer.training))
     keep(denoiser, PADDED, odd_padding(denoiser))
     # Where diffusers asks for the type of a network, these weights do not answer.
