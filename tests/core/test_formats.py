@@ -1,4 +1,4 @@
-"""Formats: ranges, storage as an exact inverse, sums that fit an int32; seeds of images."""
+"""Formats: ranges, storage as an exact inverse, sums that fit an int32."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from quantempo.core import (
     WEIGHT,
     Format,
     activation_format,
-    generators,
     unpack_int12,
     weight_format,
 )
@@ -74,12 +73,6 @@ def test_the_longest_exact_sum_is_the_longest(bits):
     # Of a signed range without `narrow` the most negative code is the largest.
     full = act.exact_terms(Format(bits[0], signed=True))
     assert full * act.qmax * 2 ** (bits[0] - 1) <= 2**31 - 1 and full < terms
-
-
-def test_one_generator_an_image():
-    both = [torch.randn(3, generator=g) for g in generators([5, 9])]
-    assert torch.equal(both[1], torch.randn(3, generator=generators([9])[0]))
-    assert not torch.equal(both[0], both[1])
 
 
 def test_ranges_and_mistakes():

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.models.sampling import SCHEDULERS, run_pipeline, swap_scheduler
+from quantempo.models.scheduler_step import generators
 from quantempo.models.unconditional import UnconditionalPipeline
 from tests.tiny import tiny_dit, tiny_embeds, tiny_text, tiny_unconditional, tiny_unet
 
@@ -31,6 +32,12 @@ def first_inputs(pipe: Any, denoiser: Any, seeds: list[int], **call: Any) -> lis
     run_pipeline(pipe, seeds, **call)
     handle.remove()
     return seen
+
+
+def test_one_generator_an_image() -> None:
+    both = [torch.randn(3, generator=g) for g in generators([5, 9])]
+    assert torch.equal(both[1], torch.randn(3, generator=generators([9])[0]))
+    assert not torch.equal(both[0], both[1])
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

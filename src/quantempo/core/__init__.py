@@ -1,4 +1,4 @@
-"""Core numerics: formats of integers, seeds."""
+"""Core numerics: formats of integers."""
 
 from quantempo.core.formats import (
     ACTIVATION,
@@ -10,9 +10,8 @@ from quantempo.core.formats import (
     unpack_int12,
     weight_format,
 )
-from quantempo.core.random import generators
 
 __all__ = [
-    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "activation_format", "generators", "token_scale",
+    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "activation_format", "token_scale",
     "unpack_int12", "weight_format",
 ]  # fmt: skip

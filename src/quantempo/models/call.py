@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quantempo.core.random import generators
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
-from quantempo.models.scheduler_step import replaced, scheduler_noise
+from quantempo.models.scheduler_step import generators, replaced, scheduler_noise
 from quantempo.registry import check_known
 
 __all__ = [

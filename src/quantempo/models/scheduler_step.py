@@ -1,4 +1,4 @@
-"""Replace an attribute for a while: the step of a scheduler, to give it its noise."""
+"""One generator an image; replace an attribute for a while: the step of a scheduler."""
 
 import functools
 import inspect
@@ -8,7 +8,22 @@ from typing import Any
 
 from torch import Generator
 
-__all__ = ["replaced", "scheduler_noise", "wrapped_step"]
+from quantempo.errors import QuantempoError
+
+__all__ = ["generators", "replaced", "scheduler_noise", "wrapped_step"]
+
+
+def generators(seeds: Sequence[int]) -> list[Generator]:
+    """Return one generator for each seed, so that a batch's split never changes an image.
+
+    Source: EDM's StackedRandomGenerator (Karras et al. 2022, released code), the idea.
+
+    Raises:
+        QuantempoError: a seed of more than 63 bits.
+    """
+    if beyond := [seed for seed in seeds if abs(seed) >= 2**63]:
+        raise QuantempoError(f"got seed {beyond[0]}; expected one below 2**63")
+    return [Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 @contextmanager
