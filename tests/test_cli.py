@@ -104,7 +104,7 @@ def test_a_component_is_told_from_a_pipeline(cli: Any, model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[activations]\nmetrik = 'mse'\n", ("'activations.metrik'", "did you mean 'metric'?")),
+        ("[activations]\nmetrik = 'mse'\n", ("'activations.metrik'", "mean 'activations.metric'?")),
         ("[activations]\nmetric = 'msee'\n", ("msee", "mse")),
         ("[trace]\ntime_sampler = 'ndct'\n", ("ndct", "ndtc")),
         ("[trace]\nsource = 'mimick'\n", ("mimick", "did you mean 'mimic'?")),
