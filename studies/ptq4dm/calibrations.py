@@ -89,7 +89,6 @@ class Calibrator:
                     num_train_timesteps=int(pipe.scheduler.config.num_train_timesteps),
                     call=call,
                     model_hash=self.model,
-                    progress=False,
                 )
             yield relabel(data, law, finished, seed ^ _DRAW) if cell.released else data
 

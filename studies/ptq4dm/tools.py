@@ -115,7 +115,7 @@ class Tools:
         size = self.settings.batch_size
         whole = -(-count // size) * size if self.settings.compiled else count
         seeds = range(first, first + whole)
-        how: dict[str, Any] = {"steps": sampler.steps, "batch_size": size, "progress": False}
+        how: dict[str, Any] = {"steps": sampler.steps, "batch_size": size}
         images = run_pipeline(pipe, seeds, **how, **self.call(sampler))[:count]
         # As they would be read back from disk: sums over them depend on the layout.
         return np.ascontiguousarray(images)
@@ -208,7 +208,6 @@ class Tools:
             batch_size=chains,
             call=self.call(sampler),
             model_hash=self.digest,
-            progress=False,
         )
 
     def calls(self, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
