@@ -55,6 +55,11 @@ def test_candidates_are_chosen_by_pattern_and_device_in_their_order() -> None:
         select(["bf16/*", "ours/graf"])
 
 
+def test_weights_of_films_have_no_channels_last() -> None:
+    forward = named("bf16/channels_last")[0].build(Subject(torch.nn.Conv3d(4, 4, 1), None, {}))
+    assert forward.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["fp32/eager", "fp32/channels_last", *PLAIN])
 def test_plain_candidates_are_near_float32_and_own_their_weights(name, subject, wanted):
     before = copy.deepcopy(subject.floating.state_dict())

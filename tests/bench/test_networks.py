@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantempo.bench.candidates import cast_inputs
-from quantempo.bench.networks import cast_floats, large_network, quick_network, quick_recipe
+from quantempo.bench.networks import cast_floats, quick_network, quick_recipe
 from quantempo.bench.run import _float32
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.select import ENGINES, attach
@@ -49,7 +49,7 @@ def test_a_large_network_is_packed_by_the_layer_and_shares_the_rest(monkeypatch)
 
     monkeypatch.setitem(presets._INPUTS, "FluxTransformer2DModel", few)
     net = tiny_flux(9)[0].transformer
-    network = large_network("tiny", torch.nn.Module.to(net, torch.bfloat16))
+    network = quick_network("tiny", torch.nn.Module.to(net, torch.bfloat16))
     packed, inputs = network.packed, network.subject(2).inputs
     assert packed.x_embedder.weight is net.x_embedder.weight and network.dtype == torch.bfloat16
     stored = [m for m in packed.modules() if isinstance(m, Float16Linear)]
@@ -61,7 +61,7 @@ def test_a_large_network_is_packed_by_the_layer_and_shares_the_rest(monkeypatch)
     # One copy of the modulations for all, in float16, in files too.
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
     ENGINES.get("triton").attach(packed)
-    shared = packed.single_transformer_blocks[0].forward.modulation.shared
+    shared = packed.single_transformer_blocks[0].forward.modulations[0].shared
     storage = shared.weight.untyped_storage().data_ptr()
     assert all(layer.weight.untyped_storage().data_ptr() == storage for layer in shared.layers)
     state = packed.state_dict()

@@ -21,8 +21,9 @@ from quantempo.engines.cuda.joint import SharedModulations, joined
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
+from quantempo.quantized import Float16Linear
 from tests.engines.one_by_one import by_token, check_errors, errors, randomized, reasons
-from tests.engines.quantized import quantize_network
+from tests.engines.quantized import make_linear, quantize_network
 from tests.engines.truth import check_like_simulated, relative
 from tests.tiny import noise
 
@@ -286,6 +287,17 @@ def test_layers_left_in_float_are_read_or_refused(exclude):
         set() if "norm" in exclude else {"a projection in it is in float"}
     )
     check_errors(errors(network, **call()))
+
+
+def test_modulations_in_integers_are_computed_by_each_block():
+    network = copy.deepcopy(quantized())
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, Float16Linear) and "blocks" in name:
+            clock = network.quantempo_clock
+            network.set_submodule(name, make_linear(32, layer.out_features, clock=clock))
+    ENGINE.attach(network)
+    assert reasons(network) == {None}
+    check_errors(errors(network, **call(3)))
 
 
 @torch.no_grad()

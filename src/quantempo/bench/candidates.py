@@ -142,6 +142,8 @@ def _graphed(forward: Forward, inputs: dict[str, Any]) -> Forward:
 def _floating(subject: Subject, kind: str = "bf16", last: bool = True) -> nn.Module:
     # diffusers' own `to` warns about what a full cast may do to training.
     net = nn.Module.to(copy.deepcopy(subject.floating), _DTYPES[kind]).eval()
+    # There is none of films.
+    last = last and all(weight.ndim < 5 for weight in net.parameters())
     return net.to(memory_format=torch.channels_last) if last else net
 
 

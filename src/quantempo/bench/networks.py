@@ -16,7 +16,7 @@ from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.errors import log
 from quantempo.models.layers import denoiser_of, hooked, input_of, sites
 from quantempo.models.load import load_pipeline
-from quantempo.models.presets import LARGE, PRESETS, build_preset, random_inputs
+from quantempo.models.presets import PRESETS, build_preset, random_inputs
 from quantempo.pipeline.quantize import quantize
 from quantempo.pipeline.session import Session
 from quantempo.quantized import (
@@ -31,9 +31,7 @@ from quantempo.quantized import (
 )
 from quantempo.recipe import Recipe
 
-__all__ = [
-    "Network", "cast_floats", "large_network", "model_network", "quick_network", "run_network",
-]  # fmt: skip
+__all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
 
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)
@@ -106,8 +104,7 @@ def model_network(source: str, device: torch.device | str) -> Network:
     """
     if source in PRESETS or not Path(source).exists():
         # An unknown name is refused there, with the known ones.
-        make = large_network if source in LARGE else quick_network
-        return make(source, build_preset(source, device))
+        return quick_network(source, build_preset(source, device))
     pipe = load_pipeline(source)
     floating, scheduler = denoiser_of(pipe)[1], pipe.scheduler
     del pipe
@@ -119,31 +116,36 @@ def model_network(source: str, device: torch.device | str) -> Network:
 def quick_network(
     name: str, floating: nn.Module, scheduler: Any = None, recipe: Recipe | None = None
 ) -> Network:
-    """Return a float32 denoiser on its device and its copy, quantized from random inputs.
+    """Return a denoiser on its device and its copy, quantized from random inputs.
 
-    `recipe` is by default `quick_recipe`; `scheduler` that of its pipeline, None for DDIM's.
+    `recipe` is by default `quick_recipe`; `scheduler` that of its pipeline, None for DDIM's. A
+    transformer in bfloat16 is one of which there is no room for copies, see `_packed_by_layer`.
     """
-    dtype = _float_type(next(floating.parameters()).device)
-    times = enumerate(_TIMES)
-    calls = [random_inputs(floating, _RANGE_BATCH + i, time=t, seed=i + 1) for i, t in times]
-    data = MemorySet.of_calls(floating, calls)
-    recipe = recipe or quick_recipe()
-    packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
-    cast_floats(packed, dtype)
+    own = next(floating.parameters())
+    large, times = own.dtype == torch.bfloat16, enumerate(_TIMES)
+    rows = 1 if large else _RANGE_BATCH
+    calls = [random_inputs(floating, rows + i, time=t, seed=i + 1) for i, t in times]
+    recipe, dtype = recipe or quick_recipe(), own.dtype if large else _float_type(own.device)
+    if large:
+        packed = _packed_by_layer(floating, [cast_inputs(call, dtype) for call in calls], recipe)
+    else:
+        data = MemorySet.of_calls(floating, calls)
+        packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
+        cast_floats(packed, dtype)
     log.warning("%s: scales are from random inputs, for timing and not for images", name)
     inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
     return Network(name, floating, packed, inputs, scheduler, scales, dtype)
 
 
 @torch.no_grad()
-def large_network(name: str, floating: nn.Module) -> Network:
-    """Return a transformer and a quantized copy, which shares all that stays in float.
+def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> nn.Module:
+    """Return a quantized copy of a transformer, which shares all that stays in float.
 
     One layer at a time is in float32. Scales: the largest weight of a channel, the ends of the
-    inputs in random calls; one bucket.
+    inputs; one bucket.
     """
-    dtype, ends = next(floating.parameters()).dtype, dict[str, list[Tensor]]()
-    plans = {plan.name: plan for plan in plan_layers(sites(floating), quick_recipe())}
+    ends: dict[str, list[Tensor]] = {}
+    plans = {plan.name: plan for plan in plan_layers(sites(floating), recipe)}
     layers = {name: floating.get_submodule(name) for name in plans}
 
     def see(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -152,8 +154,8 @@ def large_network(name: str, floating: nn.Module) -> Network:
         ends.setdefault(name, []).append(torch.stack([torch.stack(p.aminmax()) for p in parts]))
 
     with hooked({name: layers[name] for name in bits_of([*plans.values()])}, see, before=True):
-        for i, time in enumerate(_TIMES):
-            floating(**cast_inputs(random_inputs(floating, 1, time=time, seed=i + 1), dtype))
+        for call in calls:
+            floating(**call)
     state = [*floating.parameters(), *floating.buffers()]
     packed = copy.deepcopy(floating, {id(tensor): tensor for tensor in state})
     clock = install_clock(packed, torch.zeros(1, dtype=torch.int64, device=state[0].device))
@@ -171,9 +173,7 @@ def large_network(name: str, floating: nn.Module) -> Network:
             scale = ((high - low) / layer.act_qmax)[:, None]
             codes = (weight / step[:, None]).round().to(torch.int8)
             fill(layer, codes, step, old.bias, scale, (-low[:, None] / scale).round()[:, 0])
-    log.warning("%s: scales are from random inputs, for timing and not for images", name)
-    inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
-    return Network(name, floating, packed, inputs, None, scales, dtype)
+    return packed
 
 
 def quick_recipe() -> Recipe:

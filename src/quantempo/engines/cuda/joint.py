@@ -137,7 +137,8 @@ class _Joint(GpuBlock):
 
     def _prepare(self, device: torch.device) -> None:
         for modulation in self.modulations:
-            modulation.shared.here(device)
+            if modulation.index is not None:
+                modulation.shared.here(device)
 
     def takes(self, x: Tensor, text: Any, temb: Any, rotary: Any) -> bool:
         """Return whether `run` can be given these."""
