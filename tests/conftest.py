@@ -32,7 +32,7 @@ LANES = {
         "checkpoint/test_fresh_process.py",
         "checkpoint/test_plugin.py::test_the_bundled_model",
         "engines/test_fused_flux.py::test_a_network_compiles",
-        "engines/test_fused_joint.py::test_a_network_compiles",
+        "engines/test_fused_modulated.py::test_a_network_compiles",
         "engines/test_fused_gpu.py::test_a_network_compiles",
         "engines/test_fused_transformer.py::test_a_network_compiles",
         "engines/test_fusion.py::test_an_engine_is_like_simulated_and_leaves_no_trace[openvino",

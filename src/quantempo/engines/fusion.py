@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import drop, keep, reset_forward, set_forward, touched
 from quantempo.errors import log
-from quantempo.models import fusion_joint, fusion_transformer, fusion_unet
+from quantempo.models import fusion_dit, fusion_joint, fusion_transformer, fusion_unet
 from quantempo.models.fusion import Conv, Need, Parts, find_parts, needs
 from quantempo.models.fusion_unet import HeadParts, UpBlockParts
 from quantempo.models.layers import is_unit, skip_segments
@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Importing them registers what they know.
-FAMILIES = (fusion_joint, fusion_transformer, fusion_unet)
+FAMILIES = (fusion_dit, fusion_joint, fusion_transformer, fusion_unet)
 _FUSED = "_quantempo_fused"
 T = TypeVar("T")
 

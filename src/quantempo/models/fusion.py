@@ -83,16 +83,17 @@ def needs(parts: Any) -> Iterator[tuple[Any, Conv | Need]]:
 
 
 # From a module to the fields of its parts after `module`, or why there are none (one clause), or
-# None if it is part of a block and not one by itself.
+# None if it is part of a block and not one by itself, or one of another kind of parts.
 Match = Callable[[Any], tuple[Any, ...] | str | None]
-_MATCHES: dict[type, tuple[type[Parts], Match]] = {}
+_MATCHES: dict[type, list[tuple[type[Parts], Match]]] = {}
 
 
 def matches(parts: type[Parts], *kinds: type) -> Callable[[Match], Match]:
     """Register what gets the parts of modules of exactly these types, no subclasses."""
 
     def add(match: Match) -> Match:
-        _MATCHES.update(dict.fromkeys(kinds, (parts, match)))
+        for kind in kinds:
+            _MATCHES.setdefault(kind, []).append((parts, match))
         return match
 
     return add
@@ -101,10 +102,10 @@ def matches(parts: type[Parts], *kinds: type) -> Callable[[Match], Match]:
 def find_parts(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, Parts | str]]:
     """Yield (name, module, parts or reason) of known blocks, inner ones before outer ones."""
     for name, module in reversed(list(denoiser.named_modules())):
-        kind, match = _MATCHES.get(type(module), (Parts, lambda module: None))
-        found = match(module)
-        if found is not None:
-            yield name, module, found if isinstance(found, str) else kind(name, module, *found)
+        for kind, match in _MATCHES.get(type(module), ()):
+            found = match(module)
+            if found is not None:
+                yield name, module, found if isinstance(found, str) else kind(name, module, *found)
 
 
 def no(*checks: tuple[bool, str]) -> str | None:

@@ -223,7 +223,10 @@ def _double(block: Any, own: tuple[Any, ...], rms: tuple[type, ...]) -> tuple[An
         (known and all(getattr(norm, "emb", None) is None for norm in first), _NORM),
         (are_bare(*bare), _NORM),
         (all(type(n) in rms and getattr(n, "bias", None) is None for n in heads), _NORM),
-        (all(is_mlp(ff) for _, ff in rest[ends:]), "its feed-forward layer is not a plain GELU"),
+        (
+            all(is_mlp(ff) for _, ff in rest[ends:]),
+            "its feed-forward layer is not a plain GELU by tanh",
+        ),
         (not drops(block), "its dropout is active"),
     )
     if reason is not None:

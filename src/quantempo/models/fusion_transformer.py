@@ -13,17 +13,23 @@ from torch import nn
 
 from quantempo.models.fusion import Linear, Norm, Parts, Rows, drops, matches, no
 
-__all__ = ["TokenAttentionParts", "TransformerBlockParts", "TransformerParts"]
+__all__ = [
+    "MODULATED", "TokenAttentionParts", "TransformerBlockParts", "TransformerParts",
+    "token_attention",
+]  # fmt: skip
+
+# Norms of the blocks of `fusion_dit`.
+MODULATED = ("ada_norm_zero", "ada_norm_single")
 
 
 @dataclass(frozen=True)
 class TokenAttentionParts:
     """out(softmax(q k^T scale) v) on tokens (B, T, C), q of them, k and v of them or a context.
 
-    norm: of the tokens, before; cross: k and v are of a context (B, S, C').
+    norm: of the tokens, before, if any; cross: k and v are of a context (B, S, C').
     """
 
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | None
     q: Linear
     k: Linear
     v: Linear
@@ -86,8 +92,10 @@ def _plain(arguments: dict[str, Any]) -> bool:
 
 
 @matches(TransformerBlockParts, BasicTransformerBlock)
-def _block(block: Any) -> tuple[Any, ...] | str:
+def _block(block: Any) -> tuple[Any, ...] | str | None:
     net = block.ff.net
+    if block.norm_type in MODULATED:
+        return None
     reason = no(
         (block.norm_type == "layer_norm", f"its norm is '{block.norm_type}', not 'layer_norm'"),
         (block.pos_embed is None, "it adds an embedding of positions"),
@@ -102,9 +110,9 @@ def _block(block: Any) -> tuple[Any, ...] | str:
         ),
         (not drops(block), "its dropout is active"),
     )
-    attentions = [_token_attention(block.norm1, block.attn1, cross=False)]
+    attentions = [token_attention(block.norm1, block.attn1, cross=False)]
     if block.attn2 is not None:
-        attentions.append(_token_attention(block.norm2, block.attn2, cross=True))
+        attentions.append(token_attention(block.norm2, block.attn2, cross=True))
     found = tuple(a for a in attentions if isinstance(a, TokenAttentionParts))
     reason = reason or next((a for a in attentions if isinstance(a, str)), None)
     return reason or (found, block.norm3, net[0].proj, net[2])
@@ -122,9 +130,10 @@ def _transformer(model: Any) -> tuple[Any, ...] | str:
     ) or (model.norm, model.proj_in, blocks, model.proj_out, Transformer2DModelOutput)
 
 
-def _token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | str:
+def token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | str:
+    """Return the parts of an attention, its norm a LayerNorm or None, or why there are none."""
     a = attention
-    if type(norm) is not nn.LayerNorm:
+    if norm is not None and type(norm) is not nn.LayerNorm:
         return "the norm of an attention in it is not a LayerNorm"
     if type(a) is not Attention or type(a.processor) is not AttnProcessor2_0:
         return "an attention in it has a class or processor of its own"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.engines.base import BACKENDS
-from quantempo.engines.cuda import joint, transformer, unet
+from quantempo.engines.cuda import dit, joint, transformer, unet
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
@@ -17,7 +17,7 @@ from quantempo.errors import log
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers
 
-__all__ = ["joint", "transformer", "unet"]
+__all__ = ["dit", "joint", "transformer", "unet"]
 
 
 class _TritonEngine(LayerwiseEngine):

@@ -19,8 +19,8 @@ from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
-    "quantize_tokens",
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "codes_of", "quantize",
+    "quantize_rows", "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -302,3 +302,11 @@ def constants_of(layer: Any, device: torch.device) -> LayerConstants:
     layer.kernel.here(device)
     found: LayerConstants = layer.kernel.constants
     return found
+
+
+def codes_of(x: Tensor, layer: LayerConstants) -> dict[str, Any]:
+    """Return x (..., K) as `gemm` of a layer of one segment reads it: codes and rows, if any."""
+    if not layer.layer.dynamic:
+        return {"codes": quantize_rows(x, layer.grids[0])}
+    codes, rows = quantize_tokens(x, layer.grids[0])
+    return {"codes": codes, "rows": rows}

@@ -1,13 +1,16 @@
 """Computed once a forward: all time shifts; keys and values of the context."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of, quantize_rows
+from quantempo.engines.cuda.constants import LayerConstants, codes_of, constant, constants_of
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
+from quantempo.models.fusion_dit import ModulatedBlockParts
 from quantempo.models.fusion_transformer import TokenAttentionParts, TransformerBlockParts
 from quantempo.quantized import Float16Linear
 
@@ -46,7 +49,8 @@ class SharedContext(Prepared, PerForward):
     @classmethod
     def of(cls, network: Network) -> "SharedContext":
         """Return that of all attention layers that read a context."""
-        blocks = network.of(TransformerBlockParts)
+        kinds = (TransformerBlockParts, ModulatedBlockParts)
+        blocks: list[Any] = [parts for kind in kinds for parts in network.of(kind)]
         return cls([a for block in blocks for a in block.attentions if a.cross])
 
     def _prepare(self, device: torch.device) -> None:
@@ -72,8 +76,8 @@ class SharedContext(Prepared, PerForward):
         for layer, group in self.groups:
             # Layers of another width read another context.
             if layer.weights[0].shape[1] == width:
-                codes = quantize_rows(given, layer.grids[0])
-                y = layer.gemm(codes, dtype, bias=layer.bias).view(batch, tokens, -1)
+                y = layer.gemm(dtype=dtype, bias=layer.bias, **codes_of(given, layer))
+                y = y.view(batch, tokens, -1)
                 parts = y.split([self.sizes[i] for i in group], 2)
                 found |= dict(zip(group, parts, strict=True))
         return found

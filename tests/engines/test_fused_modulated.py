@@ -1,0 +1,297 @@
+"""Fused blocks of SD3, DiT and PixArt for GPUs against the same layers run one by one, on a CPU."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from torch import Tensor, nn
+
+from quantempo.bench.networks import cast_floats
+from quantempo.engines import ENGINES, attach
+from quantempo.engines.cuda.joint import SharedModulations
+from quantempo.engines.cuda.unet import BLOCKS
+from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
+from quantempo.engines.layerwise import execution
+from tests.engines.one_by_one import by_token, check_errors, errors, randomized, reasons
+from tests.engines.quantized import quantize_network
+from tests.engines.truth import check_like_simulated, relative
+from tests.tiny import noise
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
+ENGINE = ENGINES.get("triton")
+# Multiples of nothing: 9 tokens of the image.
+TEXT, SIZE = 5, 6
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+IMAGE = {**HEADS, "sample_size": SIZE, "in_channels": 4, "out_channels": 4}
+SD3 = {**IMAGE, "num_layers": 3, "joint_attention_dim": 48, "caption_projection_dim": 32}
+SD3 |= {"pooled_projection_dim": 32, "pos_embed_max_size": 8}
+PIXART = {"cross_attention_dim": 32, "caption_channels": 48, "use_additional_conditions": False}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "sd3": lambda: SD3Transformer2DModel(**SD3),
+    # The first block attends to the image alone as well.
+    "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=2, num_embeds_ada_norm=10),
+    "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
+}
+# What quantization alone does to the output; without norms of q and k some softmaxes are steep.
+LEVELS = {"sd3": 0.15, "sd35": 0.03, "dit": 0.05, "pixart": 0.05}
+
+
+@cache
+def tiny(kind: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomized(NETWORKS[kind]())
+
+
+def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    given = {"hidden_states": noise(batch, 4, SIZE, SIZE, seed=seed)}
+    given["timestep"] = torch.linspace(900, 100, batch).round()
+    if kind == "dit":
+        return given | {"class_labels": torch.arange(batch) + seed % 5}
+    given["encoder_hidden_states"] = noise(batch, TEXT, 48, seed=seed + 1)
+    if kind == "pixart":
+        return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
+    return given | {"pooled_projections": noise(batch, 32, seed=seed + 2)}
+
+
+@cache
+def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
+    network, inputs = tiny(kind), []
+    for seed in (0, 11):
+        bound = inspect.signature(network.forward).bind(**call(kind, 3, seed))
+        bound.apply_defaults()
+        inputs.append(bound.args)
+    return quantize_network(network, inputs, exclude=exclude)
+
+
+def fused(kind: str, *exclude: str) -> nn.Module:
+    network = copy.deepcopy(quantized(kind, exclude))
+    ENGINE.attach(network)
+    return network
+
+
+@pytest.fixture(params=NETWORKS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """Keep the modulation in float32, whose 11 bits in float16 move codes."""
+    monkeypatch.setattr(SharedModulations, "dtype", torch.float32)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_each_block_equals_its_layers(kind, batch):
+    network = fused(kind)
+    assert reasons(network) == {None}
+    found = errors(network, **call(kind, batch))
+    # The last block of SD3 ends the text.
+    assert len(found) == (2 * 3 - 1 if "sd3" in kind else 2)
+    check_errors(found)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_layers_with_a_scale_for_every_token_are_fused(kind, every):
+    network = by_token(copy.deepcopy(quantized(kind)), every)
+    assert reasons(network) == {None}
+    check_errors(errors(network, **call(kind, 3)))
+
+
+@torch.no_grad()
+def test_the_network_is_as_near_to_float_as_simulated(kind):
+    # None of the inputs that gave the scales.
+    network, arguments = fused(kind), call(kind, 3, seed=3)
+    if "sd3" in kind:
+        arguments["block_controlnet_hidden_states"] = [noise(3, 9, 32, seed=5)]
+    truth, y = tiny(kind)(**arguments).sample, network(**arguments).sample
+    unfuse(network)
+    attach(network, "simulated")
+    check_like_simulated(y, network(**arguments).sample, truth, LEVELS[kind])
+
+
+@torch.no_grad()
+def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind):
+    network = fused(kind)
+    blocks = {n: how for n, how in execution(network).items() if "transformer_blocks" in n}
+    assert set(blocks.values()) == {"triton, fused"}
+    forwards = [module.forward.active for module in fused_modules(network).values()]
+    if "sd3" in kind:
+        (shared,) = {m.shared for forward in forwards for m in forward.modulations}
+        assert len(shared.layers) == 2 * 3
+    elif kind == "pixart":
+        (shared,) = {attention.contexts for f in forwards for attention in f.attentions}
+        assert len(shared.attentions) == 2
+    else:
+        return
+    network(**call(kind))
+    # Read by the last block, then let go of.
+    assert shared._kept.value is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_streams_have_the_type_of_the_network(kind, dtype):
+    network = copy.deepcopy(quantized(kind))
+    cast_floats(network, dtype)
+    ENGINE.attach(network)
+    given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in call(kind).items()}
+    y = network(**given).sample
+    assert y.dtype == dtype and reasons(network) == {None}
+    unfuse(network)
+    assert relative(y, network(**given).sample) <= 2 * LEVELS[kind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd35", "dit", "pixart"])
+def test_a_network_compiles_whole_and_once(kind):
+    network = by_token(copy.deepcopy(quantized(kind)), 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for time in (900.0, 100.0):
+            arguments = call(kind) | {"timestep": torch.full((2,), time)}
+            assert torch.equal(compiled(**arguments).sample, network(**arguments).sample)
+
+
+class Halved:
+    """A processor that the user has written."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.processor(*args, **kwargs)
+        return tuple(part / 2 for part in y) if isinstance(y, tuple) else y / 2
+
+
+def _processors(network: nn.Module) -> None:
+    joint = isinstance(network, SD3Transformer2DModel)
+    for module in network.modules():
+        if hasattr(module, "processor"):
+            module.processor = Halved(JointAttnProcessor2_0() if joint else AttnProcessor2_0())
+
+
+def _hook(network: nn.Module) -> None:
+    def flip(module: nn.Module, given: Any, y: Any) -> Any:
+        return (None, y[1].flip(2)) if isinstance(y, tuple) else y.flip(2)
+
+    network.transformer_blocks[-1].register_forward_hook(flip)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_processors, _hook])
+def test_what_users_change_is_seen_by_the_next_call(kind, change, monkeypatch):
+    monkeypatch.setattr(ENGINE, "devices", ("any",))
+    network, arguments = copy.deepcopy(quantized(kind)), call(kind)
+    attach(network, "simulated")
+    change(network)
+    expected = network(**arguments).sample
+    network = copy.deepcopy(quantized(kind))
+    attach(network, "triton")
+    before = network(**arguments).sample
+    change(network)
+    y = network(**arguments).sample
+    assert relative(y, expected) <= LEVELS[kind] < relative(y, before)
+
+
+@torch.no_grad()
+def test_other_calls_of_a_joint_block_take_the_path_of_the_class():
+    network = fused("sd35")
+    x, text, temb = noise(2, 9, 32), noise(2, TEXT, 32, seed=1), noise(2, 32, seed=2)
+    for block in network.transformer_blocks:
+        plain = block(x, text, temb)
+        y = block(hidden_states=x, encoder_hidden_states=text, temb=temb, joint_attention_kwargs={})
+        assert torch.equal(plain[1], y[1])
+        takes = block.forward.takes
+        assert takes(x, text, temb, None) and not takes(x, text.half(), temb, None)
+        assert not takes(x, text[:1], temb, None) and not takes(x, None, temb, None)
+        other = block(x, text, temb, joint_attention_kwargs={"unread": 1})
+        unfuse(network)
+        assert torch.equal(other[1], block(x, text, temb)[1])
+        assert not torch.equal(other[1], plain[1])
+        fuse(network, BLOCKS)
+    network.transformer_blocks[0].attn2.processor = Halved(JointAttnProcessor2_0())
+    assert network.transformer_blocks[0].forward.parts.given(text, temb) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dit", "pixart"])
+def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
+    network = fused(kind)
+    block, x, text = network.transformer_blocks[0], noise(2, 9, 32), noise(2, TEXT, 32, seed=1)
+    how = {"timestep": noise(2, 6 * 32), "encoder_hidden_states": text, "class_labels": None}
+    if kind == "dit":
+        how = {"timestep": torch.tensor([900, 20]), "class_labels": torch.tensor([3, 4])}
+    mask = torch.zeros(2, 1, 9)
+    mask[..., 4:] = -10000
+    plain, masked = block(x, **how), block(x, **how, attention_mask=mask)
+    assert torch.equal(block(x, **how, cross_attention_kwargs={}), plain)
+    other = block(x, **how, cross_attention_kwargs={"scale": None})
+    unfuse(network)
+    assert torch.equal(masked, block(x, **how, attention_mask=mask))
+    assert torch.equal(other, block(x, **how)) and not torch.equal(other, plain)
+    fuse(network, BLOCKS)
+    takes, (time, labels) = block.forward.takes, (how["timestep"], how["class_labels"])
+    assert takes(x, text, None, time, labels) and not takes(x[0], text, None, time, labels)
+    assert not takes(x, text, None, None, labels) and not takes(x, text, None, time[:0], labels)
+    if kind == "pixart":
+        assert takes(x, text, mask[..., :TEXT], time, labels)
+        for odd in (mask, mask[:, 0, :TEXT], mask[..., :TEXT].half()):
+            assert not takes(x, text, odd, time, labels)
+        assert not takes(x, None, None, time, labels) and not takes(x, text[:1], None, time, None)
+
+
+OTHER = "its attention has a class, processor or layers of its own"
+NORM, MLP = "a norm in it is unknown", "its feed-forward layer is not a plain GELU"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("sd35", lambda b: setattr(b.attn2, "processor", Halved(None)), OTHER),
+        ("sd35", lambda b: setattr(b, "context_pre_only", True), OTHER),
+        ("sd35", lambda b: setattr(b.attn, "norm_added_q", nn.LayerNorm(16)), NORM),
+        ("sd35", lambda b: setattr(b, "norm1", nn.LayerNorm(32)), NORM),
+        ("sd35", lambda b: setattr(b, "norm2_context", nn.LayerNorm(32)), NORM),
+        ("sd35", lambda b: setattr(b, "use_dual_attention", False), NORM),
+        ("sd35", lambda b: b.set_chunk_feed_forward(1), "its feed-forward layer runs in chunks"),
+        ("dit", lambda b: setattr(b, "norm1", nn.LayerNorm(32)), NORM),
+        ("dit", lambda b: setattr(b, "norm3", nn.LayerNorm(32)), NORM),
+        ("dit", lambda b: setattr(b, "norm_type", "ada_norm"), "its norm is 'ada_norm', not"),
+        ("pixart", lambda b: setattr(b, "pos_embed", nn.Identity()), "it adds an embedding of"),
+        ("pixart", lambda b: setattr(b, "only_cross_attention", True), "its first attention reads"),
+        ("pixart", lambda b: setattr(b.attn2, "processor", Halved(None)), "an attention in it has"),
+        ("pixart", lambda b: setattr(b.attn1, "residual_connection", True), "an attention in it"),
+        ("pixart", lambda b: setattr(b.ff.net[0], "approximate", "none"), MLP),
+        ("pixart", lambda b: b.ff.net[1].__init__(0.5) or b.ff.train(), "its dropout is active"),
+    ],
+)
+def test_a_block_that_does_something_else_says_why(kind, change, reason):
+    network = copy.deepcopy(quantized(kind))
+    change(network.transformer_blocks[0])
+    ENGINE.attach(network)
+    first, *others = (row.reason for row in report(network))
+    assert first.startswith(reason) and set(others) == {None}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    ("kind", "exclude"),
+    [("sd35", "*.norm1_context.linear"), ("sd35", "*.0.attn2.to_k"), ("pixart", "*.1.attn2.to_k")],
+)
+def test_layers_left_in_float_are_read_or_refused(kind, exclude):
+    network = fused(kind, exclude)
+    left = reasons(network) - {None}
+    assert left == (set() if "norm" in exclude else {"a projection in it is in float"})
+    check_errors(errors(network, **call(kind)))
