@@ -33,7 +33,7 @@ def found() -> dict[str, list[float]]:
     data = MemorySet(abar.sqrt() * flat + (1 - abar).sqrt() * noise, t, num_train_timesteps=1000)
     recipe = Recipe()
     plans = core.plan(denoiser, recipe)
-    scales = core.search(denoiser, core.calibrate(denoiser, data, plans), plans, recipe)
+    scales = core.search(denoiser, core.calibrate(denoiser, data, plans, recipe), plans, recipe)
     table = {"edges": scales["bucket_of"].diff().nonzero().flatten().tolist()}
     for key, value in scales.items():
         if key.endswith("act_scale"):
