@@ -24,7 +24,10 @@ def bench(
     device: Device = "cpu",
     model: Annotated[
         str | None,
-        typer.Option(help="sdxl, sd15, ddpm35m or a diffusers folder, quantized without data."),
+        typer.Option(
+            help="flux, sd35-large, pixart-sigma, dit-xl, wan-1.3b, sdxl, sd15, ddpm35m or a "
+            "diffusers folder, quantized without data."
+        ),
     ] = None,
     candidate: Annotated[
         list[str] | None, typer.Option(help="Pattern like 'ours/*'; repeat for more.")
