@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, norm, tokens
+from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, joint, norm, tokens
 from quantempo.bench.op_table import Limits, bench_ops, check, measure_limits, tera, time_op
 from quantempo.bench.results import Results, text_table
 from quantempo.errors import QuantempoError
@@ -15,7 +15,7 @@ from tests.bench.timers import Steady
 CPU = torch.device("cpu")
 SMALL = (
     conv(3, 6, 32, 48), gemm(150, 48, 64), norm(2, 4, 64), norm(2, 4, 64, 32), tokens(2, 5, 64),
-    tokens(2, 5, 64, static=True), gemm(150, 48, 64, block=True),
+    tokens(2, 5, 64, static=True), gemm(150, 48, 64, block=True), joint(3, 5, 2, 24),
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_the_definition_passes_its_check(case: Any) -> None:
         (SMALL[3], "raw", "steps from its value"),
         (SMALL[4], "shift", "steps from its value"),
         (SMALL[6], "gate", "epilogue"),
+        (SMALL[7], "raw", "steps from its value"),
     ],
 )
 def test_wrong_kernels_are_refused(case, what, message, monkeypatch):

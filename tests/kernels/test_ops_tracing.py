@@ -80,6 +80,13 @@ def tokens(count: int = 2, size: int = 5) -> dict[str, object]:
     }  # fmt: skip
 
 
+def heads(sizes: tuple[int, ...] = (4, 5), **how: object) -> dict[str, object]:
+    parts = [floats(2, size, 3 * 48, seed=size).chunk(3, 2) for size in sizes]
+    q, k, v = ([*part] for part in zip(*parts, strict=True))
+    norms = {"weights": [torch.ones(16), None] * len(q), "eps": [1e-6, -1.0] * len(q)}
+    return {"q": q, "k": k, "v": v, **norms, "rotary": [], "heads": 3} | how
+
+
 RAW = {"raw_scales": torch.rand(2, 3), "raw_zero_points": [3, 4], "raw_qmax": 15}
 ONES = torch.ones(32)
 CALLS = [
@@ -98,6 +105,8 @@ CALLS = [
     (ops.norm_modulate_quant, tokens()),
     (ops.norm_modulate_quant, tokens() | {"act_scale": torch.rand(3), "norm": "rms"}),
     (ops.norm_modulate_quant, tokens() | {"weight": ONES, "bias": ONES.half(), "scale": None}),
+    (ops.join_heads, heads(rotary=[floats(9, 16), floats(9, 16)])),
+    (ops.join_heads, heads((4,), v=[])),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
     (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None}),
@@ -128,7 +137,7 @@ def test_fake_results_have_the_strides_of_real_ones(call, arguments):
 
 
 def test_the_operators_ask_for_unchanged_strides():
-    for name in ("gn_act_quant", "norm_modulate_quant", "qconv2d", "qgemm"):
+    for name in ("gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm"):
         overload = getattr(torch.ops.quantempo, name).default
         layouts = {tag for tag in overload.tags if "strides" in tag.name or "layout" in tag.name}
         assert {tag.name for tag in layouts} == {"needs_exact_strides"}
@@ -255,6 +264,13 @@ REFUSED = [
     (ops.norm_modulate_quant, tokens() | {"norm": "batch"}, "expected one of layer, rms, none"),
     (ops.norm_modulate_quant, tokens() | {"scale": floats(1, 32)}, r"scale: .* \(2, 32\)"),
     (ops.norm_modulate_quant, tokens() | {"shift": floats(32, 2).t()}, "shift: got strides"),
+    (ops.join_heads, heads(q=[]), r"got \(0, 2, 2, 4, 4, 0\); expected n, n, n or 0, 2 n"),
+    (ops.join_heads, heads(heads=5), "heads: got 5; expected H of H D = 48"),
+    (ops.join_heads, heads(heads=16, rotary=[floats(9, 3)] * 2), "D even with rotary"),
+    (ops.join_heads, heads((4,), v=[floats(2, 5, 48)]), r"v: .* \(2, 4, 48\)"),
+    (ops.join_heads, heads((4,), k=[floats(2, 4, 50)[..., :48]]), "a multiple of 8 apart"),
+    (ops.join_heads, heads((4,), k=[floats(2, 9, 48)[:, :4]]), "rows of one product"),
+    (ops.join_heads, heads((4,), rotary=[floats(9, 16)] * 2), r"rotary: .* \(4, 16\)"),
     (ops.gn_act_quant, norm() | {"beta": None}, "both or neither"),
     (ops.gn_act_quant, norm() | {"groups": 5}, "a divisor of the 16 channels"),
     (ops.gn_act_quant, norm() | {"gamma": torch.ones(8)}, "gamma: got"),

@@ -7,6 +7,7 @@ random and cover their range, since zeros run faster.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from quantempo.bench.turns import Call
 from quantempo.kernels import layout, ops
 
-__all__ = ["CASES", "PRODUCTS", "Case", "conv", "gemm", "norm", "tokens"]
+__all__ = ["CASES", "PRODUCTS", "Case", "conv", "gemm", "joint", "norm", "tokens"]
 
 _ZERO = 77
 _NORM_ZERO, _RAW_ZERO, _RAW_SCALE = 14, 128, 0.03
@@ -32,9 +33,9 @@ class Case:
     operations: multiplications and additions; moved: every byte read or written once; make:
     arguments of one call, and what checks need beside them; run: the call that is timed; whole: all
     that it writes as one tensor; reference: of some rows in float64, the sums, or without `sums`
-    the codes before rounding; sums: int32, as the kernel has them; epilogue: what `run` rounds, in
-    float64, from the sums; rivals: name -> maker of a call of a library on arguments of its own,
-    without an epilogue.
+    the codes before rounding, or eight times the floats; sums: int32, as the kernel has them;
+    epilogue: what `run` rounds, in float64, from the sums; rivals: name -> maker of a call of a
+    library on arguments of its own, without an epilogue.
     """
 
     op: str
@@ -232,14 +233,44 @@ def tokens(b: int, t: int, c: int, static: bool = False) -> Case:
         own = given["act_scale"].double() if static else v.abs().amax(1, keepdim=True) / 127
         return v / own
 
-    def copy(device: torch.device) -> Call:
-        source, target = (_codes((b * t * c * 3 // 2,), device) for _ in range(2))
-        return lambda: target.copy_(source)
-
     name = f"{b}x{t}x{c}" + (" static" if static else "")
     moved = 3.0 * b * t * c + 4.0 * b * (c + (0 if static else t))
     return Case("norm_modulate_quant", name, 0.0, moved, make, run, run, reference,
-                rivals={"copy": copy})  # fmt: skip
+                rivals={"copy": partial(_copy, moved)})  # fmt: skip
+
+
+def joint(text: int, image: int, heads: int, dim: int) -> Case:
+    """Return bfloat16 q, k and v of two streams, q and k normalised and rotated, all joined."""
+    tokens, width = text + image, heads * dim
+
+    def make(device: torch.device) -> Given:
+        angles = _floats(tokens, dim, device=device).float()
+        x = _floats(1, tokens, 3 * width, device=device)
+        return {"x": x, "cos": angles.cos(), "sin": angles.sin()}
+
+    def every(given: Given) -> tuple[Tensor, ...]:
+        x, cos, sin = given.values()
+        streams = (part.chunk(3, 2) for part in x.split([text, image], 1))
+        q, k, v = ([*parts] for parts in zip(*streams, strict=True))
+        return ops.join_heads(q, k, v, [cos[0]] * 4, [1e-6] * 4, [cos, sin], heads)
+
+    def reference(given: Given, rows: Tensor) -> Tensor:
+        x, cos, sin = (value.double() for value in given.values())
+        x = x[0, rows].unflatten(1, (3, heads, dim))
+        n = F.rms_norm(x[:, :2], (dim,), cos[0], eps=1e-6)
+        turned = torch.stack([-n[..., 1::2], n[..., ::2]], -1).flatten(-2)
+        n = n * cos[rows, None, None] + turned * sin[rows, None, None]
+        return 8 * torch.cat([n, x[:, 2:]], 1).flatten(1)
+
+    moved = 12.0 * tokens * width + 8.0 * tokens * dim
+    return Case("join_heads", f"({text}+{image})x{heads}x{dim}", 0.0, moved, make,
+                lambda given: every(given)[0], lambda given: 8 * torch.cat(every(given), 2)
+                .flatten(2)[0], reference, rivals={"copy": partial(_copy, moved)})  # fmt: skip
+
+
+def _copy(moved: float, device: torch.device) -> Call:
+    source, target = (_codes((int(moved) // 2,), device) for _ in range(2))
+    return lambda: target.copy_(source)
 
 
 PRODUCTS = (
@@ -252,4 +283,5 @@ CASES = (
     conv(2, 64, 320, 320), conv(2, 32, 640, 640), conv(8, 128, 320, 320), *PRODUCTS,
     norm(256, 32, 128), norm(256, 16, 256), norm(256, 32, 256, 128), norm(8, 64, 320),
     tokens(1, 4608, 3072), tokens(32, 256, 1152, static=True), gemm(4608, 3072, 12288, block=True),
+    joint(512, 4096, 24, 128),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
     gn_act_quant          codes of silu(GroupNorm(cat(x, skip))), in one pass instead of five
     norm_modulate_quant   codes of LayerNorm(x) (1 + scale) + shift, static or a token at a time
+    join_heads            queries and keys normalised and rotated, text and image one sequence
     qconv2d               integer convolution with its whole epilogue
     qgemm                 the same for the rows of a linear layer
 
@@ -16,9 +17,10 @@ No operator has gradients.
 """
 
 from quantempo.kernels.ops.gn_act_quant import gn_act_quant
+from quantempo.kernels.ops.join_heads import join_heads
 from quantempo.kernels.ops.norm_modulate_quant import norm_modulate_quant
 from quantempo.kernels.ops.operator import reserve
 from quantempo.kernels.ops.qconv2d import qconv2d
 from quantempo.kernels.ops.qgemm import qgemm
 
-__all__ = ["gn_act_quant", "norm_modulate_quant", "qconv2d", "qgemm", "reserve"]
+__all__ = ["gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm", "reserve"]

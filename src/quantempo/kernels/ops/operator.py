@@ -69,7 +69,7 @@ def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Cal
         def cuda(*args: Any) -> Any:
             call = positional(*args)
             call.check(strides=True)
-            device = args[0].device
+            device = (args[0][0] if isinstance(args[0], list) else args[0]).device
             if device.index == torch.cuda.current_device():
                 return _launcher(module)(call)
             # Triton launches on the current device.
