@@ -106,21 +106,20 @@ class _Projections(Prepared):
         for layer, codes in zip(self.layers, every, strict=True):
             y = layer.gemm(dtype=x.dtype, bias=layer.bias, **codes)
             found += y.view(*x.shape[:2], -1, heads, dim).unbind(2)
-        for i, norm in enumerate((self.parts.norm_q, self.parts.norm_k)):
-            if norm is not None:
-                weight = None if norm.weight is None else norm.weight.to(x.dtype)
-                found[i] = F.rms_norm(found[i], (dim,), weight, norm.eps)
         return found
 
 
-def _rotated(x: Tensor, rotary: Any) -> Tensor:
-    """Return x (B, T, heads, dim) with each pair of values turned by its angle."""
-    if rotary is None:
-        return x
-    cos, sin = (value[:, None] for value in rotary)
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], -1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+def _attended(parts: JointParts, streams: Any, every: Any, rotary: Any = None) -> Tensor:
+    """Return the attention (B, T, C) of one sequence; every: q, k and v of each stream."""
+    norms = [norm for s in streams for norm in (s.norm_q, s.norm_k)]
+    q, k, v = ([x.flatten(2) for x in heads] for heads in zip(*every, strict=True))
+    weights = [n if n is None or n.weight is None else n.weight.detach() for n in norms]
+    least, heads = torch.finfo(q[0].dtype).eps, streams[0].heads
+    eps = [-1.0 if n is None else least if n.eps is None else n.eps for n in norms]
+    tables = [y.to(q[0].device, torch.float32).contiguous() for y in rotary or ()]
+    # Values of one stream are read where their product has written them.
+    asked, keys, values = ops.join_heads(q, k, v if v[1:] else [], weights, eps, tables, heads)
+    return parts.attend(asked, keys, values if v[1:] else every[0][2]).flatten(2)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -211,8 +210,7 @@ class FusedDouble(_Joint):
         both = [text.contiguous(), x.contiguous()]
         given = [m(temb, y) for m, y in zip(self.modulations, both, strict=True)]
         heads = [s.before(*pair) for s, *pair in zip(self.streams, both, given, strict=True)]
-        q, k, v = (torch.cat(parts, 1) for parts in zip(*heads, strict=True))
-        y = self.parts.attend(_rotated(q, rotary), _rotated(k, rotary), v).flatten(2)
+        y = _attended(self.parts, [s.parts.attentions[0] for s in self.streams], heads, rotary)
         parts = y.split([text.shape[1], x.shape[1]], 1)
         first, second = (
             self._after(*group) for group in zip(self.streams, both, parts, given, strict=True)
@@ -225,9 +223,9 @@ class FusedDouble(_Joint):
     ) -> Tensor | None:
         if stream.up is None:
             return None
-        own = (stream.before(x, given, i) for i in range(1, len(stream.projections)))
-        every = [y, *(self.parts.attend(*heads).flatten(2) for heads in own)]
-        return stream.feed(stream.add(x, every, given), given)
+        own = enumerate(stream.parts.attentions[1:], 1)
+        every = [_attended(self.parts, [a], [stream.before(x, given, i)]) for i, a in own]
+        return stream.feed(stream.add(x, [y, *every], given), given)
 
 
 @BLOCKS.build(FluxSingleParts)
@@ -253,10 +251,10 @@ class FusedFluxSingle(_Joint):
         shift, scale, gate = self.modulations[0](temb, x)
         how = {"norm": self.parts.norm, "shift": shift, "scale": scale}
         every = [_codes(x, layer, **how) for layer in self.projections.layers]
-        q, k, v = self.projections(every, x)
+        heads = [self.projections(every, x)]
         codes = every[-1] if self.together else _codes(x, up, **how)
         hidden = _hidden(up, codes, x, out)
-        y = self.parts.attend(_rotated(q, rotary), _rotated(k, rotary), v).flatten(2)
+        y = _attended(self.parts, [self.parts.projections[0]], heads, rotary)
         text, x = _finite(_add(out, [_codes(y, out), hidden], gate, x)).split(tokens, 1)
         return text, x
 
