@@ -1,4 +1,4 @@
-"""Fused blocks of SD3, DiT and PixArt for GPUs against the same layers run one by one, on a CPU."""
+"""Fused blocks of SD3, DiT, PixArt, Wan for GPUs against the same layers one by one, on a CPU."""
 
 import copy
 import inspect
@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
-from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers import (
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from quantempo.bench.networks import cast_floats
@@ -33,15 +38,17 @@ IMAGE = {**HEADS, "sample_size": SIZE, "in_channels": 4, "out_channels": 4}
 SD3 = {**IMAGE, "num_layers": 3, "joint_attention_dim": 48, "caption_projection_dim": 32}
 SD3 |= {"pooled_projection_dim": 32, "pos_embed_max_size": 8}
 PIXART = {"cross_attention_dim": 32, "caption_channels": 48, "use_additional_conditions": False}
+WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 48, "freq_dim": 32, "ffn_dim": 64}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "sd3": lambda: SD3Transformer2DModel(**SD3),
     # The first block attends to the image alone as well.
     "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
     "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=2, num_embeds_ada_norm=10),
     "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
+    "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
-LEVELS = {"sd3": 0.15, "sd35": 0.03, "dit": 0.05, "pixart": 0.05}
+LEVELS = {"sd3": 0.15, "sd35": 0.03, "dit": 0.05, "pixart": 0.05, "wan": 0.05}
 
 
 @cache
@@ -57,6 +64,8 @@ def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
     if kind == "dit":
         return given | {"class_labels": torch.arange(batch) + seed % 5}
     given["encoder_hidden_states"] = noise(batch, TEXT, 48, seed=seed + 1)
+    if kind == "wan":
+        return given | {"hidden_states": given["hidden_states"][:, :, None]}
     if kind == "pixart":
         return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
     return given | {"pooled_projections": noise(batch, 32, seed=seed + 2)}
@@ -69,7 +78,8 @@ def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
         bound = inspect.signature(network.forward).bind(**call(kind, 3, seed))
         bound.apply_defaults()
         inputs.append(bound.args)
-    return quantize_network(network, inputs, exclude=exclude)
+    # Names do not say that these of Wan read the time.
+    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"))
 
 
 def fused(kind: str, *exclude: str) -> nn.Module:
@@ -123,13 +133,13 @@ def test_the_network_is_as_near_to_float_as_simulated(kind):
 @torch.no_grad()
 def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind):
     network = fused(kind)
-    blocks = {n: how for n, how in execution(network).items() if "transformer_blocks" in n}
+    blocks = {n: how for n, how in execution(network).items() if "blocks." in n}
     assert set(blocks.values()) == {"triton, fused"}
     forwards = [module.forward.active for module in fused_modules(network).values()]
     if "sd3" in kind:
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
         assert len(shared.layers) == 2 * 3
-    elif kind == "pixart":
+    elif kind in ("pixart", "wan"):
         (shared,) = {attention.contexts for f in forwards for attention in f.attentions}
         assert len(shared.attentions) == 2
     else:
@@ -153,7 +163,7 @@ def test_streams_have_the_type_of_the_network(kind, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["sd35", "dit", "pixart"])
+@pytest.mark.parametrize("kind", ["sd35", "dit", "pixart", "wan"])
 def test_a_network_compiles_whole_and_once(kind):
     network = by_token(copy.deepcopy(quantized(kind)), 5)
     torch._dynamo.reset()
@@ -176,17 +186,20 @@ class Halved:
 
 
 def _processors(network: nn.Module) -> None:
-    joint = isinstance(network, SD3Transformer2DModel)
     for module in network.modules():
         if hasattr(module, "processor"):
-            module.processor = Halved(JointAttnProcessor2_0() if joint else AttnProcessor2_0())
+            module.processor = Halved(module.processor)
+
+
+def _blocks(network: nn.Module) -> Any:
+    return network.get_submodule("blocks" if hasattr(network, "blocks") else "transformer_blocks")
 
 
 def _hook(network: nn.Module) -> None:
     def flip(module: nn.Module, given: Any, y: Any) -> Any:
         return (None, y[1].flip(2)) if isinstance(y, tuple) else y.flip(2)
 
-    network.transformer_blocks[-1].register_forward_hook(flip)
+    _blocks(network)[-1].register_forward_hook(flip)
 
 
 @torch.no_grad()
@@ -243,13 +256,31 @@ def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
     assert torch.equal(other, block(x, **how)) and not torch.equal(other, plain)
     fuse(network, BLOCKS)
     takes, (time, labels) = block.forward.takes, (how["timestep"], how["class_labels"])
-    assert takes(x, text, None, time, labels) and not takes(x[0], text, None, time, labels)
-    assert not takes(x, text, None, None, labels) and not takes(x, text, None, time[:0], labels)
+    assert takes(x, text, None, None, time, labels)
+    assert not takes(x[0], text, None, None, time, labels)
+    for odd in (None, time[:0]):
+        assert not takes(x, text, None, None, odd, labels)
     if kind == "pixart":
-        assert takes(x, text, mask[..., :TEXT], time, labels)
+        assert takes(x, text, mask[..., :TEXT], None, time, None)
         for odd in (mask, mask[:, 0, :TEXT], mask[..., :TEXT].half()):
-            assert not takes(x, text, odd, time, labels)
-        assert not takes(x, None, None, time, labels) and not takes(x, text[:1], None, time, None)
+            assert not takes(x, text, odd, None, time, None)
+        for odd in (None, text[:1]):
+            assert not takes(x, odd, None, None, time, None)
+
+
+@torch.no_grad()
+def test_times_by_token_and_odd_tables_take_the_path_of_the_class_of_wan():
+    network = fused("wan")
+    block, x, text = network.blocks[0], noise(2, 9, 32), noise(2, TEXT, 32, seed=1)
+    times, tables = noise(2, 9, 6, 32), network.rope(noise(2, 4, 1, SIZE, SIZE))
+    plain, y = block(x, text, times[:, 0], tables), block(x, text, times, tables)
+    assert relative(block(x, text, times[:, :1].expand_as(times), tables), plain) <= LEVELS["wan"]
+    short = [table[:, :8] for table in tables]
+    takes = block.forward.takes
+    assert takes(x, text, None, tables, times[:, 0], None)
+    assert not takes(x, text, None, short, times[:, 0], None)
+    unfuse(network)
+    assert torch.equal(y, block(x, text, times, tables))
 
 
 OTHER = "its attention has a class, processor or layers of its own"
@@ -274,12 +305,24 @@ NORM, MLP = "a norm in it is unknown", "its feed-forward layer is not a plain GE
         ("pixart", lambda b: setattr(b.attn2, "processor", Halved(None)), "an attention in it has"),
         ("pixart", lambda b: setattr(b.attn1, "residual_connection", True), "an attention in it"),
         ("pixart", lambda b: setattr(b.ff.net[0], "approximate", "none"), MLP),
+        (
+            "wan",
+            lambda b: setattr(b.attn2, "processor", Halved(None)),
+            "an attention in it reads an",
+        ),
+        (
+            "wan",
+            lambda b: setattr(b.attn2, "add_k_proj", nn.Identity()),
+            "an attention in it reads",
+        ),
+        ("wan", lambda b: setattr(b, "norm2", nn.LayerNorm(32)), NORM),
+        ("wan", lambda b: setattr(b.attn1, "norm_k", nn.LayerNorm(32)), NORM),
         ("pixart", lambda b: b.ff.net[1].__init__(0.5) or b.ff.train(), "its dropout is active"),
     ],
 )
 def test_a_block_that_does_something_else_says_why(kind, change, reason):
     network = copy.deepcopy(quantized(kind))
-    change(network.transformer_blocks[0])
+    change(_blocks(network)[0])
     ENGINE.attach(network)
     first, *others = (row.reason for row in report(network))
     assert first.startswith(reason) and set(others) == {None}

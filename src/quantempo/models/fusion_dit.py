@@ -1,17 +1,26 @@
-"""Parts of the blocks of DiT and PixArt, see `fusion`."""
+"""Parts of the blocks of DiT, PixArt, Latte and Wan, see `fusion`."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.normalization import AdaLayerNormZero
-from torch import Tensor
+from diffusers.models.normalization import AdaLayerNormZero, FP32LayerNorm
+from diffusers.models.transformers import transformer_wan as wan
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantempo.models.fusion import Parts, drops, matches, no
-from quantempo.models.fusion_joint import AttentionParts, StreamParts, are_bare, is_mlp
+from quantempo.models.fusion_joint import AttentionParts, StreamParts, are_bare, is_mlp, softmax_v
 from quantempo.models.fusion_transformer import MODULATED, TokenAttentionParts, token_attention
 
-__all__ = ["ModulatedBlockParts"]
+__all__ = ["ModulatedBlockParts", "WanBlockParts"]
+
+# Of BasicTransformerBlock, after the tokens.
+_ARGUMENTS = (
+    "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep",
+    "cross_attention_kwargs", "class_labels", "added_cond_kwargs",
+)  # fmt: skip
+_NORM = "a norm in it is unknown"
 
 
 @dataclass(frozen=True)
@@ -26,26 +35,25 @@ class ModulatedBlockParts(Parts):
     streams: tuple[StreamParts, ...]
     attentions: tuple[TokenAttentionParts, ...]
 
-    def given(
-        self,
-        attention_mask: Any = None,
-        encoder_hidden_states: Any = None,
-        encoder_attention_mask: Any = None,
-        timestep: Any = None,
-        cross_attention_kwargs: Any = None,
-        class_labels: Any = None,
-        added_cond_kwargs: Any = None,
-    ) -> tuple[Any, ...] | None:
-        """Return (context, its mask, timestep, class labels), None with what processors read."""
-        plain = attention_mask is None and not cross_attention_kwargs
-        given = encoder_hidden_states, encoder_attention_mask, timestep, class_labels
-        return given if plain else None
+    def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        """Return (context, its mask, rotary embedding, timestep, class labels), or None."""
+        how = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        mask, context, context_mask, timestep, more, labels, _ = map(how.get, _ARGUMENTS)
+        plain = mask is None and not more and how.keys() <= set(_ARGUMENTS)
+        return (context, context_mask, None, timestep, labels) if plain else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cross: bool, mask: Tensor | None) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim) + mask (B, 1, S)) v; cross: k, v are of the context."""
+        heads = (y.transpose(1, 2) for y in (q, k, v))
+        bias = None if mask is None else mask[:, None]
+        return F.scaled_dot_product_attention(*heads, bias).transpose(1, 2)
 
     def modulates(self, x: Tensor, timestep: Any, labels: Any) -> bool:
         """Return whether `modulation` can be given these for x (B, T, C)."""
         if not isinstance(timestep, Tensor):
             return False
-        if self.module.norm_type == "ada_norm_single":
+        if hasattr(self.module, "scale_shift_table"):
+            # Not a time for every token.
             return timestep.numel() == 6 * len(x) * x.shape[2]
         known = isinstance(labels, Tensor) and labels.ndim == timestep.ndim == 1
         return known and all(len(value) in (1, len(x)) for value in (timestep, labels))
@@ -55,12 +63,54 @@ class ModulatedBlockParts(Parts):
 
         timestep: of each image, with its class; or what the table of the block is added to.
         """
-        block: Any = self.module
-        if block.norm_type == "ada_norm_single":
-            return block.scale_shift_table.flatten() + timestep.reshape(len(x), -1)
-        norm = block.norm1
+        norm, table = self.module.norm1, getattr(self.module, "scale_shift_table", None)
+        if table is not None:
+            return table.flatten().float() + timestep.reshape(len(x), -1)
         y: Tensor = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=x.dtype)))
         return y
+
+
+@dataclass(frozen=True)
+class WanBlockParts(ModulatedBlockParts):
+    """A block of Wan."""
+
+    def given(self, encoder_hidden_states: Any, temb: Any, rotary_emb: Any) -> Any:  # type: ignore[override]
+        """Return (context, no mask, rotary embedding, time, no labels), or None."""
+        plain = _is_wan(self.module.attn1) and _is_wan(self.module.attn2)
+        return (encoder_hidden_states, None, rotary_emb, temb, None) if plain else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cross: bool, mask: Tensor | None) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block."""
+        processor = getattr(self.module, "attn2" if cross else "attn1").processor
+        return softmax_v(processor, q, k, v, alone=not cross)
+
+
+def _is_wan(a: Any) -> bool:
+    known = (type(a), type(a.processor)) == (wan.WanAttention, wan.WanAttnProcessor)
+    return known and a.add_k_proj is None and not getattr(a, "fused_projections", False)
+
+
+@matches(WanBlockParts, wan.WanTransformerBlock)
+def _wan(block: Any) -> tuple[Any, ...] | str:
+    b, a, c = block, block.attn1, block.attn2
+    norms = (a.norm_q, a.norm_k, c.norm_q, c.norm_k)
+    middle = None if type(b.norm2) is nn.Identity else b.norm2
+    reason = no(
+        (_is_wan(a) and _is_wan(c), "an attention in it reads an image or is not Wan's own"),
+        (are_bare(b.norm1, b.norm3, kind=FP32LayerNorm), _NORM),
+        (middle is None or type(middle) is FP32LayerNorm, _NORM),
+        (all(type(norm) is nn.RMSNorm for norm in norms), _NORM),
+        (is_mlp(b.ffn), "its feed-forward layer is not a plain GELU by tanh"),
+        (not drops(b), "its dropout is active"),
+    )
+    if reason is not None:
+        return reason
+    heads = AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])
+    text = TokenAttentionParts(
+        middle, c.to_q, c.to_k, c.to_v, c.to_out[0], c.heads, True, c.norm_q, c.norm_k
+    )
+    stream = StreamParts(b.norm1, (heads,), b.norm3, b.ffn.net[0].proj, b.ffn.net[2])
+    return (stream,), (text,)
 
 
 @matches(ModulatedBlockParts, BasicTransformerBlock)
@@ -78,8 +128,8 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
         (b.pos_embed is None, "it adds an embedding of positions"),
         (not hasattr(b, "fuser"), "it is grounded by boxes (GLIGEN)"),
         (not b.only_cross_attention, "its first attention reads the context"),
-        (not zero or type(b.norm1) is AdaLayerNormZero, "a norm in it is unknown"),
-        (are_bare(norm1, norm2), "a norm in it is unknown"),
+        (not zero or type(b.norm1) is AdaLayerNormZero, _NORM),
+        (are_bare(norm1, norm2), _NORM),
         (is_mlp(b.ff), "its feed-forward layer is not a plain GELU by tanh"),
         (not drops(b), "its dropout is active"),
     )

@@ -96,11 +96,8 @@ class JointBlockParts(JointParts):
 
     streams: tuple[StreamParts, ...]
 
-    def given(
-        self,
-        encoder_hidden_states: Any = None,
-        temb: Any = None,
-        joint_attention_kwargs: Any = None,
+    def given(  # type: ignore[override]
+        self, encoder_hidden_states: Any, temb: Any, joint_attention_kwargs: Any = None
     ) -> tuple[Any, ...] | None:
         """Return (text, temb, no rotary embedding), None with arguments for processors."""
         attentions = [getattr(self.module, name) for name in ("attn", "attn2")]
@@ -126,14 +123,8 @@ class FluxParts(JointParts):
         return (encoder_hidden_states, temb, image_rotary_emb) if plain else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block.
-
-        All (B, T, heads, dim).
-        """
-        how = self.module.attn.processor
-        backend, parallel = how._attention_backend, how._parallel_config
-        y: Tensor = dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel)
-        return y
+        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block."""
+        return softmax_v(self.module.attn.processor, q, k, v)
 
 
 @dataclass(frozen=True)
@@ -160,17 +151,20 @@ _OTHER = "its attention has a class, processor or layers of its own"
 _NORM = "a norm in it is unknown"
 
 
-def _is_flux(attention: Any) -> bool:
-    a = attention
-    return (
-        type(a) is FluxAttention
-        and type(a.processor) is FluxAttnProcessor
-        and not a.fused_projections
-    )
+def _is_flux(a: Any) -> bool:
+    known = (type(a), type(a.processor)) == (FluxAttention, FluxAttnProcessor)
+    return known and not a.fused_projections
 
 
 def _is_sd3(attention: Any) -> bool:
     return type(attention) is Attention and type(attention.processor) is JointAttnProcessor2_0
+
+
+def softmax_v(processor: Any, q: Tensor, k: Tensor, v: Tensor, alone: bool = True) -> Tensor:
+    """Return `attend` by the backend of a processor; alone: q, k and v are of the same tokens."""
+    backend, parallel = processor._attention_backend, processor._parallel_config if alone else None
+    y: Tensor = dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel)
+    return y
 
 
 def is_mlp(layer: Any) -> bool:
@@ -184,17 +178,16 @@ def is_mlp(layer: Any) -> bool:
     )
 
 
-def are_bare(*norms: Any) -> bool:
+def are_bare(*norms: Any, kind: type[nn.Module] = nn.LayerNorm) -> bool:
     """Return whether all are LayerNorms without weights."""
-    return _are(nn.LayerNorm, *norms) and all(norm.weight is norm.bias is None for norm in norms)
+    return _are(kind, *norms) and all(norm.weight is norm.bias is None for norm in norms)
 
 
 def _are(kind: type[nn.Module], *modules: Any) -> bool:
     return all(type(module) is kind for module in modules)
 
 
-def _heads(attention: Any, text: bool = False) -> AttentionParts:
-    a = attention
+def _heads(a: Any, text: bool = False) -> AttentionParts:
     if text:
         norms = (a.norm_added_q, a.norm_added_k)
         return AttentionParts(

@@ -26,16 +26,19 @@ MODULATED = ("ada_norm_zero", "ada_norm_single")
 class TokenAttentionParts:
     """out(softmax(q k^T scale) v) on tokens (B, T, C), q of them, k and v of them or a context.
 
-    norm: of the tokens, before, if any; cross: k and v are of a context (B, S, C').
+    norm: of the tokens, before, if any; cross: k and v are of a context (B, S, C'); norm_q, norm_k:
+    RMSNorms of q and k, or None.
     """
 
-    norm: nn.LayerNorm | None
+    norm: Any
     q: Linear
     k: Linear
     v: Linear
     out: Linear
     heads: int
     cross: bool
+    norm_q: Any = None
+    norm_k: Any = None
 
 
 @dataclass(frozen=True)

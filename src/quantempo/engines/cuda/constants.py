@@ -19,8 +19,8 @@ from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "codes_of", "quantize",
-    "quantize_rows", "quantize_tokens",
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
+    "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -264,6 +264,12 @@ class LayerConstants:
         rows.tables = [constant(self.tables[0][0])]
         return rows
 
+    def read(self, x: Tensor) -> dict[str, Any]:
+        """Return x (..., K) as `gemm` reads its first segment: codes, and rows if by token."""
+        grid = self.grids[0]
+        made = quantize_tokens(x, grid) if self.layer.dynamic else (quantize_rows(x, grid),)
+        return dict(zip(("codes", "rows"), made, strict=False))
+
     def conv(self, codes: Tensor, dtype: torch.dtype, part: int = 0, **how: Any) -> Tensor:
         """Return the convolution of one segment's codes, (B, O, H', W'); how: of `ops.qconv2d`."""
         return ops.qconv2d(
@@ -302,11 +308,3 @@ def constants_of(layer: Any, device: torch.device) -> LayerConstants:
     layer.kernel.here(device)
     found: LayerConstants = layer.kernel.constants
     return found
-
-
-def codes_of(x: Tensor, layer: LayerConstants) -> dict[str, Any]:
-    """Return x (..., K) as `gemm` of a layer of one segment reads it: codes and rows, if any."""
-    if not layer.layer.dynamic:
-        return {"codes": quantize_rows(x, layer.grids[0])}
-    codes, rows = quantize_tokens(x, layer.grids[0])
-    return {"codes": codes, "rows": rows}

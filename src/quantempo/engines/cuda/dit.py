@@ -1,4 +1,4 @@
-"""Blocks of DiT and PixArt as few launches on a GPU, around int8 products.
+"""Blocks of DiT, PixArt, Latte and Wan as few launches on a GPU, around int8 products.
 
 Keys and values of a context are one product for all blocks; the modulation is each block's own.
 """
@@ -9,17 +9,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.engines.cuda.constants import FLOATS
-from quantempo.engines.cuda.joint import Stream
+from quantempo.engines.base import Prepared
+from quantempo.engines.cuda.constants import FLOATS, constants_of
+from quantempo.engines.cuda.joint import Stream, add, encode
 from quantempo.engines.cuda.per_forward import SharedContext
-from quantempo.engines.cuda.transformer import TokenAttention
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
-from quantempo.models.fusion_dit import ModulatedBlockParts
+from quantempo.kernels import ops
+from quantempo.models.fusion_dit import ModulatedBlockParts, WanBlockParts
+from quantempo.models.fusion_transformer import TokenAttentionParts
 
 __all__ = ["FusedModulatedBlock"]
 
 
+class _Cross(Prepared):
+    """Attention of the tokens on a context."""
+
+    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext) -> None:
+        self.parts, self.contexts = parts, contexts
+        self.index = contexts.attentions.index(parts)
+
+    def _prepare(self, device: torch.device) -> None:
+        self.q, self.out = (constants_of(p, device) for p in (self.parts.q, self.parts.out))
+        self.contexts.here(device)
+
+    def heads(self, x: Tensor, context: Tensor) -> list[Tensor]:
+        """Return q, k and v (B, T, heads, dim) of x (B, T, C) and its context."""
+        parts, q = self.parts, self.q
+        y = q.gemm(dtype=x.dtype, bias=q.bias, **encode(x, q, parts.norm))
+        every = (y.view(*x.shape[:2], -1), *self.contexts(self.index, context, x.dtype))
+        heads = [part.unflatten(2, (parts.heads, -1)) for part in every]
+        return [_normed(heads[0], parts.norm_q), _normed(heads[1], parts.norm_k), heads[2]]
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """Return x (B, T, heads, dim) by an RMSNorm of all heads together, or None."""
+    if norm is None:
+        return x
+    weight = None if norm.weight is None else norm.weight.to(x.dtype)
+    return F.rms_norm(x.flatten(2), norm.normalized_shape, weight, norm.eps).view(x.shape)
+
+
+@BLOCKS.build(WanBlockParts)
 @BLOCKS.build(ModulatedBlockParts)
 class FusedModulatedBlock(GpuBlock):
     """Attention of the tokens, attention on the context where there is one, feed-forward layer."""
@@ -28,33 +59,41 @@ class FusedModulatedBlock(GpuBlock):
         super().__init__(parts, network)
         contexts = network.once(SharedContext.of)
         (self.stream,) = map(Stream, parts.streams)
-        self.attentions = [TokenAttention(attention, contexts) for attention in parts.attentions]
+        self.attentions = [_Cross(attention, contexts) for attention in parts.attentions]
 
     def _prepare(self, device: torch.device) -> None:
         for part in (self.stream, *self.attentions):
             part.prepare(device)
 
-    def takes(self, x: Tensor, context: Any, mask: Any, timestep: Any, labels: Any) -> bool:
+    def takes(self, x: Tensor, context: Any, mask: Any, rotary: Any, *time: Any) -> bool:
         """Return whether `run` can be given these."""
-        if x.dtype not in FLOATS or x.ndim != 3 or not self.parts.modulates(x, timestep, labels):
+        known = x.dtype in FLOATS and x.ndim == 3 and self.parts.modulates(x, *time)
+        if not known or any(y.shape[:3] != (1, x.shape[1], 1) for y in rotary or ()):
             return False
         if not self.attentions:
             return True
         if not isinstance(context, Tensor) or context.ndim != 3 or len(context) != len(x):
             return False
         # The bias that models make of a mask.
-        shape = (len(x), 1, context.shape[1])
-        known = isinstance(mask, Tensor) and mask.shape == shape and mask.dtype == x.dtype
-        return mask is None or known
+        like = context[:, None, :, 0]
+        bias = isinstance(mask, Tensor) and mask.shape == like.shape and mask.dtype == x.dtype
+        return mask is None or bias
 
-    def run(self, x: Tensor, context: Any, mask: Any, timestep: Any, labels: Any) -> Tensor:
+    def run(self, x: Tensor, context: Any, mask: Any, rotary: Any, *time: Any) -> Tensor:
         """Return (B, T, C); mask (B, 1, S) is added to the logits of the context."""
         self.here(x.device)
-        x, stream = x.contiguous(), self.stream
-        given = self.parts.modulation(x, timestep, labels).expand(len(x), -1).split(x.shape[2], 1)
-        heads = (y.transpose(1, 2) for y in stream.before(x, given))
-        y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        x = stream.add(x, [y], given)
-        for attention in self.attentions:
-            x = attention(x, context, mask)
+        x, stream, attend = x.contiguous(), self.stream, self.parts.attend
+        given = self.parts.modulation(x, *time).expand(len(x), -1).split(x.shape[2], 1)
+        q, k, v = stream.before(x, given)
+        heads = stream.parts.attentions[0]
+        q, k = _normed(q, heads.norm_q), _normed(k, heads.norm_k)
+        if rotary is not None:
+            tables = [table[0, :, 0].float().contiguous() for table in rotary]
+            pair, none = ([q.flatten(2)], [k.flatten(2)]), [None, None]
+            q, k, _ = ops.join_heads(*pair, [], none, [-1.0, -1.0], tables, heads.heads)
+        y = attend(q, k, v, cross=False, mask=None)
+        x = stream.add(x, [y.flatten(2)], given)
+        for cross in self.attentions:
+            y = attend(*cross.heads(x, context), cross=True, mask=mask).flatten(2)
+            x = add(cross.out, [encode(y, cross.out)], None, x)
         return stream.feed(x, given)

@@ -25,7 +25,9 @@ from quantempo.models.fusion_joint import (
     StreamParts,
 )
 
-__all__ = ["FusedDouble", "FusedFluxSingle", "SharedModulations", "joined"]
+__all__ = [
+    "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "encode", "joined",
+]  # fmt: skip
 
 # Codes of one segment as `LayerConstants.gemm` reads them: "codes", and "rows" of scales by token.
 Codes = dict[str, Any]
@@ -55,12 +57,13 @@ class _Modulation:
         return y.expand(len(x), -1).split(x.shape[2], 1)
 
 
-def _codes(x: Tensor, layer: LayerConstants, norm: Any = None, part: int = 0, **how: Any) -> Codes:
+def encode(x: Tensor, layer: LayerConstants, norm: Any = None, part: int = 0, **how: Any) -> Codes:
     """Return the codes (B T, C) of norm(x) (1 + scale) + shift for a segment of a layer.
 
-    x (B, T, C), images and tokens of which may lie apart; scale, shift: (B, C), if there is a norm.
+    x (B, T, C), images and tokens of which may lie apart; how: scale and shift (B, C), if any.
     """
     how |= {"norm": "none"} if norm is None else {"norm": "layer", "eps": norm.eps}
+    how |= {} if norm is None else {name: v.detach() for name, v in norm.named_parameters()}
     grid, dynamic = layer.grids[part], layer.layer.dynamic
     if not dynamic:
         how |= {"act_scale": grid.scale, "zero_point": grid.zero_point, "qmax": grid.qmax}
@@ -73,10 +76,10 @@ def _hidden(up: LayerConstants, codes: Codes, x: Tensor, reader: LayerConstants)
     how = {"dtype": x.dtype, "bias": up.bias, "activation": "gelu_tanh", **codes}
     if not reader.layer.dynamic:
         return {"codes": up.gemm(grid=reader.grids[-1], **how)}
-    return _codes(up.gemm(**how).view(*x.shape[:2], -1), reader, part=-1)
+    return encode(up.gemm(**how).view(*x.shape[:2], -1), reader, part=-1)
 
 
-def _add(layer: LayerConstants, every: list[Codes], gate: Tensor, x: Tensor) -> Tensor:
+def add(layer: LayerConstants, every: list[Codes], gate: Tensor | None, x: Tensor) -> Tensor:
     """Return x + gate layer(codes), (B, T, C), of the codes of each segment."""
     first, *others = every
     how: dict[str, Any] = {"bias": layer.bias, "gate": gate, "residual": x.flatten(0, 1), **first}
@@ -172,20 +175,20 @@ class Stream(Prepared):
         # Of a stream that ends, AdaLayerNormContinuous has the scale first.
         shift, scale = given[::-1] if len(given) == 2 else given[6 * index : 6 * index + 2]
         how, projections = {"shift": shift, "scale": scale}, self.projections[index]
-        every = [_codes(x, layer, self.parts.norm1, **how) for layer in projections.layers]
+        every = [encode(x, layer, self.parts.norm1, **how) for layer in projections.layers]
         return projections(every, x)
 
     def add(self, x: Tensor, every: list[Tensor], given: tuple[Tensor, ...]) -> Tensor:
         """Return the stream with what each attention gave, all (B, T, C)."""
         for out, y, gate in zip(self.outs, every, given[2::6], strict=True):
-            x = _add(out, [_codes(y, out)], gate, x)
+            x = add(out, [encode(y, out)], gate, x)
         return x
 
     def feed(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Return the stream with its feed-forward layer, (B, T, C)."""
         shift, scale, gate = given[3:6]
-        codes = _codes(x, self.up, self.parts.norm2, shift=shift, scale=scale)
-        return _add(self.down, [_hidden(self.up, codes, x, self.down)], gate, x)
+        codes = encode(x, self.up, self.parts.norm2, shift=shift, scale=scale)
+        return add(self.down, [_hidden(self.up, codes, x, self.down)], gate, x)
 
 
 @BLOCKS.build(FluxDoubleParts)
@@ -202,9 +205,7 @@ class FusedDouble(_Joint):
         for stream in self.streams:
             stream.prepare(device)
 
-    def run(
-        self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any
-    ) -> tuple[Tensor | None, Tensor]:
+    def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Any, Any]:
         """Return (text, tokens of the image), None for a text that ends."""
         self.here(x.device)
         both = [text.contiguous(), x.contiguous()]
@@ -215,12 +216,9 @@ class FusedDouble(_Joint):
         first, second = (
             self._after(*group) for group in zip(self.streams, both, parts, given, strict=True)
         )
-        assert second is not None
         return _finite(first) if self.parts.clips and first is not None else first, second
 
-    def _after(
-        self, stream: Stream, x: Tensor, y: Tensor, given: tuple[Tensor, ...]
-    ) -> Tensor | None:
+    def _after(self, stream: Stream, x: Tensor, y: Tensor, given: Any) -> Tensor | None:
         if stream.up is None:
             return None
         own = enumerate(stream.parts.attentions[1:], 1)
@@ -250,12 +248,12 @@ class FusedFluxSingle(_Joint):
         x, up, out = joined(text, x), self.up, self.out
         shift, scale, gate = self.modulations[0](temb, x)
         how = {"norm": self.parts.norm, "shift": shift, "scale": scale}
-        every = [_codes(x, layer, **how) for layer in self.projections.layers]
+        every = [encode(x, layer, **how) for layer in self.projections.layers]
         heads = [self.projections(every, x)]
-        codes = every[-1] if self.together else _codes(x, up, **how)
+        codes = every[-1] if self.together else encode(x, up, **how)
         hidden = _hidden(up, codes, x, out)
         y = _attended(self.parts, [self.parts.projections[0]], heads, rotary)
-        text, x = _finite(_add(out, [_codes(y, out), hidden], gate, x)).split(tokens, 1)
+        text, x = _finite(add(out, [encode(y, out), hidden], gate, x)).split(tokens, 1)
         return text, x
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import LayerConstants, codes_of, constant, constants_of
+from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
 from quantempo.models.fusion_dit import ModulatedBlockParts
@@ -76,7 +76,7 @@ class SharedContext(Prepared, PerForward):
         for layer, group in self.groups:
             # Layers of another width read another context.
             if layer.weights[0].shape[1] == width:
-                y = layer.gemm(dtype=dtype, bias=layer.bias, **codes_of(given, layer))
+                y = layer.gemm(dtype=dtype, bias=layer.bias, **layer.read(given))
                 y = y.view(batch, tokens, -1)
                 parts = y.split([self.sizes[i] for i in group], 2)
                 found |= dict(zip(group, parts, strict=True))

@@ -17,7 +17,6 @@ from quantempo.engines.cuda.constants import (
     ActivationGrid,
     LayerConstants,
     Norm,
-    codes_of,
     constant,
     constants_of,
     quantize_rows,
@@ -31,7 +30,7 @@ from quantempo.models.fusion_transformer import (
     TransformerParts,
 )
 
-__all__ = ["FusedTransformer", "FusedTransformerBlock", "TokenAttention"]
+__all__ = ["FusedTransformer", "FusedTransformerBlock"]
 
 
 class _LayerNorm:
@@ -51,7 +50,7 @@ def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else constant(value.to(dtype))
 
 
-class TokenAttention(Prepared):
+class _TokenAttention(Prepared):
     """x + attention(norm(x)) on tokens."""
 
     def __init__(self, parts: TokenAttentionParts, contexts: SharedContext) -> None:
@@ -61,31 +60,27 @@ class TokenAttention(Prepared):
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm = None if parts.norm is None else _LayerNorm(parts.norm)
-        self.out = constants_of(parts.out, device)
+        self.norm, self.out = _LayerNorm(parts.norm), constants_of(parts.out, device)
         q, k, v = (constants_of(layer, device) for layer in (parts.q, parts.k, parts.v))
         self.of_tokens = [q] if parts.cross else LayerConstants.together([q, k, v])
         if self.contexts is not None and self.contexts.device != device:
             self.contexts.prepare(device)
 
-    def __call__(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Return (B, T, C); x alike, context (B, S, C') where the layer reads one.
-
-        mask: (B, 1, S), added to the logits.
-        """
-        parts = self._project(x if self.norm is None else self.norm(x), x.dtype)
+    def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return (B, T, C); x alike, context (B, S, C') where the layer reads one."""
+        parts = self._project(self.norm(x), x.dtype)
         if self.contexts is not None and context is not None:
             parts += [self._heads(y) for y in self.contexts(self.index, context, x.dtype)]
         q, k, v = (part.transpose(1, 2) for part in parts)
-        bias = None if mask is None else mask[:, None]
-        y = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
-        return _add(self.out, codes_of(y, self.out), x)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return _add(self.out, quantize_rows(y, self.out.grids[0]), x)
 
     def _project(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Return the projections of the tokens x (B, T, C), each (B, T, heads, dim)."""
         found: list[Tensor] = []
         for layer in self.of_tokens:
-            y = layer.gemm(dtype=dtype, bias=layer.bias, **codes_of(x, layer))
+            codes = quantize_rows(x, layer.grids[0])
+            y = layer.gemm(codes, dtype, bias=layer.bias)
             parts = y.view(*x.shape[:2], -1, self.parts.q.out_features).unbind(2)
             found += [self._heads(part) for part in parts]
         return found
@@ -94,9 +89,9 @@ class TokenAttention(Prepared):
         return x.unflatten(2, (self.parts.heads, -1))
 
 
-def _add(layer: LayerConstants, codes: dict[str, Any], x: Tensor) -> Tensor:
-    """Return x + layer(codes), (B, T, C); codes as `codes_of` makes them."""
-    y = layer.gemm(dtype=x.dtype, bias=layer.bias, residual=x.flatten(0, 1), **codes)
+def _add(layer: LayerConstants, codes: Tensor, x: Tensor) -> Tensor:
+    """Return x + layer(codes), (B, T, C); codes (B T, K)."""
+    y = layer.gemm(codes, x.dtype, bias=layer.bias, residual=x.reshape(len(codes), -1))
     return y.view(x.shape)
 
 
@@ -107,7 +102,7 @@ class FusedTransformerBlock(GpuBlock):
     def __init__(self, parts: TransformerBlockParts, network: Network) -> None:
         super().__init__(parts, network)
         contexts = network.once(SharedContext.of)
-        self.attentions = [TokenAttention(attention, contexts) for attention in parts.attentions]
+        self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
         self.cross = any(attention.cross for attention in parts.attentions)
 
     def _prepare(self, device: torch.device) -> None:
@@ -137,7 +132,7 @@ class FusedTransformerBlock(GpuBlock):
         codes = quantize_rows(self.norm(x), up.grids[0])
         codes = up.gemm(codes, x.dtype, bias=up.bias, activation="geglu", grid=down.grids[0])
         if grid is None:
-            return _add(down, {"codes": codes}, x)
+            return _add(down, codes, x)
         return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)
 
 
