@@ -31,7 +31,6 @@ LANES = {
         "bench/test_run.py",
         "checkpoint/test_fresh_process.py",
         "checkpoint/test_plugin.py::test_the_bundled_model",
-        "engines/test_fused_flux.py::test_a_network_compiles",
         "engines/test_fused_modulated.py::test_a_network_compiles",
         "engines/test_fused_gpu.py::test_a_network_compiles",
         "engines/test_fused_transformer.py::test_a_network_compiles",

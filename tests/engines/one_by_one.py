@@ -1,8 +1,19 @@
 """Run the fused blocks of transformers against their layers one by one, on a CPU."""
 
+import copy
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
@@ -11,7 +22,80 @@ from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, report, unfuse
 from quantempo.models.layers import hooked
 from quantempo.quantized import quantized_layers
+from tests.engines.quantized import quantize_network
 from tests.engines.truth import relative
+from tests.tiny import noise
+
+ENGINE = ENGINES.get("triton")
+# Multiples of nothing: 9 tokens of the image.
+TEXT, SIZE = 5, 6
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+IMAGE = {**HEADS, "sample_size": SIZE, "in_channels": 4, "out_channels": 4}
+SD3 = {**IMAGE, "num_layers": 3, "joint_attention_dim": 48, "caption_projection_dim": 32}
+SD3 |= {"pooled_projection_dim": 32, "pos_embed_max_size": 8}
+PIXART = {"cross_attention_dim": 32, "caption_channels": 48, "use_additional_conditions": False}
+WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 48, "freq_dim": 32, "ffn_dim": 64}
+FLUX = {**HEADS, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
+FLUX |= {"joint_attention_dim": 48, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "flux": lambda: FluxTransformer2DModel(**FLUX, guidance_embeds=True),
+    "schnell": lambda: FluxTransformer2DModel(**FLUX),
+    "sd3": lambda: SD3Transformer2DModel(**SD3),
+    # The first block attends to the image alone as well.
+    "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=2, num_embeds_ada_norm=10),
+    "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
+    "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
+}
+# What quantization alone does to the output; without norms of q and k some softmaxes are steep.
+LEVELS = {"flux": 0.02, "schnell": 0.02, "sd3": 0.15, "sd35": 0.03}
+LEVELS |= {"dit": 0.05, "pixart": 0.05, "wan": 0.05}
+
+
+@cache
+def tiny(kind: str) -> nn.Module:
+    """Make a random network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomized(NETWORKS[kind]())
+
+
+def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Return the arguments of a call."""
+    given = {"hidden_states": noise(batch, 4, SIZE, SIZE, seed=seed)}
+    given["timestep"] = torch.linspace(900, 100, batch).round()
+    if kind == "dit":
+        return given | {"class_labels": torch.arange(batch) + seed % 5}
+    given["encoder_hidden_states"] = noise(batch, TEXT, 48, seed=seed + 1)
+    if kind == "wan":
+        return given | {"hidden_states": given["hidden_states"][:, :, None]}
+    if kind == "pixart":
+        return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
+    given["pooled_projections"] = noise(batch, 32, seed=seed + 2)
+    if "sd3" in kind:
+        return given
+    given |= {"hidden_states": noise(batch, 9, 16, seed=seed), "timestep": given["timestep"] / 1000}
+    given |= {"img_ids": (noise(9, 3) * 4).round(), "txt_ids": torch.zeros(TEXT, 3)}
+    return given | ({"guidance": torch.full((batch,), 3.5)} if kind == "flux" else {})
+
+
+@cache
+def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
+    """Return its integer form, no engine attached; copy it before that."""
+    network, inputs = tiny(kind), []
+    for seed in (0, 11):
+        bound = inspect.signature(network.forward).bind(**call(kind, 3, seed))
+        bound.apply_defaults()
+        inputs.append(bound.args)
+    # Names do not say that these of Wan read the time.
+    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"))
+
+
+def fused(kind: str, *exclude: str) -> nn.Module:
+    """Return it with its blocks fused, layers in `exclude` left in float."""
+    network = copy.deepcopy(quantized(kind, exclude))
+    ENGINE.attach(network)
+    return network
 
 
 def randomized(network: nn.Module) -> nn.Module:
@@ -30,7 +114,7 @@ def by_token(network: nn.Module, every: int) -> nn.Module:
     for _, layer in list(quantized_layers(network))[::every]:
         layer.act_scale = layer.act_scale[:, :0]
         layer.act_zero_point.fill_(128)
-    ENGINES.get("triton").attach(network)
+    ENGINE.attach(network)
     return network
 
 
