@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    LatteTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -34,6 +35,9 @@ IMAGE = {**HEADS, "sample_size": SIZE, "in_channels": 4, "out_channels": 4}
 SD3 = {**IMAGE, "num_layers": 3, "joint_attention_dim": 48, "caption_projection_dim": 32}
 SD3 |= {"pooled_projection_dim": 32, "pos_embed_max_size": 8}
 PIXART = {"cross_attention_dim": 32, "caption_channels": 48, "use_additional_conditions": False}
+LATTE = {"cross_attention_dim": 32, "caption_channels": 48, "activation_fn": "gelu-approximate"}
+LATTE |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False}
+LATTE |= {"video_length": 3, "patch_size": 2}
 WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 48, "freq_dim": 32, "ffn_dim": 64}
 FLUX = {**HEADS, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
 FLUX |= {"joint_attention_dim": 48, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
@@ -45,11 +49,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
     "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=2, num_embeds_ada_norm=10),
     "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
+    "latte": lambda: LatteTransformer3DModel(**IMAGE, num_layers=2, **LATTE),
     "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
 LEVELS = {"flux": 0.02, "schnell": 0.02, "sd3": 0.15, "sd35": 0.03}
-LEVELS |= {"dit": 0.05, "pixart": 0.05, "wan": 0.05}
+LEVELS |= {"dit": 0.05, "pixart": 0.05, "latte": 0.1, "wan": 0.05}
 
 
 @cache
@@ -67,8 +72,9 @@ def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
     if kind == "dit":
         return given | {"class_labels": torch.arange(batch) + seed % 5}
     given["encoder_hidden_states"] = noise(batch, TEXT, 48, seed=seed + 1)
-    if kind == "wan":
-        return given | {"hidden_states": given["hidden_states"][:, :, None]}
+    if kind in ("latte", "wan"):
+        frames = 3 if kind == "latte" else 1
+        return given | {"hidden_states": noise(batch, 4, frames, SIZE, SIZE, seed=seed)}
     if kind == "pixart":
         return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
     given["pooled_projections"] = noise(batch, 32, seed=seed + 2)
@@ -105,7 +111,8 @@ def randomized(network: nn.Module) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1.5 / module.in_features**0.5)
-            nn.init.normal_(module.bias, std=0.3)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.3)
     return network.eval()
 
 

@@ -52,7 +52,7 @@ def test_each_block_equals_its_layers(kind, batch):
     assert reasons(network) == {None}
     found = errors(network, **call(kind, batch))
     # The last block of SD3 ends the text.
-    assert len(found) == {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5}.get(kind, 2)
+    assert len(found) == {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4}.get(kind, 2)
     check_errors(found)
 
 
@@ -88,7 +88,7 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
     if "sd3" in kind:
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
         assert len(shared.layers) == 2 * 3
-    elif kind in ("pixart", "wan"):
+    elif kind in ("pixart", "latte", "wan"):
         (shared,) = {attention.contexts for f in forwards for attention in f.attentions}
         assert len(shared.attentions) == 2
     elif kind == "dit":
