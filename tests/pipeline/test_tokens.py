@@ -19,7 +19,9 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages
+from quantempo.pipeline.quality import summary
 from quantempo.pipeline.quantize import quantize
+from quantempo.pipeline.session import reopen
 from quantempo.quantized import quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.rounding.base import dequantized_input
@@ -166,6 +168,9 @@ def test_a_folder_gives_back_every_bit(run: RunFolder, tmp_path: Path) -> None:
     assert settings["reasons"].keys() == names - {"pos_embed.proj"}
     table = run.read_json("layers.json")
     assert {row["name"] for row in table if row["buckets"] == 0} == dynamic
+    # Which scales were chosen is no reason to be in float.
+    left = {row["name"] for row in summary(reopen(run.path))["float_layers"]}
+    assert left == {row["name"] for row in table} - names
     said = CliRunner().invoke(app, ["inspect", str(run.path), "--device", "cpu"]).output
     lines = {line.split()[0]: line for line in said.splitlines()}
     for row in table[:-1]:

@@ -66,12 +66,14 @@ def test_gptq_lowers_the_error_of_the_network(kind: str) -> None:
     assert _error(made, copied) < 0.9 * plain
 
 
-def test_a_block_whose_layers_run_outside_its_call_grows(monkeypatch) -> None:
-    """Lumina's block calls the last layer of its attention itself."""
+@pytest.mark.parametrize("around", [True, False])
+def test_a_block_whose_layers_run_outside_its_call_grows(around: bool, monkeypatch) -> None:
+    """Lumina's block calls the last layer of its attention itself, others the network."""
     made = case("dit")
 
     def is_unit(module: nn.Module) -> bool:
-        return isinstance(module, nn.ModuleList) and isinstance(module[0], nn.Linear)
+        # Around the list of all blocks there is the network alone.
+        return isinstance(module, nn.ModuleList) and isinstance(module[0], nn.Linear) == around
 
     monkeypatch.setattr("quantempo.models.layers.is_unit", is_unit)
     plain = _error(made, made.copied())

@@ -121,6 +121,6 @@ def summary(session: Session) -> dict[str, Any]:
             "bytes_packed": sum(file.stat().st_size for file in files),
             "calibration_seconds": round(seconds, 2),
             "float_layers": [
-                {"name": row["name"], "reason": row["reason"]} for row in rows if row["reason"]
+                {k: row[k] for k in ("name", "reason")} for row in rows if row["buckets"] is None
             ],
         }

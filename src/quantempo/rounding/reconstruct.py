@@ -12,7 +12,7 @@ Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirica
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import Block, blocks, hooked
-from quantempo.quantized import QConv2d, QLayer, QPatches, find_clock, quantized_layers
+from quantempo.quantized import QConv2d, QPatches, find_clock, quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
@@ -153,15 +153,12 @@ class _Job:
     def _in_order(self, whole: frozenset[str] = frozenset()) -> list[Block]:
         """Return the blocks with integer layers, and those layers, as a run meets them.
 
-        whole: modules around blocks whose layers run outside their call (Lumina).
+        whole: modules around blocks whose layers run outside their call (Lumina). Layers with no
+        such module, in a network that calls them itself, are blocks.
         """
-        found = []
-        for block in blocks(self.denoiser, whole):
-            layers = [n for n in block.layers if isinstance(self.copied.get_submodule(n), QLayer)]
-            if layers:
-                found.append(replace(block, layers=tuple(layers)))
-        known = {block.name: block for block in found}
-        owner = {name: block.name for block in found for name in (block.name, *block.layers)}
+        names = {name for name, _ in quantized_layers(self.copied)}
+        layers = {block.name: names & {*block.layers} for block in blocks(self.denoiser, whole)}
+        owner = {n: block for block, mine in layers.items() if mine for n in (block, *mine)}
         modules = {name: self.denoiser.get_submodule(name) for name in owner}
         order: dict[str, None] = {}
         running, outside = set[str](), set[str]()
@@ -170,20 +167,20 @@ class _Job:
             order.setdefault(name)
             running.add(name)
             if owner[name] not in running:
-                outside.add(owner[name].rpartition(".")[0])
+                outside.add(name)
 
         with hooked(modules, enter, before=True), hooked(modules, lambda n, *_: running.discard(n)):
             self.data.replay(self.denoiser, self.batches[0])
-        if outside - {""}:
-            return self._in_order(whole | outside)
-        self.idle = sorted({n for block in found for n in block.layers} - set(order))
+        if around := {owner[name].rpartition(".")[0] for name in outside} - {""}:
+            return self._in_order(whole | around)
+        self.idle = sorted(names - set(order))
         if self.idle:
             log.warning("never run by the trace, rounded as packed: %s", ", ".join(self.idle))
         result = []
-        for block in (known[name] for name in order if name in known):
-            inside = set(block.layers)
-            if run := tuple(name for name in order if name in inside):
-                result.append(replace(block, layers=run))
+        for name, module in ((name, modules[name]) for name in order):
+            inside = {name} if name in outside else layers.get(name, set()) - outside
+            if run := tuple(n for n in order if n in inside):
+                result.append(Block(name, module, run))
         return result
 
     def _measured(self, calls: list[Tensor]) -> dict[str, Law]:
