@@ -163,6 +163,8 @@ def test_arguments_for_processors_take_the_path_of_the_class():
         takes = one.forward.takes
         assert takes(x, text, temb, None) and not takes(x, text.half(), temb, None)
         assert not takes(x, text, temb, (noise(3, 16), noise(3, 16)))
+        # The class reads two tables from one tensor too.
+        assert not takes(x, text, temb, noise(2, TEXT + IMAGE, 16))
     block.attn.processor = FluxIPAdapterAttnProcessor(32, 32)
     assert block.forward.parts.given(text, temb) is None
 

@@ -236,6 +236,7 @@ def test_times_by_token_and_odd_tables_take_the_path_of_the_class_of_wan():
     takes = block.forward.takes
     assert takes(x, text, None, tables, times[:, 0], None)
     assert not takes(x, text, None, short, times[:, 0], None)
+    assert not takes(x, text, None, torch.stack(tables), times[:, 0], None)
     unfuse(network)
     assert torch.equal(y, block(x, text, times, tables))
 

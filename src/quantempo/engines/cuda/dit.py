@@ -68,6 +68,7 @@ class FusedModulatedBlock(GpuBlock):
     def takes(self, x: Tensor, context: Any, mask: Any, rotary: Any, *time: Any) -> bool:
         """Return whether `run` can be given these."""
         known = x.dtype in FLOATS and x.ndim == 3 and self.parts.modulates(x, *time)
+        known = known and isinstance(rotary, tuple | None)
         if not known or any(y.shape[:3] != (1, x.shape[1], 1) for y in rotary or ()):
             return False
         if not self.attentions:

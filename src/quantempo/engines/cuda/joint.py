@@ -148,8 +148,9 @@ class _Joint(GpuBlock):
             return False
         alike = x.ndim == text.ndim == 3 and x.dtype == text.dtype and len(x) == len(text)
         known = alike and temb.ndim == 2 and len(temb) in (1, len(x))
-        tables = () if rotary is None else rotary
-        return known and all(y.ndim == 2 and len(y) == x.shape[1] + text.shape[1] for y in tables)
+        known = known and isinstance(rotary, tuple | None)
+        tokens = x.shape[1] + text.shape[1]
+        return known and all(y.ndim == 2 and len(y) == tokens for y in rotary or ())
 
 
 class Stream(Prepared):
