@@ -33,7 +33,7 @@ TOKENS, WIDTH = 5, 24
 
 
 class Net(nn.Module):
-    """Three linear layers that read the same tokens: as they are, of one sign, some far larger."""
+    """Linear layers alone that read the same tokens: as they are, of one sign, some far larger."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,6 @@ class Net(nn.Module):
             torch.manual_seed(0)
             self.even, self.positive, self.outliers = (nn.Linear(WIDTH, 8) for _ in range(3))
             self.joined = nn.Linear(2 * WIDTH, 8)
-        self.gain = nn.Parameter(torch.ones(()))
 
     def inputs(self, x: Tensor) -> dict[str, Tensor]:
         size = torch.tensor([1, 1, 1, 1, 60.0])[:, None]
@@ -49,7 +48,7 @@ class Net(nn.Module):
         return {"even": x, "positive": x.abs(), "outliers": x * size, "joined": wide}
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.gain * sum(getattr(self, name)(x) for name, x in self.inputs(sample).items())
+        return sum(getattr(self, name)(x) for name, x in self.inputs(sample).items())
 
 
 def data() -> MemorySet:

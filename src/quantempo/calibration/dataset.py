@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ class CalibrationData:
 
     def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
         """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
-        output = denoiser(**self.arguments(batch, next(denoiser.parameters())))
+        floats = (x for x in denoiser.buffers() if x.is_floating_point())
+        output = denoiser(**self.arguments(batch, next(chain(denoiser.parameters(), floats))))
         return output if isinstance(output, Tensor) else output[0]
 
 

@@ -153,8 +153,7 @@ class _Job:
     def _in_order(self, whole: frozenset[str] = frozenset()) -> list[Block]:
         """Return the blocks with integer layers, and those layers, as a run meets them.
 
-        whole: modules around blocks whose layers run outside their call (Lumina). Layers with no
-        such module, in a network that calls them itself, are blocks.
+        whole: modules around layers that run outside their block; without one, these are blocks.
         """
         names = {name for name, _ in quantized_layers(self.copied)}
         layers = {block.name: names & {*block.layers} for block in blocks(self.denoiser, whole)}
@@ -177,10 +176,10 @@ class _Job:
         if self.idle:
             log.warning("never run by the trace, rounded as packed: %s", ", ".join(self.idle))
         result = []
-        for name, module in ((name, modules[name]) for name in order):
+        for name in order:
             inside = {name} if name in outside else layers.get(name, set()) - outside
             if run := tuple(n for n in order if n in inside):
-                result.append(Block(name, module, run))
+                result.append(Block(name, modules[name], run))
         return result
 
     def _measured(self, calls: list[Tensor]) -> dict[str, Law]:
