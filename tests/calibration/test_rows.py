@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from quantempo.calibration.dataset import MemorySet
 from quantempo.calibration.rows import (
     Place,
+    alike,
     by_row,
     dump,
     join,
-    key_of,
     laws,
     load,
     measure,
@@ -139,7 +139,7 @@ def test_values_are_taken_joined_written_and_read() -> None:
     assert law["['shared'][1]"] is None and law["['frames']"] == Place(0, 3)
     assert law["['nested']['b'][2]['across']"] == Place(1, 1) and law["['number']"] == Place(0, 2)
     parts = [arguments(x[:4]), arguments(x[4:])]
-    assert key_of(law, parts[0], 4) == key_of(law, parts[1], 2)
+    assert alike(law, parts[0], 4)[0][0] == alike(law, parts[1], 2)[0][0]
     assert equal(join(law, parts), arguments(x))
     assert equal(take(law, arguments(x), torch.tensor([5, 1, 1])), arguments(x[[5, 1, 1]]))
     tensors: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ def test_values_are_taken_joined_written_and_read() -> None:
     assert torch.equal(tiles, x.flatten(1).mean(1)[:, None].expand(-1, 3))
     for wrong in ({"frames": x}, {"late": x}):
         with pytest.raises(QuantempoError, match="was not measured like this"):
-            key_of(law, wrong, 6)
+            alike(law, wrong, 6)
     for one, two in ((x[0], x[:2]), (torch.eye(2), torch.eye(4)), ([1, 2], [1, 2, 3])):
         with pytest.raises(QuantempoError, match="expected one that grows"):
             measure(one, two, torch.arange(2), 4)

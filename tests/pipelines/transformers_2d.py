@@ -130,7 +130,10 @@ def lumina2() -> Any:
 
 def z_image() -> Any:
     axes = {"dim": 32, "axes_dims": [8, 4, 4], "axes_lens": [128, 16, 16]}
-    return p.pipeline(D.ZImagePipeline, p.tiny(D.ZImageTransformer2DModel, **axes), p.qwen3())
+    text = p.qwen3()
+    # Like the real one it leaves no text empty.
+    text[0].chat_template = "<|im_start|>" + text[0].chat_template
+    return p.pipeline(D.ZImagePipeline, p.tiny(D.ZImageTransformer2DModel, **axes), text)
 
 
 def prx() -> Any:
@@ -187,7 +190,7 @@ TRANSFORMERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "HunyuanDiT": lambda: (hunyuan_dit(), {**two_texts(), **SIZE, **WHOLE}),
     "Lumina": lambda: (lumina(), {**p.RAW, **LARGE, "max_sequence_length": 8}),
     "Lumina 2": lambda: (lumina2(), {"prompt": ["a", "a b c"], **LARGE, "system_prompt": "s"}),
-    "Z-Image": lambda: (z_image(), LONG),
+    "Z-Image": lambda: (z_image(), {**TEXT, **SIZE, "prompt": ["a b", "c" * 40]}),
     "Qwen-Image": lambda: (qwen(D.QwenImagePipeline), MASKED),
     "Qwen-Image-Edit": lambda: (
         qwen(D.QwenImageEditPipeline, processor=T.CLIPImageProcessor()),

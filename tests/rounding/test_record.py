@@ -10,7 +10,7 @@ from quantempo.calibration.rows import Law, Place
 from quantempo.rounding.base import Inputs, record
 
 LAW: Law = {"[0][0]": Place(0, 1), "[2]": Place(0, 1)}
-LAWS = {"first": LAW, "last": LAW}
+LAWS = {"first": [LAW], "last": [LAW]}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantempo.calibration.rows import Law, Place, join, key_of, load, measure, take
+from quantempo.calibration.rows import LISTED, Law, Place, alike, join, load, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import Times
@@ -103,7 +103,8 @@ class CalibrationData:
         """
         sample, timestep = self.names
         cond = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), batch.cond)
-        cond[sample] = batch.x_t.to(like.device, like.dtype)
+        x_t = batch.x_t.to(like.device, like.dtype)
+        cond[sample] = list(x_t) if LISTED in self.law else x_t
         cond[timestep] = batch.t.to(like.device)
         return cond
 
@@ -111,7 +112,9 @@ class CalibrationData:
         """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
         floats = (x for x in denoiser.buffers() if x.is_floating_point())
         output = denoiser(**self.arguments(batch, next(chain(denoiser.parameters(), floats))))
-        return output if isinstance(output, Tensor) else output[0]
+        whole = isinstance(output, Tensor) or (LISTED in self.law and isinstance(output, list))
+        made = output if whole else output[0]
+        return torch.stack(made) if isinstance(made, list) else made
 
 
 class MemorySet(CalibrationData):
@@ -134,7 +137,8 @@ class MemorySet(CalibrationData):
         for batch in batches:
             # On the CPU, like rows read from a folder; a replay moves them to the denoiser.
             here = pytree.tree_map_only(Tensor, Tensor.cpu, batch)
-            groups.setdefault(key_of(law, here, len(here.t)), []).append(here)
+            for key, rows in alike(law, here, len(here.t)):
+                groups.setdefault(key, []).append(take(law, here, rows))
         self._batches = [join(law, group) for group in groups.values()]
         self.pieces = [(k, len(b.t)) for k, b in zip(groups, self._batches, strict=True)]
         self.timesteps = torch.cat([batch.t for batch in self._batches])
@@ -173,6 +177,7 @@ class MemorySet(CalibrationData):
                 f"got calls of {len(most.t)} rows each; give one of another number of rows, which "
                 "tells arguments with an entry a row from shared ones"
             )
+        law |= {LISTED: None} if bound[0].listed else {}
         made, names = cls.__new__(cls), (bound[0].sample_name, bound[0].timestep_name)
         made._fill(batches, law, names, num_train_timesteps)
         return made

@@ -6,7 +6,7 @@ Separate from `trace`, which decides the times, runs the pipeline and writes fil
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceBatch
-from quantempo.calibration.rows import Law, dump, join, key_of, measure, take
+from quantempo.calibration.rows import LISTED, Law, alike, dump, join, measure, take
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import DenoiserInputs, bind_inputs
 from quantempo.models.sampling import call_pipeline
@@ -51,7 +51,7 @@ def probe(
         QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
     runs, forward, times = [], denoiser.forward, list[Tensor]()
-    count = len(places)
+    count, law = len(places), Law()
     for asked in (list(places), [*places, places[0]]):
         found: dict[str, TraceBatch] = {}
         outputs: dict[int, Any] = {}
@@ -62,6 +62,7 @@ def probe(
             inputs = bind_inputs(denoiser, args, kwargs)
             kept = pytree.tree_map_only(Tensor, Tensor.clone, _batch(inputs))
             times.append(kept.t.cpu())
+            law.update({LISTED: None} if inputs.listed else {})
             found.setdefault(str(pytree.tree_structure(kept)), kept)
             if len(kept.x_t) not in outputs:
                 outputs[len(kept.x_t)] = forward(*args, **kwargs)
@@ -73,7 +74,6 @@ def probe(
         runs.append(list(found.values()))
     if not runs[0]:
         raise NeverCalledError
-    law: Law = {}
     if len(runs[0]) != len(runs[1]):
         raise QuantempoError("the names of the denoiser's arguments change from run to run")
     for one, two in zip(*runs, strict=True):
@@ -85,7 +85,9 @@ def probe(
                 f"{tuple(two.x_t.shape)} for one more; expected more rows"
             )
         rows = take({"": image}, torch.arange(len(two.x_t)), torch.arange(count))
-        law |= measure(one, two, rows, len(two.x_t)) | {"x_t": image}
+        # Calls with and without guidance: the one with more rows says how they lie.
+        most = max(image, law.get("x_t") or image, key=lambda place: place.each)
+        law |= measure(one, two, rows, len(two.x_t)) | {"x_t": most}
     return law, times
 
 
@@ -95,13 +97,12 @@ def _batch(inputs: DenoiserInputs) -> TraceBatch:
 
 @dataclass
 class _Slot:
-    """The call a target holds: its rows (one a half) and how far its time is from the target."""
+    """The call a target holds: its rows (a half each, with its key), how far from the target."""
 
     distance: float = float("inf")
     ties: int = 1
     call: int = 0
-    key: str = ""
-    batch: TraceBatch | None = None
+    rows: list[tuple[str, TraceBatch]] = field(default_factory=list)
 
 
 class Recorder:
@@ -160,14 +161,17 @@ class Recorder:
     def _keep(self, taken: list[tuple[int, _Slot]], batch: TraceBatch, rows_of: Tensor) -> None:
         """Copy the rows of (chain, slot) pairs, all with one wait for the device."""
         index = rows_of[[chain for chain, _ in taken]]
-        key = key_of(self.law, batch, rows_of.numel())
+        found = alike(self.law, batch, rows_of.numel())
+        keys = {row: key for key, part in found for row in part.tolist()}
         # A copy also of what all rows share: the pipeline may overwrite it.
         kept = pytree.tree_map_only(
             Tensor, lambda v: v.detach().cpu().clone(), take(self.law, batch, index.flatten())
         )
         kept = kept._replace(x_t=kept.x_t.float())
-        for (_, slot), mine in zip(taken, torch.arange(index.numel()).view_as(index), strict=True):
-            slot.call, slot.key, slot.batch = self.calls, key, take(self.law, kept, mine)
+        rows, halves = enumerate(index.flatten().tolist()), index.shape[1]
+        own = [(keys[row], take(self.law, kept, torch.tensor([i]))) for i, row in rows]
+        for number, (_, slot) in enumerate(taken):
+            slot.call, slot.rows = self.calls, own[number * halves :][:halves]
 
     def _takes(self, slot: _Slot, distance: float) -> bool:
         if distance > slot.distance:
@@ -183,17 +187,15 @@ class Recorder:
         Rows are ordered by group (of calls that can be joined), chain, pick, half.
         """
         groups: dict[str, list[tuple[dict[str, Tensor], TraceBatch]]] = {}
-        for chain, slots in enumerate(self.slots):
-            for pick, slot in enumerate(slots):
-                if slot.batch is None:
+        for chain, (slots, targets) in enumerate(zip(self.slots, self.targets, strict=True)):
+            for pick, (slot, target) in enumerate(zip(slots, targets, strict=True)):
+                if not slot.rows:
                     raise NeverCalledError
-                halves = len(slot.batch.t)
-                place = {"chain": self.first + chain, "pick": pick, "call": slot.call}
-                columns = {name: torch.full((halves,), value) for name, value in place.items()}
-                columns["half"] = torch.arange(halves)
-                columns["place"] = self.times.noisiest(slot.batch.t)
-                columns["target"] = self.targets[chain, pick].expand(halves)
-                groups.setdefault(slot.key, []).append((columns, slot.batch))
+                for k, (key, batch) in enumerate(slot.rows):
+                    at = {"chain": self.first + chain, "pick": pick, "call": slot.call, "half": k}
+                    columns = {name: torch.tensor([number]) for name, number in at.items()}
+                    columns |= {"place": self.times.noisiest(batch.t), "target": target[None]}
+                    groups.setdefault(key, []).append((columns, batch))
         columns_of = [columns for group in groups.values() for columns, _ in group]
         tensors = {name: torch.cat([c[name] for c in columns_of]) for name in columns_of[0]}
         joined = [join(self.law, [batch for _, batch in group]) for group in groups.values()]

@@ -7,6 +7,7 @@ Values are nested tuples, lists and dicts and keep their types.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked
 from quantempo.run_folder import tensors_sha256
 
-__all__ = ["Law", "Place", "by_row", "dump", "join", "key_of", "laws", "load", "measure", "take"]
+__all__ = ["LISTED", "Law", "Place", "alike", "by_row", "dump", "join", "laws", "load", "mapped"]
+__all__ += ["kind_of", "measure", "take"]
 
 
 class UnmeasuredError(QuantempoError):
@@ -50,6 +52,8 @@ class Place(NamedTuple):
 
 # By path (`[0]['added'][1]`); None for a tensor that all rows share.
 Law = dict[str, Place | None]
+# In the law of a `TraceBatch` whose x_t the network takes as a list of its rows.
+LISTED = "x_t[]"
 
 
 def _like(sequence: Any, items: list[Any]) -> Any:
@@ -60,12 +64,12 @@ def _places(value: Any) -> Any:
     return value if isinstance(value, dict) else range(len(value))
 
 
-def _mapped(law: Law, leaf: Callable[..., Any], path: str, first: Any, *others: Any) -> Any:
+def mapped(law: Law, leaf: Callable[..., Any], path: str, first: Any, *others: Any) -> Any:
     """Return `first` with leaf(path, value, *others' values) for its leaves; rows are leaves."""
     if path in law or not isinstance(first, dict | list | tuple):
         return leaf(path, first, *others)
     items = {
-        i: _mapped(law, leaf, f"{path}[{i!r}]", first[i], *(other[i] for other in others))
+        i: mapped(law, leaf, f"{path}[{i!r}]", first[i], *(other[i] for other in others))
         for i in _places(first)
     }
     return items if isinstance(first, dict) else _like(first, list(items.values()))
@@ -128,11 +132,11 @@ def take(law: Law, value: Any, index: Tensor) -> Any:
             return place.merged(rows.index_select(0, index.to(value.device)), value)
         return place.merged([rows[i] for i in index.tolist()], value)
 
-    return _mapped(law, leaf, "", value)
+    return mapped(law, leaf, "", value)
 
 
 def join(law: Law, values: Sequence[Any]) -> Any:
-    """Return the value of one call of all rows of some calls of equal `key_of`."""
+    """Return the value of one call of all rows of some calls of equal key, see `alike`."""
 
     def leaf(path: str, *values: Any) -> Any:
         place = law.get(path)
@@ -144,22 +148,26 @@ def join(law: Law, values: Sequence[Any]) -> Any:
             return place.merged(torch.cat([place.split(value) for value in values]), values[0])
         return place.merged(values, values[0])
 
-    return _mapped(law, leaf, "", *values)
+    return mapped(law, leaf, "", *values)
 
 
-def key_of(law: Law, value: Any, rows: int) -> str:
-    """Return a hash of all but the rows of a call: equal where calls can be joined.
+def alike(law: Law, value: Any, rows: int) -> list[tuple[str, Tensor]]:
+    """Return the rows (k,) of a call by a hash of all else, their shapes too: equal, they join.
 
     Raises:
         UnmeasuredError: a tensor that was not measured, or whose rows are elsewhere.
     """
     found: list[Any] = []
+    shapes: list[list[Any]] = [[] for _ in range(rows)]
 
     def see(path: str, value: Any) -> None:
         place, sizes = law.get(path), _sizes(value)
         if place is not None and sizes[place.dim :][:1] == [place.each * rows]:
             del sizes[place.dim]
             found.append([path, str(getattr(value, "dtype", "")), sizes])
+            if isinstance(value, list | tuple):
+                for own, entries in zip(shapes, place.split(value), strict=True):
+                    own.extend(list(entry.shape) for entry in entries if isinstance(entry, Tensor))
         elif value is not None and (place or (isinstance(value, Tensor) and path not in law)):
             raise UnmeasuredError(
                 f"the argument {path} of a network, {sizes} for {rows} rows, was not measured like "
@@ -171,8 +179,22 @@ def key_of(law: Law, value: Any, rows: int) -> str:
             plain = value is None or isinstance(value, bool | int | float | str)
             found.append([path, type(value).__name__, value if plain else None])
 
-    _mapped(law, see, "", value)
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    mapped(law, see, "", value)
+    groups: dict[str, list[int]] = {}
+    for row, own in enumerate(shapes):
+        key = hashlib.sha256(json.dumps(found + own).encode()).hexdigest()
+        groups.setdefault(key, []).append(row)
+    if len(groups) > 1 and any(0 in shape for own in shapes for shape in own):
+        raise QuantempoError("got an empty text for some images; give each one, also a negative")
+    return [(key, torch.tensor(index)) for key, index in groups.items()]
+
+
+def kind_of(laws: Sequence[Law], call: Any, rows: int) -> tuple[int, str]:
+    """Return the number of the law of a call, and its key under that."""
+    for number, law in enumerate(laws[:-1]):
+        with suppress(UnmeasuredError):
+            return number, alike(law, call, rows)[0][0]
+    return len(laws) - 1, alike(laws[-1], call, rows)[0][0]
 
 
 def by_row(law: Law, value: Any, rows: int, path: str) -> list[Tensor]:
@@ -185,7 +207,7 @@ def by_row(law: Law, value: Any, rows: int, path: str) -> list[Tensor]:
             split = value.expand(rows, *value.shape) if place is None else place.split(value)
             found.append(split.reshape(rows, -1))
 
-    _mapped(law, see, path, value)
+    mapped(law, see, path, value)
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
-from quantempo.calibration.rows import measure
+from quantempo.calibration.rows import mapped, measure
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
@@ -170,16 +170,16 @@ def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
         noise = torch.randn(value.shape, generator=chance).to(value)
         return value + noise if value.is_floating_point() else value
 
-    def other_sequence(value: Tensor) -> Tensor:
-        vector = value.ndim < 2 or (value.ndim == 2 and len(value) == rows)
-        return value if vector else other(value)
+    def other_sequence(_: str, value: Any) -> Any:
+        least = 3 if isinstance(value, Tensor) and value.shape[:1] == (rows,) else 2
+        return pytree.tree_map_only(Tensor, lambda v: other(v) if v.ndim >= least else v, value)
 
     def equal(batch: TraceBatch) -> set[str]:
         seen = _inputs(denoiser, data, batch)[0]
         return {name for name in base if name in seen and base[name].marks == seen[name].marks}
 
     moved = batch._replace(x_t=pytree.tree_map_only(Tensor, other, batch.x_t))
-    sequences = pytree.tree_map_only(Tensor, other_sequence, batch.cond)
+    sequences = mapped(data.law, other_sequence, "[2]", batch.cond)
     base, output = _inputs(denoiser, data, batch)
     still, calm = equal(moved), equal(moved._replace(cond=sequences))
     roles = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from quantempo.core.instance import touched
 from quantempo.errors import QuantempoError
@@ -51,14 +51,15 @@ def check_call(denoiser: nn.Module, given: list[Tensor]) -> None:
         )
 
 
-def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors among arguments and in containers that are arguments; no masks."""
+def tensors_of(args: Any, kwargs: dict[str, Any], lists: list[list[Tensor]]) -> list[Tensor]:
+    """Return the tensors in arguments but masks; of `lists` of rows the sums of entries, (B, 1)."""
     found: list[Any] = list(args)
     for name, value in kwargs.items():
-        if "mask" not in name:
+        if "mask" not in name and not any(value is known for known in lists):
             inner = value.values() if isinstance(value, dict) else value
             found += inner if isinstance(value, dict | list | tuple) else [value]
-    return [value for value in found if isinstance(value, Tensor)]
+    sums = [torch.stack([v.sum(dtype=torch.float32) for v in rows])[:, None] for rows in lists]
+    return sums + [value for value in found if isinstance(value, Tensor)]
 
 
 def one_row(value: Tensor) -> Tensor:
@@ -66,10 +67,10 @@ def one_row(value: Tensor) -> Tensor:
     return value if value.ndim == 0 or len(value) else value.new_zeros((1, *value.shape[1:]))
 
 
-def keep_nan(output: Any, given: list[Tensor]) -> Any:
+def keep_nan(output: Any, given: list[Tensor], listed: bool) -> Any:
     """Return the output, NaN for samples that got NaN or infinity, which codes cannot hold.
 
-    Nothing waits for a GPU.
+    listed: whether a list may be one of samples. Nothing waits for a GPU.
     """
     rows = next((len(value) for value in given if value.ndim), 1)
     # 0 of a finite sum, else NaN.
@@ -81,13 +82,15 @@ def keep_nan(output: Any, given: list[Tensor]) -> Any:
     if zero.device.type == "cpu" and not bool(zero.isnan().any()):
         return output
 
-    def spread(y: Tensor) -> Tensor:
-        if not y.is_floating_point() or not y.ndim:
+    def spread(y: Any, zero: Tensor = zero) -> Any:
+        if isinstance(y, list):
+            return list(map(spread, y, zero if listed and len(y) == rows else [zero] * len(y)))
+        if not isinstance(y, Tensor) or not y.is_floating_point() or not y.ndim:
             return y
         term = zero if zero.ndim == 0 or len(y) == rows else zero.sum()
         return y + term.reshape(-1, *[1] * (y.ndim - 1)).to(y.dtype)
 
-    return tree_map_only(Tensor, spread, output)
+    return tree_map(spread, output, is_leaf=lambda y: isinstance(y, list))
 
 
 class Watch:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
 from quantempo.engines import calls
 from quantempo.errors import QuantempoError, log
-from quantempo.models.layers import bind_inputs
+from quantempo.models.layers import bind_inputs, lists_of
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.registry import Registry
 
@@ -273,7 +273,8 @@ class _Denoiser(Forward):
                     "call quantempo.attach(denoiser) before torch.compile"
                 )
             return super().__call__(*args, **kwargs)
-        given = calls.tensors_of(args, kwargs)
+        lists = lists_of(self.module, args, kwargs)
+        given = calls.tensors_of(args, kwargs, lists)
         calls.check_call(self.module, given)
         if self.asked is not None and self._stale():
             with ATTACHING:
@@ -290,7 +291,7 @@ class _Denoiser(Forward):
                 wrong = ENGINES.get(self.name).first_wrong(self.module, args, kwargs, output)
                 if wrong is not None:
                     return run_instead(self.module, self.name, wrong, args, kwargs)
-            return calls.keep_nan(output, given) if given else output
+            return calls.keep_nan(output, given, bool(lists)) if given else output
 
     def _stale(self) -> bool:
         return self.name is None or self.watch is None or self.watch.changed()

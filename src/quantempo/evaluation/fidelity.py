@@ -107,9 +107,11 @@ def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
 
 
 def prediction(output: Any) -> Tensor:
-    """Return a denoiser's tensor: itself, the head of a tuple or of an output, or `.sample`."""
+    """Return a denoiser's tensor: itself, a list of its rows, the head of a tuple, or `.sample`."""
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, list) and output and all(isinstance(row, Tensor) for row in output):
+        return torch.stack(output)
     parts = list(output.values()) if isinstance(output, Mapping) else output
     if isinstance(parts, tuple | list) and parts:
         return prediction(parts[0])

@@ -19,8 +19,8 @@ from quantempo.registry import check_known
 
 __all__ = [
     "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
-    "check_roles", "denoiser_of", "denoisers_of", "hooked", "input_of", "is_unit", "sites",
-    "skip_segments", "timestep_of", "timestep_place",
+    "check_roles", "clock_time", "denoiser_of", "denoisers_of", "hooked", "input_of", "is_unit",
+    "lists_of", "sites", "skip_segments", "timestep_of", "timestep_place",
 ]  # fmt: skip
 
 LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -196,10 +196,10 @@ def parallel_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int
 class DenoiserInputs:
     """One call of a denoiser, by argument name.
 
-    sample: (B, ...) x_t as the network receives it; timestep: (B,), or (B, ...) of its tokens,
-    int64, or floating point as received; conditioning: the other
-    arguments by name, defaults not filled in; sample_name: of the first argument ("sample",
-    "hidden_states").
+    sample: (B, ...) x_t as the network receives it, or gets as a list of its rows (`listed`);
+    timestep: (B,), or (B, ...) of its tokens, int64, or floating point as received; conditioning:
+    the other arguments by name, defaults not filled in; sample_name: of the first argument
+    ("sample", "hidden_states").
     """
 
     sample: Tensor
@@ -207,6 +207,7 @@ class DenoiserInputs:
     conditioning: dict[str, Any]
     sample_name: str
     timestep_name: str
+    listed: bool = False
 
 
 def bind_inputs(
@@ -232,15 +233,46 @@ def bind_inputs(
     sample_name = names[1]
     sample = given.pop(sample_name, None)
     time, _ = timestep_place(denoiser)
+    listed = _is_list(sample) and len({row.shape for row in sample}) == 1
+    sample = torch.stack(sample) if listed else sample
     if not isinstance(sample, Tensor) or given.get(time) is None:
         raise QuantempoError(
-            f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected a tensor "
-            f"x_t first and a time ({', '.join(_TIMES)})"
+            f"{type(module).__name__} was called with ({', '.join(names[1:])}); expected x_t "
+            f"first, a tensor or a list of tensors of one shape, and a time ({', '.join(_TIMES)})"
         )
     timestep = _rows(given.pop(time), sample)
     # How the answer is wrapped says nothing about the network's input.
     given.pop("return_dict", None)
-    return DenoiserInputs(sample, timestep, given, sample_name, time)
+    return DenoiserInputs(sample, timestep, given, sample_name, time, listed)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Tensor) for v in value)
+
+
+def clock_time(denoiser: nn.Module, args: Any, kwargs: Any, place: tuple[str, int]) -> Any:
+    """Return the time-step of a call; the one of all rows where their entries in a list differ."""
+    t, lists = timestep_of(args, kwargs, place), lists_of(denoiser, args, kwargs)
+    if isinstance(t, Tensor) and any(len({row.shape for row in rows}) > 1 for rows in lists):
+        # A layer may see one entry after the other: how many of its rows are whose it cannot know.
+        if bool((t != t.flatten()[:1]).any()):
+            raise QuantempoError(
+                "got entries of unequal shapes at unequal time-steps; call once for each time-step"
+            )
+        return t.flatten()[:1]
+    return t
+
+
+def lists_of(denoiser: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[list[Tensor]]:
+    """Return the arguments but masks that are lists of rows; residuals hold all rows each."""
+    plain = (value for name, value in kwargs.items() if "mask" not in name)
+    lists = [value for value in (*args, *plain) if _is_list(value)]
+    if not lists:
+        return []
+    name = [*inspect.signature(type(denoiser).forward).parameters][1]
+    x = args[0] if args else kwargs.get(name, [])
+    held = (len(x),) if isinstance(x, Tensor) else None
+    return [v for v in lists if len(v) == len(x) and any(row.shape[:1] != held for row in v)]
 
 
 def _rows(timestep: Any, sample: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, timestep_of, timestep_place
+from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, clock_time, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
 from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
 from quantempo.recipe import Recipe, parse_bits
@@ -128,8 +128,9 @@ def _set_clock(
 ) -> None:
     # Where x_t is: the network may be brought there by what others have wrapped around its forward.
     devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    t = clock_time(denoiser, args, kwargs, place)
     # Asked of the module at hand: a copy of the denoiser has a clock of its own.
-    getattr(denoiser, CLOCK_NAME)(timestep_of(args, kwargs, place), next(devices, None))
+    getattr(denoiser, CLOCK_NAME)(t, next(devices, None))
 
 
 def find_clock(denoiser: nn.Module) -> StepClock | None:

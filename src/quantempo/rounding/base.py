@@ -5,7 +5,7 @@ packing, backends and files never know how they were found. To record the inputs
 network is stopped there, so a recording costs what comes before it and no more.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantempo.calibration.rows import Law, by_row, join, key_of, take
+from quantempo.calibration.rows import Law, by_row, join, kind_of, take
 from quantempo.core import Format
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
@@ -182,15 +182,15 @@ class Inputs:
     Args:
         budget: bytes kept on the device they come from; what would be more lies on the host, in
             half precision (values beyond its range are clipped to it).
-        law: of the calls of the block, see `calibration.rows.laws`.
+        laws: of each kind of call of the block, see `calibration.rows.laws`.
     """
 
-    def __init__(self, rows: int, budget: int, law: Law) -> None:
-        self.rows, self.budget, self.law = rows, budget, law
+    def __init__(self, rows: int, budget: int, *laws: Law) -> None:
+        self.rows, self.budget, self.laws = rows, budget, laws
         self.halved = False
-        self._parts: list[tuple[str, int, Any]] = []
+        self._parts: list[tuple[tuple[int, str], int, Any]] = []
         # The calls that could be joined; the group of each row, and its place there.
-        self._groups: list[Any] = []
+        self._groups: list[tuple[Law, Any]] = []
         self._group = self._place = torch.zeros(0, dtype=torch.int64)
 
     def add(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class Inputs:
             size = sum(v.nbytes for v in pytree.tree_leaves(call) if isinstance(v, Tensor))
             self.halved = size / count * self.rows > self.budget
         kept = pytree.tree_map_only(Tensor, self._keep, call)
-        self._parts.append((key_of(self.law, call, count), count, kept))
+        self._parts.append((kind_of(self.laws, call, count), count, kept))
 
     def _keep(self, value: Tensor) -> Tensor:
         value = value.detach()
@@ -222,7 +222,8 @@ class Inputs:
         self._group = torch.tensor([keys.index(k) for k, n, _ in self._parts for _ in range(n)])
         self._place = torch.zeros_like(self._group)
         for number, key in enumerate(keys):
-            self._groups.append(join(self.law, [v for k, _, v in self._parts if k == key]))
+            law = self.laws[key[0]]
+            self._groups.append((law, join(law, [v for k, _, v in self._parts if k == key])))
             here = self._group == number
             self._place[here] = torch.arange(int(here.sum()))
         self._parts.clear()
@@ -239,6 +240,10 @@ class Inputs:
         mine = (own == own[index[0]]).nonzero()[:, 0]
         return torch.where(own[index] == own[index[0]], index, mine[index % len(mine)])
 
+    def law(self, index: Tensor) -> Law:
+        """Return the law of rows `index` (k,), all of one of the groups."""
+        return self._groups[0 if len(self._groups) == 1 else self._group[index[0].item()]][0]
+
     def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) of rows `index` (k,), float32; all of one of the groups."""
         number = 0
@@ -250,7 +255,7 @@ class Inputs:
             value = value.to(device, non_blocking=True)
             return value.float() if value.dtype == torch.float16 and self.halved else value
 
-        call = take(self.law, self._groups[number], index)
+        call = take(*self._groups[number], index)
         return pytree.tree_map_only(Tensor, given, call)
 
 
@@ -259,14 +264,14 @@ def record(
     modules: Mapping[str, nn.Module],
     calls: list[tuple[int, Callable[[], Any]]],
     budget: int,
-    laws: Mapping[str, Law],
+    laws: Mapping[str, Sequence[Law]],
 ) -> dict[str, Inputs] | None:
     """Return what every module is first called with by each of `calls` = (rows, forward).
 
     None if those of several modules take more than the budget together.
     """
     total = sum(rows for rows, _ in calls)
-    found = {name: Inputs(total, budget, laws[name]) for name in modules}
+    found = {name: Inputs(total, budget, *laws[name]) for name in modules}
     for rows, call in calls:
 
         def see(name: str, args: Any, kwargs: Any, rows: int = rows) -> None:
@@ -329,7 +334,7 @@ class BlockRun:
         """
         self.clock.set(self.times.index_select(0, index))
         module, (args, kwargs) = self.module if exact else self.copied, arguments
-        return by_row(self.exact.law, module(*args, **kwargs), len(index), "[2]")
+        return by_row(self.exact.law(index), module(*args, **kwargs), len(index), "[2]")
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
         """Yield the input of one quantized layer for all rows, the block's integers as they are.

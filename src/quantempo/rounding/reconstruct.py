@@ -182,19 +182,14 @@ class _Job:
                 result.append(Block(name, modules[name], run))
         return result
 
-    def _measured(self, calls: list[Tensor]) -> dict[str, Law]:
-        """Return where the rows are in the calls of every block, see `calibration.rows.laws`."""
-        found: dict[str, Law] = {block.name: {} for block in self.blocks}
+    def _measured(self, calls: list[Tensor]) -> dict[str, list[Law]]:
+        """Return where the rows are in each kind of call of every block, see `rows.laws`."""
+        found: dict[str, list[Law]] = {block.name: [] for block in self.blocks}
         modules = {block.name: block.module for block in self.blocks}
         for rows in calls:
             more = laws(modules, lambda i: self.data.replay(self.denoiser, self.data.rows(i)), rows)
             for name, law in more.items():
-                if found[name] | law != law | found[name]:
-                    raise QuantempoError(
-                        f"the block {name} is called with other numbers of entries a row in other "
-                        "calls, which cannot be rounded; exclude its layers"
-                    )
-                found[name] |= law
+                found[name] += [law] * (law not in found[name])
         return found
 
     @torch.no_grad()

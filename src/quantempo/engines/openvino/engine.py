@@ -135,7 +135,10 @@ class _Runner:
         tensors = [t.detach().contiguous() for t in tensors]
         tensors = [t.float() if t.is_floating_point() else t for t in tensors]
         values = [self._bucket(), *tensors]
-        chunks, dtype = _chunks(values, len(inputs.sample)), inputs.sample.dtype
+        count, dtype = len(inputs.sample), inputs.sample.dtype
+        # The entries of such a list may be a sample each: none is cut.
+        listed = any(isinstance(v, list) and len(v) == count for v in arguments.values())
+        chunks = _chunks(values, 0 if listed else count)
         found = [(self._graph(layout, chunk), chunk) for chunk in chunks]
         graph = found[0][0]
         wrong = next((graph.wrong for graph, _ in found if graph.wrong), None)
