@@ -5,7 +5,7 @@
 Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its
 zero point's sign turned (there z is subtracted before the clamp).
 
-A new packed format is an entry of `FORMATS` and, where it should be fast, a kernel.
+A width is an entry of `FORMATS`; kernels read bytes, whatever is packed in a file.
 """
 
 import math

@@ -1,7 +1,5 @@
 """Computed once a forward: all time shifts; keys and values of the context."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,8 +8,7 @@ from quantempo.engines.base import Prepared
 from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
-from quantempo.models.fusion_dit import ModulatedBlockParts
-from quantempo.models.fusion_transformer import TokenAttentionParts, TransformerBlockParts
+from quantempo.models.fusion_transformer import TokenAttentionParts
 from quantempo.quantized import Float16Linear
 
 __all__ = ["SharedContext", "SharedShifts"]
@@ -49,9 +46,8 @@ class SharedContext(Prepared, PerForward):
     @classmethod
     def of(cls, network: Network) -> "SharedContext":
         """Return that of all attention layers that read a context."""
-        kinds = (TransformerBlockParts, ModulatedBlockParts)
-        blocks: list[Any] = [parts for kind in kinds for parts in network.of(kind)]
-        return cls([a for block in blocks for a in block.attentions if a.cross])
+        found = (a for parts in network.parts for a in getattr(parts, "attentions", ()))
+        return cls([a for a in found if isinstance(a, TokenAttentionParts) and a.cross])
 
     def _prepare(self, device: torch.device) -> None:
         layers = [constants_of(layer, device) for a in self.attentions for layer in (a.k, a.v)]
