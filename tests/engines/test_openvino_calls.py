@@ -189,14 +189,15 @@ def test_a_large_batch_runs_in_parts() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("step", ["torch.jit.trace", "quantempo.engines.openvino.rewrite.rewrite"])
 def test_attaching_leaves_the_module_as_it_was(
-    unet: nn.Module, monkeypatch: pytest.MonkeyPatch
+    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     net = packed(unet)
     layers = dict(net.named_modules())
     engines.attach(net, "openvino")
     x = torch.randn(1, 3, 16, 16)
-    monkeypatch.setattr(torch.jit, "trace", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(step, lambda *args, **kwargs: 1 / 0)
     with pytest.raises(QuantempoError, match=r"cannot convert UNet2DModel.*division"):
         net(x, 4)
     assert dict(net.named_modules()) == layers

@@ -29,6 +29,7 @@ class _TritonEngine(LayerwiseEngine):
         assert clock is not None
         # Offloaded, each layer is there for its own call only.
         if any(tensor.is_meta for tensor in denoiser.parameters()):
+            log.warning("engine triton is not compared with simulated: the model is offloaded")
             return None
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs)

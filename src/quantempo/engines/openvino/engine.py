@@ -194,25 +194,25 @@ class _Runner:
             return found
 
         log.info("compiling the denoiser for inputs %s", [tuple(x.shape) for x in values[1:]])
-        try:
-            graph, calls = build_graph(self.denoiser, run, values, inner)
-        except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
-            raise QuantempoError(
-                f"engine 'openvino' cannot convert {type(self.denoiser).__name__} as it is called: "
-                f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
-            ) from error
         core = ov.Core()
         has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         fast = engine.attention == "bfloat16" or (engine.attention == "auto" and has_bfloat16)
-        rewrite(graph, bfloat16_attention=fast)
         how = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[engine.precision],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        return _Graph(core.compile_model(graph, "CPU", how), calls, answer[0])
+        try:
+            graph, calls = build_graph(self.denoiser, run, values, inner)
+            rewrite(graph, bfloat16_attention=fast)
+            return _Graph(core.compile_model(graph, "CPU", how), calls, answer[0])
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
+            raise QuantempoError(
+                f"engine 'openvino' cannot convert {type(self.denoiser).__name__} as it is called: "
+                f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
+            ) from error
 
     def _bucket(self) -> Tensor:
         """Return the time bucket, (1,), or (B,) when the batch mixes several."""
