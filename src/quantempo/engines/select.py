@@ -281,7 +281,7 @@ class _Denoiser(Forward):
                 if self._stale():
                     attach(self.module, self.asked)
         with torch.no_grad():
-            if not all(value.numel() for value in given):
+            if any(value.ndim and not len(value) for value in given):
                 args, kwargs = tree_map_only(Tensor, calls.one_row, (args, kwargs))
                 return tree_map_only(Tensor, lambda y: y[:0], super().__call__(*args, **kwargs))
             output = super().__call__(*args, **kwargs)

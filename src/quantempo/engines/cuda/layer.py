@@ -95,7 +95,7 @@ class _Kernel(Kernel):
             y = run(main, torch.float32, i, residual=y, **rows[i], **how)
         how |= rows[len(codes) - 1]
         y = run(codes[-1], dtype, len(codes) - 1, residual=y, bias=constants.bias, **how)
-        return (y if image else y.reshape(*x.shape[:-1], -1)).to(x.dtype)
+        return (y if image else y.reshape(*x.shape[:-1], y.shape[-1])).to(x.dtype)
 
 
 class TritonBackend(Backend):

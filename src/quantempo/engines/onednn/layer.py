@@ -87,7 +87,7 @@ class _Kernel(Kernel):
             codes = (_quantize_image if convolution else quantize_tokens)(part, *grid)
             term = self.parts[i](codes, *grid[:2], bias, dtype)
             y, bias = (term if y is None else y.add_(term)), None
-        result: Tensor = y if convolution else y.reshape(*x.shape[:-1], -1)
+        result: Tensor = y if convolution else y.reshape(*x.shape[:-1], y.shape[-1])
         return result.to(x.dtype)
 
     def _run_tokens(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class _Kernel(Kernel):
             codes, scale = _quantize_each(part, layer)
             term = self.parts[i](codes, 1.0, self.grids.zero_points[i], None)
             y = term.mul_(scale) if y is None else torch.addcmul(y, term, scale, out=term)
-        result: Tensor = y.reshape(*x.shape[:-1], -1)
+        result: Tensor = y.reshape(*x.shape[:-1], y.shape[-1])
         return result.to(x.dtype)
 
 
