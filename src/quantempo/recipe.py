@@ -23,6 +23,7 @@ __all__ = [
 
 Number = int | float
 GRANULARITIES = ("time", "token", "auto")
+GROUPS = (0, 16, 32, 64)
 
 
 def number(default: Number, low: Number, high: Number) -> Any:
@@ -77,9 +78,14 @@ class ActivationSettings:
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """How weights are quantized: per output channel, symmetric, narrow."""
+    """How weights are quantized: per output channel, symmetric, narrow.
+
+    group: input channels with a scale and a zero point of their own where weights have up to 4
+    bits, see `core.GroupFormat`: 16, 32, 64 or 0 (none).
+    """
 
     bits: int = number(8, 2, 8)
+    group: int = number(0, 0, 64)
     metric: str = "lp"
     p: float = 2.4
 
@@ -143,6 +149,11 @@ class Recipe:
             raise QuantempoError(
                 f"got activations.granularity = '{self.activations.granularity}'; expected one of: "
                 f"{', '.join(GRANULARITIES)}"
+            )
+        if self.weights.group not in GROUPS:
+            raise QuantempoError(
+                f"got weights.group = {self.weights.group}; expected one of: "
+                f"{', '.join(map(str, GROUPS))}"
             )
         for key, text in self.layers.bits.items():
             parse_bits(text, f"layers.bits.{key}")

@@ -21,6 +21,7 @@ from quantempo.calibration.trace import trace
 from quantempo.core import ACTIVATION
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.quantized import plan_layers
+from quantempo.recipe import WeightSettings
 from quantempo.run_folder import private_folder
 from quantempo.scales import search_activation
 from quantempo.scales.search import search_scales
@@ -48,7 +49,7 @@ class Calibrator:
     def __init__(self, scratch: Path, model: str, batch_size: int) -> None:
         self.scratch, self.model, self.batch_size = scratch, model, batch_size
         # Weights do not change: their scales are searched once for every metric.
-        self._weight_scales: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._weight_scales: dict[WeightSettings, dict[str, Tensor]] = {}
 
     @contextmanager
     def traced(
@@ -156,11 +157,9 @@ class Calibrator:
             names += [n for n in output_side_layers(sites(denoiser))[0] if n not in names]
         weights: dict[str, Any] = {n: denoiser.get_submodule(n).weight for n in names}
         weights = {n: weight.detach().cpu() for n, weight in weights.items()}
-        known = self._weight_scales.setdefault(
-            (recipe.weights.bits, recipe.weights.metric, recipe.weights.p), {}
-        )
+        known = self._weight_scales.setdefault(recipe.weights, {})
         tensors = search_scales(stats, weights, recipe, known=known)
-        known |= {n: tensors[f"{n}.weight_scale"] for n in weights}
+        known |= {key: value for key, value in tensors.items() if ".weight_" in key}
         return tensors
 
     def grids(self, pipe: Any, cell: Cell, stats: Mapping[str, Tensor]) -> Grids:

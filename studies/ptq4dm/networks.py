@@ -128,7 +128,8 @@ class Networks:
         for name, layer in quantized_layers(packed):
             bias = codes.get(f"{name}.bias", self.denoiser.get_submodule(name).bias)
             found, act_scale = wide[name], codes.get(f"{name}.act_scale", wide[name].act_scale)
-            fill(layer, codes[name], found.weight_scale, bias, act_scale, found.act_zero_point)
+            scales = (found.weight_scale, bias, act_scale, found.act_zero_point)
+            fill(layer, codes[name], *scales, found.weight_group)
         self._prepare(packed)
         return Frontend(*self._copies[key])
 

@@ -35,6 +35,7 @@ DIT_BITS = {
     "transformer_blocks.1.ff.net.2": "w8a2",
 }
 UNET_BITS = {"shortcut": "w8a8", "attention": "w8a6", "up_blocks.*": "w4a4"}
+GROUP = {"dit": 0, "unconditional": 16}
 BITS: dict[str, dict[str, str]] = {"dit": DIT_BITS, "unconditional": UNET_BITS}
 each = pytest.mark.parametrize("kind", ["dit", "unconditional"])
 
@@ -46,6 +47,7 @@ def mixed(kind: str) -> RunFolder:
     FOLDERS.append(folder)
     run = Path(folder.name) / "run"
     settings = recipe(symmetric=kind != "dit", bits=BITS[kind])
+    settings = settings.override("weights", group=GROUP[kind])
     pipeline.quantize(saved(kind), run, settings, call=CALLS[kind])
     return RunFolder(run)
 
@@ -83,13 +85,21 @@ def test_codes_of_every_width_come_back_from_the_file(kind: str) -> None:
         assert widths == set(range(2, 9))
     for name, layer in found.items():
         assert torch.equal(layer.weight_codes, codes[name]), name
-        top = 2 ** (layer.weight_bits - 1) - 1
+        top, stored = layer.weight_format.qmax, layer.weight_int
         # Narrow, and searched for these bits: a large part of the grid is used.
         assert top / 2 < int(codes[name].abs().max()) <= top, (name, layer.weight_bits)
-        out, inputs = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
-        small = layer.weight_bits <= 4
-        assert sizes[f"{name}.weight_int"] == out * ((inputs + 1) // 2 if small else inputs)
-        assert layer.weight_int.dtype == (torch.uint8 if small else torch.int8)
+        out, inputs, *kernel = layer.weight_shape
+        small, taps = layer.weight_bits <= 4, math.prod(kernel)
+        assert stored.dtype == (torch.uint8 if small else torch.int8)
+        if layer.weight_group is not None:
+            assert sizes[f"{name}.weight_int"] == out * taps * ((inputs + 1) // 2)
+            assert sizes[f"{name}.weight_group"] == out * taps * -(-inputs // GROUP[kind])
+        else:
+            length = (inputs * taps + 1) // 2 if small else inputs * taps
+            assert sizes[f"{name}.weight_int"] == out * length
+        # Nothing but the file's bytes is held by a layer that nobody ran.
+        held = sum(value.nbytes for value in layer.buffers())
+        assert held == sum(sizes[f"{name}.{key}"] for key in layer.state_dict())
 
 
 @each
@@ -112,14 +122,17 @@ def test_scales_are_those_of_the_layers_own_bits(kind: str) -> None:
 def test_the_file_says_the_bits_and_the_tables_show_them(kind: str) -> None:
     run = mixed(kind)
     config, found = config_of(run, kind), dict(quantized_layers(load(run)))
-    assert config["format_version"] == FORMAT_VERSION == 4
+    assert config["format_version"] == FORMAT_VERSION == 5
     other = {n: [q.weight_bits, q.act_bits] for n, q in found.items()}
-    assert config["bits"] == {n: bits for n, bits in other.items() if bits != [8, 8]} != {}
+    groups = {n: [GROUP[kind]] * (q.weight_group is not None) for n, q in found.items()}
+    written = {n: bits + groups[n] for n, bits in other.items() if bits != [8, 8]}
+    assert config["bits"] == written != {} and any(groups.values()) == (kind != "dit")
     for rows in (run.read_json("layers.json"), describe(run / "packed", "cpu")[0]):
         shown = {r["name"]: [r["bits_weight"], r["bits_activation"]] for r in rows}
         assert {name: shown[name] for name in found} == other
     sizes = {name: math.prod(layer.weight_shape) for name, layer in found.items()}
-    mean = sum(size * other[name][0] for name, size in sizes.items()) / sum(sizes.values())
+    bits = {name: other[name][0] + sum(8 / group for group in groups[name]) for name in other}
+    mean = sum(size * bits[name] for name, size in sizes.items()) / sum(sizes.values())
     assert mean_weight_bits(run.read_json("layers.json")) == pytest.approx(mean)
     assert mean_weight_bits([]) is None
 

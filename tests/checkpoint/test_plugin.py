@@ -122,8 +122,8 @@ def edit_config(folder: Path, **values: object) -> None:
 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    edit_config(copy, format_version=5)
-    with pytest.raises(QuantempoError, match="format_version 5; this quantempo reads up to 4"):
+    edit_config(copy, format_version=6)
+    with pytest.raises(QuantempoError, match="format_version 6; this quantempo reads up to 5"):
         load_pipeline(copy)
     with pytest.raises(QuantempoError, match="upgrade quantempo"):
         UNet2DModel.from_pretrained(copy / "unet")

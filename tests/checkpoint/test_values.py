@@ -14,6 +14,7 @@ from quantempo.checkpoint.diffusers_plugin import mark_quantized
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline
+from tests.checkpoint.test_bits import load, mixed
 from tests.checkpoint.test_format2 import FORMAT2, with_setting
 from tests.packed import packed
 
@@ -54,6 +55,7 @@ def test_a_bad_value_among_good_ones_is_refused(name, index, value, message, tmp
         *(("per_unit", v, "finite numbers, per_unit not 0") for v in (0, float("nan"), None, "1")),
         *(("times", v, "expected") for v in (3, {}, {"count": 2, "values": [1, 1]}, {"steps": 2})),
         ("bits", {LAYER: [9, 8]}, "unknown format 'int9'"),
+        ("bits", {LAYER: [4, 8, 12]}, "got 4 bits in groups of 12; expected"),
         ("buckets", {LAYER: 0}, "expected 1 or more"),
         ("segments", {LAYER: [16, 15]}, "expected parts of 32"),
     ],
@@ -85,6 +87,18 @@ def test_a_tensor_of_another_kind_is_refused(
     net.save_pretrained(tmp_path)
     with pytest.raises(QuantempoError, match=message):
         type(net).from_pretrained(tmp_path)
+
+
+def test_groups_that_leave_a_byte_are_refused(tmp_path: Path) -> None:
+    net: Any = load(mixed("unconditional"))
+    layer = net.get_submodule("up_blocks.0.resnets.0.conv1")
+    # s = 16, z = 0 of one group: its codes go to 240.
+    layer.weight_group[3, 4, 0] = 0xF0
+    mark_quantized(net, net.hf_quantizer.quantization_config)
+    net.save_pretrained(tmp_path)
+    with pytest.raises(QuantempoError, match=r"codes of up.*conv1 from -\d+ to \d+; expected") as e:
+        type(net).from_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
 
 
 @pytest.fixture

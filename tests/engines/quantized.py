@@ -40,8 +40,13 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
     def uniform(shape: torch.Size, low: float, high: float) -> torch.Tensor:
         return torch.rand(shape, generator=generator) * (high - low) + low
 
-    top = 2 ** (layer.weight_bits - 1) - 1
+    top, groups = layer.weight_format.qmax, layer.weight_group
     weight = torch.randint(-top, top + 1, layer.weight_shape, generator=generator)
+    if groups is not None:
+        groups = torch.randint(0, 256, groups.shape, generator=generator, dtype=torch.uint8)
+        # A zero point is one of the codes.
+        groups &= 0xF0 + 2**layer.weight_bits - 1
+        weight = layer.weight_format.grid(layer.weight_shape, groups).round(weight.float()).long()
     scale, bias = layer.weight_scale, layer.bias
     assert bias is not None
     fill(
@@ -51,25 +56,28 @@ def _fill(layer: QConv2d | QLinear, seed: int, plain: bool) -> None:
         torch.zeros_like(bias) if plain else torch.randn(bias.shape, generator=generator),
         torch.ones_like(layer.act_scale) if plain else uniform(layer.act_scale.shape, 0.01, 0.03),
         torch.randint(0, layer.act_qmax + 1, layer.act_zero_point.shape, generator=generator),
+        groups,
     )
     if layer.dynamic:
         layer.act_zero_point.fill_(layer.act_format.symmetric_zero_point)
 
 
 Pair = tuple[int, int]
+Bits = tuple[int, ...]
+_BITS = ("weight_bits", "act_bits", "group")
 
 
 def make_conv(
     channels: int, out: int, kernel: Pair = (3, 3), stride: Pair = (1, 1), padding: Pair = (1, 1),
     dilation: Pair = (1, 1), groups: int = 1, segments: tuple[int, ...] = (),
-    clock: StepClock | None = None, seed: int = 0, plain: bool = False, bits: Pair = (8, 8),
+    clock: StepClock | None = None, seed: int = 0, plain: bool = False, bits: Bits = (8, 8),
 ) -> QConv2d:  # fmt: skip
-    """Make a convolution of random integers; `plain`: scales 1, no bias; `bits`: (w, a)."""
+    """Make a convolution of random integers; `plain`: scales 1, no bias; `bits`: w, a, group."""
     clock = clock or make_clock()
     layer = QConv2d(
         (out, channels // groups, *kernel), True, clock, segments or (channels,),
         _buckets(clock), stride=stride, padding=padding, dilation=dilation, groups=groups,
-        weight_bits=bits[0], act_bits=bits[1],
+        **dict(zip(_BITS, bits, strict=False)),
     )  # fmt: skip
     _fill(layer, seed, plain)
     return layer
@@ -77,13 +85,13 @@ def make_conv(
 
 def make_linear(
     channels: int, out: int, segments: tuple[int, ...] = (), clock: StepClock | None = None,
-    seed: int = 0, plain: bool = False, bits: Pair = (8, 8), dynamic: bool = False,
+    seed: int = 0, plain: bool = False, bits: Bits = (8, 8), dynamic: bool = False,
 ) -> QLinear:  # fmt: skip
-    """Make a linear layer of random integers; `plain`: scales 1, no bias; `bits`: (w, a)."""
+    """Make a linear layer of random integers; `plain`: scales 1, no bias; `bits`: w, a, group."""
     clock = clock or make_clock()
     layer = QLinear(
         (out, channels), True, clock, segments or (channels,), 0 if dynamic else _buckets(clock),
-        weight_bits=bits[0], act_bits=bits[1],
+        **dict(zip(_BITS, bits, strict=False)),
     )  # fmt: skip
     _fill(layer, seed, plain)
     return layer

@@ -29,15 +29,16 @@ from tests.engines.quantized import make_clock, make_conv, make_linear, quantize
 from tests.engines.truth import codes_of, expected, noise
 from tests.tiny import tiny_unet
 
-# (weights, activations)
+# (weights, activations), and the group of weights that have one.
 BITS = [(8, 4), (8, 6), (8, 8), (4, 8), (4, 4), (2, 2), (3, 5), (5, 3), (6, 6), (7, 7)]
+BITS += [(4, 8, 16), (4, 6, 32), (3, 8, 64), (2, 8, 16)]
 needs_fused = pytest.mark.skipif(
     onednn.missing() is not None or fused_cpu.load() is None,
     reason=str(onednn.missing() or fused_cpu.missing()),
 )
 
 
-def layers(bits: tuple[int, int]) -> list[tuple[nn.Module, Tensor]]:
+def layers(bits: tuple[int, ...]) -> list[tuple[nn.Module, Tensor]]:
     """Return layers of plain integers (scales 1, no bias) and an input of each."""
     how: dict[str, Any] = {"plain": True, "bits": bits}
     made = [
@@ -60,7 +61,7 @@ def test_integers_are_exact_at_every_width(backend, bits):
         for codes, weight, zero, _ in codes_of(layer, x):
             assert (int(codes.min()), int(codes.max())) == (0, 2 ** bits[1] - 1)
             assert zero <= layer.act_qmax
-            assert int(weight.abs().max()) <= 2 ** (bits[0] - 1) - 1
+            assert int(weight.abs().max()) <= layer.weight_format.qmax
         if i < 5 and backend.unsupported(layer) is not None:
             continue
         kernel = backend.lower(layer)
@@ -72,7 +73,7 @@ def test_integers_are_exact_at_every_width(backend, bits):
 
 def test_time_steps_may_be_mixed_below_8_bits(backend):
     clock = make_clock(4)
-    layer, x = make_conv(32, 16, clock=clock, bits=(4, 5)), noise(3, 32, 4, 5, spread=1.0)
+    layer, x = make_conv(32, 16, clock=clock, bits=(4, 5, 16)), noise(3, 32, 4, 5, spread=1.0)
     kernel, steps = backend.lower(layer), [999, 0, 300]
     clock.set(torch.tensor(steps))
     y = kernel(x)

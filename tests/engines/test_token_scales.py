@@ -45,7 +45,7 @@ def whole(*shape: int, segments: tuple[int, ...], top: int = 127) -> Tensor:
     return x * torch.exp2(torch.randint(-9, 10, (*shape[:-1], 1), generator=g))
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 5), (8, 2)])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 5), (8, 2), (4, 8, 16)])
 @pytest.mark.parametrize(
     ("channels", "out", "segments"),
     [(1, 1, ()), (17, 3, ()), (1023, 5, ()), (48, 16, ()), (48, 32, (16, 32)), (21, 7, (1, 20))],

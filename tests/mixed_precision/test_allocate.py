@@ -133,11 +133,15 @@ def test_nonsense_is_refused(losses: np.ndarray, costs: np.ndarray, limits: obje
         allocate(losses, costs, limits)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_bytes_are_those_of_the_stored_buffers(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group"), [*((bits, 0) for bits in range(2, 9)), (4, 16), (3, 32), (8, 16)]
+)
+def test_bytes_are_those_of_the_stored_buffers(bits: int, group: int) -> None:
     clock = StepClock(torch.zeros(4, dtype=torch.int64))
     # Odd lengths: the last byte of a row of 4-bit codes is half empty.
     for layer, kind in ((nn.Conv2d(3, 5, 3), QConv2d), (nn.Linear(7, 3), QLinear)):
-        copied = kind.like(layer, clock, (), 1, weight_bits=bits)
-        stored = sum(t.numel() * t.element_size() for t in (copied.weight_int, copied.weight_scale))
-        assert weight_bytes(layer.weight.shape, bits) == stored
+        copied = kind.like(layer, clock, (), 1, weight_bits=bits, group=group)
+        names = ("weight_int", "weight_group", "weight_scale")
+        stored = [copied.get_buffer(name) for name in names if name in copied.state_dict()]
+        assert weight_bytes(layer.weight.shape, bits, group) == sum(t.nbytes for t in stored)
+        assert len(stored) == 2 + (group > 0 and bits <= 4)

@@ -28,7 +28,7 @@ from tests.packed import CALLS, KINDS, recipe, saved
 from tests.tiny import tiny_unconditional
 
 # Eight layers, those of the middle.
-SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*"))
+SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("weights", group=16)
 OPTIONS = ("w3a8", "w8a3", "w8a8")
 SHORT: dict[str, Any] = {"chains": 2, "steps": 3}
 
@@ -205,7 +205,7 @@ def test_what_cannot_be_measured(run: Path, tmp_path: Path) -> None:
 def test_a_choice_is_packed_and_its_bytes_are_those_of_the_file(run: Path) -> None:
     session = load(run)
     shapes = [row["weight_shape"] for row in table(run)["layers"]]
-    low, high = (sum(weight_bytes(shape, bits) for shape in shapes) for bits in (3, 8))
+    low, high = (sum(weight_bytes(shape, bits, 16) for shape in shapes) for bits in (3, 8))
     budget = (low + high) // 2
     choice = sensitivity.choose_bits(session, budget_bytes=budget, options=OPTIONS, **SHORT)
     assert low < choice["spent"]["bytes"] <= budget
@@ -217,8 +217,9 @@ def test_a_choice_is_packed_and_its_bytes_are_those_of_the_file(run: Path) -> No
     folder = pipeline.finish(session)
     tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     # Integer layers only: those stored in 12 bits have scales too.
-    kinds = ("weight_int", "weight_scale")
-    stored = [tensors[f"{name}.{kind}"] for name in choice["bits"] for kind in kinds]
+    kinds = ("weight_int", "weight_group", "weight_scale")
+    keys = [f"{name}.{kind}" for name in choice["bits"] for kind in kinds]
+    stored = [tensors[key] for key in keys if key in tensors]
     assert sum(t.numel() * t.element_size() for t in stored) == choice["spent"]["bytes"]
     net = denoiser_of(load_pipeline(folder))[1]
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, QLayer)}
@@ -280,7 +281,7 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
     assert cli("sensitivity", "--run", run, "--options", "w4a8,w8a8", *short)[0] == 0
     layers = table(run)["layers"]
     assert all(set(row["losses"]) == {"w4a8", "w8a8"} for row in layers)
-    budget = sum(weight_bytes(row["weight_shape"], 4) for row in layers) * 4 // 3
+    budget = sum(weight_bytes(row["weight_shape"], 4, 16) for row in layers) * 4 // 3
     code, _, err = cli(*command, "--budget-bytes", budget)
     assert code == 0, err
     choice = table(run)["choice"]
@@ -298,7 +299,7 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
 def test_a_choice_that_is_refused_leaves_the_run_as_it_was(run: Path) -> None:
     pipeline.finish(load(run))
     before = {name: (run / name).read_bytes() for name in ("manifest.json", "sensitivity.json")}
-    least = sum(weight_bytes(row["weight_shape"], 3) for row in table(run)["layers"])
+    least = sum(weight_bytes(row["weight_shape"], 3, 16) for row in table(run)["layers"])
     with pytest.raises(QuantempoError, match="made with other settings"):
         sensitivity.choose_bits(load(run), budget_bytes=least, options=OPTIONS)
     assert before == {name: (run / name).read_bytes() for name in before}

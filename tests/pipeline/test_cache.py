@@ -61,7 +61,7 @@ def test_a_setting_changes_the_key_of_its_stage_and_of_all_later_ones(section, s
     group = getattr(base, section)
     # In range: fractions and bits go down, not up.
     value = getattr(group, setting)
-    known = {"bits": 4, "min_gain": 0.5, "drop": 0.25, "granularity": "auto"}
+    known = {"bits": 4, "group": 16, "min_gain": 0.5, "drop": 0.25, "granularity": "auto"}
     value = known.get(setting) or other(value)
     if (section, setting) == ("layers", "bits"):
         value = {"linear": "w4a8"}

@@ -98,6 +98,18 @@ def test_soft_codes_start_on_the_side_of_the_given_ones(shift: int) -> None:
         assert float(gap[inside].max()) <= 0.0101
 
 
+def test_soft_codes_in_groups_are_between_neighbours_of_their_grid() -> None:
+    layer = make_linear(40, 8, clock=make_clock(2), bits=(4, 8, 16))
+    rows, grid = layer.weight_scale[:, None], layer.grid
+    weight = rows * torch.randn(8, 40, generator=torch.Generator().manual_seed(2)) * 40
+    kernel = SoftKernel(layer, weight, nearest(weight, layer.weight_scale, grid), grid)
+    assert torch.equal(kernel.codes(), nearest(weight, layer.weight_scale, grid))
+    kernel.v.data.neg_()
+    layer.set_codes(kernel.codes())
+    moved = (layer.weight_codes - nearest(weight, layer.weight_scale, grid)).abs()
+    assert set((moved / grid.step).flatten().tolist()) == {0.0, 1.0}
+
+
 def test_kernels_with_fixed_codes_compute_what_the_integers_give() -> None:
     unit = _unit()
     for name, layer in unit.block.copies.items():

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import WEIGHT
+from quantempo.core import WEIGHT, GroupFormat, weight_format
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, gptq, nearest
 from quantempo.rounding.base import Unit, dequantized_input
 from quantempo.rounding.gptq import moments
+from quantempo.scales import search_groups
 from tests.engines.quantized import make_clock, make_conv, make_linear
 
 BITS = (2, 4, 8)
@@ -60,6 +61,21 @@ def test_a_diagonal_hessian_gives_the_nearest_codes(bits: int) -> None:
         codes = gptq(weight, diagonal, scale, spec)
         assert codes.dtype == torch.int8
         assert torch.equal(codes, expected)
+
+
+def test_in_groups_every_column_is_rounded_on_its_own_grid() -> None:
+    weight, hessian, _ = _case(4)
+    spec = weight_format(4, 16)
+    assert isinstance(spec, GroupFormat)
+    scale, groups = search_groups(weight, spec)
+    grid = spec.grid(weight.shape, groups)
+    plain = nearest(weight, scale, grid)
+    assert torch.equal(gptq(weight, torch.diag(hessian.diagonal()), scale, grid), plain)
+    codes = gptq(weight, hessian, scale, grid)
+    spec.encode(codes, groups)
+    assert _loss(weight, codes, hessian, scale) < 0.7 * _loss(weight, plain, hessian, scale)
+    # Some rows of it alone.
+    assert torch.equal(gptq(weight[2:4], hessian, scale[2:4], grid[2:4]), codes[2:4])
 
 
 @pytest.mark.parametrize("block", [1, 7, 128])

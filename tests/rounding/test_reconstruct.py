@@ -53,9 +53,9 @@ def test_nearest_is_the_plain_function(kind: str) -> None:
         assert torch.equal(layer.weight_codes, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gptq_lowers_the_error_of_the_network(kind: str) -> None:
-    made = case(kind)
+@pytest.mark.parametrize(("kind", "group"), [*((kind, 0) for kind in KINDS), ("dit", 16)])
+def test_gptq_lowers_the_error_of_the_network(kind: str, group: int) -> None:
+    made = case(kind, group=group)
     plain = _error(made, made.copied())
     result, copied = _round(made, replace(QUICK, name="gptq"))
     for name, layer in quantized_layers(copied):

@@ -43,7 +43,8 @@ __all__ = [
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
 # float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.
-FORMAT_VERSION = 4
+# 5: weights of at most 4 bits in groups.
+FORMAT_VERSION = 5
 # The dictionaries of a configuration, empty where a file has none.
 _TABLES = (
     *("recipe", "float16", "float_layers", "segments", "buckets", "reasons", "bits", "roles"),
@@ -76,7 +77,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where it is not 1; 0: a scale for every token.
         reasons: name -> why an integer layer has the scales it has, where it was measured.
-        bits: name -> [weight bits, activation bits], where they are not [8, 8].
+        bits: name -> [weight bits, activation bits], where they are not [8, 8]; and the input
+            channels that share a scale, of weights in groups.
         roles: name -> role, as measured.
         times: fields of `Times`, the places in time of the clock's table.
         network: the network's own configuration as it was saved.
@@ -152,7 +154,7 @@ class QuantempoConfig(QuantizationConfigMixin):
     ) -> "QuantempoConfig":
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
         int8 = [p for p in plans if p.kind == "int8"]
-        bits = {p.name: [p.weight_bits, p.act_bits] for p in int8}
+        bits = {p.name: [p.weight_bits, p.act_bits, *([p.group] * (p.group > 0))] for p in int8}
         return cls(
             recipe=recipe.to_dict(),
             float16={p.name: p.reason or "" for p in plans if p.kind == "float16"},

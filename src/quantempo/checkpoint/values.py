@@ -78,7 +78,8 @@ def check_layers(denoiser: nn.Module) -> None:
         if (columns := layer.act_scale.shape[1]) > 1:
             tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
         zero, codes = layer.act_zero_point, layer.weight_format
-        tables.append((f"codes of {name}", layer.weight_codes, codes.qmin, codes.qmax))
+        given = (layer.weight_int, layer.weight_shape, layer.weight_group, torch.int16)
+        tables.append((f"codes of {name}", codes.decode(*given), codes.qmin, codes.qmax))
         ends = layer.act_format.qmin, layer.act_qmax
         if layer.dynamic:
             ends = (layer.act_format.symmetric_zero_point,) * 2

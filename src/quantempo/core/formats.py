@@ -2,6 +2,8 @@
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)        x_hat = scale * (q - zero_point)
 
+Weights in groups have two levels: w_hat = scale[o] w8, w8 = (q - z) s in int8, `GroupFormat`.
+
 Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its
 zero point's sign turned (there z is subtracted before the clamp).
 
@@ -11,6 +13,7 @@ A width is an entry of `FORMATS`; kernels read bytes, whatever is packed in a fi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +23,41 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
 __all__ = [
-    "ACTIVATION", "FORMATS", "WEIGHT", "Format", "activation_format", "token_scale",
-    "unpack_int12", "weight_format",
+    "ACTIVATION", "FORMATS", "GROUPS", "WEIGHT", "Format", "Grid", "GroupFormat",
+    "activation_format", "channels_last", "restore", "token_scale", "unpack_int12",
+    "weight_format",
 ]  # fmt: skip
 
 _INT32 = 2**31 - 1
+# Input channels that may share a scale and a zero point, as a recipe names them.
+GROUPS = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes that each weight may take: step * u for low <= u <= high, integers all.
+
+    step, low, high: numbers, or float32 tensors (O, ...) of the shape of the weight.
+    """
+
+    step: Tensor | float
+    low: Tensor | float
+    high: Tensor | float
+
+    def round(self, ratio: Tensor) -> Tensor:
+        """Return the nearest codes to weight / scale, in its dtype."""
+        units = torch.round(ratio / self.step)
+        return units.clamp_(self.low, self.high).mul_(self.step)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> "Grid":
+        """Return the grid of weight.flatten(1)[index]: rows, or `[:, j]`, a column (O,)."""
+        parts = (self.step, self.low, self.high)
+        return Grid(*(v.flatten(1)[index] if isinstance(v, Tensor) else v for v in parts))
+
+    @staticmethod
+    def of(spec: "Format | Grid") -> "Grid":
+        """Return a grid as it is, and that of a format without groups."""
+        return spec if isinstance(spec, Grid) else spec.grid(())
 
 
 @dataclass(frozen=True)
@@ -88,7 +121,20 @@ class Format:
         """Return the shape that codes (O, ...) are stored in: (O, ceil(K/2)) if packed."""
         return (shape[0], (math.prod(shape[1:]) + 1) // 2) if self.packed else tuple(shape)
 
-    def encode(self, codes: Tensor) -> Tensor:
+    def group_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the shape of what is stored of groups; None: there are none."""
+        return None
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of a weight as stored, with one float32 scale a channel."""
+        stored = self.stored_shape(shape), self.group_shape(shape) or (0,)
+        return sum(map(math.prod, stored)) + 4 * shape[0]
+
+    def grid(self, shape: Sequence[int], groups: Tensor | None = None) -> Grid:
+        """Return the codes that each weight may take."""
+        return Grid(1.0, float(self.qmin), float(self.qmax))
+
+    def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
         """Return codes (O, ...) as stored: two a byte, the even index low, or as is.
 
         Raises:
@@ -103,7 +149,13 @@ class Format:
             )
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
-    def decode(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+    def decode(
+        self,
+        stored: Tensor,
+        shape: Sequence[int],
+        groups: Tensor | None = None,
+        dtype: torch.dtype = torch.int8,
+    ) -> Tensor:
         """Undo `encode`: return the codes of this shape, a byte each."""
         if not self.packed:
             return stored
@@ -118,6 +170,110 @@ class Format:
         q of this format with any zero point z of its range, w of `other`.
         """
         return _INT32 // ((self.qmax - self.qmin) * max(other.qmax, -other.qmin))
+
+
+@dataclass(frozen=True)
+class GroupFormat(Format):
+    """Describe weights in two levels: w8 = (q - z) s, q of `bits`, |w8| <= 127.
+
+    s in 1..16 and z in 0..15 belong to `group` input channels of one output channel and kernel
+    position (the last group may have fewer); codes are w8, exact in int8. Of a weight (O, I, ...)
+    with P positions `encode` stores q, uint8 (O, P, ceil(I/2)), two a byte along I, the even one
+    low. Beside them lie the groups: bytes (s - 1) << 4 | z, uint8 (O, P, ceil(I / group)).
+
+    Args:
+        bits: of q, 2 to 4.
+        group: input channels that share a byte, of GROUPS.
+    """
+
+    signed: bool = True
+    symmetric: bool = True
+    narrow: bool = True
+    group: int = 16
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 4 or self.group not in GROUPS:
+            raise QuantempoError(
+                f"got {self.bits} bits in groups of {self.group}; expected 2 to 4 bits in groups "
+                f"of {', '.join(map(str, GROUPS))}, or no groups"
+            )
+
+    @property
+    def name(self) -> str:
+        """Say bits and group: "int4g16"."""
+        return f"int{self.bits}g{self.group}"
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code w8."""
+        return -self.qmax
+
+    @property
+    def qmax(self) -> int:
+        """Largest code w8."""
+        return 127
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (O, P, ceil(I/2))."""
+        return shape[0], math.prod(shape[2:]), (shape[1] + 1) // 2
+
+    def group_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (O, P, ceil(I / group))."""
+        return shape[0], math.prod(shape[2:]), -(-shape[1] // self.group)
+
+    def fields(
+        self, shape: Sequence[int], groups: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return s and z for each weight, (O, P, I)."""
+        each = groups.repeat_interleave(self.group, -1)[..., : shape[1]]
+        return (each >> 4).to(dtype) + 1, (each & 0xF).to(dtype)
+
+    def grid(self, shape: Sequence[int], groups: Tensor | None = None) -> Grid:
+        """Return the codes that each weight may take, which fit a byte: |w8| <= 127."""
+        assert groups is not None
+        step, zero = (restore(v, shape) for v in self.fields(shape, groups, torch.float32))
+        reach = torch.floor(self.qmax / step)
+        return Grid(step, -torch.minimum(zero, reach), reach.minimum(2**self.bits - 1 - zero))
+
+    def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Return the q of codes w8 (O, I, ...) as stored.
+
+        Raises:
+            QuantempoError: codes beyond 127, or that (q - z) s does not reach.
+        """
+        assert groups is not None
+        step, zero = self.fields(codes.shape, groups, torch.int16)
+        flat = channels_last(codes).to(torch.int16)
+        q = flat.div(step, rounding_mode="floor") + zero
+        good = (flat.abs() <= self.qmax) & ((q - zero) * step == flat)
+        if codes.is_floating_point() or not bool((good & (q >= 0) & (q < 2**self.bits)).all()):
+            raise QuantempoError(
+                f"got {codes.dtype} off the grids of its groups; expected integers (q - z) s, q "
+                f"in [0, {2**self.bits - 1}], inside [{self.qmin}, {self.qmax}]: round with `grid`"
+            )
+        return _pack(q)
+
+    def decode(
+        self,
+        stored: Tensor,
+        shape: Sequence[int],
+        groups: Tensor | None = None,
+        dtype: torch.dtype = torch.int8,
+    ) -> Tensor:
+        """Undo `encode`: return w8 of this shape; int16 holds those beyond 127, of a bad file."""
+        assert groups is not None
+        step, zero = self.fields(shape, groups, dtype)
+        return restore((_unpack(stored, shape[1]).to(dtype) - zero) * step, shape)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """Return a weight (O, I, ...) as (O, P, I), a view; P = 1 of a linear layer."""
+    return weight.flatten(2).movedim(1, -1) if weight.ndim > 2 else weight[:, None]
+
+
+def restore(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo `channels_last`: return (O, P, I) in the shape of the weight, contiguous."""
+    return rows.movedim(-1, 1).reshape(tuple(shape)).contiguous()
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -148,9 +304,13 @@ for _bits in range(2, 9):
         FORMATS.register(_format.name)(_format)
 
 
-def weight_format(bits: int) -> Format:
-    """Return the format of weights of these bits: signed, symmetric, narrow."""
-    return FORMATS.get(f"int{bits}")
+def weight_format(bits: int, group: int = 0) -> Format:
+    """Return the format of weights of these bits: signed, symmetric, narrow.
+
+    group: input channels that share a scale and a zero point, 0: one scale an output channel, as
+    more than 4 bits always have.
+    """
+    return GroupFormat(bits, group=group) if group and bits <= 4 else FORMATS.get(f"int{bits}")
 
 
 def activation_format(bits: int) -> Format:

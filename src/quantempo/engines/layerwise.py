@@ -6,7 +6,6 @@ the backend cannot take is run by `simulated`: logged, counted, and listed by `e
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from quantempo.engines.base import BACKENDS
@@ -84,9 +83,7 @@ class LayerwiseEngine(Engine):
         unfuse(denoiser)
         for _, layer in quantized_layers(denoiser):
             layer.kernel = None
-            codes = layer.weight_codes
-            if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
-                layer.relayout(codes.clone(memory_format=torch.contiguous_format))
+            layer.release()
 
 
 def _prepare(denoiser: nn.Module) -> None:

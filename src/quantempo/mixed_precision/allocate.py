@@ -6,7 +6,6 @@ Numbers in, indices out: what an option is, and how its loss was measured, is no
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,9 +33,9 @@ class Allocation:
     bound: float
 
 
-def weight_bytes(shape: Sequence[int], bits: int) -> int:
-    """Return the bytes of an integer weight as stored: codes and one float32 scale a channel."""
-    return math.prod(weight_format(bits).stored_shape(shape)) + 4 * shape[0]
+def weight_bytes(shape: Sequence[int], bits: int, group: int = 0) -> int:
+    """Return the bytes of an integer weight as stored: codes, groups, float32 scales."""
+    return weight_format(bits, group).nbytes(shape)
 
 
 def allocate(

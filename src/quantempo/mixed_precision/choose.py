@@ -89,8 +89,9 @@ def _choice(
 def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list[int]]]:
     """Return budget -> (L, O) what each layer takes of it at each option."""
     rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
+    group = table["group"]
     return {
-        "bytes": [[weight_bytes(row["weight_shape"], w) for w, _ in pairs] for row in rows],
+        "bytes": [[weight_bytes(row["weight_shape"], w, group) for w, _ in pairs] for row in rows],
         # As in UNIQ, Baskin et al. 2018: nominal, the kernels multiply bytes whatever the bits.
         "bops": [[row["macs"] * w * a for w, a in pairs] for row in rows],
     }

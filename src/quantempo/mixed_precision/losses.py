@@ -112,6 +112,7 @@ def outline(
         row = {"name": p.name, "role": p.role, "macs": macs.get(p.name, 0)}
         layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
     empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
+    empty["group"] = session.recipe.weights.group
     return {**empty, "layers": layers, "choice": None}
 
 
@@ -161,11 +162,12 @@ def _measure(
 
 def table_rows(table: dict[str, Any], options: Sequence[str]) -> list[dict[str, Any]]:
     """Return the layers of a table, the largest loss first, with bytes for each weight width."""
+    group = table["group"]
     widths = sorted({parse_bits(option, "options")[0] for option in options})
     rows = [
         {
             **{key: row[key] for key in ("name", "role", "macs")},
-            "bytes": {f"w{bits}": weight_bytes(row["weight_shape"], bits) for bits in widths},
+            "bytes": {f"w{b}": weight_bytes(row["weight_shape"], b, group) for b in widths},
             "losses": {option: row["losses"][option] for option in options},
         }
         for row in table["layers"]

@@ -15,7 +15,7 @@ from quantempo.pipeline.quantize import Quantized
 from quantempo.quantized import LayerPlan, Times
 from quantempo.recipe import Recipe
 from quantempo.rounding import nearest
-from quantempo.scales import search_scales, search_weight
+from quantempo.scales import search_scales, search_weights
 
 __all__ = ["OneLayer", "last_latent"]
 
@@ -58,22 +58,25 @@ class OneLayer:
         self.recipe, self.times = recipe, times
         layer: Any = denoiser.get_submodule(plan.name)
         self.weight = layer.weight.detach().float().cpu()
-        self.weights: dict[int, Tensor] = {}
+        self.weights: dict[int, dict[str, Tensor]] = {}
         self.activations: dict[int, dict[str, Tensor]] = {}
 
     def at(self, weight_bits: int, act_bits: int) -> nn.Module:
         """Return a copy of the denoiser in which the layer is integer, rounded to nearest."""
-        name, how, spec = self.plan.name, self.recipe.weights, weight_format(weight_bits)
+        name, how = self.plan.name, self.recipe.weights
+        spec, bits = weight_format(weight_bits, how.group), {name: (weight_bits, act_bits)}
         if weight_bits not in self.weights:
-            self.weights[weight_bits] = search_weight(self.weight, spec, metric=how.metric, p=how.p)
-        known, bits = {name: self.weights[weight_bits]}, {name: (weight_bits, act_bits)}
+            self.weights[weight_bits] = search_weights(name, self.weight, how, weight_bits)
+        known = self.weights[weight_bits]
         if act_bits not in self.activations:
             given = (self.stats, {name: self.weight}, self.recipe, known, bits)
             self.activations[act_bits] = search_scales(*given)
-        scales = self.activations[act_bits] | {f"{name}.weight_scale": known[name]}
-        plan = replace(self.plan, weight_bits=weight_bits, act_bits=act_bits)
-        codes = {name: nearest(self.weight, known[name], spec)}
-        found = Quantized.of(self.recipe, [plan], scales, codes, self.times)
+        kept = {k: v for k, v in self.activations[act_bits].items() if ".weight_" not in k}
+        scale, groups = known[f"{name}.weight_scale"], known.get(f"{name}.weight_group")
+        group = 0 if groups is None else how.group
+        plan = replace(self.plan, weight_bits=weight_bits, act_bits=act_bits, group=group)
+        codes = {name: nearest(self.weight, scale, spec.grid(self.weight.shape, groups))}
+        found = Quantized.of(self.recipe, [plan], kept | known, codes, self.times)
         quantized = found.install(self.denoiser, copy=True)
         layer: Any = quantized.get_submodule(name)
         layer.kernel = BACKENDS.get("simulated").lower(layer)

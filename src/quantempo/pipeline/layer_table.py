@@ -65,6 +65,7 @@ def layer_rows(
         if isinstance(layer, QLayer):
             row |= {
                 "bits_weight": layer.weight_bits,
+                "group": plan.group,
                 "bits_activation": layer.act_bits,
                 "segments": list(layer.segments),
                 "buckets": layer.act_scale.shape[1],
@@ -99,10 +100,11 @@ def int8_share(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
-    """Return the bits a weight of the integer layers has on average, None without such layers."""
+    """Return the mean bits a weight of the integer layers, groups included; None without layers."""
     layers = [row for row in rows if row["kind"] != "matmul" and row["bits_activation"] <= 8]
     sizes = [math.prod(row["weight_shape"]) for row in layers]
-    bits = sum(row["bits_weight"] * size for row, size in zip(layers, sizes, strict=True))
+    each = (r["bits_weight"] + (8 / r["group"] if r.get("group") else 0) for r in layers)
+    bits = sum(bits * size for bits, size in zip(each, sizes, strict=True))
     return bits / sum(sizes) if layers else None
 
 

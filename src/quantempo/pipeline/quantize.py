@@ -118,7 +118,7 @@ class Quantized:
             raise QuantempoError(f"no scales or codes for '{name}'; rerun search and round")
         chosen, bias = self.scales[name], self.biases.get(name, old.bias)
         scales = (chosen.weight_scale, bias, chosen.act_scale, chosen.act_zero_point)
-        fill(layer, self.codes[name], *scales)
+        fill(layer, self.codes[name], *scales, chosen.weight_group)
 
 
 def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
@@ -265,9 +265,11 @@ def _round(
 ) -> dict[str, Tensor]:
     """Return the codes of all integer layers by a rounding that looks at weights alone."""
     weights = _weights(denoiser, plans)
-    specs = {name: weight_format(weight) for name, (weight, _) in bits_of(plans).items()}
+    specs = {p.name: weight_format(p.weight_bits, p.group) for p in plans if p.name in weights}
     steps = {name: scales[f"{name}.weight_scale"] for name in weights}
-    return {k: v.cpu() for k, v in round_by_weights(name, weights, steps, specs).items()}
+    cut = {n: scales.get(f"{n}.weight_group") for n in weights}
+    groups = {n: v.to(weights[n].device) for n, v in cut.items() if v is not None}
+    return {k: v.cpu() for k, v in round_by_weights(name, weights, steps, specs, groups).items()}
 
 
 def round_weights(

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import activation_format, token_scale, weight_format
+from quantempo.core import Grid, GroupFormat, activation_format, token_scale, weight_format
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
@@ -30,10 +30,10 @@ Kernel = Callable[[Tensor], Tensor]
 class QLayer(nn.Module):
     """Hold what `QConv2d` and `QLinear` share.
 
-    Buffers: weight_int as `core.formats` stores it, int8 (O, ...) or packed; weight_scale float32
-    (O,); bias float32 (O,) or None; act_scale float32 (S, G), one row for each input segment, one
-    column for each time bucket; act_zero_point int32 (S,). `weight_codes` is the weight as int8
-    (O, ...), unpacked once: kernels see bytes.
+    Buffers: weight_int as `core.formats` stores it, int8 (O, ...) or packed; weight_group uint8,
+    see `GroupFormat`, or None; weight_scale float32 (O,); bias float32 (O,) or None; act_scale
+    float32 (S, G), one row for each input segment, one column for each time bucket; act_zero_point
+    int32 (S,). `weight_codes` is the weight as int8 (O, ...), unpacked anew at each access.
 
     Args:
         segments: input channels of each segment with a scale of its own; sums to C_in.
@@ -42,6 +42,7 @@ class QLayer(nn.Module):
     """
 
     weight_int: Tensor
+    weight_group: Tensor | None
     weight_scale: Tensor
     bias: Tensor | None
     act_scale: Tensor
@@ -60,26 +61,30 @@ class QLayer(nn.Module):
         *,
         weight_bits: int = 8,
         act_bits: int = 8,
+        group: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         out, parts = weight_shape[0], len(segments)
         self.weight_shape = weight_shape
-        self.weight_format = codes = weight_format(weight_bits)
+        self.weight_format = codes = weight_format(weight_bits, group)
         self.act_format = activation_format(act_bits)
 
-        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        def buffer(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+            empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
+            self.register_buffer(name, empty)
 
         buffer("weight_int", codes.stored_shape(weight_shape), codes.storage)
+        buffer("weight_group", codes.group_shape(weight_shape), torch.uint8)
         buffer("weight_scale", (out,), torch.float32)
-        self.register_buffer("bias", torch.empty(out, device=device) if bias else None)
+        buffer("bias", (out,) if bias else None, torch.float32)
         buffer("act_scale", (parts, buckets), torch.float32)
         buffer("act_zero_point", (parts,), torch.int32)
         self.segments = tuple(segments)
         # Not registered as a child: the clock belongs to the denoiser, once.
         keep(self, "clock", clock)
         keep(self, "kernel", None)
+        # What an engine has unpacked for itself.
         self._unpacked: Tensor | None = None
 
     @classmethod
@@ -94,17 +99,26 @@ class QLayer(nn.Module):
 
     @property
     def weight_codes(self) -> Tensor:
-        """Return the integer weight, int8 (O, ...)."""
+        """Return the integer weight, int8 (O, ...); of a packed one a new tensor at each access."""
         stored, known = self.weight_int, self._unpacked
         if not self.weight_format.packed:
             return stored
-        if known is None or known.device != stored.device:
-            self._unpacked = known = self.weight_format.decode(stored, self.weight_shape)
-        return known
+        if known is not None and known.device == stored.device:
+            return known
+        return self.weight_format.decode(stored, self.weight_shape, self.weight_group)
+
+    @property
+    def grid(self) -> Grid:
+        """Return the codes that each weight may take."""
+        return self.weight_format.grid(self.weight_shape, self.weight_group)
 
     def set_codes(self, codes: Tensor) -> None:
-        """Store the integer weight (O, ...); raises QuantempoError outside its format."""
-        self.weight_int.copy_(self.weight_format.encode(codes.reshape(self.weight_shape)))
+        """Store the integer weight (O, ...); raises QuantempoError outside its format.
+
+        Where it has groups, `weight_group` says which codes there are: fill it first.
+        """
+        codes = codes.reshape(self.weight_shape)
+        self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None
 
     def relayout(self, codes: Tensor) -> None:
@@ -113,6 +127,12 @@ class QLayer(nn.Module):
             self._unpacked = codes
         else:
             self.weight_int = codes
+
+    def release(self) -> None:
+        """Hold nothing of an engine's: a weight laid out for one is contiguous again."""
+        self._unpacked, codes = None, self.weight_int
+        if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
+            self.weight_int = codes.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -181,7 +201,8 @@ class QLayer(nn.Module):
         """Describe the layer for `print(model)`."""
         how = "".join(f"{name}={getattr(self, name)}, " for name in self.copied)
         scales = "dynamic" if self.dynamic else f"buckets={self.act_scale.shape[1]}"
-        grids = f"W{self.weight_bits}A{self.act_bits}, {scales}"
+        group = f"g{codes.group}" if isinstance(codes := self.weight_format, GroupFormat) else ""
+        grids = f"W{self.weight_bits}{group}A{self.act_bits}, {scales}"
         return f"{tuple(self.weight_shape)}, segments={self.segments}, {how}{grids}"
 
     kernel: Kernel | None

@@ -38,7 +38,8 @@ class LayerPlan:
 
     kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear) or "float" (left
     alone); buckets: columns of its scale table, 0 for a scale for every token; reason: why it is
-    not int8, or has such scales; role: a key of ROLES.
+    not int8, or has such scales; group: input channels with a scale of their own, 0: all; role: a
+    key of ROLES.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerPlan:
     reason: str | None = None
     weight_bits: int = 8
     act_bits: int = 8
+    group: int = 0
     role: str = "linear"
 
 
@@ -102,10 +104,10 @@ def named_bits(site: Site, recipe: Recipe) -> str | None:
     return named.get(next(patterns, site.role))
 
 
-def _bits(site: Site, recipe: Recipe) -> tuple[int, int]:
-    text = named_bits(site, recipe)
-    common = recipe.weights.bits, recipe.activations.bits
-    return common if text is None else parse_bits(text, site.name)
+def _bits(site: Site, recipe: Recipe) -> tuple[int, int, int]:
+    text, common = named_bits(site, recipe), (recipe.weights.bits, recipe.activations.bits)
+    weight, act = common if text is None else parse_bits(text, site.name)
+    return weight, act, recipe.weights.group if weight <= 4 else 0
 
 
 def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = None) -> StepClock:
@@ -168,6 +170,7 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
             bits = {"weight_bits": plan.weight_bits, "act_bits": plan.act_bits}
+            bits["group"] = plan.group
             empty = kind.like(layer, clock, plan.segments, plan.buckets, **bits)
         denoiser.set_submodule(plan.name, empty.train(layer.training))
     keep(denoiser, PADDED, odd_padding(denoiser))
@@ -195,8 +198,12 @@ def fill(
     bias: Tensor | None,
     act_scale: Tensor,
     act_zero_point: Tensor,
+    weight_group: Tensor | None = None,
 ) -> None:
     """Copy integers and scales into a layer; shapes and dtypes are those of its buffers."""
+    if layer.weight_group is not None:
+        assert weight_group is not None
+        layer.weight_group.copy_(weight_group)
     layer.set_codes(weight_int)
     layer.weight_scale.copy_(weight_scale)
     layer.act_scale.copy_(act_scale)

@@ -29,17 +29,25 @@ def bits_label(rows: Sequence[Row]) -> str:
 
 
 def bits_cell(row: Row) -> str:
-    """Return the bits of one row: "4 / 8", "–" for products in float."""
+    """Return the bits of one row: "4 / 8", "4g16 / 8" in groups, "–" for products in float."""
     weight, activation = row["bits_weight"], row["bits_activation"]
     if weight is None and activation > 8:
         return "–"
-    return f"{'–' if weight is None else weight} / {activation}"
+    group = f"g{row['group']}" if row.get("group") else ""
+    return f"{'–' if weight is None else weight}{group} / {activation}"
 
 
 def _megabytes(rows: Sequence[Row]) -> float:
-    """Return what integer weights take on disk: up to 4 bits two to a byte, else one each."""
-    sizes = ((r["weight_shape"][0], math.prod(r["weight_shape"][1:]), r) for r in rows)
-    return sum(o * (-(-n // 2) if r["bits_weight"] <= 4 else n) for o, n, r in sizes) / 1e6
+    """Return what integer weights take, in files: up to 4 bits two to a byte, a byte a group."""
+
+    def size(row: Row) -> int:
+        (out, inputs, *kernel), group = row["weight_shape"], row.get("group")
+        taps = math.prod(kernel)
+        if group:
+            return int(out * taps * (-(-inputs // 2) - (-inputs // group)))
+        return int(out * (-(-inputs * taps // 2) if row["bits_weight"] <= 4 else inputs * taps))
+
+    return sum(map(size, rows)) / 1e6
 
 
 def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]:

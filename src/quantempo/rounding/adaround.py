@@ -76,7 +76,7 @@ def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> 
     at_start = errors(block, powers)
     spread = SPREAD.get(settings.start, SPREAD_ELSE)
     kernels = {
-        name: SoftKernel(block.copies[name], weight, start[name], unit.specs[name], spread)
+        name: SoftKernel(block.copies[name], weight, start[name], unit.grid(name), spread)
         for name, weight in unit.weights.items()
     }
     for name, kernel in kernels.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.calibration.rows import Law, by_row, join, kind_of, take
-from quantempo.core import Format
+from quantempo.core import Format, Grid
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
@@ -34,9 +34,9 @@ class Unit:
     """What a rounding sees of one block.
 
     weights: float weight (O, ...) of each integer layer by name, in order of execution; scales:
-    (O,) float32 of each; specs: its signed grid; block: the block and its recorded inputs (a
+    (O,) float32 of each; specs: its format; block: the block and its recorded inputs (a
     `BlockRun`), None for roundings that need weights alone; settings: of the recipe; notes: what
-    a rounding wants said of this block in the log.
+    a rounding wants said of this block in the log; groups: of weights that have some.
     """
 
     weights: Mapping[str, Tensor]
@@ -45,6 +45,11 @@ class Unit:
     settings: RoundingSettings
     block: Any = None
     notes: list[str] = field(default_factory=list)
+    groups: Mapping[str, Tensor] | None = None
+
+    def grid(self, name: str) -> Grid:
+        """Return the codes that each weight of a layer may take."""
+        return self.specs[name].grid(self.weights[name].shape, (self.groups or {}).get(name))
 
 
 class Rounding(NamedTuple):
@@ -77,11 +82,12 @@ def round_by_weights(
     weights: Mapping[str, Tensor],
     scales: Mapping[str, Tensor],
     specs: Mapping[str, Format],
+    groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the codes of layers by a rounding that looks at weights alone.
 
     Args:
-        weights: (O, ...) of each layer; scales: (O,), on any device; specs: their grids.
+        weights: (O, ...) of each layer; scales: (O,), groups: see `Unit`; specs: their formats.
 
     Raises:
         QuantempoError: unknown name, or the rounding needs the network's inputs.
@@ -94,7 +100,7 @@ def round_by_weights(
             f"one of: {', '.join(usable)}"
         )
     near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
-    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name)))
+    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name), groups=groups))
 
 
 class _Round(torch.autograd.Function):
@@ -124,24 +130,24 @@ def dequantized_input(
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
-def nearest(weight: Tensor, scale: Tensor, spec: Format) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor, spec: Format | Grid) -> Tensor:
     """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
 
-    weight: (O, ...) floating; scale: (O,) float32, > 0; spec: signed grid of at most 8 bits.
+    weight: (O, ...) floating; scale: (O,) float32, > 0; spec: of at most 8 bits, signed, or a grid.
 
     Raises:
         QuantempoError: NaN in the weight, or a scale that is not positive and finite.
 
-    Error: |w - scale q| <= scale / 2 inside the range.
+    Error: |w - scale q| <= scale / 2 inside the range, in groups s scale / 2.
     """
     if bool(weight.isnan().any()) or not bool(((scale > 0) & scale.isfinite()).all()):
         raise QuantempoError("got NaN in a weight, or a scale that is not positive and finite")
-    codes = torch.round(weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1)))
-    return codes.clamp(spec.qmin, spec.qmax).to(torch.int8)
+    ratio = weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return Grid.of(spec).round(ratio).to(torch.int8)
 
 
 def _nearest_codes(unit: Unit) -> dict[str, Tensor]:
-    return {n: nearest(w, unit.scales[n], unit.specs[n]) for n, w in unit.weights.items()}
+    return {n: nearest(w, unit.scales[n], unit.grid(n)) for n, w in unit.weights.items()}
 
 
 ROUNDINGS.register("nearest")(Rounding("weights", _nearest_codes))
@@ -328,10 +334,7 @@ class BlockRun:
         return self.call(index, inputs.take(index, self.device), exact=exact)
 
     def call(self, index: Tensor, arguments: Any, *, exact: bool) -> list[Tensor]:
-        """Return the outputs of the block on (args, kwargs), at the times of rows `index`.
-
-        Those are its floating tensors, (k, n) each.
-        """
+        """Return the block's floating outputs (k, n) on (args, kwargs), at the times of rows."""
         self.clock.set(self.times.index_select(0, index))
         module, (args, kwargs) = self.module if exact else self.copied, arguments
         return by_row(self.exact.law(index), module(*args, **kwargs), len(index), "[2]")

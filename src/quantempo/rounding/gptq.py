@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import Format
+from quantempo.core import Format, Grid
 from quantempo.errors import QuantempoError, log
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
@@ -29,7 +29,7 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     scale: Tensor,
-    spec: Format,
+    spec: Format | Grid,
     damping: float = 0.01,
     block: int = 128,
 ) -> Tensor:
@@ -59,7 +59,7 @@ def gptq(
     factor = _inverse_factor(hessian[order][:, order].float(), damping)
     # Columns as rows: each step reads and writes whole contiguous rows.
     rest = weight.float()[:, order].t().contiguous()
-    step = scale.float()
+    step, grid = scale.float(), Grid.of(spec)[:, order]
     codes = torch.empty_like(rest)
     for first in range(0, width, block):
         last = min(first + block, width)
@@ -67,7 +67,7 @@ def gptq(
         errors = torch.empty_like(rest[first:last])
         for j in range(last - first):
             column = rest[first + j]
-            code = torch.round(column / step).clamp_(spec.qmin, spec.qmax)
+            code = grid[:, first + j].round(column / step)
             codes[first + j] = code
             errors[j] = (column - code * step) / here[j, j]
             rest[first + j + 1 : last] -= torch.outer(here[j, j + 1 :], errors[j])
@@ -164,12 +164,14 @@ def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
     """
     codes = {}
     for name, weight in unit.weights.items():
-        layer, spec = unit.block.copies[name], unit.specs[name]
+        layer, grid = unit.block.copies[name], unit.grid(name)
         hessian = input_hessian(unit.block, name)
         rows = len(weight) // len(hessian)
         flat, scales = (v.split(rows) for v in (weight.detach().flatten(1), unit.scales[name]))
-        groups = zip(flat, hessian, scales, strict=True)
-        parts = [gptq(part, h, scale, spec) for part, h, scale in groups]
+        parts = [
+            gptq(part, h, scale, grid[i * rows : (i + 1) * rows])
+            for i, (part, h, scale) in enumerate(zip(flat, hessian, scales, strict=True))
+        ]
         codes[name] = torch.cat(parts).reshape(layer.weight_shape)
         unit.block.assign(name, codes[name])
     return codes

@@ -201,8 +201,9 @@ class _Job:
         weights = {n: layer.weight.reshape(shapes[n]) for n, layer in floats.items()}  # type: ignore[operator]
         scales = {name: layer.weight_scale for name, layer in copies.items()}
         specs = {name: layer.weight_format for name, layer in copies.items()}
+        groups = {n: o.weight_group for n, o in copies.items() if o.weight_group is not None}
         settings, run = self.settings, self._record(block, floats)
-        unit = Unit(weights, scales, specs, settings, run)
+        unit = Unit(weights, scales, specs, settings, run, groups=groups)
         powers = run.powers()
         before = run.loss(powers)
         codes = self.rounding.codes(unit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import Format
+from quantempo.core import Format, Grid
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import dequantized_input
 
@@ -52,12 +52,18 @@ class SoftKernel(_Kernel):
     """
 
     def __init__(
-        self, layer: QLayer, weight: Tensor, codes: Tensor, spec: Format, spread: float = 1.0
+        self,
+        layer: QLayer,
+        weight: Tensor,
+        codes: Tensor,
+        spec: Format | Grid,
+        spread: float = 1.0,
     ) -> None:
         super().__init__(layer)
-        self.spec = spec
-        self.rows = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
-        ratio, start = weight.detach().float() / self.rows, codes.float()
+        self.grid = grid = Grid.of(spec)
+        # Of one step: s scale in groups.
+        self.rows = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1)) * grid.step
+        ratio, start = weight.detach().float() / self.rows, codes.float() / grid.step
         upper = start > ratio
         self.floor = start - upper.float()
         h = (ratio - self.floor).clamp(0, 1)
@@ -73,13 +79,13 @@ class SoftKernel(_Kernel):
 
     def weight(self) -> Tensor:
         """Return the soft weight, float32."""
-        return self.rows * (self.floor + self.h()).clamp(self.spec.qmin, self.spec.qmax)
+        return self.rows * (self.floor + self.h()).clamp(self.grid.low, self.grid.high)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Return the codes with h rounded, int8."""
         hard = self.floor + (self.h() >= 0.5).float()
-        return hard.clamp(self.spec.qmin, self.spec.qmax).to(torch.int8)
+        return (hard.clamp(self.grid.low, self.grid.high) * self.grid.step).to(torch.int8)  # type: ignore[arg-type]
 
 
 class ScaleKernel(_Kernel):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from quantempo.core import ACTIVATION, WEIGHT, Format, weight_format
+from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, weight_format
 from quantempo.errors import QuantempoError
-from quantempo.recipe import ActivationSettings, Recipe
+from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
 from quantempo.scales.activation import (
     CHUNK,
     CHUNK_GPU,
@@ -27,12 +27,13 @@ from quantempo.scales.activation import (
     cost_table,
     search_activation,
 )
+from quantempo.scales.groups import search_groups
 from quantempo.scales.histogram import ACT_BITS, bin_centers
 from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
 
 __all__ = [
-    "LayerScales", "bucket_of_bin", "search_scales", "search_weight", "segment_costs",
-    "segment_time",
+    "LayerScales", "bucket_of_bin", "search_scales", "search_weight", "search_weights",
+    "segment_costs", "segment_time",
 ]  # fmt: skip
 
 BINS = 2048
@@ -47,19 +48,21 @@ _CANDIDATES = Candidates(steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6
 class LayerScales:
     """Hold the scales of one layer.
 
-    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32.
+    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32;
+    weight_group: uint8 as `GroupFormat` stores it, or None.
     """
 
     act_scale: Tensor
     act_zero_point: Tensor
     weight_scale: Tensor
+    weight_group: Tensor | None = None
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> dict[str, "LayerScales"]:
         """Return the scales of every layer in the tensors of `scales.safetensors`."""
         names = [key.removesuffix(".weight_scale") for key in tensors if "weight_scale" in key]
         keys = [field.name for field in fields(cls)]
-        return {name: cls(*(tensors[f"{name}.{key}"] for key in keys)) for name in names}
+        return {name: cls(*(tensors.get(f"{name}.{key}") for key in keys)) for name in names}  # type: ignore[arg-type]
 
 
 def search_scales(
@@ -71,7 +74,7 @@ def search_scales(
 ) -> dict[str, Tensor]:
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
-    For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), `NAME.weight_scale` (O,);
+    For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), and of `search_weights`;
     `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of
     buckets, 1 for a layer none of whose segments gains `min_gain` by it, or 0 for one whose tokens
     have a scale each; `NAME.errors` (2,) float64 where that was measured: by time, by token.
@@ -81,7 +84,7 @@ def search_scales(
             without them gets a weight scale alone. `NAME.token_error` (S, 7), see `TokenError`.
         weights: float weight (O, ...) of each layer, searched on its device.
         recipe: metrics, bits and number of buckets.
-        known: weight scales (O,) of layers that need no search.
+        known: what an earlier search found of weights; these are not searched again.
         bits: (weight bits, activation bits) of layers where they are not the recipe's.
     """
     settings, bits = recipe.activations, bits or {}
@@ -96,11 +99,10 @@ def search_scales(
     how |= {"metric": settings.metric, "p": settings.p, "candidates": _CANDIDATES}
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
-        scale = (known or {}).get(name)
-        if scale is None:
-            spec = weight_format(bits.get(name, common)[0])
-            scale = search_weight(weight, spec, metric=recipe.weights.metric, p=recipe.weights.p)
-        tensors[f"{name}.weight_scale"] = scale.cpu()
+        keys = (f"{name}.weight_scale", f"{name}.weight_group")
+        found = {key: known[key] for key in keys if key in known} if known else {}
+        found = found or search_weights(name, weight, recipe.weights, bits.get(name, common)[0])
+        tensors |= {key: value.cpu() for key, value in found.items()}
         if name not in specs:
             continue
         parts = [
@@ -224,6 +226,21 @@ def _cut(cost: Tensor, buckets: int) -> list[int]:
     for previous in reversed(back):
         cut.append(int(previous[cut[-1]]))
     return [0, *reversed(cut)]
+
+
+def search_weights(
+    name: str, weight: Tensor, settings: WeightSettings, bits: int
+) -> dict[str, Tensor]:
+    """Return `NAME.weight_scale` (O,), and `NAME.weight_group` of a weight in groups.
+
+    By the metric of the settings, in groups by the squared error.
+    """
+    spec = weight_format(bits, settings.group)
+    if isinstance(spec, GroupFormat):
+        found = search_groups(weight, spec)
+        return {f"{name}.weight_scale": found.scale, f"{name}.weight_group": found.groups}
+    scale = search_weight(weight, spec, metric=settings.metric, p=settings.p)
+    return {f"{name}.weight_scale": scale}
 
 
 def search_weight(
