@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LatteTransformer3DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
@@ -22,7 +23,7 @@ from quantempo.engines import ENGINES
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, report, unfuse
 from quantempo.models.layers import hooked
-from quantempo.quantized import quantized_layers
+from quantempo.quantized import QLinear, quantized_layers
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import relative
 from tests.tiny import noise
@@ -38,6 +39,8 @@ PIXART = {"cross_attention_dim": 32, "caption_channels": 48, "use_additional_con
 LATTE = {"cross_attention_dim": 32, "caption_channels": 48, "activation_fn": "gelu-approximate"}
 LATTE |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False}
 LATTE |= {"video_length": 3, "patch_size": 2}
+SANA = {**IMAGE, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16}
+SANA |= {"cross_attention_dim": 32, "caption_channels": 48, "qk_norm": "rms_norm_across_heads"}
 WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 48, "freq_dim": 32, "ffn_dim": 64}
 FLUX = {**HEADS, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
 FLUX |= {"joint_attention_dim": 48, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
@@ -47,14 +50,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "sd3": lambda: SD3Transformer2DModel(**SD3),
     # The first block attends to the image alone as well.
     "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
-    "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=2, num_embeds_ada_norm=10),
+    # The last block has an embedding of its own.
+    "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=3, num_embeds_ada_norm=10),
     "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
     "latte": lambda: LatteTransformer3DModel(**IMAGE, num_layers=2, **LATTE),
+    "sana": lambda: SanaTransformer2DModel(**SANA, num_layers=2),
     "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
 LEVELS = {"flux": 0.02, "schnell": 0.02, "sd3": 0.15, "sd35": 0.03}
-LEVELS |= {"dit": 0.05, "pixart": 0.05, "latte": 0.1, "wan": 0.05}
+LEVELS |= {"dit": 0.05, "pixart": 0.05, "latte": 0.1, "sana": 0.1, "wan": 0.05}
 
 
 @cache
@@ -62,7 +67,11 @@ def tiny(kind: str) -> nn.Module:
     """Make a random network."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return randomized(NETWORKS[kind]())
+        network = randomized(NETWORKS[kind]())
+    if kind == "dit":
+        first, second, _ = (block.norm1.emb for block in network.transformer_blocks)
+        second.load_state_dict(first.state_dict())
+    return network
 
 
 def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
@@ -75,7 +84,7 @@ def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
     if kind in ("latte", "wan"):
         frames = 3 if kind == "latte" else 1
         return given | {"hidden_states": noise(batch, 4, frames, SIZE, SIZE, seed=seed)}
-    if kind == "pixart":
+    if kind in ("pixart", "sana"):
         return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
     given["pooled_projections"] = noise(batch, 32, seed=seed + 2)
     if "sd3" in kind:
@@ -118,7 +127,8 @@ def randomized(network: nn.Module) -> nn.Module:
 
 def by_token(network: nn.Module, every: int) -> nn.Module:
     """Give every so manyth layer a scale for every token."""
-    for _, layer in list(quantized_layers(network))[::every]:
+    linear = [layer for _, layer in quantized_layers(network) if isinstance(layer, QLinear)]
+    for layer in linear[::every]:
         layer.act_scale = layer.act_scale[:, :0]
         layer.act_zero_point.fill_(128)
     ENGINE.attach(network)

@@ -52,7 +52,8 @@ def test_each_block_equals_its_layers(kind, batch):
     assert reasons(network) == {None}
     found = errors(network, **call(kind, batch))
     # The last block of SD3 ends the text.
-    assert len(found) == {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4}.get(kind, 2)
+    counts = {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4, "dit": 3}
+    assert len(found) == counts.get(kind, 2)
     check_errors(found)
 
 
@@ -88,11 +89,12 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
     if "sd3" in kind:
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
         assert len(shared.layers) == 2 * 3
-    elif kind in ("pixart", "latte", "wan"):
+    elif kind in ("pixart", "latte", "sana", "wan"):
         (shared,) = {attention.contexts for f in forwards for attention in f.attentions}
         assert len(shared.attentions) == 2
     elif kind == "dit":
-        return
+        (shared,) = {forward.time.shared for forward in forwards}
+        assert len(shared.layers) == 2 and forwards[0].time._kept.value is None
     else:
         assert set(execution(network)) - set(blocks) >= {"context_embedder"}
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
@@ -119,7 +121,7 @@ def test_streams_have_the_type_of_the_network(kind, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["flux", "sd35", "dit", "pixart", "wan"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "dit", "pixart", "sana", "wan"])
 def test_a_network_compiles_whole_and_once(kind):
     network = by_token(copy.deepcopy(quantized(kind)), 5)
     torch._dynamo.reset()
@@ -273,6 +275,10 @@ NORM, MLP = "a norm in it is unknown", "its feed-forward layer is not a plain GE
             lambda b: setattr(b.attn2, "add_k_proj", nn.Identity()),
             "an attention in it reads",
         ),
+        ("sana", lambda b: setattr(b.attn1, "processor", Halved(None)), "an attention in it has"),
+        ("sana", lambda b: setattr(b.attn2, "norm_k", nn.LayerNorm(32)), "an attention in it does"),
+        ("sana", lambda b: setattr(b, "norm2", nn.Identity()), NORM),
+        ("sana", lambda b: setattr(b.ff, "residual_connection", True), "its feed-forward layer"),
         ("wan", lambda b: setattr(b, "norm2", nn.LayerNorm(32)), NORM),
         ("wan", lambda b: setattr(b.attn1, "norm_k", nn.LayerNorm(32)), NORM),
         ("pixart", lambda b: b.ff.net[1].__init__(0.5) or b.ff.train(), "its dropout is active"),

@@ -263,6 +263,12 @@ def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
         wrapped = module is not denoiser and touched(module, hooks=False)
         if not isinstance(parts, str) and (wrapped or any(map(touched, parts.inside()))):
             reasons[name] = "others have hooks or forwards in it"
+    pieces = {name for name, _, parts in found if not isinstance(parts, str) and parts.piece}
+    whole = [name for name in reasons if name not in pieces]
+    fused = [name for name in whole if reasons[name] is None]
+    known = {name for name, _, parts in found if type(parts) in blocks.builders}
+    pieces = {name for name in pieces & known if _around(name, whole) not in fused}
+    found = [row for row in found if row[0] in {*whole, *pieces}]
     able = [p for name, _, p in found if not isinstance(p, str) and reasons[name] is None]
     network = Network(denoiser, able)
     for parts in able:
@@ -276,7 +282,7 @@ def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
         set_forward(module, forward)
     rows = [BlockRow(name, type(module).__name__, reasons[name]) for name, module, _ in found]
     record = _Record({name: module for name, (module, _) in network.forwards.items()})
-    record.rows.extend([*reversed(rows), *_unknown(denoiser, [name for name, *_ in found])])
+    record.rows.extend([*reversed(rows), *_unknown(denoiser, whole, pieces)])
     keep(denoiser, _FUSED, record)
     _log_summary(denoiser, record.rows, blocks)
 
@@ -317,16 +323,23 @@ def _inside(name: str, blocks: Any) -> bool:
     return any(f"{name}.".startswith(f"{block}.") for block in blocks)
 
 
-def _unknown(denoiser: nn.Module, known: list[str]) -> Iterator[BlockRow]:
+def _around(name: str, blocks: list[str]) -> str | None:
+    """Return the innermost of these blocks that a module is in, or None."""
+    return max((block for block in blocks if _inside(name, [block])), key=len, default=None)
+
+
+def _unknown(denoiser: nn.Module, known: list[str], pieces: set[str]) -> Iterator[BlockRow]:
     """Yield the units around integer layers of which no class is known, once each."""
     # Blocks that hold others say nothing of the layers around these.
     runs = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
-    runs = [name for name in runs if name]
+    runs = [*filter(None, runs), *pieces]
     seen: set[str] = set()
     for layer, _ in quantized_layers(denoiser):
         path = layer.split(".")
         names = [".".join(path[:i]) for i in range(1, len(path))]
-        unit = next((n for n in names if is_unit(denoiser.get_submodule(n))), None)
+        units = [n for n in names if is_unit(denoiser.get_submodule(n))]
+        # Else the outermost entry of a list of modules.
+        unit = next(iter(units or [n for n in names if n.rpartition(".")[2].isdigit()]), None)
         if unit is not None and unit not in seen and not _inside(layer, runs):
             seen.add(unit)
             kind = type(denoiser.get_submodule(unit)).__name__

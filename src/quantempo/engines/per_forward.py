@@ -20,7 +20,7 @@ class _Traced:
 class PerForward:
     """A value made of one input, of which each of `readers` reads its part.
 
-    It is kept for the input (the same tensor, unchanged since) and the clock's bucket, another
+    It is kept for the inputs (the same tensors, unchanged since), as the clock's bucket is another
     tensor in each forward. A reader may read again, a block alone or a forward that was broken off
     leave a value that is used for that input only. Inside a compiled network, and of inference
     tensors, changes cannot be seen: there a second read of one reader makes the value anew.
@@ -34,10 +34,11 @@ class PerForward:
     def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
         """Return make(given, *how), made now unless known.
 
-        now: the clock's bucket, where the same input may be read at several times.
+        now: another input: the clock's bucket, where the same one may be read at several times.
         """
-        hidden = torch.compiler.is_compiling() or given.is_inference()
-        version = None if hidden else given._version
+        inputs = [x for x in (given, now) if x is not None]
+        hidden = torch.compiler.is_compiling() or any(x.is_inference() for x in inputs)
+        version = None if hidden else [x._version for x in inputs]
         # A compiler loses what is set for a thread.
         kept: Any = self._traced if torch.compiler.is_compiling() else self._kept
         bit = 1 << reader

@@ -53,10 +53,12 @@ Norm = Annotated[nn.GroupNorm, Need.NORM]
 class Parts:
     """Sub-modules of one block in the denoiser, and how it is called.
 
-    by_token: whether what runs them fused takes layers with a scale for every token.
+    by_token: whether what runs them fused takes layers with a scale for every token; piece: whether
+    they are of a block, and have a fused forward of their own where that block has none.
     """
 
     by_token = False
+    piece = False
 
     name: str
     module: nn.Module

@@ -1,25 +1,28 @@
-"""Parts of the blocks of DiT, PixArt, Latte and Wan, see `fusion`."""
+"""Parts of the blocks of DiT, PixArt, Latte, Sana and Wan, see `fusion`."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.normalization import AdaLayerNormZero, FP32LayerNorm
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from diffusers.models.normalization import AdaLayerNormZero, FP32LayerNorm, RMSNorm
+from diffusers.models.transformers import sana_transformer as sana
 from diffusers.models.transformers import transformer_wan as wan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.models.fusion import Parts, drops, matches, no
+from quantempo.models.fusion import Parts, Rows, drops, matches, no
 from quantempo.models.fusion_joint import AttentionParts, StreamParts, are_bare, is_mlp, softmax_v
 from quantempo.models.fusion_transformer import MODULATED, TokenAttentionParts, token_attention
 
-__all__ = ["ModulatedBlockParts", "WanBlockParts"]
+__all__ = ["ModulatedBlockParts", "SanaBlockParts", "WanBlockParts"]
 
 # Of BasicTransformerBlock, after the tokens.
 _ARGUMENTS = (
     "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep",
     "cross_attention_kwargs", "class_labels", "added_cond_kwargs",
 )  # fmt: skip
+_OF_SANA = (*_ARGUMENTS[:4], "height", "width")
 _NORM = "a norm in it is unknown"
 
 
@@ -58,16 +61,48 @@ class ModulatedBlockParts(Parts):
         known = isinstance(labels, Tensor) and labels.ndim == timestep.ndim == 1
         return known and all(len(value) in (1, len(x)) for value in (timestep, labels))
 
-    def modulation(self, x: Tensor, timestep: Tensor, labels: Any) -> Tensor:
-        """Return that of the stream, (B, 6 C), or (1, 6 C) where images have it in common.
 
-        timestep: of each image, with its class; or what the table of the block is added to.
-        """
-        norm, table = self.module.norm1, getattr(self.module, "scale_shift_table", None)
-        if table is not None:
-            return table.flatten().float() + timestep.reshape(len(x), -1)
-        y: Tensor = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=x.dtype)))
-        return y
+@dataclass(frozen=True)
+class SanaBlockParts(ModulatedBlockParts):
+    """A block of Sana: its attention is linear, its feed-forward layer has a convolution inside.
+
+    x = x + gate down(value silu(other)), the halves of depth(silu(up(m(norm2(x)))))
+    """
+
+    up: Rows
+    down: Rows
+
+    def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return (context, its mask, no rotary embedding, timestep, (height, width))."""
+        # The class does not read a mask of the image.
+        how = dict(zip(_OF_SANA, args, strict=False)) | kwargs
+        _, context, mask, timestep, *size = map(how.get, _OF_SANA)
+        return context, mask, None, timestep, size
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cross: bool, mask: Tensor | None) -> Tensor:
+        """Return relu(q) (relu(k)^T v) by the sum of its weights, softmax of the context."""
+        if cross:
+            return super().attend(q, k, v, cross, mask)
+        heads = (y.transpose(1, 2).float() for y in (q.relu(), k.relu(), F.pad(v, (0, 1), value=1)))
+        asked, keys, values = heads
+        y = asked @ (keys.mT @ values)
+        return (y[..., :-1] / (y[..., -1:] + 1e-15)).transpose(1, 2).to(q.dtype)
+
+
+@matches(SanaBlockParts, sana.SanaTransformerBlock)
+def _sana(block: Any) -> tuple[Any, ...] | str:
+    b, ff = block, block.ff
+    own: Any = token_attention(None, b.attn1, False, SanaLinearAttnProcessor2_0, RMSNorm)
+    text: Any = token_attention(None, b.attn2, True, sana.SanaAttnProcessor2_0, RMSNorm)
+    odd = next((found for found in (own, text) if isinstance(found, str)), None)
+    plain = type(ff) is sana.GLUMBConv and ff.norm is None and not ff.residual_connection
+    reason = odd or no(
+        (type(b.norm1) is type(b.norm2) is nn.LayerNorm, _NORM),
+        (plain and type(ff.nonlinearity) is nn.SiLU, "its feed-forward layer is not a plain one"),
+        (not drops(b), "its dropout is active"),
+    )
+    stream = StreamParts(b.norm1, (own,), b.norm2, None, None)
+    return reason or ((stream,), (text,), ff.conv_inverted, ff.conv_point)
 
 
 @dataclass(frozen=True)
@@ -135,6 +170,4 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
     )
     if reason is not None:
         return reason
-    heads = AttentionParts(own.q, own.k, own.v, own.heads, None, None, own.out)
-    stream = StreamParts(norm1, (heads,), norm2, b.ff.net[0].proj, b.ff.net[2])
-    return (stream,), context
+    return (StreamParts(norm1, (own,), norm2, b.ff.net[0].proj, b.ff.net[2]),), context

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import (
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.models.fusion import Linear, MaybeLinear, Parallel, Parts, drops, matches, no
+from quantempo.models.fusion_transformer import activation_of
 
 __all__ = [
     "AttentionParts", "FluxDoubleParts", "FluxSingleParts", "JointBlockParts", "JointParts",
@@ -169,13 +169,7 @@ def softmax_v(processor: Any, q: Tensor, k: Tensor, v: Tensor, alone: bool = Tru
 
 def is_mlp(layer: Any) -> bool:
     """Return whether a layer is linear, GELU by tanh, linear, with no more than dropout."""
-    net: Any = getattr(layer, "net", ())
-    return (
-        type(layer) is FeedForward
-        and type(net[0]) is GELU
-        and net[0].approximate == "tanh"
-        and all(type(other) is nn.Dropout for other in (net[1], *net[3:]))
-    )
+    return activation_of(layer) == "gelu_tanh"
 
 
 def are_bare(*norms: Any, kind: type[nn.Module] = nn.LayerNorm) -> bool:

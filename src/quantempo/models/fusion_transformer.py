@@ -1,21 +1,24 @@
-"""Parts of diffusers' transformers inside U-Nets, see `fusion`."""
+"""Parts of transformers inside U-Nets, and of feed-forward layers of any, see `fusion`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.activations import GEGLU, GELU, SwiGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, LuminaFeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers import transformer_z_image
+from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowFeedForward
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_hidream_image import HiDreamImageFeedForwardSwiGLU
 from torch import nn
 
-from quantempo.models.fusion import Linear, Norm, Parts, Rows, drops, matches, no
+from quantempo.models.fusion import Linear, MaybeLinear, Norm, Parts, Rows, drops, matches, no
 
 __all__ = [
-    "MODULATED", "TokenAttentionParts", "TransformerBlockParts", "TransformerParts",
-    "token_attention",
+    "MODULATED", "FeedForwardParts", "TokenAttentionParts", "TransformerBlockParts",
+    "TransformerParts", "activation_of", "token_attention",
 ]  # fmt: skip
 
 # Norms of the blocks of `fusion_dit`.
@@ -82,6 +85,59 @@ class TransformerParts(Parts):
         return (encoder_hidden_states, {"timestep": timestep, **kwargs}) if plain else None
 
 
+@dataclass(frozen=True)
+class FeedForwardParts(Parts):
+    """down(activation(up(x))) on tokens (..., C).
+
+    activation: of the epilogue; a gated one is of the halves of up(x), or of up(x) and gate(x).
+    """
+
+    by_token = True
+    piece = True
+
+    activation: str
+    up: Linear
+    gate: MaybeLinear
+    down: Linear
+
+    def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        """Return (), or None with anything that the class does not read."""
+        return None if args or kwargs else ()
+
+
+# Layers of those with a gate of its own: up, gate, down.
+_LAYERS: dict[type, tuple[str, ...]] = {
+    AuraFlowFeedForward: ("linear_2", "linear_1", "out_projection"),
+    HiDreamImageFeedForwardSwiGLU: ("w3", "w1", "w2"),
+    LuminaFeedForward: ("linear_3", "linear_1", "linear_2"),
+    transformer_z_image.FeedForward: ("w3", "w1", "w2"),
+}
+
+
+@matches(FeedForwardParts, *_LAYERS)
+def _gated(module: Any) -> tuple[Any, ...]:
+    return "swiglu", *(getattr(module, name) for name in _LAYERS[type(module)])
+
+
+@matches(FeedForwardParts, FeedForward)
+def _feed_forward(module: Any) -> tuple[Any, ...] | None:
+    activation = activation_of(module)
+    known = activation is not None and not drops(module)
+    return (activation, module.net[0].proj, None, module.net[2]) if known else None
+
+
+def activation_of(layer: Any) -> str | None:
+    """Return that of a layer that is linear, activation, linear, with no more than dropout."""
+    if type(layer) is not FeedForward or any(
+        type(other) is not nn.Dropout for other in (layer.net[1], *layer.net[3:])
+    ):
+        return None
+    first = layer.net[0]
+    if type(first) is GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(first.approximate)
+    return {GEGLU: "geglu", SwiGLU: "swiglu"}.get(type(first))
+
+
 def _plain(arguments: dict[str, Any]) -> bool:
     """Return whether a transformer, or a block of one, was called with tokens and context alone."""
     # Read by other norms than layer_norm only.
@@ -105,12 +161,7 @@ def _block(block: Any) -> tuple[Any, ...] | str | None:
         (not hasattr(block, "fuser"), "it is grounded by boxes (GLIGEN)"),
         (not block.only_cross_attention, "its first attention reads the context"),
         (type(getattr(block, "norm3", None)) is nn.LayerNorm, "its last norm is not a LayerNorm"),
-        (
-            type(block.ff) is FeedForward
-            and type(net[0]) is GEGLU
-            and all(type(layer) is nn.Dropout for layer in (net[1], *net[3:])),
-            "its feed-forward layer is not a plain GEGLU",
-        ),
+        (activation_of(block.ff) == "geglu", "its feed-forward layer is not a plain GEGLU"),
         (not drops(block), "its dropout is active"),
     )
     attentions = [token_attention(block.norm1, block.attn1, cross=False)]
@@ -133,15 +184,18 @@ def _transformer(model: Any) -> tuple[Any, ...] | str:
     ) or (model.norm, model.proj_in, blocks, model.proj_out, Transformer2DModelOutput)
 
 
-def token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionParts | str:
-    """Return the parts of an attention, its norm a LayerNorm or None, or why there are none."""
+def token_attention(
+    norm: Any, attention: Any, cross: bool, processor: type = AttnProcessor2_0, *norms: type
+) -> TokenAttentionParts | str:
+    """Return the parts of an attention, or why there are none; norms: what q and k may have."""
     a = attention
     if norm is not None and type(norm) is not nn.LayerNorm:
         return "the norm of an attention in it is not a LayerNorm"
-    if type(a) is not Attention or type(a.processor) is not AttnProcessor2_0:
+    if type(a) is not Attention or type(a.processor) is not processor:
         return "an attention in it has a class or processor of its own"
     plain = (
-        a.group_norm is a.spatial_norm is a.norm_q is a.norm_k is a.norm_cross is None
+        a.group_norm is a.spatial_norm is a.norm_cross is None
+        and {type(a.norm_q), type(a.norm_k)} <= {type(None), *norms}
         and a.added_kv_proj_dim is None
         and a.inner_kv_dim == a.inner_dim
         and not a.residual_connection
@@ -150,4 +204,6 @@ def token_attention(norm: Any, attention: Any, cross: bool) -> TokenAttentionPar
     )
     if not plain:
         return "an attention in it does more than softmax(q k^T) v"
-    return TokenAttentionParts(norm, a.to_q, a.to_k, a.to_v, a.to_out[0], a.heads, cross)
+    return TokenAttentionParts(
+        norm, a.to_q, a.to_k, a.to_v, a.to_out[0], a.heads, cross, a.norm_q, a.norm_k
+    )

@@ -1,25 +1,26 @@
-"""Blocks of DiT, PixArt, Latte and Wan as few launches on a GPU, around int8 products.
+"""Blocks of DiT, PixArt, Latte, Sana and Wan as few launches on a GPU, around int8 products.
 
-Keys and values of a context are one product for all blocks; the modulation is each block's own.
+Keys and values of a context are one product for all blocks, modulations of DiT are another.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.engines.base import Prepared
+from quantempo.engines.base import Prepared, last
 from quantempo.engines.cuda.constants import FLOATS, constants_of
-from quantempo.engines.cuda.joint import Stream, add, encode
+from quantempo.engines.cuda.joint import SharedModulations, Stream, add, encode
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
+from quantempo.engines.per_forward import PerForward
 from quantempo.kernels import ops
-from quantempo.models.fusion_dit import ModulatedBlockParts, WanBlockParts
+from quantempo.models.fusion_dit import ModulatedBlockParts, SanaBlockParts, WanBlockParts
 from quantempo.models.fusion_transformer import TokenAttentionParts
 
-__all__ = ["FusedModulatedBlock"]
+__all__ = ["FusedModulatedBlock", "FusedSanaBlock"]
 
 
 class _Cross(Prepared):
@@ -47,7 +48,30 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
     if norm is None:
         return x
     weight = None if norm.weight is None else norm.weight.to(x.dtype)
-    return F.rms_norm(x.flatten(2), norm.normalized_shape, weight, norm.eps).view(x.shape)
+    whole = x.flatten(2)
+    return F.rms_norm(whole, whole.shape[2:], weight, norm.eps).view(x.shape)
+
+
+class _Embedding(PerForward):
+    """Modulations of blocks with equal embeddings of time and class, which is computed once."""
+
+    def __init__(self, network: Network) -> None:
+        norms = [parts.module.norm1 for parts in network.of(ModulatedBlockParts)]
+        self.emb = norms[-1].emb
+        layers = [norm.linear for norm in norms if _same(norm.emb, self.emb)]
+        self.shared = SharedModulations([i for i in layers if isinstance(i, nn.Linear)])
+        super().__init__(len(self.shared.layers))
+
+    def make(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (B, E)."""
+        y: Tensor = self.emb(timestep, labels, hidden_dtype=dtype)
+        return y
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules compute the same (synchronises)."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return str(one) == str(other) and all(torch.equal(*pair) for pair in pairs)
 
 
 @BLOCKS.build(WanBlockParts)
@@ -60,10 +84,15 @@ class FusedModulatedBlock(GpuBlock):
         contexts = network.once(SharedContext.of)
         (self.stream,) = map(Stream, parts.streams)
         self.attentions = [_Cross(attention, contexts) for attention in parts.attentions]
+        zero = not hasattr(parts.module, "scale_shift_table")
+        self.time = network.once(_Embedding) if zero else None
+        self.index = self.time.shared.index(parts.module.norm1.linear) if self.time else None
 
     def _prepare(self, device: torch.device) -> None:
         for part in (self.stream, *self.attentions):
             part.prepare(device)
+        if self.time is not None and self.index is not None:
+            self.time.shared.here(device)
 
     def takes(self, x: Tensor, context: Any, mask: Any, rotary: Any, *time: Any) -> bool:
         """Return whether `run` can be given these."""
@@ -84,7 +113,7 @@ class FusedModulatedBlock(GpuBlock):
         """Return (B, T, C); mask (B, 1, S) is added to the logits of the context."""
         self.here(x.device)
         x, stream, attend = x.contiguous(), self.stream, self.parts.attend
-        given = self.parts.modulation(x, *time).expand(len(x), -1).split(x.shape[2], 1)
+        given = self._modulation(x, *time).expand(len(x), -1).split(x.shape[2], 1)
         q, k, v = stream.before(x, given)
         heads = stream.parts.attentions[0]
         q, k = _normed(q, heads.norm_q), _normed(k, heads.norm_k)
@@ -97,4 +126,39 @@ class FusedModulatedBlock(GpuBlock):
         for cross in self.attentions:
             y = attend(*cross.heads(x, context), cross=True, mask=mask).flatten(2)
             x = add(cross.out, [encode(y, cross.out)], None, x)
-        return stream.feed(x, given)
+        return self._feed(x, given, *time)
+
+    def _feed(self, x: Tensor, given: Any, timestep: Tensor, rest: Any) -> Tensor:
+        return self.stream.feed(x, given)
+
+    def _modulation(self, x: Tensor, timestep: Tensor, rest: Any) -> Tensor:
+        # (B, 6 C), or (1, 6 C) where images have it in common; rest: their classes, if any.
+        module, index = self.parts.module, self.index
+        if self.time is None:
+            return module.scale_shift_table.flatten().float() + timestep.reshape(len(x), -1)
+        norm = module.norm1
+        if index is not None:
+            temb = self.time.read(index, timestep, rest, rest, x.dtype)
+            return self.time.shared(index, temb)
+        y: Tensor = norm.linear(norm.silu(norm.emb(timestep, rest, hidden_dtype=x.dtype)))
+        return y
+
+
+@BLOCKS.build(SanaBlockParts)
+class FusedSanaBlock(FusedModulatedBlock):
+    """The same, whose feed-forward layer runs diffusers' convolution between its two products."""
+
+    def _prepare(self, device: torch.device) -> None:
+        super()._prepare(device)
+        layers = (self.parts.up, self.parts.down)
+        self.up, self.down = (constants_of(layer, device).pixelwise() for layer in layers)
+
+    def _feed(self, x: Tensor, given: Any, timestep: Tensor, rest: Any) -> Tensor:
+        # `rest` is height and width of the image.
+        (shift, scale, gate), up, down = given[3:6], self.up, self.down
+        codes = encode(x, up, self.stream.parts.norm2, shift=shift, scale=scale)
+        y = up.gemm(dtype=x.dtype, bias=up.bias, activation="silu", **codes)
+        y = y.view(len(x), *rest, -1).permute(0, 3, 1, 2)
+        value, other = last(self.parts.module.ff.conv_depth(y)).chunk(2, 1)
+        y = (value * F.silu(other)).permute(0, 2, 3, 1).flatten(1, 2)
+        return add(down, [encode(y, down)], gate, x)

@@ -1,4 +1,4 @@
-"""Transformers inside a U-Net as few launches on a GPU, around int8 products.
+"""Transformers inside a U-Net, and feed-forward layers of any, as few launches on a GPU.
 
 Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
 The last product of the last block writes the codes that the output projection reads. What is
@@ -24,13 +24,15 @@ from quantempo.engines.cuda.constants import (
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
+from quantempo.kernels.ops.epilogue import GATED
 from quantempo.models.fusion_transformer import (
+    FeedForwardParts,
     TokenAttentionParts,
     TransformerBlockParts,
     TransformerParts,
 )
 
-__all__ = ["FusedTransformer", "FusedTransformerBlock"]
+__all__ = ["FusedFeedForward", "FusedTransformer", "FusedTransformerBlock"]
 
 
 class _LayerNorm:
@@ -134,6 +136,31 @@ class FusedTransformerBlock(GpuBlock):
         if grid is None:
             return _add(down, codes, x)
         return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)
+
+
+@BLOCKS.build(FeedForwardParts)
+class FusedFeedForward(GpuBlock):
+    """A product that activates and writes codes, and one that reads them; of any block."""
+
+    def _prepare(self, device: torch.device) -> None:
+        parts = self.parts
+        layers = [constants_of(p, device) for p in (parts.up, parts.gate) if p is not None]
+        self.ups, self.down = LayerConstants.together(layers), constants_of(parts.down, device)
+
+    def takes(self, x: Tensor) -> bool:
+        """Return whether `run` can be given x."""
+        return x.dtype in FLOATS and x.ndim > 1 and not self.parts.up.clock.by_token
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return (..., C') of x (..., C)."""
+        self.here(x.device)
+        down, activation, shape = self.down, self.parts.activation, x.shape[:-1]
+        how: dict[str, Any] = {"grid": None if down.layer.dynamic else down.grids[0]}
+        how = {} if self.ups[1:] else how | {"activation": activation}
+        every = [u.gemm(dtype=x.dtype, bias=u.bias, **how, **u.read(x)) for u in self.ups]
+        y = every[0] if not every[1:] else every[0] * getattr(F, GATED[activation])(every[1])
+        read = {"codes": y} if y.dtype == torch.int8 else down.read(y.view(*shape, -1))
+        return down.gemm(dtype=x.dtype, bias=down.bias, **read).view(*shape, -1)
 
 
 def _like(x: Tensor, weight: Tensor | None) -> Tensor:
