@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LatteTransformer3DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -44,12 +45,14 @@ SANA |= {"cross_attention_dim": 32, "caption_channels": 48, "qk_norm": "rms_norm
 WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 48, "freq_dim": 32, "ffn_dim": 64}
 FLUX = {**HEADS, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
 FLUX |= {"joint_attention_dim": 48, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
+QWEN = {**HEADS, "in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (4, 6, 6)}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "flux": lambda: FluxTransformer2DModel(**FLUX, guidance_embeds=True),
     "schnell": lambda: FluxTransformer2DModel(**FLUX),
     "sd3": lambda: SD3Transformer2DModel(**SD3),
     # The first block attends to the image alone as well.
     "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "qwen": lambda: QwenImageTransformer2DModel(**QWEN, num_layers=2),
     # The last block has an embedding of its own.
     "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=3, num_embeds_ada_norm=10),
     "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
@@ -58,7 +61,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
-LEVELS = {"flux": 0.02, "schnell": 0.02, "sd3": 0.15, "sd35": 0.03}
+LEVELS = {"flux": 0.02, "schnell": 0.02, "qwen": 0.03, "sd3": 0.15, "sd35": 0.03}
 LEVELS |= {"dit": 0.05, "pixart": 0.05, "latte": 0.1, "sana": 0.1, "wan": 0.05}
 
 
@@ -74,7 +77,7 @@ def tiny(kind: str) -> nn.Module:
     return network
 
 
-def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Any]:
     """Return the arguments of a call."""
     given = {"hidden_states": noise(batch, 4, SIZE, SIZE, seed=seed)}
     given["timestep"] = torch.linspace(900, 100, batch).round()
@@ -86,6 +89,9 @@ def call(kind: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
         return given | {"hidden_states": noise(batch, 4, frames, SIZE, SIZE, seed=seed)}
     if kind in ("pixart", "sana"):
         return given | {"encoder_attention_mask": torch.ones(batch, TEXT).tril(1)}
+    if kind == "qwen":
+        given |= {"hidden_states": noise(batch, 9, 16, seed=seed)}
+        return given | {"timestep": given["timestep"] / 1000, "img_shapes": [[(1, 3, 3)]] * batch}
     given["pooled_projections"] = noise(batch, 32, seed=seed + 2)
     if "sd3" in kind:
         return given
@@ -102,8 +108,8 @@ def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
         bound = inspect.signature(network.forward).bind(**call(kind, 3, seed))
         bound.apply_defaults()
         inputs.append(bound.args)
-    # Names do not say that these of Wan read the time.
-    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"))
+    # Names do not say that these of Wan and Qwen-Image read the time.
+    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*", "*_mod.*"))
 
 
 def fused(kind: str, *exclude: str) -> nn.Module:

@@ -61,16 +61,8 @@ def test_a_feed_forward_layer_is_two_products(kind, every):
     for given in (call(), call(1), call(2, 3, 4)):
         check_errors(errors(net, **given))
     # Two layers that read the same codes are one product.
-    assert len(net.layer.forward.ups) == 1 or every == 2
-
-
-@torch.no_grad()
-def test_a_gate_with_scales_of_its_own_is_a_product_of_its_own():
-    net = network("z-image")
-    net.layer.w1.act_scale *= 1.25
-    ENGINE.attach(net)
-    check_errors(errors(net, **call()))
-    assert len(net.layer.forward.ups) == 2
+    gate, up = net.layer.forward.parts.gate, net.layer.forward.parts.up
+    assert len(net.layer.forward.ups) == 1 + (gate is not None and gate.dynamic != up.dynamic)
 
 
 @torch.no_grad()
@@ -87,16 +79,8 @@ def test_times_by_token_and_odd_calls_take_the_path_of_the_class():
         assert torch.equal(y, net.layer(x["sample"]))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: setattr(layer.net[0], "approximate", "none of these"),
-        lambda layer: layer.net.append(nn.ReLU()),
-        lambda layer: layer.net[1].__init__(0.5) or layer.train(),
-    ],
-)
-def test_one_that_does_something_else_is_left(change):
+def test_one_that_does_something_else_is_left():
     net = network("gelu")
-    change(net.layer)
+    net.layer.net.append(nn.ReLU())
     ENGINE.attach(net)
     assert not fused_modules(net)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from torch import nn
+from torch import Tensor, nn
 
 from quantempo.bench.networks import cast_floats
 from quantempo.engines import attach
@@ -52,7 +52,7 @@ def test_each_block_equals_its_layers(kind, batch):
     assert reasons(network) == {None}
     found = errors(network, **call(kind, batch))
     # The last block of SD3 ends the text.
-    counts = {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4, "dit": 3}
+    counts = {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4, "dit": 3, "qwen": 4}
     assert len(found) == counts.get(kind, 2)
     check_errors(found)
 
@@ -86,9 +86,9 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
     blocks = {n: how for n, how in execution(network).items() if "blocks." in n}
     assert set(blocks.values()) == {"triton, fused"}
     forwards = [module.forward.active for module in fused_modules(network).values()]
-    if "sd3" in kind:
+    if "sd3" in kind or kind == "qwen":
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
-        assert len(shared.layers) == 2 * 3
+        assert len(shared.layers) == 2 * len(forwards)
     elif kind in ("pixart", "latte", "sana", "wan"):
         (shared,) = {attention.contexts for f in forwards for attention in f.attentions}
         assert len(shared.attentions) == 2
@@ -112,16 +112,25 @@ def test_streams_have_the_type_of_the_network(kind, dtype):
     ENGINE.attach(network)
     given = call(kind)
     for name, value in given.items():
-        if value.is_floating_point() and "ids" not in name:
+        if isinstance(value, Tensor) and value.is_floating_point() and "ids" not in name:
             given[name] = value.to(dtype)
     y = network(**given).sample
     assert y.dtype == dtype and reasons(network) == {None}
     unfuse(network)
     assert relative(y, network(**given).sample) <= 2 * LEVELS[kind]
+    # What the class clips is clipped, and nothing else.
+    block, seen = _blocks(network)[0], []
+    for layer in (layer for name, layer in block.named_modules() if name.endswith("net.2")):
+        layer.bias += 1e9
+    block.register_forward_hook(lambda _, args, y: seen.append([x.isfinite().all() for x in y]))
+    network(**given)
+    fuse(network, BLOCKS)
+    network(**given)
+    assert seen[0] == seen[1]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["flux", "sd35", "dit", "pixart", "sana", "wan"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "dit", "pixart", "qwen", "sana", "wan"])
 def test_a_network_compiles_whole_and_once(kind):
     network = by_token(copy.deepcopy(quantized(kind)), 5)
     torch._dynamo.reset()
@@ -228,6 +237,23 @@ def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
 
 
 @torch.no_grad()
+def test_masks_and_two_times_take_the_path_of_the_class_of_qwen():
+    network = fused("qwen")
+    block, x, text, temb = (network.transformer_blocks[0], *(noise(2, n, 32) for n in (9, TEXT, 1)))
+    temb, rotary = temb[:, 0], network.pos_embed([(1, 3, 3)], max_txt_seq_len=TEXT)
+    index, mask = torch.zeros(2, 9).long(), torch.ones(2, TEXT, dtype=torch.bool).tril(1)
+    given = block.forward.parts.given
+    assert block.forward.takes(x, *given(text, None, temb, rotary))
+    assert not block.forward.takes(x, *given(text, None, temb, rotary[:1] * 2))
+    odd = [(None, temb, rotary, {"unread": 1}), (None, temb, None), (mask, temb, rotary)]
+    for arguments in (*odd, (None, temb, rotary, None, index)):
+        assert given(text, *arguments) is None
+    plain = block(x, text, *odd[-1])
+    unfuse(network)
+    assert all(map(torch.equal, plain, block(x, text, *odd[-1])))
+
+
+@torch.no_grad()
 def test_times_by_token_and_odd_tables_take_the_path_of_the_class_of_wan():
     network = fused("wan")
     block, x, text = network.blocks[0], noise(2, 9, 32), noise(2, TEXT, 32, seed=1)
@@ -275,6 +301,9 @@ NORM, MLP = "a norm in it is unknown", "its feed-forward layer is not a plain GE
             lambda b: setattr(b.attn2, "add_k_proj", nn.Identity()),
             "an attention in it reads",
         ),
+        ("qwen", lambda b: setattr(b.attn, "processor", Halved(None)), OTHER),
+        ("qwen", lambda b: setattr(b, "txt_norm2", nn.LayerNorm(32)), NORM),
+        ("qwen", lambda b: setattr(b.img_mlp.net[0], "approximate", "none"), MLP),
         ("sana", lambda b: setattr(b.attn1, "processor", Halved(None)), "an attention in it has"),
         ("sana", lambda b: setattr(b.attn2, "norm_k", nn.LayerNorm(32)), "an attention in it does"),
         ("sana", lambda b: setattr(b, "norm2", nn.Identity()), NORM),

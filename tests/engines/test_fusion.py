@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, PRXTransformer2DModel
+from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
 from quantempo.engines import ENGINES
@@ -45,15 +45,6 @@ def dit() -> nn.Module:
         block.ff.net[0].approximate = "none"
     x = noise(2, network.config.in_channels, 8, 8)
     return quantize_network(network, [(x, torch.tensor([450, 20]), label)])
-
-
-def prx() -> nn.Module:
-    network = PRXTransformer2DModel(
-        in_channels=16, context_in_dim=16, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]
-    ).eval()
-    return quantize_network(
-        network, [(noise(2, 16, 4, 4), torch.tensor([9, 450]), noise(2, 5, 16))]
-    )
 
 
 def cogvideo() -> nn.Module:
@@ -106,7 +97,6 @@ UNKNOWN = "no fused form is known"
 # Of each block: (what of it, its class, why it is not fused); without a reason by `triton` alone.
 NOT_FUSED = {
     dit: [("", "BasicTransformerBlock", DIT), (".ff", "FeedForward", None)],
-    prx: [(".attention", "PRXAttention", UNKNOWN), ("", "PRXBlock", UNKNOWN)],
     cogvideo: [
         (".attn1", "Attention", UNKNOWN),
         ("", "CogVideoXBlock", UNKNOWN),
@@ -118,11 +108,11 @@ NOT_FUSED = {
 @pytest.mark.parametrize("name", FUSING)
 @pytest.mark.parametrize("make", NOT_FUSED)
 def test_what_is_not_fused_is_said_and_a_feed_forward_layer_of_it_is(engine, name, make, caplog):
-    network, prefix = make(), "blocks" if make is prx else "transformer_blocks"
+    network = make()
     with caplog.at_level(logging.INFO, "quantempo"):
         engine.attach(network)
     rows = [
-        BlockRow(f"{prefix}.{i}{part}", *found)
+        BlockRow(f"transformer_blocks.{i}{part}", *found)
         for part, *found in NOT_FUSED[make]
         for i in (0, 1)
         if name == "triton" or found[1] is not None

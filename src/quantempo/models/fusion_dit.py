@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.models.fusion import Parts, Rows, drops, matches, no
-from quantempo.models.fusion_joint import AttentionParts, StreamParts, are_bare, is_mlp, softmax_v
-from quantempo.models.fusion_transformer import MODULATED, TokenAttentionParts, token_attention
+from quantempo.models.fusion_joint import NOT_MLP, StreamParts, are_bare, is_mlp, softmax_v
+from quantempo.models.fusion_transformer import (
+    MODULATED,
+    TokenAttentionParts,
+    heads_of,
+    token_attention,
+)
 
 __all__ = ["ModulatedBlockParts", "SanaBlockParts", "WanBlockParts"]
 
@@ -135,15 +140,13 @@ def _wan(block: Any) -> tuple[Any, ...] | str:
         (are_bare(b.norm1, b.norm3, kind=FP32LayerNorm), _NORM),
         (middle is None or type(middle) is FP32LayerNorm, _NORM),
         (all(type(norm) is nn.RMSNorm for norm in norms), _NORM),
-        (is_mlp(b.ffn), "its feed-forward layer is not a plain GELU by tanh"),
+        (is_mlp(b.ffn), NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:
         return reason
-    heads = AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])
-    text = TokenAttentionParts(
-        middle, c.to_q, c.to_k, c.to_v, c.to_out[0], c.heads, True, c.norm_q, c.norm_k
-    )
+    heads = heads_of(a)
+    text = TokenAttentionParts(**vars(heads_of(c)), norm=middle, cross=True)
     stream = StreamParts(b.norm1, (heads,), b.norm3, b.ffn.net[0].proj, b.ffn.net[2])
     return (stream,), (text,)
 
@@ -165,7 +168,7 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
         (not b.only_cross_attention, "its first attention reads the context"),
         (not zero or type(b.norm1) is AdaLayerNormZero, _NORM),
         (are_bare(norm1, norm2), _NORM),
-        (is_mlp(b.ff), "its feed-forward layer is not a plain GELU by tanh"),
+        (is_mlp(b.ff), NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:

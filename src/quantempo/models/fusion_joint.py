@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
@@ -15,41 +16,18 @@ from diffusers.models.normalization import (
     RMSNorm,
     SD35AdaLayerNormZeroX,
 )
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttention,
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
+from diffusers.models.transformers import transformer_flux as flux
+from diffusers.models.transformers import transformer_qwenimage as qwen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.models.fusion import Linear, MaybeLinear, Parallel, Parts, drops, matches, no
-from quantempo.models.fusion_transformer import activation_of
+from quantempo.models.fusion_transformer import AttentionParts, activation_of, heads_of
 
 __all__ = [
-    "AttentionParts", "FluxDoubleParts", "FluxSingleParts", "JointBlockParts", "JointParts",
-    "ProjectionParts", "StreamParts",
+    "NOT_MLP", "FluxDoubleParts", "FluxSingleParts", "JointBlockParts", "JointParts",
+    "QwenParts", "StreamParts",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ProjectionParts:
-    """norm_q(q(x)), norm_k(k(x)) and v(x), by heads; the norms are RMSNorms or None."""
-
-    q: Linear
-    k: Linear
-    v: Linear
-    heads: int
-    norm_q: Any
-    norm_k: Any
-
-
-@dataclass(frozen=True)
-class AttentionParts(ProjectionParts):
-    """out(attention(q, k, v)); out is None where nothing reads it."""
-
-    out: MaybeLinear
 
 
 @dataclass(frozen=True)
@@ -76,11 +54,11 @@ class StreamParts:
 class JointParts(Parts):
     """What all have: one attention over the tokens of the text and the image.
 
-    modulations: the layer of silu(temb) of each stream; clips: whether the class clips the text.
+    modulations: the layer of silu(temb) of each stream; clips: of which its class clips values.
     """
 
     by_token = True
-    clips = False
+    clips = (False, False)
 
     modulations: tuple[nn.Module, ...]
 
@@ -109,17 +87,14 @@ class JointBlockParts(JointParts):
 class FluxParts(JointParts):
     """What both kinds of blocks of FLUX have."""
 
-    clips = True
+    clips = (True, False)
 
     def given(
-        self,
-        encoder_hidden_states: Any = None,
-        temb: Any = None,
-        image_rotary_emb: Any = None,
+        self, encoder_hidden_states: Any = None, temb: Any = None, image_rotary_emb: Any = None,
         joint_attention_kwargs: Any = None,
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[Any, ...] | None:  # fmt: skip
         """Return (text, temb, rotary embedding), None with arguments for processors."""
-        plain = not joint_attention_kwargs and _is_flux(self.module.attn)
+        plain = not joint_attention_kwargs and _is_plain(self.module.attn)
         return (encoder_hidden_states, temb, image_rotary_emb) if plain else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,13 +110,33 @@ class FluxDoubleParts(FluxParts):
 
 
 @dataclass(frozen=True)
+class QwenParts(FluxDoubleParts):
+    """The same of Qwen-Image."""
+
+    clips = (True, True)
+
+    def given(  # type: ignore[override]
+        self, encoder_hidden_states: Any, encoder_hidden_states_mask: Any, temb: Any,
+        image_rotary_emb: Any, joint_attention_kwargs: Any = None, modulate_index: Any = None,
+    ) -> tuple[Any, ...] | None:  # fmt: skip
+        """Return (text, temb, rotary embedding), None with a mask or two times in an image."""
+        found = super().given(encoder_hidden_states, temb, None, joint_attention_kwargs)
+        odd = encoder_hidden_states_mask is not None or modulate_index is not None
+        if found is None or odd or not image_rotary_emb or not image_rotary_emb[0].is_complex():
+            return None
+        # Of the image and of the text.
+        tables = torch.view_as_real(torch.cat(image_rotary_emb[::-1]))
+        return *found[:2], tables.repeat_interleave(2, 1).unbind(2)
+
+
+@dataclass(frozen=True)
 class FluxSingleParts(FluxParts):
     """x + gate out([attention(y), gelu_tanh(up(y))]), y = norm(x) (1 + scale) + shift.
 
     Its modulation is shift, scale, gate.
     """
 
-    projections: tuple[ProjectionParts, ...]
+    projections: tuple[AttentionParts, ...]
     norm: nn.LayerNorm
     up: Linear
     out: Parallel
@@ -149,11 +144,16 @@ class FluxSingleParts(FluxParts):
 
 _OTHER = "its attention has a class, processor or layers of its own"
 _NORM = "a norm in it is unknown"
+NOT_MLP = "its feed-forward layer is not a plain GELU by tanh"
+_RMS = (nn.RMSNorm, RMSNorm, type(None))
+_PLAIN = (
+    (flux.FluxAttention, flux.FluxAttnProcessor),
+    (Attention, qwen.QwenDoubleStreamAttnProcessor2_0),
+)
 
 
-def _is_flux(a: Any) -> bool:
-    known = (type(a), type(a.processor)) == (FluxAttention, FluxAttnProcessor)
-    return known and not a.fused_projections
+def _is_plain(a: Any) -> bool:
+    return (type(a), type(a.processor)) in _PLAIN and not a.fused_projections
 
 
 def _is_sd3(attention: Any) -> bool:
@@ -174,62 +174,62 @@ def is_mlp(layer: Any) -> bool:
 
 def are_bare(*norms: Any, kind: type[nn.Module] = nn.LayerNorm) -> bool:
     """Return whether all are LayerNorms without weights."""
-    return _are(kind, *norms) and all(norm.weight is norm.bias is None for norm in norms)
+    return all(type(norm) is kind and norm.weight is norm.bias is None for norm in norms)
 
 
-def _are(kind: type[nn.Module], *modules: Any) -> bool:
-    return all(type(module) is kind for module in modules)
-
-
-def _heads(a: Any, text: bool = False) -> AttentionParts:
-    if text:
-        norms = (a.norm_added_q, a.norm_added_k)
-        return AttentionParts(
-            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out
-        )
-    return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])
-
-
-def _double(block: Any, own: tuple[Any, ...], rms: tuple[type, ...]) -> tuple[Any, ...] | str:
-    """Return modulations and streams of a block whose attention is known, or why there are none.
-
-    own: attentions of the image alone; rms: the classes of norms of queries and keys.
-    """
+def _double(block: Any, *own: Any) -> tuple[Any, ...] | str:
+    """Return `_streams` of a block whose attention is known; own: those of the image alone."""
     b, first = block, (block.norm1_context, block.norm1)
     rest = [(b.norm2_context, b.ff_context), (b.norm2, b.ff)]
-    every = ((_heads(b.attn, text=True),), tuple(_heads(a) for a in (b.attn, *own)))
+    every = ((heads_of(b.attn, text=True),), tuple(heads_of(a) for a in (b.attn, *own)))
     ends = every[0][0].out is None
     kinds = (
         AdaLayerNormContinuous if ends else AdaLayerNormZero,
         SD35AdaLayerNormZeroX if own else AdaLayerNormZero,
     )
     known = all(type(norm) is kind for norm, kind in zip(first, kinds, strict=True))
-    bare = [*(getattr(n, "norm", None) for n in first), *(norm for norm, _ in rest[ends:])]
+    if not known or any(getattr(norm, "emb", None) is not None for norm in first):
+        return _NORM
+    norms = [(norm.norm, norm.linear) for norm in first]
+    return _streams(block, norms, every, rest)
+
+
+def _streams(block: Any, first: Any, every: Any, rest: Any) -> tuple[Any, ...] | str:
+    """Return modulations and streams of a block of known norms, or why there are none.
+
+    Of each stream: first norm and modulation, attentions, second norm and feed-forward layer.
+    """
+    ends = every[0][0].out is None
+    bare = [*(norm for norm, _ in first), *(norm for norm, _ in rest[ends:])]
     heads = [norm for each in every for a in each for norm in (a.norm_q, a.norm_k)]
     reason = no(
-        (known and all(getattr(norm, "emb", None) is None for norm in first), _NORM),
         (are_bare(*bare), _NORM),
-        (all(type(n) in rms and getattr(n, "bias", None) is None for n in heads), _NORM),
-        (
-            all(is_mlp(ff) for _, ff in rest[ends:]),
-            "its feed-forward layer is not a plain GELU by tanh",
-        ),
+        (all(type(n) in _RMS and getattr(n, "bias", None) is None for n in heads), _NORM),
+        (all(is_mlp(ff) for _, ff in rest[ends:]), NOT_MLP),
         (not drops(block), "its dropout is active"),
     )
     if reason is not None:
         return reason
     mlps = [(None, None) if ff is None else (ff.net[0].proj, ff.net[2]) for _, ff in rest]
     streams = tuple(
-        StreamParts(norm1.norm, each, norm2, *mlp)
-        for norm1, each, (norm2, _), mlp in zip(first, every, rest, mlps, strict=True)
+        StreamParts(norm1, each, norm2, *mlp)
+        for (norm1, _), each, (norm2, _), mlp in zip(first, every, rest, mlps, strict=True)
     )
-    return tuple(norm.linear for norm in first), streams
+    return tuple(layer for _, layer in first), streams
 
 
-@matches(FluxDoubleParts, FluxTransformerBlock)
+@matches(QwenParts, qwen.QwenImageTransformerBlock)
+def _qwen(block: Any) -> tuple[Any, ...] | str:
+    b, every = block, [(heads_of(block.attn, text=True),), (heads_of(block.attn),)]
+    first = [(b.txt_norm1, b.txt_mod[1]), (b.img_norm1, b.img_mod[1])]
+    rest = [(b.txt_norm2, b.txt_mlp), (b.img_norm2, b.img_mlp)]
+    return _streams(b, first, every, rest) if _is_plain(b.attn) else _OTHER
+
+
+@matches(FluxDoubleParts, flux.FluxTransformerBlock)
 def _flux_double(block: Any) -> tuple[Any, ...] | str:
-    plain = _is_flux(block.attn) and block.attn.added_kv_proj_dim is not None
-    return _double(block, (), (nn.RMSNorm,)) if plain else _OTHER
+    plain = _is_plain(block.attn) and block.attn.added_kv_proj_dim is not None
+    return _double(block) if plain else _OTHER
 
 
 @matches(JointBlockParts, JointTransformerBlock)
@@ -245,20 +245,20 @@ def _joint(block: Any) -> tuple[Any, ...] | str:
         (plain, _OTHER),
         (block._chunk_size is None, "its feed-forward layer runs in chunks"),
     )
-    return reason or _double(block, own, (RMSNorm, type(None)))
+    return reason or _double(block, *own)
 
 
-@matches(FluxSingleParts, FluxSingleTransformerBlock)
+@matches(FluxSingleParts, flux.FluxSingleTransformerBlock)
 def _single(block: Any) -> tuple[Any, ...] | str:
     b, a, gelu = block, block.attn, block.act_mlp
     tanh = type(gelu) is nn.GELU and gelu.approximate == "tanh"
     return no(
-        (_is_flux(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
-        (_are(AdaLayerNormZeroSingle, b.norm) and are_bare(b.norm.norm), _NORM),
-        (_are(nn.RMSNorm, a.norm_q, a.norm_k), _NORM),
+        (_is_plain(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
+        (type(b.norm) is AdaLayerNormZeroSingle and are_bare(b.norm.norm), _NORM),
+        (type(a.norm_q) is type(a.norm_k) is nn.RMSNorm, _NORM),
         (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
     ) or (
         (b.norm.linear,),
-        (ProjectionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k),),
+        (AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k),),
         b.norm.norm, b.proj_mlp, b.proj_out,
     )  # fmt: skip

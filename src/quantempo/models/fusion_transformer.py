@@ -17,8 +17,8 @@ from torch import nn
 from quantempo.models.fusion import Linear, MaybeLinear, Norm, Parts, Rows, drops, matches, no
 
 __all__ = [
-    "MODULATED", "FeedForwardParts", "TokenAttentionParts", "TransformerBlockParts",
-    "TransformerParts", "activation_of", "token_attention",
+    "MODULATED", "AttentionParts", "FeedForwardParts", "TokenAttentionParts",
+    "TransformerBlockParts", "TransformerParts", "activation_of", "heads_of", "token_attention",
 ]  # fmt: skip
 
 # Norms of the blocks of `fusion_dit`.
@@ -26,22 +26,27 @@ MODULATED = ("ada_norm_zero", "ada_norm_single")
 
 
 @dataclass(frozen=True)
-class TokenAttentionParts:
-    """out(softmax(q k^T scale) v) on tokens (B, T, C), q of them, k and v of them or a context.
+class AttentionParts:
+    """out(attention(norm_q(q(x)), norm_k(k(x)), v(x))), the norms RMSNorms or None.
 
-    norm: of the tokens, before, if any; cross: k and v are of a context (B, S, C'); norm_q, norm_k:
-    RMSNorms of q and k, or None.
+    out: None where nothing reads it.
     """
 
-    norm: Any
     q: Linear
     k: Linear
     v: Linear
-    out: Linear
     heads: int
-    cross: bool
     norm_q: Any = None
     norm_k: Any = None
+    out: MaybeLinear = None
+
+
+@dataclass(frozen=True)
+class TokenAttentionParts(AttentionParts):
+    """The same on tokens (B, T, C): norm is theirs, if any; cross: k and v are of a context."""
+
+    norm: Any = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,14 @@ def token_attention(
     )
     if not plain:
         return "an attention in it does more than softmax(q k^T) v"
-    return TokenAttentionParts(
-        norm, a.to_q, a.to_k, a.to_v, a.to_out[0], a.heads, cross, a.norm_q, a.norm_k
-    )
+    return TokenAttentionParts(**vars(heads_of(a)), norm=norm, cross=cross)
+
+
+def heads_of(a: Any, text: bool = False) -> AttentionParts:
+    """Return the parts of an attention, or what it does to the text."""
+    if text:
+        norms = (a.norm_added_q, a.norm_added_k)
+        return AttentionParts(
+            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out
+        )
+    return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])

@@ -1,4 +1,4 @@
-"""Blocks of FLUX and SD3 as few launches on a GPU, around int8 products.
+"""Blocks of FLUX, Qwen-Image and SD3 as few launches on a GPU, around int8 products.
 
 The modulations of all blocks are one product a forward. Text and image are one sequence in each
 attention; between single blocks of FLUX they stay one tensor.
@@ -21,9 +21,10 @@ from quantempo.models.fusion_joint import (
     FluxSingleParts,
     JointBlockParts,
     JointParts,
-    ProjectionParts,
+    QwenParts,
     StreamParts,
 )
+from quantempo.models.fusion_transformer import AttentionParts
 
 __all__ = [
     "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "encode", "joined",
@@ -94,7 +95,7 @@ def add(layer: LayerConstants, every: list[Codes], gate: Tensor | None, x: Tenso
 class _Projections(Prepared):
     """Queries, keys and values of one stream."""
 
-    def __init__(self, parts: ProjectionParts) -> None:
+    def __init__(self, parts: AttentionParts) -> None:
         self.parts = parts
 
     def _prepare(self, device: torch.device) -> None:
@@ -192,6 +193,7 @@ class Stream(Prepared):
         return add(self.down, [_hidden(self.up, codes, x, self.down)], gate, x)
 
 
+@BLOCKS.build(QwenParts)
 @BLOCKS.build(FluxDoubleParts)
 @BLOCKS.build(JointBlockParts)
 class FusedDouble(_Joint):
@@ -214,17 +216,17 @@ class FusedDouble(_Joint):
         heads = [s.before(*pair) for s, *pair in zip(self.streams, both, given, strict=True)]
         y = _attended(self.parts, [s.parts.attentions[0] for s in self.streams], heads, rotary)
         parts = y.split([text.shape[1], x.shape[1]], 1)
-        first, second = (
-            self._after(*group) for group in zip(self.streams, both, parts, given, strict=True)
-        )
-        return _finite(first) if self.parts.clips and first is not None else first, second
+        every = zip(self.streams, both, parts, given, self.parts.clips, strict=True)
+        text, x = (self._after(*group) for group in every)
+        return text, x
 
-    def _after(self, stream: Stream, x: Tensor, y: Tensor, given: Any) -> Tensor | None:
+    def _after(self, stream: Stream, x: Tensor, y: Tensor, given: Any, clips: bool) -> Any:
         if stream.up is None:
             return None
         own = enumerate(stream.parts.attentions[1:], 1)
         every = [_attended(self.parts, [a], [stream.before(x, given, i)]) for i, a in own]
-        return stream.feed(stream.add(x, [y, *every], given), given)
+        x = stream.feed(stream.add(x, [y, *every], given), given)
+        return _finite(x) if clips else x
 
 
 @BLOCKS.build(FluxSingleParts)

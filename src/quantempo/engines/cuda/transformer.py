@@ -21,6 +21,7 @@ from quantempo.engines.cuda.constants import (
     constants_of,
     quantize_rows,
 )
+from quantempo.engines.cuda.joint import add
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
@@ -39,17 +40,14 @@ class _LayerNorm:
     """A LayerNorm in the type of its input, whatever that is: weights are kept in all of them."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
-        self.shape, self.eps = norm.normalized_shape, norm.eps
-        self.weights = {dtype: _as(norm.weight, dtype) for dtype in FLOATS}
-        self.biases = {dtype: _as(norm.bias, dtype) for dtype in FLOATS}
+        self.shape, self.eps, weights = norm.normalized_shape, norm.eps, (norm.weight, norm.bias)
+        self.weights = {
+            dtype: [None if value is None else constant(value.to(dtype)) for value in weights]
+            for dtype in FLOATS
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, bias = self.weights[x.dtype], self.biases[x.dtype]
-        return F.layer_norm(x, self.shape, weight, bias, self.eps)
-
-
-def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else constant(value.to(dtype))
+        return F.layer_norm(x, self.shape, *self.weights[x.dtype], self.eps)
 
 
 class _TokenAttention(Prepared):
@@ -70,31 +68,15 @@ class _TokenAttention(Prepared):
 
     def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return (B, T, C); x alike, context (B, S, C') where the layer reads one."""
-        parts = self._project(self.norm(x), x.dtype)
-        if self.contexts is not None and context is not None:
-            parts += [self._heads(y) for y in self.contexts(self.index, context, x.dtype)]
-        q, k, v = (part.transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return _add(self.out, quantize_rows(y, self.out.grids[0]), x)
-
-    def _project(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Return the projections of the tokens x (B, T, C), each (B, T, heads, dim)."""
-        found: list[Tensor] = []
+        y, parts, width = self.norm(x), [], self.parts.q.out_features
         for layer in self.of_tokens:
-            codes = quantize_rows(x, layer.grids[0])
-            y = layer.gemm(codes, dtype, bias=layer.bias)
-            parts = y.view(*x.shape[:2], -1, self.parts.q.out_features).unbind(2)
-            found += [self._heads(part) for part in parts]
-        return found
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.parts.heads, -1))
-
-
-def _add(layer: LayerConstants, codes: Tensor, x: Tensor) -> Tensor:
-    """Return x + layer(codes), (B, T, C); codes (B T, K)."""
-    y = layer.gemm(codes, x.dtype, bias=layer.bias, residual=x.reshape(len(codes), -1))
-    return y.view(x.shape)
+            columns = layer.gemm(dtype=x.dtype, bias=layer.bias, **layer.read(y))
+            parts += columns.view(*x.shape[:2], -1, width).unbind(2)
+        if self.contexts is not None and context is not None:
+            parts += self.contexts(self.index, context, x.dtype)
+        q, k, v = (part.unflatten(2, (self.parts.heads, -1)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return add(self.out, [self.out.read(y)], None, x)
 
 
 @BLOCKS.build(TransformerBlockParts)
@@ -134,7 +116,7 @@ class FusedTransformerBlock(GpuBlock):
         codes = quantize_rows(self.norm(x), up.grids[0])
         codes = up.gemm(codes, x.dtype, bias=up.bias, activation="geglu", grid=down.grids[0])
         if grid is None:
-            return _add(down, codes, x)
+            return add(down, [{"codes": codes}], None, x)
         return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)
 
 
