@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.engines.cuda.graphs import capture, graphed
-from quantempo.engines.select import ENGINES, attach
+from quantempo.engines.select import ENGINES, attach, attached
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import sites
 from quantempo.registry import nearest
@@ -241,8 +241,12 @@ def _ours(
 ) -> Candidate:  # fmt: skip
     def build(subject: Subject) -> Forward:
         net: Any = copy.deepcopy(subject.packed)
-        attach(net, engine or subject.engine)
+        name = attach(net, engine or subject.engine)
         net.eval()
+        # The first call is compared with the exact integers; another engine may take over.
+        net(**cast_inputs(subject.inputs, subject.dtype))
+        if (found := attached(net)) != name:
+            raise QuantempoError(f"it is far from the exact integers: {found} took over")
         return _compiled(net, fullgraph=True, **options) if compiled else net
 
     def missing(subject: Subject) -> str | None:

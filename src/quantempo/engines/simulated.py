@@ -21,8 +21,8 @@ __all__ = [
 ]  # fmt: skip
 
 # An engine may move codes: at most that draws the error of rounding anew, which doubles its square.
-# Engines that are right have 0.7 to 1.1 times that error (bfloat16 throughout 1.7), and in half
-# precision no less than AGREE_DB; a block alone, whose inputs are equal, PART_DB.
+# Engines that are right have 0.7 to 1.1 times that error, and in half precision no less than
+# AGREE_DB or what that costs by itself; a block alone, whose inputs are equal, PART_DB.
 MOVED, AGREE_DB, PART_DB = 2.5, 40.0, 16.0
 # Integers up to here, and sums of them, are exact in float32.
 EXACT = 2**24
@@ -121,15 +121,14 @@ class _Kernel(Kernel):
         return sums[0].float() if len(sums) == 1 else sum(s.double() for s in sums).float()
 
 
-def float32_copy(denoiser: nn.Module) -> Any:
-    """Return a copy in float32; tensors are the denoiser's own where these are, or hold integers.
+def float32_copy(denoiser: nn.Module, dtype: torch.dtype | None = torch.float32) -> Any:
+    """Return a copy in float32 (None: as it is); it shares tensors of this type and of integers.
 
     What engines and others have set on blocks is not copied, or not called by the class' forward.
     """
-    tensors = (*denoiser.parameters(), *denoiser.buffers())
     known: dict[int, Any] = {
-        id(t): t if t.dtype == torch.float32 or not t.is_floating_point() else t.detach().float()
-        for t in tensors
+        id(t): t.detach().to(dtype or t.dtype) if t.is_floating_point() else t
+        for t in (*denoiser.parameters(), *denoiser.buffers())
     }
     return copy.deepcopy(denoiser, known)
 
@@ -163,7 +162,8 @@ def once(layer: QLayer, rounded: bool, x: Tensor) -> Tensor:
 def too_far(found: list[Tensor], expected: list[Tensor], free: list[Tensor] | None = None) -> bool:
     """Return whether outputs are further from the expected ones than moved codes make them.
 
-    free: those of the network without rounding of activations; None: of one block.
+    free: those of the network without rounding of activations, which may be in half precision;
+    None: of one block.
     """
     signal = noise = rounding = 0.0
     for a, b, c in zip(found, expected, free or expected, strict=True):
