@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.models.presets import LARGE, build_preset, ddim_loop, random_inputs
+from quantempo.models.presets import LARGE, PRESETS, build_preset, ddim_loop, random_inputs
 from tests.tiny import DENOISERS, tiny_dit, tiny_unconditional
 
 
@@ -85,3 +85,10 @@ def test_the_loop_drops_a_learned_variance() -> None:
     net = tiny_dit().transformer
     inputs = random_inputs(net, 2)
     assert ddim_loop(net, net, inputs, 2).shape == inputs["hidden_states"].shape
+
+
+def test_blocks_of_dit_have_equal_embeddings(monkeypatch):
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    monkeypatch.setitem(PRESETS, "dit-xl", ("DiTTransformer2DModel", config))
+    one, two = (b.norm1.emb.state_dict() for b in build_preset("dit-xl").transformer_blocks)
+    assert all(torch.equal(one[name], two[name]) for name in one)

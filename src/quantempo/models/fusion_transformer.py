@@ -27,10 +27,7 @@ MODULATED = ("ada_norm_zero", "ada_norm_single")
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """out(attention(norm_q(q(x)), norm_k(k(x)), v(x))), the norms RMSNorms or None.
-
-    out: None where nothing reads it.
-    """
+    """out(attention(norm_q(q(x)), norm_k(k(x)), v(x))); norms are RMSNorms or None, out may be."""
 
     q: Linear
     k: Linear

@@ -92,7 +92,12 @@ def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -
     try:
         with torch.random.fork_rng(devices=cards), torch.device(device):
             torch.manual_seed(seed)
-            return getattr(diffusers, kind)(**config).eval()
+            network = getattr(diffusers, kind)(**config).eval()
+            blocks: Any = network.transformer_blocks if kind.startswith("DiT") else ()
+            for block in blocks:
+                # Those of the published one have equal embeddings of time and class.
+                block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
+            return network
     finally:
         torch.set_default_dtype(before)
 

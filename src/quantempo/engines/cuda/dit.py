@@ -138,8 +138,7 @@ class FusedModulatedBlock(GpuBlock):
             return module.scale_shift_table.flatten().float() + timestep.reshape(len(x), -1)
         norm = module.norm1
         if index is not None:
-            temb = self.time.read(index, timestep, rest, rest, x.dtype)
-            return self.time.shared(index, temb)
+            return self.time.shared(index, self.time.read(index, timestep, rest, rest, x.dtype))
         y: Tensor = norm.linear(norm.silu(norm.emb(timestep, rest, hidden_dtype=x.dtype)))
         return y
 

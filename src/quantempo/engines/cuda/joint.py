@@ -208,7 +208,7 @@ class FusedDouble(_Joint):
         for stream in self.streams:
             stream.prepare(device)
 
-    def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Any, Any]:
+    def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Any, ...]:
         """Return (text, tokens of the image), None for a text that ends."""
         self.here(x.device)
         both = [text.contiguous(), x.contiguous()]
@@ -217,8 +217,7 @@ class FusedDouble(_Joint):
         y = _attended(self.parts, [s.parts.attentions[0] for s in self.streams], heads, rotary)
         parts = y.split([text.shape[1], x.shape[1]], 1)
         every = zip(self.streams, both, parts, given, self.parts.clips, strict=True)
-        text, x = (self._after(*group) for group in every)
-        return text, x
+        return tuple(self._after(*group) for group in every)
 
     def _after(self, stream: Stream, x: Tensor, y: Tensor, given: Any, clips: bool) -> Any:
         if stream.up is None:
