@@ -5,6 +5,7 @@
     join_heads            queries and keys normalised and rotated, text and image one sequence
     qconv2d               integer convolution with its whole epilogue
     qgemm                 the same for the rows of a linear layer
+    weight_only_linear    a few float rows times int8 codes: all modulations of a network
 
 Images are logically (N, C, H, W) in channels_last memory. CODES: an unsigned code q in [0, qmax]
 with zero point z is stored as int8 q' = q - 128; z is given unsigned. BUCKET: int64 () or (B,),
@@ -22,5 +23,9 @@ from quantempo.kernels.ops.norm_modulate_quant import norm_modulate_quant
 from quantempo.kernels.ops.operator import reserve
 from quantempo.kernels.ops.qconv2d import qconv2d
 from quantempo.kernels.ops.qgemm import qgemm
+from quantempo.kernels.ops.weight_only_linear import weight_only_linear
 
-__all__ = ["gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm", "reserve"]
+__all__ = [
+    "gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm", "reserve",
+    "weight_only_linear",
+]  # fmt: skip

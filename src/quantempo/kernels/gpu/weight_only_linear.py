@@ -1,0 +1,79 @@
+"""Launch `kernels.ops.weight_only_linear` on a GPU: codes are read once, for all rows.
+
+One row is multiplied value by value. Several are tiles of matrix instructions, in tf32: a code is
+exact there, and x is two parts of 11 bits.
+"""
+
+# What a kernel gets is a Triton value, which has no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantempo.kernels.ops.weight_only_linear import FloatRows
+
+__all__ = ["launch", "multiply"]
+
+# float32 1.5 * 2^23 as bits: a small integer added to them is one added to the value, in fewer
+# instructions than a conversion from int8 has slots for.
+_MAGIC = tl.constexpr(0x4B400000)
+_VALUE = tl.constexpr(12582912.0)
+
+
+@triton.jit(do_not_specialize=["rows", "outs"])
+def multiply(
+    x, weight, weight_scale, bias, y, rows, outs, width,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write OUTS channels of ROWS rows, in steps of WIDTH inputs."""
+    blocks = tl.cdiv(rows, ROWS)
+    # Programs that read the same codes are neighbours.
+    o = (tl.program_id(0) // blocks) * OUTS + tl.arange(0, OUTS)
+    m = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)
+    codes = weight + tl.minimum(o, outs - 1).to(tl.int64)[:, None] * width
+    values = x + tl.minimum(m, rows - 1).to(tl.int64) * width
+    if ROWS == 1:
+        # Sums of 16 neighbours, which one thread has loaded.
+        total = tl.zeros((OUTS, WIDTH // 16), tl.float32)
+    else:
+        total = tl.zeros((OUTS, ROWS), tl.float32)
+    for start in range(0, width, WIDTH):
+        c = start + k
+        w = tl.load(codes + c[None, :], mask=(c < width)[None, :], other=0)
+        w = (w.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True) - _VALUE
+        if ROWS == 1:
+            v = tl.load(values + c, mask=c < width, other=0.0).to(tl.float32)
+            total += tl.sum(tl.reshape(w * v[None, :], (OUTS, WIDTH // 16, 16)), 2)
+        else:
+            here = values[None, :] + c[:, None]
+            v = tl.load(here, mask=(c < width)[:, None], other=0.0).to(tl.float32)
+            # All that a matrix instruction reads of a value.
+            high = (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            total = tl.dot(w, high, total, input_precision="tf32")
+            total = tl.dot(w, v - high, total, input_precision="tf32")
+    if ROWS == 1:
+        total = tl.sum(total, 1)[:, None]
+    known = o < outs
+    total *= tl.load(weight_scale + o, mask=known, other=0.0)[:, None]
+    if bias is not None:
+        total += tl.load(bias + o, mask=known, other=0.0)[:, None]
+    to = y + m.to(tl.int64)[None, :] * outs + o[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=(m < rows)[None, :] & known[:, None])
+
+
+def launch(call: FloatRows) -> Tensor:
+    """Return the result of a call, which was checked."""
+    y, (rows, width) = call.empty(), call.x.shape
+    outs, one = len(call.weight), rows == 1
+    tile = 1 if one else min(32, max(16, triton.next_power_of_2(rows)))
+    shape = {"ROWS": tile, "OUTS": 16 if one else 64, "WIDTH": 512 if one else 128}
+    if y.numel():
+        multiply[(triton.cdiv(outs, shape["OUTS"]) * triton.cdiv(rows, tile),)](
+            call.x, call.weight, call.weight_scale, call.bias, y, rows, outs, width,
+            **shape, num_warps=4,
+        )  # fmt: skip
+    return y
