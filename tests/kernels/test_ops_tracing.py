@@ -87,6 +87,11 @@ def heads(sizes: tuple[int, ...] = (4, 5), **how: object) -> dict[str, object]:
     return {"q": q, "k": k, "v": v, **norms, "rotary": [], "heads": 3} | how
 
 
+def few() -> dict[str, object]:
+    given = {"x": floats(3, 24).half(), "weight": int8(40, 24)}
+    return given | {"weight_scale": torch.rand(40), "bias": floats(40).float()}
+
+
 RAW = {"raw_scales": torch.rand(2, 3), "raw_zero_points": [3, 4], "raw_qmax": 15}
 ONES = torch.ones(32)
 CALLS = [
@@ -107,6 +112,8 @@ CALLS = [
     (ops.norm_modulate_quant, tokens() | {"weight": ONES, "bias": ONES.half(), "scale": None}),
     (ops.join_heads, heads(rotary=[floats(9, 16), floats(9, 16)])),
     (ops.join_heads, heads((4,), v=[])),
+    (ops.weight_only_linear, few()),
+    (ops.weight_only_linear, few() | {"x": floats(1, 24), "bias": None}),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
     (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None}),
@@ -137,7 +144,7 @@ def test_fake_results_have_the_strides_of_real_ones(call, arguments):
 
 
 def test_the_operators_ask_for_unchanged_strides():
-    for name in ("gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm"):
+    for name in {*ops.__all__} - {"reserve"}:
         overload = getattr(torch.ops.quantempo, name).default
         layouts = {tag for tag in overload.tags if "strides" in tag.name or "layout" in tag.name}
         assert {tag.name for tag in layouts} == {"needs_exact_strides"}
@@ -264,6 +271,9 @@ REFUSED = [
     (ops.norm_modulate_quant, tokens() | {"norm": "batch"}, "expected one of layer, rms, none"),
     (ops.norm_modulate_quant, tokens() | {"scale": floats(1, 32)}, r"scale: .* \(2, 32\)"),
     (ops.norm_modulate_quant, tokens() | {"shift": floats(32, 2).t()}, "shift: got strides"),
+    (ops.qgemm, gemm() | {"weight": int8(16, 40)[:, :32]}, "rows a multiple of 16 apart"),
+    (ops.weight_only_linear, few() | {"weight": int8(40, 16)}, r"weight: .* \(40, 24\)"),
+    (ops.weight_only_linear, few() | {"x": floats(24, 3).t()}, "x: got strides"),
     (ops.join_heads, heads(q=[]), r"got \(0, 2, 2, 4, 4, 0\); expected n, n, n or 0, 2 n"),
     (ops.join_heads, heads(heads=5), "heads: got 5; expected H of H D = 48"),
     (ops.join_heads, heads(heads=16, rotary=[floats(9, 3)] * 2), "D even with rotary"),

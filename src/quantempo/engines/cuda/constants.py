@@ -30,9 +30,12 @@ MOST_SIDES = 2
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def constant(value: Tensor) -> Tensor:
-    """Return a tensor that compiled code may take to stay where it is, contiguous and detached."""
-    value = value.detach().contiguous()
+def constant(value: Tensor, apart: bool = False) -> Tensor:
+    """Return a tensor that compiled code may take to stay where it is, detached.
+
+    apart: a matrix, whose rows need not follow each other; else it is contiguous.
+    """
+    value = value.detach() if apart else value.detach().contiguous()
     # Else each replay of a graph that a compiler recorded would copy it, as it copies inputs.
     torch._dynamo.mark_static_address(value)
     return value
@@ -132,7 +135,7 @@ class Sides:
         self.zero_points = [zero_points[row] for row in rows]
         self.qmax, self.scales = layer.act_qmax, constant(layer.act_scale[rows])
         parts = layer.weight_codes.flatten(1).split(widths, 1)[skip:]
-        self.weights = [constant(part) for part in parts]
+        self.weights = [constant(part, apart=True) for part in parts]
         tables = [layout.row_table(*pair) for pair in zip(parts, self.zero_points, strict=True)]
         self.table = constant(torch.stack(tables))
         self.weight_scale = constant(layer.weight_scale)
@@ -202,7 +205,7 @@ class LayerConstants:
                 shape = (len(codes), *layer.kernel_size, -1)
                 layer.relayout(self.weights[0].view(shape).permute(0, 3, 1, 2))
         else:
-            self.weights = [constant(part) for part in parts]
+            self.weights = [constant(part, apart=True) for part in parts]
             tables = [layout.row_table(*pair) for pair in zip(parts, zero_points, strict=True)]
         self.tables = [constant(table) for table in tables]
         self.weight_scale = constant(layer.weight_scale)
@@ -211,7 +214,6 @@ class LayerConstants:
         plain = not isinstance(layer, QConv2d) or layer.kernel_size == layer.stride == (1, 1)
         if plain and 1 < len(parts) <= 1 + MOST_SIDES:
             self.sides = Sides(layer, layer.segments, skip=1)
-            self.sides.weights = [weight.flatten(1) for weight in self.weights[1:]]
 
     @property
     def shape(self) -> dict[str, Any]:

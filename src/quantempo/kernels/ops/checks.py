@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FLOATS", "INT8", "bucket", "dense", "expect", "grid", "kind", "last", "member", "shaped",
-    "sixteen", "table",
+    "FLOATS", "INT8", "apart", "bucket", "dense", "expect", "grid", "kind", "last", "member",
+    "shaped", "sixteen", "table",
 ]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,6 +80,13 @@ def last(device: torch.device, **images: Tensor | None) -> None:
 def dense(device: torch.device, **tensors: Tensor | None) -> None:
     """Expect contiguous memory on a device."""
     _placed(device, tensors, torch.contiguous_format, "it contiguous")
+
+
+def apart(device: torch.device, name: str, matrix: Tensor) -> None:
+    """Expect contiguous rows on a device, a multiple of 16 bytes apart."""
+    dense(device, **{name: matrix[:1]})
+    wanted = "rows a multiple of 16 apart"
+    expect(matrix.stride(0) % 16 == 0, name, f"strides {matrix.stride()}", wanted)
 
 
 def _placed(

@@ -181,7 +181,7 @@ class Epilogue(NamedTuple):
             checks.shaped("side_weights", weight, (features, channels), checks.INT8)
             if strides:
                 memory(device, side_codes=part)
-                checks.dense(device, side_weights=weight)
+                checks.apart(device, "side_weights", weight)
         if strides:
             checks.dense(
                 device, side_scales=scales, side_weight_scale=weight_scale, side_table=table

@@ -49,7 +49,8 @@ class Product(NamedTuple):
         sides, sums = (self.side_codes, self.side_weights), (codes.shape[0], features)
         epilogue.check_sides(*sides, sums, codes.device, strides)
         if strides:
-            checks.dense(codes.device, codes=codes, weight=weight)
+            checks.dense(codes.device, codes=codes)
+            checks.apart(codes.device, "weight", weight)
 
     def empty(self) -> Tensor:
         """Return room for the result."""
@@ -97,7 +98,7 @@ def qgemm(
 
     Args:
         codes: (M, K) int8, contiguous; K and O are multiples of 16.
-        weight: (O, K) int8, contiguous.
+        weight: (O, K) int8, whose rows may lie apart, as in `side_weights`: parts of one matrix.
         act_scale, weight_scale: (G,) and (O,) float32.
         table: int32 (O,): `layout.row_table`.
         bucket: see `kernels.ops`; row m uses entry m // (M / B).

@@ -110,7 +110,7 @@ def _image(
 def _rows(weight: Tensor, outs: int, channels: int) -> Any:
     """Describe weights (O, ...) as (O, K), in boxes (outs, channels)."""
     width = weight.numel() // weight.shape[0]
-    return _describe(weight, [weight.shape[0], width], [width, 1], [outs, channels])
+    return _describe(weight, [weight.shape[0], width], [weight.stride(0), 1], [outs, channels])
 
 
 def _half_tiles(
@@ -199,9 +199,11 @@ def run(
     if gate is not None:
         gates = gate.stride(0), count // gate.shape[0]
     if path == "pointers":
+        apart = [w.stride(0) for w in operands[1::2]]
         contract[(tiles, slots)](
             *operands, *[None] * (6 - len(operands)), y, partial, counters, terms, *numbers,
-            *gates, form, window, block, num_warps=tile.warps, num_stages=tile.stages,
+            *gates, *[*apart, 0, 0][:3], form, window, block, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
         return y
     _check_hopper(size, out_size, window, tile, box)

@@ -30,7 +30,7 @@ __all__ = ["contract"]
 
 @triton.jit
 def _sum(
-    acc, x, weight, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
+    acc, x, weight, apart, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add steps [first, last) to acc, BLOCK.CHANNELS of one tap each; n, h, w: output pixels."""
@@ -48,7 +48,7 @@ def _sum(
         at = ((n.to(tl.int64) * in_h + row) * in_w + column) * channels
         some = (c < channels)[None, :]
         tile = tl.load(x + at[:, None] + c[None, :], mask=seen[:, None] & some, other=0.0)
-        at_w = (o * (WINDOW.KERNEL * WINDOW.KERNEL) + tap) * channels
+        at_w = o * apart + tap * channels
         rows = tl.load(
             weight + at_w[:, None] + c[None, :], mask=(o < outs)[:, None] & some, other=0.0
         )
@@ -57,13 +57,15 @@ def _sum(
 
 
 @triton.jit
-def _side(acc, side, weight, channels, n, h, w, o, s, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def _side(
+    acc, side, weight, apart, channels, n, h, w, o, s, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add the sums of a 1x1 segment to acc."""
     ONE: tl.constexpr = WINDOW.ONE
     steps = tl.cdiv(channels, BLOCK.CHANNELS)
     return _sum(
-        acc, side, weight, 0, steps, channels, n, h, w, o, s.images, s.outs, s.out_h, s.out_w,
-        ONE, BLOCK,
+        acc, side, weight, apart, 0, steps, channels, n, h, w, o, s.images, s.outs, s.out_h,
+        s.out_w, ONE, BLOCK,
     )  # fmt: skip
 
 
@@ -212,11 +214,12 @@ def _finish(v, image, row, o, inside, y, terms, s, FORM: tl.constexpr):
 def contract(
     x, weight, side0, weight0, side1, weight1, y, partial, counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
-    rows_per_bucket, shift_stride, out_zero, out_qmax, gate_stride, rows_per_gate,
-    FORM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    rows_per_bucket, shift_stride, out_zero, out_qmax, gate_stride, rows_per_gate, apart, apart0,
+    apart1, FORM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of y (or one share of its sums).
 
+    apart: from one output channel of a weight to the next.
     terms, FORM: of `kernels.ops.epilogue`; WINDOW: of `kernels.ops.qconv2d`.
     partial: (tiles, SPLITS + SIDES, OUTS, PIXELS) int32; counters: (tiles,) int32, zero before and
     after.
@@ -246,17 +249,17 @@ def contract(
     acc = zeros
     if SPLITS == 1 or slot < SPLITS:
         acc = _sum(
-            acc, x, weight, slot * steps // SPLITS, (slot + 1) * steps // SPLITS, channels,
+            acc, x, weight, apart, slot * steps // SPLITS, (slot + 1) * steps // SPLITS, channels,
             n, h, w, o, images, outs, in_h, in_w, WINDOW, BLOCK,
         )  # fmt: skip
     if SPLITS > 1:
         # A constant condition of its own: the other way round the branch is compiled all the same.
         if SIDES > 0:  # noqa: SIM102
             if slot == SPLITS:
-                acc = _side(acc, side0, weight0, channels0, n, h, w, o, s, WINDOW, BLOCK)
+                acc = _side(acc, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         if SIDES > 1:  # noqa: SIM102
             if slot == SPLITS + 1:
-                acc = _side(acc, side1, weight1, channels1, n, h, w, o, s, WINDOW, BLOCK)
+                acc = _side(acc, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
         if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK):
             return
         acc = _gather(zeros, partial, tile, 0, SPLITS, SLOTS, BLOCK)
@@ -271,8 +274,8 @@ def contract(
         if SPLITS > 1:
             acc = _gather(zeros, partial, tile, SPLITS + side, SPLITS + side + 1, SLOTS, BLOCK)
         elif side == 0:
-            acc = _side(zeros, side0, weight0, channels0, n, h, w, o, s, WINDOW, BLOCK)
+            acc = _side(zeros, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         else:
-            acc = _side(zeros, side1, weight1, channels1, n, h, w, o, s, WINDOW, BLOCK)
+            acc = _side(zeros, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
         v += _side_term(tl.trans(acc), side, row, o, terms, s, FORM)
     _finish(v, tl.where(seen, n, 0), row, o, inside, y, terms, s, FORM)
