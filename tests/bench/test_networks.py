@@ -12,7 +12,7 @@ from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.select import ENGINES, attach
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models import presets
-from quantempo.quantized import Float16Linear, quantized_layers
+from quantempo.quantized import Float16Linear, quantized_layers, weight_only_layers
 from tests.tiny import DENOISERS, tiny_flux, tiny_unet
 
 
@@ -52,23 +52,17 @@ def test_a_large_network_is_packed_by_the_layer_and_shares_the_rest(monkeypatch)
     network = quick_network("tiny", torch.nn.Module.to(net, torch.bfloat16))
     packed, inputs = network.packed, network.subject(2).inputs
     assert packed.x_embedder.weight is net.x_embedder.weight and network.dtype == torch.bfloat16
-    stored = [m for m in packed.modules() if isinstance(m, Float16Linear)]
-    assert {m.weight.dtype for m in stored} == {torch.float16}
     assert len(dict(quantized_layers(packed))) == 1 + 12 + 5
     attach(packed, "simulated")
     got = packed(**cast_inputs(inputs, torch.bfloat16))[0]
     assert sqnr_db(_float32(network, inputs), got.float()) > 15
-    # One copy of the modulations for all, in float16, in files too.
+    # One copy of the modulations for all, in int8, in files too.
     monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
     ENGINES.get("triton").attach(packed)
     shared = packed.single_transformer_blocks[0].forward.modulations[0].shared
-    storage = shared.weight.untyped_storage().data_ptr()
-    assert all(layer.weight.untyped_storage().data_ptr() == storage for layer in shared.layers)
-    state, layer = packed.state_dict(), packed.transformer_blocks[0].norm1_context.linear
-    packed.load_state_dict(state)
-    assert layer.weight.dtype == torch.float32
-    name = "transformer_blocks.0.norm1_context.linear.weight"
-    assert torch.equal(layer.weight.half(), state[name])
+    storage = shared.joined[0].untyped_storage().data_ptr()
+    assert set(shared.layers) == set(weight_only_layers(packed)) and len(shared.layers) > 2
+    assert {layer.weight_int.untyped_storage().data_ptr() for layer in shared.layers} == {storage}
 
 
 def test_casting_leaves_integers_and_scales() -> None:

@@ -20,7 +20,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
-from quantempo.quantized import CLOCK_NAME, Float16Linear, QLayer
+from quantempo.quantized import CLOCK_NAME, QLayer, StoredLinear
 from tests.packed import KINDS, packed, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,7 +34,7 @@ def ours(net: torch.nn.Module) -> dict[str, Tensor]:
     """Return the quantized tensors of a network by name."""
     found = {f"{CLOCK_NAME}.bucket_of": net.get_buffer(f"{CLOCK_NAME}.bucket_of")}
     for name, module in net.named_modules():
-        if isinstance(module, QLayer | Float16Linear):
+        if isinstance(module, QLayer | StoredLinear):
             found |= {
                 f"{name}.{k}": v for k, v in (*module.named_buffers(), *module.named_parameters())
             }

@@ -126,7 +126,7 @@ def quantize_network(
     swap_layers(result, plans, clock)
     for site, plan in zip(found, plans, strict=True):
         layer = result.get_submodule(site.name)
-        if plan.kind == "float16":
+        if plan.kind in ("float16", "weight_only"):
             layer.fill(site.layer)
         if plan.kind != "int8":
             continue

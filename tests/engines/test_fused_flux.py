@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from quantempo.core import activation_format
 from quantempo.engines import ENGINES, attach
-from quantempo.engines.cuda.joint import SharedModulations, joined
+from quantempo.engines.cuda.joint import joined
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
-from quantempo.quantized import Float16Linear
+from quantempo.quantized import WeightOnlyLinear
 from tests.engines.one_by_one import (
     ENGINE,
     LEVELS,
@@ -38,12 +38,6 @@ from tests.tiny import noise
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 IMAGE, LEVEL = 9, LEVELS["flux"]
-
-
-@pytest.fixture
-def exact(monkeypatch) -> None:
-    """Keep the modulation in float32, whose 11 bits in float16 move codes."""
-    monkeypatch.setattr(SharedModulations, "dtype", torch.float32)
 
 
 def test_scales_for_every_token_are_of_8_bits():
@@ -191,7 +185,6 @@ def test_a_block_that_does_something_else_says_why(change, reason):
     assert left.startswith(reason)
 
 
-@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
     "exclude", ["*.norm1.linear", "single_transformer_blocks.0.proj_mlp", "*.add_k_proj"]
 )
@@ -206,7 +199,7 @@ def test_layers_left_in_float_are_read_or_refused(exclude):
 def test_modulations_in_integers_are_computed_by_each_block():
     network = copy.deepcopy(quantized("flux"))
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, Float16Linear) and "blocks" in name:
+        if isinstance(layer, WeightOnlyLinear):
             clock = network.quantempo_clock
             network.set_submodule(name, make_linear(32, layer.out_features, clock=clock))
     ENGINE.attach(network)
@@ -215,7 +208,6 @@ def test_modulations_in_integers_are_computed_by_each_block():
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", ["attn.to_k", "proj_mlp"])
 def test_projections_of_other_grids_are_quantized_apart(name):
     network = copy.deepcopy(quantized("flux"))

@@ -15,7 +15,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
-from quantempo.quantized import Float16Linear, QConv2d, QLayer, find_clock, quantized_layers
+from quantempo.quantized import QConv2d, QLayer, StoredLinear, find_clock, quantized_layers
 from quantempo.run_folder import RunFolder
 from tests.packed import KINDS, packed, recipe, saved
 from tests.tiny import tiny_unconditional
@@ -122,7 +122,7 @@ def rounded_twin(source: Path, net: nn.Module) -> nn.Module:
     copied.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         for name, layer in net.named_modules():
-            if not isinstance(layer, QLayer | Float16Linear):
+            if not isinstance(layer, QLayer | StoredLinear):
                 continue
             copy = copied.get_submodule(name)
             copy.weight.copy_(layer.weight)

@@ -1,5 +1,6 @@
-"""Quantized layers hold integers and scales; the 12-bit linear layer computes with them."""
+"""Quantized layers hold integers and scales; others hold weights alone."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +9,16 @@ from torch import nn
 
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.quantized import Float16Linear, QConv2d, QLayer, QLinear, StepClock, fill
+from quantempo.kernels import ops
+from quantempo.quantized import (
+    Float16Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    StepClock,
+    WeightOnlyLinear,
+    fill,
+)
 
 CLOCK = StepClock(torch.tensor([0, 0, 1, 2]))
 
@@ -110,7 +120,7 @@ def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
     copies = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
-    for copied in (*copies, Float16Linear.like(layers[1])):
+    for copied in (*copies, Float16Linear.like(layers[1]), WeightOnlyLinear.like(layers[1])):
         assert all(value.is_meta for value in copied.state_dict().values())
 
 
@@ -185,3 +195,27 @@ def test_float16_weights_are_two_bytes_in_a_file_and_others_are_not_rounded() ->
     assert other.weight.dtype == torch.float32 and torch.equal(other.weight, made.weight)
     other.weight.data = layer.weight.detach()
     assert torch.equal(other.state_dict()["weight"], layer.weight)
+
+
+def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
+    g = torch.Generator().manual_seed(3)
+    layer = nn.Linear(64, 33)
+    layer.weight.data = torch.randn(33, 64, generator=g) * torch.logspace(-9, 4, 33)[:, None]
+    layer.weight.data[5] = 0
+    made = WeightOnlyLinear.like(layer).fill(layer)
+    weight, scale = layer.weight.detach().double(), made.weight_scale.double()[:, None]
+    assert made.weight_int.dtype == torch.int8 and int(made.weight_int.abs().max()) == 127
+    # Half a step, and a rounding of float32.
+    assert bool(((made.weight.double() - weight).abs() <= scale * (0.5 + 2**-16)).all())
+    x = torch.randn(2, 5, 64, generator=g)
+    wanted = x.double() @ made.weight.double().t() + layer.bias.detach().double()
+    # 64 terms and a bias in float32.
+    room = 66 * 2**-24 * (x.abs() @ made.weight.abs().t() + 1).double()
+    assert bool(((made(x) - wanted).abs() <= room).all())
+    # In another type the sums are float32 all the same; an engine's product has the same rows.
+    assert torch.equal(made(x.bfloat16()), made(x.bfloat16().float()).bfloat16())
+    made.kernel = ops.weight_only_linear
+    assert bool(((made(x) - wanted).abs() <= room).all())
+    other = copy.deepcopy(made)
+    other.load_state_dict(WeightOnlyLinear.like(layer).fill(layer).state_dict())
+    assert other.kernel is None and torch.equal(other.weight, made.weight)

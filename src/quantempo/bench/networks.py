@@ -20,9 +20,9 @@ from quantempo.models.presets import PRESETS, build_preset, random_inputs
 from quantempo.pipeline.quantize import quantize
 from quantempo.pipeline.session import Session
 from quantempo.quantized import (
-    Float16Linear,
     QLayer,
     StepClock,
+    StoredLinear,
     bits_of,
     fill,
     install_clock,
@@ -36,7 +36,7 @@ __all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_netw
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)
 _RANGE_BATCH = 2
-_STATEFUL = (QLayer, Float16Linear, StepClock)
+_STATEFUL = (QLayer, StoredLinear, StepClock)
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> n
             continue
         swap_layers(packed, [plan], clock)
         old, layer = layers[plan.name], packed.get_submodule(plan.name)
-        if isinstance(layer, Float16Linear):
-            layer.fill(old).weight.data = old.weight.data.half()
+        if isinstance(layer, StoredLinear):
+            layer.fill(old)
         elif isinstance(layer, QLayer):
             weight, found = old.weight.float(), torch.stack(ends[plan.name]).float()
             step = weight.abs().amax(1) / 127

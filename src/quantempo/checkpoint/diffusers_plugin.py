@@ -27,9 +27,9 @@ from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import sites
 from quantempo.quantized import (
     CLOCK_NAME,
-    Float16Linear,
     LayerPlan,
     QLayer,
+    StoredLinear,
     Times,
     install_clock,
     swap_layers,
@@ -43,13 +43,15 @@ __all__ = [
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
 # float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.
-# 5: weights of at most 4 bits in groups.
+# 5: weights of at most 4 bits in groups; modulations of blocks in int8.
 FORMAT_VERSION = 5
 # The dictionaries of a configuration, empty where a file has none.
 _TABLES = (
-    *("recipe", "float16", "float_layers", "segments", "buckets", "reasons", "bits", "roles"),
-    *("network", "hashes"),
+    *("recipe", "float16", "weight_only", "float_layers", "segments", "buckets", "reasons"),
+    *("bits", "roles", "network", "hashes"),
 )
+# Kind of a layer that is not an integer one -> the table of its name and reason.
+_KINDS = {"float": "float_layers", "float16": "float16", "weight_only": "weight_only"}
 # Keys of format 2 for what is no longer run; empty ones are harmless.
 _REMOVED = {
     "correction": "a correction around the network",
@@ -59,7 +61,7 @@ _REMOVED = {
 }
 # The parts of a 12-bit weight in format 2: W = scale (16 high + low).
 _INT12 = ("weight_high", "weight_low", "weight_scale")
-_OURS = (QLayer, Float16Linear)
+_OURS = (QLayer, StoredLinear)
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -73,6 +75,7 @@ class QuantempoConfig(QuantizationConfigMixin):
     Args:
         recipe: the resolved recipe.
         float16: name -> reason of float layers whose weights are stored in float16.
+        weight_only: name -> reason of layers of float inputs whose weights are int8.
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where it is not 1; 0: a scale for every token.
@@ -154,11 +157,14 @@ class QuantempoConfig(QuantizationConfigMixin):
     ) -> "QuantempoConfig":
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
         int8 = [p for p in plans if p.kind == "int8"]
+        why: dict[str, Any] = {
+            table: {p.name: p.reason or "" for p in plans if p.kind == kind}
+            for kind, table in _KINDS.items()
+        }
         bits = {p.name: [p.weight_bits, p.act_bits, *([p.group] * (p.group > 0))] for p in int8}
         return cls(
             recipe=recipe.to_dict(),
-            float16={p.name: p.reason or "" for p in plans if p.kind == "float16"},
-            float_layers={p.name: p.reason or "" for p in plans if p.kind == "float"},
+            **why,
             segments={p.name: list(p.segments) for p in int8 if len(p.segments) > 1},
             buckets={p.name: p.buckets for p in int8 if p.buckets != 1},
             reasons={p.name: p.reason for p in int8 if p.reason is not None},
@@ -187,10 +193,10 @@ class QuantempoConfig(QuantizationConfigMixin):
         """Return what each layer of the (float, maybe meta) denoiser becomes."""
         plans = []
         for site in sites(denoiser):
-            if site.name in self.float_layers:
-                plans.append(LayerPlan(site.name, "float", reason=self.float_layers[site.name]))
-            elif site.name in self.float16:
-                plans.append(LayerPlan(site.name, "float16", reason=self.float16[site.name]))
+            tables = ((kind, getattr(self, table)) for kind, table in _KINDS.items())
+            known = next(((k, found[site.name]) for k, found in tables if site.name in found), None)
+            if known is not None:
+                plans.append(LayerPlan(site.name, known[0], reason=known[1]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))

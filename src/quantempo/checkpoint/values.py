@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
-from quantempo.quantized import LayerPlan, Times, find_clock, quantized_layers
+from quantempo.quantized import LayerPlan, Times, WeightOnlyLinear, find_clock, quantized_layers
 
 __all__ = ["check_layers", "check_plans", "check_tensor", "check_times"]
 
@@ -74,6 +75,11 @@ def check_layers(denoiser: nn.Module) -> None:
     clock = find_clock(denoiser)
     assert clock is not None
     tables = [("time buckets", clock.bucket_of, 0, len(clock.bucket_of) - 1)]
+    scales = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, WeightOnlyLinear):
+            tables.append((f"codes of {name}", module.weight_int, WEIGHT.qmin, WEIGHT.qmax))
+            scales.append((f"weight_scale of {name}", module.weight_scale))
     for name, layer in quantized_layers(denoiser):
         if (columns := layer.act_scale.shape[1]) > 1:
             tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
@@ -84,10 +90,10 @@ def check_layers(denoiser: nn.Module) -> None:
         if layer.dynamic:
             ends = (layer.act_format.symmetric_zero_point,) * 2
         tables.append((f"zero points of {name}", zero, *ends))
-        for key in ("act_scale", "weight_scale"):
-            scale = layer.get_buffer(key)
-            positive = bool(((scale > 0) & scale.isfinite()).all())
-            _expect(positive, f"a bad value in {key} of {name}", "positive and finite ones")
+        scales += [(f"{k} of {name}", getattr(layer, k)) for k in ("act_scale", "weight_scale")]
+    for what, scale in scales:
+        positive = bool(((scale > 0) & scale.isfinite()).all())
+        _expect(positive, f"a bad value in {what}", "positive and finite ones")
     for what, values, low, high in tables:
         least, largest = int(values.min()), int(values.max())
         inside = low <= least and largest <= high

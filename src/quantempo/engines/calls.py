@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from quantempo.core.instance import touched
 from quantempo.errors import QuantempoError
 from quantempo.models.fusion import drops
-from quantempo.quantized import Float16Linear, QLayer
+from quantempo.quantized import QLayer, StoredLinear
 from quantempo.quantized.swap import PADDED, odd_padding
 
 __all__ = ["Watch", "check_call", "check_network", "keep_nan", "one_row", "tensors_of"]
@@ -28,7 +28,7 @@ def check_network(denoiser: nn.Module) -> None:
         )
     found = dict(denoiser.named_parameters())
     for owner, module in denoiser.named_modules():
-        if isinstance(module, QLayer | Float16Linear):
+        if isinstance(module, QLayer | StoredLinear):
             found |= dict(module.named_buffers(owner))
     for name, value in found.items():
         # float8, to which others may have cast a weight, cannot be asked.

@@ -64,7 +64,8 @@ class Site:
     """One convolution or Linear of the denoiser and what the plan needs to know of it.
 
     role: a key of ROLES; segments: input channels of each half of a concatenated skip input, or
-    () for one tensor; unsupported: why no integer kernel can take it, or None.
+    () for one tensor; unsupported: why no integer kernel can take it, or None; modulates: whether
+    it gives a block, one of many, several vectors (shift, scale, gate), if it reads the time.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Site:
     role: str
     segments: tuple[int, ...] = ()
     unsupported: str | None = None
+    modulates: bool = False
 
 
 def check_roles(names: tuple[str, ...]) -> None:
@@ -118,8 +120,15 @@ def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> lis
         parent = denoiser.get_submodule(name.rpartition(".")[0])
         end = _end(name, parent) if measured is None else measured.get(name)
         reason = "never runs: no recorded call reaches it" if end is None else _unsupported(layer)
-        found.append(Site(name, layer, end or _kind(name, layer), halves.get(name, ()), reason))
+        role, several = end or _kind(name, layer), _modulates(name, layer)
+        found.append(Site(name, layer, role, halves.get(name, ()), reason, several))
     return found
+
+
+def _modulates(name: str, layer: nn.Module) -> bool:
+    # No embedding, as each block of DiT has one, and no shift of a residual block (time_emb_proj).
+    inside = any(part.isdigit() for part in name.split(".")[:-1]) and "emb" not in name
+    return inside and isinstance(layer, nn.Linear) and layer.out_features >= 2 * layer.in_features
 
 
 def _end(name: str, parent: nn.Module) -> str:

@@ -18,7 +18,7 @@ from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
-from quantempo.quantized import Float16Linear, LayerPlan, QLayer, find_clock, quantized_layers
+from quantempo.quantized import LayerPlan, QLayer, find_clock, quantized_layers
 
 __all__ = [
     "describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits", "measured_rows",
@@ -58,7 +58,7 @@ def layer_rows(
         row = _row(site.name, type(site.layer).__name__, plan.role, macs.get(site.name, 0))
         row |= {
             "weight_shape": list(site.layer.weight.shape),
-            "bits_weight": 16 if isinstance(layer, Float16Linear) else 32,
+            "bits_weight": {"float16": 16, "weight_only": 8}.get(plan.kind, 32),
             "reason": plan.reason,
             "sqnr_db": sqnr_db.get(site.name),
         }

@@ -1,7 +1,15 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times, token_rows
-from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
+from quantempo.quantized.layers import (
+    Float16Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    QPatches,
+    StoredLinear,
+    WeightOnlyLinear,
+)
 from quantempo.quantized.swap import (
     LayerPlan,
     bits_of,
@@ -13,10 +21,12 @@ from quantempo.quantized.swap import (
     plan_layers,
     quantized_layers,
     swap_layers,
+    weight_only_layers,
 )
 
 __all__ = [
     "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "QPatches",
-    "StepClock", "Times", "bits_of", "check_bits", "fill", "find_clock", "install_clock",
-    "named_bits", "plan_layers", "quantized_layers", "swap_layers", "token_rows",
+    "StepClock", "StoredLinear", "Times", "WeightOnlyLinear", "bits_of", "check_bits", "fill",
+    "find_clock", "install_clock", "named_bits", "plan_layers", "quantized_layers", "swap_layers",
+    "token_rows", "weight_only_layers",
 ]  # fmt: skip

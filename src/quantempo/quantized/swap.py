@@ -13,13 +13,21 @@ from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, clock_time, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
-from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
+from quantempo.quantized.layers import (
+    Float16Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    QPatches,
+    WeightOnlyLinear,
+)
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
 __all__ = [
     "PADDED", "LayerPlan", "bits_of", "check_bits", "fill", "find_clock", "install_clock",
     "named_bits", "odd_padding", "plan_layers", "quantized_layers", "swap_layers",
+    "weight_only_layers",
 ]  # fmt: skip
 
 
@@ -29,17 +37,20 @@ _REASONS = {
     "input": "input layer: reads x_t itself, a fraction of a percent of the work",
     "output": "output layer: its error goes straight into the image",
     "time": "time embedding: one row a step, error would reach every block",
+    "modulation": "modulation of a block: one row a step, its weight alone is int8",
 }
+# Of linear layers that read the time.
+_STORED = {"float16": Float16Linear, "weight_only": WeightOnlyLinear}
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer becomes.
 
-    kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear) or "float" (left
-    alone); buckets: columns of its scale table, 0 for a scale for every token; reason: why it is
-    not int8, or has such scales; group: input channels with a scale of their own, 0: all; role: a
-    key of ROLES.
+    kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear), "weight_only"
+    (WeightOnlyLinear) or "float" (left alone); buckets: columns of its scale table, 0 for a scale
+    for every token; reason: why it is not int8, or has such scales; group: input channels with a
+    scale of their own, 0: all; role: a key of ROLES.
     """
 
     name: str
@@ -62,7 +73,8 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
     """Return one plan per site, `buckets` still 1 (the search decides).
 
     Kept in float, in this order of reasons: what no integer kernel takes; names that match
-    `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in float16.
+    `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in float16,
+    but modulations of blocks in int8.
 
     Raises:
         QuantempoError: unknown role.
@@ -78,8 +90,10 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
             plans.append(LayerPlan(site.name, "float", reason=f"excluded by '{pattern}'"))
         elif site.role in settings.float_roles:
             stored = site.role == "time" and isinstance(site.layer, nn.Linear)
-            reason = _REASONS.get(site.role, f"role '{site.role}' is kept in float by the recipe")
-            plans.append(LayerPlan(site.name, "float16" if stored else "float", reason=reason))
+            kind = ("weight_only" if site.modulates else "float16") if stored else "float"
+            what = "modulation" if kind == "weight_only" else site.role
+            reason = _REASONS.get(what, f"role '{site.role}' is kept in float by the recipe")
+            plans.append(LayerPlan(site.name, kind, reason=reason))
         else:
             segments = site.segments if settings.split_skips else ()
             plans.append(LayerPlan(site.name, "int8", segments, 1, None, *_bits(site, recipe)))
@@ -164,8 +178,8 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
                 "or Linear"
             )
         empty: nn.Module
-        if plan.kind == "float16" and isinstance(layer, nn.Linear):
-            empty = Float16Linear.like(layer)
+        if plan.kind in _STORED and isinstance(layer, nn.Linear):
+            empty = _STORED[plan.kind].like(layer)
         else:
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
@@ -217,3 +231,8 @@ def quantized_layers(denoiser: nn.Module) -> Iterator[tuple[str, QLayer]]:
     for name, module in denoiser.named_modules():
         if isinstance(module, QLayer):
             yield name, module
+
+
+def weight_only_layers(denoiser: nn.Module) -> list[WeightOnlyLinear]:
+    """Return the layers of float inputs with integer weights."""
+    return [module for module in denoiser.modules() if isinstance(module, WeightOnlyLinear)]

@@ -14,13 +14,26 @@ from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
 from quantempo.errors import log
+from quantempo.kernels import ops
 from quantempo.models.layers import hooked
-from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers
+from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers, weight_only_layers
 
 __all__ = ["dit", "joint", "transformer", "unet"]
 
 
 class _TritonEngine(LayerwiseEngine):
+    def attach(self, denoiser: nn.Module) -> None:
+        for layer in weight_only_layers(denoiser):
+            layer.kernel = ops.weight_only_linear
+        super().attach(denoiser)
+
+    def detach(self, denoiser: nn.Module) -> None:
+        super().detach(denoiser)
+        for layer in weight_only_layers(denoiser):
+            layer.kernel = None
+            # Not a part of what all blocks had in common.
+            layer.weight_int.data = layer.weight_int.clone()
+
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
         # Here: engines are registered in the order of preference.
         from quantempo.engines.simulated import float32_copy, once

@@ -59,7 +59,7 @@ class _Embedding(PerForward):
         norms = [parts.module.norm1 for parts in network.of(ModulatedBlockParts)]
         self.emb = norms[-1].emb
         layers = [norm.linear for norm in norms if _same(norm.emb, self.emb)]
-        self.shared = SharedModulations([i for i in layers if isinstance(i, nn.Linear)])
+        self.shared = SharedModulations(layers)
         super().__init__(len(self.shared.layers))
 
     def make(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import FLOATS, LayerConstants, constants_of
-from quantempo.engines.cuda.per_forward import SharedShifts
+from quantempo.engines.cuda.constants import FLOATS, LayerConstants, constant, constants_of
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
+from quantempo.engines.per_forward import TimeShifts
 from quantempo.kernels import ops
 from quantempo.models.fusion_joint import (
     FluxDoubleParts,
@@ -25,6 +25,7 @@ from quantempo.models.fusion_joint import (
     StreamParts,
 )
 from quantempo.models.fusion_transformer import AttentionParts
+from quantempo.quantized import WeightOnlyLinear
 
 __all__ = [
     "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "encode", "joined",
@@ -34,14 +35,31 @@ __all__ = [
 Codes = dict[str, Any]
 
 
-class SharedModulations(SharedShifts):
-    """Shifts, scales and gates of all blocks."""
+class SharedModulations(Prepared, TimeShifts):
+    """Shifts, scales and gates of all blocks, in float32."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        # Others are computed by each block.
+        codes = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
+        super().__init__([layer for layer in codes if layer.bias is not None])
 
     @classmethod
     def of(cls, network: Network) -> "SharedModulations":
-        """Return those of all blocks that read a float layer."""
-        layers = [layer for parts in network.of(JointParts) for layer in parts.modulations]
-        return cls([i for i in layers if isinstance(i, nn.Linear) and i.bias is not None])
+        """Return those of the blocks of FLUX and SD3."""
+        return cls([layer for parts in network.of(JointParts) for layer in parts.modulations])
+
+    def _prepare(self, device: torch.device) -> None:
+        names = ("weight_int", "weight_scale", "bias")
+        parts = [[getattr(layer, name) for layer in self.layers] for name in names]
+        self.joined = [constant(torch.cat(each)) for each in parts]
+        for layer, part in zip(self.layers, self.joined[0].split(self._sizes), strict=True):
+            # One copy in memory serves both.
+            layer.weight_int.data = part
+
+    def make(self, given: Tensor) -> Tensor:
+        """Return (B, sum C_i) of temb (B, E)."""
+        self.here(given.device)
+        return ops.weight_only_linear(F.silu(given.float()).contiguous(), *self.joined)
 
 
 class _Modulation:
