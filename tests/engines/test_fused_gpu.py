@@ -183,7 +183,7 @@ def test_a_downsampler_has_the_border_of_its_block(padding, size):
 
 
 def test_time_shifts_are_those_of_each_layer_and_never_stale():
-    layers = [nn.Linear(8, 5), Float16Linear.like(nn.Linear(8, 3)).fill(nn.Linear(8, 3))]
+    layers = [nn.Linear(8, 5), Float16Linear(nn.Linear(8, 3)).fill(nn.Linear(8, 3))]
     shifts = SharedShifts(layers)
     shifts.prepare(torch.device("cpu"))
 

@@ -55,7 +55,7 @@ def test_the_packed_folder_is_a_pipeline_and_the_table_says_what_is_in_it(kind: 
             assert bool((error[inside] <= layer.weight_scale[inside] * 0.5001).all())
             assert row["sqnr_db"] > 20, row
         else:
-            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            assert isinstance(layer, nn.Conv2d | nn.Linear | StoredLinear)
     assert any(row["buckets"] == 2 for row in rows.values())
 
 
@@ -89,7 +89,8 @@ def test_engines_agree_with_the_float_model_with_rounded_inputs(kind: str, engin
     assert rms(got - wanted) <= APART[engine] * loss, text
     # Each engine is as near to the float model as the reference is, and no pixel is far off.
     assert rms(got - plain) == pytest.approx(loss, rel=0.3), text
-    assert float((got - plain).abs().max()) <= 8 * loss, text
+    worst = float((wanted - plain).abs().max())
+    assert float((got - plain).abs().max()) <= max(8 * loss, 1.5 * worst), text
 
 
 def rounded_twin(source: Path, net: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
     copies = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
-    for copied in (*copies, Float16Linear.like(layers[1]), WeightOnlyLinear.like(layers[1])):
+    for copied in (*copies, Float16Linear(layers[1]), WeightOnlyLinear(layers[1])):
         assert all(value.is_meta for value in copied.state_dict().values())
 
 
@@ -166,7 +166,7 @@ def test_float16_keeps_eleven_bits_of_every_weight() -> None:
     g = torch.Generator().manual_seed(3)
     layer = nn.Linear(64, 33)
     layer.weight.data = torch.randn(33, 64, generator=g) * torch.logspace(-9, 4, 33)[:, None]
-    made = Float16Linear.like(layer).fill(layer)
+    made = Float16Linear(layer).fill(layer)
     weight = layer.weight.detach().double()
     # Half of the last of 11 bits; below 2^-14 of the smallest step, 2^-24.
     bound = (weight.abs() * 2**-11).clamp_min(2**-25)
@@ -183,14 +183,14 @@ def test_float16_keeps_eleven_bits_of_every_weight() -> None:
 
 def test_float16_weights_are_two_bytes_in_a_file_and_others_are_not_rounded() -> None:
     layer = nn.Linear(6, 4)
-    made = Float16Linear.like(layer).fill(layer)
+    made = Float16Linear(layer).fill(layer)
     stored = made.state_dict()
     assert [(name, value.dtype) for name, value in stored.items()] == [
         ("weight", torch.float16),
         ("bias", torch.float32),
     ]
     assert [p.requires_grad for p in made.parameters()] == [False]
-    other = Float16Linear.like(layer)
+    other = Float16Linear(layer)
     other.load_state_dict(stored)
     assert other.weight.dtype == torch.float32 and torch.equal(other.weight, made.weight)
     other.weight.data = layer.weight.detach()
@@ -202,7 +202,7 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
     layer = nn.Linear(64, 33)
     layer.weight.data = torch.randn(33, 64, generator=g) * torch.logspace(-9, 4, 33)[:, None]
     layer.weight.data[5] = 0
-    made = WeightOnlyLinear.like(layer).fill(layer)
+    made = WeightOnlyLinear(layer).fill(layer)
     weight, scale = layer.weight.detach().double(), made.weight_scale.double()[:, None]
     assert made.weight_int.dtype == torch.int8 and int(made.weight_int.abs().max()) == 127
     # Half a step, and a rounding of float32.
@@ -217,5 +217,5 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
     made.kernel = ops.weight_only_linear
     assert bool(((made(x) - wanted).abs() <= room).all())
     other = copy.deepcopy(made)
-    other.load_state_dict(WeightOnlyLinear.like(layer).fill(layer).state_dict())
+    other.load_state_dict(WeightOnlyLinear(layer).fill(layer).state_dict())
     assert other.kernel is None and torch.equal(other.weight, made.weight)

@@ -193,10 +193,10 @@ class QuantempoConfig(QuantizationConfigMixin):
         """Return what each layer of the (float, maybe meta) denoiser becomes."""
         plans = []
         for site in sites(denoiser):
-            tables = ((kind, getattr(self, table)) for kind, table in _KINDS.items())
-            known = next(((k, found[site.name]) for k, found in tables if site.name in found), None)
-            if known is not None:
-                plans.append(LayerPlan(site.name, known[0], reason=known[1]))
+            every = ((kind, getattr(self, table)) for kind, table in _KINDS.items())
+            known = [(kind, table[site.name]) for kind, table in every if site.name in table]
+            if known:
+                plans.append(LayerPlan(site.name, known[0][0], reason=known[0][1]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))

@@ -1,15 +1,8 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times, token_rows
-from quantempo.quantized.layers import (
-    Float16Linear,
-    QConv2d,
-    QLayer,
-    QLinear,
-    QPatches,
-    StoredLinear,
-    WeightOnlyLinear,
-)
+from quantempo.quantized.layers import QConv2d, QLayer, QLinear, QPatches
+from quantempo.quantized.stored import Float16Linear, StoredLinear, WeightOnlyLinear
 from quantempo.quantized.swap import (
     LayerPlan,
     bits_of,

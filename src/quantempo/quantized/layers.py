@@ -17,21 +17,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import (
-    WEIGHT,
-    Grid,
-    GroupFormat,
-    activation_format,
-    token_scale,
-    weight_format,
-)
+from quantempo.core import Grid, GroupFormat, activation_format, token_scale, weight_format
 from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
 
-__all__ = [
-    "Float16Linear", "QConv2d", "QLayer", "QLinear", "QPatches", "StoredLinear", "WeightOnlyLinear",
-]  # fmt: skip
+__all__ = ["QConv2d", "QLayer", "QLinear", "QPatches"]
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -291,120 +282,3 @@ class QPatches(QLinear):
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """Return (B, O, ...) for (B, C, ...), by a kernel on patches."""
         return kernel(self.operand(x)).movedim(-1, 1)
-
-
-class StoredLinear(nn.Module):
-    """What linear layers of float inputs have in common whose weight is stored in fewer bits."""
-
-    @classmethod
-    def like(cls, layer: nn.Linear) -> Self:
-        """Return an empty copy of a float linear layer, on its device."""
-        bias = layer.bias is not None
-        return cls(layer.in_features, layer.out_features, bias, layer.weight.device)
-
-
-class Float16Linear(StoredLinear, nn.Linear):
-    """Linear layer computed in float32 whose weight is stored in float16, in files.
-
-    For the layers of the time embedding, which act on t alone. Weight and bias are float32: a
-    network loaded in another dtype computes t as exactly. The weight is a parameter, for who asks
-    `next(part.parameters()).dtype`. `state_dict` has it in float16 where that loses nothing.
-
-    Error: |W - W_hat| <= 2^-11 |W| for |W| >= 2^-14, else 2^-25.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        weight = torch.empty(out_features, in_features, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
-
-    def fill(self, layer: nn.Linear) -> "Float16Linear":
-        """Round the weight of a float layer to float16; QuantempoError beyond its range."""
-        self.weight = nn.Parameter(layer.weight.detach().half().float(), requires_grad=False)
-        if not bool(self.weight.isfinite().all()):
-            raise QuantempoError(
-                "a weight of the time embedding is beyond 65504, the largest float16; keep the "
-                "layer in float32 (layers.exclude)"
-            )
-        if layer.bias is not None:
-            self.bias = layer.bias.detach().float()
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        half = self.weight.half()
-        # Weights of 12 bits, from checkpoints of format 2, may need all of float32.
-        if half.is_meta or torch.equal(half.float(), self.weight.float()):
-            destination[f"{prefix}weight"] = half
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
-            # An engine may hold it in float16.
-            self.weight.data = self.weight.data.float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
-        y = nn.functional.linear(input.float(), self.weight.float(), self.bias)
-        return y.to(input.dtype)
-
-
-class WeightOnlyLinear(StoredLinear):
-    """Linear layer of a float input whose weight is int8 codes, with a scale an output channel.
-
-        y = s_w[o] * sum_k x_k q_w[o, k] + bias[o], in float32, in the dtype of x
-
-    For the modulations of blocks: wide, of one row a step, so that they cost what their weights
-    weigh. A GPU engine sets `kernel`; without one the codes are converted at each call.
-
-    Error: |W - W_hat| <= s_w[o] / 2, s_w[o] = max_k |W[o, k]| / 127.
-    """
-
-    weight_int: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        codes = torch.empty(out_features, in_features, dtype=WEIGHT.storage, device=device)
-        self.register_buffer("weight_int", codes)
-        self.register_buffer("weight_scale", torch.empty(out_features, device=device))
-        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
-        self.kernel: Callable[..., Tensor] | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the dequantized weight, float32 (made anew at each access)."""
-        return self.weight_int.float() * self.weight_scale.float()[:, None]
-
-    def fill(self, layer: nn.Linear) -> Self:
-        """Round the weight of a float layer to its codes."""
-        weight = layer.weight.detach().float()
-        least = torch.finfo(torch.float32).tiny
-        self.weight_scale = (weight.abs().amax(1) / WEIGHT.qmax).clamp_min(least)
-        self.weight_int = WEIGHT.encode((weight / self.weight_scale[:, None]).round().int())
-        if layer.bias is not None:
-            self.bias = layer.bias.detach().float()
-        return self
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return y (..., out_features) of x (..., in_features)."""
-        bias = None if self.bias is None else self.bias.float()
-        if self.kernel is not None:
-            rows = input.reshape(-1, self.in_features).contiguous()
-            y = self.kernel(rows, self.weight_int, self.weight_scale.float(), bias)
-            return y.view(*input.shape[:-1], -1)
-        y = nn.functional.linear(input.float(), self.weight_int.float()) * self.weight_scale
-        return (y if bias is None else y + bias).to(input.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what an engine set."""
-        return {**self.__dict__, "kernel": None}

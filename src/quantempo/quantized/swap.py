@@ -13,14 +13,8 @@ from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, clock_time, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
-from quantempo.quantized.layers import (
-    Float16Linear,
-    QConv2d,
-    QLayer,
-    QLinear,
-    QPatches,
-    WeightOnlyLinear,
-)
+from quantempo.quantized.layers import QConv2d, QLayer, QLinear, QPatches
+from quantempo.quantized.stored import Float16Linear, WeightOnlyLinear
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 
@@ -40,7 +34,7 @@ _REASONS = {
     "modulation": "modulation of a block: one row a step, its weight alone is int8",
 }
 # Of linear layers that read the time.
-_STORED = {"float16": Float16Linear, "weight_only": WeightOnlyLinear}
+_STORED: dict[str, Any] = {"float16": Float16Linear, "weight_only": WeightOnlyLinear}
 
 
 @dataclass(frozen=True)
@@ -179,7 +173,7 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
             )
         empty: nn.Module
         if plan.kind in _STORED and isinstance(layer, nn.Linear):
-            empty = _STORED[plan.kind].like(layer)
+            empty = _STORED[plan.kind](layer)
         else:
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)

@@ -17,10 +17,8 @@ from quantempo.kernels.ops.weight_only_linear import FloatRows
 
 __all__ = ["launch", "multiply"]
 
-# float32 1.5 * 2^23 as bits: a small integer added to them is one added to the value, in fewer
-# instructions than a conversion from int8 has slots for.
-_MAGIC = tl.constexpr(0x4B400000)
-_VALUE = tl.constexpr(12582912.0)
+# float32 1.5 * 2^23 and its bits: an integer added to these is added to it, faster than converted.
+_VALUE, _BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 
 
 @triton.jit(do_not_specialize=["rows", "outs"])
@@ -36,15 +34,12 @@ def multiply(
     k = tl.arange(0, WIDTH)
     codes = weight + tl.minimum(o, outs - 1).to(tl.int64)[:, None] * width
     values = x + tl.minimum(m, rows - 1).to(tl.int64) * width
-    if ROWS == 1:
-        # Sums of 16 neighbours, which one thread has loaded.
-        total = tl.zeros((OUTS, WIDTH // 16), tl.float32)
-    else:
-        total = tl.zeros((OUTS, ROWS), tl.float32)
+    # Of one row the sums of 16 neighbours, which one thread has loaded.
+    total = tl.zeros((OUTS, WIDTH // 16 if ROWS == 1 else ROWS), tl.float32)
     for start in range(0, width, WIDTH):
         c = start + k
         w = tl.load(codes + c[None, :], mask=(c < width)[None, :], other=0)
-        w = (w.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True) - _VALUE
+        w = (w.to(tl.int32) + _BITS).to(tl.float32, bitcast=True) - _VALUE
         if ROWS == 1:
             v = tl.load(values + c, mask=c < width, other=0.0).to(tl.float32)
             total += tl.sum(tl.reshape(w * v[None, :], (OUTS, WIDTH // 16, 16)), 2)
@@ -68,12 +63,9 @@ def multiply(
 def launch(call: FloatRows) -> Tensor:
     """Return the result of a call, which was checked."""
     y, (rows, width) = call.empty(), call.x.shape
-    outs, one = len(call.weight), rows == 1
-    tile = 1 if one else min(32, max(16, triton.next_power_of_2(rows)))
-    shape = {"ROWS": tile, "OUTS": 16 if one else 64, "WIDTH": 512 if one else 128}
+    tile, out, step = (1, 16, 512) if rows == 1 else (16 if rows <= 16 else 32, 64, 128)
     if y.numel():
-        multiply[(triton.cdiv(outs, shape["OUTS"]) * triton.cdiv(rows, tile),)](
-            call.x, call.weight, call.weight_scale, call.bias, y, rows, outs, width,
-            **shape, num_warps=4,
-        )  # fmt: skip
+        multiply[(triton.cdiv(y.shape[1], out) * triton.cdiv(rows, tile),)](
+            *call, y, rows, y.shape[1], width, ROWS=tile, OUTS=out, WIDTH=step, num_warps=4
+        )
     return y

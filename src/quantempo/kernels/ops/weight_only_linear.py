@@ -47,7 +47,7 @@ class FloatRows(NamedTuple):
 def weight_only_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> FloatRows:
-    """Multiply float rows by int8 codes: y[m, o] = s[o] sum_k x[m, k] w[o, k] + bias[o].
+    """Return weight_scale[o] sum_k x[m, k] weight[o, k] + bias[o], (M, O) of the type of x.
 
     For rows so few that the codes are most of what is read.
 
@@ -55,9 +55,6 @@ def weight_only_linear(
         x: (M, K) float16, bfloat16 or float32.
         weight: int8 (O, K), read 16 bytes at a time where K is a multiple of 16.
         weight_scale, bias: float32 (O,); bias may be None.
-
-    Returns:
-        (M, O) of the type of x.
 
     Raises:
         ValueError: on shapes, types or strides other than these.
