@@ -108,8 +108,8 @@ def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
         bound = inspect.signature(network.forward).bind(**call(kind, 3, seed))
         bound.apply_defaults()
         inputs.append(bound.args)
-    # Names do not say that these of Wan and Qwen-Image read the time.
-    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*", "*_mod.*"))
+    # Names do not say that these of Wan read the time.
+    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"))
 
 
 def fused(kind: str, *exclude: str) -> nn.Module:

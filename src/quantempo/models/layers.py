@@ -42,7 +42,7 @@ _OUTPUT = {"conv_out", "proj_out", "proj_out_2", "final_layer.linear"}
 # Anywhere in the dotted name.
 _TIME = (
     *("time_embedding", "time_emb_proj", "timestep_embedder", "class_embedding", "class_embedder"),
-    *("add_embedding", "adaln", "time_text_embed", "guidance_embedder"),
+    *("add_embedding", "adaln", "time_text_embed", "guidance_embedder", "_mod."),
 )
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn", "to_qkv"),
