@@ -17,7 +17,9 @@ from quantempo.quantized import (
     plan_layers,
     swap_layers,
 )
-from quantempo.recipe import LayerSettings, Recipe
+from quantempo.recipe import LayerSettings, Recipe, WeightSettings
+from quantempo.rounding import nearest
+from quantempo.scales import search_groups
 from tests.tiny import noise, tiny_unet
 
 STEPS = 1000
@@ -104,12 +106,14 @@ def quantize_network(
     buckets: int = 3,
     exclude: tuple[str, ...] = (),
     bits: dict[str, str] | None = None,
+    weights: WeightSettings | None = None,
 ) -> nn.Module:
     """Return an integer copy; scales from the layers' inputs, a few percent apart by bucket."""
     found, settings = sites(network), LayerSettings(exclude=exclude, bits=bits or {})
+    how = weights or WeightSettings()
     plans = [
         replace(plan, buckets=buckets if plan.kind == "int8" else 1)
-        for plan in plan_layers(found, Recipe(layers=settings))
+        for plan in plan_layers(found, Recipe(layers=settings, weights=how))
     ]
     ranges: dict[tuple[str, int], tuple[float, float]] = {}
     hooks = []
@@ -131,9 +135,11 @@ def quantize_network(
         if plan.kind != "int8":
             continue
         weight = site.layer.weight
-        top = 2 ** (layer.weight_bits - 1) - 1
+        top, groups = layer.weight_format.qmax, None
         scale = weight.flatten(1).abs().amax(1) / top
-        codes = (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().clamp(-top, top)
+        if layer.weight_group is not None:
+            scale, groups = search_groups(weight, layer.weight_format)
+        codes = nearest(weight, scale, layer.weight_format.grid(weight.shape, groups))
         rows, zeros = [], []
         for part in range(len(layer.segments)):
             low, high = ranges[site.name, part]
@@ -141,7 +147,7 @@ def quantize_network(
             rows.append(step * torch.linspace(1, 1.05, buckets))
             zeros.append(round(-low / step))
         grids = torch.stack(rows), torch.tensor(zeros)
-        fill(layer, codes.to(torch.int8), scale, site.layer.bias, *grids)
+        fill(layer, codes, scale, site.layer.bias, *grids, groups)
     return result
 
 

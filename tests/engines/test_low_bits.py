@@ -15,6 +15,7 @@ from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.quantized import quantized_layers
+from quantempo.recipe import WeightSettings
 from tests.engines.openvino_nets import (
     draw_inputs,
     integer_output,
@@ -112,7 +113,7 @@ MIXED = {"attention": "w8a6", "down_blocks.*": "w4a4", "up_blocks.0.resnets.*": 
 @needs_fused
 @torch.no_grad()
 def test_one_model_with_mixed_bits_runs_the_same_on_both_engines():
-    network = quantized_unet(bits=MIXED)
+    network = quantized_unet(bits=MIXED, weights=WeightSettings(group=16))
     widths = {(layer.weight_bits, layer.act_bits) for _, layer in quantized_layers(network)}
     assert widths == {(8, 6), (4, 4), (5, 7), (8, 8)}
     x, t = noise(2, 3, 16, 16, spread=1.0), torch.tensor([450, 10])

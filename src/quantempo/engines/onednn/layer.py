@@ -1,14 +1,17 @@
 """Int8 layers on the CPU through oneDNN: on floats, and on codes for `blocks`, which joins them."""
 
+import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantempo.core import token_scale
+from quantempo.core import GroupFormat, token_scale
 from quantempo.engines.base import ActivationGrids, Backend, Kernel, channel_dim, run_per_bucket
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
+from quantempo.kernels.cpu.packed import Packed
 from quantempo.quantized import QConv2d, QLayer
 
 __all__ = ["FoldedLayer", "OneDNNBackend", "quantize_tokens"]
@@ -48,6 +51,31 @@ def _quantize_each(x: Tensor, layer: QLayer) -> tuple[Tensor, Tensor]:
     return library.quantize_rows(x, 0.0, zero, qmax, scale), scale
 
 
+def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list[Tensor | Packed]:
+    """Return the weight of each part of a layer's input, int8 or packed; flat: (O, K)."""
+    spec, groups = layer.weight_format, layer.weight_group
+    if not isinstance(spec, GroupFormat) or groups is None:
+        codes = layer.weight_codes
+        return [(w.flatten(1) if flat else w).contiguous() for w in codes.split(widths, 1)]
+
+    def dense(first: int, width: int) -> Tensor:
+        codes = layer.weight_codes[:, first : first + width]
+        return (codes.flatten(1) if flat else codes).contiguous()
+
+    given = (layer.weight_int, groups, spec.group)
+    starts = list(itertools.accumulate(widths, initial=0))
+    return [
+        Packed(*given, *pair, functools.partial(dense, *pair))
+        for pair in zip(starts, widths, strict=False)
+    ]
+
+
+def _eager(operator: Any) -> Any:
+    """Return an operator as it is, or as a call that a compiler leaves alone: weights come anew."""
+    packed = isinstance(operator.weight, Packed)
+    return torch.compiler.disable(operator.__call__) if packed else operator
+
+
 class _Kernel(Kernel):
     """A packed operator for each segment, grids as numbers."""
 
@@ -65,16 +93,16 @@ class _Kernel(Kernel):
 
     def _prepare(self, device: torch.device) -> None:
         layer = self.layer
-        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
-        self.parts = [self._pack(w.contiguous()) for w in layer.weight_codes.split(width, 1)]
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_shape[1],)
+        self.parts = [self._pack(w) for w in _weights(layer, width)]
         self.grids = ActivationGrids(layer)
 
-    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d | onednn.Int8Linear:
+    def _pack(self, weight: Tensor | Packed) -> Any:
         layer = self.layer
         if not isinstance(layer, QConv2d):
-            return onednn.Int8Linear(weight, layer.weight_scale)
+            return _eager(onednn.Int8Linear(weight, layer.weight_scale))
         how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return onednn.Int8Conv2d(weight, layer.weight_scale, *how)
+        return _eager(onednn.Int8Conv2d(weight, layer.weight_scale, *how))
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         convolution, bias = isinstance(self.layer, QConv2d), self.layer.bias
@@ -146,8 +174,9 @@ class FoldedLayer:
         self.widths, self.bordered = widths or layer.segments, bordered
         self.grids = ActivationGrids(layer)
         self._parts: list[Any] = []
-        self._biases: dict[int, list[Tensor]] = {}
-        self._edges: dict[int, Tensor] = {}
+        # Of each column of scales.
+        self._biases: list[list[Tensor]] = []
+        self._edges: list[Tensor] = []
 
     def grid(self, bucket: int, part: int = 0) -> tuple[float, int, int]:
         """Return (scale, zero_point, qmax) of an operand."""
@@ -162,12 +191,10 @@ class FoldedLayer:
     ) -> Tensor:
         """Return what operand `part` adds to the output; the bias goes with the first."""
         if not self._parts:
-            self._parts = [self._pack(weight) for weight in self._split()]
-        column = self.grids.column(bucket)
-        if column not in self._biases:
-            self._biases[column] = self._fold(bucket)
+            self._biases = self._fold()
+            self._parts = self._pack()
         scale, *_ = self.grid(bucket, part)
-        bias = self._biases[column][part]
+        bias = self._biases[self.grids.column(bucket)][part]
         return self._parts[part](codes, scale, 0, bias, dtype, **kwargs)
 
     def edge(self, bucket: int) -> Tensor:
@@ -175,9 +202,7 @@ class FoldedLayer:
 
         Of a 3x3 convolution with stride 1 and padding 1.
         """
-        column = self.grids.column(bucket)
-        if column not in self._edges:
-            scale, zero, _ = self.grid(bucket)
+        if not self._edges:
             # (O, 3, 3), then (16, O)
             taps = self.layer.weight_codes.sum(1, dtype=torch.float64)
             outside = torch.zeros((16, 3, 3), dtype=torch.bool)
@@ -186,30 +211,31 @@ class FoldedLayer:
                 outside[mask, 2] |= bool(mask & 2)
                 outside[mask, :, 0] |= bool(mask & 4)
                 outside[mask, :, 2] |= bool(mask & 8)
-            sums = torch.einsum("mij,oij->mo", outside.double(), taps)
-            self._edges[column] = (sums * self.layer.weight_scale * scale * zero).float()
-        return self._edges[column]
+            sums = torch.einsum("mij,oij->mo", outside.double(), taps) * self.layer.weight_scale
+            grids = map(self.grid, range(self.grids.buckets))
+            self._edges = [(sums * scale * zero).float() for scale, zero, _ in grids]
+        return self._edges[self.grids.column(bucket)]
 
-    def _split(self) -> list[Tensor]:
-        weight = self.layer.weight_codes
-        if len(self.widths) == 1:
-            return [weight]
-        return [part.contiguous() for part in weight.split(self.widths, 1)]
-
-    def _pack(self, weight: Tensor) -> onednn.Int8Conv2d | onednn.Int8Linear:
+    def _pack(self) -> list[Any]:
         layer, weight_scale = self.layer, self.layer.weight_scale * self.factor
         if isinstance(layer, QConv2d) and layer.kernel_size != (1, 1):
-            padding = (0, 0) if self.bordered else layer.padding
-            return onednn.Int8Conv2d(weight, weight_scale, layer.stride, padding)
-        return onednn.Int8Linear(weight.flatten(1), weight_scale)
+            how = (layer.stride, (0, 0) if self.bordered else layer.padding)
+            weights = _weights(layer, self.widths)
+            return [_eager(onednn.Int8Conv2d(weight, weight_scale, *how)) for weight in weights]
+        weights = _weights(layer, self.widths, flat=True)
+        return [_eager(onednn.Int8Linear(weight, weight_scale)) for weight in weights]
 
-    def _fold(self, bucket: int) -> list[Tensor]:
-        layer, biases = self.layer, []
-        for i, weight in enumerate(self._split()):
-            scale, zero, _ = self.grid(bucket, i)
-            bias = weight.flatten(1).sum(1, dtype=torch.float64) * -scale * zero
-            bias *= layer.weight_scale
-            if i == 0 and layer.bias is not None:
+    def _fold(self) -> list[list[Tensor]]:
+        layer = self.layer
+        parts = layer.weight_codes.split(self.widths, 1)
+        sums = [part.flatten(1).sum(1, dtype=torch.float64) for part in parts]
+
+        def bias(bucket: int, part: int) -> Tensor:
+            scale, zero, _ = self.grid(bucket, part)
+            bias = sums[part] * -scale * zero * layer.weight_scale
+            if part == 0 and layer.bias is not None:
                 bias += layer.bias
-            biases.append((bias * self.factor).float())
-        return biases
+            return (bias * self.factor).float()
+
+        buckets, some = range(self.grids.buckets), range(len(sums))
+        return [[bias(bucket, part) for part in some] for bucket in buckets]

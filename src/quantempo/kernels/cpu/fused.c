@@ -448,4 +448,77 @@ void quantempo_add(void *x, const void *y, const float *edge, int64_t n, int64_t
     }
 }
 
-int quantempo_layout(void) { return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t)); }
+/* Weights (q - z) s of 4 bits in groups, as oneDNN reads them: [o / block][tap][i / 4][o][i % 4].
+ *
+ * q[out][tap][row] holds two input channels a byte, the even one low; groups[out][tap][count] bytes
+ * (s - 1) << 4 | z of `group` channels. Of each row the `inputs` channels from `first` on are read;
+ * depth >= inputs is written, zeros where there is none. */
+typedef struct {
+    const uint8_t *q, *groups;
+    int8_t *out;
+    int64_t outs, taps, row, count, group, first, inputs, block, depth;
+} unpack_t;
+
+#define MOST_BLOCK 64
+
+/* Bytes (q - z) s of the four nibbles of n, each a byte of it: n s + 128 - z s leaves no byte. */
+INLINE uint32_t scaled(uint32_t n, uint32_t s, uint32_t c) { return (n * s + c) ^ 0x80808080u; }
+
+INLINE uint32_t spread(uint32_t n) {
+    n = (n | n << 8) & 0x00ff00ffu;
+    return (n | n << 4) & 0x0f0f0f0fu;
+}
+
+/* s and (128 - z s) 0x01010101 of the group of a channel for every row of a block. */
+static void group_terms(const unpack_t *k, const uint8_t *groups, int64_t rows, int64_t channel,
+                        uint32_t *s, uint32_t *c) {
+    for (int64_t o = 0; o < rows; o++) {
+        const uint8_t g = groups[o * k->taps * k->count + channel / k->group];
+        s[o] = (g >> 4) + 1;
+        c[o] = (128 - (g & 15) * s[o]) * 0x01010101u;
+    }
+}
+
+static void unpack_tap(const unpack_t *k, int64_t first_out, int64_t tap, uint32_t *out) {
+    const int64_t line = k->taps * k->row, left = k->outs - first_out;
+    const int64_t rows = left < k->block ? left : k->block;
+    const uint8_t *q = k->q + (first_out * k->taps + tap) * k->row;
+    const uint8_t *groups = k->groups + (first_out * k->taps + tap) * k->count;
+    uint32_t s[MOST_BLOCK], c[MOST_BLOCK];
+    memset(out, 0, (size_t)(k->depth * k->block));
+    for (int64_t i = 0; i < k->inputs; i += 8, out += 2 * k->block) {
+        const int64_t channel = k->first + i;
+        if (channel % 8 == 0 && i + 8 <= k->inputs) {
+            if (i == 0 || channel % k->group == 0) group_terms(k, groups, rows, channel, s, c);
+            const uint8_t *from = q + channel / 2;
+            for (int64_t o = 0; o < rows; o++) {
+                uint32_t n;
+                memcpy(&n, from + o * line, 4);
+                out[o] = scaled(spread(n & 0xffff), s[o], c[o]);
+                out[k->block + o] = scaled(spread(n >> 16), s[o], c[o]);
+            }
+            continue;
+        }
+        for (int64_t j = 0; j < 8 && i + j < k->inputs; j++) {
+            const int64_t at = channel + j;
+            group_terms(k, groups, rows, at, s, c);
+            for (int64_t o = 0; o < rows; o++) {
+                const uint32_t n = q[o * line + at / 2] >> (at % 2 * 4) & 15;
+                ((int8_t *)(out + j / 4 * k->block + o))[j % 4] = (int8_t)scaled(n, s[o], c[o]);
+            }
+        }
+    }
+}
+
+void quantempo_unpack(const unpack_t *k, int threads) {
+    const int64_t blocks = (k->outs + k->block - 1) / k->block;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t tap = 0; tap < k->taps; tap++)
+            unpack_tap(k, b * k->block, tap,
+                       (uint32_t *)k->out + (b * k->taps + tap) * k->depth / 4 * k->block);
+}
+
+int quantempo_layout(void) {
+    return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t) + sizeof(unpack_t));
+}

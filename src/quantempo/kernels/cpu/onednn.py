@@ -8,15 +8,21 @@ signed ones run a reference kernel thousands of times slower.
 """
 
 import functools
+import logging
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantempo.kernels import reference
+from quantempo.kernels.cpu import fused
+from quantempo.kernels.cpu.packed import Packed
 
 __all__ = ["Int8Conv2d", "Int8Linear", "missing", "native_bfloat16", "quantize"]
+
+log = logging.getLogger("quantempo")
 
 _CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")
 _OTHERS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
@@ -34,15 +40,36 @@ def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tenso
     return codes.round_().add_(zero_point).clamp_(0, qmax).to(torch.uint8)
 
 
+def _prepacked(
+    weight: Tensor | Packed, prepack: Callable[[Tensor], Tensor]
+) -> Tensor | Callable[[], Tensor]:
+    """Return oneDNN's own tensor of a weight, or what makes it at every call."""
+    if isinstance(weight, Tensor):
+        return prepack(weight)
+    made = prepack(weight.dense())
+    again = weight.again(made)
+    if again is None:
+        _say_unpacked()
+    return again or made
+
+
+@functools.cache
+def _say_unpacked() -> None:
+    log.warning(
+        "weights of 4 bits are held as bytes: %s",
+        fused.missing() or "the order of oneDNN's weights on this CPU is not known",
+    )
+
+
 class Int8Conv2d:
-    """A convolution with packed weights, int8 (O, C / groups, kh, kw); weight_scale float32 (O,).
+    """A convolution; weight int8 (O, C / groups, kh, kw), or `Packed`; weight_scale float32 (O,).
 
     Calls raise RuntimeError for shapes that oneDNN cannot take.
     """
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Packed,
         weight_scale: Tensor,
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
@@ -51,7 +78,7 @@ class Int8Conv2d:
     ) -> None:
         self.weight, self.weight_scale = weight, weight_scale.float()
         self._geometry = (list(stride), list(padding), list(dilation), groups)
-        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
         # With the shape it is for, exchanged together: other threads may have other shapes.
         self._packed: tuple[Any, Any] = ((), None)
         self._run = _operator(*_CONVOLUTIONS)
@@ -73,10 +100,10 @@ class Int8Conv2d:
         shape, packed = self._packed
         if shape != x.shape[2:]:
             # Packed without the shape, some kernels re-order the weight at every call.
-            packed = torch.ops.onednn.qconv_prepack(
-                self.weight, self.weight_scale, 1.0, zero_point, *self._geometry, list(x.shape)
-            )
+            how = (self.weight_scale, 1.0, zero_point, *self._geometry, list(x.shape))
+            packed = _prepacked(self.weight, lambda w: torch.ops.onednn.qconv_prepack(w, *how))
             self._packed = x.shape[2:], packed
+        packed = packed if isinstance(packed, Tensor) else packed()
         return self._run(
             x, scale, zero_point, packed, self.weight_scale, self._zeros, bias,
             *self._geometry, 1.0, 0, dtype, "none", [], "",
@@ -84,12 +111,12 @@ class Int8Conv2d:
 
 
 class Int8Linear:
-    """A linear layer with packed int8 weights: weight (O, K) int8, weight_scale (O,) float32."""
+    """A linear layer: weight (O, K) int8, or `Packed`; weight_scale (O,) float32."""
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+    def __init__(self, weight: Tensor | Packed, weight_scale: Tensor) -> None:
         self.weight, self.weight_scale = weight, weight_scale.float()
-        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self._packed: Tensor | None = None
+        self._zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
+        self._packed: Tensor | Callable[[], Tensor] | None = None
 
     def __call__(
         self,
@@ -107,8 +134,10 @@ class Int8Linear:
         x: uint8 (R, K), contiguous; bias: float32 (O,); dtype: float32 or bfloat16.
         """
         if self._packed is None:
-            self._packed = torch.ops.onednn.qlinear_prepack(self.weight, list(x.shape))
-        fixed = (self._packed, self.weight_scale, self._zeros)
+            prepack = torch.ops.onednn.qlinear_prepack
+            self._packed = _prepacked(self.weight, lambda w: prepack(w, list(x.shape)))
+        packed = self._packed if isinstance(self._packed, Tensor) else self._packed()
+        fixed = (packed, self.weight_scale, self._zeros)
         if add is None and into is None:
             return torch.ops.onednn.qlinear_pointwise(
                 x, scale, zero_point, *fixed, bias, 1.0, 0, dtype, "none", [], ""
