@@ -510,15 +510,15 @@ static void unpack_tap(const unpack_t *k, int64_t first_out, int64_t tap, uint32
     }
 }
 
-void quantempo_unpack(const unpack_t *k, int threads) {
-    const int64_t blocks = (k->outs + k->block - 1) / k->block;
+void quantempo_unpack(const uint8_t *q, const uint8_t *groups, int8_t *out, int64_t outs,
+                      int64_t taps, int64_t row, int64_t count, int64_t group, int64_t first,
+                      int64_t inputs, int64_t block, int64_t depth, int threads) {
+    const unpack_t k = {q, groups, out, outs, taps, row, count, group, first, inputs, block, depth};
+    const int64_t blocks = (outs + block - 1) / block;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; b++)
-        for (int64_t tap = 0; tap < k->taps; tap++)
-            unpack_tap(k, b * k->block, tap,
-                       (uint32_t *)k->out + (b * k->taps + tap) * k->depth / 4 * k->block);
+        for (int64_t tap = 0; tap < taps; tap++)
+            unpack_tap(&k, b * block, tap, (uint32_t *)out + (b * taps + tap) * depth / 4 * block);
 }
 
-int quantempo_layout(void) {
-    return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t) + sizeof(unpack_t));
-}
+int quantempo_layout(void) { return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t)); }

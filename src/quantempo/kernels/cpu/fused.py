@@ -73,12 +73,6 @@ class _QuantizeStruct(ctypes.Structure):
     )
 
 
-class _UnpackStruct(ctypes.Structure):
-    _fields_ = _fields(
-        "pointer q groups out; int64 outs taps row count group first inputs block depth"
-    )
-
-
 @dataclass(frozen=True)
 class Part:
     """One of the one or two tensors that `Library.group_norm` sees as concatenated.
@@ -111,18 +105,19 @@ class Library:
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
         handle.quantempo_layout.restype = ctypes.c_int
-        sizes = [ctypes.sizeof(kind) for kind in (_NormStruct, _QuantizeStruct, _UnpackStruct)]
-        self.layout = sizes[0] * 1000 + sum(sizes[1:])
+        self.layout = ctypes.sizeof(_NormStruct) * 1000 + ctypes.sizeof(_QuantizeStruct)
         if handle.quantempo_layout() != self.layout:
             raise OSError(f"{path} was compiled from another version of its source")
         self._norm, self._quantize = handle.quantempo_norm, handle.quantempo_quantize
-        self._add, self._unpack = handle.quantempo_add, handle.quantempo_unpack
-        for function in (self._norm, self._quantize, self._add, self._unpack):
-            function.restype = None
+        # On addresses, see `packed`.
+        self._add, self.unpack = handle.quantempo_add, handle.quantempo_unpack
+        self.unpack.restype = None
+        self._norm.restype = self._quantize.restype = self._add.restype = None
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._add.argtypes = [pointer] * 3 + [size] * 4 + [number] * 2
         self._norm.argtypes = [pointer, pointer, size, number]
-        self._quantize.argtypes = self._unpack.argtypes = [pointer, number]
+        self._quantize.argtypes = [pointer, number]
+        self.unpack.argtypes = [pointer] * 3 + [size] * 9 + [number]
 
     def quantize(
         self,
@@ -237,22 +232,6 @@ class Library:
         scratch = torch.empty(batch * chunks * 2 * channels)
         self._norm(ctypes.byref(call), scratch.data_ptr(), chunks, threads)
         return out, raws
-
-    def unpack(
-        self, stored: Tensor, groups: Tensor, group: int, first: int, inputs: int,
-        block: int, depth: int, out: int,
-    ) -> None:  # fmt: skip
-        """Write int8 (O / block, P, depth / 4, block, 4) at the address `out`, padded by 0.
-
-        Args:
-            stored, groups: uint8 (O, P, ...), see `core.GroupFormat`, contiguous, on the CPU.
-            first, inputs: which input channels; depth: a multiple of 4, >= inputs; block: <= 64.
-        """
-        call = _UnpackStruct(
-            stored.data_ptr(), groups.data_ptr(), out, *stored.shape, groups.shape[2], group,
-            first, inputs, block, depth,
-        )  # fmt: skip
-        self._unpack(ctypes.byref(call), _threads(stored))
 
     def add(self, x: Tensor, y: Tensor | None, edge: Tensor | None) -> Tensor:
         """Add y to x in place, and to the pixels on the border of the image a row of `edge`.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels import reference
-from quantempo.kernels.cpu import fused
+from quantempo.kernels.cpu import packed
 from quantempo.kernels.cpu.packed import Packed
 
 __all__ = ["Int8Conv2d", "Int8Linear", "missing", "native_bfloat16", "quantize"]
@@ -55,10 +55,8 @@ def _prepacked(
 
 @functools.cache
 def _say_unpacked() -> None:
-    log.warning(
-        "weights of 4 bits are held as bytes: %s",
-        fused.missing() or "the order of oneDNN's weights on this CPU is not known",
-    )
+    reason = packed.missing() or "oneDNN orders those of some layers as is not known"
+    log.warning("weights of 4 bits are held as bytes: %s", reason)
 
 
 class Int8Conv2d:

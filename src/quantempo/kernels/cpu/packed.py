@@ -18,10 +18,12 @@ from torch import Tensor
 
 from quantempo.kernels.cpu import fused
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "missing"]
 
 _ALIGNED = 64
+_UNKNOWN = "the order of oneDNN's weights on this CPU is not known"
 _buffers = threading.local()
+_mkldnn = torch.ops.mkldnn
 
 
 class Packed:
@@ -39,38 +41,57 @@ class Packed:
         inputs: int,
         dense: Callable[[], Tensor],
     ) -> None:
-        self.dense = dense
-        self._given = (stored.contiguous(), groups.contiguous(), group, first, inputs)
+        self.dense, self.inputs = dense, inputs
+        self._held = stored.contiguous(), groups.contiguous()
+        self._numbers = (*stored.shape, groups.shape[2], group, first, inputs)
+
+    def write(self, block: int, depth: int, to: int) -> None:
+        """Write int8 (O / block, P, depth / 4, block, 4) at an address, zeros where no weight is.
+
+        block: at most 64; depth: a multiple of 4, at least `inputs`.
+        """
+        library, held = fused.load(), [tensor.data_ptr() for tensor in self._held]
+        assert library is not None
+        library.unpack(*held, to, *self._numbers, block, depth, torch.get_num_threads())
 
     def again(self, made: Tensor) -> Callable[[], Tensor] | None:
         """Return what makes oneDNN's tensor `made` of this weight again; None: it cannot be."""
-        library, wrap = fused.load(), _wrapper()
-        if library is None or wrap is None:
+        wrap = _wrapper()
+        if fused.load() is None or wrap is None:
             return None
-        size, address = torch.ops.mkldnn._nbytes(made), torch.ops.mkldnn.data_ptr(made)
-        wanted = _bytes_at(address, size)
-        (out, taps, _), inputs = self._given[0].shape, self._given[-1]
+        size, (out, taps, *_) = _mkldnn._nbytes(made), self._numbers
+        wanted, to = _bytes(_mkldnn.data_ptr(made), size), _buffer(size)
         for block, unit in itertools.product((64, 48, 32, 16), (4, 16, 32, 64)):
-            depth = -(-inputs // unit) * unit
+            depth = -(-self.inputs // unit) * unit
             length = -(-out // block) * block * taps * depth
-            if length > size:
-                continue
-            to = _buffer(size)
-            library.unpack(*self._given, block, depth, to)
-            if torch.equal(_bytes_at(to, length), wanted[:length]):
-                description = torch.ops.mkldnn._get_mkldnn_serialized_md(made)
-                rest, shape = wanted[length:].clone(), tuple(made.shape)
-                break
+            if length <= size:
+                self.write(block, depth, to)
+                if torch.equal(_bytes(to, length), wanted[:length]):
+                    break
         else:
             return None
+        description, rest = _mkldnn._get_mkldnn_serialized_md(made), wanted[length:].clone()
+        shape = tuple(made.shape)
 
         def again() -> Tensor:
             to = _buffer(size)
-            library.unpack(*self._given, block, depth, to)
-            _bytes_at(to + length, len(rest)).copy_(rest)
+            self.write(block, depth, to)
+            _bytes(to + length, len(rest)).copy_(rest)
             return wrap(to, shape, description)
 
         return again
+
+
+def missing() -> str | None:
+    """Return why weights cannot stay packed here (one clause), or None; a small one is tried."""
+    if (reason := fused.missing()) is not None:
+        return reason
+    stored = torch.arange(64 * 8, dtype=torch.uint8).reshape(64, 1, 8)
+    codes = torch.stack((stored & 15, stored >> 4), -1).reshape(64, 16).to(torch.int8) - 8
+    groups = torch.full((64, 1, 1), 8, dtype=torch.uint8)
+    made = torch.ops.onednn.qlinear_prepack(codes, None)
+    known = Packed(stored, groups, 16, 0, 16, lambda: codes).again(made)
+    return _UNKNOWN if known is None else None
 
 
 def _buffer(size: int) -> int:
@@ -81,44 +102,33 @@ def _buffer(size: int) -> int:
     return -(-known.data_ptr() // _ALIGNED) * _ALIGNED
 
 
-def _bytes_at(address: int, size: int) -> Tensor:
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+def _bytes(address: int, size: int) -> Tensor:
+    """Return the memory at an address as uint8 (size,)."""
+    held = (ctypes.c_uint8 * size).from_address(address)
+    return torch.frombuffer(held, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 @functools.cache
 def _wrapper() -> Callable[[int, tuple[int, ...], Tensor], Tensor] | None:
-    """Return a function that makes an int8 tensor of oneDNN around memory, by torch's C interface.
-
-    None where this torch has none.
-    """
+    """Return what makes an int8 tensor of oneDNN around memory, if torch's C interface can."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        make, known = library.aoti_torch_create_tensor_from_blob_v2, (
-            library.aoti_torch_dtype_int8(),
-            library.aoti_torch_device_type_cpu(),
-            library.aoti_torch_layout__mkldnn(),
-        )  # fmt: skip
+        make = library.aoti_torch_create_tensor_from_blob_v2
+        kind = library.aoti_torch_dtype_int8(), library.aoti_torch_device_type_cpu(), 0
+        layout = library.aoti_torch_layout__mkldnn()
         steal: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # type: ignore[attr-defined]
     except (OSError, AttributeError):
         return None
-    dtype, device, layout = known
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    make.argtypes = [
-        pointer, size, pointer, pointer, size, number, number, number, pointer, number, pointer,
-        size,
-    ]  # fmt: skip
+    make.argtypes = (pointer, size, pointer, pointer, size, number, number, number)
+    make.argtypes += (pointer, number, pointer, size)
     capsule: Any = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [pointer, ctypes.c_char_p, pointer]
 
     def wrap(address: int, shape: tuple[int, ...], description: Tensor) -> Tensor:
         sizes, handle = (size * len(shape))(*shape), pointer()
-        failed = make(
-            address, len(shape), sizes, sizes, 0, dtype, device, 0, ctypes.byref(handle), layout,
-            description.data_ptr(), len(description),
-        )  # fmt: skip
-        if failed:
+        about = layout, description.data_ptr(), len(description)
+        if make(address, len(shape), sizes, sizes, 0, *kind, ctypes.byref(handle), *about):
             raise RuntimeError("torch refused a weight of oneDNN")
         tensor: Tensor = steal(capsule(handle, None, None))
         return tensor
