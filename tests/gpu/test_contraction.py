@@ -269,6 +269,10 @@ def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tens
     }  # fmt: skip
     moved = tree_map_only(torch.Tensor, lambda x: x.to(device), given)
     moved["gate"] = moved["gate"][:, o : 2 * o] if case.gates else None
+    if case.sides:
+        # Parts of one weight, as a layer of several segments has them.
+        whole = torch.cat([moved["weight"], *moved["side_weights"]], 1)
+        moved["weight"], *moved["side_weights"] = whole.split(widths, 1)
     call = qgemm.__wrapped__(**moved)
     call.check(strides=True)
     scale = out[now].double()[:, None, None, None] if case.requantize else None
