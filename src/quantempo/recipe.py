@@ -115,8 +115,9 @@ class RoundingSettings:
     name: a registered rounding; start: the rounding that "adaround" starts from; samples: inputs
     of the trace it looks at; iterations: of each block; refine: further iterations on activation
     scales; batch: inputs an iteration; drop: share of a block's input taken from the float model
-    while learning (QDrop); bias: afterwards make every layer's mean output that of the float
-    layer; seed: of every draw.
+    while learning (QDrop); correct: share of the error in a layer's inputs that "gptq" makes up for
+    in its weights (asymmetric calibration); bias: afterwards make every layer's mean output that
+    of the float layer; seed: of every draw.
     """
 
     name: str = "nearest"
@@ -126,6 +127,7 @@ class RoundingSettings:
     refine: int = number(0, 0, 1_000_000)
     batch: int = number(32, 1, 100_000)
     drop: float = number(0.5, 0, 1)
+    correct: float = number(0.0, 0, 1)
     bias: bool = False
     seed: int = number(0, -(2**62), 2**62)
 

@@ -74,10 +74,11 @@ class Quantized:
         times: Times | None = None,
     ) -> "Quantized":
         """Join the tensors of `search_scales` and of `round_weights`."""
-        found = {
-            name: replace(layer, act_scale=rounding.get(f"{name}.act_scale", layer.act_scale))
-            for name, layer in LayerScales.read(scales).items()
-        }
+        found = {}
+        for name, layer in LayerScales.read(scales).items():
+            parts = ("act_scale", "weight_scale", "weight_group")
+            better = {part: rounding.get(f"{name}.{part}") for part in parts}
+            found[name] = replace(layer, **{k: v for k, v in better.items() if v is not None})
         codes = {name: rounding[name] for name in found}
         biases = {n: rounding[f"{n}.bias"] for n in found if f"{n}.bias" in rounding}
         # The search decides which layers have several buckets.

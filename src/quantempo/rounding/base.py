@@ -57,7 +57,7 @@ class Rounding(NamedTuple):
 
     needs: "weights", or "hessian" (second moments of layer inputs) or "block" (inputs and output
     of whole blocks): both of these run the network on the trace; codes: return layer name -> int8,
-    the shape of the weight, in [qmin, qmax].
+    the shape of the weight, in [qmin, qmax]; scales and groups of a unit may be changed in place.
     """
 
     needs: Literal["weights", "hessian", "block"]
@@ -339,19 +339,19 @@ class BlockRun:
         module, (args, kwargs) = self.module if exact else self.copied, arguments
         return by_row(self.exact.law(index), module(*args, **kwargs), len(index), "[2]")
 
-    def layer_inputs(self, name: str) -> Iterator[Tensor]:
-        """Yield the input of one quantized layer for all rows, the block's integers as they are.
+    def layer_inputs(self, name: str, *, exact: bool = False) -> Iterator[Tensor]:
+        """Yield the input of one layer, quantized or float, for all rows, a batch at a time.
 
-        The clock stands at the times of what was yielded.
+        The block's integers are as they are; the clock stands at the times of what was yielded.
         """
         seen: list[Tensor] = []
+        layer = self.floats[name] if exact else self.copies[name]
 
         def see(_: str, *call: Any) -> None:
             seen.append(input_of(*call))
 
         for index in self.batches():
-            call = partial(self.run, index, exact=False)
-            run_until({name: self.copies[name]}, call, see)
+            run_until({name: layer}, partial(self.run, index, exact=exact), see)
             yield seen.pop()
 
     def assign(self, name: str, codes: Tensor) -> None:

@@ -2,21 +2,31 @@
 
     minimise ||(W - s q) X||^2 over integers q, greedily, given H = X X^T
 
-Source: Frantar et al. 2022, "GPTQ", algorithm 1, with columns in the order of descending diag(H).
+Layers behind quantized ones receive X instead of the float network's X_f. With `rounding.correct`
+c > 0 (asymmetric calibration) W is first replaced by what makes up for it, l the damping:
+
+    W' = W + c W (X_f - X) X^T (H + l I)^-1,   for c = 1
+    argmin over W' of ||W X_f - W' X||^2 + l ||W' - W||^2
+
+Source: Frantar et al. 2022, "GPTQ", algorithm 1, with columns in the order of descending diag(H);
+Li et al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos", for targets of the float network's inputs.
 """
 
 import math
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import Format, Grid
+from quantempo.core import Format, Grid, GroupFormat
 from quantempo.errors import QuantempoError, log
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
+from quantempo.scales import search_groups
 
-__all__ = ["gptq", "input_hessian", "moments"]
+__all__ = ["Inverse", "gptq", "input_moments", "moments"]
 
 # Factors on the damping that are tried in float64, one after the other.
 _HARDER = (1.0, 10.0, 100.0)
@@ -24,10 +34,43 @@ _HARDER = (1.0, 10.0, 100.0)
 _PATCH_BYTES = 2**28
 
 
+class Inverse(NamedTuple):
+    """The inverse of a damped hessian H, U^T U with its rows and columns in `order`.
+
+    order: (K,) int64, columns by descending diag(H); upper: U (K, K) float32.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float = 0.01) -> "Inverse":
+        """Factor (H + damping mean(diag H) I)^-1; H (K, K) is not changed.
+
+        Raises:
+            QuantempoError: H is not finite or not positive semi-definite.
+        """
+        if not bool(hessian.isfinite().all()):
+            raise QuantempoError(
+                "got a hessian that is not finite; check the checkpoint and the trace"
+            )
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        return cls(order, _inverse_factor(hessian[order][:, order].float(), damping))
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, (K,), > 0."""
+        return self.upper.square().sum(0)[self.order.argsort()]
+
+    def corrected(self, weight: Tensor, cross: Tensor, share: float = 1.0) -> Tensor:
+        """Return W' as the module says, (O, K) float32; cross: (X_f - X) X^T, scaled as H."""
+        rows = (weight.float() @ cross)[:, self.order]
+        return weight + share * (rows @ self.upper.t() @ self.upper)[:, self.order.argsort()]
+
+
 @torch.no_grad()
 def gptq(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | Inverse,
     scale: Tensor,
     spec: Format | Grid,
     damping: float = 0.01,
@@ -41,22 +84,20 @@ def gptq(
 
     Args:
         weight, scale: (O, K) floating and (O,) float32, > 0.
-        hessian: (K, K) = X X^T up to a factor, on the same device; not changed.
+        hessian: (K, K) = X X^T up to a factor, on the same device; or what `Inverse` made of it.
         block: columns updated together; changes the order of sums only.
 
     Raises:
         QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
     """
     out, width = weight.shape
-    if hessian.shape != (width, width) or scale.shape != (out,):
+    square = hessian.upper if isinstance(hessian, Inverse) else hessian
+    if square.shape != (width, width) or scale.shape != (out,):
         raise QuantempoError(
-            f"got a hessian {tuple(hessian.shape)} and scales {tuple(scale.shape)} for a weight "
+            f"got a hessian {tuple(square.shape)} and scales {tuple(scale.shape)} for a weight "
             f"{tuple(weight.shape)}; expected ({width}, {width}) and ({out},)"
         )
-    if not bool(hessian.isfinite().all()):
-        raise QuantempoError("got a hessian that is not finite; check the checkpoint and the trace")
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order].float(), damping)
+    order, factor = hessian if isinstance(hessian, Inverse) else Inverse.of(hessian, damping)
     # Columns as rows: each step reads and writes whole contiguous rows.
     rest = weight.float()[:, order].t().contiguous()
     step, grid = scale.float(), Grid.of(spec)[:, order]
@@ -112,18 +153,19 @@ def _factor(damped: Tensor) -> Tensor | None:
     return None if bool(failed) or not bool(upper.isfinite().all()) else upper
 
 
-def moments(layer: QLayer, x: Tensor) -> Tensor:
+def moments(layer: QLayer, x: Tensor, other: Tensor | None = None) -> Tensor:
     """Return X X^T of an input, (groups, K, K) float32, K in the order of weight.flatten(1).
 
     Args:
         layer: gives the kernel size, stride, padding and groups.
         x: (B, C, H, W), or (..., C) for a linear layer; already on the layer's grid.
+        other: Y of the same shape, for Y X^T instead.
 
-    Memory: patches of a convolution are made for a few images at a time, 256 MB of them.
+    Memory: patches of a convolution are made for a few images at a time, 256 MB of each.
     """
+    y = x if other is None else other
     if not isinstance(layer, QConv2d):
-        flat = x.reshape(-1, x.shape[-1])
-        return (flat.t() @ flat)[None]
+        return (y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1]))[None]
     width = math.prod(layer.weight_shape[1:])
     total = x.new_zeros(layer.groups, width, width)
     positions = 1
@@ -131,48 +173,75 @@ def moments(layer: QLayer, x: Tensor) -> Tensor:
         span = layer.dilation[i] * (layer.kernel_size[i] - 1) + 1
         positions *= (x.shape[2 + i] + 2 * layer.padding[i] - span) // layer.stride[i] + 1
     rows = max(1, _PATCH_BYTES // (4 * layer.groups * width * positions))
-    for part in x.split(rows):
-        patches = F.unfold(part, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+
+    def patches(part: Tensor) -> Tensor:
+        found = F.unfold(part, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         # (b, groups K, L) -> (groups, K, b L)
-        patches = patches.unflatten(1, (layer.groups, width)).permute(1, 2, 0, 3).flatten(2)
-        total.baddbmm_(patches, patches.transpose(1, 2))
+        return found.unflatten(1, (layer.groups, width)).permute(1, 2, 0, 3).flatten(2)
+
+    for part, beside in zip(x.split(rows), y.split(rows), strict=True):
+        right = patches(part)
+        left = right if other is None else patches(beside)
+        total.baddbmm_(left, right.transpose(1, 2))
     return total
 
 
 @torch.no_grad()
-def input_hessian(block: BlockRun, name: str) -> Tensor:
-    """Return (groups, K, K): moments of one layer's quantized input over all recorded rows.
+def input_moments(
+    block: BlockRun, name: str, *, cross: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return X X^T of one layer's quantized input X and, if `cross`, (X_f - X) X^T, or None.
 
-    The block runs with its integers as they are now, up to that layer.
+    (groups, K, K) each, means over all recorded rows, a batch at a time. The block runs with its
+    integers as they are now, up to that layer; X_f is what the layer of the float network gets.
     """
-    layer = block.copies[name]
-    total: Tensor | None = None
-    count = 0
-    for x in block.layer_inputs(name):
-        term = moments(layer, dequantized_input(layer, layer.operand(x)))
-        total, count = term if total is None else total.add_(term), count + x.shape[0]
-    assert total is not None
-    # A mean, so that the numbers do not grow with the set.
-    return total / count
+    layer, count = block.copies[name], 0
+    total: list[Tensor] = []
+    exact = block.layer_inputs(name, exact=True) if cross else repeat(None)
+    for x, wanted in zip(block.layer_inputs(name), exact, strict=False):
+        x_hat = dequantized_input(layer, layer.operand(x))
+        terms = [moments(layer, x_hat)]
+        if wanted is not None:
+            terms.append(moments(layer, x_hat, layer.operand(wanted).float() - x_hat))
+        total = [a.add_(b) for a, b in zip(total, terms, strict=True)] if total else terms
+        count += x.shape[0]
+    # Means, so that the numbers do not grow with the set.
+    hessian, *rest = (t / count for t in total)
+    return hessian, rest[0] if rest else None
 
 
 def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
     """Round the layers of a block in order of execution, each on the inputs it will really get.
 
     Those come from the block whose earlier layers are rounded already; its layers hold the codes
-    afterwards. Groups of a convolution are rounded apart.
+    afterwards. Groups of a convolution are rounded apart. Scales of weights in groups are searched
+    again for what is rounded here, the error of column j counting 1 / (H^-1)_jj.
     """
     codes = {}
     for name, weight in unit.weights.items():
-        layer, grid = unit.block.copies[name], unit.grid(name)
-        hessian = input_hessian(unit.block, name)
-        rows = len(weight) // len(hessian)
-        flat, scales = (v.split(rows) for v in (weight.detach().flatten(1), unit.scales[name]))
-        parts = [
-            gptq(part, h, scale, grid[i * rows : (i + 1) * rows])
-            for i, (part, h, scale) in enumerate(zip(flat, hessian, scales, strict=True))
+        layer, share = unit.block.copies[name], unit.settings.correct
+        hessian, cross = input_moments(unit.block, name, cross=share > 0)
+        inverses = [Inverse.of(h) for h in hessian]
+        rows = len(weight) // len(inverses)
+        parts = list(weight.detach().float().flatten(1).split(rows))
+        if cross is not None:
+            both = zip(inverses, parts, cross, strict=True)
+            parts = [inverse.corrected(part, c, share) for inverse, part, c in both]
+        spec = unit.specs[name]
+        if isinstance(spec, GroupFormat) and unit.groups is not None:
+            counts = torch.cat([(1 / v.diagonal()).expand(rows, -1) for v in inverses])
+            shaped = (t.reshape(weight.shape) for t in (torch.cat(parts), counts))
+            found = search_groups(next(shaped), spec, next(shaped))
+            unit.scales[name].copy_(found.scale)
+            unit.groups[name].copy_(found.groups)
+        grid = unit.grid(name)
+        done = [
+            gptq(part, inverse, scale, grid[i * rows : (i + 1) * rows])
+            for i, (part, inverse, scale) in enumerate(
+                zip(parts, inverses, unit.scales[name].split(rows), strict=True)
+            )
         ]
-        codes[name] = torch.cat(parts).reshape(layer.weight_shape)
+        codes[name] = torch.cat(done).reshape(layer.weight_shape)
         unit.block.assign(name, codes[name])
     return codes
 

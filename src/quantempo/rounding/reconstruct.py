@@ -53,7 +53,8 @@ def round_denoiser(
     """Choose the integers of every quantized layer; return the tensors of `rounding.safetensors`.
 
     For each layer NAME (codes, int8, the shape of the weight); NAME.bias (O,) float32 if
-    `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones.
+    `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones;
+    NAME.weight_scale, NAME.weight_group of weights in groups, which roundings may choose again.
 
     Args:
         copied: quantized copy of `denoiser`, on the same device; changed in place: its layers end
@@ -102,12 +103,11 @@ def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     packed.
     """
     for name, layer in quantized_layers(packed):
+        for part in ("act_scale", "weight_scale", "weight_group", "bias"):
+            if (value := tensors.get(f"{name}.{part}")) is not None:
+                getattr(layer, part).copy_(value)
         if name in tensors:
             layer.set_codes(tensors[name].to(layer.weight_int.device))
-        if f"{name}.act_scale" in tensors:
-            layer.act_scale.copy_(tensors[f"{name}.act_scale"])
-        if layer.bias is not None and f"{name}.bias" in tensors:
-            layer.bias.copy_(tensors[f"{name}.bias"])
 
 
 def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None:
@@ -210,6 +210,9 @@ class _Job:
         for name, value in codes.items():
             run.assign(name, value)
         result = dict(codes)
+        for name, group in groups.items():
+            result |= {f"{name}.weight_scale": scales[name].clone()}
+            result |= {f"{name}.weight_group": group.clone()}
         if settings.refine > 0 and refine_scales(run, unit):
             for name, layer in run.copies.items():
                 result[f"{name}.act_scale"] = layer.act_scale.clone()
