@@ -56,16 +56,12 @@ def rungs() -> list[Rung]:
     costly = now.override("layers", float_macs=final.layers.float_macs)
     now = add("costly", "W8A8", "costly shortcuts in float", costly)
     _towards(now, final, "w8a8", "W8A8", add)
-    for name in ("w4a8",):
-        final, family = Recipe.load(name), name.upper()
-        start = replace(final, rounding=plain.rounding)
-        start = start.override("layers", bits={})
-        at = add(f"{name}-nearest", family, "the W8A8 recipe with fewer bits, nearest", start)
-        if final.layers.bits:
-            at = at.override("layers", bits=final.layers.bits)
-            wide = ", ".join(f"{key} at {text}" for key, text in final.layers.bits.items())
-            at = add(f"{name}-wide", family, wide, at)
-        _towards(at, final, name, family, add)
+    final = Recipe.load("w4a8")
+    whole = replace(final, rounding=plain.rounding).override("weights", group=0)
+    at = add("w4a8-nearest", "W4A8", "the W8A8 recipe with 4 bits a weight, nearest", whole)
+    groups = at.override("weights", group=final.weights.group)
+    at = add("w4a8-groups", "W4A8", f"scales and zero points for {final.weights.group}", groups)
+    _towards(at, final, "w4a8", "W4A8", add)
     learned = Recipe.load("w4a8-adaround")
     add(learned.name, "W4A8", "beside the chain: AdaRound by blocks, QDrop", learned, full=True)
     return found
@@ -89,8 +85,10 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
     chosen = final.rounding
     learned = chosen.name == "adaround"
     if chosen.name == "gptq" or (learned and chosen.start == "gptq"):
-        start = replace(chosen, name="gptq", bias=False, refine=0)
+        start = replace(chosen, name="gptq", correct=0.0, bias=False, refine=0)
         step("gptq", "GPTQ", replace(last(), rounding=start))
+        start = replace(start, correct=chosen.correct)
+        step("correct", "errors of inputs made up for", replace(last(), rounding=start))
     if learned:
         start = replace(chosen, bias=False)
         step("adaround", "AdaRound by blocks, QDrop", replace(last(), rounding=start))
