@@ -135,13 +135,16 @@ def test_only_the_engine_asked_for_is_judged() -> None:
         row | {"candidate": "bf16/compile", "failed": "no compiler"},
         row | {"candidate": "ours/onednn", "ms_per_forward": 10.0, "engine": "onednn"},
         row | {"candidate": "ours/openvino", "ms_per_forward": 1.0, "engine": "openvino"},
+        row | {"candidate": "torch/int8", "ms_per_forward": 19.0},
+        row | {"candidate": "torch/fp8", "ms_per_forward": 15.0},
     )
     record = results.record()
+    assert record["speedup_vs_best_8bit"] == {"m_b8": 1.5}
     assert record["speedup_vs_best_fp32"] == {"m_b8": 3.0}
     assert record["speedup_vs_best_bf16"] == {"m_b8": 2.0}
     # The same candidate again takes the place of the one before.
     results.put(row | {"candidate": "bf16/eager", "ms_per_forward": 25.0})
-    assert len(results.record()["rows"]) == 6
+    assert len(results.record()["rows"]) == 8
     assert results.record()["speedup_vs_best_bf16"] == {"m_b8": 2.5}
 
 

@@ -28,7 +28,7 @@ class Results:
         self.write(self.record())
 
     def record(self) -> Row:
-        """Return {**head, "speedup_vs_best_bf16", "speedup_vs_best_fp32", "rows"}; see `speedups`.
+        """Return {**head, "speedup_vs_best_bf16", ..., "rows"}; see `speedups`.
 
         A row is {"kind": "forward", "model", "batch", "candidate", "ms_per_forward", "ms_min",
         "rounds", "sqnr_db", "prepare_seconds", "peak_bytes"} with "engine" for ours, or one of
@@ -39,7 +39,7 @@ class Results:
 
 
 def best(rows: list[Row], kind: str, engine: str | None = None) -> Row | None:
-    """Return the fastest forward of a kind ("fp32", "bf16", "ours", the latter on one engine)."""
+    """Return the fastest forward of a kind ("bf16", "torch": 8 bits, "ours": on one engine)."""
     own = (row for row in _timed(rows) if row["candidate"].startswith(f"{kind}/"))
     return next((row for row in own if kind != "ours" or row["engine"] == engine), None)
 
@@ -51,10 +51,10 @@ def _timed(rows: list[Row]) -> list[Row]:
 
 
 def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float | None]]:
-    """Return what ours gains over the best float forms.
+    """Return what ours gains over the best float forms, and over torch's own 8-bit products.
 
-    "speedup_vs_best_bf16", "speedup_vs_best_fp32": {"MODEL_bBATCH": best float ms / best ms of the
-    engine, None without one of them}; for bf16 also {"OPERATOR": see `_slowest`}.
+    "speedup_vs_best_bf16", "speedup_vs_best_fp32", "speedup_vs_best_8bit": {"MODEL_bBATCH": their
+    best ms / best ms of the engine, None without one}; for bf16 also {"OPERATOR": see `_slowest`}.
     """
 
     def ratio(own: list[Row], kind: str) -> float | None:
@@ -62,9 +62,13 @@ def speedups(rows: list[Row], engine: str | None) -> dict[str, dict[str, float |
         return round(base["ms_per_forward"] / ours["ms_per_forward"], 3) if base and ours else None
 
     networks = {"{}_b{}".format(*key): own for key, own in _networks(rows).items()}
-    bf16, fp32 = ({k: ratio(v, kind) for k, v in networks.items()} for kind in ("bf16", "fp32"))
-    bf16 |= _slowest([row for row in rows if row["kind"] == "op"])
-    return {"speedup_vs_best_bf16": bf16, "speedup_vs_best_fp32": fp32}
+    kinds = {"bf16": "bf16", "fp32": "fp32", "8bit": "torch"}
+    found = {
+        f"speedup_vs_best_{name}": {key: ratio(own, kind) for key, own in networks.items()}
+        for name, kind in kinds.items()
+    }
+    found["speedup_vs_best_bf16"] |= _slowest([row for row in rows if row["kind"] == "op"])
+    return found
 
 
 def _networks(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -109,7 +113,7 @@ def text_table(record: Row) -> Iterator[str]:
                 )
             elif "failed" in row:
                 yield f"  {row['candidate']:<26} not timed: {row['failed']}"
-        for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16"):
+        for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16", "speedup_vs_best_8bit"):
             ratio = record[key].get(f"{model}_b{batch}")
             if ratio is not None:
                 yield f"  {key} of {record['engine']}: {ratio}"
