@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,7 @@ def test_json_is_one_object_on_stdout(cli: Any, tmp_path: Path, small: Path) -> 
         assert cli(*command, *extra).code == 0
     table = cli("inspect", run / "packed").out
     assert "mid_block.resnets.0.conv1" in table and "excluded by 'down_blocks.*'" in table
+    assert re.search(r"^W8A8: \d+ layers, \d\.\d\d MB of weights$", table, re.MULTILINE)
 
 
 VERBS = [command.callback.__name__ for command in app.registered_commands]

@@ -130,6 +130,8 @@ def test_the_file_says_the_bits_and_the_tables_show_them(kind: str) -> None:
     for rows in (run.read_json("layers.json"), describe(run / "packed", "cpu")[0]):
         shown = {r["name"]: [r["bits_weight"], r["bits_activation"]] for r in rows}
         assert {name: shown[name] for name in found} == other
+    shown = {r["name"]: r["backend"].rpartition(", ")[2] for r in rows}
+    assert {shown[n] for n in found if groups[n]} <= {"packed", "as bytes"}
     sizes = {name: math.prod(layer.weight_shape) for name, layer in found.items()}
     bits = {name: other[name][0] + sum(8 / group for group in groups[name]) for name in other}
     mean = sum(size * bits[name] for name, size in sizes.items()) / sum(sizes.values())

@@ -88,7 +88,7 @@ def inspect(
     Example: quantempo inspect runs/cifar/packed
     """
     from quantempo.pipeline.layer_table import describe
-    from quantempo.report.bits import bits_cell
+    from quantempo.report.bits import bits_cell, bits_facts
 
     rows, unfused = describe(model / "packed" if (model / "packed").is_dir() else model, device)
     if as_json:
@@ -109,5 +109,7 @@ def inspect(
         typer.echo(
             f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<7} {scales:<37} {backend}"
         )
+    for name, text in bits_facts(rows, None):
+        typer.echo(f"{name}: {text}")
     for name, reason in unfused.items():
         typer.echo(f"not fused: {name}: {reason}")

@@ -140,6 +140,10 @@ class Format:
         Raises:
             QuantempoError: they are not integers of this range.
         """
+        self._check(codes)
+        return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
+
+    def _check(self, codes: Tensor) -> None:
         low, high = self.qmin, self.qmax
         if codes.is_floating_point() or (
             codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high
@@ -147,7 +151,6 @@ class Format:
             raise QuantempoError(
                 f"got {codes.dtype} outside [{low}, {high}]; expected integers inside"
             )
-        return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
     def decode(
         self,
@@ -221,17 +224,15 @@ class GroupFormat(Format):
         """Return (O, P, ceil(I / group))."""
         return shape[0], math.prod(shape[2:]), -(-shape[1] // self.group)
 
-    def fields(
-        self, shape: Sequence[int], groups: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return s and z for each weight, (O, P, I)."""
-        each = groups.repeat_interleave(self.group, -1)[..., : shape[1]]
-        return (each >> 4).to(dtype) + 1, (each & 0xF).to(dtype)
+    def _terms(self, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return s and z of each group, (O, P, N, 1)."""
+        return ((groups >> 4).to(dtype) + 1)[..., None], (groups & 0xF).to(dtype)[..., None]
 
     def grid(self, shape: Sequence[int], groups: Tensor | None = None) -> Grid:
         """Return the codes that each weight may take, which fit a byte: |w8| <= 127."""
         assert groups is not None
-        step, zero = (restore(v, shape) for v in self.fields(shape, groups, torch.float32))
+        size, terms = (*groups.shape, self.group), self._terms(groups, torch.float32)
+        step, zero = (restore(v.expand(size), shape) for v in terms)
         reach = torch.floor(self.qmax / step)
         return Grid(step, -torch.minimum(zero, reach), reach.minimum(2**self.bits - 1 - zero))
 
@@ -242,16 +243,17 @@ class GroupFormat(Format):
             QuantempoError: codes beyond 127, or that (q - z) s does not reach.
         """
         assert groups is not None
-        step, zero = self.fields(codes.shape, groups, torch.int16)
-        flat = channels_last(codes).to(torch.int16)
+        self._check(codes)
+        step, zero = self._terms(groups, torch.int16)
+        flat = F.pad(channels_last(codes).to(torch.int16), (0, -codes.shape[1] % self.group))
+        flat = flat.view(*groups.shape, self.group)
         q = flat.div(step, rounding_mode="floor") + zero
-        good = (flat.abs() <= self.qmax) & ((q - zero) * step == flat)
-        if codes.is_floating_point() or not bool((good & (q >= 0) & (q < 2**self.bits)).all()):
+        if not bool((((q - zero) * step == flat) & (q >= 0) & (q < 2**self.bits)).all()):
             raise QuantempoError(
-                f"got {codes.dtype} off the grids of its groups; expected integers (q - z) s, q "
-                f"in [0, {2**self.bits - 1}], inside [{self.qmin}, {self.qmax}]: round with `grid`"
+                "got codes off the grids of their groups; expected (q - z) s with q from 0 to "
+                f"{2**self.bits - 1}: round with `grid`"
             )
-        return _pack(q)
+        return _pack(q.flatten(2)[..., : codes.shape[1]])
 
     def decode(
         self,
@@ -262,8 +264,11 @@ class GroupFormat(Format):
     ) -> Tensor:
         """Undo `encode`: return w8 of this shape; int16 holds those beyond 127, of a bad file."""
         assert groups is not None
-        step, zero = self.fields(shape, groups, dtype)
-        return restore((_unpack(stored, shape[1]).to(dtype) - zero) * step, shape)
+        size, (step, zero) = (*groups.shape, self.group), self._terms(groups, dtype)
+        q = torch.zeros(size, dtype=dtype, device=stored.device)
+        pairs = q.view(*stored.shape[:2], -1, 2)[:, :, : stored.shape[2]]
+        pairs[..., 0], pairs[..., 1] = stored & 0xF, stored >> 4
+        return restore(q.sub_(zero).mul_(step), shape)
 
 
 def channels_last(weight: Tensor) -> Tensor:
@@ -272,7 +277,8 @@ def channels_last(weight: Tensor) -> Tensor:
 
 
 def restore(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo `channels_last`: return (O, P, I) in the shape of the weight, contiguous."""
+    """Undo `channels_last`: return (O, P, I), its last axis maybe cut and filled up, contiguous."""
+    rows = rows.flatten(2)[..., : shape[1]]
     return rows.movedim(-1, 1).reshape(tuple(shape)).contiguous()
 
 

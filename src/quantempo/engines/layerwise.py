@@ -4,7 +4,7 @@ Each lowers every layer with the backend of its name and fuses the blocks around
 the backend cannot take is run by `simulated`: logged, counted, and listed by `execution`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -24,6 +24,7 @@ class LayerwiseEngine(Engine):
     Args:
         devices: torch device types, or ("any",).
         slow: why it is slower than it should be wherever it runs, or None.
+        holds: see `Engine.holds`.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class LayerwiseEngine(Engine):
         devices: tuple[str, ...],
         blocks: Blocks | None = None,
         slow: str | None = None,
+        holds: Callable[[], str] = lambda: "as bytes",
     ) -> None:
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
+        self.holds = holds  # type: ignore[method-assign]
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""

@@ -50,6 +50,10 @@ class Engine:
         """Return why it is slower here than it should be (one clause), or None."""
         return None
 
+    def holds(self) -> str:
+        """Say how weights in groups lie in memory while it runs."""
+        return "as bytes"
+
     def attach(self, denoiser: nn.Module) -> None:
         """Make `denoiser(...)` run on this engine."""
         raise NotImplementedError

@@ -218,7 +218,8 @@ def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=usable, deterministic=True, allow_tf32=usable)
 
 
+_SLOW = "it computes the integers in float arithmetic"
 BACKENDS.register("simulated")(SimulatedBackend())
 ENGINES.register("simulated")(
-    LayerwiseEngine("simulated", ("any",), slow="it computes the integers in float arithmetic")
+    LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda: "as floats")
 )

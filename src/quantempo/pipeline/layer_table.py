@@ -12,7 +12,7 @@ from quantempo.calibration.dataset import CalibrationData
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import report
 from quantempo.engines.layerwise import execution
-from quantempo.engines.select import attach
+from quantempo.engines.select import ENGINES, attach
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
@@ -174,5 +174,7 @@ def _described(denoiser: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
     for row in rows:
         known = runs.get(row["name"], "float")
         # An engine that compiles the whole network has no kernels of layers.
-        row["backend"] = engine if known == "none" else known
+        row["backend"] = known = engine if known == "none" else known
+        if row.get("group"):
+            row["backend"] += f", {ENGINES.get(known.partition(',')[0]).holds()}"
     return rows, {row.name: row.reason for row in report(denoiser) if row.reason is not None}
