@@ -1,5 +1,6 @@
 """Weights of 4 bits for oneDNN: the bytes that it makes itself, in one buffer, at every call."""
 
+import gc
 import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,15 @@ def test_all_layers_share_one_buffer_a_thread() -> None:
     # The last is the largest: from here on the buffer stays.
     places = {torch.ops.mkldnn.data_ptr(o._packed()) for _, o in results}
     assert len(places) == 1 and all(o._packed().is_mkldnn for _, o in results)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) is Tensor and o.is_mkldnn for o in gc.get_objects())
+
+    before = alive()
+    for _ in range(5):
+        results[0][1](torch.zeros(9, 64, dtype=torch.uint8), 0.02, 7, None)
+    assert alive() == before
 
     def often(i: int) -> bool:
         weight = packed(layers[i], 0, layers[i].weight_shape[1])

@@ -116,7 +116,7 @@ def _wrapper() -> Callable[[int, tuple[int, ...], Tensor], Tensor] | None:
         make = library.aoti_torch_create_tensor_from_blob_v2
         kind = library.aoti_torch_dtype_int8(), library.aoti_torch_device_type_cpu(), 0
         layout = library.aoti_torch_layout__mkldnn()
-        steal: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # type: ignore[attr-defined]
+        take: Any = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # type: ignore[attr-defined]
     except (OSError, AttributeError):
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -130,7 +130,7 @@ def _wrapper() -> Callable[[int, tuple[int, ...], Tensor], Tensor] | None:
         about = layout, description.data_ptr(), len(description)
         if make(address, len(shape), sizes, sizes, 0, *kind, ctypes.byref(handle), *about):
             raise RuntimeError("torch refused a weight of oneDNN")
-        tensor: Tensor = steal(capsule(handle, None, None))
+        tensor: Tensor = take([capsule(handle, None, None)])[0]
         return tensor
 
     return wrap
