@@ -34,6 +34,7 @@ def _columns(layer: QLayer, x: Tensor) -> Tensor:
 LAYERS: dict[str, Callable[[StepClock], QLayer]] = {
     "linear": lambda clock: make_linear(12, 5, clock=clock),
     "segments": lambda clock: make_linear(12, 5, segments=(4, 8), clock=clock),
+    "tokens": lambda clock: make_linear(12, 5, clock=clock, dynamic=True),
     "conv": lambda clock: make_conv(6, 4, clock=clock),
     "strided": lambda clock: make_conv(6, 4, stride=(2, 1), padding=(0, 2), clock=clock),
     "groups": lambda clock: make_conv(6, 4, groups=2, clock=clock),
