@@ -1,6 +1,7 @@
 """The drive over all blocks: integers in range, smaller errors, mean outputs, resuming."""
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from quantempo.models.layers import blocks, hooked
 from quantempo.quantized import quantized_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import nearest, reconstruct, round_denoiser
+from quantempo.rounding.base import BlockRun
 from quantempo.rounding.reconstruct import apply_rounding
 from tests.packed import KINDS
 from tests.rounding.networks import Case, case
@@ -64,6 +66,18 @@ def test_gptq_lowers_the_error_of_the_network(kind: str, group: int) -> None:
         assert torch.equal(layer.weight_codes, result[name])
     # Random networks have nearly white inputs, where the gain is smallest.
     assert _error(made, copied) < 0.9 * plain
+
+
+def test_errors_of_blocks_are_computed_for_a_log_that_shows_them(caplog, monkeypatch) -> None:
+    made, calls = case("dit"), []
+    plain = BlockRun.loss
+    monkeypatch.setattr(BlockRun, "loss", lambda *args: calls.append(0) or plain(*args))
+    quiet, _ = _round(made, replace(QUICK, name="gptq"))
+    assert not calls
+    with caplog.at_level(logging.DEBUG, logger="quantempo"):
+        said, _ = _round(made, replace(QUICK, name="gptq"))
+    assert len(calls) == 2 * caplog.text.count(": error ") > 0
+    assert all(torch.equal(quiet[name], said[name]) for name in said)
 
 
 @pytest.mark.parametrize("around", [True, False])

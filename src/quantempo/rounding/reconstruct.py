@@ -11,6 +11,7 @@ Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirica
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -204,8 +205,9 @@ class _Job:
         groups = {n: o.weight_group for n, o in copies.items() if o.weight_group is not None}
         settings, run = self.settings, self._record(block, floats)
         unit = Unit(weights, scales, specs, settings, run, groups=groups)
-        powers = run.powers()
-        before = run.loss(powers)
+        watched = log.isEnabledFor(logging.DEBUG)
+        powers = run.powers() if watched else []
+        before = run.loss(powers) if watched else 0.0
         codes = self.rounding.codes(unit)
         for name, value in codes.items():
             run.assign(name, value)
@@ -220,7 +222,8 @@ class _Job:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
         self.kept += any(START_KEPT in note for note in unit.notes)
         notes = "".join(f"; {note}" for note in unit.notes)
-        log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
+        if watched:
+            log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
         return result
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
