@@ -55,7 +55,11 @@ def test_a_bad_value_among_good_ones_is_refused(name, index, value, message, tmp
         *(("per_unit", v, "finite numbers, per_unit not 0") for v in (0, float("nan"), None, "1")),
         *(("times", v, "expected") for v in (3, {}, {"count": 2, "values": [1, 1]}, {"steps": 2})),
         ("bits", {LAYER: [9, 8]}, "unknown format 'int9'"),
-        ("bits", {LAYER: [4, 8, 12]}, "got 4 bits in groups of 12; expected"),
+        *(
+            ("bits", {LAYER: [4, 8, group]}, f"got 4 bits in groups of {group}; expected")
+            for group in (12, 16.0, "16", True, -16)
+        ),
+        ("bits", {LAYER: [4, 8, 16, "x"]}, "damaged"),
         ("buckets", {LAYER: 0}, "expected 1 or more"),
         ("segments", {LAYER: [16, 15]}, "expected parts of 32"),
     ],

@@ -195,16 +195,11 @@ class GroupFormat(Format):
     group: int = 16
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 4 or self.group not in GROUPS:
+        if not 2 <= self.bits <= 4 or self.group not in GROUPS or type(self.group) is not int:
             raise QuantempoError(
                 f"got {self.bits} bits in groups of {self.group}; expected 2 to 4 bits in groups "
                 f"of {', '.join(map(str, GROUPS))}, or no groups"
             )
-
-    @property
-    def name(self) -> str:
-        """Say bits and group: "int4g16"."""
-        return f"int{self.bits}g{self.group}"
 
     @property
     def qmin(self) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -55,7 +55,7 @@ class LayerPlan:
     weight_bits: int = 8
     act_bits: int = 8
     group: int = 0
-    role: str = "linear"
+    role: str = field(default="linear", kw_only=True)
 
 
 def bits_of(plans: list[LayerPlan]) -> dict[str, tuple[int, int]]:
