@@ -54,20 +54,16 @@ def _quantize_each(x: Tensor, layer: QLayer) -> tuple[Tensor, Tensor]:
 def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list[Tensor | Packed]:
     """Return the weight of each part of a layer's input, int8 or packed; flat: (O, K)."""
     spec, groups = layer.weight_format, layer.weight_group
-    if not isinstance(spec, GroupFormat) or groups is None:
-        codes = layer.weight_codes
-        return [(w.flatten(1) if flat else w).contiguous() for w in codes.split(widths, 1)]
+    parts = list(zip(itertools.accumulate(widths, initial=0), widths, strict=False))
 
     def dense(first: int, width: int) -> Tensor:
         codes = layer.weight_codes[:, first : first + width]
         return (codes.flatten(1) if flat else codes).contiguous()
 
+    if not isinstance(spec, GroupFormat) or groups is None:
+        return [dense(*part) for part in parts]
     given = (layer.weight_int, groups, spec.group)
-    starts = list(itertools.accumulate(widths, initial=0))
-    return [
-        Packed(*given, *pair, functools.partial(dense, *pair))
-        for pair in zip(starts, widths, strict=False)
-    ]
+    return [Packed(*given, *part, functools.partial(dense, *part)) for part in parts]
 
 
 def _eager(operator: Any) -> Any:
