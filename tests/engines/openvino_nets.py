@@ -57,7 +57,7 @@ def one_layer(
     exponents: tuple[int, ...] = (-4,),
     before: Callable[[Tensor], Tensor] | None = None,
     segments: tuple[int, ...] = (),
-    bits: tuple[int, int] = (8, 8),
+    bits: tuple[int, ...] = (8, 8),
 ) -> OneLayer:
     """Quantize a layer with random integers; act_scale[s, g] = 2^(exponents[g] + s)."""
     net = OneLayer(copy.deepcopy(layer), before).eval()
@@ -70,14 +70,19 @@ def one_layer(
     def draw(low: int, high: int, shape: torch.Size) -> Tensor:
         return torch.randint(low, high + 1, shape, generator=generator)
 
-    out, top = quantized.weight_int.shape[:1], 2 ** (bits[0] - 1) - 1
+    out, top, groups = quantized.weight_int.shape[:1], quantized.weight_format.qmax, None
+    codes = draw(-top, top, quantized.weight_shape)
+    if quantized.weight_group is not None:
+        groups = draw(0, 255, quantized.weight_group.shape).to(torch.uint8)
+        codes = quantized.weight_format.grid(codes.shape, groups).round(codes.float())
     fill(
         quantized,
-        draw(-top, top, quantized.weight_shape).to(torch.int8),
+        codes.to(torch.int8),
         torch.exp2(draw(-9, -6, out).float()),
         draw(-50, 50, out).float() if quantized.bias is not None else None,
         torch.exp2(torch.tensor([[e + s for e in exponents] for s in range(len(zero_points))])),
         torch.tensor(zero_points, dtype=torch.int32),
+        groups,
     )
     return net
 

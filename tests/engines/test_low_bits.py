@@ -139,7 +139,7 @@ def test_one_model_with_mixed_bits_runs_the_same_on_both_engines():
 
 
 @needs_openvino
-@pytest.mark.parametrize("bits", [(8, 4), (8, 6), (4, 4), (2, 2), (5, 7)], ids=str)
+@pytest.mark.parametrize("bits", [(8, 4), (8, 6), (4, 4), (2, 2), (5, 7), (4, 8, 16)], ids=str)
 @pytest.mark.parametrize("place", [0.0, 0.4, 1.0])
 def test_openvino_keeps_the_integers_below_8_bits(bits, place):
     zero, given = int(place * (2 ** bits[1] - 1)), {"exponents": (-4,), "bits": bits}
