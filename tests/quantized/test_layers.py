@@ -10,8 +10,15 @@ from torch import nn
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops
-from quantempo.quantized import QConv2d, QLayer, QLinear, StepClock, fill
-from quantempo.quantized.stored import Float16Linear, WeightOnlyLinear
+from quantempo.quantized import (
+    Float16Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    StepClock,
+    WeightOnlyLinear,
+    fill,
+)
 
 CLOCK = StepClock(torch.tensor([0, 0, 1, 2]))
 

@@ -1,8 +1,14 @@
 """Stateful modules: the step clock, quantized layers, replacing layers in place."""
 
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times, token_rows
-from quantempo.quantized.layers import QConv2d, QLayer, QLinear, QPatches
-from quantempo.quantized.stored import Float16Linear, StoredLinear, WeightOnlyLinear
+from quantempo.quantized.layers import (
+    Float16Linear,
+    QConv2d,
+    QLayer,
+    QLinear,
+    QPatches,
+    StoredLinear,
+)
 from quantempo.quantized.swap import (
     LayerPlan,
     bits_of,
@@ -16,6 +22,7 @@ from quantempo.quantized.swap import (
     swap_layers,
     weight_only_layers,
 )
+from quantempo.quantized.weight_only import WeightOnlyLinear
 
 __all__ = [
     "CLOCK_NAME", "Float16Linear", "LayerPlan", "QConv2d", "QLayer", "QLinear", "QPatches",

@@ -22,7 +22,7 @@ from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
 
-__all__ = ["QConv2d", "QLayer", "QLinear", "QPatches"]
+__all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear", "QPatches", "StoredLinear"]
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -282,3 +282,66 @@ class QPatches(QLinear):
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """Return (B, O, ...) for (B, C, ...), by a kernel on patches."""
         return kernel(self.operand(x)).movedim(-1, 1)
+
+
+class StoredLinear(nn.Module):
+    """An empty copy of a float linear layer, on its device, until it is filled."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        bias = None if layer.bias is None else torch.empty_like(layer.bias, dtype=torch.float32)
+        self.register_buffer("bias", bias)
+
+    def fill(self, layer: nn.Linear) -> Self:
+        """Round the weight of a float layer, copy its bias."""
+        self._round(layer.weight.detach().float())
+        if layer.bias is not None:
+            self.bias = layer.bias.detach().float()
+        return self
+
+    def _round(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Float16Linear(StoredLinear, nn.Linear):
+    """Linear layer computed in float32 whose weight is stored in float16, in files.
+
+    For the layers of the time embedding, which act on t alone. Weight and bias are float32: a
+    network loaded in another dtype computes t as exactly. The weight is a parameter, for who asks
+    `next(part.parameters()).dtype`. `state_dict` has it in float16 where that loses nothing.
+
+    Error: |W - W_hat| <= 2^-11 |W| for |W| >= 2^-14, else 2^-25.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        weight = torch.empty_like(layer.weight, dtype=torch.float32)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _round(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight.half().float(), requires_grad=False)
+        if not bool(self.weight.isfinite().all()):
+            raise QuantempoError(
+                "a weight of the time embedding is beyond 65504, the largest float16; keep the "
+                "layer in float32 (layers.exclude)"
+            )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        half = self.weight.half()
+        # Weights of 12 bits, from checkpoints of format 2, may need all of float32.
+        if half.is_meta or torch.equal(half.float(), self.weight.float()):
+            destination[f"{prefix}weight"] = half
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
+            # An engine may hold it in float16.
+            self.weight.data = self.weight.data.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
+        y = nn.functional.linear(input.float(), self.weight.float(), self.bias)
+        return y.to(input.dtype)

@@ -13,8 +13,8 @@ from quantempo.core.instance import keep
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, clock_time, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
-from quantempo.quantized.layers import QConv2d, QLayer, QLinear, QPatches
-from quantempo.quantized.stored import Float16Linear, WeightOnlyLinear
+from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
+from quantempo.quantized.weight_only import WeightOnlyLinear
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.registry import nearest
 

@@ -63,7 +63,7 @@ def multiply(
 def launch(call: FloatRows) -> Tensor:
     """Return the result of a call, which was checked."""
     y, (rows, width) = call.empty(), call.x.shape
-    tile, out, step = (1, 16, 512) if rows == 1 else (16 if rows <= 16 else 32, 64, 128)
+    tile, out, step = (1, 32, 256) if rows == 1 else (16 if rows <= 16 else 32, 128, 64)
     if y.numel():
         multiply[(triton.cdiv(y.shape[1], out) * triton.cdiv(rows, tile),)](
             *call, y, rows, y.shape[1], width, ROWS=tile, OUTS=out, WIDTH=step, num_warps=4
