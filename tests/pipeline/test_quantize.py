@@ -24,11 +24,13 @@ from quantempo.pipeline.quantize import error_shares, quantize
 from quantempo.quantized import find_clock, quantized_layers
 from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder
+from tests.far import far_device
 from tests.packed import packed, recipe, saved
 from tests.tiny import tiny_flux, tiny_unet
 
 PACKAGE = Path(quantempo.__file__).parent
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("rounding", bias=True)
+GROUPS = SMALL.override("weights", bits=4, group=16).override("rounding", correct=1.0)
 
 
 def random_set() -> MemorySet:
@@ -204,10 +206,36 @@ def test_the_table_names_what_runs_each_layer_on_the_device() -> None:
         describe(packed("dit").folder, "nowhere")
 
 
+def test_nothing_of_groups_stays_on_the_host() -> None:
+    chosen = recipe(exclude=("down_blocks.*", "mid_block.*", "*attentions*"), float_macs=0.4)
+    chosen = chosen.override("weights", bits=4, group=16)
+    chosen = chosen.override("rounding", name="gptq", correct=1.0, bias=True)
+    found, data, errors = tiny_unet(), random_set(), []
+
+    def add_error() -> None:
+        copy, rows = (
+            quantize(found, data, chosen).install(found, copy=True),
+            data.rows(torch.arange(8)),
+        )
+        attach(copy, "simulated")
+        with torch.no_grad():
+            both = [data.replay(network, rows) for network in (copy, found)]
+        errors.append(float((both[0] - both[1]).square().mean()))
+        assert {layer.weight_int.device for _, layer in quantized_layers(copy)} == {found.device}
+
+    add_error()
+    with far_device(found):
+        add_error()
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 @pytest.mark.cuda
+@pytest.mark.parametrize("start", [SMALL, GROUPS], ids=["bytes", "groups"])
 @pytest.mark.parametrize("rounding", ["gptq", "adaround"])
-def test_the_core_and_the_stages_run_on_a_device(rounding: str, tmp_path: Path) -> None:
-    chosen = SMALL.override("rounding", name=rounding, iterations=2)
+def test_the_core_and_the_stages_run_on_a_device(
+    start: Recipe, rounding: str, tmp_path: Path
+) -> None:
+    chosen = start.override("rounding", name=rounding, iterations=2)
     found, data = tiny_unet().cuda(), random_set()
     rows = data.rows(torch.arange(len(data)))
     x, t = rows.x_t.cuda(), rows.t.cuda()

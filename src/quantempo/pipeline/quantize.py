@@ -269,7 +269,7 @@ def _round(
     specs = {p.name: weight_format(p.weight_bits, p.group) for p in plans if p.name in weights}
     steps = {name: scales[f"{name}.weight_scale"] for name in weights}
     cut = {n: scales.get(f"{n}.weight_group") for n in weights}
-    groups = {n: v.to(weights[n].device) for n, v in cut.items() if v is not None}
+    groups = {n: v for n, v in cut.items() if v is not None}
     return {k: v.cpu() for k, v in round_by_weights(name, weights, steps, specs, groups).items()}
 
 

@@ -113,11 +113,11 @@ class QLayer(nn.Module):
         return self.weight_format.grid(self.weight_shape, self.weight_group)
 
     def set_codes(self, codes: Tensor) -> None:
-        """Store the integer weight (O, ...); raises QuantempoError outside its format.
+        """Store the integer weight (O, ...), of any device; QuantempoError: outside its format.
 
         Where it has groups, `weight_group` says which codes there are: fill it first.
         """
-        codes = codes.reshape(self.weight_shape)
+        codes = codes.to(self.weight_int.device).reshape(self.weight_shape)
         self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None
 

@@ -87,7 +87,7 @@ def round_by_weights(
     """Return the codes of layers by a rounding that looks at weights alone.
 
     Args:
-        weights: (O, ...) of each layer; scales: (O,), groups: see `Unit`; specs: their formats.
+        weights: (O, ...) of each layer; scales, groups: see `Unit`, of any device; specs: formats.
 
     Raises:
         QuantempoError: unknown name, or the rounding needs the network's inputs.
@@ -99,8 +99,9 @@ def round_by_weights(
             f"rounding '{name}' needs the network's inputs, which are not at hand here; expected "
             f"one of: {', '.join(usable)}"
         )
-    near = {key: scales[key].to(weight.device) for key, weight in weights.items()}
-    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name), groups=groups))
+    both, here = (scales, groups or {}), {name: w.device for name, w in weights.items()}
+    near, cut = ({n: v[n].to(here[n]) for n in here if n in v} for v in both)
+    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name), groups=cut))
 
 
 class _Round(torch.autograd.Function):
@@ -357,7 +358,7 @@ class BlockRun:
     def assign(self, name: str, codes: Tensor) -> None:
         """Give one quantized layer its integers, and the simulated kernel that reads them."""
         layer = self.copies[name]
-        layer.set_codes(codes.to(layer.weight_int.device))
+        layer.set_codes(codes)
         layer.kernel = BACKENDS.get("simulated").lower(layer)
 
     @torch.no_grad()

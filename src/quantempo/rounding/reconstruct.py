@@ -108,7 +108,7 @@ def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if (value := tensors.get(f"{name}.{part}")) is not None:
                 getattr(layer, part).copy_(value)
         if name in tensors:
-            layer.set_codes(tensors[name].to(layer.weight_int.device))
+            layer.set_codes(tensors[name])
 
 
 def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None:
