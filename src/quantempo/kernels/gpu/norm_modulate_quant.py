@@ -26,20 +26,36 @@ _INFINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _pieces(pointer, first, inside, PIECES: tl.constexpr, WIDTH: tl.constexpr):
-    """Return what lies WIDTH apart as it is stored, or nothing of no matrix."""
+def _float(part):
+    """Return float32; the upper half of a word is one instruction so, as a conversion two."""
+    if part.dtype == tl.bfloat16:
+        return (part.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return part.to(tl.float32)
+
+
+@triton.jit
+def _piece(pointer, c, start, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the channels start + c as they are stored."""
+    if start + WIDTH <= CHANNELS:
+        return tl.load(pointer + (c + start))
+    return tl.load(pointer + (c + start), mask=c + start < CHANNELS, other=0.0)
+
+
+@triton.jit
+def _pieces(pointer, c, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return all channels, WIDTH in each, or nothing of no matrix."""
     parts = ()
     if pointer is not None:
-        for i in tl.static_range(PIECES):
-            parts += (tl.load(pointer + first + i * WIDTH, mask=inside[i], other=0.0),)
+        for start in tl.static_range(0, CHANNELS, WIDTH):
+            parts += (_piece(pointer, c, start, CHANNELS, WIDTH),)
     return parts
 
 
 @triton.jit
 def _total(parts, SQUARE: tl.constexpr):
     """Return the sums (R, 1) of rows, or of their squares."""
-    total = 0.0
-    for i in tl.static_range(len(parts)):
+    total = parts[0] * parts[0] if SQUARE else parts[0]
+    for i in tl.static_range(1, len(parts)):
         total += parts[i] * parts[i] if SQUARE else parts[i]
     return tl.sum(total, 1)[:, None]
 
@@ -47,11 +63,11 @@ def _total(parts, SQUARE: tl.constexpr):
 @triton.jit
 def _symmetric_scale(parts):
     """Return the scales (R, 1) of rows, NaN where a value is not finite."""
-    # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-    top = parts[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.abs(parts[0])
     for i in tl.static_range(1, len(parts)):
-        top = tl.maximum(top, parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    top = tl.max(top, 1)[:, None]
+        top = tl.maximum(top, tl.abs(parts[i]), propagate_nan=tl.PropagateNan.ALL)
+    # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
+    top = tl.max(top.to(tl.int32, bitcast=True), 1)[:, None]
     scale = tl.maximum(tl.math.div_rn(top.to(tl.float32, bitcast=True), 127.0), _SMALLEST)
     return tl.where(top < _INFINITE, scale, float("nan"))
 
@@ -71,25 +87,32 @@ def quantize_tokens(
     c = tl.max_contiguous(tl.arange(0, WIDTH), 8)[None, :]
     # By token too, so that each thread loads what it uses.
     c += 0 * t
-    inside = ()
-    for i in tl.static_range(PIECES):
-        inside += ((t < tokens) & (c + i * WIDTH < CHANNELS),)
+    # Beyond the last token it is written once more.
+    t = tl.minimum(t, tokens - 1)
     if EARLY:
         wait_for_predecessor()
     n = image.to(tl.int64)
-    tile = _pieces(x, n * image_stride + t.to(tl.int64) * token_stride + c, inside, PIECES, WIDTH)
-    scales = _pieces(scale, n * scale_stride + c, inside, PIECES, WIDTH)
-    shifts = _pieces(shift, n * shift_stride + c, inside, PIECES, WIDTH)
+    tile = _pieces(x + n * image_stride + t.to(tl.int64) * token_stride, c, CHANNELS, WIDTH)
+    scales, shifts = (), ()
+    if scale is not None:
+        scales = _pieces(scale + n * scale_stride, c, CHANNELS, WIDTH)
+    if shift is not None:
+        shifts = _pieces(shift + n * shift_stride, c, CHANNELS, WIDTH)
+    if act_scale is not None:
+        entry = 0
+        if MANY:
+            entry = tl.load(bucket + image // per_entry)
+        ratio = tl.math.div_rn(1.0, tl.load(act_scale + entry))
     parts = ()
     for i in tl.static_range(PIECES):
-        parts += (tile[i].to(tl.float32),)
+        parts += (_float(tile[i]),)
     if NORM == "layer":
         mean = _total(parts, False) * (1.0 / CHANNELS)
         centred = ()
         for i in tl.static_range(PIECES):
             part = parts[i] - mean
             if (i + 1) * WIDTH > CHANNELS:
-                part = tl.where(inside[i], part, 0.0)
+                part = tl.where(c + i * WIDTH < CHANNELS, part, 0.0)
             centred += (part,)
         parts = centred
     inverse = 1.0
@@ -102,35 +125,31 @@ def quantize_tokens(
         v = parts[i]
         factor = inverse
         if weight is not None:
-            here = weight + c + i * WIDTH
-            factor = factor * tl.load(here, mask=inside[i], other=0.0).to(tl.float32)
+            factor = factor * _float(_piece(weight, c, i * WIDTH, CHANNELS, WIDTH))
         if bias is not None:
-            here = bias + c + i * WIDTH
-            v = v * factor + tl.load(here, mask=inside[i], other=0.0).to(tl.float32)
+            v = v * factor + _float(_piece(bias, c, i * WIDTH, CHANNELS, WIDTH))
             factor = 1.0
         if scale is not None:
-            factor = factor * scales[i].to(tl.float32) + factor
+            factor = factor * _float(scales[i]) + factor
         v = v * factor
         if shift is not None:
-            v += shifts[i].to(tl.float32)
+            v += _float(shifts[i])
         values += (v,)
     row = n * tokens + t
     if act_scale is None:
         own = _symmetric_scale(values)
-        tl.store(row_scale + row, own, mask=t < tokens)
+        tl.store(row_scale + row, own)
         ratio = tl.math.div_rn(1.0, own)
-    else:
-        entry = 0
-        if MANY:
-            entry = tl.load(bucket + image // per_entry)
-        ratio = tl.math.div_rn(1.0, tl.load(act_scale + entry))
     for i in tl.static_range(PIECES):
+        inside = c + i * WIDTH < CHANNELS if (i + 1) * WIDTH > CHANNELS else True
+        target = codes + (row * CHANNELS + c + i * WIDTH)
         if act_scale is None:
-            q = tl.where(own == own, values[i] * ratio, 0.0) + _MAGIC
-            q = q.to(tl.int32, bitcast=True).to(tl.int8)
+            q = (values[i] * ratio + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            # Two stores, of which one is skipped, instead of a selection of each value.
+            tl.store(target, q, mask=(own == own) & inside)
+            tl.store(target, tl.zeros_like(q), mask=(own != own) & inside)
         else:
-            q = stored(values[i] * ratio, zero_point, qmax)
-        tl.store(codes + (row * CHANNELS + c + i * WIDTH), q, mask=inside[i])
+            tl.store(target, stored(values[i] * ratio, zero_point, qmax), mask=inside)
 
 
 def tiles(channels: int) -> tuple[int, int, int]:
@@ -138,7 +157,7 @@ def tiles(channels: int) -> tuple[int, int, int]:
     widths = [(count * triton.next_power_of_2(-(-channels // count)), count) for count in (3, 4, 5)]
     padded, pieces = min(widths)
     width = max(padded // pieces, 16)
-    return width, pieces, max(1, 1024 // width)
+    return width, triton.cdiv(channels, width), max(1, 1024 // width)
 
 
 def launch(call: Tokens) -> tuple[Tensor, Tensor]:
@@ -158,6 +177,6 @@ def launch(call: Tokens) -> tuple[Tensor, Tensor]:
         x, call.weight, call.bias, call.scale, call.shift, call.act_scale, call.bucket, codes,
         row_scale, *numbers, NORM=call.norm,
         MANY=call.act_scale is not None and len(call.act_scale) > 1, CHANNELS=channels,
-        WIDTH=width, PIECES=pieces, ROWS=rows, num_warps=width * rows // 256, **placed,
+        WIDTH=width, PIECES=pieces, ROWS=rows, num_warps=max(1, width * rows // 256), **placed,
     )  # fmt: skip
     return codes, row_scale

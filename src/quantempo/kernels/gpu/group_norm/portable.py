@@ -19,6 +19,7 @@ __all__ = ["apply", "channel_moments", "one_launch", "stored"]
 
 # 1.5 * 2^23: float32 of this size hold integers only, so adding it rounds, ties to even.
 _MAGIC = tl.constexpr(12582912.0)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -50,12 +51,11 @@ def _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE: tl.con
 @triton.jit
 def stored(scaled, zero_point, qmax):
     """Return the codes of a / scale: clamp(rne + z, 0, qmax) - 128, int8."""
-    # Beyond the integers that the sum holds exactly it is still monotone, so clamping after
-    # rounding is right, and multiplication, rounding and zero point are two instructions.
-    low = (0 - zero_point).to(tl.float32) + _MAGIC
-    high = (qmax - zero_point).to(tl.float32) + _MAGIC
-    rounded = tl.minimum(tl.maximum(scaled + _MAGIC, low), high)
-    return (rounded.to(tl.int32, bitcast=True) + (zero_point - 128)).to(tl.int8)
+    # Beyond the integers that the sum holds exactly it is still monotone, as its bits are, among
+    # which all negative sums come first: clamping after rounding is right. An addition and a
+    # minimum are one instruction.
+    bits = tl.maximum((scaled + _MAGIC).to(tl.int32, bitcast=True), _MAGIC_BITS - zero_point)
+    return tl.minimum(bits + (zero_point - 128 - _MAGIC_BITS), qmax - 128).to(tl.int8)
 
 
 @triton.jit
