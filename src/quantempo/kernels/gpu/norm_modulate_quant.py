@@ -1,7 +1,8 @@
 """Launch `kernels.ops.norm_modulate_quant` on a GPU: tokens are read once and written as codes.
 
 A program owns whole tokens of one image, which stay in its registers: mean, then the centred sum of
-squares, then the largest magnitude. What modulates them is asked for before the first of these.
+squares, then the largest magnitude. What modulates them is loaded before the first of
+these; many tokens are computed in turns, what modulates them kept, the next ones on their way.
 """
 
 # What a kernel gets is a Triton value, which has no Python type.
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantempo.kernels.gpu.contraction.tiles import multiprocessors
 from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
 from quantempo.kernels.gpu.group_norm.portable import stored
 from quantempo.kernels.ops.norm_modulate_quant import SMALLEST_SCALE, Tokens
@@ -22,7 +24,8 @@ __all__ = ["launch", "quantize_tokens", "tiles"]
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
 # 1.5 * 2^23: float32 of this size hold integers only, the lowest byte of which is the code.
 _MAGIC = tl.constexpr(12582912.0)
-_INFINITE = tl.constexpr(0x7F800000)
+# So many values at most are computed on a multiprocessor, and as many on their way, if in turns.
+_VALUES = 12800
 
 
 @triton.jit
@@ -34,29 +37,22 @@ def _float(part):
 
 
 @triton.jit
-def _piece(pointer, c, start, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the channels start + c as they are stored."""
-    if start + WIDTH <= CHANNELS:
-        return tl.load(pointer + (c + start))
-    return tl.load(pointer + (c + start), mask=c + start < CHANNELS, other=0.0)
-
-
-@triton.jit
-def _pieces(pointer, c, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return all channels, WIDTH in each, or nothing of no matrix."""
+def _pieces(pointer, row, c, more, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a row as it is stored, WIDTH channels in each, if more; nothing of no matrix."""
     parts = ()
     if pointer is not None:
         for start in tl.static_range(0, CHANNELS, WIDTH):
-            parts += (_piece(pointer, c, start, CHANNELS, WIDTH),)
+            mask = more if start + WIDTH <= CHANNELS else (c + start < CHANNELS) & more
+            parts += (tl.load(pointer + row + (c + start), mask=mask, other=0.0),)
     return parts
 
 
 @triton.jit
-def _total(parts, SQUARE: tl.constexpr):
-    """Return the sums (R, 1) of rows, or of their squares."""
-    total = parts[0] * parts[0] if SQUARE else parts[0]
+def _total(parts):
+    """Return the sums (R, 1) of rows."""
+    total = parts[0]
     for i in tl.static_range(1, len(parts)):
-        total += parts[i] * parts[i] if SQUARE else parts[i]
+        total += parts[i]
     return tl.sum(total, 1)[:, None]
 
 
@@ -67,80 +63,49 @@ def _symmetric_scale(parts):
     for i in tl.static_range(1, len(parts)):
         top = tl.maximum(top, tl.abs(parts[i]), propagate_nan=tl.PropagateNan.ALL)
     # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-    top = tl.max(top.to(tl.int32, bitcast=True), 1)[:, None]
-    scale = tl.maximum(tl.math.div_rn(top.to(tl.float32, bitcast=True), 127.0), _SMALLEST)
-    return tl.where(top < _INFINITE, scale, float("nan"))
+    top = tl.max(top.to(tl.int32, bitcast=True), 1)[:, None].to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.math.div_rn(top, 127.0), _SMALLEST)
+    return tl.where(top < float("inf"), scale, float("nan"))
 
 
-@triton.jit(do_not_specialize=["tokens", "per_entry", "zero_point", "qmax"])
-def quantize_tokens(
-    x, weight, bias, scale, shift, act_scale, bucket, codes, row_scale, tokens, image_stride,
-    token_stride, scale_stride, shift_stride, per_entry, eps, zero_point, qmax,
-    NORM: tl.constexpr, MANY: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    PIECES: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr = False,
-):  # fmt: skip
-    """Write the codes of ROWS tokens, PIECES of WIDTH channels; MANY: act_scale by bucket."""
-    blocks = tl.cdiv(tokens, ROWS)
-    image = tl.program_id(0) // blocks
-    t = ((tl.program_id(0) - image * blocks) * ROWS + tl.arange(0, ROWS))[:, None]
-    # Eight values of two bytes are a load; of the codes too, which then need no other threads.
-    c = tl.max_contiguous(tl.arange(0, WIDTH), 8)[None, :]
-    # By token too, so that each thread loads what it uses.
-    c += 0 * t
-    # Beyond the last token it is written once more.
-    t = tl.minimum(t, tokens - 1)
-    if EARLY:
-        wait_for_predecessor()
-    n = image.to(tl.int64)
-    tile = _pieces(x + n * image_stride + t.to(tl.int64) * token_stride, c, CHANNELS, WIDTH)
-    scales, shifts = (), ()
-    if scale is not None:
-        scales = _pieces(scale + n * scale_stride, c, CHANNELS, WIDTH)
-    if shift is not None:
-        shifts = _pieces(shift + n * shift_stride, c, CHANNELS, WIDTH)
-    if act_scale is not None:
-        entry = 0
-        if MANY:
-            entry = tl.load(bucket + image // per_entry)
-        ratio = tl.math.div_rn(1.0, tl.load(act_scale + entry))
-    parts = ()
-    for i in tl.static_range(PIECES):
-        parts += (_float(tile[i]),)
+@triton.jit
+def _write(tile, row, c, given, NORM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the codes of the tokens of a tile, and their scales if there is no act_scale."""
+    scales, shifts, weight, bias, act_scale, ratio, codes, row_scale, eps, zero_point, qmax = given
+    parts = [_float(part) for part in tile]
     if NORM == "layer":
-        mean = _total(parts, False) * (1.0 / CHANNELS)
+        mean = _total(parts) * (1.0 / CHANNELS)
         centred = ()
-        for i in tl.static_range(PIECES):
-            part = parts[i] - mean
-            if (i + 1) * WIDTH > CHANNELS:
-                part = tl.where(c + i * WIDTH < CHANNELS, part, 0.0)
-            centred += (part,)
+        for i in tl.static_range(len(tile)):
+            inside = c + i * WIDTH < CHANNELS if (i + 1) * WIDTH > CHANNELS else True
+            centred += (tl.where(inside, parts[i] - mean, 0.0),)
         parts = centred
     inverse = 1.0
     if NORM != "none":
-        square = _total(parts, True) * (1.0 / CHANNELS) + eps
+        square = _total([part * part for part in parts]) * (1.0 / CHANNELS) + eps
         # Of squares beyond float32 too the row is to be NaN, not 0.
         inverse = tl.where(square < float("inf"), tl.rsqrt(square), float("nan"))
+    weights = _pieces(weight, 0, c, True, CHANNELS, WIDTH)
+    biases = _pieces(bias, 0, c, True, CHANNELS, WIDTH)
     values = ()
-    for i in tl.static_range(PIECES):
-        v = parts[i]
-        factor = inverse
+    for i in tl.static_range(len(tile)):
+        v, factor = parts[i], inverse
         if weight is not None:
-            factor = factor * _float(_piece(weight, c, i * WIDTH, CHANNELS, WIDTH))
+            factor = factor * _float(weights[i])
         if bias is not None:
-            v = v * factor + _float(_piece(bias, c, i * WIDTH, CHANNELS, WIDTH))
+            v = v * factor + _float(biases[i])
             factor = 1.0
-        if scale is not None:
+        if len(scales) > 0:
             factor = factor * _float(scales[i]) + factor
         v = v * factor
-        if shift is not None:
+        if len(shifts) > 0:
             v += _float(shifts[i])
         values += (v,)
-    row = n * tokens + t
     if act_scale is None:
         own = _symmetric_scale(values)
         tl.store(row_scale + row, own)
         ratio = tl.math.div_rn(1.0, own)
-    for i in tl.static_range(PIECES):
+    for i in tl.static_range(len(tile)):
         inside = c + i * WIDTH < CHANNELS if (i + 1) * WIDTH > CHANNELS else True
         target = codes + (row * CHANNELS + c + i * WIDTH)
         if act_scale is None:
@@ -152,12 +117,52 @@ def quantize_tokens(
             tl.store(target, stored(values[i] * ratio, zero_point, qmax), mask=inside)
 
 
+@triton.jit(do_not_specialize=["tokens", "splits", "per_entry", "zero_point", "qmax"])
+def quantize_tokens(
+    x, weight, bias, scale, shift, act_scale, bucket, codes, row_scale, tokens, splits,
+    image_stride, token_stride, scale_stride, shift_stride, per_entry, eps, zero_point, qmax,
+    NORM: tl.constexpr, MANY: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, LOOP: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """Write the codes of ROWS tokens, LOOP: of more in turns; MANY: act_scale by bucket."""
+    image = tl.program_id(0) // splits
+    first = (tl.program_id(0) - image * splits) * ROWS
+    r = tl.arange(0, ROWS)[:, None]
+    # Eight values of two bytes are a load; of the codes too, which then need no other threads.
+    # By token too, so that each thread loads what it uses.
+    c = tl.max_contiguous(tl.arange(0, WIDTH), 8)[None, :] + 0 * r
+    if EARLY:
+        wait_for_predecessor()
+    n = image.to(tl.int64)
+    x += n * image_stride
+    # Beyond the last token it is written once more.
+    t = tl.minimum(first + r, tokens - 1)
+    tile = _pieces(x, t.to(tl.int64) * token_stride, c, True, CHANNELS, WIDTH)
+    scales = _pieces(scale, n * scale_stride, c, True, CHANNELS, WIDTH)
+    shifts = _pieces(shift, n * shift_stride, c, True, CHANNELS, WIDTH)
+    ratio = 1.0
+    if act_scale is not None:
+        entry = tl.load(bucket + image // per_entry) if MANY else 0
+        ratio = tl.math.div_rn(1.0, tl.load(act_scale + entry))
+    given = scales, shifts, weight, bias, act_scale, ratio, codes, row_scale, eps, zero_point, qmax
+    if LOOP:
+        while first < tokens:
+            here, row = tile, n * tokens + t
+            first += splits * ROWS
+            t = tl.minimum(first + r, tokens - 1)
+            tile = _pieces(x, t.to(tl.int64) * token_stride, c, first < tokens, CHANNELS, WIDTH)
+            _write(here, row, c, given, NORM, CHANNELS, WIDTH)
+    else:
+        _write(tile, n * tokens + t, c, given, NORM, CHANNELS, WIDTH)
+
+
 def tiles(channels: int) -> tuple[int, int, int]:
-    """Return (WIDTH, PIECES, ROWS): the least padding, 24 to 40 values a thread of 128 or more."""
-    widths = [(count * triton.next_power_of_2(-(-channels // count)), count) for count in (3, 4, 5)]
-    padded, pieces = min(widths)
-    width = max(padded // pieces, 16)
-    return width, triton.cdiv(channels, width), max(1, 1024 // width)
+    """Return (WIDTH, ROWS, warps): the least padding, 24 to 40 values a thread of 128 or more."""
+    padded, count = min((n * triton.next_power_of_2(-(-channels // n)), n) for n in (3, 4, 5, 9))
+    width = max(padded // count, 16)
+    # In nine pieces a thread has 4 values of each, and a program one warp or more, else 8 and 4.
+    rows = max(1, (128 if count == 9 else 1024) // width)
+    return width, rows, max(1, width * rows // (128 if count == 9 else 256))
 
 
 def launch(call: Tokens) -> tuple[Tensor, Tensor]:
@@ -166,17 +171,18 @@ def launch(call: Tokens) -> tuple[Tensor, Tensor]:
     count, tokens, channels = x.shape
     if codes.numel() == 0:
         return codes, row_scale
-    width, pieces, rows = tiles(channels)
-    numbers = (
-        tokens, x.stride(0), x.stride(1), *(0 if v is None else v.stride(0)
-        for v in (call.scale, call.shift)), count // call.bucket.numel(), call.eps,
-        call.zero_point, call.qmax,
-    )  # fmt: skip
+    width, rows, warps = tiles(channels)
+    blocks, fit = triton.cdiv(tokens, rows), _VALUES // (-(-channels // width) * width * rows)
+    turns = triton.cdiv(count * blocks, max(1, fit) * multiprocessors(x.device))
+    # A few turns wait for more than they save, and one program a multiprocessor has none beside it.
+    splits = triton.cdiv(blocks, turns) if turns > 3 and fit > 1 else blocks
     placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
-    quantize_tokens[(count * triton.cdiv(tokens, rows),)](
+    quantize_tokens[(count * splits,)](
         x, call.weight, call.bias, call.scale, call.shift, call.act_scale, call.bucket, codes,
-        row_scale, *numbers, NORM=call.norm,
+        row_scale, tokens, splits, x.stride(0), x.stride(1),
+        *(0 if v is None else v.stride(0) for v in (call.scale, call.shift)),
+        count // call.bucket.numel(), call.eps, call.zero_point, call.qmax, NORM=call.norm,
         MANY=call.act_scale is not None and len(call.act_scale) > 1, CHANNELS=channels,
-        WIDTH=width, PIECES=pieces, ROWS=rows, num_warps=max(1, width * rows // 256), **placed,
+        WIDTH=width, ROWS=rows, LOOP=splits < blocks, num_warps=warps, **placed,
     )  # fmt: skip
     return codes, row_scale

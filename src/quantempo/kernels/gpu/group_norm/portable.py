@@ -51,9 +51,8 @@ def _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE: tl.con
 @triton.jit
 def stored(scaled, zero_point, qmax):
     """Return the codes of a / scale: clamp(rne + z, 0, qmax) - 128, int8."""
-    # Beyond the integers that the sum holds exactly it is still monotone, as its bits are, among
-    # which all negative sums come first: clamping after rounding is right. An addition and a
-    # minimum are one instruction.
+    # Beyond the integers that the sum holds exactly it and its bits are still monotone, those of
+    # negative sums first: clamp after rounding. An addition and a minimum are one instruction.
     bits = tl.maximum((scaled + _MAGIC).to(tl.int32, bitcast=True), _MAGIC_BITS - zero_point)
     return tl.minimum(bits + (zero_point - 128 - _MAGIC_BITS), qmax - 128).to(tl.int8)
 
