@@ -83,7 +83,8 @@ class Tokens(NamedTuple):
             scale = entries(self.act_scale, self.bucket, len(v)).reshape(-1, 1, 1)
             return quantize(v, scale, self.zero_point, self.qmax).reshape(codes.shape), row_scale
         v = v.float().reshape(codes.shape)
-        row_scale = (v.abs().amax(1) / 127).clamp(min=SMALLEST_SCALE)
+        # Of float32 torch on a GPU multiplies by 1 / 127 instead.
+        row_scale = (v.abs().amax(1).double() / 127).float().clamp(min=SMALLEST_SCALE)
         # A NaN is its row's largest value.
         finite = row_scale.isfinite()
         row_scale = row_scale.where(finite, torch.nan)
