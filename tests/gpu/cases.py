@@ -49,11 +49,29 @@ class Case:
     activation: str = "none"
     tile: Tile | None = TILE
     zero: int = 37
+    group: int = 0  # input channels that share a scale of packed 4-bit weights; 0: int8
 
     def size(self) -> tuple[int, int]:
         repeat, (top, bottom, left, right) = 2 if self.upsample else 1, self.border
         rows = (repeat * self.h + top + bottom - self.kernel) // self.stride + 1
         return rows, (repeat * self.w + left + right - self.kernel) // self.stride + 1
+
+
+def packed(outs: int, taps: int, channels: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return int8 weights (O, P, C) on the grids of random groups, and the same ones packed."""
+    g = torch.Generator().manual_seed(outs + channels)
+    count = -(-channels // group)
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=g, dtype=torch.int16)
+
+    step, zero = draw(16, outs, taps, count) + 1, draw(16, outs, taps, count)
+    steps, zeros = (v.repeat_interleave(group, -1)[..., :channels] for v in (step, zero))
+    reach = 127 // steps
+    units = (draw(16, outs, taps, channels) - zeros).maximum(-reach).minimum(reach)
+    fields = ((step - 1) << 4 | zero).to(torch.uint8)
+    made = layout.pack((units + zeros).to(torch.uint8), fields, group)
+    return (units * steps).to(INT8), made
 
 
 class Example:
@@ -65,10 +83,19 @@ class Example:
         n, o, size = case.n, case.o, case.size()
         self.codes = self.image(n, case.c, case.h, case.w)
         self.weight = self.integers(o, case.c, case.kernel, case.kernel)
+        self.packed = layout.conv_weight(self.weight)
+        if case.group:
+            weight, self.packed = packed(o, case.kernel**2, case.c, case.group)
+            self.weight = weight.unflatten(1, (case.kernel,) * 2).permute(0, 3, 1, 2)
         self.act_scale, self.weight_scale = self.rand(case.buckets), self.rand(o)
         self.bucket = torch.randint(0, BUCKETS, (n,) if case.mixed else (), generator=self.g)
         self.side_codes = [self.image(n, side, *size) for side in case.sides]
         self.side_weights = [self.integers(o, side) for side in case.sides]
+        self.packed_sides = list(self.side_weights)
+        if case.group and case.sides:
+            # The first only: a second one, and one of another group, may stay as they are.
+            weight, self.packed_sides[0] = packed(o, 1, case.sides[0], 48 - case.group)
+            self.side_weights[0] = weight[:, 0]
         self.side_scales, self.side_weight_scale = self.rand(2, case.buckets), self.rand(o)
         self.side_zeros = [100, 201]
         # Of the size of the sums, so that every term counts.
@@ -140,7 +167,7 @@ class Example:
         """Return what `layers.contraction` and `ops.qconv2d` both take, by name."""
         count = len(self.case.sides)
         known: dict[str, Any] = {
-            "codes": self.codes, "weight": layout.conv_weight(self.weight),
+            "codes": self.codes, "weight": self.packed,
             "act_scale": self.act_scale, "weight_scale": self.weight_scale,
             "table": layout.border_table(self.weight, self.case.zero), "bucket": self.bucket,
             "bias": self.bias, "residual": self.residual, "out_scale": self.out_scale,
@@ -159,7 +186,7 @@ class Example:
         known = {name: x if x is None else x.to(device) for name, x in known.items()}
         return known | {
             "side_codes": [side.to(device) for side in self.side_codes],
-            "side_weights": [weight.to(device) for weight in self.side_weights],
+            "side_weights": [weight.to(device) for weight in self.packed_sides],
             "shift": self.shift(device), "kernel": self.case.kernel, "stride": self.case.stride,
             "upsample": self.case.upsample, "out_zero": 70, "out_qmax": 255,
         }  # fmt: skip

@@ -51,6 +51,15 @@ CASES = {
     "split finer than the steps": Case(
         c=16, h=3, w=3, o=16, kernel=1, border=(0,) * 4, tile=SPLIT
     ),
+    "packed": Case(c=80, o=80, group=16),
+    "packed, wide": Case(n=1, c=272, h=3, w=5, o=32, group=64, kernel=1, border=(0,) * 4),
+    "packed, split": Case(c=144, h=4, w=4, o=32, group=32, tile=SPLIT),
+    "packed, stride": Case(c=64, h=8, w=6, o=32, group=32, stride=2, border=(0, 1, 0, 1)),
+    "packed, larger": Case(c=48, h=3, w=5, o=32, group=32, upsample=True, mixed=True),
+    "packed, sides": Case(c=48, h=4, w=4, o=32, group=32, sides=(80, 96), shift="none"),
+    "packed, quantized": Case(
+        c=48, h=4, w=4, o=32, group=16, sides=(48,), requantize=True, residual=None, tile=SPLIT
+    ),
     "quantized": Case(c=48, h=5, w=5, requantize=True, mixed=True, tile=SMALL),
     "quantized, split": Case(c=48, h=4, w=4, o=32, requantize=True, sides=(32,), tile=SPLIT),
     "gelu": Case(c=48, h=3, w=5, o=32, activation="gelu", shift="none", tile=SMALL),

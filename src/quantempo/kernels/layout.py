@@ -9,8 +9,12 @@ Everything here is done once, when a model is packed.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["OFFSET", "border_table", "conv_weight", "row_table"]
+__all__ = [
+    "OFFSET", "border_table", "conv_weight", "groups_of", "pack", "packed_width", "row_table",
+    "unpack",
+]  # fmt: skip
 
 OFFSET = 128
 
@@ -46,3 +50,59 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
 def row_table(weight: Tensor, zero_point: int) -> Tensor:
     """Return table[o] = z' * sum_k w[o, k], int32 (O,), of an int8 weight (O, K)."""
     return ((zero_point - OFFSET) * weight.sum(1, dtype=torch.int64)).to(torch.int32)
+
+
+
+def pack(q: Tensor, groups: Tensor, group: int) -> Tensor:
+    """Return weights (q - z) s as kernels read them: nibbles, and behind 16 rows their groups.
+
+    Of 64 channels byte 8 t + 4 j + b holds channel 16 j + 4 t + b low and that + 32 high: what a
+    thread feeds to a matrix instruction lies together. They have 4 groups of 16, or 2 of 32; behind
+    the codes of 16 rows follow (P, ceil(C / 64), 16, 4 or 2).
+
+    Args:
+        q: uint8 (O, P, C), below 16; groups: uint8 (O, P, ceil(C / group)), (s - 1) << 4 | z.
+        group: 16, 32 or 64 channels, the last ones fewer. O: a multiple of 16.
+
+    Returns:
+        uint8 (O, P ceil(C / 64) (32 + (4 or 2))): 0.56 or 0.53 bytes a weight. Rows may be split
+        and joined at multiples of 16.
+    """
+    out, taps, channels = q.shape
+    size = min(group, 32)
+    groups = groups.repeat_interleave(group // size, -1)[..., : -(-channels // size)]
+    # Channels that are not there weigh 0: they are the zero of a group that began, or of 0.
+    rest = groups.shape[-1] * size - channels
+    q = torch.cat([q, (groups[..., -1:] & 15).expand(out, taps, rest)], -1)
+    q = F.pad(q, (0, -q.shape[-1] % 64)).reshape(out, taps, -1, 2, 2, 4, 4).transpose(-2, -3)
+    codes = (q[:, :, :, 0] | q[:, :, :, 1] << 4).reshape(out // 16, -1)
+    groups = F.pad(groups, (0, -groups.shape[-1] % (64 // size)))
+    groups = groups.reshape(out // 16, 16, taps, -1, 64 // size).permute(0, 2, 3, 1, 4)
+    return torch.cat([codes, groups.reshape(out // 16, -1)], 1).reshape(out, -1)
+
+
+def packed_width(taps: int, channels: int, groups: int) -> int:
+    """Return the bytes of a row of `pack`; groups: those of 64 channels, 4 or 2."""
+    return taps * -(-channels // 64) * (32 + groups)
+
+
+def groups_of(weight: Tensor, taps: int, channels: int) -> int:
+    """Return the groups that 64 channels of a row have in a weight of `pack`; 0 of an int8 one."""
+    if weight.dtype != torch.uint8:
+        return 0
+    return weight.shape[1] // (taps * -(-channels // 64)) - 32
+
+
+def unpack(weight: Tensor, taps: int, channels: int) -> Tensor:
+    """Return the int8 weights (O, P, C) of `pack`; those of an int8 weight as they are."""
+    if weight.dtype == torch.int8:
+        return weight.reshape(len(weight), taps, channels)
+    out, count = len(weight), groups_of(weight, taps, channels)
+    width = 16 * packed_width(taps, channels, 0)
+    rows = weight.reshape(out // 16, -1)
+    codes, groups = rows[:, :width], rows[:, width:]
+    q = torch.stack((codes & 15, codes >> 4), 1).reshape(len(codes), 2, 16 * taps, -1, 4, 2, 4)
+    q = q.transpose(-2, -3).permute(0, 2, 3, 1, 4, 5, 6).reshape(out, taps, -1)[..., :channels]
+    each = groups.reshape(len(groups), taps, -1, 16, count).permute(0, 3, 1, 2, 4)
+    each = each.reshape(out, taps, -1).repeat_interleave(64 // count, -1)[..., :channels]
+    return ((q.to(torch.int16) - (each & 15)) * ((each >> 4) + 1)).to(torch.int8)

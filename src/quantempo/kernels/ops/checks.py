@@ -3,12 +3,16 @@
 They look at shapes, types, strides and devices only, never at values: nothing here waits for a GPU.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from quantempo.kernels.layout import packed_width
+
 __all__ = [
     "FLOATS", "INT8", "apart", "bucket", "dense", "expect", "grid", "kind", "last", "member",
-    "shaped", "sixteen", "table",
+    "shaped", "sixteen", "table", "weighted",
 ]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,6 +44,18 @@ def shaped(
     if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: got {kind(tensor)}; expected {names} {tuple(shape)}")
+
+
+def weighted(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    """Expect an int8 weight (O, [P,] C), or one of `layout.pack`."""
+    out, *taps, channels = shape
+    count = math.prod(taps)
+    if weight.dtype == torch.uint8:
+        widths = [packed_width(count, channels, groups) for groups in (2, 4)]
+        fits = weight.ndim == 2 and weight.shape[0] == out and weight.shape[1] in widths
+        expect(fits, name, kind(weight), f"uint8 ({out}, {' or '.join(map(str, widths))})")
+    else:
+        shaped(name, weight, shape, INT8)
 
 
 def table(name: str, tensor: Tensor | None) -> None:

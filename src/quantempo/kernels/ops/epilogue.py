@@ -178,7 +178,7 @@ class Epilogue(NamedTuple):
             channels = part.shape[1]
             checks.sixteen(channels, features)
             checks.shaped("side_codes", part, (count, channels, *across), checks.INT8)
-            checks.shaped("side_weights", weight, (features, channels), checks.INT8)
+            checks.weighted("side_weights", weight, (features, channels))
             if strides:
                 memory(device, side_codes=part)
                 checks.apart(device, "side_weights", weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantempo.kernels.layout import unpack
 from quantempo.kernels.ops import checks
 from quantempo.kernels.ops.epilogue import Epilogue, Terms
 from quantempo.kernels.ops.operator import image, operator
@@ -74,7 +75,7 @@ class Convolution(NamedTuple):
         checks.expect(kernel == 3 or not any(border), "border", border, "zeros for a 1x1 kernel")
         channels, features = codes.shape[1], self.weight.shape[0]
         checks.sixteen(channels, features)
-        checks.shaped("weight", self.weight, (features, kernel * kernel, channels), checks.INT8)
+        checks.weighted("weight", self.weight, (features, kernel * kernel, channels))
         shape = self.shape
         fits = shape[2] >= 0 and shape[3] >= 0
         checks.expect(fits, "codes", codes.shape, "an image no smaller than the kernel")
@@ -91,7 +92,10 @@ class Convolution(NamedTuple):
     def exact(self) -> Tensor:
         """Return the result by the formula of `qconv2d`."""
         parts = zip(self.side_codes, self.side_weights, strict=True)
-        sides = [torch.einsum("nchw,oc->nohw", x.double(), w.double()) for x, w in parts]
+        sides = [
+            torch.einsum("nchw,oc->nohw", x.double(), unpack(w, 1, x.shape[1])[:, 0].double())
+            for x, w in parts
+        ]
         return self.epilogue.exact(self._sums(), sides)
 
     def _sums(self) -> Tensor:
@@ -104,7 +108,8 @@ class Convolution(NamedTuple):
         height, width = x.shape[2:]
         top, bottom, left, right = self.border
         # (O, C, k, k)
-        taps = self.weight.double().unflatten(1, (kernel, kernel)).permute(0, 3, 1, 2)
+        taps = unpack(self.weight, kernel**2, self.codes.shape[1]).double()
+        taps = taps.unflatten(1, (kernel, kernel)).permute(0, 3, 1, 2)
         acc = F.conv2d(F.pad(x, (left, right, top, bottom)), taps, stride=stride)
         above_below = _border_class(height, shape[2], kernel, stride, top)
         left_right = _border_class(width, shape[3], kernel, stride, left)
@@ -152,7 +157,8 @@ def qconv2d(
 
     Args:
         codes: (N, C, H, W) int8, channels_last; C and O are multiples of 16.
-        weight: (O, kernel^2, C) int8, contiguous: `layout.conv_weight`.
+        weight: (O, kernel^2, C) int8, contiguous: `layout.conv_weight`; or uint8 of `layout.pack`,
+            as may be `side_weights`.
         act_scale, weight_scale: (G,) and (O,) float32.
         table: int32 (16, O): `layout.border_table`.
         bucket: see `kernels.ops`.

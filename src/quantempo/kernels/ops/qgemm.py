@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantempo.kernels.layout import unpack
 from quantempo.kernels.ops import checks
 from quantempo.kernels.ops.epilogue import ACTIVATIONS, GATED, Epilogue, Terms
 from quantempo.kernels.ops.operator import operator
@@ -36,7 +37,7 @@ class Product(NamedTuple):
         checks.member("activation", epilogue.activation, (*ACTIVATIONS, *GATED))
         width, features = codes.shape[1], weight.shape[0]
         checks.sixteen(width, features)
-        checks.shaped("weight", weight, (features, width), checks.INT8)
+        checks.weighted("weight", weight, (features, width))
         if epilogue.gated:
             terms, name = epilogue.terms, epilogue.activation
             fits, dtype = features % 32 == 0, epilogue.out_dtype
@@ -58,9 +59,10 @@ class Product(NamedTuple):
 
     def exact(self) -> Tensor:
         """Return the result by the formula of `qgemm`."""
-        sums = self.codes.double() @ self.weight.double().T
-        parts = zip(self.side_codes, self.side_weights, strict=True)
-        sides = [x.double() @ weight.double().T for x, weight in parts]
+        parts = zip(
+            (self.codes, *self.side_codes), (self.weight, *self.side_weights), strict=True
+        )
+        sums, *sides = [x.double() @ unpack(w, 1, x.shape[1])[:, 0].double().T for x, w in parts]
         return self.epilogue.exact(sums - self.epilogue.terms.table.double(), sides)
 
 
@@ -98,7 +100,8 @@ def qgemm(
 
     Args:
         codes: (M, K) int8, contiguous; K and O are multiples of 16.
-        weight: (O, K) int8, whose rows may lie apart, as in `side_weights`: parts of one matrix.
+        weight: (O, K) int8, whose rows may lie apart, as in `side_weights`: parts of one matrix; or
+            uint8 of `layout.pack`, contiguous, as may be `side_weights`.
         act_scale, weight_scale: (G,) and (O,) float32.
         table: int32 (O,): `layout.row_table`.
         bucket: see `kernels.ops`; row m uses entry m // (M / B).

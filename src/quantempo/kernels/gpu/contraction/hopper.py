@@ -16,7 +16,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -33,6 +32,7 @@ from quantempo.kernels.gpu.contraction.input_reuse import (
     residual_stages,
     sum_reuse,
 )
+from quantempo.kernels.gpu.contraction.packed import multiply
 from quantempo.kernels.gpu.contraction.producer import (
     allocate,
     next_stage,
@@ -47,7 +47,7 @@ __all__ = ["contract_hopper"]
 
 
 @gluon.jit
-def _sum(acc, buffers, stage, phase, count, BLOCK: gl.constexpr):
+def _sum(acc, buffers, stage, phase, count, PER: gl.constexpr, BLOCK: gl.constexpr):
     """Return the sum of `count` steps, and the stage and phase of the next.
 
     What acc held is dropped by the first instruction: setting it to zero with others would make the
@@ -58,10 +58,9 @@ def _sum(acc, buffers, stage, phase, count, BLOCK: gl.constexpr):
     STAGES: gl.constexpr = BLOCK.STAGES
     for step in range(count):
         mbarrier.wait(ready.index(stage), phase)
-        pixels = smem_x.index(stage).reshape([BLOCK.PIXELS, BLOCK.CHANNELS]).permute((1, 0))
-        acc = warpgroup_mma(smem_w.index(stage), pixels, acc, use_acc=step > 0, is_async=True)
+        pixels = smem_x.index(stage).reshape([BLOCK.PIXELS, BLOCK.CHANNELS])
         # All but the newest are done, so the stage before this one is free.
-        acc = warpgroup_mma_wait(1, deps=[acc])
+        acc = multiply(acc, smem_w, pixels, stage, step > 0, PER)
         mbarrier.arrive(free.index(stage_before(stage, STAGES)), pred=step > 0)
         stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -141,7 +140,7 @@ def _compute(
                 acc, buffers, stage, phase, box, turn, count, BLOCK
             )
         else:
-            acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK)
+            acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER, BLOCK)
         ours = True
         v = acc
         if BLOCK.SPLITS > 1:
@@ -153,8 +152,9 @@ def _compute(
             )  # fmt: skip
             for side in gl.static_range(SIDES):
                 acc, stage, phase = _sum(
-                    acc, buffers, stage, phase, steps0 if side == 0 else steps1, BLOCK
-                )
+                    acc, buffers, stage, phase, steps0 if side == 0 else steps1,
+                    BLOCK.PER0 if side == 0 else BLOCK.PER1, BLOCK,
+                )  # fmt: skip
                 v += _scaled(
                     acc, place, side_scales_of(side, terms, s, FORM),
                     terms.side_weight_scale, terms.side_table + side * s.outs, terms.bucket, s,
@@ -193,7 +193,7 @@ def _produce(
     """Fill one ring of stages, or with REUSE two."""
     if BLOCK.REUSE:
         produce_reuse(
-            operands[0], operands[1], rows, buffers, tiles, begin, end, channels, WINDOW, BLOCK
+            operands[0], rows, buffers, tiles, begin, end, channels, apart, WINDOW, BLOCK
         )
     else:
         produce(
@@ -209,7 +209,8 @@ def _produce(
     ]
 )  # fmt: skip
 def contract_hopper(
-    x, weight, side0, weight0, side1, weight1, rows, y, partial, counters, terms,
+    x, weight, side0, weight0, side1, weight1, groups, groups0, groups1, rows, y, partial,
+    counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
     rows_per_bucket, shift_stride, out_zero, out_qmax, tiles, gate_stride, rows_per_gate,
     FORM: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr, EARLY: gl.constexpr,
@@ -219,7 +220,8 @@ def contract_hopper(
 
     x, weight, side*, weight*: tensor descriptors. partial: (tiles, SPLITS + SIDES, P, O). rows: one
     of the residual, in boxes of half a tile, if it is loaded as operands are. With REUSE x is in
-    boxes of a row of a tile. EARLY: the launch is a programmatic dependent one.
+    boxes of a row of a tile. groups*: descriptors of those of packed weights. EARLY: the launch is
+    a programmatic dependent one.
     """
     s = Scalars(
         images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
@@ -252,11 +254,11 @@ def contract_hopper(
         end = last
     if EARLY:
         wait_for_predecessor()
-    operands = (x, weight)
+    operands = ((x, weight, groups),)
     if SIDES > 0:
-        operands = (x, weight, side0, weight0)
+        operands = ((x, weight, groups), (side0, weight0, groups0))
     if SIDES > 1:
-        operands = (x, weight, side0, weight0, side1, weight1)
+        operands = ((x, weight, groups), (side0, weight0, groups0), (side1, weight1, groups1))
     gl.warp_specialize(
         [
             (

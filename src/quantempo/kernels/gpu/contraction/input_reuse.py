@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from quantempo.kernels.gpu.contraction.producer import next_stage, stage_before
+from quantempo.kernels.gpu.contraction.packed import multiply
+from quantempo.kernels.gpu.contraction.producer import load_weights, next_stage, stage_before
 from quantempo.kernels.gpu.contraction.records import place_of
 
 __all__ = ["allocate_reuse", "produce_reuse", "residual_stages", "sum_reuse"]
@@ -36,8 +36,9 @@ def allocate_reuse(x, weight, BLOCK: gl.constexpr):
     STAGES: gl.constexpr = BLOCK.STAGES
     box: gl.constexpr = [STAGES_X * (BLOCK.H + 2)] + x.block_type.shape  # noqa: RUF005
     rows: gl.constexpr = [STAGES, BLOCK.OUTS, BLOCK.CHANNELS]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows[1:], gl.int8)
     smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
-    smem_w = gl.allocate_shared_memory(weight.dtype, rows, weight.layout)
+    smem_w = gl.allocate_shared_memory(gl.int8, rows, layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_x = gl.allocate_shared_memory(gl.int64, [STAGES_X, 1], mbarrier.MBarrierLayout())
@@ -64,11 +65,10 @@ def sum_reuse(acc, buffers, stage, phase, box, turn, count, BLOCK: gl.constexpr)
         for tap in gl.static_range(3):
             mbarrier.wait(ready.index(stage), phase)
             view = smem_x.index(box * (BLOCK.H + 2) + tap)
-            pixels = view._reinterpret(smem_x.dtype, seen, layout).permute((1, 0))
+            pixels = view._reinterpret(smem_x.dtype, seen, layout)
             later = (column > 0) if tap == 0 else True
-            acc = warpgroup_mma(smem_w.index(stage), pixels, acc, use_acc=later, is_async=True)
             # All but the newest are done, so what the one before it read is free.
-            acc = warpgroup_mma_wait(1, deps=[acc])
+            acc = multiply(acc, smem_w, pixels, stage, later, BLOCK.PER)
             mbarrier.arrive(free.index(stage_before(stage, STAGES)), pred=later)
             if tap == 0:
                 mbarrier.arrive(free_x.index(stage_before(box, STAGES_X)), pred=later)
@@ -110,11 +110,12 @@ def _load_residual(rows, buffers, stage, phase, place, BLOCK: gl.constexpr):
 
 @gluon.jit
 def produce_reuse(
-    x, weight, rows, buffers, tiles, begin, end, channels, WINDOW: gl.constexpr,
+    operand, rows, buffers, tiles, begin, end, channels, apart, WINDOW: gl.constexpr,
     BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Fill both rings, columns of taps [begin, end) of tile after tile, as they become free."""
-    smem_x, smem_w, ready, free, ready_x, free_x = buffers
+    smem_x, _smem_w, _ready, free, ready_x, free_x = buffers
+    x, weight, groups = operand
     ROWS: gl.constexpr = BLOCK.H + 2
     stage = 0
     phase = 0
@@ -137,11 +138,10 @@ def produce_reuse(
             box, turn = next_stage(box, turn, STAGES_X)
             for down in gl.static_range(3):
                 mbarrier.wait(free.index(stage), phase ^ 1)
-                mbarrier.expect(ready.index(stage), weight.block_type.nbytes)
-                from_w = [place.o, (down * 3 + across) * channels + c]
-                tma.async_copy_global_to_shared(
-                    weight, from_w, ready.index(stage), smem_w.index(stage)
-                )
+                load_weights(
+                    weight, groups, place.o, down * 3 + across, c, channels, apart, buffers,
+                    stage, True, 0, BLOCK,
+                )  # fmt: skip
                 stage, phase = next_stage(stage, phase, BLOCK.STAGES)
         if rows is not None:
             stage, phase = _load_residual(rows, buffers, stage, phase, place, BLOCK)

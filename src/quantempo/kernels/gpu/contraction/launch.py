@@ -19,6 +19,7 @@ from quantempo.kernels.gpu.contraction.tiles import (
     tile_pixels,
 )
 from quantempo.kernels.gpu.dependent_launch import early
+from quantempo.kernels.layout import groups_of
 from quantempo.kernels.ops.epilogue import Epilogue
 from quantempo.kernels.ops.qconv2d import Convolution, Window
 from quantempo.kernels.ops.qgemm import Product
@@ -37,7 +38,9 @@ __all__ = ["PATHS", "choose_path", "launch", "reserve", "run", "stream_counters"
 # cores.
 PATHS = ("hopper", "pointers")
 
-_GLUON = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_GLUON = {
+    torch.int8: "int8", torch.uint8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"
+}  # fmt: skip
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 12
 # Streams that have counters of their own (more than torch hands out of a device), the first set
@@ -113,6 +116,17 @@ def _rows(weight: Tensor, outs: int, channels: int) -> Any:
     return _describe(weight, [weight.shape[0], width], [weight.stride(0), 1], [outs, channels])
 
 
+def _packed(weight: Tensor, outs: int, channels: int, per: int) -> tuple[Any, Any]:
+    """Describe the codes and the groups of `layout.pack`, in boxes (outs, channels)."""
+    high, row, blocks = weight.shape[0] // 16, 16 * weight.shape[1], weight.shape[1] // (32 + per)
+    shape, strides = [high, 16, 32 * blocks], [row, 32 * blocks, 1]
+    codes = _describe(weight, shape, strides, [outs // 16, 16, channels // 2])
+    # From where the codes of the first 16 rows end.
+    behind = weight.view(-1)[16 * 32 * blocks :]
+    shape, strides = [high, blocks, per, 16], [row, 16 * per, 16, 1]
+    return codes, _describe(behind, shape, strides, [outs // 16, channels // 64, per, 16])
+
+
 def _half_tiles(
     residual: Tensor | None, size: tuple[int, ...], tile: Tile, box: tuple[int, int, int]
 ) -> Any:
@@ -175,7 +189,7 @@ def run(
     tile = tile or choose_tile(
         Problem(
             images, *across, phases, outs, channels, window.KERNEL, stride, widths,
-            terms.residual is not None, gated,
+            terms.residual is not None, gated, weight.dtype == torch.uint8,
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
@@ -189,7 +203,12 @@ def run(
     operands: list[Any] = [codes, weight]
     for pair in zip(side_codes, side_weights, strict=True):
         operands += pair
-    block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps)
+    taps = window.KERNEL**2, 1, 1
+    pers = [
+        groups_of(operands[2 * i + 1], taps[i], size)
+        for i, size in enumerate((channels, *widths))
+    ]
+    block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps, *pers)
     numbers = (
         images, in_h, in_w, out_h, out_w, channels, *(*widths, 0, 0)[:2], outs,
         count // terms.bucket.numel(), 0 if terms.shift is None else terms.shift.stride(0),
@@ -207,13 +226,18 @@ def run(
         )  # fmt: skip
         return y
     _check_hopper(size, out_size, window, tile, box)
+    groups: list[Any] = [None] * 3
     for i in range(0, len(operands), 2):
         shape, by = (size, stride) if i == 0 else (side_codes[i // 2 - 1].shape, 1)
         part = (1, 1, box[2]) if tile.taps else box
         operands[i] = _image(operands[i], shape, by, part, tile.channels)
         # Values and gates are two boxes, half as high.
         rows = tile.outs // 2 if gated else tile.outs
-        operands[i + 1] = _rows(operands[i + 1], rows, tile.channels)
+        if pers[i // 2]:
+            how = rows, tile.channels, pers[i // 2]
+            operands[i + 1], groups[i // 2] = _packed(operands[i + 1], *how)
+        else:
+            operands[i + 1] = _rows(operands[i + 1], rows, tile.channels)
     plain = not window.UPSAMPLE and y.dtype != torch.int32
     residual = _half_tiles(terms.residual, out_size, tile, box) if plain else None
     programs = min(tiles, tile.programs * multiprocessors(codes.device))
@@ -222,8 +246,8 @@ def run(
     # warp counts as four, which give what they do not need to the others.
     room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
     contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
-        *operands, *[None] * (6 - len(operands)), residual, y, partial, counters, terms, *numbers,
-        tiles, *gates, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
+        *operands, *[None] * (6 - len(operands)), *groups, residual, y, partial, counters, terms,
+        *numbers, tiles, *gates, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
         maxnreg=min(room, 168),
     )  # fmt: skip
     return y

@@ -13,9 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from quantempo.kernels.gpu.contraction.packed import halves_of
 from quantempo.kernels.gpu.contraction.records import place_of
 
-__all__ = ["allocate", "next_stage", "produce", "residual_stage", "stage_before"]
+__all__ = [
+    "allocate", "load_weights", "next_stage", "produce", "residual_stage", "stage_before",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -40,8 +43,9 @@ def allocate(x, weight, BLOCK: gl.constexpr):
     STAGES: gl.constexpr = BLOCK.STAGES
     box: gl.constexpr = [STAGES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
     rows: gl.constexpr = [STAGES, BLOCK.OUTS, BLOCK.CHANNELS]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows[1:], gl.int8)
     smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
-    smem_w = gl.allocate_shared_memory(weight.dtype, rows, weight.layout)
+    smem_w = gl.allocate_shared_memory(gl.int8, rows, layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -52,21 +56,53 @@ def allocate(x, weight, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _load_boxes(x, weight, from_x, from_o, from_c, apart, buffers, stage, some):
-    """Start the loads of a box of x and one of weight into a stage, if `some`.
+def load_weights(
+    weight, groups, from_o, tap, c, channels, apart, buffers, stage, some, nbytes: gl.constexpr,
+    BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Start the loads of a step of weight into a stage, if `some`, and expect `nbytes` more there.
 
-    Or of two boxes of weight, half as high: of values and, `apart` rows on, of their gates.
+    It is one box, or two half as high: of values and, `apart` rows on, of their gates.
     """
-    smem_x, smem_w, ready, _free = buffers
+    smem_w = buffers[1]
+    bar = buffers[2].index(stage)
     ROWS: gl.constexpr = weight.block_type.shape[0]
-    BOXES: gl.constexpr = smem_w.shape[1] // ROWS
-    bar = ready.index(stage)
-    mbarrier.expect(bar, x.block_type.nbytes + BOXES * weight.block_type.nbytes, pred=some)
-    tma.async_copy_global_to_shared(x, from_x, bar, smem_x.index(stage), pred=some)
-    for i in gl.static_range(BOXES):
-        there = smem_w.index(stage).slice(i * ROWS, ROWS)
-        from_w = [from_o // BOXES + i * apart, from_c]
-        tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
+    if groups is None:
+        BOXES: gl.constexpr = BLOCK.OUTS // ROWS
+        mbarrier.expect(bar, nbytes + BOXES * weight.block_type.nbytes, pred=some)
+        for i in gl.static_range(BOXES):
+            there = smem_w.index(stage).slice(i * ROWS, ROWS)
+            from_w = [from_o // BOXES + i * apart, tap * channels + c]
+            tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
+    else:
+        BOXES: gl.constexpr = BLOCK.OUTS // 16 // ROWS
+        both: gl.constexpr = weight.block_type.nbytes + groups.block_type.nbytes
+        mbarrier.expect(bar, nbytes + BOXES * both, pred=some)
+        codes, fields = halves_of(smem_w, stage)
+        tall: gl.constexpr = [BLOCK.OUTS // 16]  # noqa: RUF005 - Gluon has no [a, *b]
+        codes = codes._reinterpret(gl.uint8, tall + weight.block_type.shape[1:], weight.layout)
+        fields = fields._reinterpret(gl.uint8, tall + groups.block_type.shape[1:], groups.layout)
+        block = tap * gl.cdiv(channels, 64) + c // 64
+        for i in gl.static_range(BOXES):
+            row = (from_o // BOXES + i * apart) // 16
+            there = codes.slice(i * ROWS, ROWS)
+            tma.async_copy_global_to_shared(weight, [row, 0, block * 32], bar, there, pred=some)
+            there = fields.slice(i * ROWS, ROWS)
+            tma.async_copy_global_to_shared(groups, [row, block, 0, 0], bar, there, pred=some)
+
+
+@gluon.jit
+def _load_boxes(
+    operand, from_x, from_o, tap, c, channels, apart, buffers, stage, some, BLOCK: gl.constexpr
+):
+    """Start the loads of a box of x and a step of weight into a stage, if `some`."""
+    x, weight, groups = operand
+    load_weights(
+        weight, groups, from_o, tap, c, channels, apart, buffers, stage, some,
+        x.block_type.nbytes, BLOCK,
+    )  # fmt: skip
+    bar = buffers[2].index(stage)
+    tma.async_copy_global_to_shared(x, from_x, bar, buffers[0].index(stage), pred=some)
 
 
 @gluon.jit
@@ -90,20 +126,21 @@ def _load_step(
     if SIDES > 0:
         mine = step < steps
     from_x = [place.n, place.h + h, odd, place.w + w, from_c]
-    from_w = tap * channels + c
-    _load_boxes(operands[0], operands[1], from_x, place.o, from_w, apart, buffers, stage, mine)
+    _load_boxes(
+        operands[0], from_x, place.o, tap, c, channels, apart, buffers, stage, mine, BLOCK
+    )
     if SIDES > 0:
         c = (step - steps) * BLOCK.CHANNELS
         mine = step >= steps
         if SIDES > 1:
             mine = mine & (step < steps + steps0)
         from_x = [place.n, place.h, 0, place.w, c]
-        _load_boxes(operands[2], operands[3], from_x, place.o, c, apart, buffers, stage, mine)
+        _load_boxes(operands[1], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
     if SIDES > 1:
         c = (step - steps - steps0) * BLOCK.CHANNELS
         mine = step >= steps + steps0
         from_x = [place.n, place.h, 0, place.w, c]
-        _load_boxes(operands[4], operands[5], from_x, place.o, c, apart, buffers, stage, mine)
+        _load_boxes(operands[2], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ class Block(NamedTuple):
     """A tile: N x H x W pixels by OUTS channels, CHANNELS a step; SPLITS programs share its sum.
 
     REUSE: the taps of a kernel's column share their pixels (`input_reuse`).
+    PER, PER0, PER1: groups of 64 channels of the weight and those of the sides, 0 of int8 ones.
     """
 
     N: int
@@ -33,6 +34,9 @@ class Block(NamedTuple):
     STAGES: int
     SPLITS: int
     REUSE: bool
+    PER: int = 0
+    PER0: int = 0
+    PER1: int = 0
 
     @property
     def PIXELS(self) -> int:
