@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,7 @@ class Layer:
     activation: str = "none"
     rows: bool = False
     gates: int = 0
+    group: int = 0  # of packed 4-bit weights, which are 0 here
 
     @property
     def gated(self) -> bool:
@@ -185,10 +187,16 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
             return _image(integers(layer.images, channels))
         return integers(n, size, size, channels).permute(0, 3, 1, 2)
 
+    def weights(*shape: int, packed: bool = layer.group > 0) -> Tensor:
+        if not packed:
+            return integers(outs, *shape)
+        width = layout.packed_width(math.prod(shape[:-1]), shape[-1], 64 // min(layer.group, 32))
+        return torch.zeros(outs, width, device=device, dtype=torch.uint8)
+
     buckets = n if layer.mixed else 0
     known: dict[str, Any] = {
         "codes": image(layer.size, layer.channels),
-        "weight": integers(outs, kernel**2, layer.channels),
+        "weight": weights(kernel**2, layer.channels),
         "act_scale": floats(layer.images if layer.rows else 8, spread=0.01), "rows": layer.rows,
         "weight_scale": floats(outs, spread=0.01),
         "table": torch.zeros(16, outs, device=device, dtype=torch.int32),
@@ -201,7 +209,11 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
         count = len(layer.sides)
         known |= {
             "side_codes": [image(layer.out_size, side) for side in layer.sides],
-            "side_weights": [integers(outs, side) for side in layer.sides],
+            # A second one stays int8.
+            "side_weights": [
+                weights(side, packed=layer.group > 0 and i == 0)
+                for i, side in enumerate(layer.sides)
+            ],
             "side_scales": floats(count, layer.images if layer.rows else 8, spread=0.01),
             "side_weight_scale": floats(outs, spread=0.01),
             "side_table": torch.zeros(count, outs, device=device, dtype=torch.int32),

@@ -132,6 +132,28 @@ def test_shipped(path, arch, layer, tile):
         assert made.count("LDGSTS") > 0
 
 
+# Weights of 4 bits, unpacked into registers: products and convolutions, split, and with sides.
+PACKED = (
+    Layer(4608, 3072, 1, 12288, kernel=0, rows=True, activation="gelu_tanh", group=32),
+    Layer(8192, 640, 1, 5120, kernel=0, activation="geglu", requantize=True, group=16),
+    Layer(2, 320, 64, 320, group=32),
+    Layer(16, 256, 16, 256, upsample=True, group=16),
+    Layer(1, 256, 8, 256, sides=(256, 256), group=16),
+    Layer(256, 256, 16, 256, sides=(256, 256), group=32),
+)
+
+
+@pytest.mark.parametrize("layer", PACKED, ids=str)
+def test_packed_weights_stay_in_registers(layer):
+    tile = choose_tile(layer.problem(), "hopper", PROCESSORS[90])
+    made = binary("hopper", 90, layer, tile)
+    assert made.stack <= room(layer, tile) and made.registers <= ceiling("hopper", tile)
+    assert tile.programs * (made.shared + 1024) <= SHARED[90] * 1024
+    assert made.count(KINDS["multiply"]) > 0
+    assert not re.search(r"C75\d\d|serialized", made.messages)
+    assert not any("spill" in loop for loop in main_loops(made.sass))
+
+
 KINDS = {
     "multiply": r"IGMMA\.",
     "wait for all but one": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",

@@ -57,6 +57,9 @@ CASES = {
     "packed, stride": Case(c=64, h=8, w=6, o=32, group=32, stride=2, border=(0, 1, 0, 1)),
     "packed, larger": Case(c=48, h=3, w=5, o=32, group=32, upsample=True, mixed=True),
     "packed, sides": Case(c=48, h=4, w=4, o=32, group=32, sides=(80, 96), shift="none"),
+    "packed, sides apart": Case(
+        n=1, c=128, h=8, w=8, o=128, group=16, sides=(128, 128), shift="none", tile=SPLIT
+    ),
     "packed, quantized": Case(
         c=48, h=4, w=4, o=32, group=16, sides=(48,), requantize=True, residual=None, tile=SPLIT
     ),

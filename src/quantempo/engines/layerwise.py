@@ -13,7 +13,7 @@ from quantempo.engines.fusion import Blocks, fuse, fused_layers, fused_modules, 
 from quantempo.engines.select import Engine
 from quantempo.errors import log
 from quantempo.kernels import ops
-from quantempo.quantized import quantized_layers
+from quantempo.quantized import QLayer, quantized_layers
 
 __all__ = ["LayerwiseEngine", "execution"]
 
@@ -33,7 +33,7 @@ class LayerwiseEngine(Engine):
         devices: tuple[str, ...],
         blocks: Blocks | None = None,
         slow: str | None = None,
-        holds: Callable[[], str] = lambda: "as bytes",
+        holds: Callable[[QLayer], str] = lambda layer: "as bytes",
     ) -> None:
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
         self.holds = holds  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from quantempo.core.instance import Forward, own_forward, put_forward, reset_for
 from quantempo.engines import calls
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs, lists_of
-from quantempo.quantized import find_clock, quantized_layers
+from quantempo.quantized import QLayer, find_clock, quantized_layers
 from quantempo.registry import Registry
 
 __all__ = [
@@ -50,8 +50,8 @@ class Engine:
         """Return why it is slower here than it should be (one clause), or None."""
         return None
 
-    def holds(self) -> str:
-        """Say how weights in groups lie in memory while it runs."""
+    def holds(self, layer: QLayer) -> str:
+        """Say how a weight in groups lies in memory while it runs."""
         return "as bytes"
 
     def attach(self, denoiser: nn.Module) -> None:

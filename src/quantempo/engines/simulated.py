@@ -221,5 +221,5 @@ def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
 _SLOW = "it computes the integers in float arithmetic"
 BACKENDS.register("simulated")(SimulatedBackend())
 ENGINES.register("simulated")(
-    LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda: "as floats")
+    LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda layer: "as floats")
 )

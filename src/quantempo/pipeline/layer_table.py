@@ -176,5 +176,6 @@ def _described(denoiser: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
         # An engine that compiles the whole network has no kernels of layers.
         row["backend"] = known = engine if known == "none" else known
         if row.get("group"):
-            row["backend"] += f", {ENGINES.get(known.partition(',')[0]).holds()}"
+            holds = ENGINES.get(known.partition(",")[0]).holds
+            row["backend"] += f", {holds(denoiser.get_submodule(row['name']))}"
     return rows, {row.name: row.reason for row in report(denoiser) if row.reason is not None}

@@ -89,4 +89,9 @@ def _far(*outputs: Any) -> bool:
 
 
 BACKENDS.register("triton")(TritonBackend())
-ENGINES.register("triton")(_TritonEngine("triton", ("cuda",), unet.BLOCKS))
+ENGINES.register("triton")(
+    _TritonEngine(
+        "triton", ("cuda",), unet.BLOCKS,
+        holds=lambda layer: "packed" if layer.aside is not None else "as bytes",
+    )  # fmt: skip
+)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import activation_format, token_scale
+from quantempo.core import GroupFormat, activation_format, token_scale
 from quantempo.engines.base import last, rows_of
 from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
@@ -19,8 +19,8 @@ from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
-    "quantize_tokens",
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "packs", "quantize",
+    "quantize_rows", "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -123,6 +123,29 @@ class Norm:
         return y, raws[: 0 if sides is None else len(sides.weights)]
 
 
+def packs(device: torch.device) -> bool:
+    """Return whether the kernels of a device read weights in groups as they are."""
+    from quantempo.kernels.gpu.contraction.launch import choose_path
+
+    return device.type == "cpu" or choose_path(device) == "hopper"
+
+
+def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
+    """Return the weight of each part of a layer's input by `layout.pack`, none if it cannot be.
+
+    Parts end where groups do; a convolution has stride 1.
+    """
+    spec, (codes, groups) = layer.weight_format, layer.stored
+    if not isinstance(spec, GroupFormat) or groups is None or not packs(codes.device):
+        return []
+    if any(width % spec.group for width in widths[:-1]) or getattr(layer, "stride", (1, 1)) != (1, 1):
+        return []
+    q = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : sum(widths)]
+    sizes = [-(-width // spec.group) for width in widths]
+    parts = zip(q.split(widths, -1), groups.split(sizes, -1), strict=True)
+    return [constant(layout.pack(*part, spec.group)) for part in parts]
+
+
 class Sides:
     """A 1x1 convolution (linear layer) of one or two images, added to the sums of another one.
 
@@ -135,7 +158,8 @@ class Sides:
         self.zero_points = [zero_points[row] for row in rows]
         self.qmax, self.scales = layer.act_qmax, constant(layer.act_scale[rows])
         parts = layer.weight_codes.flatten(1).split(widths, 1)[skip:]
-        self.weights = [constant(part, apart=True) for part in parts]
+        packed = _packed(layer, widths)[skip:]
+        self.weights = packed or [constant(part, apart=True) for part in parts]
         tables = [layout.row_table(*pair) for pair in zip(parts, self.zero_points, strict=True)]
         self.table = constant(torch.stack(tables))
         self.weight_scale = constant(layer.weight_scale)
@@ -181,7 +205,7 @@ class FloatSides:
 class LayerConstants:
     """What the operators are given of one layer, an operand for each segment of its input.
 
-    weights: int8 (O, taps, C_i) or (O, K_i); tables: int32 (16, O) or (O,); weight_scale, bias:
+    weights: int8 (O, taps, C_i) or (O, K_i), or of `layout.pack`; tables: int32 (16, O) or (O,); weight_scale, bias:
     float32 (O,); sides: all segments but the first, of a 1x1 convolution of several, else None.
     """
 
@@ -196,16 +220,16 @@ class LayerConstants:
         ]
         codes = layer.weight_codes
         width = layer.segments if len(layer.segments) > 1 else (codes.shape[1],)
-        parts = codes.split(width, 1)
+        parts, packed = codes.split(width, 1), _packed(layer, width)
         if isinstance(layer, QConv2d):
-            self.weights = [constant(layout.conv_weight(part)) for part in parts]
+            self.weights = packed or [constant(layout.conv_weight(part)) for part in parts]
             tables = [layout.border_table(*pair) for pair in zip(parts, zero_points, strict=True)]
-            if len(parts) == 1 and layer.kernel_size != (1, 1):
+            if len(parts) == 1 and layer.kernel_size != (1, 1) and not packed:
                 # One copy in memory serves both: the layer's own is now a view of ours.
                 shape = (len(codes), *layer.kernel_size, -1)
                 layer.relayout(self.weights[0].view(shape).permute(0, 3, 1, 2))
         else:
-            self.weights = [constant(part, apart=True) for part in parts]
+            self.weights = packed or [constant(part, apart=True) for part in parts]
             tables = [layout.row_table(*pair) for pair in zip(parts, zero_points, strict=True)]
         self.tables = [constant(table) for table in tables]
         self.weight_scale = constant(layer.weight_scale)
@@ -214,6 +238,9 @@ class LayerConstants:
         plain = not isinstance(layer, QConv2d) or layer.kernel_size == layer.stride == (1, 1)
         if plain and 1 < len(parts) <= 1 + MOST_SIDES:
             self.sides = Sides(layer, layer.segments, skip=1)
+            self.sides.weights = packed[1:] or self.sides.weights
+        if packed:
+            layer.set_aside()
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -226,17 +253,18 @@ class LayerConstants:
     @classmethod
     def joined(cls, layers: list["LayerConstants"]) -> "LayerConstants":
         """Return linear layers that read the same codes as one, their outputs side by side."""
-        whole, first = copy.copy(layers[0]), layers[0].grids[0]
+        whole = copy.copy(layers[0])
         weight = constant(torch.cat([o.weights[0] for o in layers]))
         parts = weight.split([len(o.weight_scale) for o in layers])
         for layer, part in zip(layers, parts, strict=True):
             # One copy in memory serves both: the layer's own is now a view of ours.
             layer.weights = [constant(part)]
-            layer.layer.relayout(layer.weights[0])
+            if part.dtype == torch.int8:
+                layer.layer.relayout(layer.weights[0])
         biases = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
         none = all(o.bias is None for o in layers)
         whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))
-        whole.tables = [constant(layout.row_table(weight, first.zero_point))]
+        whole.tables = [constant(torch.cat([o.tables[0] for o in layers]))]
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
         return whole
 

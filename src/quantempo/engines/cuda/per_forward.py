@@ -71,7 +71,7 @@ class SharedContext(Prepared, PerForward):
         found: dict[int, Tensor] = {}
         for layer, group in self.groups:
             # Layers of another width read another context.
-            if layer.weights[0].shape[1] == width:
+            if layer.layer.weight_shape[1] == width:
                 y = layer.gemm(dtype=dtype, bias=layer.bias, **layer.read(given))
                 y = y.view(batch, tokens, -1)
                 parts = y.split([self.sizes[i] for i in group], 2)

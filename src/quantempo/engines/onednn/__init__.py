@@ -12,6 +12,6 @@ __all__: list[str] = []
 BACKENDS.register("onednn")(OneDNNBackend())
 ENGINES.register("onednn")(
     LayerwiseEngine(
-        "onednn", ("cpu",), BLOCKS, holds=lambda: "as bytes" if packed.missing() else "packed"
+        "onednn", ("cpu",), BLOCKS, holds=lambda layer: "as bytes" if packed.missing() else "packed"
     )
 )

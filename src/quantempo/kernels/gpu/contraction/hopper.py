@@ -139,8 +139,17 @@ def _compute(
             acc, stage, phase, box, turn = sum_reuse(
                 acc, buffers, stage, phase, box, turn, count, BLOCK
             )
-        else:
+        elif BLOCK.SPLITS == 1 or BLOCK.ALIKE:
             acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER, BLOCK)
+        else:
+            # Of a split sum a program has one part: of the weight, or that of a side.
+            slot = gl.program_id(1)
+            if slot < BLOCK.SPLITS:
+                acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER, BLOCK)
+            elif slot == BLOCK.SPLITS:
+                acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER0, BLOCK)
+            else:
+                acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER1, BLOCK)
         ours = True
         v = acc
         if BLOCK.SPLITS > 1:

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quantempo.kernels.gpu.contraction.packed import multiply
-from quantempo.kernels.gpu.contraction.producer import load_weights, next_stage, stage_before
+from quantempo.kernels.gpu.contraction.producer import load_boxes, next_stage, stage_before
 from quantempo.kernels.gpu.contraction.records import place_of
 
 __all__ = ["allocate_reuse", "produce_reuse", "residual_stages", "sum_reuse"]
@@ -115,7 +115,7 @@ def produce_reuse(
 ):  # fmt: skip
     """Fill both rings, columns of taps [begin, end) of tile after tile, as they become free."""
     smem_x, _smem_w, _ready, free, ready_x, free_x = buffers
-    x, weight, groups = operand
+    x = operand[0]
     ROWS: gl.constexpr = BLOCK.H + 2
     stage = 0
     phase = 0
@@ -138,9 +138,9 @@ def produce_reuse(
             box, turn = next_stage(box, turn, STAGES_X)
             for down in gl.static_range(3):
                 mbarrier.wait(free.index(stage), phase ^ 1)
-                load_weights(
-                    weight, groups, place.o, down * 3 + across, c, channels, apart, buffers,
-                    stage, True, 0, BLOCK,
+                load_boxes(
+                    operand, None, place.o, down * 3 + across, c, channels, apart, buffers, stage,
+                    True, BLOCK,
                 )  # fmt: skip
                 stage, phase = next_stage(stage, phase, BLOCK.STAGES)
         if rows is not None:

@@ -19,7 +19,7 @@ from quantempo.kernels.gpu.contraction.tiles import (
     tile_pixels,
 )
 from quantempo.kernels.gpu.dependent_launch import early
-from quantempo.kernels.layout import groups_of
+from quantempo.kernels.layout import groups_of, unpack
 from quantempo.kernels.ops.epilogue import Epilogue
 from quantempo.kernels.ops.qconv2d import Convolution, Window
 from quantempo.kernels.ops.qgemm import Product
@@ -189,7 +189,7 @@ def run(
     tile = tile or choose_tile(
         Problem(
             images, *across, phases, outs, channels, window.KERNEL, stride, widths,
-            terms.residual is not None, gated, weight.dtype == torch.uint8,
+            terms.residual is not None, gated,
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip
@@ -203,11 +203,13 @@ def run(
     operands: list[Any] = [codes, weight]
     for pair in zip(side_codes, side_weights, strict=True):
         operands += pair
-    taps = window.KERNEL**2, 1, 1
-    pers = [
-        groups_of(operands[2 * i + 1], taps[i], size)
-        for i, size in enumerate((channels, *widths))
-    ]
+    sizes = zip(operands[1::2], (window.KERNEL**2, 1, 1), (channels, *widths), strict=False)
+    pers = [0] * (1 + len(widths))
+    if path == "pointers":
+        operands[1::2] = [unpack(*size) for size in sizes]
+    else:
+        pers = [groups_of(*size) for size in sizes]
+    pers += pers[:1] * (3 - len(pers))
     block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps, *pers)
     numbers = (
         images, in_h, in_w, out_h, out_w, channels, *(*widths, 0, 0)[:2], outs,
@@ -233,11 +235,8 @@ def run(
         operands[i] = _image(operands[i], shape, by, part, tile.channels)
         # Values and gates are two boxes, half as high.
         rows = tile.outs // 2 if gated else tile.outs
-        if pers[i // 2]:
-            how = rows, tile.channels, pers[i // 2]
-            operands[i + 1], groups[i // 2] = _packed(operands[i + 1], *how)
-        else:
-            operands[i + 1] = _rows(operands[i + 1], rows, tile.channels)
+        given, per = (operands[i + 1], rows, tile.channels), pers[i // 2]
+        operands[i + 1], groups[i // 2] = _packed(*given, per) if per else (_rows(*given), None)
     plain = not window.UPSAMPLE and y.dtype != torch.int32
     residual = _half_tiles(terms.residual, out_size, tile, box) if plain else None
     programs = min(tiles, tile.programs * multiprocessors(codes.device))
@@ -247,8 +246,8 @@ def run(
     room = 65536 // (tile.programs * (tile.warps + 4) * 32) // 8 * 8
     contract_hopper[(tiles if tile.splits > 1 else programs, slots)](
         *operands, *[None] * (6 - len(operands)), *groups, residual, y, partial, counters, terms,
-        *numbers, tiles, *gates, form, window, block, EARLY=soon, num_warps=tile.warps, launch_pdl=soon,
-        maxnreg=min(room, 168),
+        *numbers, tiles, *gates, form, window, block, EARLY=soon, num_warps=tile.warps,
+        launch_pdl=soon, maxnreg=min(room, 168),
     )  # fmt: skip
     return y
 

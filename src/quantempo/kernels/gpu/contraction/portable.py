@@ -29,25 +29,9 @@ __all__ = ["contract"]
 
 
 @triton.jit
-def _unpacked(weight, o, tap, c, some, channels, TAPS: tl.constexpr, PER: tl.constexpr):
-    """Return the int8 weights [o, c] of a tap from a packed weight (`layout.pack`)."""
-    blocks = tl.cdiv(channels, 64)
-    width = TAPS * blocks * 32
-    rows = weight + (o // 16).to(tl.int64)[:, None] * (TAPS * blocks * 16 * (32 + PER))
-    o = (o % 16)[:, None]
-    block = tap * blocks + c // 64
-    at = block * 32 + c // 4 % 4 * 8 + c // 16 % 2 * 4 + c % 4
-    codes = tl.load(rows + o * width + at[None, :], mask=some, other=0).to(tl.int32)
-    at = block * 16 * PER + c % 64 // (64 // PER)
-    groups = tl.load(rows + 16 * width + o * PER + at[None, :], mask=some, other=0).to(tl.int32)
-    q = (codes >> (c // 32 % 2 * 4)[None, :]) & 15
-    return ((q - (groups & 15)) * ((groups >> 4) + 1)).to(tl.int8)
-
-
-@triton.jit
 def _sum(
     acc, x, weight, apart, first, last, channels, n, h, w, o, images, outs, in_h, in_w,
-    WINDOW: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add steps [first, last) to acc, BLOCK.CHANNELS of one tap each; n, h, w: output pixels."""
     per_tap = tl.cdiv(channels, BLOCK.CHANNELS)
@@ -64,28 +48,24 @@ def _sum(
         at = ((n.to(tl.int64) * in_h + row) * in_w + column) * channels
         some = (c < channels)[None, :]
         tile = tl.load(x + at[:, None] + c[None, :], mask=seen[:, None] & some, other=0.0)
-        some = (o < outs)[:, None] & some
-        if PER > 0:
-            TAPS: tl.constexpr = WINDOW.KERNEL * WINDOW.KERNEL
-            rows = _unpacked(weight, o, tap, c, some, channels, TAPS, PER)
-        else:
-            at_w = o * apart + tap * channels
-            rows = tl.load(weight + at_w[:, None] + c[None, :], mask=some, other=0.0)
+        at_w = o * apart + tap * channels
+        rows = tl.load(
+            weight + at_w[:, None] + c[None, :], mask=(o < outs)[:, None] & some, other=0.0
+        )
         acc = tl.dot(rows, tl.trans(tile), acc, out_dtype=acc.dtype)
     return acc
 
 
 @triton.jit
 def _side(
-    acc, side, weight, apart, channels, n, h, w, o, s, WINDOW: tl.constexpr, PER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    acc, side, weight, apart, channels, n, h, w, o, s, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of a 1x1 segment to acc."""
     ONE: tl.constexpr = WINDOW.ONE
     steps = tl.cdiv(channels, BLOCK.CHANNELS)
     return _sum(
         acc, side, weight, apart, 0, steps, channels, n, h, w, o, s.images, s.outs, s.out_h,
-        s.out_w, ONE, PER, BLOCK,
+        s.out_w, ONE, BLOCK,
     )  # fmt: skip
 
 
@@ -270,20 +250,16 @@ def contract(
     if SPLITS == 1 or slot < SPLITS:
         acc = _sum(
             acc, x, weight, apart, slot * steps // SPLITS, (slot + 1) * steps // SPLITS, channels,
-            n, h, w, o, images, outs, in_h, in_w, WINDOW, BLOCK.PER, BLOCK,
+            n, h, w, o, images, outs, in_h, in_w, WINDOW, BLOCK,
         )  # fmt: skip
     if SPLITS > 1:
         # A constant condition of its own: the other way round the branch is compiled all the same.
         if SIDES > 0:  # noqa: SIM102
             if slot == SPLITS:
-                acc = _side(
-                    acc, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK.PER0, BLOCK
-                )
+                acc = _side(acc, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         if SIDES > 1:  # noqa: SIM102
             if slot == SPLITS + 1:
-                acc = _side(
-                    acc, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK.PER1, BLOCK
-                )
+                acc = _side(acc, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
         if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK):
             return
         acc = _gather(zeros, partial, tile, 0, SPLITS, SLOTS, BLOCK)
@@ -298,12 +274,8 @@ def contract(
         if SPLITS > 1:
             acc = _gather(zeros, partial, tile, SPLITS + side, SPLITS + side + 1, SLOTS, BLOCK)
         elif side == 0:
-            acc = _side(
-                zeros, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK.PER0, BLOCK
-            )
+            acc = _side(zeros, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         else:
-            acc = _side(
-                zeros, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK.PER1, BLOCK
-            )
+            acc = _side(zeros, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
         v += _side_term(tl.trans(acc), side, row, o, terms, s, FORM)
     _finish(v, tl.where(seen, n, 0), row, o, inside, y, terms, s, FORM)

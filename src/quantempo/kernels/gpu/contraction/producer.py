@@ -16,9 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from quantempo.kernels.gpu.contraction.packed import halves_of
 from quantempo.kernels.gpu.contraction.records import place_of
 
-__all__ = [
-    "allocate", "load_weights", "next_stage", "produce", "residual_stage", "stage_before",
-]  # fmt: skip
+__all__ = ["allocate", "load_boxes", "next_stage", "produce", "residual_stage", "stage_before"]
 
 
 @gluon.jit
@@ -56,53 +54,42 @@ def allocate(x, weight, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def load_weights(
-    weight, groups, from_o, tap, c, channels, apart, buffers, stage, some, nbytes: gl.constexpr,
-    BLOCK: gl.constexpr,
-):  # fmt: skip
-    """Start the loads of a step of weight into a stage, if `some`, and expect `nbytes` more there.
+def load_boxes(
+    operand, from_x, from_o, tap, c, channels, apart, buffers, stage, some, BLOCK: gl.constexpr
+):
+    """Start the loads of a step into a stage, if `some`; from_x None: of the weight alone.
 
-    It is one box, or two half as high: of values and, `apart` rows on, of their gates.
+    A box of x, and one of weight, or two half as high: of values and, `apart` rows on, their gates.
     """
+    from_c = tap * channels + c
+    x, weight, groups = operand
     smem_w = buffers[1]
     bar = buffers[2].index(stage)
     ROWS: gl.constexpr = weight.block_type.shape[0]
+    BOXES: gl.constexpr = BLOCK.OUTS // ROWS if groups is None else BLOCK.OUTS // 16 // ROWS
+    fields: gl.constexpr = 0 if groups is None else groups.block_type.nbytes
+    pixels: gl.constexpr = 0 if from_x is None else x.block_type.nbytes
+    nbytes: gl.constexpr = pixels + BOXES * (weight.block_type.nbytes + fields)
+    mbarrier.expect(bar, nbytes, pred=some)
+    if from_x is not None:
+        tma.async_copy_global_to_shared(x, from_x, bar, buffers[0].index(stage), pred=some)
     if groups is None:
-        BOXES: gl.constexpr = BLOCK.OUTS // ROWS
-        mbarrier.expect(bar, nbytes + BOXES * weight.block_type.nbytes, pred=some)
         for i in gl.static_range(BOXES):
             there = smem_w.index(stage).slice(i * ROWS, ROWS)
-            from_w = [from_o // BOXES + i * apart, tap * channels + c]
+            from_w = [from_o // BOXES + i * apart, from_c]
             tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
     else:
-        BOXES: gl.constexpr = BLOCK.OUTS // 16 // ROWS
-        both: gl.constexpr = weight.block_type.nbytes + groups.block_type.nbytes
-        mbarrier.expect(bar, nbytes + BOXES * both, pred=some)
-        codes, fields = halves_of(smem_w, stage)
+        codes, words = halves_of(smem_w, stage)
         tall: gl.constexpr = [BLOCK.OUTS // 16]  # noqa: RUF005 - Gluon has no [a, *b]
         codes = codes._reinterpret(gl.uint8, tall + weight.block_type.shape[1:], weight.layout)
-        fields = fields._reinterpret(gl.uint8, tall + groups.block_type.shape[1:], groups.layout)
+        words = words._reinterpret(gl.uint8, tall + groups.block_type.shape[1:], groups.layout)
         block = tap * gl.cdiv(channels, 64) + c // 64
         for i in gl.static_range(BOXES):
             row = (from_o // BOXES + i * apart) // 16
             there = codes.slice(i * ROWS, ROWS)
             tma.async_copy_global_to_shared(weight, [row, 0, block * 32], bar, there, pred=some)
-            there = fields.slice(i * ROWS, ROWS)
+            there = words.slice(i * ROWS, ROWS)
             tma.async_copy_global_to_shared(groups, [row, block, 0, 0], bar, there, pred=some)
-
-
-@gluon.jit
-def _load_boxes(
-    operand, from_x, from_o, tap, c, channels, apart, buffers, stage, some, BLOCK: gl.constexpr
-):
-    """Start the loads of a box of x and a step of weight into a stage, if `some`."""
-    x, weight, groups = operand
-    load_weights(
-        weight, groups, from_o, tap, c, channels, apart, buffers, stage, some,
-        x.block_type.nbytes, BLOCK,
-    )  # fmt: skip
-    bar = buffers[2].index(stage)
-    tma.async_copy_global_to_shared(x, from_x, bar, buffers[0].index(stage), pred=some)
 
 
 @gluon.jit
@@ -126,21 +113,19 @@ def _load_step(
     if SIDES > 0:
         mine = step < steps
     from_x = [place.n, place.h + h, odd, place.w + w, from_c]
-    _load_boxes(
-        operands[0], from_x, place.o, tap, c, channels, apart, buffers, stage, mine, BLOCK
-    )
+    load_boxes(operands[0], from_x, place.o, tap, c, channels, apart, buffers, stage, mine, BLOCK)
     if SIDES > 0:
         c = (step - steps) * BLOCK.CHANNELS
         mine = step >= steps
         if SIDES > 1:
             mine = mine & (step < steps + steps0)
         from_x = [place.n, place.h, 0, place.w, c]
-        _load_boxes(operands[1], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
+        load_boxes(operands[1], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
     if SIDES > 1:
         c = (step - steps - steps0) * BLOCK.CHANNELS
         mine = step >= steps + steps0
         from_x = [place.n, place.h, 0, place.w, c]
-        _load_boxes(operands[2], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
+        load_boxes(operands[2], from_x, place.o, 0, c, 0, apart, buffers, stage, mine, BLOCK)
 
 
 @gluon.jit

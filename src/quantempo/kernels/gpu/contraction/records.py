@@ -34,9 +34,14 @@ class Block(NamedTuple):
     STAGES: int
     SPLITS: int
     REUSE: bool
-    PER: int = 0
-    PER0: int = 0
-    PER1: int = 0
+    PER: int
+    PER0: int
+    PER1: int
+
+    @property
+    def ALIKE(self) -> bool:
+        """Whether all weights lie alike."""
+        return self.PER == self.PER0 == self.PER1
 
     @property
     def PIXELS(self) -> int:

@@ -41,7 +41,7 @@ class Problem:
     """One contraction: `phases` times images x height x width pixels, `outs` channels of result.
 
     sides: input channels of the 1x1 segments; residual: whether an image is added; gated: whether
-    one half of the channels is the gate of the other; packed: whether weights have 4 bits.
+    one half of the channels is the gate of the other.
     """
 
     images: int
@@ -55,7 +55,6 @@ class Problem:
     sides: tuple[int, ...] = ()
     residual: bool = False
     gated: bool = False
-    packed: bool = False
 
     def steps(self, block: int) -> int:
         """Return the steps of the main loop, `block` channels of one tap each."""
