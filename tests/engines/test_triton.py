@@ -14,9 +14,10 @@ from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
-from quantempo.quantized import QConv2d, QLayer
+from quantempo.quantized import QConv2d, QLayer, quantized_layers
+from quantempo.recipe import WeightSettings
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantized_unet
-from tests.engines.truth import noise
+from tests.engines.truth import noise, relative
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -33,6 +34,13 @@ LAYERS = {
     "wide halves": (make_conv(48, 32, segments=(32, 16)), (2, 48, 5, 4)),
     "linear": (make_linear(48, 32), (2, 7, 48)),
     "w4a8": (make_conv(48, 32, bits=(4, 8)), (2, 48, 5, 4)),
+    "groups": (make_conv(80, 32, bits=(4, 8, 16)), (2, 80, 5, 4)),
+    "groups, halves": (
+        make_conv(192, 32, segments=(64, 128), bits=(4, 8, 32), **ONE),
+        (2, 192, 5, 4),
+    ),
+    "groups, shared": (make_conv(48, 32, segments=(16, 32), bits=(4, 8, 32)), (2, 48, 5, 4)),
+    "groups, linear": (make_linear(96, 32, bits=(4, 8, 64)), (2, 7, 96)),
     "w6a6": (make_linear(48, 32, bits=(6, 6)), (2, 7, 48)),
 }
 
@@ -151,6 +159,51 @@ def test_weights_are_kept_once(backend):
         assert copied == other.weight_codes.data_ptr() != layer.weight_codes.data_ptr()
         layer.set_codes(before)
         assert torch.equal(layer.weight_codes, before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "bytes_each"),
+    [
+        (make_conv(128, 32, bits=(4, 8, 16)), (1, 128, 3, 3), 0.5625),
+        (make_conv(192, 32, segments=(64, 128), bits=(4, 8, 32), **ONE), (1, 192, 3, 3), 0.53125),
+        (make_linear(64, 32, bits=(3, 8, 64)), (2, 64), 0.53125),
+    ],
+)
+def test_weights_in_groups_stay_packed(backend, layer, shape, bytes_each):
+    x, before = noise(*shape, spread=1.0), copy.deepcopy(layer.state_dict())
+    kernel = backend.lower(layer)
+    y, sides = kernel(x), kernel.constants.sides
+    held = [*kernel.constants.weights, *layer.buffers(), *(sides.weights if sides else [])]
+    bytes_ = {w.data_ptr(): w.nbytes for w in held if w.dtype in (torch.int8, torch.uint8)}
+    assert sum(bytes_.values()) == layer.weight.numel() * bytes_each
+    assert ENGINES.get("triton").holds(layer) == "packed"
+
+    def same(other: QLayer) -> bool:
+        return all(torch.equal(part, before[n]) for n, part in other.state_dict().items())
+
+    assert same(layer) and same(copy.deepcopy(layer))
+    layer.load_state_dict({n: part.flip(0) for n, part in before.items()})
+    kernel.prepare(x.device)
+    assert not torch.equal(kernel(x), y)
+    layer.load_state_dict(before)
+    kernel.prepare(x.device)
+    assert torch.equal(kernel(x), y)
+    layer.release()
+    assert same(layer) and layer.weight_int.numel() and layer.aside is None
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_a_network_in_groups_is_that_of_simulated(backend, group):
+    network = quantized_unet(bits={"*_blocks.*": "w4a8"}, weights=WeightSettings(group=group))
+    x, t = noise(2, 3, 16, 16, spread=1.0), torch.tensor([450, 10])
+    other = copy.deepcopy(network)
+    attach(other, "simulated")
+    ENGINES.get("triton").attach(network)
+    with torch.no_grad():
+        truth, y = other(x, t).sample, network(x, t).sample
+    assert any(layer.aside for _, layer in quantized_layers(network))
+    # Fused blocks move a code of 8 bits here and there.
+    assert relative(y, truth) < 0.03
 
 
 def test_a_cpu_is_said_to_be_slow_once(backend, caplog):

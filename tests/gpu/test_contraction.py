@@ -61,7 +61,7 @@ CASES = {
         n=1, c=128, h=8, w=8, o=128, group=16, sides=(128, 128), shift="none", tile=SPLIT
     ),
     "packed, quantized": Case(
-        c=48, h=4, w=4, o=32, group=16, sides=(48,), requantize=True, residual=None, tile=SPLIT
+        c=80, h=4, w=4, o=80, group=16, sides=(32,), requantize=True, residual=None, tile=SPLIT
     ),
     "quantized": Case(c=48, h=5, w=5, requantize=True, mixed=True, tile=SMALL),
     "quantized, split": Case(c=48, h=4, w=4, o=32, requantize=True, sides=(32,), tile=SPLIT),

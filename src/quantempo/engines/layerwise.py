@@ -33,7 +33,7 @@ class LayerwiseEngine(Engine):
         devices: tuple[str, ...],
         blocks: Blocks | None = None,
         slow: str | None = None,
-        holds: Callable[[QLayer], str] = lambda layer: "as bytes",
+        holds: Callable[[QLayer], str] = lambda layer: "packed" if layer.aside else "as bytes",
     ) -> None:
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
         self.holds = holds  # type: ignore[method-assign]

@@ -52,21 +52,17 @@ def row_table(weight: Tensor, zero_point: int) -> Tensor:
     return ((zero_point - OFFSET) * weight.sum(1, dtype=torch.int64)).to(torch.int32)
 
 
-
 def pack(q: Tensor, groups: Tensor, group: int) -> Tensor:
-    """Return weights (q - z) s as kernels read them: nibbles, and behind 16 rows their groups.
+    """Return weights (q - z) s as kernels read them, uint8 (O, P ceil(C / 64) (32 + (4 or 2))).
 
-    Of 64 channels byte 8 t + 4 j + b holds channel 16 j + 4 t + b low and that + 32 high: what a
-    thread feeds to a matrix instruction lies together. They have 4 groups of 16, or 2 of 32; behind
-    the codes of 16 rows follow (P, ceil(C / 64), 16, 4 or 2).
+    Of 64 channels byte 8 t + 4 j + b holds q of channel 16 j + 4 t + b low and that + 32 high: what
+    a thread feeds to a matrix instruction lies together. They have 4 groups of 16, or 2 of 32;
+    behind the codes of 16 rows follow (P, ceil(C / 64), 16, 4 or 2). Rows may be split and joined
+    at multiples of 16.
 
     Args:
         q: uint8 (O, P, C), below 16; groups: uint8 (O, P, ceil(C / group)), (s - 1) << 4 | z.
         group: 16, 32 or 64 channels, the last ones fewer. O: a multiple of 16.
-
-    Returns:
-        uint8 (O, P ceil(C / 64) (32 + (4 or 2))): 0.56 or 0.53 bytes a weight. Rows may be split
-        and joined at multiples of 16.
     """
     out, taps, channels = q.shape
     size = min(group, 32)
@@ -88,9 +84,8 @@ def packed_width(taps: int, channels: int, groups: int) -> int:
 
 def groups_of(weight: Tensor, taps: int, channels: int) -> int:
     """Return the groups that 64 channels of a row have in a weight of `pack`; 0 of an int8 one."""
-    if weight.dtype != torch.uint8:
-        return 0
-    return weight.shape[1] // (taps * -(-channels // 64)) - 32
+    packed = weight.dtype == torch.uint8
+    return weight.shape[1] // (taps * -(-channels // 64)) - 32 if packed else 0
 
 
 def unpack(weight: Tensor, taps: int, channels: int) -> Tensor:

@@ -84,9 +84,9 @@ class QLayer(nn.Module):
         # Not registered as a child: the clock belongs to the denoiser, once.
         keep(self, "clock", clock)
         keep(self, "kernel", None)
-        # What an engine has unpacked for itself; what it packed its own way, as stored, on the host.
+        # What an engine has unpacked for itself; as stored, what it packed its own way.
         self._unpacked: Tensor | None = None
-        self.aside: tuple[Tensor, Tensor] | None = None
+        self.aside: dict[str, Tensor] | None = None
 
     @classmethod
     def like(
@@ -106,28 +106,26 @@ class QLayer(nn.Module):
             return stored
         if known is not None and known.device == stored.device:
             return known
-        stored, group = self.stored
-        return self.weight_format.decode(stored, self.weight_shape, group)
+        codes, group = self.stored.values()
+        return self.weight_format.decode(codes, self.weight_shape, group)
 
     @property
-    def stored(self) -> tuple[Tensor, Tensor | None]:
-        """Return `weight_int` and `weight_group` as they are without an engine."""
+    def stored(self) -> dict[str, Any]:
+        """Return `weight_int` and `weight_group` by name, as they are without an engine."""
         if self.aside is None:
-            return self.weight_int, self.weight_group
-        integers, group = (part.to(self.weight_scale.device) for part in self.aside)
-        return integers, group
+            return {"weight_int": self.weight_int, "weight_group": self.weight_group}
+        return {name: part.to(self.weight_scale.device) for name, part in self.aside.items()}
 
     def set_aside(self) -> None:
         """Keep the integers of groups in the host's memory: an engine has them in its own form."""
-        integers, group = self.stored
-        assert group is not None
-        self.aside = integers.cpu(), group.cpu()
-        self.weight_int, self.weight_group = integers.new_empty(0), group.new_empty(0)
+        self.aside = {name: part.cpu() for name, part in self.stored.items()}
+        for name, part in self.aside.items():
+            setattr(self, name, self.weight_scale.new_empty(0, dtype=part.dtype))
 
     @property
     def grid(self) -> Grid:
         """Return the codes that each weight may take."""
-        return self.weight_format.grid(self.weight_shape, self.stored[1])
+        return self.weight_format.grid(self.weight_shape, self.stored["weight_group"])
 
     def set_codes(self, codes: Tensor) -> None:
         """Store the integer weight (O, ...), of any device; QuantempoError: outside its format.
@@ -147,16 +145,15 @@ class QLayer(nn.Module):
 
     def release(self) -> None:
         """Hold nothing of an engine's: a weight laid out for one is contiguous again."""
-        (codes, self.weight_group), self._unpacked, self.aside = self.stored, None, None
-        self.weight_int = codes
+        codes, self.weight_group = self.stored.values()
+        self.weight_int, self._unpacked, self.aside = codes, None, None
         if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
             self.weight_int = codes.clone(memory_format=torch.contiguous_format)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.aside is not None:
-            for name, part in zip(("weight_int", "weight_group"), self.stored, strict=True):
-                destination[prefix + name] = part
+            destination.update({prefix + name: part for name, part in self.stored.items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.aside is not None:
@@ -221,9 +218,8 @@ class QLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what an engine made: a copy gets its own."""
-        integers = dict(zip(("weight_int", "weight_group"), self.stored, strict=True))
         own = {"kernel": None, "_unpacked": None, "aside": None}
-        return {**self.__dict__, **own, "_buffers": {**self._buffers, **integers}}
+        return {**self.__dict__, **own, "_buffers": {**self._buffers, **self.stored}}
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""

@@ -89,9 +89,4 @@ def _far(*outputs: Any) -> bool:
 
 
 BACKENDS.register("triton")(TritonBackend())
-ENGINES.register("triton")(
-    _TritonEngine(
-        "triton", ("cuda",), unet.BLOCKS,
-        holds=lambda layer: "packed" if layer.aside is not None else "as bytes",
-    )  # fmt: skip
-)
+ENGINES.register("triton")(_TritonEngine("triton", ("cuda",), unet.BLOCKS))

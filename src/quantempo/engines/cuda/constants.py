@@ -19,8 +19,8 @@ from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "packs", "quantize",
-    "quantize_rows", "quantize_tokens",
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
+    "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -123,22 +123,18 @@ class Norm:
         return y, raws[: 0 if sides is None else len(sides.weights)]
 
 
-def packs(device: torch.device) -> bool:
-    """Return whether the kernels of a device read weights in groups as they are."""
+def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
+    """Return the weight of each part of a layer's input by `layout.pack`, none if it stays int8.
+
+    It stays int8 but on Hopper, with a stride, or where two parts share a group.
+    """
     from quantempo.kernels.gpu.contraction.launch import choose_path
 
-    return device.type == "cpu" or choose_path(device) == "hopper"
-
-
-def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
-    """Return the weight of each part of a layer's input by `layout.pack`, none if it cannot be.
-
-    Parts end where groups do; a convolution has stride 1.
-    """
-    spec, (codes, groups) = layer.weight_format, layer.stored
-    if not isinstance(spec, GroupFormat) or groups is None or not packs(codes.device):
+    spec, (codes, groups) = layer.weight_format, layer.stored.values()
+    far = getattr(layer, "stride", (1, 1)) != (1, 1)
+    if not isinstance(spec, GroupFormat) or far or any(w % spec.group for w in widths[:-1]):
         return []
-    if any(width % spec.group for width in widths[:-1]) or getattr(layer, "stride", (1, 1)) != (1, 1):
+    if codes.device.type != "cpu" and choose_path(codes.device) != "hopper":
         return []
     q = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : sum(widths)]
     sizes = [-(-width // spec.group) for width in widths]
@@ -205,8 +201,8 @@ class FloatSides:
 class LayerConstants:
     """What the operators are given of one layer, an operand for each segment of its input.
 
-    weights: int8 (O, taps, C_i) or (O, K_i), or of `layout.pack`; tables: int32 (16, O) or (O,); weight_scale, bias:
-    float32 (O,); sides: all segments but the first, of a 1x1 convolution of several, else None.
+    weights: int8 (O, taps, C_i), (O, K_i), or packed; tables: int32 (16, O) or (O,); weight_scale,
+    bias: float32 (O,); sides: all segments but the first, of a 1x1 convolution of several, or None.
     """
 
     def __init__(self, layer: QLayer) -> None:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from quantempo.kernels.layout import packed_width
+from quantempo.kernels.layout import groups_of, packed_width
 
 __all__ = [
     "FLOATS", "INT8", "apart", "bucket", "dense", "expect", "grid", "kind", "last", "member",
@@ -48,12 +48,10 @@ def shaped(
 
 def weighted(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     """Expect an int8 weight (O, [P,] C), or one of `layout.pack`."""
-    out, *taps, channels = shape
-    count = math.prod(taps)
-    if weight.dtype == torch.uint8:
-        widths = [packed_width(count, channels, groups) for groups in (2, 4)]
-        fits = weight.ndim == 2 and weight.shape[0] == out and weight.shape[1] in widths
-        expect(fits, name, kind(weight), f"uint8 ({out}, {' or '.join(map(str, widths))})")
+    size = math.prod(shape[1:-1]), shape[-1]
+    if weight.dtype == torch.uint8 and weight.ndim == 2:
+        groups = 4 if groups_of(weight, *size) == 4 else 2
+        shaped(name, weight, (shape[0], packed_width(*size, groups)), (torch.uint8,))
     else:
         shaped(name, weight, shape, INT8)
 
@@ -100,12 +98,10 @@ def dense(device: torch.device, **tensors: Tensor | None) -> None:
 
 def apart(device: torch.device, name: str, matrix: Tensor) -> None:
     """Expect contiguous rows on a device, a multiple of 16 bytes apart; packed ones: not apart."""
-    if matrix.dtype == torch.uint8:
-        dense(device, **{name: matrix})
-        return
-    dense(device, **{name: matrix[:1]})
+    packed = matrix.dtype == torch.uint8
+    dense(device, **{name: matrix if packed else matrix[:1]})
     wanted = "rows a multiple of 16 apart"
-    expect(matrix.stride(0) % 16 == 0, name, f"strides {matrix.stride()}", wanted)
+    expect(packed or matrix.stride(0) % 16 == 0, name, f"strides {matrix.stride()}", wanted)
 
 
 def _placed(

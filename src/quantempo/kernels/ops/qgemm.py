@@ -59,9 +59,7 @@ class Product(NamedTuple):
 
     def exact(self) -> Tensor:
         """Return the result by the formula of `qgemm`."""
-        parts = zip(
-            (self.codes, *self.side_codes), (self.weight, *self.side_weights), strict=True
-        )
+        parts = zip((self.codes, *self.side_codes), (self.weight, *self.side_weights), strict=True)
         sums, *sides = [x.double() @ unpack(w, 1, x.shape[1])[:, 0].double().T for x, w in parts]
         return self.epilogue.exact(sums - self.epilogue.terms.table.double(), sides)
 

@@ -139,7 +139,7 @@ def _compute(
             acc, stage, phase, box, turn = sum_reuse(
                 acc, buffers, stage, phase, box, turn, count, BLOCK
             )
-        elif BLOCK.SPLITS == 1 or BLOCK.ALIKE:
+        elif BLOCK.SPLITS == 1 or (BLOCK.PER == BLOCK.PER0 and BLOCK.PER == BLOCK.PER1):
             acc, stage, phase = _sum(acc, buffers, stage, phase, count, BLOCK.PER, BLOCK)
         else:
             # Of a split sum a program has one part: of the weight, or that of a side.
@@ -201,9 +201,7 @@ def _produce(
 ):  # fmt: skip
     """Fill one ring of stages, or with REUSE two."""
     if BLOCK.REUSE:
-        produce_reuse(
-            operands[0], rows, buffers, tiles, begin, end, channels, apart, WINDOW, BLOCK
-        )
+        produce_reuse(operands[0], rows, buffers, tiles, begin, end, channels, apart, WINDOW, BLOCK)
     else:
         produce(
             operands, rows, buffers, tiles, begin, end, steps, steps0, channels, apart, SIDES,
@@ -229,8 +227,7 @@ def contract_hopper(
 
     x, weight, side*, weight*: tensor descriptors. partial: (tiles, SPLITS + SIDES, P, O). rows: one
     of the residual, in boxes of half a tile, if it is loaded as operands are. With REUSE x is in
-    boxes of a row of a tile. groups*: descriptors of those of packed weights. EARLY: the launch is
-    a programmatic dependent one.
+    boxes of a row of a tile. groups*: of packed weights. EARLY: a programmatic dependent launch.
     """
     s = Scalars(
         images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,

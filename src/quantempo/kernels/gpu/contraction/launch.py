@@ -38,9 +38,6 @@ __all__ = ["PATHS", "choose_path", "launch", "reserve", "run", "stream_counters"
 # cores.
 PATHS = ("hopper", "pointers")
 
-_GLUON = {
-    torch.int8: "int8", torch.uint8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"
-}  # fmt: skip
 # Tiles whose sums are shared, at most: a GPU has a few hundred processors, and only then they are.
 _MOST = 1 << 12
 # Streams that have counters of their own (more than torch hands out of a device), the first set
@@ -95,7 +92,8 @@ def _workspace(tiles: int, slots: int, tile: Tile, device: torch.device) -> tupl
 
 
 def _describe(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _GLUON[base.dtype]))
+    kind = getattr(gl, str(base.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor(base, shape, strides, block, layout)
 
 
@@ -204,11 +202,7 @@ def run(
     for pair in zip(side_codes, side_weights, strict=True):
         operands += pair
     sizes = zip(operands[1::2], (window.KERNEL**2, 1, 1), (channels, *widths), strict=False)
-    pers = [0] * (1 + len(widths))
-    if path == "pointers":
-        operands[1::2] = [unpack(*size) for size in sizes]
-    else:
-        pers = [groups_of(*size) for size in sizes]
+    pers = [0] if path == "pointers" else [groups_of(*size) for size in sizes]
     pers += pers[:1] * (3 - len(pers))
     block = Block(*box, tile.outs, tile.channels, tile.stages, tile.splits, tile.taps, *pers)
     numbers = (
@@ -220,6 +214,7 @@ def run(
     if gate is not None:
         gates = gate.stride(0), count // gate.shape[0]
     if path == "pointers":
+        operands[1::2] = [unpack(*size) for size in sizes]
         apart = [w.stride(0) for w in operands[1::2]]
         contract[(tiles, slots)](
             *operands, *[None] * (6 - len(operands)), y, partial, counters, terms, *numbers,

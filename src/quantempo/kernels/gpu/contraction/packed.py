@@ -20,39 +20,26 @@ __all__ = ["halves_of", "multiply"]
 
 
 @gluon.constexpr_function
-def _rows(OUTS, num_warps, across):
-    """Return the bases of a layout of [OUTS, ...] in which a row has the lanes `across`.
+def _layout(OUTS, BLOCKS, num_warps, GROUPS):
+    """Return where the bytes of codes of a step go, [OUTS, 32 BLOCKS]: to a thread 8 of a block.
 
-    Rows 0 and 8 and those of the next instruction are a thread's own.
+    GROUPS: the words [OUTS / 16, BLOCKS, 16] of groups, to all threads of their row. Rows 0 and 8
+    and those of the next instruction are a thread's own.
     """
-    wide = len(across[0]) - 1
 
-    def powers(first, end):
-        return [[first << i] + [0] * wide for i in range((end // first).bit_length() - 1)]
+    def rows(first, end):
+        powers = [first << i for i in range((end // first).bit_length() - 1)]
+        return [[row // 16, 0, row % 16] if GROUPS else [row, 0] for row in powers]
 
-    lanes = [*across, *powers(1, 8)]
-    return powers(8, 16) + powers(16 * num_warps, OUTS), lanes, powers(16, 16 * num_warps)
-
-
-@gluon.constexpr_function
-def _codes_layout(OUTS, CHANNELS, num_warps):
-    """Return where the bytes [OUTS, CHANNELS / 2] of a step go: to a thread 8 of a block."""
-    rows, lanes, warps = _rows(OUTS, num_warps, [[0, 8], [0, 16]])
-    blocks = [[0, 32]] if CHANNELS == 128 else []
-    registers = [[0, 1], [0, 2], [0, 4], *blocks, *rows]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [OUTS, CHANNELS // 2])
-
-
-@gluon.constexpr_function
-def _groups_layout(OUTS, BLOCKS, num_warps):
-    """Return where the words [OUTS / 16, BLOCKS, 16] of a step go: to all threads of their row."""
-
-    def of(rows):
-        return [[row[0] // 16, 0, row[0] % 16] for row in rows]
-
-    rows, lanes, warps = _rows(OUTS, num_warps, [[0], [0]])
-    registers = [[0, 1, 0]] * (BLOCKS - 1) + of(rows)
-    return gl.DistributedLinearLayout(registers, of(lanes), of(warps), [], [OUTS // 16, BLOCKS, 16])
+    own, lanes = rows(8, 16) + rows(16 * num_warps, OUTS), rows(1, 8)
+    if GROUPS:
+        shape, lanes = [OUTS // 16, BLOCKS, 16], [[0] * 3] * 2 + lanes
+        registers = [[0, 1, 0]] * (BLOCKS - 1)
+    else:
+        shape, lanes = [OUTS, 32 * BLOCKS], [[0, 8], [0, 16], *lanes]
+        registers = [[0, 1], [0, 2], [0, 4], *[[0, 32]] * (BLOCKS - 1)]
+    warps = rows(16, 16 * num_warps)
+    return gl.DistributedLinearLayout(registers + own, lanes, warps, [], shape)
 
 
 @gluon.jit
@@ -91,31 +78,18 @@ def _fields(word, AT: gl.constexpr):
 @gluon.jit
 def _half(codes, words, PER: gl.constexpr, HIGH: gl.constexpr):
     """Return the weights [OUTS, 32] of the low or the high nibbles of a block, groups in words."""
+    OUTS: gl.constexpr = codes.shape[0]
     if PER == 2:
         step, zero = _fields(words, HIGH)
-        of: gl.constexpr = gl.SliceLayout(1, codes.type.layout)
-        step = gl.expand_dims(gl.convert_layout(step, of, assert_trivial=True), 1)
-        zero = gl.expand_dims(gl.convert_layout(zero, of, assert_trivial=True), 1)
-        made = _weights(codes, step, zero, HIGH)
+        step, zero = step.reshape([OUTS, 1]), zero.reshape([OUTS, 1])
     else:
-        low, low_zero = _fields(words, 2 * HIGH)
-        high, high_zero = _fields(words, 2 * HIGH + 1)
-        both = codes.reshape([codes.shape[0], 2, 16])
-        of: gl.constexpr = gl.SliceLayout(2, both.type.layout)
-        step = gl.convert_layout(gl.join(low, high), of, assert_trivial=True)
-        zero = gl.convert_layout(gl.join(low_zero, high_zero), of, assert_trivial=True)
-        made = _weights(both, gl.expand_dims(step, 2), gl.expand_dims(zero, 2), HIGH)
-        made = made.reshape([codes.shape[0], 32])
-    return made
-
-
-@gluon.jit
-def _operand(codes, words, PER: gl.constexpr, mma: gl.constexpr):
-    """Return the weights [OUTS, 64] of a block as the first operand of a matrix instruction."""
-    low = _half(codes, words, PER, False)
-    high = _half(codes, words, PER, True)
-    both = gl.join(low, high).permute((0, 2, 1)).reshape([codes.shape[0], 64])
-    return gl.convert_layout(both, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
+        low, high = _fields(words, 2 * HIGH), _fields(words, 2 * HIGH + 1)
+        step, zero = gl.join(low[0], high[0]), gl.join(low[1], high[1])
+    parts = codes.reshape([OUTS, PER // 2, 64 // PER])
+    of: gl.constexpr = gl.SliceLayout(2, parts.type.layout)
+    step = gl.expand_dims(gl.convert_layout(step, of, assert_trivial=True), 2)
+    zero = gl.expand_dims(gl.convert_layout(zero, of, assert_trivial=True), 2)
+    return _weights(parts, step, zero, HIGH).reshape([OUTS, 32])
 
 
 @gluon.jit
@@ -124,12 +98,12 @@ def _read(smem_w, stage, PER: gl.constexpr, num_warps: gl.constexpr):
     OUTS: gl.constexpr = smem_w.shape[1]
     BLOCKS: gl.constexpr = smem_w.shape[2] // 64
     codes, words = halves_of(smem_w, stage)
-    codes = codes.load(_codes_layout(OUTS, 64 * BLOCKS, num_warps))
+    codes = codes.load(_layout(OUTS, BLOCKS, num_warps, False))
     codes = codes.reshape([OUTS, BLOCKS, 4, 2, 4]).permute((0, 3, 2, 4, 1))
     kind: gl.constexpr = gl.int16 if PER == 2 else gl.int32
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     words = words._reinterpret(kind, [OUTS // 16, BLOCKS, 16], flat)
-    words = words.load(_groups_layout(OUTS, BLOCKS, num_warps)).to(gl.int32).permute((0, 2, 1))
+    words = words.load(_layout(OUTS, BLOCKS, num_warps, True)).to(gl.int32).permute((0, 2, 1))
     if BLOCKS == 1:
         blocks = (codes.reshape([OUTS, 32]),)
         groups = (words.reshape([OUTS]),)
@@ -151,12 +125,15 @@ def multiply(acc, smem_w, pixels, stage, use_acc, PER: gl.constexpr):
         acc = warpgroup_mma_wait(1, deps=[acc])
     else:
         mma: gl.constexpr = acc.type.layout
+        of: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
         blocks, groups = _read(smem_w, stage, PER, mma.warps_per_cta[0])
         for i in gl.static_range(len(blocks)):
             if len(blocks) == 1:
                 # The registers of the step before are filled again.
                 acc = warpgroup_mma_wait(0, deps=[acc])
-            a = _operand(blocks[i], groups[i], PER, mma)
+            low = _half(blocks[i], groups[i], PER, False)
+            both = gl.join(low, _half(blocks[i], groups[i], PER, True)).permute((0, 2, 1))
+            a = gl.convert_layout(both.reshape([low.shape[0], 64]), of, assert_trivial=True)
             part = pixels.slice(64 * i, 64, dim=1).permute((1, 0))
             later = use_acc if i == 0 else True
             acc = warpgroup_mma(a, part, acc, use_acc=later, is_async=True)

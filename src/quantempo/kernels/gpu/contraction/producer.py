@@ -80,7 +80,7 @@ def load_boxes(
             tma.async_copy_global_to_shared(weight, from_w, bar, there, pred=some)
     else:
         codes, words = halves_of(smem_w, stage)
-        tall: gl.constexpr = [BLOCK.OUTS // 16]  # noqa: RUF005 - Gluon has no [a, *b]
+        tall: gl.constexpr = [BLOCK.OUTS // 16]
         codes = codes._reinterpret(gl.uint8, tall + weight.block_type.shape[1:], weight.layout)
         words = words._reinterpret(gl.uint8, tall + groups.block_type.shape[1:], groups.layout)
         block = tap * gl.cdiv(channels, 64) + c // 64

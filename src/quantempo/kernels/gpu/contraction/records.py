@@ -39,11 +39,6 @@ class Block(NamedTuple):
     PER1: int
 
     @property
-    def ALIKE(self) -> bool:
-        """Whether all weights lie alike."""
-        return self.PER == self.PER0 == self.PER1
-
-    @property
     def PIXELS(self) -> int:
         """Pixels of a tile."""
         return self.N * self.H * self.W
