@@ -36,7 +36,7 @@ class LayerwiseEngine(Engine):
         holds: Callable[[QLayer], str] = lambda layer: "packed" if layer.aside else "as bytes",
     ) -> None:
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
-        self.holds = holds  # type: ignore[method-assign]
+        self.holds = holds  # type: ignore[assignment,method-assign]
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
