@@ -187,16 +187,10 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
             return _image(integers(layer.images, channels))
         return integers(n, size, size, channels).permute(0, 3, 1, 2)
 
-    def weights(*shape: int, packed: bool = layer.group > 0) -> Tensor:
-        if not packed:
-            return integers(outs, *shape)
-        width = layout.packed_width(math.prod(shape[:-1]), shape[-1], 64 // min(layer.group, 32))
-        return torch.zeros(outs, width, device=device, dtype=torch.uint8)
-
     buckets = n if layer.mixed else 0
     known: dict[str, Any] = {
         "codes": image(layer.size, layer.channels),
-        "weight": weights(kernel**2, layer.channels),
+        "weight": integers(outs, kernel**2, layer.channels),
         "act_scale": floats(layer.images if layer.rows else 8, spread=0.01), "rows": layer.rows,
         "weight_scale": floats(outs, spread=0.01),
         "table": torch.zeros(16, outs, device=device, dtype=torch.int32),
@@ -209,11 +203,7 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
         count = len(layer.sides)
         known |= {
             "side_codes": [image(layer.out_size, side) for side in layer.sides],
-            # A second one stays int8.
-            "side_weights": [
-                weights(side, packed=layer.group > 0 and i == 0)
-                for i, side in enumerate(layer.sides)
-            ],
+            "side_weights": [integers(outs, side) for side in layer.sides],
             "side_scales": floats(count, layer.images if layer.rows else 8, spread=0.01),
             "side_weight_scale": floats(outs, spread=0.01),
             "side_table": torch.zeros(count, outs, device=device, dtype=torch.int32),
@@ -230,6 +220,20 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
         known["activation"] = layer.activation
     if layer.requantize:
         known |= {"out_scale": floats(8), "out_zero": 70, "out_qmax": 255}
+    return _packed(layer.group, known) if layer.group else known
+
+
+def _packed(group: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with packed weights; that of a second side stays int8."""
+
+    def zeros(weight: Tensor) -> Tensor:
+        outs, *taps, channels = weight.shape
+        width = layout.packed_width(math.prod(taps), channels, 64 // min(group, 32))
+        return torch.zeros(outs, width, device=weight.device, dtype=torch.uint8)
+
+    known["weight"] = zeros(known["weight"])
+    if "side_weights" in known:
+        known["side_weights"][0] = zeros(known["side_weights"][0])
     return known
 
 
