@@ -120,7 +120,10 @@ class QLayer(nn.Module):
         """Keep the integers of groups in the host's memory: an engine has them in its own form."""
         self.aside = {name: part.cpu() for name, part in self.stored.items()}
         for name, part in self.aside.items():
-            setattr(self, name, self.weight_scale.new_empty(0, dtype=part.dtype))
+            # Of the same shape, which who offloads compares, but of one byte.
+            setattr(
+                self, name, self.weight_scale.new_zeros((), dtype=part.dtype).expand(part.shape)
+            )
 
     @property
     def grid(self) -> Grid:
