@@ -117,13 +117,11 @@ class QLayer(nn.Module):
         return {name: part.to(self.weight_scale.device) for name, part in self.aside.items()}
 
     def set_aside(self) -> None:
-        """Keep the integers of groups in the host's memory: an engine has them in its own form."""
+        """Keep the integers of groups in the host's memory, here shapes: an engine has them."""
         self.aside = {name: part.cpu() for name, part in self.stored.items()}
         for name, part in self.aside.items():
-            # Of the same shape, which who offloads compares, but of one byte.
-            setattr(
-                self, name, self.weight_scale.new_zeros((), dtype=part.dtype).expand(part.shape)
-            )
+            byte = self.weight_scale.new_zeros((), dtype=part.dtype)
+            setattr(self, name, byte.expand(part.shape))
 
     @property
     def grid(self) -> Grid:
