@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.op_cases import CASES, PRODUCTS, conv, gemm, joint, norm, tokens
+from quantempo.bench.op_cases import CASES, PRODUCTS, attention, conv, gemm, joint, norm, tokens
 from quantempo.bench.op_table import Limits, bench_ops, check, measure_limits, tera, time_op
 from quantempo.bench.results import Results, text_table
 from quantempo.errors import QuantempoError
@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 SMALL = (
     conv(3, 6, 32, 48), gemm(150, 48, 64), norm(2, 4, 64), norm(2, 4, 64, 32), tokens(2, 5, 64),
     tokens(2, 5, 64, static=True), gemm(150, 48, 64, block=True), joint(3, 5, 2, 24),
+    attention(2048, 1, 64),
 )  # fmt: skip
 
 

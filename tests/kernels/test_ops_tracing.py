@@ -87,6 +87,12 @@ def heads(sizes: tuple[int, ...] = (4, 5), **how: object) -> dict[str, object]:
     return {"q": q, "k": k, "v": v, **norms, "rotary": [], "heads": 3} | how
 
 
+def attended(keys: int = 9, v: int = 3, **how: object) -> dict[str, object]:
+    sizes = {"q": (2, 5, 192), "k": (2, keys, 192), "v": (2, keys, 64 * v)}
+    given = {name: floats(*size).unflatten(2, (-1, 64)) for name, size in sizes.items()}
+    return given | {"v": given["v"][:, :, -3:]} | how
+
+
 def few() -> dict[str, object]:
     given = {"x": floats(3, 24).half(), "weight": int8(40, 24)}
     return given | {"weight_scale": torch.rand(40), "bias": floats(40).float()}
@@ -112,6 +118,8 @@ CALLS = [
     (ops.norm_modulate_quant, tokens() | {"weight": ONES, "bias": ONES.half(), "scale": None}),
     (ops.join_heads, heads(rotary=[floats(9, 16), floats(9, 16)])),
     (ops.join_heads, heads((4,), v=[])),
+    (ops.attention8, attended()),
+    (ops.attention8, attended(130, 5)),
     (ops.weight_only_linear, few()),
     (ops.weight_only_linear, few() | {"x": floats(1, 24), "bias": None}),
     (ops.gn_act_quant, norm()),
@@ -281,6 +289,16 @@ REFUSED = [
     (ops.join_heads, heads((4,), k=[floats(2, 4, 50)[..., :48]]), "a multiple of 8 apart"),
     (ops.join_heads, heads((4,), k=[floats(2, 9, 48)[:, :4]]), "rows of one product"),
     (ops.join_heads, heads((4,), rotary=[floats(9, 16)] * 2), r"rotary: .* \(4, 16\)"),
+    (ops.attention8, attended(q=floats(2, 5, 64)), r"q: got \(2, 5, 64\); expected \(B, T, H, D\)"),
+    (ops.attention8, attended(0), "with S > 0"),
+    (ops.attention8, attended(v=2), r"v: .* expected float32 \(2, 9, 3, 64\)"),
+    (ops.attention8, attended(k=floats(2, 9, 3, 64).half()), "k: got float16"),
+    (ops.attention8, attended(k=floats(2, 3, 64, 9).permute(0, 3, 1, 2)), "k: got strides"),
+    (
+        ops.attention8,
+        attended(q=floats(2, 5, 196)[..., 4:].unflatten(2, (3, 64))),
+        "multiples of 8",
+    ),
     (ops.gn_act_quant, norm() | {"beta": None}, "both or neither"),
     (ops.gn_act_quant, norm() | {"groups": 5}, "a divisor of the 16 channels"),
     (ops.gn_act_quant, norm() | {"gamma": torch.ones(8)}, "gamma: got"),

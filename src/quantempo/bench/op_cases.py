@@ -12,11 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantempo.bench.turns import Call
 from quantempo.kernels import layout, ops
+from quantempo.kernels.ops.attention import exact as exact_attention
 
-__all__ = ["CASES", "PRODUCTS", "Case", "conv", "gemm", "joint", "norm", "tokens"]
+__all__ = ["CASES", "PRODUCTS", "Case", "attention", "conv", "gemm", "joint", "norm", "tokens"]
 
 _ZERO = 77
 _NORM_ZERO, _RAW_ZERO, _RAW_SCALE = 14, 128, 0.03
@@ -33,7 +35,7 @@ class Case:
     operations: multiplications and additions; moved: every byte read or written once; make:
     arguments of one call, and what checks need beside them; run: the call that is timed; whole: all
     that it writes as one tensor; reference: of some rows in float64, the sums, or without `sums`
-    the codes before rounding, or eight times the floats; sums: int32, as the kernel has them;
+    the codes before rounding, or some multiple of the floats; sums: int32, as the kernel has them;
     epilogue: what `run` rounds, in float64, from the sums; rivals: name -> maker of a call of a
     library on arguments of its own, without an epilogue.
     """
@@ -268,6 +270,27 @@ def joint(text: int, image: int, heads: int, dim: int) -> Case:
                 .flatten(2)[0], reference, rivals={"copy": partial(_copy, moved)})  # fmt: skip
 
 
+def attention(tokens: int, heads: int, dim: int) -> Case:
+    """Return attention of one image's bfloat16 heads with 8-bit scores, from 2000 tokens on."""
+
+    def make(device: torch.device) -> Given:
+        return {name: _floats(1, tokens, heads, dim, device=device) for name in "qkv"}
+
+    def cudnn(device: torch.device) -> Call:
+        given = [x.transpose(1, 2) for x in make(device).values()]
+        attend = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(F.scaled_dot_product_attention)
+        return lambda: attend(*given)
+
+    def reference(given: Given, rows: Tensor) -> Tensor:
+        q, k, v = given.values()
+        return 500 * exact_attention(q[:, rows].double(), k, v)[0].flatten(1)
+
+    return Case("attention8", f"1x{tokens}x{heads}x{dim}", 4.0 * tokens**2 * heads * dim,
+                8.0 * tokens * heads * dim, make, lambda given: ops.attention8(**given),
+                lambda given: 500 * ops.attention8(**given)[0].flatten(1).float(), reference,
+                rivals={"cuDNN": cudnn})  # fmt: skip
+
+
 def _copy(moved: float, device: torch.device) -> Call:
     source, target = (_codes((int(moved) // 2,), device) for _ in range(2))
     return lambda: target.copy_(source)
@@ -283,5 +306,5 @@ CASES = (
     conv(2, 64, 320, 320), conv(2, 32, 640, 640), conv(8, 128, 320, 320), *PRODUCTS,
     norm(256, 32, 128), norm(256, 16, 256), norm(256, 32, 256, 128), norm(8, 64, 320),
     tokens(1, 4608, 3072), tokens(32, 256, 1152, static=True), gemm(4608, 3072, 12288, block=True),
-    joint(512, 4096, 24, 128),
+    joint(512, 4096, 24, 128), attention(4608, 24, 128),
 )  # fmt: skip

@@ -5,6 +5,7 @@
     join_heads            queries and keys normalised and rotated, text and image one sequence
     qconv2d               integer convolution with its whole epilogue
     qgemm                 the same for the rows of a linear layer
+    attention8            attention with int8 codes of queries and keys (Hopper)
     weight_only_linear    a few float rows times int8 codes: all modulations of a network
 
 Images are logically (N, C, H, W) in channels_last memory. CODES: an unsigned code q in [0, qmax]
@@ -17,6 +18,7 @@ CUDA runs the Triton kernels of `kernels.gpu`, a CPU the float64 definition besi
 No operator has gradients.
 """
 
+from quantempo.kernels.ops.attention import attention8
 from quantempo.kernels.ops.gn_act_quant import gn_act_quant
 from quantempo.kernels.ops.join_heads import join_heads
 from quantempo.kernels.ops.norm_modulate_quant import norm_modulate_quant
@@ -26,6 +28,6 @@ from quantempo.kernels.ops.qgemm import qgemm
 from quantempo.kernels.ops.weight_only_linear import weight_only_linear
 
 __all__ = [
-    "gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm", "reserve",
-    "weight_only_linear",
+    "attention8", "gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm",
+    "reserve", "weight_only_linear",
 ]  # fmt: skip

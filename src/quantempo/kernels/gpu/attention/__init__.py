@@ -1,0 +1,3 @@
+"""8-bit attention on GPUs of Hopper."""
+
+__all__: list[str] = []
