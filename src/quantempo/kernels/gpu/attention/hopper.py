@@ -27,13 +27,6 @@ __all__ = ["attend"]
 
 
 @gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -85,9 +78,8 @@ def _weights(
             new += HEADROOM
         else:
             new = gl.maximum(m, new)
-    off = gl.expand_dims(new, 1) + c * 0.0
     p = s.to(gl.float32) * gl.expand_dims(gl.expand_dims(c, 1), 3)
-    p = _exp2(p - gl.expand_dims(gl.expand_dims(off, 1), 3))
+    p = gl.exp2(p - gl.expand_dims(gl.expand_dims(gl.expand_dims(new, 1), 1), 3))
     flat_p = gl.convert_layout(p.reshape([ROWS, KEYS]), flat, assert_trivial=True)
     if FIRST:
         flat_p = gl.where(inside, flat_p, 0.0)
@@ -95,7 +87,7 @@ def _weights(
     more = gl.sum(gl.sum(p, 3), 1)
     if FIXED:
         return flat_p, new, total + more, new
-    alpha = _exp2(m - new)
+    alpha = gl.exp2(m - new)
     return flat_p, new, total * gl.expand_dims(alpha, 1) + more, alpha
 
 

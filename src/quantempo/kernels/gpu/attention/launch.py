@@ -59,30 +59,24 @@ def quantize_heads(
     keys = block >= q_blocks
     block = tl.where(keys, block - q_blocks, block)
     tokens = tl.where(keys, k_tokens, q_tokens)
-    t = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)[None, :]
+    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)[None, :]
     inside = (t < tokens)[:, None]
     image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    to = ((image * tokens + t) * heads + head)[:, None] * D + d
+    at = image * tl.where(keys, k0, q0) + head * tl.where(keys, k2, q2)
+    at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d
+    x = tl.load(tl.where(keys, k, q) + at, mask=inside, other=0.0).to(tl.float32)
+    # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
+    top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
     if keys:
-        at = (image * k0 + t * k1.to(tl.int64) + head * k2)[:, None] * 8 + d
-        x = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
-        # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-        top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
-        four = _scale(tl.max(tl.max(tl.reshape(top, [BLOCK // 8, 4, 2]), 2), 0))
-        tl.store(k_scale + (pair * k_blocks + block) * 4 + tl.arange(0, 4), four)
-        each = tl.broadcast_to(four[None, :, None], [BLOCK // 8, 4, 2])
-        ratio = tl.math.div_rn(1.0, tl.reshape(each, [BLOCK]))
-        codes = (x * ratio[:, None] + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-        tl.store(k_codes + to, codes, mask=inside)
+        four = tl.max(tl.max(tl.reshape(top, [BLOCK // 8, 4, 2]), 2), 0)
+        tl.store(k_scale + (pair * k_blocks + block) * 4 + tl.arange(0, 4), _scale(four))
+        top = tl.reshape(tl.broadcast_to(four[None, :, None], [BLOCK // 8, 4, 2]), [BLOCK])
     else:
-        at = (image * q0 + t * q1.to(tl.int64) + head * q2)[:, None] * 8 + d
-        x = tl.load(q + at, mask=inside, other=0.0).to(tl.float32)
-        own = _scale(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1))
-        tl.store(q_scale + pair * q_tokens + t, own, mask=t < q_tokens)
-        ratio = tl.math.div_rn(1.0, own)
-        codes = (x * ratio[:, None] + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-        tl.store(q_codes + to, codes, mask=inside)
+        tl.store(q_scale + pair * q_tokens + t, _scale(top), mask=t < tokens)
+    ratio = tl.math.div_rn(1.0, _scale(top))
+    codes = (x * ratio[:, None] + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    to = ((image * tokens + t) * heads + head)[:, None] * D + d
+    tl.store(tl.where(keys, k_codes, q_codes) + to, codes, mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs", "rounds", "left", "blocks", "tokens", "heads"])
