@@ -17,8 +17,8 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import check_known, nearest
 
 __all__ = [
-    "ActivationSettings", "LayerSettings", "Recipe", "RoundingSettings", "TraceSettings",
-    "WeightSettings", "check_numbers", "number", "parse_bits",
+    "ActivationSettings", "AttentionSettings", "LayerSettings", "Recipe", "RoundingSettings",
+    "TraceSettings", "WeightSettings", "check_numbers", "number", "parse_bits",
 ]  # fmt: skip
 
 Number = int | float
@@ -91,6 +91,13 @@ class WeightSettings:
 
 
 @dataclass(frozen=True)
+class AttentionSettings:
+    """Which attentions may run in 8 bits: those with |y8 - y| / |y| up to this; 0: none."""
+
+    max_error: float = number(0.0, 0, 1)
+
+
+@dataclass(frozen=True)
 class LayerSettings:
     """Which layers stay in float, by role or by name pattern, and their bits.
 
@@ -141,6 +148,7 @@ class Recipe:
     layers: LayerSettings = field(default_factory=LayerSettings)
     activations: ActivationSettings = field(default_factory=ActivationSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
     rounding: RoundingSettings = field(default_factory=RoundingSettings)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from tests.tiny import tiny_embeds
 FIRST = {
     "trace": "trace",
     "layers": "calibrate",
+    "attention": "calibrate",
     "activations": "search",
     "weights": "search",
     "rounding": "round",

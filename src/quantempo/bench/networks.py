@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from quantempo.bench.candidates import Subject, cast_inputs
 from quantempo.calibration.dataset import MemorySet, TraceSet
 from quantempo.errors import log
-from quantempo.models.layers import denoiser_of, hooked, input_of, sites
+from quantempo.models.layers import denoiser_of, hooked, input_of
 from quantempo.models.load import load_pipeline
 from quantempo.models.presets import PRESETS, build_preset, random_inputs
-from quantempo.pipeline.quantize import quantize
+from quantempo.pipeline.quantize import plan, quantize
 from quantempo.pipeline.session import Session
 from quantempo.quantized import (
     QLayer,
@@ -26,9 +26,9 @@ from quantempo.quantized import (
     bits_of,
     fill,
     install_clock,
-    plan_layers,
     swap_layers,
 )
+from quantempo.quantized.attention import mark_attention, measured_attention
 from quantempo.recipe import Recipe
 
 __all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
@@ -145,7 +145,8 @@ def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> n
     inputs; one bucket.
     """
     ends: dict[str, list[Tensor]] = {}
-    plans = {plan.name: plan for plan in plan_layers(sites(floating), recipe)}
+    data = MemorySet.of_calls(floating, calls)
+    plans = {layer.name: layer for layer in plan(floating, recipe, data)}
     layers = {name: floating.get_submodule(name) for name in plans}
 
     def see(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -153,25 +154,27 @@ def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> n
         parts = x.split(plans[name].segments or x.shape[-1:], -1)
         ends.setdefault(name, []).append(torch.stack([torch.stack(p.aminmax()) for p in parts]))
 
-    with hooked({name: layers[name] for name in bits_of([*plans.values()])}, see, before=True):
+    inputs = {name: layers[name] for name in bits_of([*plans.values()])}
+    with hooked(inputs, see, before=True), measured_attention(floating) as errors:
         for call in calls:
             floating(**call)
     state = [*floating.parameters(), *floating.buffers()]
     packed = copy.deepcopy(floating, {id(tensor): tensor for tensor in state})
     clock = install_clock(packed, torch.zeros(1, dtype=torch.int64, device=state[0].device))
-    for plan in plans.values():
-        if plan.kind == "int8" and plan.name not in ends:
+    mark_attention(packed, errors, recipe.attention.max_error)
+    for planned in plans.values():
+        if planned.kind == "int8" and planned.name not in ends:
             continue
-        swap_layers(packed, [plan], clock)
-        old, layer = layers[plan.name], packed.get_submodule(plan.name)
+        swap_layers(packed, [planned], clock)
+        old, layer = layers[planned.name], packed.get_submodule(planned.name)
         if isinstance(layer, StoredLinear):
             layer.fill(old)
         elif isinstance(layer, QLayer):
-            weight, found = old.weight.float(), torch.stack(ends[plan.name]).float()
-            step = weight.abs().amax(1) / 127
+            weight, found = old.weight.float(), torch.stack(ends[planned.name]).float()
+            step = weight.abs().flatten(1).amax(1) / 127
             low, high = found[..., 0].amin(0).clamp_max(0), found[..., 1].amax(0).clamp_min(0)
             scale = ((high - low) / layer.act_qmax)[:, None]
-            codes = (weight / step[:, None]).round().to(torch.int8)
+            codes = (weight / step.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)
             fill(layer, codes, step, old.bias, scale, (-low[:, None] / scale).round()[:, 0])
     return packed
 

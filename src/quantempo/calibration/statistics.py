@@ -17,16 +17,18 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
 from quantempo.calibration.rows import mapped, measure
 from quantempo.errors import QuantempoError
+from quantempo.models.fusion import attending
 from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
+from quantempo.quantized.attention import measured_attention
 from quantempo.scales import Histogram, Metric, MinMax, TokenError
 
-__all__ = ["TIME_BINS", "collect_statistics", "measure_roles", "time_bin_edges"]
+__all__ = ["TIME_BINS", "attention_errors", "collect_statistics", "measure_roles", "time_bin_edges"]
 
 # Fine time bins, of equally many places; buckets are unions of neighbours.
 TIME_BINS = 16
-# Rows of which roles are measured.
-_ROWS = 4
+# Rows of which roles, and times at which attentions are measured.
+_ROWS, _TIMES = 4, 8
 # Vectors a row up to which an input is no sequence (PixArt's height and width).
 _FEW = 2
 
@@ -75,6 +77,19 @@ def collect_statistics(
         found = {"range": ranges[name].range, "hist": seen.counts, "edges": seen.edges}
         tensors |= {f"{name}.{key}": value for key, value in found.items()}
     return tensors | {f"{name}.token_error": seen.error for name, seen in errors.items()}
+
+
+@torch.no_grad()
+def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, float]:
+    """Return the largest error in 8 bits of each long attention, at times from first to last."""
+    if not attending(denoiser):
+        return {}
+    order = data.times.noisiest(torch.as_tensor(data.timesteps)).argsort()
+    index = order[torch.linspace(0, len(order) - 1, min(_TIMES, len(order))).long()]
+    with measured_attention(denoiser) as errors:
+        for rows in data.calls(index, 1):
+            data.replay(denoiser, data.rows(rows))
+    return errors
 
 
 @torch.no_grad()

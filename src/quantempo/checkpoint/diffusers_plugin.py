@@ -34,6 +34,7 @@ from quantempo.quantized import (
     install_clock,
     swap_layers,
 )
+from quantempo.quantized.attention import mark_attention
 from quantempo.recipe import Recipe
 from quantempo.run_folder import canonical, reading
 
@@ -48,7 +49,7 @@ FORMAT_VERSION = 5
 # The dictionaries of a configuration, empty where a file has none.
 _TABLES = (
     *("recipe", "float16", "weight_only", "float_layers", "segments", "buckets", "reasons"),
-    *("bits", "roles", "network", "hashes"),
+    *("bits", "roles", "attention_errors", "network", "hashes"),
 )
 # Kind of a layer that is not an integer one -> the table of its name and reason.
 _KINDS = {"float": "float_layers", "float16": "float16", "weight_only": "weight_only"}
@@ -83,6 +84,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: name -> [weight bits, activation bits], where they are not [8, 8]; and the input
             channels that share a scale, of weights in groups.
         roles: name -> role, as measured.
+        attention_errors: module -> largest error of its attention in 8 bits, where measured.
         times: fields of `Times`, the places in time of the clock's table.
         network: the network's own configuration as it was saved.
         hashes: SHA-256, checked at load: "tensors": of all that are saved; "settings": of the rest
@@ -178,10 +180,8 @@ class QuantempoConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
         found = {**self.__dict__, "quant_method": self.quant_method.value}
-        if not self.reasons:
-            # Unknown to earlier versions, which read all but a scale for every token.
-            del found["reasons"]
-        return found
+        # Unknown to earlier versions, which read all but a scale for every token, 8-bit attention.
+        return {k: v for k, v in found.items() if v or k not in ("reasons", "attention_errors")}
 
     # What diffusers logs.
     to_diff_dict = to_dict
@@ -230,6 +230,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
             config.check_network(model.config)
             plans = config.plans(model)
             check_plans(model, plans)
+            if errors := config.attention_errors:
+                mark_attention(model, errors, config.recipe["attention"]["max_error"])
         times = check_times(config.times)
         table = torch.zeros(times.count, dtype=torch.int64)
         clock = install_clock(model, table, times)

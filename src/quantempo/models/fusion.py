@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 from torch import nn
 
-__all__ = ["Conv", "Need", "Parts", "drops", "find_parts", "matches", "needs", "no"]
+__all__ = ["Conv", "Need", "Parts", "attending", "drops", "find_parts", "matches", "needs", "no"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ def find_parts(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, Parts | st
             found = match(module)
             if found is not None:
                 yield name, module, found if isinstance(found, str) else kind(name, module, *found)
+
+
+def attending(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by name whose attention a fused block over one sequence runs itself."""
+    found: set[Any] = set()
+    for _, _, parts in find_parts(denoiser):
+        every = [a for s in getattr(parts, "streams", ()) for a in s.attentions]
+        found |= {a.module for a in [*every, *getattr(parts, "projections", ())]}
+    return {name: module for name, module in denoiser.named_modules() if module in found}
 
 
 def no(*checks: tuple[bool, str]) -> str | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
@@ -19,14 +19,13 @@ from diffusers.models.normalization import (
 from diffusers.models.transformers import transformer_flux as flux
 from diffusers.models.transformers import transformer_qwenimage as qwen
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quantempo.models.fusion import Linear, MaybeLinear, Parallel, Parts, drops, matches, no
 from quantempo.models.fusion_transformer import AttentionParts, activation_of, heads_of
 
 __all__ = [
     "NOT_MLP", "FluxDoubleParts", "FluxSingleParts", "JointBlockParts", "JointParts",
-    "QwenParts", "StreamParts",
+    "QwenParts", "StreamParts", "by_default",
 ]  # fmt: skip
 
 
@@ -63,9 +62,8 @@ class JointParts(Parts):
     modulations: tuple[nn.Module, ...]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(dim)) v, all (B, T, heads, dim)."""
-        heads = (y.transpose(1, 2) for y in (q, k, v))
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block."""
+        return softmax_v(self.module.attn.processor, q, k, v)
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,6 @@ class FluxParts(JointParts):
         """Return (text, temb, rotary embedding), None with arguments for processors."""
         plain = not joint_attention_kwargs and _is_plain(self.module.attn)
         return (encoder_hidden_states, temb, image_rotary_emb) if plain else None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(dim)) v by the backend that was chosen for the block."""
-        return softmax_v(self.module.attn.processor, q, k, v)
 
 
 @dataclass(frozen=True)
@@ -162,9 +156,18 @@ def _is_sd3(attention: Any) -> bool:
 
 def softmax_v(processor: Any, q: Tensor, k: Tensor, v: Tensor, alone: bool = True) -> Tensor:
     """Return `attend` by the backend of a processor; alone: q, k and v are of the same tokens."""
-    backend, parallel = processor._attention_backend, processor._parallel_config if alone else None
-    y: Tensor = dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel)
+    backend = getattr(processor, "_attention_backend", "native")
+    parallel = getattr(processor, "_parallel_config", None) if alone else None
+    y: Tensor = dispatch.dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel)
     return y
+
+
+def by_default(attention: Any) -> bool:
+    """Return whether no one has chosen how an attention is computed: a backend, several devices."""
+    processor = attention.processor
+    own = [getattr(processor, name, None) for name in ("_attention_backend", "_parallel_config")]
+    active, _ = dispatch._AttentionBackendRegistry.get_active_backend()
+    return own == [None, None] and active == dispatch.AttentionBackendName.NATIVE
 
 
 def is_mlp(layer: Any) -> bool:
@@ -259,6 +262,6 @@ def _single(block: Any) -> tuple[Any, ...] | str:
         (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
     ) or (
         (b.norm.linear,),
-        (AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k),),
+        (AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, module=a),),
         b.norm.norm, b.proj_mlp, b.proj_out,
     )  # fmt: skip

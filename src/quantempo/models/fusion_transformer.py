@@ -27,7 +27,7 @@ MODULATED = ("ada_norm_zero", "ada_norm_single")
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """out(attention(norm_q(q(x)), norm_k(k(x)), v(x))); norms are RMSNorms or None, out may be."""
+    """out(attention(norm_q(q(x)), norm_k(k(x)), v(x))) of a module; norms are RMSNorms or None."""
 
     q: Linear
     k: Linear
@@ -36,6 +36,7 @@ class AttentionParts:
     norm_q: Any = None
     norm_k: Any = None
     out: MaybeLinear = None
+    module: Any = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,6 @@ def heads_of(a: Any, text: bool = False) -> AttentionParts:
     if text:
         norms = (a.norm_added_q, a.norm_added_k)
         return AttentionParts(
-            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out
+            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out, a
         )
-    return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0])
+    return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0], a)

@@ -64,8 +64,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30,
     }),
 }  # fmt: skip
-# Of which there is no room for copies in float32.
-LARGE = ("flux", "sd35-large")
+# Of which there is no room for copies in float32, or whose search takes minutes.
+LARGE = ("flux", "sd35-large", "wan-1.3b")
 
 
 def check_preset(name: str) -> None:

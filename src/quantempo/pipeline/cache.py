@@ -66,6 +66,8 @@ class Cache:
             settings |= {section: asdict(getattr(self.recipe, section)) for section in sections}
             if name == stage:
                 break
+        if (limit := self.recipe.attention.max_error) and stage != "trace":
+            settings["attention"] = True if stage == "calibrate" else limit
         if stage == "calibrate":
             # Statistics are of the float model: the same for any bits, and what stays in float.
             del settings["layers"]["bits"], settings["layers"]["float_macs"]

@@ -19,6 +19,7 @@ from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import LayerPlan, QLayer, find_clock, quantized_layers
+from quantempo.quantized.attention import marked_attention
 
 __all__ = [
     "describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits", "measured_rows",
@@ -76,8 +77,18 @@ def layer_rows(
                 row |= {"scale_min": float(least), "scale_max": float(most)}
         rows.append(row)
     row = _row(ATTENTION_MATMULS, "matmul", "attention", macs.get(ATTENTION_MATMULS, 0))
-    row["reason"] = "product of two activations: softmax and its neighbours stay in float"
+    row["reason"] = _attention_reason(denoiser)
     return [*rows, row]
+
+
+def _attention_reason(denoiser: nn.Module) -> str:
+    """Return why attention is in float, or of how many modules it is in 8 bits on a GPU."""
+    if not (found := marked_attention(denoiser)):
+        return "product of two activations: softmax and its neighbours stay in float"
+    eight = [error for error, chosen in found.values() if chosen]
+    left = [f"; not {name}: {error:.2%}" for name, (error, chosen) in found.items() if not chosen]
+    known = f"{len(eight)} of {len(found)} in 8 bits where engine triton can, error"
+    return f"{known} up to {max(eight, default=0):.2%}{''.join(left)}"
 
 
 def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.calibration.statistics import collect_statistics, measure_roles
+from quantempo.calibration.statistics import attention_errors, collect_statistics, measure_roles
 from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
@@ -34,6 +34,7 @@ from quantempo.quantized import (
     quantized_layers,
     swap_layers,
 )
+from quantempo.quantized.attention import mark_attention
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_denoiser
 from quantempo.scales import MEAN_METRICS, LayerScales, make_metric, search_scales
@@ -45,6 +46,7 @@ __all__ = [
 
 # Times its share of the work that a layer's share of the error has to be, to stay in float.
 WORTH = 3
+_COST = ".attention_error"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Quantized:
 
     recipe: it was made by; plans: one for each Conv2d and Linear; scales: of each int8 layer;
     codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each place
-    of `times`; biases: (O,) float32 of layers whose bias the rounding changed.
+    of `times`; biases: (O,) float32 of layers whose bias the rounding changed; attention: errors.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class Quantized:
     bucket_of: Tensor
     times: Times | None = None
     biases: dict[str, Tensor] = field(default_factory=dict)
+    attention: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -86,7 +89,8 @@ class Quantized:
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
             for p in _settled(plans, scales, recipe)
         ]
-        return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases)
+        errors = {k.removesuffix(_COST): float(v) for k, v in scales.items() if k.endswith(_COST)}
+        return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors)
 
     @torch.no_grad()
     def install(self, denoiser: nn.Module, *, copy: bool = False) -> nn.Module:
@@ -106,6 +110,8 @@ class Quantized:
         floats = {p.name: denoiser.get_submodule(p.name) for p in self.plans if p.kind != "float"}
         clock = install_clock(denoiser, self.bucket_of.to(device), self.times)
         swap_layers(denoiser, self.plans, clock)
+        if self.attention:
+            mark_attention(denoiser, self.attention, self.recipe.attention.max_error)
         for name, layer in floats.items():
             self._fill(name, denoiser.get_submodule(name), layer)
         return denoiser
@@ -159,15 +165,18 @@ def calibrate(
     how = recipe.activations
     tokens = None if how.granularity == "time" else make_metric(how.metric, how.p)
     inputs = {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
-    return collect_statistics(denoiser, inputs, data, tokens=tokens)
+    errors = attention_errors(denoiser, data) if recipe.attention.max_error else {}
+    found = collect_statistics(denoiser, inputs, data, tokens=tokens)
+    return found | {f"{name}{_COST}": torch.tensor(error) for name, error in errors.items()}
 
 
 def search(
     denoiser: nn.Module, statistics: Mapping[str, Tensor], plans: list[LayerPlan], recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Return the scales of all integer layers, see `search_scales`."""
+    """Return the scales of all integer layers, see `search_scales`, and errors of attentions."""
     weights = _weights(denoiser, plans)
-    return search_scales(statistics, weights, recipe, bits=bits_of(plans))
+    scales = search_scales(statistics, weights, recipe, bits=bits_of(plans))
+    return scales | {k: v for k, v in statistics.items() if k.endswith(_COST)}
 
 
 def keep_costly(

@@ -154,6 +154,7 @@ def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
     config = QuantempoConfig.of(
         found.recipe, found.plans, times=data.times, source_sha256=session.model["sha256"],
     )  # fmt: skip
+    config.attention_errors = found.attention  # type: ignore[attr-defined]
     mark_quantized(packed, config)
     return packed, rows
 

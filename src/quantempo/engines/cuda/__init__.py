@@ -17,6 +17,7 @@ from quantempo.errors import log
 from quantempo.kernels import ops
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers, weight_only_layers
+from quantempo.quantized.attention import attentions, eight_bit
 
 __all__ = ["dit", "joint", "transformer", "unet"]
 
@@ -59,12 +60,19 @@ class _TritonEngine(LayerwiseEngine):
         try:
             copied, kind = float32_copy(denoiser), type(denoiser)
             names = [*layers, *fused_modules(denoiser)]
+            dtype = next(x.dtype for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
+
+            def attend(name: str, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
+                inside = any(f"{name}.".startswith(f"{block}.") for block in names[len(layers) :])
+                own = inside and eight_bit(denoiser.get_submodule(name), q, k, dtype)
+                return ops.attention.exact(q, k, v) if own else y
 
             def run(network: nn.Module, rounded: bool, given: Any) -> Any:
                 network.get_submodule(CLOCK_NAME).call.bucket = clock.now
                 for _, layer in quantized_layers(network):
                     layer.kernel = partial(once, layer, rounded)
-                return kind.forward(network, *given[0], **given[1])
+                with attentions(network, attend):
+                    return kind.forward(network, *given[0], **given[1])
 
             with (
                 hooked({name: copied.get_submodule(name) for name in names}, see),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared, last
 from quantempo.engines.cuda.constants import FLOATS, constants_of
-from quantempo.engines.cuda.joint import SharedModulations, Stream, add, encode
+from quantempo.engines.cuda.joint import SharedModulations, Stream, add, attended, encode
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
@@ -121,7 +121,7 @@ class FusedModulatedBlock(GpuBlock):
             tables = [table[0, :, 0].float().contiguous() for table in rotary]
             pair, none = ([q.flatten(2)], [k.flatten(2)]), [None, None]
             q, k, _ = ops.join_heads(*pair, [], none, [-1.0, -1.0], tables, heads.heads)
-        y = attend(q, k, v, cross=False, mask=None)
+        y = attended(heads, q, k, v, lambda *own: attend(*own, cross=False, mask=None))
         x = stream.add(x, [y.flatten(2)], given)
         for cross in self.attentions:
             y = attend(*cross.heads(x, context), cross=True, mask=mask).flatten(2)

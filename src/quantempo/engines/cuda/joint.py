@@ -26,9 +26,11 @@ from quantempo.models.fusion_joint import (
 )
 from quantempo.models.fusion_transformer import AttentionParts
 from quantempo.quantized import WeightOnlyLinear
+from quantempo.quantized.attention import eight_bit
 
 __all__ = [
-    "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "encode", "joined",
+    "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "attended", "encode",
+    "joined",
 ]  # fmt: skip
 
 # Codes of one segment as `LayerConstants.gemm` reads them: "codes", and "rows" of scales by token.
@@ -131,6 +133,11 @@ class _Projections(Prepared):
         return found
 
 
+def attended(parts: AttentionParts, q: Tensor, k: Tensor, v: Tensor, otherwise: Any) -> Any:
+    """Return the attention (B, T, heads, dim): in 8 bits if chosen, else of `otherwise`."""
+    return (ops.attention8 if eight_bit(parts.module, q, k) else otherwise)(q, k, v)
+
+
 def _attended(parts: JointParts, streams: Any, every: Any, rotary: Any = None) -> Tensor:
     """Return the attention (B, T, C) of one sequence; every: q, k and v of each stream."""
     norms = [norm for s in streams for norm in (s.norm_q, s.norm_k)]
@@ -140,8 +147,8 @@ def _attended(parts: JointParts, streams: Any, every: Any, rotary: Any = None) -
     eps = [-1.0 if n is None else least if n.eps is None else n.eps for n in norms]
     tables = [y.to(q[0].device, torch.float32).contiguous() for y in rotary or ()]
     # Values of one stream are read where their product has written them.
-    asked, keys, values = ops.join_heads(q, k, v if v[1:] else [], weights, eps, tables, heads)
-    return parts.attend(asked, keys, values if v[1:] else every[0][2]).flatten(2)
+    asked, keys, own = ops.join_heads(q, k, v if v[1:] else [], weights, eps, tables, heads)
+    return attended(streams[0], asked, keys, own if v[1:] else every[0][2], parts.attend).flatten(2)
 
 
 def _finite(x: Tensor) -> Tensor:

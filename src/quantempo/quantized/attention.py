@@ -1,0 +1,93 @@
+"""Attention in 8 bits (`kernels.ops.attention8`): its error on inputs, which modules may run it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from quantempo.core.instance import keep
+from quantempo.kernels.ops import attention
+from quantempo.models.fusion import attending
+from quantempo.models.layers import hooked
+
+__all__ = ["attentions", "eight_bit", "mark_attention", "marked_attention", "measured_attention"]
+
+# Tokens from which the kernel is faster than torch's attention.
+LEAST = 2048
+_MARK = "_quantempo_attention"
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def mark_attention(denoiser: nn.Module, errors: Mapping[str, float], most: float) -> None:
+    """Note in the modules what 8 bits cost them; those of at most `most` may run so."""
+    for name, error in errors.items():
+        keep(denoiser.get_submodule(name), _MARK, (error, error <= most))
+
+
+def marked_attention(denoiser: nn.Module) -> dict[str, tuple[float, bool]]:
+    """Return for each measured module its error, and whether it may run in 8 bits."""
+    return {n: getattr(m, _MARK) for n, m in denoiser.named_modules() if hasattr(m, _MARK)}
+
+
+def eight_bit(module: Any, q: Tensor, k: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether a module runs an attention in 8 bits; dtype: where it is not that of q."""
+    # Not above: this module is imported while diffusers itself is.
+    from quantempo.models.fusion_joint import by_default
+
+    chosen = getattr(module, _MARK, (0.0, False))[1] and _is_long(q, k) and by_default(module)
+    return chosen and _supported(q.device, q.shape[3], dtype or q.dtype)
+
+
+def _is_long(q: Tensor, k: Tensor) -> bool:
+    return q.shape == k.shape and q.shape[1] >= LEAST and q.shape[3] in attention.DIMS
+
+
+@torch.compiler.assume_constant_result
+def _supported(device: torch.device, dim: int, dtype: torch.dtype) -> bool:
+    return attention.supported(device, dim, dtype)
+
+
+@contextmanager
+def attentions(denoiser: nn.Module, see: Callable[..., Tensor]) -> Iterator[None]:
+    """Let y = see(name, q, k, v, y), all (B, T, heads, dim), at the long attentions of modules."""
+    running: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if func is F.scaled_dot_product_attention and running:
+                given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+                q, k, v = (given.pop(name).transpose(-3, -2) for name in _ARGUMENTS[:3])
+                # A mask, dropout, a causal one, another scale, shared keys.
+                odd = any(isinstance(value, Tensor) or value for value in given.values())
+                if not odd and q.ndim == 4 and _is_long(q, k):
+                    y = see(running[-1], q, k, v, y.transpose(1, 2)).transpose(1, 2)
+            return y
+
+    modules = attending(denoiser)
+    enter = hooked(modules, lambda name, *_: running.append(name), before=True)
+    with enter, hooked(modules, lambda *_: running.pop()), Mode():
+        yield
+
+
+@contextmanager
+def measured_attention(denoiser: nn.Module) -> Iterator[dict[str, float]]:
+    """Yield max over images of |y8 - y| / |y| by the name of each module with long attention."""
+    errors: dict[str, float] = {}
+
+    def see(name: str, *every: Tensor) -> Tensor:
+        for q, k, v, y in zip(*(x.split(1) for x in every), strict=True):
+            far = (attention.exact(q, k, v).float() - y).norm() / y.float().norm()
+            # 0 / 0: no value is anything but 0.
+            far = far.nan_to_num(torch.inf if y.any() else 0.0)
+            errors[name] = max(errors.get(name, 0.0), float(far))
+        return every[3]
+
+    with attentions(denoiser, see):
+        yield errors
