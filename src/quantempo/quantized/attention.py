@@ -16,8 +16,8 @@ from quantempo.models.layers import hooked
 
 __all__ = ["attentions", "eight_bit", "mark_attention", "marked_attention", "measured_attention"]
 
-# Tokens from which the kernel is faster than torch's attention.
-LEAST = 2048
+# Tokens from which the kernel is faster than torch's attention (at 2048 it takes 1.09 the time).
+LEAST = 4096
 _MARK = "_quantempo_attention"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 

@@ -68,7 +68,8 @@ def _decoded(x: Tensor, shared: tuple[int, ...]) -> Tensor:
     # Of float32 torch on a GPU multiplies by 1 / 127 instead.
     scale = (x.abs().amax(shared, keepdim=True).double() / 127).float().clamp(min=SMALLEST_SCALE)
     scale = scale.where(scale.isfinite(), torch.nan)
-    return (x * scale.reciprocal()).round().double() * scale.double()
+    # Rounded once, as by a fused multiply-add: ties are frequent in half precision.
+    return (x.double() * scale.reciprocal().double()).round() * scale.double()
 
 
 def decoded_keys(k: Tensor) -> Tensor:
