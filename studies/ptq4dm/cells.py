@@ -221,6 +221,8 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
     if full["layers"]["bits"]:
         values["layers"]["bits"] = full["layers"]["bits"]
     plain = rounding.name == "nearest" and not rounding.bias
+    if not rounding.correct:
+        del full["rounding"]["correct"]
     values["rounding"] = {"name": "nearest"} if plain else full["rounding"]
     return values
 

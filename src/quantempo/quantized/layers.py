@@ -133,6 +133,9 @@ class QLayer(nn.Module):
 
         Where it has groups, `weight_group` says which codes there are: fill it first.
         """
+        if self.aside is not None:
+            # Else what is set aside would come back in place of these.
+            self.release()
         codes = codes.to(self.weight_int.device).reshape(self.weight_shape)
         self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None

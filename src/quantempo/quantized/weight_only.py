@@ -48,7 +48,7 @@ class WeightOnlyLinear(StoredLinear):
             return nn.functional.linear(input.float(), self.weight, bias).to(input.dtype)
         rows = input.reshape(-1, self.in_features).contiguous()
         y = self.kernel(rows, self.weight_int, self.weight_scale.float(), bias)
-        return y.view(*input.shape[:-1], -1)
+        return y.view(*input.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what an engine set."""

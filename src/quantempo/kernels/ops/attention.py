@@ -84,8 +84,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q8, k8 = _decoded(q, (3,)) / math.sqrt(max(q.shape[3], 1)), decoded_keys(k)
     for i in range(q.shape[0]):
         for j in range(q.shape[2]):
-            weights = (q8[i, :, j] @ k8[i, :, j].T).softmax(1)
-            y[i, :, j] = weights @ v[i, :, j].double()
+            # Some queries at a time: of long sequences the weights alone are tens of gigabytes.
+            for rows, asked in zip(y[i, :, j].split(1024), q8[i, :, j].split(1024), strict=True):
+                rows.copy_((asked @ k8[i, :, j].T).softmax(1) @ v[i, :, j].double())
     return y
 
 
