@@ -271,7 +271,7 @@ def joint(text: int, image: int, heads: int, dim: int) -> Case:
 
 
 def attention(tokens: int, heads: int, dim: int) -> Case:
-    """Return attention of one image's bfloat16 heads with 8-bit scores, from 2000 tokens on."""
+    """Return attention of one image's bfloat16 heads, queries and keys in 8 bits."""
 
     def make(device: torch.device) -> Given:
         return {name: _floats(1, tokens, heads, dim, device=device) for name in "qkv"}
