@@ -172,9 +172,8 @@ class Recipe:
     def load(cls, source: str | Path) -> Self:
         """Read a recipe: the name of a shipped one ("w8a8") or the path of a TOML file.
 
-        Raises:
-            QuantempoError: no such file or name, TOML that does not parse, an unknown key (with
-                the nearest known one), a value of the wrong type or out of range.
+        Raises QuantempoError: no such file or name, TOML that does not parse, an unknown key (with
+        the nearest known one), a value of the wrong type or out of range.
         """
         shipped = files("quantempo") / "recipes"
         names = sorted(item.name[:-5] for item in shipped.iterdir() if item.name.endswith(".toml"))
@@ -231,8 +230,7 @@ class Recipe:
 def parse_bits(text: str, where: str) -> tuple[int, int]:
     """Return (weight bits, activation bits) of a text like "w4a8".
 
-    Raises:
-        QuantempoError: another form, or bits out of 2 to 8.
+    Raises QuantempoError: another form, or bits out of 2 to 8.
     """
     found = re.fullmatch(r"w([2-8])a([2-8])", text) if isinstance(text, str) else None
     if found is None:

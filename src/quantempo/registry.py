@@ -29,8 +29,7 @@ def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
 class Registry(Generic[T]):
     """Map names that a recipe may use to the objects they stand for.
 
-    Args:
-        kind: what is registered, in the words an error message should use ("metric").
+    kind: what is registered, in the words an error message should use ("metric").
     """
 
     def __init__(self, kind: str) -> None:
@@ -51,8 +50,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """Return the entry called `name`.
 
-        Raises:
-            QuantempoError: unknown name; the message lists the known ones and the nearest.
+        Raises QuantempoError: unknown name; the message lists the known ones and the nearest.
         """
         check_known([name], self._entries, f"unknown {self.kind}")
         return self._entries[name]

@@ -65,8 +65,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     An existing folder at `path` is moved aside first and deleted only after the rename.
 
-    Raises:
-        QuantempoError: the disk is full or the place cannot be written.
+    Raises QuantempoError: the disk is full or the place cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +168,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def canonical(value: Any) -> Any:
     """Return settings as JSON types: tensors, pictures by hash; numbers JSON lacks as text.
 
-    Raises:
-        TypeError: a value that is none of numbers, text, tensors, arrays, pictures and containers.
+    Raises TypeError: a value that is none of numbers, text, tensors, arrays, pictures and
+    containers.
     """
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
@@ -200,8 +199,7 @@ def hash_of(value: Any) -> str:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the string metadata of a safetensors file.
 
-    Raises:
-        QuantempoError: the file is missing, truncated or not safetensors.
+    Raises QuantempoError: the file is missing, truncated or not safetensors.
     """
     if not path.is_file():
         raise QuantempoError(f"no file {path}; run the stage that writes it first")
@@ -272,8 +270,7 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """Return the JSON artefact `name`.
 
-        Raises:
-            QuantempoError: missing or damaged.
+        Raises QuantempoError: missing or damaged.
         """
         path = self.path / name
         if not path.is_file():

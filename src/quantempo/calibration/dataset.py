@@ -158,9 +158,8 @@ class MemorySet(CalibrationData):
         Their numbers of rows must differ, which tells what has an entry a row from what is shared;
         without further tensors they need not. Several entries of one row lie side by side.
 
-        Raises:
-            QuantempoError: no calls, calls of as many rows each, or arguments that change otherwise
-                than by their rows.
+        Raises QuantempoError: no calls, calls of as many rows each, or arguments that change
+        otherwise than by their rows.
         """
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:
@@ -188,8 +187,7 @@ class TraceSet(CalibrationData):
 
     Rows are ordered by chunk, arguments that can be joined, chain, pick, half (of guidance).
 
-    Raises:
-        QuantempoError: the trace is missing, unfinished or damaged.
+    Raises QuantempoError: the trace is missing, unfinished or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:

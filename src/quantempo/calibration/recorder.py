@@ -47,8 +47,7 @@ def probe(
     prompt of the first, so that no length that follows the longest caption changes. The network
     itself runs at the first call only.
 
-    Raises:
-        QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
+    Raises QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
     runs, forward, times = [], denoiser.forward, list[Tensor]()
     count, law = len(places), Law()
@@ -115,8 +114,7 @@ class Recorder:
         targets: (b, k) places in time, the targets of each chain.
         seed: decides between calls at the same time.
 
-    Attributes:
-        calls: how often the denoiser was called.
+    calls: how often the denoiser was called.
     """
 
     def __init__(

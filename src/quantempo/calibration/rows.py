@@ -86,8 +86,7 @@ def measure(small: Any, large: Any, index: Tensor, rows: int, path: str = "") ->
 
     Nothing but the number of rows may change a shape.
 
-    Raises:
-        QuantempoError: a value that changes otherwise than by whole rows.
+    Raises QuantempoError: a value that changes otherwise than by whole rows.
     """
     few, many = _sizes(small), _sizes(large)
     same = type(small) is type(large) and len(few) == len(many)
@@ -154,8 +153,7 @@ def join(law: Law, values: Sequence[Any]) -> Any:
 def alike(law: Law, value: Any, rows: int) -> list[tuple[str, Tensor]]:
     """Return the rows (k,) of a call by a hash of all else, their shapes too: equal, they join.
 
-    Raises:
-        UnmeasuredError: a tensor that was not measured, or whose rows are elsewhere.
+    Raises UnmeasuredError: a tensor that was not measured, or whose rows are elsewhere.
     """
     found: list[Any] = []
     shapes: list[list[Any]] = [[] for _ in range(rows)]
@@ -252,8 +250,7 @@ def laws(
 def dump(value: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
     """Return a nested value in JSON types, its tensors in `tensors` under names that begin so.
 
-    Raises:
-        QuantempoError: it holds something else than tensors, numbers, text and containers.
+    Raises QuantempoError: it holds something else than tensors, numbers, text and containers.
     """
     leaves, tree = pytree.tree_flatten_with_path(value)
     found = []

@@ -56,9 +56,8 @@ SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
 def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
     """Refuse a source that does not fit, before the pipeline runs.
 
-    Raises:
-        QuantempoError: unknown name, images missing or of the wrong shape, a pipeline whose x_t
-            is no image, or a scheduler without abar_t.
+    Raises QuantempoError: unknown name, images missing or of the wrong shape, a pipeline whose x_t
+    is no image, or a scheduler without abar_t.
     """
     chosen = SOURCES.get(source)
     if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
@@ -122,8 +121,7 @@ def replace_rows(
         images: (m, H, W, C) uint8.
         seed: of the trace; the same seed and chain give the same bits.
 
-    Raises:
-        QuantempoError: images of another shape than x_t.
+    Raises QuantempoError: images of another shape than x_t.
     """
     chosen, x_t = SOURCES.get(source), rows["x_t"]
     if chosen.make is None:

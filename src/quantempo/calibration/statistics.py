@@ -54,13 +54,10 @@ def collect_statistics(
     `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms;
     with `tokens`, `NAME.token_error` (S, 7) of each linear layer.
 
-    Args:
-        denoiser: float, left as it was.
-        inputs: layer name -> input channels of its segments, () for one.
-        tokens: a metric of what a scale for each token costs, see `TokenError`.
+    denoiser: float, left as it was; inputs: layer name -> input channels of its segments, () for
+    one; tokens: a metric of what a scale for each token costs, see `TokenError`.
 
-    Raises:
-        QuantempoError: NaN in an activation, or a layer that no row reaches.
+    Raises QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
     timed = _timed(denoiser, inputs, data)

@@ -41,12 +41,10 @@ TIME_SAMPLERS: Registry[type] = Registry("time sampler")
 def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> TimeSampler:
     """Make the timestep distribution a recipe names.
 
-    Args:
-        args: its parameters as fractions of num_steps; the others keep their defaults.
+    args: its parameters as fractions of num_steps; the others keep their defaults.
 
-    Raises:
-        QuantempoError: unknown name or parameter (the nearest one is named), or a parameter that
-            is not a number or out of its range.
+    Raises QuantempoError: unknown name or parameter (the nearest one is named), or a parameter that
+    is not a number or out of its range.
     """
     kind = TIME_SAMPLERS.get(name)
     known = [parameter.name for parameter in fields(kind)]

@@ -86,10 +86,9 @@ def trace(
         progress: draw a bar on stderr; None: only on a terminal.
         needed: refuse a denoiser that is never called; else its set is empty.
 
-    Raises:
-        QuantempoError: the folder holds a trace with other settings or of another model, the
-            denoiser is called in a way that cannot be recorded, or the source does not fit the
-            pipeline or the images.
+    Raises QuantempoError: the folder holds a trace with other settings or of another model, the
+    denoiser is called in a way that cannot be recorded, or the source does not fit the pipeline or
+    the images.
     """
     call = dict(call or {})
     check_source(source, pipe, denoiser, images)
@@ -106,8 +105,7 @@ def trace(
 def check_settings(settings: TraceSettings, data: str | None) -> None:
     """Refuse settings that name nothing known, or images that are not given.
 
-    Raises:
-        QuantempoError: see `make_time_sampler`; a source that needs a folder of images.
+    Raises QuantempoError: see `make_time_sampler`; a source that needs a folder of images.
     """
     make_time_sampler(settings.time_sampler, settings.time_sampler_args)
     if SOURCES.get(settings.source).needs_images and data is None:
@@ -202,8 +200,7 @@ def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed
     The draws are sorted and dealt like cards: each chain gets times from all over it, and
     the same index twice only if more than `chains` draws fell on it.
 
-    Returns:
-        (chains, picks) int64 in [0, steps), ascending along picks.
+    Returns (chains, picks) int64 in [0, steps), ascending along picks.
     """
     # Not the generator of chain 0, whose numbers become its noise.
     generator = Generator().manual_seed(seed ^ 0x5EED_7157)

@@ -95,8 +95,7 @@ def call_arguments(
 ) -> dict[str, Any]:
     """Return the extra arguments of the pipeline's call: of the file, then --set, then options.
 
-    Raises:
-        QuantempoError: no such file, an empty one, or labels that are no integers.
+    Raises QuantempoError: no such file, an empty one, or labels that are no integers.
     """
     from quantempo.pipeline.arguments import read_arguments, read_text
 

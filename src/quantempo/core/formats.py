@@ -67,13 +67,10 @@ class Format:
     signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1; unsigned: qmin = 0, qmax = 2^b - 1. A weight is
     stored row by row, one row an output channel: up to 4 bits two codes a byte, else one.
 
-    Args:
-        bits: width b, 2 to 8.
-        symmetric: the zero point is fixed: 0 if signed, 2^(b-1) if unsigned.
-        narrow: drop the most negative code, so that the range is symmetric about 0 (signed only).
+    bits: width b, 2 to 8; symmetric: the zero point is fixed: 0 if signed, 2^(b-1) if unsigned;
+    narrow: drop the most negative code, so that the range is symmetric about 0 (signed only).
 
-    Raises:
-        QuantempoError: bits out of range, or narrow without signed.
+    Raises QuantempoError: bits out of range, or narrow without signed.
     """
 
     bits: int = 8
@@ -137,8 +134,7 @@ class Format:
     def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
         """Return codes (O, ...) as stored: two a byte, the even index low, or as is.
 
-        Raises:
-            QuantempoError: they are not integers of this range.
+        Raises QuantempoError: they are not integers of this range.
         """
         self._check(codes)
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
@@ -184,9 +180,7 @@ class GroupFormat(Format):
     with P positions `encode` stores q, uint8 (O, P, ceil(I/2)), two a byte along I, the even one
     low. Beside them lie the groups: bytes (s - 1) << 4 | z, uint8 (O, P, ceil(I / group)).
 
-    Args:
-        bits: of q, 2 to 4.
-        group: input channels that share a byte, of GROUPS.
+    bits: of q, 2 to 4; group: input channels that share a byte, of GROUPS.
     """
 
     signed: bool = True
@@ -234,8 +228,7 @@ class GroupFormat(Format):
     def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
         """Return the q of codes w8 (O, I, ...) as stored.
 
-        Raises:
-            QuantempoError: codes beyond 127, or that (q - z) s does not reach.
+        Raises QuantempoError: codes beyond 127, or that (q - z) s does not reach.
         """
         assert groups is not None
         self._check(codes)
@@ -292,8 +285,7 @@ def _unpack(packed: Tensor, length: int) -> Tensor:
 def unpack_int12(high: Tensor, low: Tensor) -> Tensor:
     """Return the int16 codes 16 * high + low, of weights in checkpoints of format 2.
 
-    Args:
-        high: (..., L) int8; low: (..., ceil(L/2)) uint8, four bits a code, the even index low.
+    high: (..., L) int8; low: (..., ceil(L/2)) uint8, four bits a code, the even index low.
     """
     return (high.to(torch.int16) << 4) + _unpack(low, high.shape[-1]).to(torch.int16)
 

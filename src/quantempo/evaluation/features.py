@@ -78,8 +78,7 @@ def load_extractor(
     `weights` is its file, None for the one that ships with the extractor; `sha256` the hash
     expected of it, whole or at least 8 digits, None for that of the published file.
 
-    Raises:
-        QuantempoError: unknown name, a package or the file is missing, the hash differs.
+    Raises QuantempoError: unknown name, a package or the file is missing, the hash differs.
     """
     found = EXTRACTORS.get(name)(None if weights is None else Path(weights), sha256)
     if isinstance(found.network, nn.Module):

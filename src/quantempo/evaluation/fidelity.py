@@ -66,9 +66,7 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
     channels, in float64, `batch` pairs at a time. Takes (n, H, W, C) uint8, returns (n,) float64.
 
-    Raises:
-        QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
-
+    Raises QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
         2004, https://doi.org/10.1109/TIP.2003.819861
     """
@@ -171,9 +169,7 @@ def eps_sqnr(
 
     Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
 
-    Raises:
-        QuantempoError: no batch, outputs of different shapes, not finite, or all zero in float.
-
+    Raises QuantempoError: no batch, outputs of different shapes, not finite, or all zero in float.
     Error: sums in float64; relative error of each power below 1e-12.
     """
     if bins is not None and (len(bins) < 2 or any(b <= a for a, b in pairwise(bins))):

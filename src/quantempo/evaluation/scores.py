@@ -35,8 +35,7 @@ _PARTS, IMAGES_PER_PART = 4, 8
 def import_torchmetrics(module: str) -> Any:
     """Import a module of torchmetrics.
 
-    Raises:
-        QuantempoError: it is missing, or it stumbles over a torchvision built for another torch.
+    Raises QuantempoError: it is missing, or it stumbles over a torchvision built for another torch.
     """
     try:
         return importlib.import_module(module)
@@ -192,8 +191,7 @@ def spread_over_parts(
     Image i goes to part i mod `parts`, so equal seeds of two models meet in equal parts. Scores of
     n / parts images are more biased and more scattered than those of n: compare parts with parts.
 
-    Raises:
-        QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
+    Raises QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
     """
     if parts < 3 or len(features) // parts < 2:
         raise QuantempoError(
@@ -242,8 +240,8 @@ def load_images(
     antialiased) and counted; None: all must have one size. `limit` takes that many, spread evenly
     over the sorted list (classes in subfolders stay balanced).
 
-    Raises:
-        QuantempoError: no such folder, no images in it, one that cannot be read, different sizes.
+    Raises QuantempoError: no such folder, no images in it, one that cannot be read, different
+    sizes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

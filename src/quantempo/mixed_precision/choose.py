@@ -42,9 +42,8 @@ def choose_bits(
             activations if bytes are the only budget.
         rollout: of `measure`; by default those of `sensitivity.json` where there is one.
 
-    Raises:
-        QuantempoError: no budget, one that cannot be met (before anything is measured), later
-            stages of other bits without `force`, or see `measure`.
+    Raises QuantempoError: no budget, one that cannot be met (before anything is measured), later
+    stages of other bits without `force`, or see `measure`.
     """
     budgets, options, base, request = _asked(session.recipe, budget_bytes, budget_bops, options)
     if not rollout and session.run.has(ARTEFACT):

@@ -45,10 +45,8 @@ def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) 
     The session's recipe says which layers are integer and how scales are searched, its bits do not
     matter; `rollout` are chains, steps and seed of `outline`.
 
-    Raises:
-        QuantempoError: an option that is none, no integer layer, a file of other settings without
-            `force`, or a loss that is not finite.
-
+    Raises QuantempoError: an option that is none, no integer layer, a file of other settings
+    without `force`, or a loss that is not finite.
     Error: the loss is exact for these chains; its spread over chains is not estimated.
     """
     table = outline(session, options, **rollout)

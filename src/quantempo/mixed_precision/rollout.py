@@ -26,8 +26,7 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
     Before any decoder and any clipping; (B, C, H, W), or twice the batch where the pipeline keeps
     the halves of guidance together to the end.
 
-    Raises:
-        QuantempoError: see `call_pipeline`; the pipeline did not step its scheduler.
+    Raises QuantempoError: see `call_pipeline`; the pipeline did not step its scheduler.
     """
     last = list[Any]()
 

@@ -181,8 +181,7 @@ def own_guidance(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
     """Refuse arguments the pipeline does not know, or that are decided elsewhere.
 
-    Raises:
-        QuantempoError: the first of them, and what to do.
+    Raises QuantempoError: the first of them, and what to do.
     """
     name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     choices = [key for key in known if key not in ("args", "kwargs") and key not in _RESERVED]

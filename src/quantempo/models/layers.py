@@ -84,8 +84,7 @@ def check_roles(names: tuple[str, ...]) -> None:
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     """Return (component name, module) of the network a pipeline calls at each step.
 
-    Raises:
-        QuantempoError: the pipeline has none of the known components.
+    Raises QuantempoError: the pipeline has none of the known components.
     """
     return next(iter(denoisers_of(pipe).items()))
 
@@ -93,8 +92,7 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return all networks a pipeline denoises with (two experts, a prior), the first one first.
 
-    Raises:
-        QuantempoError: the pipeline has none of the known components.
+    Raises QuantempoError: the pipeline has none of the known components.
     """
     parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -227,8 +225,7 @@ def bind_inputs(
     The time-step may come as a number or as a tensor of shape (), (1,), (B,) or (B, ...); it is
     repeated to (B, ...) and its value is not changed: integers become int64, Python floats float32.
 
-    Raises:
-        QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
+    Raises QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
     """
     # A compiled module hides the signature; an engine may have replaced `forward` on the instance.
     module = getattr(denoiser, "_orig_mod", denoiser)
@@ -309,8 +306,7 @@ def timestep_place(denoiser: Callable[..., Any]) -> tuple[str, int]:
 def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: tuple[str, int]) -> Any:
     """Return the time-step of a denoiser call as the pipeline passed it; see `timestep_place`.
 
-    Raises:
-        QuantempoError: there is none (some single-step networks are not conditioned on time).
+    Raises QuantempoError: there is none (some single-step networks are not conditioned on time).
     """
     name, index = place
     if name in kwargs:

@@ -49,9 +49,8 @@ def load_pipeline(
     `variant` names the weights ("fp16", "ema") of the components that have it; None: the plain
     ones, or the only variant of a component that has no plain ones. `revision` is of a hub name.
 
-    Raises:
-        QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
-            that does not fit its config, layers of a LoRA among its weights.
+    Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
+    that does not fit its config, layers of a LoRA among its weights.
     """
     if isinstance(dtype, str):
         check_known([dtype], _DTYPES, "unknown dtype")
@@ -90,8 +89,7 @@ def load_pipeline(
 def check_pipeline(pipe: Any) -> Any:
     """Return a pipeline in memory; refuse what is none, or cannot be quantized as it is.
 
-    Raises:
-        QuantempoError: no diffusers pipeline, a LoRA in it, or a denoiser that is not float32.
+    Raises QuantempoError: no diffusers pipeline, a LoRA in it, or a denoiser that is not float32.
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "save_pretrained"):
         raise QuantempoError(

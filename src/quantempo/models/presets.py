@@ -78,8 +78,7 @@ def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -
 
     They are float32, of LARGE ones bfloat16.
 
-    Raises:
-        QuantempoError: unknown name.
+    Raises QuantempoError: unknown name.
     """
     check_preset(name)
     import diffusers
@@ -110,8 +109,7 @@ def random_inputs(
     denoiser: one of diffusers, on its device; time: the training time-step of all rows, of 1000;
     seed: of the values, float32, which do not depend on the device.
 
-    Raises:
-        QuantempoError: a class whose arguments are not known here, or one that needs more.
+    Raises QuantempoError: a class whose arguments are not known here, or one that needs more.
     """
     kind = type(denoiser).__name__
     if kind not in _INPUTS:

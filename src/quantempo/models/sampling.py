@@ -55,9 +55,8 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     `pipe` itself is not changed. DDIMPipeline and DDPMPipeline, which work with their own
     schedulers only, give an UnconditionalPipeline.
 
-    Raises:
-        QuantempoError: unknown name or setting, or a model that this kind of scheduler cannot
-            sample from (a flow-matching model, for one).
+    Raises QuantempoError: unknown name or setting, or a model that this kind of scheduler cannot
+    sample from (a flow-matching model, for one).
     """
     import diffusers
 
@@ -129,10 +128,8 @@ def run_pipeline(
     Returns pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, round(255 x); other outputs
     (n, ...) float32.
 
-    Raises:
-        QuantempoError: the pipeline needs an argument it was not given, does not know one, fails
-            with those it has, does not fit its scheduler, or produced NaN.
-
+    Raises QuantempoError: the pipeline needs an argument it was not given, does not know one, fails
+    with those it has, does not fit its scheduler, or produced NaN.
     Error: the batch size changes the order of float sums, so an image may differ by one level
     in a pixel between batch sizes; the noise is the same bit for bit.
     """

@@ -33,8 +33,7 @@ _FILE = "call.safetensors"
 def read_text(path: Path, expected: str) -> str:
     """Return the text of a user's file, without a byte order mark.
 
-    Raises:
-        QuantempoError: no such file, or no text; `expected` says what it should hold.
+    Raises QuantempoError: no such file, or no text; `expected` says what it should hold.
     """
     if not os.path.isfile(path):
         raise QuantempoError(f"no file '{path}'; expected {expected}")
@@ -50,8 +49,7 @@ def read_arguments(file: Path | None, settings: Iterable[str]) -> dict[str, Any]
     A value is a literal of TOML or Python, None or none, a picture or several ("folder/*.png"), a
     tensor ("file.safetensors"), else text. Files are looked for beside the TOML file, then here.
 
-    Raises:
-        QuantempoError: not TOML, not key=value, or a file that is not there or not readable.
+    Raises QuantempoError: not TOML, not key=value, or a file that is not there or not readable.
     """
     table: dict[str, Any] = {}
     if file is not None:
@@ -139,9 +137,8 @@ def _tensor(key: str, path: Path, name: str) -> Tensor:
 def kept_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call in types that a run folder keeps: numpy numbers as Python's.
 
-    Raises:
-        QuantempoError: one that it cannot keep (a generator, a function), or pictures of several
-            sizes, of which a pipeline would make one size by itself.
+    Raises QuantempoError: one that it cannot keep (a generator, a function), or pictures of several
+    sizes, of which a pipeline would make one size by itself.
     """
     found = {}
     for name, value in call.items():
@@ -217,8 +214,7 @@ def read_settings(folder: str) -> dict[str, Any] | None:
 def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
     """Undo `write_call`.
 
-    Raises:
-        QuantempoError: the file of the tensors is missing or is another one now.
+    Raises QuantempoError: the file of the tensors is missing or is another one now.
     """
     if "leaves" not in plain:
         # Of a version that kept numbers and text as they are.

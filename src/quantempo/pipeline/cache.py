@@ -105,8 +105,7 @@ class Cache:
     def require_packed(self) -> Path:
         """Return the packed folder.
 
-        Raises:
-            QuantempoError: nothing is packed yet, or it was made with other settings.
+        Raises QuantempoError: nothing is packed yet, or it was made with other settings.
         """
         packed = self.run / "packed"
         if not packed.is_dir() or "pack" not in self.done():
@@ -118,9 +117,8 @@ class Cache:
     def stage(self, name: str) -> Iterator[bool]:
         """Yield whether the stage has to run; note its key and seconds when it ends.
 
-        Raises:
-            QuantempoError: the artefact is there but was made with other settings, and `force`
-                is off; or a stage before it is missing or of other settings.
+        Raises QuantempoError: the artefact is there but was made with other settings, and `force`
+        is off; or a stage before it is missing or of other settings.
         """
         artefact = ARTEFACTS[name]
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"

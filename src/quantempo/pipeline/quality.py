@@ -44,8 +44,7 @@ def evaluate(
     with. `data` is a folder of real images for scores against them, `inception` the weights of the
     Inception network for FID, IS, sFID and KID.
 
-    Raises:
-        QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.
+    Raises QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.
     """
     start = time.perf_counter()
     run, seeds = session.run, list(range(seed, seed + images))

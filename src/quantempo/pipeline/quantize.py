@@ -100,8 +100,7 @@ class Quantized:
             denoiser: float; changed in place.
             copy: return a quantized copy instead, which shares all parameters that stay float.
 
-        Raises:
-            QuantempoError: the denoiser is quantized already, or is another network.
+        Raises QuantempoError: the denoiser is quantized already, or is another network.
         """
         if copy:
             state = [*denoiser.parameters(), *denoiser.buffers()]
@@ -131,8 +130,7 @@ class Quantized:
 def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
     """Refuse what cannot end well, before anything is computed.
 
-    Raises:
-        QuantempoError: a quantized denoiser; unknown metric, rounding, role or layer.
+    Raises QuantempoError: a quantized denoiser; unknown metric, rounding, role or layer.
     """
     if find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
@@ -309,13 +307,10 @@ def round_weights(
 def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:
     """Quantize a float denoiser from the inputs it is to be good at; it is left as it was.
 
-    Args:
-        denoiser: float32.
-        data: recorded inputs: a `TraceSet`, or a `MemorySet`.
-        recipe: its trace section is not read.
+    denoiser: float32; data: recorded inputs: a `TraceSet`, or a `MemorySet`; recipe: its trace
+    section is not read.
 
-    Raises:
-        QuantempoError: a recipe that does not fit, or activations that are not finite.
+    Raises QuantempoError: a recipe that does not fit, or activations that are not finite.
     """
     check_recipe(recipe, denoiser)
     plans = plan(denoiser, recipe, data)

@@ -37,8 +37,7 @@ def open_model(
 
     `loading`: dtype, variant, revision, as of `load_pipeline`.
 
-    Raises:
-        QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
+    Raises QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
     """
     check_device(device)
     pipe = load_pipeline(path, **loading)
@@ -79,8 +78,7 @@ def sample(
     An engine compiles for `batch_size`; `identity` is what else decides the images (hash of the
     model), `force` throws away pictures of other settings.
 
-    Raises:
-        QuantempoError: the folder holds something else, or see `run_pipeline`.
+    Raises QuantempoError: the folder holds something else, or see `run_pipeline`.
     """
     out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))
     check_arguments(pipe, call)

@@ -164,9 +164,8 @@ def load(
         only: the one network to quantize of a pipeline with several denoisers.
         loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
 
-    Raises:
-        QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the recipe
-            that nothing has; the run folder belongs to another model.
+    Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the
+    recipe that nothing has; the run folder belongs to another model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     call = kept_arguments(call or {})
@@ -226,8 +225,7 @@ def _write_manifest(session: Session) -> None:
 def _check_owner(session: Session) -> None:
     """Refuse a folder that holds another run, or something else than a run; writes nothing.
 
-    Raises:
-        QuantempoError: another model or other settings without `force`, or not a run folder.
+    Raises QuantempoError: another model or other settings without `force`, or not a run folder.
     """
     folder = session.run
     if folder.is_run:
@@ -251,8 +249,7 @@ def reopen(
 ) -> Session:
     """Continue a run folder from its manifest, with another recipe if one is given.
 
-    Raises:
-        QuantempoError: not a run folder, or the model at its path is another one now.
+    Raises QuantempoError: not a run folder, or the model at its path is another one now.
     """
     folder = RunFolder(run)
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")

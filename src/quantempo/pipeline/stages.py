@@ -166,8 +166,7 @@ def _trace_of(session: Session) -> TraceSet:
 def quantize(source: Any, run: str | Path, recipe: str | Recipe = "w8a8", **options: Any) -> Path:
     """Run load to pack and return the packed diffusers folder; source and options as for `load`.
 
-    Raises:
-        QuantempoError: see the stages.
+    Raises QuantempoError: see the stages.
     """
     return finish(load(source, run, recipe, **options))
 

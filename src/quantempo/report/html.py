@@ -20,8 +20,7 @@ def load_template(name: str, package: str = "quantempo.report") -> Any:
 
     Text is escaped, an unknown variable is an error.
 
-    Raises:
-        QuantempoError: jinja2 is missing.
+    Raises QuantempoError: jinja2 is missing.
     """
     try:
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -42,8 +41,7 @@ def render(run_path: str | Path) -> Path:
 
     Sections whose files are missing say "not run" and which command makes them.
 
-    Raises:
-        QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
+    Raises QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
     """
     run = RunFolder(run_path)
     alone = not run.is_run and not run.has("samples/float")

@@ -86,11 +86,9 @@ def round_by_weights(
 ) -> dict[str, Tensor]:
     """Return the codes of layers by a rounding that looks at weights alone.
 
-    Args:
-        weights: (O, ...) of each layer; scales, groups: see `Unit`, of any device; specs: formats.
+    weights: (O, ...) of each layer; scales, groups: see `Unit`, of any device; specs: formats.
 
-    Raises:
-        QuantempoError: unknown name, or the rounding needs the network's inputs.
+    Raises QuantempoError: unknown name, or the rounding needs the network's inputs.
     """
     rounding = ROUNDINGS.get(name)
     if rounding.needs != "weights":
@@ -136,9 +134,7 @@ def nearest(weight: Tensor, scale: Tensor, spec: Format | Grid) -> Tensor:
 
     weight: (O, ...) floating; scale: (O,) float32, > 0; spec: of at most 8 bits, signed, or a grid.
 
-    Raises:
-        QuantempoError: NaN in the weight, or a scale that is not positive and finite.
-
+    Raises QuantempoError: NaN in the weight, or a scale that is not positive and finite.
     Error: |w - scale q| <= scale / 2 inside the range, in groups s scale / 2.
     """
     if bool(weight.isnan().any()) or not bool(((scale > 0) & scale.isfinite()).all()):
@@ -163,8 +159,7 @@ def run_until(
 ) -> None:
     """Run `call` until all modules were called; give see(name, args, kwargs) their first calls.
 
-    Raises:
-        QuantempoError: `call` never reached one of them.
+    Raises QuantempoError: `call` never reached one of them.
     """
     waiting = set(modules)
 

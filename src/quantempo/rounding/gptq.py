@@ -47,8 +47,7 @@ class Inverse(NamedTuple):
     def of(cls, hessian: Tensor, damping: float = 0.01) -> "Inverse":
         """Factor (H + damping mean(diag H) I)^-1; H (K, K) is not changed.
 
-        Raises:
-            QuantempoError: H is not finite or not positive semi-definite.
+        Raises QuantempoError: H is not finite or not positive semi-definite.
         """
         if not bool(hessian.isfinite().all()):
             raise QuantempoError(
@@ -87,8 +86,7 @@ def gptq(
         hessian: (K, K) = X X^T up to a factor, on the same device; or what `Inverse` made of it.
         block: columns updated together; changes the order of sums only.
 
-    Raises:
-        QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
+    Raises QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
     """
     out, width = weight.shape
     square = hessian.upper if isinstance(hessian, Inverse) else hessian

@@ -65,8 +65,7 @@ def round_denoiser(
         key: hash of all else that decides the result (model, trace, scales); needed with `folder`.
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
 
-    Raises:
-        QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
+    Raises QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
     """
     if folder is not None and not key:
         raise QuantempoError("got a folder for finished blocks without a key; pass key=")

@@ -155,9 +155,7 @@ def cost_table(
 
     hist: (R, N) counts in equal bins over edges (2,) = [lo, hi]; metric, p: see `make_metric`.
 
-    Raises:
-        QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
-
+    Raises QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
     Error: a value stands for its bin, see `Histogram`. Temporaries: below 10 MB.
     """
     if hist.ndim != 2 or edges.shape != (2,) or not bool(edges.isfinite().all()):
@@ -245,11 +243,8 @@ def search_activation(
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
 
-    Raises:
-        QuantempoError: see `cost_table`; buckets that do not fit.
-
+    Raises QuantempoError: see `cost_table`; buckets that do not fit.
     Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
-
     Source: Shang et al., CVPR 2023, eq. 11-13, with the argmin over the whole set instead of a
     running mean over batches.
     """

@@ -59,8 +59,7 @@ def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
 class MinMax:
     """Keep the smallest and largest value of every segment and time bin.
 
-    Attributes:
-        range: (S, K, 2) float32, (+inf, -inf) where nothing was seen.
+    range: (S, K, 2) float32, (+inf, -inf) where nothing was seen.
     """
 
     def __init__(self, segments: int = 1, time_bins: int = 1) -> None:
@@ -75,8 +74,7 @@ class MinMax:
             time_bin: the fine time bin of the batch, or (B,) int64 when it mixes time-steps.
             segment: 0 <= segment < S.
 
-        Raises:
-            QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
+        Raises QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
         if not _on_host(x) and x.numel():
             # One wait for the device, not one a sample.
@@ -102,8 +100,7 @@ class MinMax:
     def edges(self) -> Tensor:
         """Return (S, 2) float32: [lo, hi] of each segment over all time.
 
-        Raises:
-            QuantempoError: a segment that saw nothing.
+        Raises QuantempoError: a segment that saw nothing.
         """
         edges = torch.stack([self.range[..., 0].amin(1), self.range[..., 1].amax(1)], -1)
         if not bool(edges.isfinite().all()):
@@ -120,11 +117,9 @@ class Histogram:
     of the quantization error, mse^(1/2) and lp^(1/p) among them, is off by at most w/2 too, for
     every scale; the scale that is best for the histogram is within w of the best for the data.
 
-    Args:
-        edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data.
+    edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data.
 
-    Attributes:
-        counts: (S, K, N) int64. edges: as given.
+    counts: (S, K, N) int64. edges: as given.
     """
 
     def __init__(self, edges: Tensor, time_bins: int = 1, bins: int = 2048) -> None:
@@ -143,8 +138,7 @@ class Histogram:
         Values outside the range by less than a bin (a forward pass repeated in another batch
         size differs in the last digits) count in the end bin.
 
-        Raises:
-            QuantempoError: NaN, values further outside, a time bin out of range.
+        Raises QuantempoError: NaN, values further outside, a time bin out of range.
         """
         time_bins, bins = self.counts.shape[1:]
         lo, hi = self.edges[segment].tolist()
@@ -162,8 +156,7 @@ class Histogram:
 class TokenError:
     """Average a metric of `MEAN_METRICS` over inputs whose tokens have a scale each, at all widths.
 
-    Attributes:
-        error: (S, 7) float64, of codes of 2 to 8 bits; 0 where nothing was seen.
+    error: (S, 7) float64, of codes of 2 to 8 bits; 0 where nothing was seen.
     """
 
     def __init__(self, segments: int, metric: Metric) -> None:

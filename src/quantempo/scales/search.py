@@ -161,12 +161,10 @@ def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
     cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
     the best scale for all bins (so 0 to 1); infinite for j <= i; 0 for a layer without error.
 
-    Args:
-        table: rows are the K fine bins in order of time, all candidates of one zero point:
-            `cost_table(...).at_best_zero_point()`.
+    table: rows are the K fine bins in order of time, all candidates of one zero point:
+    `cost_table(...).at_best_zero_point()`.
 
-    Raises:
-        QuantempoError: candidates of several zero points; the layer can use only one.
+    Raises QuantempoError: candidates of several zero points; the layer can use only one.
     """
     if len(table.zero_point.unique()) > 1:
         raise QuantempoError(
@@ -193,12 +191,9 @@ def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0)
         tables: one for each layer, rows the K fine bins, one zero point each.
         buckets: B; fewer are returned if fewer bins hold data.
 
-    Returns:
-        (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`. Every bucket holds data.
+    Returns (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`. Every bucket holds data.
 
-    Raises:
-        QuantempoError: no tables, tables over different bins, buckets < 1.
-
+    Raises QuantempoError: no tables, tables over different bins, buckets < 1.
     Source: optimal partition of a sequence, Bellman 1961; scales by time bucket, Q-Diffusion's
     successors (TDQ, So et al. 2023; APQ-DM, Wang et al. 2024).
     """
@@ -255,9 +250,7 @@ def search_weight(
     weight: (O, ...) floating; spec: a signed symmetric grid; metric, p: see `make_metric`.
     Returns (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
 
-    Raises:
-        QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
-
+    Raises QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
     Error: float32; of candidates whose metrics agree to about 1e-6 either may win.
     """
     if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
