@@ -4,11 +4,6 @@ From compute capability 9.0 on, in a CUDA graph too: a kernel launched so begins
 of the one before it have begun or ended, and sets up what does not depend on it.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,10 +1,5 @@
 """Launch `kernels.ops.join_heads` on a GPU: a head lies in a warp, eight values in a thread."""
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: disable-error-code="assignment,misc,no-untyped-def,var-annotated"
-
-from __future__ import annotations
-
 from typing import Any
 
 import triton

@@ -5,11 +5,6 @@ squares, then the largest magnitude. What modulates them is loaded before the fi
 these; many tokens are computed in turns, what modulates them kept, the next ones on their way.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

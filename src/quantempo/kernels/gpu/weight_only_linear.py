@@ -4,11 +4,6 @@ One row is multiplied value by value. Several are tiles of matrix instructions, 
 exact there, and x is two parts of 11 bits.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Attention whose scores are sums of int8 products; its definition runs on any device."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

@@ -1,7 +1,5 @@
 """Queries, keys and values of one or two streams as one sequence, normalised and rotated."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Normalization over channels, modulation and quantization of tokens in one pass."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Linear layer of a few float rows, whose weight is int8 codes with a scale a channel."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -6,11 +6,6 @@ together. Key t of a block has scale t % 8 // 2: a thread's scores of a row are 
 After whole tiles each program takes as many blocks of what is left, to be joined by `launch`.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

@@ -1,10 +1,5 @@
 """Launch `kernels.ops.attention8` on a GPU: codes, the attention, what several programs share."""
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
-from __future__ import annotations
-
 import math
 from typing import Any
 

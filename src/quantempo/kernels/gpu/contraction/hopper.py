@@ -7,11 +7,6 @@ is written; and the epilogue stores a few pixels at a time (`hopper_epilogue`), 
 share a multiprocessor and one computes while the other writes.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

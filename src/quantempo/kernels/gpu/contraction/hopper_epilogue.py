@@ -3,11 +3,6 @@
 The formula of `kernels.ops.epilogue`. Tiles are [channels, pixels] here.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

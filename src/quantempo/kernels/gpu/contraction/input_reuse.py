@@ -6,11 +6,6 @@ pixels instead of three times as many. Pixels and weights have rings of stages o
 of pixels is one TMA load, so that a view may begin at any row.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

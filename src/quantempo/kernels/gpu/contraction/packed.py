@@ -7,11 +7,6 @@ of four codes, with K = 0x80808080:
     w8 = ((q - z) s + K) xor K        q: 4 bits a byte, z in each byte: exact in 32 bits, no carries
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait

@@ -8,11 +8,6 @@ The epilogue (`kernels.ops.epilogue`) follows on tiles [pixels, output channels]
 and store runs along the channels, which are contiguous in memory.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

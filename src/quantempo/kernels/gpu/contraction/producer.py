@@ -4,11 +4,6 @@ A stage holds the operands of one step: a box of pixels, and one of weights. The
 128 x 128 values of two bytes, is as large: it comes after the last step, in a stage like any other.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma

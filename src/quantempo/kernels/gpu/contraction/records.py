@@ -4,11 +4,6 @@
 arguments that Triton would specialize if they came in a tuple.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -5,11 +5,6 @@ memory once, a box of pixels at a time. Statistics start with the first box, and
 is read from shared memory, not a second time out of the caches.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon

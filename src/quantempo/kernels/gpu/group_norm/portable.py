@@ -5,11 +5,6 @@ a slab of WIDTH channels, whole groups, padded to BLOCK_C, and sees BLOCK_P pixe
 SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both.
 """
 
-# What a kernel gets is a Triton value, which has no Python type.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
