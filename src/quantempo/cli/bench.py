@@ -1,7 +1,6 @@
 """quantempo bench."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -11,36 +10,24 @@ __all__ = ["bench"]
 
 
 def bench(
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder that is packed.")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(min=1, max=MOST, help="Batch size; repeat for more.")
-    ] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(help="Engine; repeat for more on a CPU, all installed by default."),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=MOST, help="Interleaved samples of each.")] = 9,
-    compiled: Annotated[bool, typer.Option(help="Include torch.compile baselines.")] = True,
+    run: Path | None = typer.Option(None, help="Run folder that is packed."),
+    batch: list[int] | None = typer.Option(None, min=1, max=MOST, help="Batch size; repeatable."),
+    engine: list[str] | None = typer.Option(None, help="Engine; repeatable; all on a CPU."),
+    rounds: int = typer.Option(9, min=1, max=MOST, help="Interleaved samples of each."),
+    compiled: bool = typer.Option(True, help="Include torch.compile baselines."),
     device: Device = "cpu",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="flux, sd35-large, pixart-sigma, dit-xl, wan-1.3b, sdxl, sd15, ddpm35m or a "
-            "diffusers folder, quantized without data."
-        ),
-    ] = None,
-    candidate: Annotated[
-        list[str] | None, typer.Option(help="Pattern like 'ours/*'; repeat for more.")
-    ] = None,
-    ops: Annotated[bool, typer.Option("--ops", help="GPU: time the kernels one by one.")] = False,
-    steps: Annotated[
-        int | None,
-        typer.Option("--sample-steps", min=1, help="Images a second too, DDIM of so many steps."),
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=1, help="Seconds a candidate may take to compile.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    model: str | None = typer.Option(
+        None,
+        help="flux, sd35-large, pixart-sigma, dit-xl, wan-1.3b, sdxl, sd15, ddpm35m or a "
+        "diffusers folder, quantized without data.",
+    ),
+    candidate: list[str] | None = typer.Option(None, help="Pattern like 'ours/*'; repeatable."),
+    ops: bool = typer.Option(False, "--ops", help="GPU: time the kernels one by one."),
+    steps: int | None = typer.Option(
+        None, "--sample-steps", min=1, help="Images a second too, DDIM of so many steps."
+    ),
+    budget: float | None = typer.Option(None, min=1, help="Seconds a candidate may compile."),
+    out: Path | None = typer.Option(None, help="Write the results to this file."),
     as_json: Json = False,
 ) -> None:
     """Time the denoiser: on a CPU every engine, on a GPU our kernels, against the best float forms.

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from quantempo.errors import QuantempoError
 
 __all__ = [
     *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Run", "Scheduler"),
-    *("call_arguments", "columns", "next_command", "show", "show_summary", "with_call"),
+    *("call_arguments", "next_command", "show", "show_summary", "table", "with_call"),
     *("with_loading", "with_model"),
 ]
 
@@ -123,23 +123,16 @@ with_loading = _with("loading", _LOADING, lambda **given: {k: v for k, v in give
 @with_call
 @with_loading
 def _model_arguments(
-    source: Annotated[str, typer.Argument(help="Diffusers pipeline folder (float) or hub name.")],
+    *,
+    source: str = typer.Argument(..., help="Diffusers pipeline folder (float) or hub name."),
     run: Run,
-    recipe: Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")] = "w8a8",
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Steps to trace; the recipe's by default.")
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="One network, of a pipeline with several.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Image folder, for recipes with source raw or mimic."),
-    ] = None,
+    recipe: str = typer.Option("w8a8", help="Shipped recipe or TOML file."),
+    steps: int | None = typer.Option(None, min=1, help="Steps to trace; the recipe's by default."),
+    only: str | None = typer.Option(None, help="One network, of a pipeline with several."),
+    data: str | None = typer.Option(None, help="Image folder, for the sources raw and mimic."),
     scheduler: Scheduler = None,
     device: Device = "cpu",
     force: Force = False,
-    *,
     call: dict[str, Any],
     loading: dict[str, Any],
 ) -> dict[str, Any]:
@@ -149,8 +142,7 @@ def _model_arguments(
     resolved = Recipe.load(recipe).override("trace", steps=steps)
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
-        "scheduler": scheduler,
-        "device": device, "force": force, "call": call, **loading,
+        "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
     }  # fmt: skip
 
 
@@ -162,19 +154,22 @@ def show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(values))
         return
-    width = max(len(key) for key in values)
-    for key, value in values.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}"
-        elif isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
-        typer.echo(f"{key:<{width}}  {value}")
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {v}" for k, v in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    table([(key, text(value)) for key, value in values.items()])
 
 
-def columns(lines: dict[str, str]) -> None:
-    """Print a name and its text a line."""
-    for name, text in lines.items():
-        typer.echo(f"{name:<10} {text}")
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    """Print rows in aligned columns, those numbered `right` flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if i in right else "<" for i in range(len(widths))]
+    for row in rows:
+        cells = (f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
 
 
 def next_command(run: Path, source: str, done: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -211,4 +206,4 @@ def show_summary(values: dict[str, Any], where: Path, following: str) -> None:
     if "total_seconds" in values:
         lines["time"] = f"{values['total_seconds']:.0f} s"
     typer.echo("\n" + "; ".join(words) + "\n")
-    columns(lines | {"result": str(where), "next": following})
+    table([*lines.items(), ("result", str(where)), ("next", following)])

@@ -1,7 +1,7 @@
 """quantempo sample and evaluate: images of a model, and how near they are to the float ones."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -20,11 +20,11 @@ _SHOWN = (
 @use.with_call
 @use.with_loading
 def sample(
-    model: Annotated[Path, typer.Argument(help="Float or packed diffusers folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files, named by their seed.")],
-    images: Annotated[int, typer.Option(min=1, max=use.MOST, help="Number of images.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the first; the next count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=use.MOST, help="Sampling steps.")] = 50,
+    model: Path = typer.Argument(..., help="Float or packed diffusers folder."),
+    out: Path = typer.Option(..., help="Folder for the files, named by their seed."),
+    images: int = typer.Option(16, min=1, max=use.MOST, help="Number of images."),
+    seed: int = typer.Option(0, help="Seed of the first; the next count up."),
+    steps: int = typer.Option(50, min=1, max=use.MOST, help="Sampling steps."),
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
     scheduler: use.Scheduler = None,
@@ -60,18 +60,18 @@ def sample(
 @use.with_call
 def evaluate(
     run: use.Run,
-    images: Annotated[int, typer.Option(min=2, max=use.MOST, help="Pairs of images.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, max=use.MOST, help="Sampling steps.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the first pair.")] = 0,
+    images: int = typer.Option(64, min=2, max=use.MOST, help="Pairs of images."),
+    steps: int = typer.Option(50, min=1, max=use.MOST, help="Sampling steps."),
+    seed: int = typer.Option(0, help="Seed of the first pair."),
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
     device: use.Device = "cpu",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of real images to score both sets against.")
-    ] = None,
-    inception: Annotated[
-        Path | None, typer.Option(help="Inception weights, for FID, IS, sFID and KID.")
-    ] = None,
+    data: Path | None = typer.Option(
+        None, help="Folder of real images to score both sets against."
+    ),
+    inception: Path | None = typer.Option(
+        None, help="Inception weights, for FID, IS, sFID and KID."
+    ),
     force: use.Force = False,
     as_json: use.Json = False,
     *,

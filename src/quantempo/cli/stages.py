@@ -22,16 +22,12 @@ _HELP = {
 
 @use.with_model
 def quantize(
-    budget_bytes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Choose bits a layer: bytes of integer weights at most."),
-    ] = None,
-    budget_bops: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
-        ),
-    ] = None,
+    budget_bytes: int | None = typer.Option(
+        None, min=1, help="Choose bits a layer: bytes of integer weights at most."
+    ),
+    budget_bops: int | None = typer.Option(
+        None, min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
+    ),
     as_json: use.Json = False,
     *,
     model: dict[str, Any],
@@ -65,8 +61,8 @@ def quantize(
 
 
 def demo(
-    run: Annotated[Path, typer.Option("--run", help="Run folder.")] = Path("runs/demo"),
-    images: Annotated[int, typer.Option(min=2, max=use.MOST, help="Pairs of images.")] = 64,
+    run: Path = typer.Option(Path("runs/demo"), help="Run folder."),
+    images: int = typer.Option(64, min=2, max=use.MOST, help="Pairs of images."),
     force: use.Force = False,
     as_json: use.Json = False,
 ) -> None:

@@ -1,17 +1,17 @@
 """The verbs that look: quantempo status, report, inspect, and engines, what can run models here."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from quantempo.cli.common import Json, Run, columns, next_command, show
+from quantempo.cli.common import Json, Run, next_command, show, table
 
 __all__ = ["engines", "inspect", "report", "status"]
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Path = typer.Argument(..., help="Run folder."),
     as_json: Json = False,
 ) -> None:
     """Print what a run folder holds: stages with their time, quality, and the next command.
@@ -39,7 +39,7 @@ def status(
         about[name] = "not done" if seconds is None else f"{seconds:.1f} s"
     if "psnr_db_mean" in metrics:
         about["quality"] = f"{metrics['psnr_db_mean']:.1f} dB PSNR to the float images"
-    columns(about | {"next": following})
+    table([*about.items(), ("next", following)])
 
 
 def engines(as_json: Json = False) -> None:
@@ -60,10 +60,12 @@ def engines(as_json: Json = False) -> None:
     if as_json:
         show({"engines": rows}, as_json)
         return
+    lines = []
     for row in rows:
         says = "works" if row["works"] else "does not work here"
         reason = f": {row['reason']}" if row["reason"] else ""
-        typer.echo(f"{row['engine']:<10} {', '.join(row['devices']):<10} {says}{reason}")
+        lines.append((row["engine"], ", ".join(row["devices"]), says + reason))
+    table(lines)
 
 
 def report(run: Run, as_json: Json = False) -> None:
@@ -77,10 +79,8 @@ def report(run: Run, as_json: Json = False) -> None:
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Packed diffusers folder, or a run folder.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="Torch device; the GPU if there is one.")
-    ] = None,
+    model: Path = typer.Argument(..., help="Packed diffusers folder, or a run folder."),
+    device: str | None = typer.Option(None, help="Torch device; the GPU if there is one."),
     as_json: Json = False,
 ) -> None:
     """Print the layers of a packed model: bits, scales over time, what runs them here, reasons.
@@ -94,21 +94,16 @@ def inspect(
     if as_json:
         show({"layers": rows, "unfused": unfused}, as_json)
         return
-    width = max(len(row["name"]) for row in rows)
-    typer.echo(
-        f"{'layer':<{width}}  {'role':<9} {'weight':<18} bits    scale over time (buckets)"
-        "             backend"
-    )
+    lines = [("layer", "role", "weight", "bits", "scale over time (buckets)", "backend")]
     for row in rows:
-        shape = "x".join(str(n) for n in row["weight_shape"])
+        shape = "x".join(map(str, row["weight_shape"]))
         scales = "a token" if row["buckets"] == 0 else "-"
         if row["scale_min"] is not None:
             scales = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g} ({row['buckets']})"
         backend = f"{row['backend']}: {row['reason']}" if row["reason"] else row["backend"]
         bits = bits_cell(row).replace(" / ", "/")
-        typer.echo(
-            f"{row['name']:<{width}}  {row['role']:<9} {shape:<18} {bits:<7} {scales:<37} {backend}"
-        )
+        lines.append((row["name"], row["role"], shape, bits, scales, backend))
+    table(lines)
     for name, text in bits_facts(rows, None):
         typer.echo(f"{name}: {text}")
     for name, reason in unfused.items():
