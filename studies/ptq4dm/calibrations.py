@@ -87,7 +87,6 @@ class Calibrator:
                     time_sampler=law,
                     seed=seed,
                     batch_size=self.batch_size,
-                    num_train_timesteps=int(pipe.scheduler.config.num_train_timesteps),
                     call=call,
                     model_hash=self.model,
                 )

@@ -158,8 +158,8 @@ class MemorySet(CalibrationData):
         Their numbers of rows must differ, which tells what has an entry a row from what is shared;
         without further tensors they need not. Several entries of one row lie side by side.
 
-        Raises QuantempoError: no calls, calls of as many rows each, or arguments that change
-        otherwise than by their rows.
+        Raises QuantempoError: no calls, or arguments that change otherwise than by their rows, or
+        cannot.
         """
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:

@@ -43,9 +43,9 @@ def probe(
 ) -> tuple[Law, list[Tensor]]:
     """Return where the rows of a `TraceBatch` are, under `x_t` an image's, and each call's time.
 
-    The pipeline runs for the images at `places` of the whole set, and for one more that has the
-    prompt of the first, so that no length that follows the longest caption changes. The network
-    itself runs at the first call only.
+    The pipeline runs for the images at `places`, and for one more that has the prompt of the first,
+    so that no length that follows the longest caption changes. The network runs at the first call
+    only.
 
     Raises QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
@@ -107,23 +107,16 @@ class _Slot:
 class Recorder:
     """Keep, for every target of a batch of chains, the denoiser call nearest to it in time.
 
-    Memory holds the kept rows only, never a trajectory.
-
-    Args:
-        law: from `probe`; times: places of the run's times.
-        targets: (b, k) places in time, the targets of each chain.
-        seed: decides between calls at the same time.
-
-    calls: how often the denoiser was called.
+    Memory holds the kept rows only, never a trajectory. law: from `probe`; times: places of the
+    run's times; targets: (b, k) places, those of each chain; seed: decides between calls at the
+    same time. `calls`: how often the denoiser was called.
     """
 
     def __init__(
         self, law: Law, times: Times, targets: Tensor, first: int, seed: int, bar: tqdm
     ) -> None:
         self.law, self.times, self.targets = law, times, targets
-        self.first = first
-        self.bar = bar
-        self.calls = 0
+        self.first, self.bar, self.calls = first, bar, 0
         self.slots = [[_Slot() for _ in row] for row in targets]
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)

@@ -215,11 +215,9 @@ def laws(
 ) -> dict[str, Law]:
     """Return where the rows are in what each module is first called with, and in its output.
 
-    Paths start with [0] for positional arguments, [1] for the others, [2] for the output.
-
-    Args:
-        run: call the network on rows of these numbers.
-        rows: (n,) of a call; it is compared with one of n + 1 rows, the first of them twice.
+    Paths start with [0] for positional arguments, [1] for the others, [2] for the output. run: call
+    the network on rows of these numbers; rows: (n,) of a call, which is compared with one of n + 1
+    rows, the first of them twice.
     """
     found: dict[str, Law] = {}
 

@@ -113,13 +113,11 @@ def replace_rows(
     """Return the x_t (n, ...) float32 that a source puts in place of the recorded ones.
 
     Both halves of guidance get the same x_t. Images are dealt without repetition as long as they
-    last; a fractional t takes abar from its two neighbours, linearly.
+    last; a fractional t takes abar from its two neighbours, linearly. The same seed (of the trace)
+    and chain give the same bits.
 
-    Args:
-        rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these.
-        alphas_cumprod: (T,) abar of each training time-step, which t is.
-        images: (m, H, W, C) uint8.
-        seed: of the trace; the same seed and chain give the same bits.
+    rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these;
+    alphas_cumprod: (T,) abar of each training time-step, which t is; images: (m, H, W, C) uint8.
 
     Raises QuantempoError: images of another shape than x_t.
     """

@@ -52,10 +52,8 @@ def collect_statistics(
 
     `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
     `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms;
-    with `tokens`, `NAME.token_error` (S, 7) of each linear layer.
-
-    denoiser: float, left as it was; inputs: layer name -> input channels of its segments, () for
-    one; tokens: a metric of what a scale for each token costs, see `TokenError`.
+    with `tokens`, a metric, `NAME.token_error` (S, 7) of each linear layer, see `TokenError`.
+    inputs: layer name -> input channels of its segments, () for one.
 
     Raises QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
@@ -100,8 +98,7 @@ def _feed(
     timed: Collection[str],
 ) -> None:
     """Run the denoiser on all rows and give the sinks of each layer its inputs."""
-    edges = time_bin_edges(data.times, bins)
-    time_bin = torch.zeros(0, dtype=torch.int64)
+    edges, time_bin = time_bin_edges(data.times, bins), torch.zeros(0, dtype=torch.int64)
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
         x, segments = input_of(args, kwargs), inputs[name]

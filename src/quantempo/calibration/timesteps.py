@@ -1,12 +1,10 @@
 """Timestep distributions: how calibration inputs are spread over the sampling steps.
 
 Each is over step indices i in [0, num_steps): 0 is the last call of a sampler, nearest to the
-image, num_steps - 1 the first, nearest to pure noise. Its parameters are fractions of num_steps,
-so one recipe serves every step count. `trace` turns an index into the training time-step the
-network receives there; nothing here knows about networks.
-
-Three go by the name of the paper's NDTC: what it prints, what its released program does, and a
-properly truncated normal distribution, our default.
+image, num_steps - 1 the first, nearest to noise. Parameters are fractions of num_steps, so one
+recipe serves every step count; `trace` turns an index into a training time-step. Three go by the
+name of the paper's NDTC: what it prints, what its released program does, and a properly truncated
+normal distribution, our default.
 """
 
 import math
@@ -43,8 +41,7 @@ def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> Tim
 
     args: its parameters as fractions of num_steps; the others keep their defaults.
 
-    Raises QuantempoError: unknown name or parameter (the nearest one is named), or a parameter that
-    is not a number or out of its range.
+    Raises QuantempoError: unknown name or parameter, one that is no number or out of its range.
     """
     kind = TIME_SAMPLERS.get(name)
     known = [parameter.name for parameter in fields(kind)]
@@ -73,8 +70,8 @@ class TruncatedNormal(_Law):
 
     t ~ N(mean T, (std T)^2) given 0 <= t < T, i = floor(t), by rejection: no pile-up at the ends.
 
-    Source: NDTC of Shang et al., "Post-training Quantization on Diffusion Models", CVPR 2023,
-    eq. 15, with the width of their released program and a truncation in place of the clamp.
+    Source: NDTC of Shang et al. (PTQ4DM), CVPR 2023, eq. 15, with the width of their released
+    program and a truncation in place of the clamp.
     """
 
     mean: float = number(0.4, 0, 1)

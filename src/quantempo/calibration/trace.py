@@ -2,7 +2,8 @@
 
 The pipeline is called as a user would call it and a hook on the denoiser keeps what arrives: x_t,
 the time-step as received, the conditioning. No sampler is re-implemented, so x_t and t cannot be
-paired wrongly. `timesteps` says which steps to keep, `dataset` reads the result.
+paired wrongly. `timesteps` says which steps to keep, `sources` may replace x_t before a chunk is
+written, `dataset` reads the result.
 
 A chain is one image being denoised. Before anything runs, `picks` step indices of the timestep
 distribution are dealt to every chain. Index i stands for number i of the K distinct times that the
@@ -10,8 +11,6 @@ denoiser receives in a run, the last of them first (for i < steps = K; in genera
 floor((i + 1/2) K / steps)): that is the target. A first run, in which the network hardly runs,
 finds them. Each target keeps the call whose time is nearest; among calls at the same time (the two
 stages of Heun) one is chosen with equal chances. Memory holds the kept rows only.
-
-`sources` may replace x_t before a chunk is written; everything else stays as it was received.
 """
 
 import json
@@ -56,48 +55,41 @@ def trace(
     time_sampler: TimeSampler,
     seed: int,
     batch_size: int = 16,
-    num_train_timesteps: int | None = None,
     call: Mapping[str, Any] | None = None,
     source: str = "trajectory",
     images: np.ndarray | None = None,
     model_hash: str | None = None,
     force: bool = False,
-    progress: bool | None = None,
     needed: bool = True,
 ) -> TraceSet:
     """Record a calibration set into `folder`, one chunk file for each call of the pipeline.
 
-    A rerun with the same settings keeps the files that are whole and gives the same bits as an
-    uninterrupted run.
+    Their index is the JSON file of the folder's name beside it. A rerun with the same settings
+    keeps the files that are whole and gives the same bits as an uninterrupted run.
 
     Args:
-        pipe: a diffusers pipeline; its scheduler is the one that is traced.
-        denoiser: the network of `pipe` whose inputs are kept.
-        folder: where the chunks go; their index is the JSON file of the same name beside it.
-        chains: number of images; chain c starts from seed + c.
-        picks: calls kept of each chain (each gives one row, or one for each half of guidance).
+        pipe, denoiser: a diffusers pipeline, its scheduler is traced; the network whose inputs are
+            kept.
+        chains, picks, source: see `recipe.TraceSettings`; a pick is one row, or one a half of
+            guidance.
         time_sampler: timestep distribution of the kept steps (`make_time_sampler`).
-        seed: of the first chain, and of the draw of the steps.
-        num_train_timesteps: T of the model; None: as its scheduler says, if it does.
+        seed: of the draw of the steps, and of the first chain; chain c starts from seed + c.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
-        source: where x_t comes from, a name in `calibration.sources.SOURCES`.
         images: (n, H, W, C) uint8 for the sources that need them.
         model_hash: of the denoiser, hashed here if None; force: replace a trace of other settings.
-        progress: draw a bar on stderr; None: only on a terminal.
         needed: refuse a denoiser that is never called; else its set is empty.
 
-    Raises QuantempoError: the folder holds a trace with other settings or of another model, the
-    denoiser is called in a way that cannot be recorded, or the source does not fit the pipeline or
-    the images.
+    Raises QuantempoError: a trace of other settings or model is there, the denoiser is called in a
+    way that cannot be recorded, or the source does not fit the pipeline or the images.
     """
     call = dict(call or {})
     check_source(source, pipe, denoiser, images)
-    settings = _settings(pipe, denoiser, call, time_sampler, model_hash, num_train_timesteps)
+    settings = _settings(pipe, denoiser, call, time_sampler, model_hash)
     settings |= {"images": image_digest(source, images), "source": source, "seed": seed}
     settings |= {"batch_size": batch_size, "steps": steps, "chains": chains, "picks": picks}
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     run = _Run(pipe, denoiser, settings, call, images)
-    files = _fill(run, RunFolder(folder), targets, force, progress, needed)
+    files = _fill(run, RunFolder(folder), targets, force, needed)
     _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
     return TraceSet(folder)
 
@@ -124,9 +116,7 @@ class _Run(NamedTuple):
     images: np.ndarray | None
 
 
-def _fill(
-    run: _Run, store: RunFolder, targets: Tensor, force: bool, progress: bool | None, needed: bool
-) -> list[str]:
+def _fill(run: _Run, store: RunFolder, targets: Tensor, force: bool, needed: bool) -> list[str]:
     """Write the chunks that are not there yet; return the names of all."""
     settings = run.settings
     size, steps = settings["batch_size"], settings["steps"]
@@ -150,10 +140,8 @@ def _fill(
         times = Times.of(calls, settings["num_train_timesteps"])
         found = torch.stack([times.noisiest(t)[0] for t in calls]).unique()
         targets = found[(2 * targets + 1) * len(found) // (2 * steps)]
-    hidden = None if progress is None else not progress
-    with tqdm(
-        total=steps * len(missing), desc="trace", unit="call", disable=hidden, leave=False
-    ) as bar:
+    calls_left = steps * len(missing)
+    with tqdm(total=calls_left, desc="trace", unit="call", disable=None, leave=False) as bar:
         for name in missing:
             first = files[name]
             batch = targets[first : first + size]
@@ -195,12 +183,10 @@ def _record(
 
 
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
-    """Draw chains * picks step indices from the distribution and deal them to the chains.
+    """Draw chains * picks step indices; return (chains, picks) int64, ascending along picks.
 
-    The draws are sorted and dealt like cards: each chain gets times from all over it, and
-    the same index twice only if more than `chains` draws fell on it.
-
-    Returns (chains, picks) int64 in [0, steps), ascending along picks.
+    The draws are sorted and dealt like cards: each chain gets times from all over the distribution,
+    and the same index twice only if more than `chains` draws fell on it.
     """
     # Not the generator of chain 0, whose numbers become its noise.
     generator = Generator().manual_seed(seed ^ 0x5EED_7157)
@@ -209,7 +195,7 @@ def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed
 
 
 def _settings(
-    pipe: Any, denoiser: nn.Module, call: Any, sampler: Any, known: str | None, steps: int | None
+    pipe: Any, denoiser: nn.Module, call: Any, sampler: Any, known: str | None
 ) -> dict[str, Any]:
     """Describe what is traced, in JSON types."""
     names = {TIME_SAMPLERS.get(name): name for name in TIME_SAMPLERS.names()}
@@ -221,7 +207,7 @@ def _settings(
         "pipeline": type(pipe).__name__,
         "scheduler": scheduler_settings(pipe.scheduler),
         "arguments": canonical(call),
-        "num_train_timesteps": steps or getattr(pipe.scheduler.config, "num_train_timesteps", None),
+        "num_train_timesteps": getattr(pipe.scheduler.config, "num_train_timesteps", None),
         "time_sampler": {"name": kind, **asdict(sampler)},
     }
 
@@ -238,13 +224,12 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
     except QuantempoError:
         # Torn, or not ours: made again; the progress bar shows it.
         return False
-    differing = [key for key in settings if _json(old.get(key)) != _json(settings[key])]
+    both = {key: (_json(old.get(key)), _json(value)) for key, value in settings.items()}
+    differing = {key: texts for key, texts in both.items() if texts[0] != texts[1]}
     if differing and not force:
-        changes = "; ".join(
-            f"{key} {_short(old.get(key))}, now {_short(settings[key])}" for key in differing
-        )
+        short = (f"{k} {was[:40]}, now {now[:40]}" for k, (was, now) in differing.items())
         raise QuantempoError(
-            f"{store.path} holds a trace with other settings ({changes}); "
+            f"{store.path} holds a trace with other settings ({'; '.join(short)}); "
             "choose another folder, delete this one, or force"
         )
     return not differing and known == tensors_sha256(tensors)
@@ -263,8 +248,7 @@ def _finish(
     for name in names:
         with reading(store / name), safe_open(store / name, framework="pt") as stream:
             details = json.loads(stream.metadata()[_METADATA])
-        own = ("rows", "sha256", "groups")
-        chunks.append({"file": name, **{key: details[key] for key in own}})
+        chunks.append({"file": name, **{k: details[k] for k in ("rows", "sha256", "groups")}})
         found.append({key: details[key] for key in ("sample_name", "timestep_name", "times")})
         if found[-1] != found[0] or law | details["law"] != details["law"] | law:
             raise QuantempoError(f"{store / name} is not of this trace; delete it and rerun")
@@ -289,8 +273,3 @@ def _finish(
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _short(value: Any) -> str:
-    text = _json(value)
-    return text if len(text) <= 40 else text[:37] + "..."

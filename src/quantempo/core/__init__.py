@@ -1,23 +1,6 @@
 """Core numerics: formats of integers."""
 
-from quantempo.core.formats import (
-    ACTIVATION,
-    FORMATS,
-    GROUPS,
-    WEIGHT,
-    Format,
-    Grid,
-    GroupFormat,
-    activation_format,
-    channels_last,
-    restore,
-    token_scale,
-    unpack_int12,
-    weight_format,
-)
+from quantempo.core import formats
+from quantempo.core.formats import *  # noqa: F403
 
-__all__ = [
-    "ACTIVATION", "FORMATS", "GROUPS", "WEIGHT", "Format", "Grid", "GroupFormat",
-    "activation_format", "channels_last", "restore", "token_scale", "unpack_int12",
-    "weight_format",
-]  # fmt: skip
+__all__ = formats.__all__

@@ -2,12 +2,10 @@
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)        x_hat = scale * (q - zero_point)
 
-Weights in groups have two levels: w_hat = scale[o] w8, w8 = (q - z) s in int8, `GroupFormat`.
-
-Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its
-zero point's sign turned (there z is subtracted before the clamp).
-
-A width is an entry of `FORMATS`; kernels read bytes, whatever is packed in a file.
+Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its zero
+point's sign turned (there z is subtracted before the clamp). Weights in groups have two levels:
+w_hat = scale[o] w8, w8 = (q - z) s in int8, `GroupFormat`. A width is an entry of `FORMATS`;
+kernels read bytes, whatever is packed in a file.
 """
 
 import math
@@ -62,13 +60,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Format:
-    """Describe integers of one width.
+    """Describe integers of `bits`, 2 to 8.
 
-    signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1; unsigned: qmin = 0, qmax = 2^b - 1. A weight is
-    stored row by row, one row an output channel: up to 4 bits two codes a byte, else one.
-
-    bits: width b, 2 to 8; symmetric: the zero point is fixed: 0 if signed, 2^(b-1) if unsigned;
-    narrow: drop the most negative code, so that the range is symmetric about 0 (signed only).
+    signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1; unsigned: qmin = 0, qmax = 2^b - 1; symmetric: the
+    zero point is fixed: 0 if signed, 2^(b-1) if unsigned; narrow: drop the most negative code, so
+    that the range is symmetric about 0 (signed only). A weight is stored row by row, one row an
+    output channel: up to 4 bits two codes a byte, else one.
 
     Raises QuantempoError: bits out of range, or narrow without signed.
     """
@@ -173,14 +170,12 @@ class Format:
 
 @dataclass(frozen=True)
 class GroupFormat(Format):
-    """Describe weights in two levels: w8 = (q - z) s, q of `bits`, |w8| <= 127.
+    """Describe weights in two levels: w8 = (q - z) s, q of `bits` (2 to 4), |w8| <= 127.
 
-    s in 1..16 and z in 0..15 belong to `group` input channels of one output channel and kernel
-    position (the last group may have fewer); codes are w8, exact in int8. Of a weight (O, I, ...)
-    with P positions `encode` stores q, uint8 (O, P, ceil(I/2)), two a byte along I, the even one
-    low. Beside them lie the groups: bytes (s - 1) << 4 | z, uint8 (O, P, ceil(I / group)).
-
-    bits: of q, 2 to 4; group: input channels that share a byte, of GROUPS.
+    s in 1..16 and z in 0..15 belong to `group` (of GROUPS) input channels of one output channel and
+    kernel position (the last group may have fewer); codes are w8, exact in int8. Of a weight (O, I,
+    ...) with P positions `encode` stores q, uint8 (O, P, ceil(I/2)), two a byte along I, the even
+    one low. Beside them lie the groups: bytes (s - 1) << 4 | z, uint8 (O, P, ceil(I / group)).
     """
 
     signed: bool = True

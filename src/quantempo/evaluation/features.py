@@ -131,13 +131,13 @@ def _check_weights(path: Path, expected: str, hint: str) -> str:
 class Lite0(nn.Module):
     """Run EfficientNet-Lite0: ReLU6, no squeeze-and-excitation, TensorFlow "same" padding.
 
-    Batch norms are folded into the convolutions when the weights are loaded. Input (B, 3, H, W)
-    uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128 when no side exceeds 64
-    pixels, then (x - 127) / 128. `state` is the published state dict.
+    Batch norms are folded into the convolutions when the weights (`state`, as published) are
+    loaded. Input (B, 3, H, W) uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128
+    when no side exceeds 64 pixels, then (x - 127) / 128.
 
     Error: folding changes features by float32 rounding only (relative 1e-5).
     Source: Tan and Le, EfficientNet, 2019, https://arxiv.org/abs/1905.11946, table 1; "lite"
-        variant and its preprocessing: tensorflow/tpu, models/official/efficientnet/lite.
+    variant: tensorflow/tpu, models/official/efficientnet/lite.
     """
 
     # Blocks that halve the resolution, and the last one at 1/16 of it (table 1, stages 3, 4, 6, 8).

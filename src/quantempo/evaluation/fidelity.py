@@ -45,10 +45,10 @@ def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
 
 
 def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Compute the peak signal-to-noise ratio of each pair of images.
+    """Return (n,) float64: 10 log10(255^2 / mean((first_i - second_i)^2)) of (n, H, W, C) uint8
+    images.
 
-    PSNR_i = 10 log10(255^2 / mean((first_i - second_i)^2)), at most `PSNR_CAP_DB`, which identical
-    images get. Takes (n, H, W, C) uint8, returns (n,) float64; raises as `check_pairs`.
+    At most `PSNR_CAP_DB`, which identical images get; raises as `check_pairs`.
 
     Error: exact integer differences, then one float64 logarithm.
     """
@@ -61,14 +61,14 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "cpu") -> np.ndarray:
-    """Compute the structural similarity of each pair of images (1 when equal).
+    """Return (n,) float64, the structural similarity of pairs of (n, H, W, C) uint8 images, 1 when
+    equal.
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
-    channels, in float64, `batch` pairs at a time. Takes (n, H, W, C) uint8, returns (n,) float64.
+    channels, in float64, `batch` pairs at a time.
 
     Raises QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
-    Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
-        2004, https://doi.org/10.1109/TIP.2003.819861
+    Source: Wang et al., Image quality assessment, 2004, https://doi.org/10.1109/TIP.2003.819861
     """
     check_pairs(first, second)
     if min(first.shape[1:3]) < SSIM_MIN_SIDE:
@@ -163,10 +163,8 @@ def eps_sqnr(
     SQNR(t) = 10 log10(sum |eps|^2 / sum |eps - eps_q|^2) over all rows with that time-step, at most
     `SQNR_CAP_DB`. Errors do not accumulate along the trajectory: both see the float model's x_t.
 
-    Args:
-        batches: (args, kwargs, t), t a number, () or (B,) tensor of training time-steps; read once.
-        bins: increasing edges of time intervals, whose centres are then the t; None: distinct t.
-
+    batches: (args, kwargs, t), t a number, () or (B,) tensor of training time-steps, read once;
+    bins: increasing edges of time intervals, whose centres are then the t; None: distinct t.
     Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
 
     Raises QuantempoError: no batch, outputs of different shapes, not finite, or all zero in float.

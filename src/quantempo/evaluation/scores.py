@@ -236,12 +236,11 @@ def load_images(
 ) -> ImageSet:
     """Load the PNG and JPEG images of a folder and its subfolders, in sorted path order.
 
-    Those of another `size` (H, W) are cropped centrally to its aspect and resized (bicubic,
-    antialiased) and counted; None: all must have one size. `limit` takes that many, spread evenly
-    over the sorted list (classes in subfolders stay balanced).
+    Those of another `size` (H, W) are cropped centrally to its aspect, resized (bicubic,
+    antialiased) and counted; None: all must have one size. `limit`: that many, evenly from the
+    sorted list.
 
-    Raises QuantempoError: no such folder, no images in it, one that cannot be read, different
-    sizes.
+    Raises QuantempoError: no such folder, no images in it, one that cannot be read, several sizes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

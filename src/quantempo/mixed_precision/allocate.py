@@ -48,15 +48,14 @@ def allocate(
 
     For one budget: the options on each layer's lower convex hull are taken in the order of loss
     saved per cost, which is the sweep over the Lagrangian price at all its break points; from the
-    first that does not fit, those that still do fill the rest. For several budgets the cost is a
-    mixture of costs / budgets, and the best of 65 mixtures is taken. Takes finite losses (L, O) and
-    costs >= 0, (L, O) or (M, L, O) for M = 1 or 2 budgets.
+    first that does not fit, those that still do fill the rest. For several, the cost is a mixture
+    of costs / budgets, the best of 65. Takes finite losses (L, O) and costs >= 0, (L, O) or (M, L,
+    O), M <= 2 budgets.
 
     Raises QuantempoError: shapes or values that make no sense; a budget below the least possible;
     or two budgets that no mixture meets together.
-    Error: with one budget the loss is above the least possible by less than the largest step of
-    one layer along its hull, and never grows with the budget. With two neither is certain; see
-    `Allocation.bound`.
+    Error: with one budget the loss is above the least possible by less than the largest step of one
+    layer along its hull, and never grows with the budget; with two see `Allocation.bound`.
     Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
     """
     losses, costs = np.asarray(losses, np.float64), np.asarray(costs, np.float64)

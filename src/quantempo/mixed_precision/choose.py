@@ -34,10 +34,10 @@ def choose_bits(
     called before `pipeline.finish`.
 
     Args:
-        budget_bytes: of the integer weights as stored, see `weight_bytes`. Biases, activation
-            scales and layers in float are not counted; they do not depend on the choice.
-        budget_bops: MACs * weight bits * activation bits of the integer layers, for one image and
-            one call of the network.
+        budget_bytes: of the integer weights as stored, see `weight_bytes`; what does not depend on
+            the choice (biases, activation scales, layers in float) is not counted.
+        budget_bops: MACs * weight bits * activation bits of the integer layers, of one image and
+            step.
         options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
             activations if bytes are the only budget.
         rollout: of `measure`; by default those of `sensitivity.json` where there is one.

@@ -39,11 +39,9 @@ SEED = 3_000_000
 def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) -> dict[str, Any]:
     """Measure every integer layer at every option and write `sensitivity.json`; return it.
 
-    Trace and calibrate are run if they are not done. Losses measured before with the same
-    settings are kept, so a killed run resumes and further options can be added.
-
-    The session's recipe says which layers are integer and how scales are searched, its bits do not
-    matter; `rollout` are chains, steps and seed of `outline`.
+    Trace and calibrate are run if they are not done. Losses measured before with the same settings
+    are kept, so a killed run resumes and further options can be added. The recipe's bits do not
+    matter; `rollout`: chains, steps and seed of `outline`.
 
     Raises QuantempoError: an option that is none, no integer layer, a file of other settings
     without `force`, or a loss that is not finite.

@@ -23,8 +23,7 @@ __all__ = ["OneLayer", "last_latent"]
 def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any]) -> Tensor:
     """Return the last sample that the scheduler of a pipeline made, float64 on the CPU.
 
-    Before any decoder and any clipping; (B, C, H, W), or twice the batch where the pipeline keeps
-    the halves of guidance together to the end.
+    (B, C, H, W), before any decoder; 2 B where the halves of guidance stay together to the end.
 
     Raises QuantempoError: see `call_pipeline`; the pipeline did not step its scheduler.
     """

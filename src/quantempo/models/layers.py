@@ -203,10 +203,9 @@ def parallel_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int
 class DenoiserInputs:
     """One call of a denoiser, by argument name.
 
-    sample: (B, ...) x_t as the network receives it, or gets as a list of its rows (`listed`);
-    timestep: (B,), or (B, ...) of its tokens, int64, or floating point as received; conditioning:
-    the other arguments by name, defaults not filled in; sample_name: of the first argument
-    ("sample", "hidden_states").
+    sample: (B, ...) x_t as received, or from a list of its rows (`listed`); timestep: (B,), or (B,
+    ...) of its tokens, int64, or floating point as received; conditioning: the other arguments,
+    defaults not filled in; sample_name: of the first argument ("sample", "hidden_states").
     """
 
     sample: Tensor
@@ -222,8 +221,8 @@ def bind_inputs(
 ) -> DenoiserInputs:
     """Name the arguments of one call of `denoiser`.
 
-    The time-step may come as a number or as a tensor of shape (), (1,), (B,) or (B, ...); it is
-    repeated to (B, ...) and its value is not changed: integers become int64, Python floats float32.
+    The time-step, a number or a tensor (), (1,), (B,) or (B, ...), is repeated to (B, ...) with its
+    value unchanged: integers become int64, Python floats float32.
 
     Raises QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
     """

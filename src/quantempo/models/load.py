@@ -44,10 +44,9 @@ def load_pipeline(
 ) -> Any:
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
-    Weights are read from safetensors files alone.
-
-    `variant` names the weights ("fp16", "ema") of the components that have it; None: the plain
-    ones, or the only variant of a component that has no plain ones. `revision` is of a hub name.
+    Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the
+    components that have it; None: the plain ones, or the only variant of a component that has no
+    plain ones. `revision` is of a hub name.
 
     Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
     that does not fit its config, layers of a LoRA among its weights.

@@ -205,11 +205,9 @@ def ddim_loop(
 ) -> Tensor:
     """Denoise x_T with DDIM and a forward of fixed shapes; return x_0 float32, latents as such.
 
-    Args:
-        forward: takes the keyword arguments `inputs`, whose x_t and time-step are replaced at every
-            step; its output may be overwritten by its next call.
-        denoiser: whose argument names `inputs` has.
-        scheduler: whose noise law is used; None for DDIM's default (linear betas, T = 1000).
+    forward: takes the arguments `inputs` of `denoiser`, of which x_t and time-step are replaced at
+    every step; its next call may overwrite its output. scheduler: whose noise law is used; None for
+    DDIM's default (linear betas, T = 1000).
     """
     from diffusers import DDIMScheduler
 

@@ -118,20 +118,20 @@ def run_pipeline(
     """Make one image for each seed; image i depends on seeds[i] (and its prompt) only.
 
     Args:
-        seeds: one seed an image; it drives x_T and the noise of the scheduler.
+        seeds: of x_T and the noise of the scheduler.
         batch_size: images in one call of the pipeline, of `steps` steps.
         places: of the images in the whole set; None: 0, 1, ...
         on_batch: called with (index of the first image, what was made) after every call.
-        call: further arguments of the pipeline. Of those with one entry an image (`PER_IMAGE`)
-            image i gets entry i modulo their length; others are passed as they are, None too.
+        call: further arguments of the pipeline, those of an image (`PER_IMAGE`) with entry i modulo
+            their length for image i.
 
     Returns pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, round(255 x); other outputs
     (n, ...) float32.
 
-    Raises QuantempoError: the pipeline needs an argument it was not given, does not know one, fails
-    with those it has, does not fit its scheduler, or produced NaN.
-    Error: the batch size changes the order of float sums, so an image may differ by one level
-    in a pixel between batch sizes; the noise is the same bit for bit.
+    Raises QuantempoError: an argument is missing or unknown, the call fails or does not fit the
+    scheduler, or its images hold NaN.
+    Error: the batch size changes the order of float sums, so a pixel may differ by one level; the
+    noise is the same bit for bit.
     """
     if not len(seeds):
         raise QuantempoError("got no seeds; give at least one")

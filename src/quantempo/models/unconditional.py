@@ -1,9 +1,8 @@
 """A pixel-space pipeline without conditioning that works with any scheduler.
 
-The stock ones do not: DDIMPipeline turns every scheduler it is given into DDIM, and DDPMPipeline
-neither scales the network's input nor x_T, which is silently wrong for Euler-type schedulers and
-an error for those whose step takes no generator. With DDIM and DDPM this one gives their images
-bit for bit. Kept apart from `sampling` because it needs diffusers at import.
+The stock ones do not: DDIMPipeline turns every scheduler into DDIM, and DDPMPipeline scales neither
+the network's input nor x_T, silently wrong for Euler-type schedulers. With DDIM and DDPM this one
+gives their images bit for bit. Apart from `sampling` because it needs diffusers at import.
 """
 
 import inspect

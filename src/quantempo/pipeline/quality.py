@@ -41,8 +41,8 @@ def evaluate(
     """Sample pairs from both models, score them and write `metrics.json`.
 
     The pairs have seeds `seed`, `seed + 1`, ...; `call` goes over the arguments the run was traced
-    with. `data` is a folder of real images for scores against them, `inception` the weights of the
-    Inception network for FID, IS, sFID and KID.
+    with; `data`: a folder of real images to score against; `inception`: weights for FID, IS, sFID,
+    KID.
 
     Raises QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.
     """

@@ -94,11 +94,9 @@ class Quantized:
 
     @torch.no_grad()
     def install(self, denoiser: nn.Module, *, copy: bool = False) -> nn.Module:
-        """Replace the planned layers of a float denoiser by integer ones; names of modules stay.
+        """Replace the planned layers of a float denoiser by integer ones, in place; names stay.
 
-        Args:
-            denoiser: float; changed in place.
-            copy: return a quantized copy instead, which shares all parameters that stay float.
+        copy: return a quantized copy instead, which shares all parameters that stay float.
 
         Raises QuantempoError: the denoiser is quantized already, or is another network.
         """
@@ -186,10 +184,10 @@ def keep_costly(
 ) -> dict[str, Tensor]:
     """Return the scales without those of the shortcuts that cost more than they save.
 
-    One whose share of the error (`error_shares`) is over WORTH times its share of the work stays
-    in float, the worst first, up to `layers.float_macs` of the work: its `NAME.costly` (2,) holds
-    both shares. Shortcuts read the sum of all blocks so far without a norm, and engines go on
-    fusing the blocks around them. One whose bits the recipe names (`layers.bits`) is an integer.
+    One whose share of the error (`error_shares`) is over WORTH times its share of the work stays in
+    float, the worst first, up to `layers.float_macs` of the work: `NAME.costly` (2,) holds both.
+    Shortcuts read the sum of all blocks so far without a norm, and engines go on fusing the blocks
+    around them. One whose bits the recipe names (`layers.bits`) is an integer.
     """
     left, result = recipe.layers.float_macs, dict(scales)
     found = (s for s in sites(denoiser) if s.role == "shortcut" and not named_bits(s, recipe))
@@ -215,13 +213,9 @@ def error_shares(
 
         error = mean over rows of |f_l(x) - f(x)|^2 / |f_q(x) - f(x)|^2
 
-    f is the float network, f_l has layer l alone in integers, f_q all of them: to first order the
-    shares of all layers add up to 1. Every row counts the same, whatever its error: a late step
-    has most of it and least of the image.
-
-    Args:
-        denoiser: float, left as it was; copied: all integer, changed: it gets simulated kernels.
-        names: of the layers; data: 16 rows of it are looked at.
+    f is the float network (left as it was), f_l has layer l alone in integers, f_q = `copied` all
+    of them (it gets simulated kernels): to first order the shares of all layers add up to 1. Each
+    of 16 rows counts the same: a late step has most of the error and least of the image.
     """
     clock = find_clock(copied.to(next(denoiser.parameters()).device))
     assert clock is not None
@@ -305,10 +299,9 @@ def round_weights(
 
 
 def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:
-    """Quantize a float denoiser from the inputs it is to be good at; it is left as it was.
+    """Quantize a float32 denoiser, left as it was, from the inputs it is to be good at.
 
-    denoiser: float32; data: recorded inputs: a `TraceSet`, or a `MemorySet`; recipe: its trace
-    section is not read.
+    data: a `TraceSet`, or a `MemorySet`; recipe: its trace section is not read.
 
     Raises QuantempoError: a recipe that does not fit, or activations that are not finite.
     """

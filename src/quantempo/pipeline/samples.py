@@ -71,12 +71,10 @@ def sample(
 ) -> np.ndarray:
     """Write one sample a seed (its name) and return them all, as `run_pipeline` does.
 
-    A picture is a PNG. A film is a GIF, audio a WAV, and both and any other output are kept
-    exactly in SEED.npy. What is there already, made by the same model and settings, is kept: a
-    killed run resumes. The settings stand in `settings.json` beside them.
-
-    An engine compiles for `batch_size`; `identity` is what else decides the images (hash of the
-    model), `force` throws away pictures of other settings.
+    A picture is a PNG, a film a GIF, audio a WAV; all but pictures are kept exactly in SEED.npy.
+    What the same model and settings (`settings.json`) made is kept: a killed run resumes. An engine
+    compiles for `batch_size`; `identity`: what else decides the images (hash of the model); `force`
+    throws away those of other settings.
 
     Raises QuantempoError: the folder holds something else, or see `run_pipeline`.
     """

@@ -37,16 +37,7 @@ __all__ = ["Session", "load", "reopen"]
 
 @dataclass
 class Session(Cache):
-    """One run folder with the float pipeline it belongs to.
-
-    Args:
-        source: where the float pipeline was loaded from.
-        call: extra arguments of the pipeline's call (prompts, class labels, guidance).
-        scheduler: name of the scheduler to trace and sample with, None for the pipeline's own.
-        data: folder of images for the sources of x_t that need them.
-        loading: dtype, variant and revision, as of `load_pipeline`.
-        only: the one network to quantize of a pipeline with several denoisers, None for all.
-    """
+    """One run folder with the float pipeline it belongs to; `source` and others as of `load`."""
 
     source: str = ""
     call: dict[str, Any] = field(default_factory=dict)
@@ -158,10 +149,11 @@ def load(
             folder (`source/`) and stays as it is but for its device.
         recipe: a `Recipe`, the name of a shipped one or a TOML file.
         call: extra arguments of the pipeline's call: numbers, text, tensors, arrays, pictures,
-            lists of them.
+            lists.
+        scheduler: to trace and sample with, None for the pipeline's own.
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
-        only: the one network to quantize of a pipeline with several denoisers.
+        only: the one network to quantize of a pipeline with several denoisers, None for all.
         loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
 
     Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the

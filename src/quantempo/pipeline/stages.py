@@ -1,9 +1,8 @@
 """The main line with a run folder: trace -> calibrate -> search -> round -> pack.
 
 One verb is one function here, one command and one artefact in the run folder. A stage reads the
-artefacts before it and calls one step of `quantize`; a stage whose artefact was made from the same
-model and settings is not repeated, so a killed run resumes. Evaluate and report have files of
-their own (`pipeline.quality`, `report`).
+artefacts before it and calls one step of `quantize`; one whose artefact was made from the same
+model and settings is not repeated, so a killed run resumes.
 """
 
 import logging

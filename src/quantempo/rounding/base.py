@@ -34,9 +34,9 @@ class Unit:
     """What a rounding sees of one block.
 
     weights: float weight (O, ...) of each integer layer by name, in order of execution; scales:
-    (O,) float32 of each; specs: its format; block: the block and its recorded inputs (a
-    `BlockRun`), None for roundings that need weights alone; settings: of the recipe; notes: what
-    a rounding wants said of this block in the log; groups: of weights that have some.
+    (O,) float32 of each; specs: its format; block: a `BlockRun`, None for roundings that need
+    weights alone; notes: what it wants said of this block in the log; groups: of weights that have
+    some.
     """
 
     weights: Mapping[str, Tensor]
@@ -181,10 +181,8 @@ def run_until(
 class Inputs:
     """The arguments of a block for N rows of the calibration set.
 
-    Args:
-        budget: bytes kept on the device they come from; what would be more lies on the host, in
-            half precision (values beyond its range are clipped to it).
-        laws: of each kind of call of the block, see `calibration.rows.laws`.
+    budget: bytes kept on the device; what would be more lies on the host, in half precision (values
+    beyond its range are clipped to it); laws: of each kind of call, see `calibration.rows.laws`.
     """
 
     def __init__(self, rows: int, budget: int, *laws: Law) -> None:
@@ -289,16 +287,11 @@ def record(
 
 @dataclass
 class BlockRun:
-    """One block, float and quantized, with the inputs of both.
+    """One block, float (`module`) and with quantized layers (`copied`), with the inputs of both.
 
-    Args:
-        name: of the block; module: float; copied: the same with quantized layers.
-        floats, copies: its integer layers by full name, in order of execution.
-        exact, quantized: inputs of the float block, and of the quantized one behind the already
-            quantized part of the network.
-        times: (N,) time-step of each row, as the denoiser receives it.
-        clock: of the quantized denoiser.
-        batch: rows of a call.
+    floats, copies: its integer layers by full name, in order of execution; exact, quantized: inputs
+    of the float block, and of the quantized one behind the already quantized part of the network;
+    times: (N,) of each row, as received; clock: of the quantized denoiser; batch: rows of a call.
     """
 
     name: str

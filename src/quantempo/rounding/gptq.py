@@ -77,14 +77,12 @@ def gptq(
 ) -> Tensor:
     """Return codes (O, K) int8 in [qmin, qmax] that minimise tr((W - s q) H (W - s q)^T), greedily.
 
-    With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1 and columns j in order:
-    q_j = clamp(round(w_j / s)), then w_k -= (w_j - s q_j) U_jk / U_jj for all later k.
-    A diagonal H gives the nearest codes exactly. Float32; float64 where H is near singular.
+    With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1 and columns j in order: q_j
+    = clamp(round(w_j / s)), then w_k -= (w_j - s q_j) U_jk / U_jj for all later k. A diagonal H
+    gives the nearest codes exactly. Float32; float64 where H is near singular.
 
-    Args:
-        weight, scale: (O, K) floating and (O,) float32, > 0.
-        hessian: (K, K) = X X^T up to a factor, on the same device; or what `Inverse` made of it.
-        block: columns updated together; changes the order of sums only.
+    weight, scale: (O, K) floating and (O,) float32, > 0; hessian: (K, K) = X X^T up to a factor, or
+    what `Inverse` made of it; block: columns updated together; changes the order of sums only.
 
     Raises QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
     """
@@ -154,10 +152,8 @@ def _factor(damped: Tensor) -> Tensor | None:
 def moments(layer: QLayer, x: Tensor, other: Tensor | None = None) -> Tensor:
     """Return X X^T of an input, (groups, K, K) float32, K in the order of weight.flatten(1).
 
-    Args:
-        layer: gives the kernel size, stride, padding and groups.
-        x: (B, C, H, W), or (..., C) for a linear layer; already on the layer's grid.
-        other: Y of the same shape, for Y X^T instead.
+    x: (B, C, H, W), or (..., C) for a linear layer; already on the layer's grid; other: Y of the
+    same shape, for Y X^T instead.
 
     Memory: patches of a convolution are made for a few images at a time, 256 MB of each.
     """

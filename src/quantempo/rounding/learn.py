@@ -49,12 +49,9 @@ def learn(
 ) -> None:
     """Minimise the loss over `parameters` by Adam, in place; nothing waits for the device.
 
-    Args:
-        block: its layers have kernels that depend on the parameters.
-        parameters: leaves with gradients.
-        settings: `iterations` of `batch` rows each, drawn with repeats by `seed`; `drop`.
-        start: from `errors`, of the integers it starts from.
-        penalty: iteration -> term added to the loss, which is 1.8 for the integers at the start.
+    The block's layers have kernels that depend on the parameters. settings: `iterations` of `batch`
+    rows each, drawn with repeats by `seed`; `drop`; start: from `errors`, of the integers it starts
+    from; penalty: iteration -> term added to the loss, which is 1.8 for the integers at the start.
     """
     host = torch.Generator().manual_seed(settings.seed)
     mixing = torch.Generator(block.device).manual_seed(settings.seed)

@@ -58,11 +58,11 @@ def round_denoiser(
     NAME.weight_scale, NAME.weight_group of weights in groups, which roundings may choose again.
 
     Args:
-        copied: quantized copy of `denoiser`, on the same device; changed in place: its layers end
-            with what is returned, and with simulated kernels.
+        copied: quantized copy of `denoiser`, on the same device; it ends with what is returned, and
+            with simulated kernels.
         data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
-        folder: where finished blocks are kept and found again.
-        key: hash of all else that decides the result (model, trace, scales); needed with `folder`.
+        folder, key: where finished blocks are kept and found again; hash of all else that decides
+            the result (model, trace, scales).
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
 
     Raises QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
@@ -272,8 +272,8 @@ def correct_bias(block: BlockRun) -> dict[str, Tensor]:
 
     A layer without a bias is left alone and logged.
 
-    Error: means are float64 sums of float32 outputs; equal to the float ones up to float32
-    rounding of the outputs, on the recorded rows.
+    Error: means are float64 sums of float32 outputs on the recorded rows, equal up to their
+    rounding.
     """
     wanted = _float_means(block)
     result = {}

@@ -43,12 +43,10 @@ class _Kernel:
 class SoftKernel(_Kernel):
     """A layer whose codes are floor + h(v), between two neighbours each; v is learned.
 
-    It starts from given codes c: floor is c or c - 1, so that the float weight lies between or,
-    if c is further away, c is one of the two; h is the fraction of the float weight, kept on the
-    side of c, so that rounding h gives c back.
-
-    spread: distance of h at the start from the given code, 1 for the one described, towards 0 for
-    a start near the code itself.
+    It starts from given codes c: floor is c or c - 1, so that the float weight lies between or, if
+    c is further away, c is one of the two; h is the fraction of the float weight, kept on the side
+    of c, so that rounding h gives c back. spread: distance of h at the start from c, 1 for the one
+    described, towards 0 for a start near c itself.
     """
 
     def __init__(

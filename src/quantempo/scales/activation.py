@@ -1,14 +1,13 @@
 """Choose the scales of activations from their histograms.
 
 A search tries every candidate of a grid and keeps the one of the smallest metric, so that brute
-force can check it.
-
-Every tensor operation here stays below the size from which torch uses threads: layers are
-independent, so a caller who wants both cores runs two layers at a time.
+force can check it. Every tensor operation here stays below the size from which torch uses threads:
+a caller who wants all cores runs several layers, which are independent, at a time.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +53,10 @@ class Candidates:
 class CostTable:
     """Hold the metric of every candidate on every histogram row.
 
-    scale: (P,) float64, values exact in float32; zero_point: (P,) int64; cost: (R, P) float64;
-    mass: (R,) float64, the share of the data in each row, sums to one. The cost of a row without
-    data is 0. The error of the whole is sum_r mass_r cost_rp: exactly the metric of all data for
-    mse, l1 and lp; for cosine and kl, which are no sums over data, this mean over rows is what
-    the total means.
+    scale: (P,) float64, values exact in float32; zero_point: (P,) int64; cost: (R, P) float64, 0
+    for a row without data; mass: (R,) float64, the share of the data in each row, sums to one. The
+    error of the whole is sum_r mass_r cost_rp: exactly the metric of all data for mse, l1 and lp;
+    for cosine and kl, no sums over data, this mean over rows is what the total means.
     """
 
     scale: Tensor
@@ -223,37 +221,34 @@ def search_activation(
     edges: Tensor,
     spec: Format = ACTIVATION,
     *,
-    metric: str = "mse",
-    p: float = 2.4,
     buckets: Tensor | None = None,
     min_gain: float = 0.0,
     smooth: float = 0.0,
-    candidates: Candidates | None = None,
+    **how: Any,
 ) -> ActivationScale:
     """Choose a scale for each time bucket and one zero point for all of them.
 
     argmin over z of sum_g mass_g min over s of metric(x, Q(x; s, z)) on the histogram of bucket g.
     The first candidate is min-max and ties keep the first, so the result is never worse by the
-    metric than min-max. A bucket without data takes the scale of the nearest one with data, the
-    earlier of two.
+    metric. A bucket without data takes the scale of the nearest one with data, the earlier of two.
 
     Args:
         hist, edges: (K, N) counts of K fine time bins; see `cost_table`; zero may lie outside.
         spec: the format of the codes; symmetric fixes the zero point.
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
+        how: metric, p and candidates of `cost_table`.
 
     Raises QuantempoError: see `cost_table`; buckets that do not fit.
     Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
-    Source: Shang et al., CVPR 2023, eq. 11-13, with the argmin over the whole set instead of a
-    running mean over batches.
+    Source: Shang et al., CVPR 2023, eq. 11-13, over the whole set instead of a running mean of
+    batches.
     """
     merged = _merge_rows(hist, buckets)
-    table = cost_table(merged, edges, spec, metric=metric, p=p, candidates=candidates)
+    table = cost_table(merged, edges, spec, **how)
     gain = bucket_gain(table, smooth)
     if len(merged) > 1 and gain < min_gain:
-        one = search_activation(hist, edges, spec, metric=metric, p=p, candidates=candidates)
-        return replace(one, gain=gain)
+        return replace(search_activation(hist, edges, spec, **how), gain=gain)
     index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
     contribution = table.weighted()
     filled = table.mass.nonzero()[:, 0]

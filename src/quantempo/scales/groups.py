@@ -17,7 +17,7 @@ from quantempo.core import GroupFormat, channels_last
 from quantempo.errors import QuantempoError
 from quantempo.scales.activation import CHUNK, CHUNK_GPU, EMPTY_SCALE, TINY
 
-__all__ = ["GroupScales", "search_groups"]
+__all__ = ["GroupScales", "check_weight", "search_groups"]
 
 # Shares of the range of a group that 2^bits codes are spread over.
 _SHARES = (1.0, 0.93, 0.86, 0.8, 0.7, 0.6, 0.5)
@@ -37,6 +37,15 @@ class GroupScales(NamedTuple):
     groups: Tensor
 
 
+def check_weight(weight: Tensor) -> None:
+    """Raise QuantempoError unless a weight is (O, I, ...), floating and finite."""
+    if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise QuantempoError(
+            f"got a weight {tuple(weight.shape)} {weight.dtype}; expected a finite floating tensor "
+            "(O, ...); check the checkpoint"
+        )
+
+
 @torch.no_grad()
 def search_groups(
     weight: Tensor, spec: GroupFormat, importance: Tensor | None = None
@@ -49,11 +58,7 @@ def search_groups(
     Error: float32. The search is no exhaustive one; each candidate is compared on the weights.
     """
     shape, flat = weight.shape, channels_last(weight.detach())
-    if not weight.is_floating_point() or not bool(weight.isfinite().all()):
-        raise QuantempoError(
-            f"got a weight {tuple(shape)} {weight.dtype}; expected a finite floating tensor; check "
-            "the checkpoint"
-        )
+    check_weight(weight)
     counts = None if importance is None else channels_last(importance.expand(shape))
     most = CHUNK if weight.device.type == "cpu" else CHUNK_GPU
     rows = max(1, most // max(1, flat[0].numel()))

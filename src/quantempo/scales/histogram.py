@@ -1,10 +1,8 @@
 """Streaming statistics of one activation: `MinMax`, then `Histogram` over its range, `TokenError`.
 
-The first two hold one row per input-channel segment and fine time bin, and are sums or extremes of
-integers or single values: the order of batches and their size do not change a bit. Nothing here
-chooses a scale.
-
-S segments, K fine time bins; which time-step belongs to which bin is the caller's business.
+The first two hold a row for each of S input-channel segments and K fine time bins (which time-step
+is in which is the caller's business), sums or extremes of integers or single values: the order of
+batches and their size do not change a bit. Nothing here chooses a scale.
 """
 
 from collections.abc import Iterator
@@ -69,10 +67,8 @@ class MinMax:
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
         """Take in a batch.
 
-        Args:
-            x: (B, ...) floating: the part of the activation that belongs to `segment`.
-            time_bin: the fine time bin of the batch, or (B,) int64 when it mixes time-steps.
-            segment: 0 <= segment < S.
+        x: (B, ...) floating: the part of the activation that belongs to `segment`, 0 to S - 1;
+        time_bin: of the batch, or (B,) int64 when it mixes time-steps.
 
         Raises QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
@@ -117,9 +113,7 @@ class Histogram:
     of the quantization error, mse^(1/2) and lp^(1/p) among them, is off by at most w/2 too, for
     every scale; the scale that is best for the histogram is within w of the best for the data.
 
-    edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data.
-
-    counts: (S, K, N) int64. edges: as given.
+    edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data; counts: (S, K, N) int64.
     """
 
     def __init__(self, edges: Tensor, time_bins: int = 1, bins: int = 2048) -> None:
@@ -135,8 +129,8 @@ class Histogram:
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
         """Count a batch; arguments as for `MinMax.update`.
 
-        Values outside the range by less than a bin (a forward pass repeated in another batch
-        size differs in the last digits) count in the end bin.
+        Values less than a bin outside the range (the last digits follow the batch size) count in
+        the end bin.
 
         Raises QuantempoError: NaN, values further outside, a time bin out of range.
         """

@@ -2,10 +2,7 @@
 
 A metric reduces the last axis and knows nothing about scales, grids or layers. Elements may carry
 weights, so the same function serves exact data (weight None) and histograms (x the bin centres,
-weight the counts). To add a metric, write one function here and register it; the tests of the
-contract, the search and the recipe find it by its name.
-
-E[v] below is the weighted mean sum_i w_i v_i / sum_i w_i over the last axis.
+weight the counts). E[v] below is the weighted mean sum_i w_i v_i / sum_i w_i over the last axis.
 """
 
 from collections.abc import Callable
@@ -101,12 +98,11 @@ def linf(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
 def cosine(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return 1 - E[x x_hat] / sqrt(E[x^2] E[x_hat^2]); 1 if exactly one of the two is zero.
 
-    With a, b the root mean squares and d = x - x_hat it is computed as
-    (E[d^2] - (a - b)^2) / (2 a b), a - b = E[d (x + x_hat)] / (a + b).
+    With a, b the root mean squares and d = x - x_hat it is computed as (E[d^2] - (a - b)^2) / (2 a
+    b), a - b = E[d (x + x_hat)] / (a + b).
 
-    Error: no cancellation against 1, so the values near 1e-5 of an 8-bit grid keep their digits
-    in float32 too. A common factor of x_hat costs nothing, so this metric does not fix a scale
-    for tensors that few levels can hold exactly.
+    Error: no cancellation against 1, so values near 1e-5 keep their digits in float32 too. A common
+    factor of x_hat costs nothing: no scale is fixed for tensors that few levels can hold exactly.
     """
     difference = x - x_hat
     a, b = (_mean(v * v, weight).sqrt() for v in (x, x_hat))
@@ -123,8 +119,8 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     Equal x make one bin, i; P_i is its share of the weight, bins without weight are left out. A
     level is a run of equal x_hat in sorted x; the step is the smallest distance between
     neighbouring levels. A bin is *outside* if |x - x_hat| > step / 2: it was clipped. Let R be the
-    mass inside, M_l the mass and c_l the number of bins of level l that are inside, n the number
-    of bins outside. Then
+    mass inside, M_l the mass and c_l the number of bins of level l that are inside, n the number of
+    bins outside. Then
 
         Q_i = (1 - e) (M_l / c_l) / R  inside,  Q_i = e / n  outside,  e = 1e-6 (0 if n = 0),
 
@@ -132,14 +128,11 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     T log(T/e) + R log(R/(1 - e)) on top of what the shapes differ. P sums to one and Q to one (or
     to e, if nothing is inside), so KL >= 0, and it is finite for every clip.
 
-    Args:
-        x, x_hat, weight: broadcastable; weights of a histogram. On raw samples (all x distinct)
-            nothing but the clipping is seen: count them into bins first. Bins of weight 0 show
-            which levels exist, so pass all bins.
+    x, x_hat, weight: broadcastable, of a histogram with all its bins, which show the levels; on raw
+    samples (all x distinct) nothing but the clipping is seen.
 
-    Source: the entropy calibration of TensorRT (Migacz, "8-bit inference with TensorRT", GTC
-    2017), which moves the clipped mass into P's last bin instead; that makes P depend on the clip
-    and lets a range of one bin score 0.
+    Source: the entropy calibration of TensorRT (Migacz, GTC 2017), which moves the clipped mass
+    into P's last bin instead; then P depends on the clip, and a range of one bin can score 0.
     """
     if weight is None:
         weight = torch.ones_like(x)

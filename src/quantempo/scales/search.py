@@ -2,11 +2,11 @@
 
 Activations: per segment and time bucket. The clock has one bucket table for the whole network, so
 its boundaries are chosen for all layers together, by a dynamic programme over the fine time bins; a
-layer that gains too little from them keeps a single scale (`search_activation`, min_gain).
-Weights: per output channel, symmetric.
+layer that gains too little keeps a single scale. Weights: per output channel, symmetric.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from quantempo.scales.activation import (
     cost_table,
     search_activation,
 )
-from quantempo.scales.groups import search_groups
+from quantempo.scales.groups import check_weight, search_groups
 from quantempo.scales.histogram import ACT_BITS, bin_centers
 from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
 
@@ -75,15 +75,13 @@ def search_scales(
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
     For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), and of `search_weights`;
-    `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of
-    buckets, 1 for a layer none of whose segments gains `min_gain` by it, or 0 for one whose tokens
-    have a scale each; `NAME.errors` (2,) float64 where that was measured: by time, by token.
+    `bucket_of` (T,) int64, the time bucket of each training time-step. G is the number of buckets,
+    1 for a layer none of whose segments gains `min_gain` by it, or 0 for one whose tokens have a
+    scale each; `NAME.errors` (2,) float64 where that was measured: by time, by token.
 
     Args:
-        stats: `NAME.hist` (S, K, N), `NAME.edges` (S, 2), `time_bin_edges` (K + 1,); a layer
-            without them gets a weight scale alone. `NAME.token_error` (S, 7), see `TokenError`.
+        stats: of `collect_statistics`; a layer without them gets a weight scale alone.
         weights: float weight (O, ...) of each layer, searched on its device.
-        recipe: metrics, bits and number of buckets.
         known: what an earlier search found of weights; these are not searched again.
         bits: (weight bits, activation bits) of layers where they are not the recipe's.
     """
@@ -160,9 +158,7 @@ def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
 
     cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
     the best scale for all bins (so 0 to 1); infinite for j <= i; 0 for a layer without error.
-
-    table: rows are the K fine bins in order of time, all candidates of one zero point:
-    `cost_table(...).at_best_zero_point()`.
+    table: `cost_table(...).at_best_zero_point()`, rows the K fine bins in order of time.
 
     Raises QuantempoError: candidates of several zero points; the layer can use only one.
     """
@@ -185,13 +181,9 @@ def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0)
 
     Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
     scale in every bucket, and counts relative to its error with one scale. Exact, in
-    O(layers K^2 P + B K^2).
-
-    Args:
-        tables: one for each layer, rows the K fine bins, one zero point each.
-        buckets: B; fewer are returned if fewer bins hold data.
-
-    Returns (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`. Every bucket holds data.
+    O(layers K^2 P + B K^2). Takes a table for each layer, rows the K fine bins, one zero point
+    each. Returns (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`, fewer if fewer bins
+    hold data: every bucket has some.
 
     Raises QuantempoError: no tables, tables over different bins, buckets < 1.
     Source: optimal partition of a sequence, Bellman 1961; scales by time bucket, Q-Diffusion's
@@ -253,11 +245,7 @@ def search_weight(
     Raises QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
     Error: float32; of candidates whose metrics agree to about 1e-6 either may win.
     """
-    if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
-        raise QuantempoError(
-            f"got a weight {tuple(weight.shape)} {weight.dtype}; "
-            "expected a finite floating tensor (O, ...); check the checkpoint"
-        )
+    check_weight(weight)
     if not (spec.signed and spec.symmetric) or steps < 1:
         raise QuantempoError(
             f"got {spec} and steps={steps}; expected signed, symmetric, steps >= 1"
@@ -278,22 +266,17 @@ def search_weight(
 
 def _exact_costs(rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: Format) -> Tensor:
     """Return the (O, steps) metric of every scale on the rows (O, L) themselves."""
-    cost = torch.empty_like(scale)
+    cost, steps, length = torch.empty_like(scale), scale.shape[1], rows.shape[1]
+    # Blocks of (channels, ratios) of about so many elements.
     most = CHUNK if rows.device.type == "cpu" else CHUNK_GPU
-    for some, few in _blocks(len(rows), scale.shape[1], rows.shape[1], most):
-        x, s, top = rows[some, None], scale[some, few, None], peak[some, None, None]
-        codes = (x / s).round_().clamp_(spec.qmin, spec.qmax)
-        cost[some, few] = metric(x / top, codes.mul_(s / top))
-    return cost
-
-
-def _blocks(rows: int, steps: int, length: int, most: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of (channels, ratios) of about `most` elements."""
     few = min(steps, max(1, most // length))
     some = max(1, most // (few * length))
-    for i in range(0, rows, some):
-        for j in range(0, steps, few):
-            yield slice(i, i + some), slice(j, j + few)
+    for i, j in itertools.product(range(0, len(rows), some), range(0, steps, few)):
+        here, tried = slice(i, i + some), slice(j, j + few)
+        x, s, top = rows[here, None], scale[here, tried, None], peak[here, None, None]
+        codes = (x / s).round_().clamp_(spec.qmin, spec.qmax)
+        cost[here, tried] = metric(x / top, codes.mul_(s / top))
+    return cost
 
 
 def _density_costs(unit: Tensor, ratios: Tensor, metric: Metric, spec: Format) -> Tensor:
