@@ -68,9 +68,10 @@ class Case:
         bucket = torch.randint(0, self.buckets, shape, generator=g).to(device)
         zeros = [90, 101][: self.raw_rows]
         return Normalization(
-            x, skip, gamma, beta, self.groups, 1e-5, self.silu,
-            scale.to(device) if self.quantize else None, self.zero_point, self.qmax, bucket,
-            raw.to(device) if self.raw_rows else None, zeros, 255,
+            x, skip, gamma=gamma, beta=beta, groups=self.groups, silu=self.silu,
+            scale=scale.to(device) if self.quantize else None, zero_point=self.zero_point,
+            qmax=self.qmax, bucket=bucket, raw_scales=raw.to(device) if self.raw_rows else None,
+            raw_zero_points=zeros,
         )  # fmt: skip
 
     def tiles(self) -> Plan:
@@ -247,8 +248,9 @@ def recorded(
     rows = (2 if c2 else 1) if raw else 0
     gamma = empty(c1 + c2) if norm else None
     call = Normalization(
-        x, skip, gamma, gamma, 32, 1e-5, norm, empty(8), zero_point, 255,
-        empty(dtype=torch.int64), empty(rows, 8) if raw else None, [7] * rows, 255,
+        x, skip, gamma=gamma, beta=gamma, groups=32, silu=norm, scale=empty(8),
+        zero_point=zero_point, bucket=empty(dtype=torch.int64),
+        raw_scales=empty(rows, 8) if raw else None, raw_zero_points=[7] * rows,
     )  # fmt: skip
     with harness.recorded(module) as launches:
         gn_act_quant.launch(call, plan=plan, path=path)

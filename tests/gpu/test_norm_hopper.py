@@ -62,10 +62,10 @@ CASES = {
 
 def meta(case: Case) -> Normalization:
     call = case.call()
-    moved = {k: v.to("meta") for k, v in call._asdict().items() if isinstance(v, Tensor)}
+    moved = {k: v.to("meta") for k, v in vars(call).items() if isinstance(v, Tensor)}
     for name in {"x", "skip"} & set(moved):
         moved[name] = moved[name].contiguous(memory_format=LAST)
-    return call._replace(**moved)
+    return dataclasses.replace(call, **moved)
 
 
 def recorded(case: Case) -> harness.Launch:

@@ -198,9 +198,9 @@ def recorded(
 
     rows, weight = empty(b, 6 * c, dtype=dtype), empty(c) if affine else None
     call = Tokens(
-        empty(b, t, c, dtype=dtype), empty(dtype=torch.int64), norm, weight, weight,
-        None if affine else rows[:, :c], None if affine else rows[:, c : 2 * c], 1e-6,
-        empty(8) if static else None, zero_point, 255,
+        empty(b, t, c, dtype=dtype), bucket=empty(dtype=torch.int64), norm=norm, weight=weight,
+        bias=weight, scale=None if affine else rows[:, :c], zero_point=zero_point,
+        shift=None if affine else rows[:, c : 2 * c], act_scale=empty(8) if static else None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, harness.recorded(kernel) as launches:
         patch.setattr(kernel, "multiprocessors", lambda device: PROCESSORS[90])

@@ -81,8 +81,7 @@ class Candidate:
 def select(patterns: Iterable[str] = (), device: str = "cuda") -> list[Candidate]:
     """Return a device type's candidates whose names match a shell pattern; all for none.
 
-    Raises:
-        QuantempoError: a pattern that matches none.
+    Raises QuantempoError: a pattern that matches none.
     """
     patterns = list(patterns)
     here = [candidate for candidate in CANDIDATES if device in candidate.devices]

@@ -75,9 +75,8 @@ def prepare(
 
     `wanted` is the float32 output; `budget` the seconds this may take, None for no limit.
 
-    Raises:
-        QuantempoError: an output that is not finite or not near the wanted one.
-        TimeoutError: out of budget. Whatever the candidate itself raises.
+    Raises QuantempoError: an output that is not finite or not near the wanted one. TimeoutError:
+    out of budget. Whatever the candidate itself raises.
     """
     device, start = wanted.device, time.perf_counter()
     gc.collect()
@@ -153,9 +152,8 @@ def compare(
     """Prepare every candidate, time those that are right in turns; return what ran.
 
     A candidate has a row once it is ready ("rounds": 0, the time of one call), again after each
-    round (medians so far), or when it failed.
-
-    `head`, {"model", "batch"}, is what the rows share. Arguments as of `prepare`, `take_turns`.
+    round (medians so far), or when it failed. `head`, {"model", "batch"}, is what the rows share.
+    Arguments as of `prepare`, `take_turns`.
     """
     ready: dict[str, Ready] = {}
     head = {"kind": "forward", **head}

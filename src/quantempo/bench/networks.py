@@ -76,8 +76,7 @@ def run_network(session: Session) -> Network:
 
     Inputs are recorded rows, repeated to the batch size, all at one time-step as in sampling.
 
-    Raises:
-        QuantempoError: nothing packed yet, or no trace.
+    Raises QuantempoError: nothing packed yet, or no trace.
     """
     part = next(part for part in session.parts if len(TraceSet(part.run / "trace")))
     data, floating = TraceSet(part.run / "trace"), part.denoiser
@@ -99,8 +98,7 @@ def run_network(session: Session) -> Network:
 def model_network(source: str, device: torch.device | str) -> Network:
     """Return a preset ("sd15") or the denoiser of a diffusers folder, quantized without data.
 
-    Raises:
-        QuantempoError: neither a preset nor a pipeline, or one whose inputs are not known.
+    Raises QuantempoError: neither a preset nor a pipeline, or one whose inputs are not known.
     """
     if source in PRESETS or not Path(source).exists():
         # An unknown name is refused there, with the known ones.

@@ -125,19 +125,17 @@ def gemm(m: int, n: int, k: int, block: bool = False) -> Case:
 
     def make(device: torch.device) -> Given:
         weight = _codes((n, k), device, -127)
-        return {
+        given = {
             "codes": _codes((m, k), device),
             "weight": weight,
             "table": layout.row_table(weight, _ZERO),
             **_terms(n, device),
-        } | (ends(device) if block else {})
-
-    def ends(device: torch.device) -> Given:
-        return {
-            "act_scale": torch.rand(m, device=device) * 1e-3 + 1e-3,
-            "gate": _floats(1, n, device=device),
-            "residual": _floats(m, n, device=device),
         }
+        if block:
+            given["act_scale"] = torch.rand(m, device=device) * 1e-3 + 1e-3
+            given["gate"] = _floats(1, n, device=device)
+            given["residual"] = _floats(m, n, device=device)
+        return given
 
     def run(given: Given) -> Tensor:
         return ops.qgemm(**given, rows=block, out_dtype=_BF16)

@@ -54,9 +54,8 @@ class Limits:
 def check(case: Case, given: dict[str, Tensor]) -> None:
     """Refuse a kernel that computes something else.
 
-    Raises:
-        QuantempoError: sums that differ, an epilogue that is not within one rounding, or runs that
-            differ from each other.
+    Raises QuantempoError: sums that differ, an epilogue that is not within one rounding, or runs
+    that differ from each other.
     """
     first = case.whole(given)
     if not all(torch.equal(first, case.whole(given)) for _ in range(2)):
@@ -105,10 +104,7 @@ def _rotated(
     graph, _ = capture(every)
 
     # The graph reads the arguments that the calls hold.
-    def replay(_kept: Sequence[Call] = several) -> None:
-        graph.replay()
-
-    return replay, copies
+    return lambda _kept=several: graph.replay(), copies
 
 
 def time_op(

@@ -81,11 +81,8 @@ def bench(
         candidates: shell patterns of their names, all by default; compiled: with torch.compile in
             baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
 
-    Returns the record, see `Results.record`.
-
-    Raises:
-        QuantempoError: a request that names nothing, too much, or what does not exist; nothing
-            packed yet.
+    Returns the record, see `Results.record`. Raises QuantempoError: a request that names nothing,
+    too much, or what does not exist; nothing packed yet.
     """
     _check_request(run is not None, model, device, ops, engines, out)
     kind = torch.device(device).type
@@ -194,10 +191,8 @@ def bench_network(
 ) -> None:
     """Time every candidate at every batch size; `results` gets the rows as they come.
 
-    Args:
-        results: whose "engine" runs the quantized network where a candidate names none.
-        steps: of DDIM, to measure images a second as well.
-        settings: rounds, seconds, budget of `compare`.
+    results: whose "engine" runs the quantized network where a candidate names none; steps: of DDIM,
+    to measure images a second as well; settings: rounds, seconds, budget of `compare`.
     """
     timer = timer or timer_for(network.device)
     for size in batches:

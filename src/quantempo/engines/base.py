@@ -27,10 +27,9 @@ MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
 
 
 class Prepared:
-    """Constants of one device, built in `prepare`."""
+    """Constants of one device; traceable: whether a compiler may be the first to make them."""
 
     device: torch.device | None = None
-    # Whether a compiler may be the first to make them.
     traceable = False
 
     def prepare(self, device: torch.device) -> None:
@@ -132,20 +131,18 @@ class ActivationGrids:
 
 def bucket_rows(clock: StepClock) -> int | dict[int, Tensor]:
     """Return the current time bucket, or bucket -> (n,) rows of it when the batch mixes several."""
-    known: int | dict[int, Tensor] | None = clock.call.rows
-    if known is None:
+    if clock.call.rows is None:
         bucket = clock.bucket.reshape(-1)
         values = sorted(set(bucket.tolist()))
         mixed = {v: (bucket == v).nonzero()[:, 0] for v in values}
-        known = clock.call.rows = values[0] if len(values) == 1 else mixed
-    return known
+        clock.call.rows = values[0] if len(values) == 1 else mixed
+    return clock.call.rows  # type: ignore[no-any-return]
 
 
 def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """Return run(bucket, *inputs), called once for each time bucket in the batch.
 
-    Args:
-        inputs: (B', ...), B' a multiple of the clock's batch (else QuantempoError), or None.
+    inputs: (B', ...), B' a multiple of the clock's batch (else QuantempoError), or None.
     """
     buckets = bucket_rows(clock)
     if isinstance(buckets, int):

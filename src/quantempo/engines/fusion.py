@@ -30,7 +30,6 @@ FAMILIES = (fusion_dit, fusion_joint, fusion_transformer, fusion_unet)
 _FUSED = "_quantempo_fused"
 T = TypeVar("T")
 
-
 # One forward for the block, or forwards for some modules in it, or why there is none (one clause).
 Built: TypeAlias = "FusedBlock | list[tuple[nn.Module, Callable[..., Any]]] | str"
 Builder = Callable[[Any, "Network"], Built]
@@ -87,11 +86,8 @@ class Blocks:
         found = getattr(getattr(module, "kernel", None), "backend", None)
         if not floating and found != self.backend:
             return f"a layer in it runs on {found}"
-        if (
-            isinstance(module, QLayer)
-            and module.dynamic
-            and not (by_token and module.act_bits == 8)
-        ):
+        dynamic = isinstance(module, QLayer) and module.dynamic
+        if dynamic and not (by_token and module.act_bits == 8):
             return "a layer in it has a scale for every token"
         if need is Need.ROWS and isinstance(module, QConv2d):
             need = Conv((1, 1))

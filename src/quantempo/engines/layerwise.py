@@ -21,10 +21,8 @@ __all__ = ["LayerwiseEngine", "execution"]
 class LayerwiseEngine(Engine):
     """Run every integer layer with the backend `name`, and the blocks around them fused.
 
-    Args:
-        devices: torch device types, or ("any",).
-        slow: why it is slower than it should be wherever it runs, or None.
-        holds: see `Engine.holds`.
+    devices: torch device types, or ("any",); slow: why it is slower than it should be wherever it
+    runs, or None; holds: see `Engine.holds`.
     """
 
     def __init__(

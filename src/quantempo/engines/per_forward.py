@@ -32,9 +32,9 @@ class PerForward:
         self._kept, self._traced = PerThread(**empty), _Traced(**empty)
 
     def read(self, reader: int, given: Tensor, now: Tensor | None = None, *how: Any) -> Any:
-        """Return make(given, *how), made now unless known.
+        """Return make(given, *how), made now unless known; now: another input, the clock's bucket.
 
-        now: another input: the clock's bucket, where the same one may be read at several times.
+        It is given where the same input may be read at several times.
         """
         inputs = [x for x in (given, now) if x is not None]
         hidden = torch.compiler.is_compiling() or any(x.is_inference() for x in inputs)
@@ -67,8 +67,7 @@ def float_rows(layers: list[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class TimeShifts(PerForward):
     """What the time embedding adds to each residual block, of all blocks in one matmul.
 
-    Args:
-        layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
+    layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
     """
 
     @classmethod

@@ -75,11 +75,7 @@ ENGINES: Registry[Engine] = Registry("engine")
 
 
 def choose(device: str, but: str | None = None) -> Engine:
-    """Return the fastest engine (but one) that can run on a device type; log what is passed over.
-
-    Raises:
-        QuantempoError: none can.
-    """
+    """Return the fastest engine (but one) of a device type, else QuantempoError; log the others."""
     found: list[tuple[str, Engine, str | None]] = []
     for name in ENGINES.names():
         engine = ENGINES.get(name)
@@ -108,13 +104,10 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     """Attach an engine to a quantized denoiser and return its name.
 
     It is attached again when a call finds the network changed: moved, loaded, other processors.
+    engine: a registered name, or "auto" for the fastest that is installed for its device, chosen at
+    the first call of each shape where that depends on it (`ByShape`).
 
-    Args:
-        engine: a registered name, or "auto" for the fastest that is installed for its device,
-            chosen at the first call of each shape where that depends on it (`ByShape`).
-
-    Raises:
-        QuantempoError: not quantized, unknown engine, or the engine cannot run here.
+    Raises QuantempoError: not quantized, unknown engine, or the engine cannot run here.
     """
     if find_clock(denoiser) is None:
         raise QuantempoError(
@@ -159,12 +152,8 @@ def _rival(denoiser: nn.Module, chosen: Engine, device: str) -> Engine:
 class ByShape:
     """The forward of a denoiser that chooses at the first call of each shape of its inputs.
 
-    last: name of the engine that ran last.
-
-    Args:
-        base: name of the engine that is attached to its layers.
-        rival, run: the other one and its forward.
-        few: rows up to which the other one is the faster; with more, both are timed.
+    last: name of the engine that ran last; base: of the one that is attached to its layers; rival,
+    run: the other one and its forward, the faster up to `few` rows; with more, both are timed.
     """
 
     def __init__(

@@ -208,8 +208,7 @@ exact_conv2d.register_fake(lambda codes, weight, *how: F.conv2d(codes, weight, N
 def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
     """Keep cuDNN from Winograd and FFT, which do not add integers exactly.
 
-    Tensor cores are safe: |q| <= 255 is exact in TF32 and their accumulators are float32. cuDNN
-    uses them for float32 where TF32 is allowed and exists; elsewhere it is turned off.
+    Tensor cores do: |q| <= 255 is exact in TF32, sums are float32. Without TF32 it is turned off.
     """
     if codes.device.type != "cuda":
         return nullcontext()

@@ -80,10 +80,8 @@ class Graphed(nn.Module):
 
     Replays of all networks of a process follow each other, on one stream: they share memory.
 
-    Args:
-        denoiser: with its engine attached, compiled or not, or any function that waits for no value
-            of its tensors.
-        warmup: eager calls before each recording, at least 1.
+    denoiser: with its engine attached, compiled or not, or any function that waits for no value of
+    its tensors; warmup: eager calls before each recording, at least 1.
     """
 
     def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:

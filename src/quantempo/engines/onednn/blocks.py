@@ -122,12 +122,9 @@ class _Resnet(_Block):
         self.shortcuts: dict[tuple[int, ...], FoldedLayer | _FloatShortcut] = {}
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        shift = None
-        if temb is not None and self.parts.time is not None:
-            if self.index is not None:
-                shift = self.shifts(self.index, temb)
-            else:
-                shift = self.parts.time(F.silu(temb)).float()
+        shift, time, index = None, self.parts.time, self.index
+        if temb is not None and time is not None:
+            shift = time(F.silu(temb)).float() if index is None else self.shifts(index, temb)
         skip = None if skip is None else last(skip).to(x.dtype)
         return run_per_bucket(self.clock, self._join, last(x), skip, shift)
 
@@ -262,8 +259,4 @@ class _Head:
 def _ends(
     head: fusion_unet.HeadParts, network: Network
 ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    return [
-        (head.stem, _Stem(head.stem)),
-        (head.norm, _Head(head)),
-        (head.activation, same),
-    ]
+    return [(head.stem, _Stem(head.stem)), (head.norm, _Head(head)), (head.activation, same)]

@@ -153,10 +153,8 @@ class FoldedLayer:
     oneDNN's own zero points are worked out again at every call, up to half of the time of a small
     convolution. It then pads zeros instead of zero points: `edge` is what that leaves out.
 
-    Args:
-        factor: multiplies the result.
-        widths: input channels of each operand; the layer's segments if None.
-        bordered: the codes bring their border of zero points with them, nothing is padded.
+    factor: multiplies the result; widths: input channels of each operand, None: the segments;
+    bordered: the codes bring their border of zero points with them, nothing is padded.
     """
 
     def __init__(
@@ -214,12 +212,13 @@ class FoldedLayer:
 
     def _pack(self) -> list[Any]:
         layer, weight_scale = self.layer, self.layer.weight_scale * self.factor
-        if isinstance(layer, QConv2d) and layer.kernel_size != (1, 1):
-            how = (layer.stride, (0, 0) if self.bordered else layer.padding)
-            weights = _weights(layer, self.widths)
-            return [_eager(onednn.Int8Conv2d(weight, weight_scale, *how)) for weight in weights]
-        weights = _weights(layer, self.widths, flat=True)
-        return [_eager(onednn.Int8Linear(weight, weight_scale)) for weight in weights]
+        image = isinstance(layer, QConv2d) and layer.kernel_size != (1, 1)
+        made: Any = onednn.Int8Linear
+        if image:
+            padding = (0, 0) if self.bordered else layer.padding
+            made = functools.partial(onednn.Int8Conv2d, stride=layer.stride, padding=padding)
+        weights = _weights(layer, self.widths, flat=not image)
+        return [_eager(made(weight, weight_scale)) for weight in weights]
 
     def _fold(self) -> list[list[Tensor]]:
         layer = self.layer

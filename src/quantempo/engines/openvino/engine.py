@@ -62,11 +62,10 @@ class KernelRow:
 class OpenVinoEngine(Engine):
     """Run the denoiser as one compiled graph.
 
-    Args:
-        precision: of what is not int8. "bfloat16" is 10-15 % faster and costs 5-6 dB of PSNR on a
-            CIFAR-10 DDPM whose int8 layers leave 41 dB: the residual stream then has 8 bits too.
-        attention: of softmax(q k^T) v, "float32", "bfloat16", or "auto": bfloat16 where the CPU
-            has it (no difference in PSNR beyond its spread there).
+    precision: of what is not int8. "bfloat16" is 10-15 % faster and costs 5-6 dB of PSNR on a
+    CIFAR-10 DDPM whose int8 layers leave 41 dB: the residual stream then has 8 bits too.
+    attention: of softmax(q k^T) v, "float32", "bfloat16", or "auto": bfloat16 where the CPU has it
+    (no difference in PSNR beyond its spread there).
     """
 
     name = "openvino"
@@ -111,9 +110,7 @@ class OpenVinoEngine(Engine):
 
     def watched(self, denoiser: nn.Module) -> Iterator[nn.Module]:
         """Yield all modules: everything in them is a constant of the graph."""
-        for module in denoiser.modules():
-            if module is not denoiser:
-                yield module
+        return (module for module in denoiser.modules() if module is not denoiser)
 
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}

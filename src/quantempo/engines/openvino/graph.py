@@ -67,11 +67,9 @@ def build_graph(
 ) -> tuple[ov.Model, list[_LayerCall]]:
     """Trace `run(copy, *inputs[1:])` on a copy of the denoiser; return its graph, integer layers.
 
-    Args:
-        inputs: the bucket, int64 (1,) or (B,), then the tensors; floating ones float32.
-        inner: make the results of the integer layers outputs too, after those of `run`.
-
-    The node that does the sums of layer `name` and segment i is called "name/i".
+    inputs: the bucket, int64 (1,) or (B,), then the tensors; floating ones float32. inner: make the
+    results of the integer layers outputs too, after those of `run`. The node that does the sums of
+    layer `name` and segment i is called "name/i".
     """
     calls: list[_LayerCall] = []
     # The trace would hold the casts of an autocast around it, which OpenVINO does not know.
@@ -247,16 +245,15 @@ class _LayerConverter:
 
     def _sum(self, call: _LayerCall, i: int, codes: ov.Output, columns: slice) -> ov.Node:
         layer = call.layer
-        codes_ = layer.weight_codes
-        cut = codes_ if len(layer.segments) == 1 else codes_[:, columns]
+        weight = layer.weight_codes
+        cut = weight if len(layer.segments) == 1 else weight[:, columns]
         integers = np.ascontiguousarray(_numpy(cut))
         scale = _numpy(layer.weight_scale).reshape(-1, *[1] * (integers.ndim - 1))
         if isinstance(layer, QConv2d) and layer.groups > 1:
             # (groups, O / groups, ...)
             integers = integers.reshape(layer.groups, -1, *integers.shape[1:])
             scale = scale.reshape(layer.groups, -1, *scale.shape[1:])
-        as_float = ops.convert(constant(integers, np.int8), "f32")
-        weight = ops.multiply(as_float, constant(scale))
+        weight = ops.multiply(ops.convert(constant(integers, np.int8), "f32"), constant(scale))
         if isinstance(layer, QConv2d):
             convolution = ops.convolution if layer.groups == 1 else ops.group_convolution
             pads, strides = list(layer.padding), list(layer.stride)

@@ -23,9 +23,8 @@ _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 def rewrite(graph: ov.Model, *, bfloat16_attention: bool) -> None:
     """Rewrite a graph with fixed shapes in place.
 
-    Error: a group norm loses about log2(1 + mean^2 / var) of its 24 bits, mean and var those of
-        single channels before anything is added to them (E[x^2] - E[x]^2 cancels); bfloat16
-        attention rounds q, k, v and the probabilities to 8 bits.
+    Error: a group norm loses about log2(1 + mean^2 / var) of its 24 bits, of single channels before
+    anything is added (E[x^2] - E[x]^2 cancels); bfloat16 attention rounds q, k, v, p to 8 bits.
     """
     _read_parts_of_concatenations(graph)
     _GroupNorms(graph).rewrite()

@@ -15,7 +15,7 @@ read on the device; image (or row) n uses entry bucket[n // (N / B)] of every (G
 serves every time-step.
 
 CUDA runs the Triton kernels of `kernels.gpu`, a CPU the float64 definition beside each operator.
-No operator has gradients.
+All raise ValueError on other shapes, types or strides than they say; none has gradients.
 """
 
 from quantempo.kernels.ops.attention import attention8

@@ -102,11 +102,8 @@ def attention8(q: Tensor, k: Tensor, v: Tensor) -> Attention:
         k, v: (B, S, H, D) of that type; like q contiguous along D, heads, tokens and images at
             multiples of 8 elements (columns of a product, or heads before tokens, say).
 
-    Returns:
-        y, contiguous (B, T, H, D) of the type of q.
-
-    Raises:
-        ValueError: on other shapes, types or strides; on a GPU for which `supported` is false.
+    Returns y, contiguous (B, T, H, D) of the type of q; ValueError too on a GPU for which
+    `supported` is false.
 
     Values: a query that is not finite makes its own y NaN, a key that is not finite every y of its
         head. A value that is NaN makes its d NaN for every query of the head, an infinite one makes

@@ -1,7 +1,7 @@
 """GroupNorm, SiLU and quantization in one pass: signature, checks, exact definition."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -13,23 +13,42 @@ from quantempo.kernels.ops.operator import image, operator
 __all__ = ["Normalization", "gn_act_quant"]
 
 
-class Normalization(NamedTuple):
-    """One call of `gn_act_quant`."""
+@dataclass
+class Normalization:
+    """Normalise torch.cat([x, skip], 1) by groups, apply SiLU and quantize, in one pass.
+
+    v = (x - mean) / sqrt(var + eps) gamma + beta;  a = v / (1 + exp(-v)) if `silu` else v
+    q = clamp(rne(a (1 / scale)) + z, 0, qmax), stored q - 128
+
+    Args:
+        x: (N, C1, H, W) float16, bfloat16 or float32, channels_last; `skip`: (N, C2, H, W), alike.
+        bucket: see `kernels.ops`.
+        gamma, beta: (C1 + C2,) float32; None: no normalisation, `groups` and `eps` are not used.
+        scale: (G,) float32; None: no quantization, the first result has the dtype of x.
+        raw_scales: (S, G) float32 to get the codes of x itself (row 0) and of `skip` itself (last
+            row), with `raw_zero_points` (S of them) and `raw_qmax`; None for neither.
+
+    Returns codes (N, C1 + C2, H, W), codes of x, codes of `skip`; channels_last, or empty (0,).
+
+    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's; so do
+    those of x and `skip` themselves, where a quotient is next to a tie.
+    """
 
     x: Tensor
-    skip: Tensor | None
-    gamma: Tensor | None
-    beta: Tensor | None
-    groups: int
-    eps: float
-    silu: bool
-    scale: Tensor | None
-    zero_point: int
-    qmax: int
+    skip: Tensor | None = None
+    _: KW_ONLY
     bucket: Tensor
-    raw_scales: Tensor | None
-    raw_zero_points: Sequence[int]
-    raw_qmax: int
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    groups: int = 1
+    eps: float = 1e-5
+    silu: bool = False
+    scale: Tensor | None = None
+    zero_point: int = 0
+    qmax: int = 255
+    raw_scales: Tensor | None = None
+    raw_zero_points: Sequence[int] = ()
+    raw_qmax: int = 255
 
     @property
     def images(self) -> tuple[Tensor, ...]:
@@ -122,47 +141,6 @@ class Normalization(NamedTuple):
         return channels_last(quantize(value, scale, zero, qmax))
 
 
-@operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant")
-def gn_act_quant(
-    x: Tensor,
-    skip: Tensor | None = None,
-    *,
-    bucket: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    groups: int = 1,
-    eps: float = 1e-5,
-    silu: bool = False,
-    scale: Tensor | None = None,
-    zero_point: int = 0,
-    qmax: int = 255,
-    raw_scales: Tensor | None = None,
-    raw_zero_points: Sequence[int] = (),
-    raw_qmax: int = 255,
-) -> Normalization:
-    """Normalise torch.cat([x, skip], 1) by groups, apply SiLU and quantize, in one pass.
-
-    v = (x - mean) / sqrt(var + eps) gamma + beta;  a = v / (1 + exp(-v)) if `silu` else v
-    q = clamp(rne(a (1 / scale)) + z, 0, qmax), stored q - 128
-
-    Args:
-        x: (N, C1, H, W) float16, bfloat16 or float32, channels_last; `skip`: (N, C2, H, W), alike.
-        bucket: see `kernels.ops`.
-        gamma, beta: (C1 + C2,) float32; None: no normalisation, `groups` and `eps` are not used.
-        scale: (G,) float32; None: no quantization, the first result has the dtype of x.
-        raw_scales: (S, G) float32 to get the codes of x itself (row 0) and of `skip` itself (last
-            row), with `raw_zero_points` (S of them) and `raw_qmax`; None for neither.
-
-    Returns:
-        codes (N, C1 + C2, H, W), codes of x, codes of `skip`; channels_last, or empty (0,).
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
-
-    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's; so do
-        those of x and `skip` themselves, where a quotient is next to a tie.
-    """
-    return Normalization(
-        x, skip, gamma, beta, groups, eps, silu, scale, zero_point, qmax, bucket, raw_scales,
-        raw_zero_points, raw_qmax,
-    )  # fmt: skip
+gn_act_quant = operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant", "gn_act_quant")(
+    Normalization
+)

@@ -12,7 +12,24 @@ __all__ = ["Heads", "join_heads"]
 
 
 class Heads(NamedTuple):
-    """One call of `join_heads`."""
+    """Write queries, keys and values of all streams where attention reads them, in one pass.
+
+    n = round(x / sqrt(mean_d(x^2) + eps) weight[d]) of q and k, x where eps < 0; even d:
+    y[d] = round(n[d] cos[t, d] - n[d + 1] sin[t, d])
+    y[d + 1] = round(n[d + 1] cos[t, d + 1] + n[d] sin[t, d + 1]), n without rotary; v is copied
+
+    Args:
+        q, k, v: one or two streams (B, T_i, H D) of one float type: products, or columns of one.
+            No v: the caller reads it where it is.
+        weights, eps: for q and k of the first stream, then of the second; (D,) any float or None.
+        rotary: cos and sin (T, D) float32, T = sum of T_i in the order of the streams, or nothing.
+        heads: H; loads are of 16 bytes, and a head lies in one warp, for D = 8 i up to 256.
+
+    Returns q, k and v, contiguous (B, T, H, D) of the type of q; v (0,) without one.
+
+    Error: a GPU is within 2^-20 of what it rounds, so n may be its neighbour, and y as far off as
+    neighbours n make it, and a rounding. A head whose squares exceed float32 is NaN there.
+    """
 
     q: list[Tensor]
     k: list[Tensor]
@@ -77,31 +94,4 @@ class Heads(NamedTuple):
         return results
 
 
-@operator(tuple[Tensor, Tensor, Tensor], "join_heads")
-def join_heads(
-    q: list[Tensor], k: list[Tensor], v: list[Tensor], weights: list[Tensor | None],
-    eps: list[float], rotary: list[Tensor], heads: int,
-) -> Heads:  # fmt: skip
-    """Write queries, keys and values of all streams where attention reads them, in one pass.
-
-    n = round(x / sqrt(mean_d(x^2) + eps) weight[d]) of q and k, x where eps < 0; even d:
-    y[d] = round(n[d] cos[t, d] - n[d + 1] sin[t, d])
-    y[d + 1] = round(n[d + 1] cos[t, d + 1] + n[d] sin[t, d + 1]), n without rotary; v is copied
-
-    Args:
-        q, k, v: one or two streams (B, T_i, H D) of one float type: products, or columns of one.
-            No v: the caller reads it where it is.
-        weights, eps: for q and k of the first stream, then of the second; (D,) any float or None.
-        rotary: cos and sin (T, D) float32, T = sum of T_i in the order of the streams, or nothing.
-        heads: H; loads are of 16 bytes, and a head lies in one warp, for D = 8 i up to 256.
-
-    Returns:
-        q, k and v, contiguous (B, T, H, D) of the type of q; v (0,) without one.
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
-
-    Error: a GPU is within 2^-20 of what it rounds, so n may be its neighbour, and y as far off as
-        neighbours n make it, and a rounding. A head whose squares exceed float32 is NaN there.
-    """
-    return Heads(q, k, v, weights, eps, rotary, heads)
+join_heads = operator(tuple[Tensor, Tensor, Tensor], "join_heads", "join_heads")(Heads)

@@ -1,6 +1,6 @@
 """Normalization over channels, modulation and quantization of tokens in one pass."""
 
-from typing import NamedTuple
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -16,20 +16,44 @@ MOST_CHANNELS = 5 << 12
 SMALLEST_SCALE = 2.0**-126
 
 
-class Tokens(NamedTuple):
-    """One call of `norm_modulate_quant`."""
+@dataclass
+class Tokens:
+    """Normalise tokens over their channels, modulate and quantize them, in one pass.
+
+    v = (x - mean) / sqrt(var + eps) of "layer", x / sqrt(mean(x^2) + eps) of "rms", x of "none"
+    v = (v weight[c] + bias[c]) (1 + scale[b, c]) + shift[b, c]
+    q = clamp(rne(v (1 / act_scale)) + z, 0, qmax), stored q - 128; without an act_scale
+    row_scale[m] = max(max_c |v[m, c]| / 127, 2^-126), q = rne(v (1 / row_scale)), stored as it is
+
+    Args:
+        x: (B, T, C) float16, bfloat16 or float32, C a multiple of 16 up to 20480, the channels of a
+            token contiguous; images and tokens may lie apart.
+        bucket: see `kernels.ops`; of images, for act_scale.
+        norm: "layer", "rms" or "none", which leaves x.
+        weight, bias: (C,) any float; None: 1 and 0.
+        scale, shift: (B, C) any float, rows may lie apart: chunks of one modulation product.
+        act_scale: (G,) float32, with `zero_point` and `qmax`; None: a scale for each token, for
+            `qgemm` with the zero point 128.
+
+    Returns codes (B T, C) int8 and row_scale (B T,) float32, or (0,) with an act_scale. A token
+    with a NaN or an infinity has the row_scale NaN and codes 0, whose products are NaN.
+
+    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's, and
+    what has squares beyond float32 is as an infinity is.
+    """
 
     x: Tensor
+    _: KW_ONLY
     bucket: Tensor
-    norm: str
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    eps: float
-    act_scale: Tensor | None
-    zero_point: int
-    qmax: int
+    norm: str = "layer"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 1e-6
+    act_scale: Tensor | None = None
+    zero_point: int = 128
+    qmax: int = 255
 
     def check(self, strides: bool) -> None:
         """Check shapes and types, with `strides` memory and devices too."""
@@ -90,46 +114,6 @@ class Tokens(NamedTuple):
         return codes, row_scale
 
 
-@operator(tuple[Tensor, Tensor], "norm_modulate_quant")
-def norm_modulate_quant(
-    x: Tensor,
-    *,
-    bucket: Tensor,
-    norm: str = "layer",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    eps: float = 1e-6,
-    act_scale: Tensor | None = None,
-    zero_point: int = 128,
-    qmax: int = 255,
-) -> Tokens:
-    """Normalise tokens over their channels, modulate and quantize them, in one pass.
-
-    v = (x - mean) / sqrt(var + eps) of "layer", x / sqrt(mean(x^2) + eps) of "rms", x of "none"
-    v = (v weight[c] + bias[c]) (1 + scale[b, c]) + shift[b, c]
-    q = clamp(rne(v (1 / act_scale)) + z, 0, qmax), stored q - 128; without an act_scale
-    row_scale[m] = max(max_c |v[m, c]| / 127, 2^-126), q = rne(v (1 / row_scale)), stored as it is
-
-    Args:
-        x: (B, T, C) float16, bfloat16 or float32, C a multiple of 16 up to 20480, the channels of a
-            token contiguous; images and tokens may lie apart.
-        bucket: see `kernels.ops`; of images, for act_scale.
-        norm: "layer", "rms" or "none", which leaves x.
-        weight, bias: (C,) any float; None: 1 and 0.
-        scale, shift: (B, C) any float, rows may lie apart: chunks of one modulation product.
-        act_scale: (G,) float32, with `zero_point` and `qmax`; None: a scale for each token, for
-            `qgemm` with the zero point 128.
-
-    Returns:
-        codes (B T, C) int8 and row_scale (B T,) float32, or (0,) with an act_scale. A token with a
-        NaN or an infinity has the row_scale NaN and codes 0, whose products are NaN.
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
-
-    Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's, and
-        what has squares beyond float32 is as an infinity is.
-    """
-    return Tokens(x, bucket, norm, weight, bias, scale, shift, eps, act_scale, zero_point, qmax)
+norm_modulate_quant = operator(tuple[Tensor, Tensor], "norm_modulate_quant", "norm_modulate_quant")(
+    Tokens
+)

@@ -1,13 +1,12 @@
-"""Make a torch operator of an annotated function, whose signature is the only one there is.
+"""Make a torch operator of the record of its arguments, or of a function that returns one.
 
-The function describes a call: it returns a record of its arguments that can check them, compute the
-result exactly on a CPU, and say what it looks like. The schema is inferred from the annotations.
+The record can check them, compute the result exactly on a CPU, and say what it looks like. Its
+signature, or that of the function, is the only one there is: the schema is inferred from it.
 """
 
 import functools
 import importlib
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -43,21 +42,32 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Callable[P, R]]:
+def operator(
+    returns: type[R], module: str, name: str | None = None
+) -> Callable[[Callable[P, Call]], Callable[P, R]]:
     """Register `quantempo::NAME` for CPU, CUDA and fake tensors; return the function that calls it.
 
     CUDA calls are handed to `launch` of `module` in `kernels.gpu`, imported at the first of them;
-    returns: a type of which a schema can be inferred.
+    returns: a type of which a schema can be inferred; name: that of the function by default.
     """
 
     def register(describe: Callable[P, Call]) -> Callable[P, R]:
-        name = describe.__name__
-        positional = _positional(describe, returns)
+        signature, title = inspect.signature(describe, eval_str=True), name or describe.__name__
         # Lists may be empty, which a schema cannot say.
         defaults = {
-            key: [] if p.default == () else p.default
-            for key, p in inspect.signature(describe).parameters.items()
+            key: [] if p.default == () else p.default for key, p in signature.parameters.items()
         }
+        names = [*defaults]
+
+        # Inductor does not keep the strides of keyword arguments (torch 2.13).
+        def positional(*args: Any) -> Any:
+            describing: Any = describe
+            return describing(**dict(zip(names, args, strict=True)))
+
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        parameters = [p.replace(default=empty, kind=kind) for p in signature.parameters.values()]
+        signature = signature.replace(parameters=parameters, return_annotation=returns)
+        positional.__signature__ = signature  # type: ignore[attr-defined]
 
         def cpu(*args: Any) -> Any:
             call = positional(*args)
@@ -81,17 +91,16 @@ def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Cal
             call.check(strides=False)
             return call.empty()
 
-        names = [*defaults]
         # A compiler must not change the strides of the inputs.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         schema = torch.library.infer_schema(positional, mutates_args=())
-        _library.define(name + schema, tags=tags)
-        _library.impl(name, cpu, "CPU")
-        _library.impl(name, cuda, "CUDA")
-        torch.library.register_fake(f"quantempo::{name}", fake, lib=_library)
-        overload = getattr(torch.ops.quantempo, name).default
+        _library.define(title + schema, tags=tags)
+        _library.impl(title, cpu, "CPU")
+        _library.impl(title, cuda, "CUDA")
+        torch.library.register_fake(f"quantempo::{title}", fake, lib=_library)
+        overload = getattr(torch.ops.quantempo, title).default
 
-        @functools.wraps(describe)
+        @functools.wraps(describe, updated=())
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = defaults | kwargs
             if len(given) != len(defaults) or any(key in kwargs for key in names[: len(args)]):
@@ -101,26 +110,10 @@ def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Cal
             result: R = overload(*args, *[*given.values()][len(args) :])
             return result
 
+        call.__name__ = call.__qualname__ = title
         return call
 
     return register
-
-
-def _positional(describe: Callable[..., Any], returns: type) -> Any:
-    """Return a function that takes all arguments by position, with a signature for a schema.
-
-    Inductor does not keep the strides of keyword arguments (torch 2.13).
-    """
-    signature, code = inspect.signature(describe), describe.__code__
-    count = len(signature.parameters)
-    code = code.replace(co_argcount=count, co_kwonlyargcount=0, co_posonlyargcount=0)
-    positional: Any = types.FunctionType(code, describe.__globals__)
-    parameters = [
-        p.replace(default=inspect.Parameter.empty, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for p in signature.parameters.values()
-    ]
-    positional.__signature__ = signature.replace(parameters=parameters, return_annotation=returns)
-    return positional
 
 
 @functools.cache

@@ -174,15 +174,11 @@ def qconv2d(
         out_dtype: float16, bfloat16, float32, or int32 for the integer sums alone.
         out_scale: (G,) float32 to get codes of y, with `out_zero` and `out_qmax`, instead.
 
-    Returns:
-        (N, O, H', W'), channels_last; H' = (H + top + bottom - kernel) // stride + 1, with 2 H for
-        H if `upsample`.
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
+    Returns (N, O, H', W'), channels_last; H' = (H + top + bottom - kernel) // stride + 1, with 2 H
+    for H if `upsample`.
 
     Error: the integer sums are exact; the epilogue is float32 on a GPU and is rounded once to the
-        type of the result.
+    type of the result.
     """
     terms = Terms(
         act_scale, weight_scale, table, bucket, bias, shift, residual, side_scales,

@@ -114,13 +114,7 @@ def qgemm(
             a multiple of 32.
         out_dtype, out_scale, out_zero, out_qmax: as in `qconv2d`.
 
-    Returns:
-        (M, O), (M, O / 2) of "geglu" and "swiglu".
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
-
-    Error: as `qconv2d`.
+    Returns (M, O), (M, O / 2) of "geglu" and "swiglu". Error: as `qconv2d`.
     """
     terms = Terms(
         act_scale, weight_scale, table, bucket, bias, None, residual, side_scales,

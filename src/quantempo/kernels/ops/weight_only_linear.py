@@ -12,7 +12,15 @@ __all__ = ["FloatRows", "weight_only_linear"]
 
 
 class FloatRows(NamedTuple):
-    """One call of `weight_only_linear`."""
+    """Return weight_scale[o] sum_k x[m, k] weight[o, k] + bias[o], (M, O) of the type of x.
+
+    For rows so few that the codes are most of what is read.
+
+    x: (M, K) float16, bfloat16 or float32; weight: int8 (O, K), read 16 bytes at a time where K is
+    a multiple of 16; weight_scale, bias: float32 (O,); bias may be None.
+
+    Error: a GPU adds up in float32; of several rows each x is 22 bits, within 2^-21 |x|.
+    """
 
     x: Tensor
     weight: Tensor
@@ -41,22 +49,4 @@ class FloatRows(NamedTuple):
         return (y if self.bias is None else y + self.bias.double()).to(self.x.dtype)
 
 
-@operator(Tensor, "weight_only_linear")
-def weight_only_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> FloatRows:
-    """Return weight_scale[o] sum_k x[m, k] weight[o, k] + bias[o], (M, O) of the type of x.
-
-    For rows so few that the codes are most of what is read.
-
-    Args:
-        x: (M, K) float16, bfloat16 or float32.
-        weight: int8 (O, K), read 16 bytes at a time where K is a multiple of 16.
-        weight_scale, bias: float32 (O,); bias may be None.
-
-    Raises:
-        ValueError: on shapes, types or strides other than these.
-
-    Error: a GPU adds up in float32; of several rows each x is 22 bits, within 2^-21 |x|.
-    """
-    return FloatRows(x, weight, weight_scale, bias)
+weight_only_linear = operator(Tensor, "weight_only_linear", "weight_only_linear")(FloatRows)
