@@ -34,8 +34,7 @@ LONG = {"flux": 4, "qwen": 2, "sd3": 3, "sd35": 4, "wan": 2, "pixart": 2}
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let few tokens and small heads pass for many and large ones, a CPU for a Hopper."""
-    monkeypatch.setattr(ours, "LEAST", 9)
-    monkeypatch.setattr(attention, "DIMS", (8, 16))
+    monkeypatch.setattr(ours, "LEAST", dict.fromkeys((8, 16), 9))
     monkeypatch.setattr(attention, "supported", lambda *_: True)
 
 
@@ -71,7 +70,7 @@ def test_those_within_the_limit_are_chosen_recorded_and_read_back(tmp_path, monk
     reason = RunFolder(tmp_path).read_json("layers.json")[-1]["reason"]
     assert reason.startswith("1 of 2 in 8 bits") and f"not {name}: {worst[name]:.2%}" in reason
     assert not quantize(network, data, quick(0.0)).attention
-    monkeypatch.setattr(ours, "LEAST", 2048)
+    monkeypatch.setattr(ours, "LEAST", dict.fromkeys((8, 16), 2048))
     assert not quantize(network, data, quick(0.03)).attention
 
 
@@ -99,7 +98,7 @@ def test_fused_blocks_run_the_definition_where_chosen(kind, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", exact)
         assert torch.equal(plain(**given)[0], y)
-    monkeypatch.setattr(ours, "LEAST", 15)
+    monkeypatch.setattr(ours, "LEAST", dict.fromkeys((8, 16), 15))
     assert torch.equal(network(**given)[0], wanted)
 
 

@@ -17,7 +17,8 @@ __all__ = ["BLOCK", "DIMS", "Attention", "attention8", "decoded_keys", "exact", 
 
 # Keys that have four scales.
 BLOCK = 128
-DIMS = (64, 128)
+# Values of a head, of which a GPU loads 64 or 128.
+DIMS = range(40, 129, 8)
 
 
 @functools.cache
@@ -98,7 +99,7 @@ def attention8(q: Tensor, k: Tensor, v: Tensor) -> Attention:
     q8, k8   = rne(q / s_q), rne(k / s_k), int8; scales are at least 2^-126
 
     Args:
-        q: (B, T, H, D) float; on a GPU float16 or bfloat16, D 64 or 128.
+        q: (B, T, H, D) float; on a GPU float16 or bfloat16, D = 8 i from 40 to 128.
         k, v: (B, S, H, D) of that type; like q contiguous along D, heads, tokens and images at
             multiples of 8 elements (columns of a product, or heads before tokens, say).
 

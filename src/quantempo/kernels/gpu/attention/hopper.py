@@ -4,8 +4,11 @@ A tile is 128 queries of a head, 64 for each of two warpgroups; a producer warp 
 keys and values. Scores of the next block and the product with the values of this one are in flight
 together. Key t of a block has scale t % 8 // 2: a thread's scores of a row are those of one scale.
 After whole tiles each program takes as many blocks of what is left, to be joined by `launch`.
+Heads of D values are loaded as 64 or 128, with zeros at the end; of 72, say, 64 + 32 multiply for a
+score and 64 + 16 of a value.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +22,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quantempo.kernels.gpu.contraction.producer import next_stage
 
 __all__ = ["attend"]
+
+
+@gluon.constexpr_function
+def _pieces(d, least):
+    """Return (begin, width) of what multiplies at a time of d values: widths are powers of two."""
+    first = 1 << (d.bit_length() - 1)
+    rest = max(least, 1 << (d - first - 1).bit_length()) if d > first else 0
+    return ((0, first), (first, rest)) if 0 < rest < first else ((0, first + rest),)
+
+
+@gluon.constexpr_function
+def _layout(columns, depth):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
+
+
+@gluon.jit
+def _score(q, keys, s, D: gl.constexpr):
+    """Start s = q keys, an instruction for each piece."""
+    of: gl.constexpr = _pieces(D, 32)
+    for i in gl.static_range(len(of)):
+        few = keys.slice(of[i][0], of[i][1])
+        s = warpgroup_mma(q.slice(of[i][0], of[i][1], 1), few, s, use_acc=i > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add(p, values, accs, use_acc, alpha, D: gl.constexpr, FIXED: gl.constexpr):
+    """Start accs alpha + p values, accs + p values if FIXED, an instruction for each piece."""
+    of: gl.constexpr = _pieces(D, 16)
+    sums = ()
+    for i in gl.static_range(len(of)):
+        acc = accs[i]
+        if not FIXED:
+            alpha_o = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
+            acc = acc * gl.expand_dims(alpha_o, 1)
+        few = values.slice(of[i][0], of[i][1], 1)
+        left = gl.convert_layout(p, gl.DotOperandLayout(0, acc.type.layout, 2), True)
+        sums += (warpgroup_mma(left, few, acc, use_acc=use_acc, is_async=True),)
+    return sums
 
 
 @gluon.jit
@@ -102,24 +144,25 @@ def _scales(scales, tile, first, sizes, row, group):
 
 @gluon.jit
 def _consume(
-    WHICH: gl.constexpr, buffers, scales, results, over, sizes, FIXED: gl.constexpr,
-    HEADROOM: gl.constexpr, LIMIT: gl.constexpr,
+    WHICH: gl.constexpr, buffers, scales, results, over, sizes, D: gl.constexpr,
+    FIXED: gl.constexpr, HEADROOM: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 queries of tile after tile; blocks of keys come last to first."""
     smem_q, smem_k, smem_v, q_ready, q_free, ready, free = buffers
     rounds, tiles, q_blocks, blocks, q_tokens, k_tokens, _heads = sizes
     STAGES: gl.constexpr = smem_k.shape[0]
     KEYS: gl.constexpr = smem_k.shape[2]
-    D: gl.constexpr = smem_k.shape[4]
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    rows_o: gl.constexpr = gl.SliceLayout(1, mma_o)
-    left: gl.constexpr = gl.DotOperandLayout(0, mma_o, 2)
+    ROOM: gl.constexpr = triton.next_power_of_2(D)
+    mma_s: gl.constexpr = _layout(KEYS, 32)
     s = gl.full([64, KEYS], 0, gl.int32, mma_s)
     four: gl.constexpr = s.reshape([64, KEYS // 8, 4, 2]).type.layout
     pairs: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, four))
     rows_s: gl.constexpr = gl.SliceLayout(1, pairs)
-    acc = gl.full([64, D], 0.0, gl.float32, mma_o)
+    of: gl.constexpr = _pieces(D, 16)
+    accs = ()
+    for i in gl.static_range(len(of)):
+        accs += (gl.full([64, of[i][1]], 0.0, gl.float32, _layout(of[i][1], 16)),)
+    left: gl.constexpr = gl.DotOperandLayout(0, _layout(of[0][1], 16), 2)
     group = gl.arange(0, 4, gl.SliceLayout(0, pairs))
     row = WHICH * 64 + gl.arange(0, 64, rows_s)
     at = 0
@@ -129,14 +172,14 @@ def _consume(
     sq, sk, sk_next = _scales(scales, tile, first, sizes, row, group)
     mbarrier.wait(q_ready.index(WHICH), 0, pred=count > 0)
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
-    q = smem_q.index(WHICH).reshape([64, D])
-    keys = smem_k.index(0).reshape([KEYS, D]).permute((1, 0))
-    s = warpgroup_mma(q, keys, s, use_acc=False, is_async=True)
+    q = smem_q.index(WHICH).reshape([64, ROOM])
+    keys = smem_k.index(0).reshape([KEYS, ROOM]).permute((1, 0))
+    s = _score(q, keys, s, D)
     s = warpgroup_mma_wait(0, deps=[s])
     while count > 0:
         stage = at
         phase = was
-        q = smem_q.index(n % 2 * 2 + WHICH).reshape([64, D])
+        q = smem_q.index(n % 2 * 2 + WHICH).reshape([64, ROOM])
         j = blocks - 1 - first
         steps = scales[1] + tile // q_blocks * blocks * 4 + group
         # The last block may have fewer keys.
@@ -149,21 +192,19 @@ def _consume(
         for i in range(1, count):
             sk = sk_next
             sk_next = gl.load(steps + gl.maximum(j - 1 - i, 0) * 4)
-            keys = smem_k.index(at).reshape([KEYS, D]).permute((1, 0))
-            s = warpgroup_mma(q, keys, s, use_acc=False, is_async=True)
-            if not FIXED:
-                acc = acc * gl.expand_dims(gl.convert_layout(alpha, rows_o), 1)
-            values = smem_v.index(stage).reshape([KEYS, D])
-            acc = warpgroup_mma(p16, values, acc, use_acc=i > 1, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
+            keys = smem_k.index(at).reshape([KEYS, ROOM]).permute((1, 0))
+            s = _score(q, keys, s, D)
+            values = smem_v.index(stage).reshape([KEYS, ROOM])
+            accs = _add(p16, values, accs, i > 1, alpha, D, FIXED)
+            s = warpgroup_mma_wait(len(of), deps=[s])
             p, m, total, alpha = _weights(s, m, total, sq, sk, None, False, FIXED, HEADROOM)
             later = gl.convert_layout(p.to(smem_v.dtype), left, assert_trivial=True)
             # Of the next step. Across this loop the assembler does not move what comes before.
             then, then_was = next_stage(at, was, STAGES)
             mbarrier.wait(ready.index(then), then_was, pred=i + 1 < count)
-            acc, p16, later, m, total, alpha = warpgroup_mma_wait(
-                0, deps=[acc, p16, later, m, total, alpha]
-            )
+            done = warpgroup_mma_wait(0, deps=accs + (p16, later, m, total, alpha))  # noqa: RUF005
+            accs = done[: len(of)]
+            p16, later, m, total, alpha = done[len(of) :]
             mbarrier.arrive(free.index(stage))
             p16 = later
             stage = at
@@ -171,10 +212,8 @@ def _consume(
             at = then
             was = then_was
         mbarrier.arrive(q_free.index(n % 2 * 2 + WHICH))
-        if not FIXED:
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, rows_o), 1)
-        values = smem_v.index(stage).reshape([KEYS, D])
-        acc = warpgroup_mma(p16, values, acc, use_acc=count > 1, is_async=True)
+        values = smem_v.index(stage).reshape([KEYS, ROOM])
+        accs = _add(p16, values, accs, count > 1, alpha, D, FIXED)
         # The first scores of the next tile while this is written (after the last: of no use).
         n += 1
         tile_next, first_next, count_next = _share(n, rounds, tiles, blocks)
@@ -182,17 +221,19 @@ def _consume(
         sq, sk, sk_next = _scales(scales, tile_next, first_next, sizes, row, group)
         mbarrier.wait(q_ready.index(n % 2 * 2 + WHICH), n // 2 % 2, pred=count_next > 0)
         mbarrier.wait(ready.index(at), was, pred=count_next > 0)
-        q_next = smem_q.index(n % 2 * 2 + WHICH).reshape([64, D])
-        keys = smem_k.index(at).reshape([KEYS, D]).permute((1, 0))
-        s = warpgroup_mma(q_next, keys, s, use_acc=False, is_async=True)
+        q_next = smem_q.index(n % 2 * 2 + WHICH).reshape([64, ROOM])
+        keys = smem_k.index(at).reshape([KEYS, ROOM]).permute((1, 0))
+        s = _score(q_next, keys, s, D)
         total = gl.sum(total, 1)
         if FIXED:
             # More than the 16 bits of p hold, some of it: all is to be done again.
             mask = (tile % q_blocks * 128 + row < q_tokens) & (total >= LIMIT)
             gl.store(over + row * 0, 1, mask=mask)
-        acc = warpgroup_mma_wait(1, deps=[acc])
+        accs = warpgroup_mma_wait(len(_pieces(D, 32)), deps=accs + (total,))[: len(of)]  # noqa: RUF005
         mbarrier.arrive(free.index(stage))
-        _write(WHICH, acc, m, total, results, tile, n - 1 - rounds, count == blocks, row, sizes)
+        where = (tile, n - 1 - rounds, count == blocks, row)
+        for i in gl.static_range(len(of)):
+            _write(WHICH, of[i][0], accs[i], m, total, results, where, sizes, D)
         s = warpgroup_mma_wait(0, deps=[s])
         tile = tile_next
         first = first_next
@@ -200,30 +241,36 @@ def _consume(
 
 
 @gluon.jit
-def _write(WHICH: gl.constexpr, acc, m, total, results, tile, which_share, whole, row, sizes):
-    """Write rows of y, or the sums of a share: those of the weights and what they refer to."""
+def _write(
+    WHICH: gl.constexpr, BEGIN: gl.constexpr, acc, m, total, results, where, sizes, D: gl.constexpr
+):
+    """Write rows of a piece of y, or sums of a share: those of weights and what they refer to."""
     y, part, part_rows = results
+    tile, which_share, whole, row = where
     _rounds, _tiles, q_blocks, _blocks, q_tokens, _k_tokens, heads = sizes
-    D: gl.constexpr = acc.shape[1]
+    WIDTH: gl.constexpr = acc.shape[1]
+    ROOM: gl.constexpr = triton.next_power_of_2(D)
     mma_o: gl.constexpr = acc.type.layout
     rows_o: gl.constexpr = gl.SliceLayout(1, mma_o)
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, mma_o)), 0)
+    d = gl.expand_dims(BEGIN + gl.arange(0, WIDTH, gl.SliceLayout(0, mma_o)), 0)
     t = WHICH * 64 + gl.arange(0, 64, rows_o)
     if whole:
         inverse = gl.convert_layout(1.0 / total, rows_o)
         t += tile % q_blocks * 128
         head = tile // q_blocks
         at = ((head // heads * q_tokens + t).to(gl.int64) * heads + head % heads) * D
+        inside = gl.expand_dims(t < q_tokens, 1)
         gl.store(
             y + gl.expand_dims(at, 1) + d,
             (acc * gl.expand_dims(inverse, 1)).to(y.dtype.element_ty),
-            mask=gl.expand_dims(t < q_tokens, 1),
+            mask=inside if BEGIN + WIDTH <= D else inside & (d < D),
         )
     else:
         slot = gl.program_id(0) * 2 + which_share
-        gl.store(part + gl.expand_dims((slot * 128 + t) * D, 1) + d, acc)
-        gl.store(part_rows + slot * 256 + row, m)
-        gl.store(part_rows + slot * 256 + 128 + row, total)
+        gl.store(part + gl.expand_dims((slot * 128 + t) * ROOM, 1) + d, acc)
+        if BEGIN == 0:
+            gl.store(part_rows + slot * 256 + row, m)
+            gl.store(part_rows + slot * 256 + 128 + row, total)
 
 
 @gluon.jit
@@ -265,8 +312,8 @@ def _produce(q, k, v, buffers, sizes):
 )
 def attend(
     q, k, v, q_scale, k_scale, y, part, part_rows, over, rounds, tiles, q_blocks, blocks, q_tokens,
-    k_tokens, factor, heads, STAGES: gl.constexpr, FIXED: gl.constexpr, HEADROOM: gl.constexpr,
-    LIMIT: gl.constexpr,
+    k_tokens, factor, heads, D: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
+    HEADROOM: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
     """Compute y, or shares of it; q, k, v: tensor descriptors of codes, codes and values.
 
@@ -298,8 +345,8 @@ def attend(
     # One tuple of all arguments for both ends Triton 3.6 in an assertion.
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, scales, results, over, sizes, FIXED, HEADROOM, LIMIT)),
-            (_consume, (1, buffers, scales, results, over, sizes, FIXED, HEADROOM, LIMIT)),
+            (_consume, (0, buffers, scales, results, over, sizes, D, FIXED, HEADROOM, LIMIT)),
+            (_consume, (1, buffers, scales, results, over, sizes, D, FIXED, HEADROOM, LIMIT)),
             (_produce, (q, k, v, buffers, sizes)),
         ],
         [4, 1],

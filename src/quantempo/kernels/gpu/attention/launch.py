@@ -44,8 +44,9 @@ def quantize_heads(
 ):  # fmt: skip
     """Write the codes of BLOCK queries or keys of a head, and their scales; `over` becomes zero.
 
-    q0, q1, q2: how far images, tokens and heads are apart, in eights; codes are contiguous.
+    q0, q1, q2: how far images, tokens and heads are apart, in eights; rows of codes are of 16 i.
     """
+    ROOM: tl.constexpr = triton.next_power_of_2(D)
     q_blocks, k_blocks = tl.cdiv(q_tokens, BLOCK), tl.cdiv(k_tokens, BLOCK)
     pair = tl.program_id(0) // (q_blocks + k_blocks)
     block = tl.program_id(0) % (q_blocks + k_blocks)
@@ -54,8 +55,8 @@ def quantize_heads(
     keys = block >= q_blocks
     block = tl.where(keys, block - q_blocks, block)
     tokens = tl.where(keys, k_tokens, q_tokens)
-    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)[None, :]
-    inside = (t < tokens)[:, None]
+    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROOM)[None, :]
+    inside = (t < tokens)[:, None] if D == ROOM else (t < tokens)[:, None] & (d < D)
     image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     at = image * tl.where(keys, k0, q0) + head * tl.where(keys, k2, q2)
     at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d
@@ -70,7 +71,7 @@ def quantize_heads(
         tl.store(q_scale + pair * q_tokens + t, _scale(top), mask=t < tokens)
     ratio = tl.math.div_rn(1.0, _scale(top))
     codes = (x * ratio[:, None] + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-    to = ((image * tokens + t) * heads + head)[:, None] * D + d
+    to = ((image * tokens + t) * heads + head)[:, None] * ((D + 15) // 16 * 16) + d
     tl.store(tl.where(keys, k_codes, q_codes) + to, codes, mask=inside)
 
 
@@ -80,6 +81,7 @@ def join_shares(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS queries of a tile from what several programs found of it, in their order."""
+    ROOM: tl.constexpr = triton.next_power_of_2(D)
     r = tl.program_id(0)
     tile, q_blocks = rounds * programs + r, tl.cdiv(tokens, 128)
     begin = ((r * blocks + 1) * programs - 1) // left
@@ -87,10 +89,10 @@ def join_shares(
     # A program that has all blocks of the tile has written it.
     if begin < end:
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        d = tl.arange(0, D)[None, :]
+        d = tl.arange(0, ROOM)[None, :]
         m = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, D], tl.float32)
+        acc = tl.zeros([ROWS, ROOM], tl.float32)
         for c in range(begin, end + 1):
             lo = c * left // programs
             if (c + 1) * left // programs > tl.maximum(lo, r * blocks):
@@ -99,20 +101,21 @@ def join_shares(
                 new = tl.maximum(m, other)
                 was, now = tl.exp2(m - new), tl.exp2(other - new)
                 total = total * was + tl.load(part_rows + slot * 256 + 128 + row) * now
-                x = tl.load(part + ((slot * 128 + row) * D)[:, None] + d)
+                x = tl.load(part + ((slot * 128 + row) * ROOM)[:, None] + d)
                 acc = acc * was[:, None] + x * now[:, None]
                 m = new
         t = tile % q_blocks * 128 + row
         head = tile // q_blocks
         at = ((head // heads * tokens + t).to(tl.int64) * heads + head % heads)[:, None] * D + d
-        tl.store(y + at, (acc / total[:, None]).to(y.dtype.element_ty), mask=(t < tokens)[:, None])
+        inside = (t < tokens)[:, None] if D == ROOM else (t < tokens)[:, None] & (d < D)
+        tl.store(y + at, (acc / total[:, None]).to(y.dtype.element_ty), mask=inside)
 
 
 def _describe(x: Tensor, rows: int) -> Any:
-    """Describe (B, T, H, D) in boxes of `rows` tokens of a head."""
-    box = [1, rows, 1, x.shape[3]]
+    """Describe (B, T, H, D) in boxes of `rows` tokens of a head, zeros behind D."""
+    box = [1, rows, 1, triton.next_power_of_2(x.shape[3])]
     # Of one image (token, head) the distance to the next may be anything.
-    strides = [x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in range(3)]
+    strides = [x.stride(i) if x.shape[i] > 1 else box[3] for i in range(3)]
     layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, _GLUON[x.dtype]))
     return TensorDescriptor(x, [*x.shape], [*strides, 1], box, layout)
 
@@ -123,8 +126,8 @@ def launch(call: Attention) -> Tensor:
     if not supported(q.device, q.shape[3], q.dtype):
         kind = f"{q.dtype} heads of {q.shape[3]} values on {torch.cuda.get_device_name(q.device)}"
         raise ValueError(
-            f"attention8: got {kind}; expected float16 or bfloat16, D 64 or 128 and a GPU of "
-            "compute capability 9, elsewhere use torch's scaled_dot_product_attention"
+            f"attention8: got {kind}; expected float16 or bfloat16, D = 8 i from 40 to 128 and a "
+            "GPU of compute capability 9, elsewhere use torch's scaled_dot_product_attention"
         )
     return run(call, multiprocessors(q.device))
 
@@ -136,9 +139,10 @@ def run(call: Attention, programs: int) -> Tensor:
     if y.numel() == 0:
         return y
     q_blocks, blocks = triton.cdiv(t, BLOCK), triton.cdiv(s, BLOCK)
-    q8, k8 = (x.new_empty(x.shape, dtype=torch.int8) for x in (q, k))
+    room, pitch = triton.next_power_of_2(d), triton.cdiv(d, 16) * 16
+    q8, k8 = (q.new_empty(b, n, h, pitch, dtype=torch.int8)[..., :d] for n in (t, s))
     over = q.new_empty(1, dtype=torch.int32)
-    sizes = ((b, h, t), (b, h, blocks, 4), (programs, 2, 128, d), (programs, 2, 2, 128))
+    sizes = ((b, h, t), (b, h, blocks, 4), (programs, 2, 128, room), (programs, 2, 2, 128))
     q_scale, k_scale, *parts = (q.new_empty(size, dtype=torch.float32) for size in sizes)
     apart = [x.stride(i) // 8 if x.shape[i] > 1 else 0 for x in (q, k) for i in range(3)]
     quantize_heads[((q_blocks + blocks) * b * h,)](
@@ -153,8 +157,8 @@ def run(call: Attention, programs: int) -> Tensor:
     for fixed in (True, False):
         attend[(programs,)](
             *boxes, q_scale, k_scale, y, *parts, over, rounds, tiles, q_blocks, blocks, t, s,
-            factor, h, STAGES=_STAGES, FIXED=fixed, HEADROOM=headroom, LIMIT=limit, num_warps=4,
-            maxnreg=168,
+            factor, h, D=d, STAGES=_STAGES, FIXED=fixed, HEADROOM=headroom, LIMIT=limit,
+            num_warps=4, maxnreg=168,
         )  # fmt: skip
     if rest:
         join_shares[(rest, 8)](
