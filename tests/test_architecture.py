@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 26_919, "studies": 4_759, "tests": 25_690}
+BUDGETS = {"src": 26_837, "studies": 4_759, "tests": 25_690}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
@@ -170,9 +170,9 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
         ("core/formats.py", "quantempo.run_folder"),
         ("models/layers.py", "quantempo.scales.activation"),
         ("calibration/trace.py", "quantempo.engines.base"),
-        ("kernels/reference.py", "quantempo.core.formats"),
-        ("kernels/reference.py", "diffusers"),
-        ("kernels/reference.py", "scipy.stats"),
+        ("kernels/layout.py", "quantempo.core.formats"),
+        ("kernels/layout.py", "diffusers"),
+        ("kernels/layout.py", "scipy.stats"),
         ("evaluation/fidelity.py", "quantempo.quantized"),
         ("evaluation/fidelity.py", "quantempo.models.layers"),
         ("report/html.py", "quantempo.core"),
@@ -196,7 +196,7 @@ def test_the_rule_refuses(where: str, name: str) -> None:
     ("where", "name"),
     [
         ("core/formats.py", "quantempo.errors"),
-        ("kernels/reference.py", "torch.nn.functional"),
+        ("kernels/layout.py", "torch.nn.functional"),
         ("report/html.py", "quantempo.run_folder"),
         ("models/layers.py", "diffusers"),
         ("checkpoint/diffusers_plugin.py", "diffusers.quantizers"),
@@ -207,7 +207,7 @@ def test_the_rule_refuses(where: str, name: str) -> None:
         ("engines/cuda/layer.py", "quantempo.engines.cuda.constants"),
         ("engines/cuda/layer.py", "quantempo.engines.simulated"),
         ("kernels/ops.py", "quantempo.kernels.gpu.qgemm"),
-        ("kernels/cpu/onednn.py", "quantempo.kernels.reference"),
+        ("kernels/cpu/onednn.py", "quantempo.kernels.layout"),
     ],
 )
 def test_the_rule_allows(where: str, name: str) -> None:

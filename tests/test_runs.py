@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.run_folder import (
-    RunFolder,
-    atomic_path,
-    file_sha256,
-    private_folder,
-    read_tensors,
-)
+from quantempo.run_folder import RunFolder, atomic_path, file_sha256, private_folder, read_tensors
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -7,14 +7,7 @@ import threading
 import pytest
 import torch
 
-from quantempo.bench.turns import (
-    _cuda_ms,
-    reason_of,
-    take_turns,
-    time_limit,
-    timer_for,
-    wall_ms,
-)
+from quantempo.bench.turns import _cuda_ms, reason_of, take_turns, time_limit, timer_for, wall_ms
 
 
 class Scripted:

@@ -9,17 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import MemorySet
-from quantempo.calibration.rows import (
-    Place,
-    alike,
-    by_row,
-    dump,
-    join,
-    laws,
-    load,
-    measure,
-    take,
-)
+from quantempo.calibration.rows import Place, alike, by_row, dump, join, laws, load, measure, take
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.errors import QuantempoError

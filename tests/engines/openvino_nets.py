@@ -107,13 +107,7 @@ def integer_output(layer: QLayer, x: Tensor, buckets: list[int]) -> Tensor:
                 pad = (layer.padding[1],) * 2 + (layer.padding[0],) * 2
                 codes = F.pad(codes, pad, value=zero)
                 sums = F.conv2d(
-                    codes[None] - zero,
-                    weight,
-                    None,
-                    layer.stride,
-                    0,
-                    layer.dilation,
-                    layer.groups,
+                    codes[None] - zero, weight, None, layer.stride, 0, layer.dilation, layer.groups
                 )[0]
                 shape = (-1, 1, 1)
             else:

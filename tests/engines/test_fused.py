@@ -12,12 +12,12 @@ from quantempo.engines.fusion import FusedBlock, FusedUpBlock, fuse, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.engines.onednn.blocks import BLOCKS, FloatTimeShifts
 from quantempo.engines.onednn.layer import FoldedLayer
-from quantempo.kernels import reference
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.models.fusion import find_parts
 from tests.engines.quantized import make_conv, make_linear
 from tests.engines.truth import block_calls, relative
+from tests.kernels import reference
 from tests.tiny import noise, tiny_unet
 
 pytestmark = [

@@ -10,13 +10,13 @@ from quantempo.core import activation_format, token_scale
 from quantempo.engines import ENGINES
 from quantempo.engines.fusion import report
 from quantempo.engines.openvino.engine import OpenVinoEngine
-from quantempo.kernels import reference
 from quantempo.quantized import QLayer, quantized_layers
 from tests.engines.openvino_nets import kernel_table, needs_openvino, one_layer
 from tests.engines.quantized import INPUTS as PIXELS
 from tests.engines.quantized import make_clock, make_linear, quantize_network
 from tests.engines.test_fused_transformer import INPUTS, call, tiny
 from tests.engines.truth import noise
+from tests.kernels import reference
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.kernels import reference
 from quantempo.models.layers import hooked
 from quantempo.quantized import QConv2d, QLayer
+from tests.kernels import reference
 
 
 def codes_of(layer: QLayer, x: Tensor, bucket: int = 0) -> list[tuple[Tensor, Tensor, int, float]]:

@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.fidelity import (
-    PSNR_CAP_DB,
-    SQNR_CAP_DB,
-    eps_sqnr,
-    psnr_db,
-    sqnr_db,
-    ssim,
-)
+from quantempo.evaluation.fidelity import PSNR_CAP_DB, SQNR_CAP_DB, eps_sqnr, psnr_db, sqnr_db, ssim
 
 
 def _images(seed: int, n: int = 3, side: int = 32, channels: int = 3) -> np.ndarray:

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from quantempo.core import ACTIVATION, token_scale
-from quantempo.kernels import reference
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.fused import Norm, Part
+from tests.kernels import reference
 
 LIBRARY = fused_cpu.load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=str(fused_cpu.missing()))

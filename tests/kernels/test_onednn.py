@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from quantempo.kernels import reference
 from quantempo.kernels.cpu import onednn
+from tests.kernels import reference
 from tests.kernels.test_reference import codes, weights
 
 pytestmark = pytest.mark.skipif(onednn.missing() is not None, reason=str(onednn.missing()))
@@ -27,18 +27,13 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("channels", "out", "kernel", "stride", "padding", "dilation", "groups", "height", "width"),
-    GEOMETRIES,
-)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("zero_point", [0, 117, 255])
-def test_convolution_sums_are_exact(
-    channels, out, kernel, stride, padding, dilation, groups, height, width, zero_point
-):
-    x = codes(2, channels, height, width)
-    w = weights(out, channels // groups, *kernel)
-    conv = onednn.Int8Conv2d(w, torch.ones(out), stride, padding, dilation, groups)
-    expected = reference.conv2d_accumulator(x, w, zero_point, stride, padding, dilation, groups)
+def test_convolution_sums_are_exact(geometry, zero_point):
+    channels, out, kernel, *how, height, width = geometry
+    x, w = codes(2, channels, height, width), weights(out, channels // how[-1], *kernel)
+    conv = onednn.Int8Conv2d(w, torch.ones(out), *how)
+    expected = reference.conv2d_accumulator(x, w, zero_point, *how)
     # With scales of 1 the float output is the integer itself while it fits 24 bits.
     assert expected.abs().max() < 2**24
     y = conv(x, 1.0, zero_point, None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quantempo.kernels import layout, ops, reference
+from quantempo.kernels import layout, ops
+from tests.kernels import reference
 
 LAST = torch.channels_last
 NOW = torch.tensor(0)

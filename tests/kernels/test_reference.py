@@ -1,12 +1,10 @@
 """The reference against sums written out by hand and against float64 convolution."""
 
-import itertools
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from quantempo.kernels import reference
+from tests.kernels import reference
 
 GEOMETRIES = [
     # channels, out, kernel, stride, padding, dilation, groups
@@ -27,19 +25,14 @@ def weights(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
 
 
-@pytest.mark.parametrize(
-    ("channels", "out", "kernel", "stride", "padding", "dilation", "groups"), GEOMETRIES
-)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("zero_point", [0, 117, 255])
-def test_convolution_is_the_float64_one_of_shifted_codes(
-    channels, out, kernel, stride, padding, dilation, groups, zero_point
-):
-    x, w = codes(2, channels, 5, 7), weights(out, channels // groups, *kernel)
+def test_convolution_is_the_float64_one_of_shifted_codes(geometry, zero_point):
+    channels, out, kernel, *how = geometry
+    x, w = codes(2, channels, 5, 7), weights(out, channels // how[-1], *kernel)
     # Zero padding of q - z is padding of q with z.
-    expected = F.conv2d(
-        x.double() - zero_point, w.double(), None, stride, padding, dilation, groups
-    )
-    got = reference.conv2d_accumulator(x, w, zero_point, stride, padding, dilation, groups)
+    expected = F.conv2d(x.double() - zero_point, w.double(), None, *how)
+    got = reference.conv2d_accumulator(x, w, zero_point, *how)
     assert got.dtype == torch.int64
     assert torch.equal(got, expected.long())
 
@@ -70,7 +63,7 @@ def test_quantize_rounds_ties_to_even_and_clamps():
 def test_quantize_divides_in_float32():
     # In float64 the quotients of float32 values are not ties, in float32 some are.
     scale = torch.tensor(0.1)
-    for k in itertools.chain(range(-40, 40)):
+    for k in range(-40, 40):
         x = torch.tensor(k + 0.5) * scale
         quotient = (x / scale).item()
         expected = min(max(round(quotient) + 100, 0), 255)

@@ -174,11 +174,7 @@ CASES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (StableDiffusionImg2ImgPipeline, WORDS, ("give --set image=FILE", "call={'image': ...}")),
     (StableDiffusionInpaintPipeline, WORDS, ("InpaintPipeline failed", "give --set image=FILE")),
     (tiny_text, {**WORDS, "timesteps": [9, 8]}, ("ValueError", "check prompt, timesteps")),
-    (
-        tiny_text,
-        {**WORDS, **tiny_embeds(2)},
-        ("Cannot forward both", "prompt_embeds"),
-    ),
+    (tiny_text, {**WORDS, **tiny_embeds(2)}, ("Cannot forward both", "prompt_embeds")),
     (tiny_unconditional, {"eta": "a"}, ("TypeError", "eta")),
     (tiny_unconditional, {"use_clipped_model_output": noise(3)}, ("RuntimeError", "use_clipped")),
     (tiny_dit, {"class_labels": "a"}, ("class label a", "0 to 999")),

@@ -50,8 +50,7 @@ def use(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["trace/chunk-00000.safetensors", "scales.safetensors", "layers.json"],
+    "name", ["trace/chunk-00000.safetensors", "scales.safetensors", "layers.json"]
 )
 def test_a_flipped_bit_does_not_go_into_the_model(run: Path, name: str) -> None:
     raw = bytearray((run / name).read_bytes())

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import quantempo
 from quantempo.calibration.dataset import MemorySet
-from quantempo.kernels.reference import quantize
 from quantempo.models.layers import sites
 from quantempo.pipeline.quantize import quantize as quantize_network
 from quantempo.quantized import QPatches
 from quantempo.recipe import Recipe
+from tests.kernels.reference import quantize
 from tests.tiny import noise
 
 # Sizes leave something over at the ends, which the convolution drops.

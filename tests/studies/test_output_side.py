@@ -61,9 +61,7 @@ def test_each_output_is_the_float_layer_of_its_input_put_on_the_grid() -> None:
     weights, outputs = output_side_layers(sites(net))
     before = {name: net.get_submodule(name).weight.detach().clone() for name in weights}
     install_output_side(
-        net,
-        {name: coarse(weight) for name, weight in before.items()},
-        dict.fromkeys(outputs, GRID),
+        net, {name: coarse(weight) for name, weight in before.items()}, dict.fromkeys(outputs, GRID)
     )
     reference = tiny_unet()
     for name, (x, y) in watched(net).items():

@@ -1,14 +1,11 @@
 """Slow exact truth for every integer kernel: int64 sums in plain torch.
 
-    acc[o] = sum_k q_a q_w - z * sum_k q_w        y = s_a * s_w[o] * acc + bias[o]
-
-Written for reading, from the formulas alone; nothing here is used to run a model.
+acc[o] = sum_k q_a q_w - z * sum_k q_w        y = s_a * s_w[o] * acc + bias[o]
 """
 
 import torch
 from torch import Tensor
-
-__all__ = ["conv2d_accumulator", "epilogue", "linear_accumulator", "quantize"]
+from torch.nn import functional as F
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
@@ -43,14 +40,10 @@ def conv2d_accumulator(
     H' = (H + 2 ph - dh (kh - 1) - 1) // sh + 1.
     """
     q_w = weight.to(torch.int64)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     out, per_group, kh, kw = weight.shape
     (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
-    # (B, C, H + 2 ph, W + 2 pw)
-    padded = torch.full(
-        (batch, channels, height + 2 * ph, width + 2 * pw), zero_point, dtype=torch.int64
-    )
-    padded[:, :, ph : ph + height, pw : pw + width] = x
+    padded = F.pad(x.to(torch.int64), (pw, pw, ph, ph), value=zero_point)
     rows = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1
     columns = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
     acc = torch.zeros((batch, out, rows, columns), dtype=torch.int64)
@@ -60,13 +53,10 @@ def conv2d_accumulator(
         for i in range(kh):
             for j in range(kw):
                 # (B, C / groups, H', W'): the pixels that tap (i, j) sees.
-                seen = padded[
-                    :,
-                    inputs,
-                    i * dh : i * dh + sh * (rows - 1) + 1 : sh,
-                    j * dw : j * dw + sw * (columns - 1) + 1 : sw,
-                ]
-                acc[:, outputs] += torch.einsum("bchw,oc->bohw", seen, q_w[outputs, :, i, j])
+                down = slice(i * dh, i * dh + sh * (rows - 1) + 1, sh)
+                across = slice(j * dw, j * dw + sw * (columns - 1) + 1, sw)
+                seen, tap = padded[:, inputs, down, across], q_w[outputs, :, i, j]
+                acc[:, outputs] += torch.einsum("bchw,oc->bohw", seen, tap)
     return acc - zero_point * q_w.sum((1, 2, 3))[:, None, None]
 
 
