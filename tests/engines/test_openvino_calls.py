@@ -18,20 +18,10 @@ from quantempo.engines.openvino import engine as module
 from quantempo.engines.openvino.engine import MAX_GRAPHS, MAX_ROWS, OpenVinoEngine
 from quantempo.errors import QuantempoError
 from quantempo.quantized import install_clock
-from tests.engines.openvino_nets import (
-    STEPS,
-    draw_inputs,
-    integer_output,
-    kernel_table,
-    needs_openvino,
-    one_layer,
-    packed,
-    simulated,
-    sqnr_db,
-)
+from tests.engines import openvino_nets as nets
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional
 
-pytestmark = needs_openvino
+pytestmark = nets.needs_openvino
 
 
 @torch.no_grad()
@@ -42,7 +32,7 @@ def test_batches_of_mixed_time_steps_and_odd_sizes(engine_unet: nn.Module) -> No
     for i in range(5):
         # The same integers up to the amplified last bits; another bucket is 25 % off in scale.
         alone = engine_unet(x[i : i + 1], t[i]).sample
-        assert sqnr_db(alone, mixed[i : i + 1]) > 30
+        assert nets.sqnr_db(alone, mixed[i : i + 1]) > 30
     same = engine_unet(x, torch.full((5,), 400)).sample
     assert torch.equal(same, engine_unet(x, 400).sample)
 
@@ -72,26 +62,26 @@ def test_time_steps_in_every_form_and_outputs_of_the_models_class(
 def test_conditioning_reaches_the_graph() -> None:
     text = tiny_text().unet
     given = {"encoder_hidden_states": torch.randn(2, 8, 16)}
-    net = packed(text, **given)
+    net = nets.packed(text, **given)
     OpenVinoEngine().attach(net)
-    reference = simulated(packed(text, **given))
+    reference = nets.simulated(nets.packed(text, **given))
     x = torch.randn(2, 4, 8, 8)
     other = {"encoder_hidden_states": given["encoder_hidden_states"].flip(0) * 3}
     for condition in (given, other):
         truth, expected = text(x, 10, **condition).sample, reference(x, 10, **condition).sample
         found = net(x, 10, **condition).sample
-        assert sqnr_db(expected, found) > sqnr_db(truth, expected) - 2
-    assert sqnr_db(net(x, 10, **given).sample, net(x, 10, **other).sample) < 20
+        assert nets.sqnr_db(expected, found) > nets.sqnr_db(truth, expected) - 2
+    assert nets.sqnr_db(net(x, 10, **given).sample, net(x, 10, **other).sample) < 20
     dit = tiny_dit().transformer
     labels = torch.tensor([3, 1000])
-    net, t = packed(dit, class_labels=labels), torch.tensor([10, 10])
+    net, t = nets.packed(dit, class_labels=labels), torch.tensor([10, 10])
     OpenVinoEngine().attach(net)
-    reference = simulated(packed(dit, class_labels=labels))
+    reference = nets.simulated(nets.packed(dit, class_labels=labels))
     truth = dit(x, t, class_labels=labels).sample
     expected = reference(x, t, class_labels=labels).sample
     found = net(x, t, class_labels=labels).sample
-    assert sqnr_db(expected, found) > sqnr_db(truth, expected) - 2
-    assert all(row.int8 for net in (net,) for row in kernel_table(net) if row.quantized)
+    assert nets.sqnr_db(expected, found) > nets.sqnr_db(truth, expected) - 2
+    assert all(row.int8 for net in (net,) for row in nets.kernel_table(net) if row.quantized)
 
 
 def test_nested_arguments_and_what_is_refused() -> None:
@@ -107,7 +97,7 @@ def test_nested_arguments_and_what_is_refused() -> None:
             return {"out": [self.layer(sample) * factor + extra, timestep], "none": None}
 
     net = Nested()
-    install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+    install_clock(net, torch.zeros(nets.STEPS, dtype=torch.int64))
     plain = copy.deepcopy(net)
     OpenVinoEngine().attach(net)
     x = torch.randn(2, 2, 4, 4)
@@ -125,7 +115,7 @@ def test_nested_arguments_and_what_is_refused() -> None:
 
 @torch.no_grad()
 def test_a_half_precision_model_keeps_its_weights_and_answers_in_kind(unet: nn.Module) -> None:
-    net = packed(unet)
+    net = nets.packed(unet)
     for name, parameter in net.named_parameters():
         assert "weight_scale" not in name
         parameter.data = parameter.data.bfloat16()
@@ -135,14 +125,14 @@ def test_a_half_precision_model_keeps_its_weights_and_answers_in_kind(unet: nn.M
     found = net(x.bfloat16(), 4).sample
     assert found.dtype == torch.bfloat16
     # Float layers with weights of 8 bits cost 2^-9 each.
-    assert sqnr_db(unet(x, 4).sample, found.float()) > 25
+    assert nets.sqnr_db(unet(x, 4).sample, found.float()) > 25
     after = net.state_dict()
     assert all(torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in before.items())
 
 
 @torch.no_grad()
 def test_graphs_are_kept_per_shape(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, compiled = one_layer(nn.Conv2d(8, 8, 1)), []
+    net, compiled = nets.one_layer(nn.Conv2d(8, 8, 1)), []
     original = module._Runner._compile
 
     def count(*args: Any) -> Any:
@@ -162,13 +152,13 @@ def test_graphs_are_kept_per_shape(unet: nn.Module, monkeypatch: pytest.MonkeyPa
 
 @torch.no_grad()
 def test_a_large_batch_runs_in_parts() -> None:
-    net = one_layer(nn.Conv2d(8, 8, 3, padding=1), exponents=(-5, -2))
+    net = nets.one_layer(nn.Conv2d(8, 8, 3, padding=1), exponents=(-5, -2))
     rows = 2 * MAX_ROWS + 3
-    x, t = draw_inputs((rows, 8, 4, 4)), torch.arange(rows) * 999 // (rows - 1)
+    x, t = nets.draw_inputs((rows, 8, 4, 4)), torch.arange(rows) * 999 // (rows - 1)
     OpenVinoEngine().attach(net)
-    buckets = (t * 2 // STEPS).tolist()
-    assert torch.equal(net(x, t).double(), integer_output(net.layer, x, buckets))
-    assert torch.equal(net(x, 3).double(), integer_output(net.layer, x, [0] * rows))
+    buckets = (t * 2 // nets.STEPS).tolist()
+    assert torch.equal(net(x, t).double(), nets.integer_output(net.layer, x, buckets))
+    assert torch.equal(net(x, 3).double(), nets.integer_output(net.layer, x, [0] * rows))
 
     class Frames(nn.Module):
         """Two rows of `frames` for each sample: not to be cut by the batch."""
@@ -182,7 +172,7 @@ def test_a_large_batch_runs_in_parts() -> None:
 
     many = Frames()
     plain = copy.deepcopy(many)
-    install_clock(many, torch.zeros(STEPS, dtype=torch.int64))
+    install_clock(many, torch.zeros(nets.STEPS, dtype=torch.int64))
     OpenVinoEngine().attach(many)
     x, frames = torch.randn(rows, 1), torch.randn(2 * rows)
     assert torch.allclose(many(x, 3, frames), plain(x, t, frames), rtol=0, atol=1e-6)
@@ -193,7 +183,7 @@ def test_a_large_batch_runs_in_parts() -> None:
 def test_attaching_leaves_the_module_as_it_was(
     unet: nn.Module, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    net = packed(unet)
+    net = nets.packed(unet)
     layers = dict(net.named_modules())
     engines.attach(net, "openvino")
     x = torch.randn(1, 3, 16, 16)
@@ -220,16 +210,16 @@ def test_a_pipeline_just_works() -> None:
         output = pipe(batch_size=2, generator=generators, num_inference_steps=4, output_type="np")
         return torch.from_numpy(output.images)
 
-    net = packed(pipe.unet, buckets=2)
+    net = nets.packed(pipe.unet, buckets=2)
     truth = images()
-    pipe.unet = simulated(net)
+    pipe.unet = nets.simulated(net)
     expected = images()
     pipe.unet = net
     engines.attach(net, "openvino")
     found = images()
-    loss = sqnr_db(truth, expected)
+    loss = nets.sqnr_db(truth, expected)
     assert loss > 20
-    assert sqnr_db(expected, found) > loss - 3
+    assert nets.sqnr_db(expected, found) > loss - 3
 
 
 def test_without_openvino_it_says_so(monkeypatch: pytest.MonkeyPatch, unet: nn.Module) -> None:
@@ -239,7 +229,7 @@ def test_without_openvino_it_says_so(monkeypatch: pytest.MonkeyPatch, unet: nn.M
     with pytest.raises(
         QuantempoError, match="'openvino' cannot run this model here: OpenVINO is not"
     ):
-        engines.attach(packed(unet), "openvino")
+        engines.attach(nets.packed(unet), "openvino")
 
 
 def test_a_cpu_whose_sums_saturate_is_refused() -> None:
@@ -256,7 +246,7 @@ def test_a_cpu_whose_sums_saturate_is_refused() -> None:
 def test_unknown_precisions_and_layers_are_refused() -> None:
     with pytest.raises(QuantempoError, match="got 'int8'; expected one of: float32, bfloat16"):
         OpenVinoEngine(precision="int8")
-    net = one_layer(nn.Conv2d(16, 16, 1, groups=2), (3, 4), segments=(8, 8))
+    net = nets.one_layer(nn.Conv2d(16, 16, 1, groups=2), (3, 4), segments=(8, 8))
     with pytest.raises(QuantempoError, match="cannot take layer: groups and a split input"):
         OpenVinoEngine().attach(net)
 
@@ -272,7 +262,7 @@ def test_a_graph_that_is_wrong_is_named_and_not_used(
     """Also where it is a loss of a few dB."""
     from quantempo.engines.openvino import graph
 
-    net, x, name = packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.1.conv2"
+    net, x, name = nets.packed(unet), torch.randn(1, 3, 16, 16), "mid_block.resnets.1.conv2"
     right = graph._LayerConverter._sum
 
     def wrong(self: Any, call: Any, *how: Any) -> Any:

@@ -12,41 +12,33 @@ from torch import nn
 
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.quantized import quantized_layers
-from tests.engines.openvino_nets import (
-    LAYERS,
-    draw_inputs,
-    integer_output,
-    kernel_table,
-    needs_openvino,
-    one_layer,
-    packed,
-)
+from tests.engines import openvino_nets as nets
 from tests.tiny import tiny_unet
 
-pytestmark = needs_openvino
+pytestmark = nets.needs_openvino
 
 
 @pytest.mark.parametrize("zero", [0, 93, 128, 255])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", nets.LAYERS)
 def test_a_layer_equals_integer_arithmetic(name: str, zero: int) -> None:
-    layer, shape = LAYERS[name]
-    net = one_layer(layer, (zero,))
-    x = draw_inputs(shape)
+    layer, shape = nets.LAYERS[name]
+    net = nets.one_layer(layer, (zero,))
+    x = nets.draw_inputs(shape)
     OpenVinoEngine().attach(net)
     found = net(x, 5)
-    expected = integer_output(net.layer, x, [0] * len(x))
+    expected = nets.integer_output(net.layer, x, [0] * len(x))
     assert torch.equal(found.double(), expected)
-    (row,) = kernel_table(net)
+    (row,) = nets.kernel_table(net)
     assert row.name == "layer/0" and row.int8, row
 
 
 @pytest.mark.parametrize("zeros", [(93, 12), (0, 255)])
 def test_both_halves_of_a_concatenation_have_their_own_grid(zeros: tuple[int, int]) -> None:
-    net = one_layer(nn.Conv2d(24, 16, 1), zeros, segments=(16, 8))
-    x = draw_inputs((2, 24, 6, 6))
+    net = nets.one_layer(nn.Conv2d(24, 16, 1), zeros, segments=(16, 8))
+    x = nets.draw_inputs((2, 24, 6, 6))
     OpenVinoEngine().attach(net)
-    assert torch.equal(net(x, 5).double(), integer_output(net.layer, x, [0, 0]))
-    assert [(row.name, row.int8) for row in kernel_table(net)] == [
+    assert torch.equal(net(x, 5).double(), nets.integer_output(net.layer, x, [0, 0]))
+    assert [(row.name, row.int8) for row in nets.kernel_table(net)] == [
         ("layer/0", True),
         ("layer/1", True),
     ]
@@ -65,46 +57,46 @@ def test_each_time_step_takes_its_own_scales(
     layer: nn.Module, shape: tuple[int, ...], segments: tuple[int, ...]
 ) -> None:
     zeros = (93, 140)[: len(segments) or 1]
-    net = one_layer(layer, zeros, (-5, -4, -2), segments=segments)
-    x = draw_inputs(shape)
+    net = nets.one_layer(layer, zeros, (-5, -4, -2), segments=segments)
+    x = nets.draw_inputs(shape)
     OpenVinoEngine().attach(net)
     for t, bucket in ((0, 0), (333, 0), (334, 1), (666, 1), (667, 2), (999, 2)):
         found = net(x, t).double()
-        assert torch.equal(found, integer_output(net.layer, x, [bucket] * 4)), t
+        assert torch.equal(found, nets.integer_output(net.layer, x, [bucket] * 4)), t
     # The same as a layer that has only this row of the table.
-    single = one_layer(layer, zeros, (-4,), segments=segments)
+    single = nets.one_layer(layer, zeros, (-4,), segments=segments)
     OpenVinoEngine().attach(single)
     assert torch.equal(net(x, 500), single(x, 500))
     mixed = torch.tensor([10, 990, 500, 20])
-    assert torch.equal(net(x, mixed).double(), integer_output(net.layer, x, [0, 2, 1, 0]))
-    assert all(row.int8 for row in kernel_table(net))
+    assert torch.equal(net(x, mixed).double(), nets.integer_output(net.layer, x, [0, 2, 1, 0]))
+    assert all(row.int8 for row in nets.kernel_table(net))
 
 
 def test_a_layer_may_see_several_rows_of_each_sample() -> None:
     """Windows, heads and frames are folded into the batch: row i * n + k belongs to sample i."""
-    net = one_layer(
+    net = nets.one_layer(
         nn.Linear(16, 8), exponents=(-5, -2), before=lambda x: x.reshape(-1, 5, x.shape[-1])
     )
-    x = draw_inputs((3, 10, 16))
+    x = nets.draw_inputs((3, 10, 16))
     OpenVinoEngine().attach(net)
     found = net(x, torch.tensor([0, 999, 1])).double()
     folded = x.reshape(6, 5, 16)
-    assert torch.equal(found, integer_output(net.layer, folded, [0, 0, 1, 1, 0, 0]))
+    assert torch.equal(found, nets.integer_output(net.layer, folded, [0, 0, 1, 1, 0, 0]))
 
 
 def test_a_linear_layer_of_rows_keeps_their_shape_in_every_bucket() -> None:
     """Two dimensions: the channels are at 1 as in a convolution, where the bias is added early."""
-    net = one_layer(nn.Linear(16, 8), exponents=(-5, -2), before=lambda x: x[:, :, 0, 0])
-    x = draw_inputs((3, 16, 2, 2))
+    net = nets.one_layer(nn.Linear(16, 8), exponents=(-5, -2), before=lambda x: x[:, :, 0, 0])
+    x = nets.draw_inputs((3, 16, 2, 2))
     OpenVinoEngine().attach(net)
     found = net(x, torch.tensor([0, 999, 1]))
-    assert torch.equal(found.double(), integer_output(net.layer, x[:, :, 0, 0], [0, 1, 0]))
+    assert torch.equal(found.double(), nets.integer_output(net.layer, x[:, :, 0, 0], [0, 1, 0]))
 
 
 def test_the_graph_holds_our_integers_and_scales() -> None:
     from quantempo.engines.openvino.graph import build_graph
 
-    net = packed(tiny_unet(), buckets=3)
+    net = nets.packed(tiny_unet(), buckets=3)
     inputs = [torch.zeros(1, dtype=torch.int64), torch.zeros(2, 3, 16, 16), torch.zeros(2)]
     graph, calls = build_graph(net, lambda n, x, t: [type(net).forward(n, x, t).sample], inputs)
     nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
