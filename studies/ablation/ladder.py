@@ -19,23 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from quantempo.core.machine import machine
 from quantempo.engines.select import attached
 from quantempo.errors import QuantempoError
 from quantempo.evaluation import load_images, psnr_db, ssim
-from quantempo.evaluation.features import Features, extract, load_extractor
+from quantempo.evaluation.features import Extractor, Features, extract, load_extractor
 from quantempo.evaluation.scores import frechet_distance, spread_over_parts
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
-from quantempo.models.sampling import run_pipeline
+from quantempo.models.sampling import denoising_with, run_pipeline
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.cache import ARTEFACTS, BESIDE
 from quantempo.pipeline.quality import open_model, summary
 from quantempo.pipeline.session import Session
+from quantempo.recipe import Recipe
 from quantempo.run_folder import RunFolder, atomic_path
 from studies.ablation.page import write_quality
 from studies.ablation.rungs import Rung, rungs
+from studies.ablation.variants import quantized
 from studies.command import process_state
 
 __all__ = ["LadderSettings", "Rung", "ladder", "rungs"]
@@ -46,8 +49,11 @@ log = logging.getLogger("quantempo")
 OTHER_SEEDS = 500_000_000
 PARTS = 3
 # What all rungs of one folder have in common; the rest of the settings is about the work.
-PROTOCOL = ("source", "model_sha256", "data", "steps", "first_seed", "tf32", "scheduler", "call")
-_ABSENT: dict[str, Any] = {"call": {}}
+PROTOCOL = (
+    *("source", "model_sha256", "data", "steps", "first_seed", "tf32", "scheduler", "call"),
+    "override",
+)
+_ABSENT: dict[str, Any] = {"call": {}, "override": {}}
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class LadderSettings:
 
     source: the float pipeline; out: folder; data: folder of real images, or None; steps: of DDIM
     while sampling and tracing; images: of each rung; images_full: of rungs with distribution
-    scores; first_seed: of the images; tf32: let float32 products run in TF32; call: further
-    arguments of the pipeline; engine: of the packed models.
+    scores; first_seed: of the images; tf32: let float32 products of sampling run in TF32;
+    scheduler: None for the pipeline's own; call: further arguments of the pipeline; engine: of the
+    packed models; override: section -> settings that all recipes have instead of their own.
     """
 
     source: str
@@ -70,9 +77,10 @@ class LadderSettings:
     device: str = "cpu"
     batch_size: int = 64
     tf32: bool = False
-    scheduler: str = "ddim"
+    scheduler: str | None = "ddim"
     engine: str = "auto"
     call: dict[str, Any] = field(default_factory=dict)
+    override: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # A spread is over three parts; a distance takes two images in each.
@@ -91,7 +99,11 @@ class _Bench:
 
     def __init__(self, settings: LadderSettings) -> None:
         self.settings, self.out = settings, RunFolder(settings.out)
-        self.extractor = load_extractor("lite0", device=settings.device)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The network of the distances."""
+        return load_extractor("lite0", device=self.settings.device)
 
     @cached_property
     def identity(self) -> str:
@@ -100,22 +112,28 @@ class _Bench:
         kept = (s.source, s.steps, s.first_seed, s.tf32, s.scheduler, s.call)
         return hashlib.sha256(repr(kept).encode()).hexdigest()[:12]
 
-    def sample(self, source: str | Path, first: int, count: int) -> np.ndarray:
-        """Return (count, H, W, C) uint8 images of a float or packed pipeline."""
+    def sample(
+        self, source: str | Path, first: int, count: int, network: nn.Module | None = None
+    ) -> np.ndarray:
+        """Return (count, H, W, C) uint8 images of a pipeline, float or packed or of a network."""
         s = self.settings
         engine = "auto" if Path(source) == Path(s.source) else s.engine
         pipe = open_model(source, engine=engine, scheduler=s.scheduler, device=s.device)
-        self.engine = attached(denoiser_of(pipe)[1]) or "float"
+        name, own = denoiser_of(pipe)
+        self.engine = "simulated" if network is not None else attached(own) or "float"
         seeds = range(first, first + count)
-        return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
+        with process_state(s.tf32), denoising_with(pipe, network or own, name):
+            return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
 
     def float_images(self, first: int, count: int) -> np.ndarray:
         """Return the float model's images, from disk if they were made before."""
         path = self.out / f"images/float-{self.identity}-{first}.npy"
-        known = np.load(path) if path.is_file() else None
-        if known is None or len(known) < count:
-            known = self.sample(self.settings.source, first, count)
-            _save(path, known)
+        # Of several processes one makes them.
+        with RunFolder(path.parent).lock():
+            known = np.load(path) if path.is_file() else None
+            if known is None or len(known) < count:
+                known = self.sample(self.settings.source, first, count)
+                _save(path, known)
         return known[:count]
 
     def features(self, images: np.ndarray) -> Features:
@@ -155,8 +173,7 @@ def ladder(
         if name != "float" and name not in known:
             raise QuantempoError(f"unknown rung '{name}' (known: float, {', '.join(known)})")
     about = _start(settings)
-    with process_state(settings.tf32):
-        _run(_Bench(settings), only, minutes, about)
+    _run(_Bench(settings), only, minutes, about)
     return collect(settings.out)
 
 
@@ -214,11 +231,19 @@ def _done(
         return None
     row = folder.read_json(f"rungs/{name}.json")
     count = about["images_full" if rung is None or rung.full else "images"]
-    recipe = rung and rung.recipe.override("trace", steps=about["steps"]).to_dict()
-    if row["images"] == count and row.get("recipe") == recipe:
+    wanted = rung and (_recipe(rung, about).to_dict(), rung.variant)
+    if row["images"] == count and (not wanted or (row["recipe"], row.get("variant", "")) == wanted):
         return dict(row)
     log.warning("%s was made with another recipe or number of images; it counts as not run", name)
     return None
+
+
+def _recipe(rung: Rung, about: dict[str, Any]) -> Recipe:
+    """Return the recipe of a rung under the protocol of a ladder."""
+    recipe = rung.recipe.override("trace", steps=about["steps"])
+    for section, values in about.get("override", {}).items():
+        recipe = recipe.override(section, **values)
+    return recipe
 
 
 def _float(bench: _Bench) -> dict[str, Any]:
@@ -249,17 +274,27 @@ def _against_data(bench: _Bench, features: Features) -> dict[str, Any]:
 def _climb(bench: _Bench, rung: Rung) -> dict[str, Any]:
     """Make one rung: quantize, sample, score."""
     s = bench.settings
-    recipe = rung.recipe.override("trace", steps=s.steps)
+    recipe = _recipe(rung, asdict(s))
     how: dict[str, Any] = {"scheduler": s.scheduler, "call": s.call, "device": s.device}
     session = pipeline.load(s.source, s.out / rung.name, recipe, force=True, **how)
-    _borrow(session, s.out)
-    pipeline.finish(session)
-    count = s.images_full if rung.full else s.images
+    # Of several processes one traces.
+    with bench.out.lock():
+        _borrow(session, s.out, last="trace")
+        data = pipeline.trace(session)
+    network, count = None, s.images_full if rung.full else s.images
+    if rung.variant:
+        network, made = quantized(session.denoiser, recipe, data, rung.variant)
+        sizes = _sizes(session, made)
+    else:
+        _borrow(session, s.out)
+        pipeline.finish(session)
+        sizes = _sizes(session, summary(session))
     start = time.perf_counter()
-    images = bench.sample(session.run / "packed", s.first_seed, count)
+    source = s.source if rung.variant else session.run / "packed"
+    images = bench.sample(source, s.first_seed, count, network)
     seconds, engine = time.perf_counter() - start, bench.engine
     _save(bench.out / f"images/{rung.name}.npy", images)
-    result = _pairs(bench, images) | _sizes(session)
+    result = _pairs(bench, images) | sizes | {"variant": rung.variant}
     if count > s.images:
         # On the images of the other rungs, to be compared with them.
         result["first"] = _pairs(bench, images[: s.images])
@@ -272,15 +307,16 @@ def _climb(bench: _Bench, rung: Rung) -> dict[str, Any]:
         own = bench.features(bench.float_images(s.first_seed, count))
         result["fed_lite0_vs_float"] = frechet_distance(features.pooled, own.pooled)
         result |= _against_data(bench, features)
-    log.info("%s: %.2f dB", rung.name, result["psnr_db_mean"])
+    keys = ("psnr_db_mean", "psnr_db_p05", "weight_bits_mean", "calibration_seconds")
+    log.info("%s: %s", rung.name, json.dumps({key: round(result[key], 3) for key in keys}))
     return result
 
 
-def _borrow(session: Session, out: Path) -> None:
-    """Take what another rung made with equal settings, up to the packed folder."""
-    stages = session.run.read_json("manifest.json")["stages"]
-    for stage, artefact in ARTEFACTS.items():
-        if stage == "pack" or (stage in stages and not session.stale(stage)):
+def _borrow(session: Session, out: Path, last: str = "round") -> None:
+    """Take what another rung made with equal settings, up to a stage."""
+    stages, until = session.run.read_json("manifest.json")["stages"], [*ARTEFACTS].index(last)
+    for number, (stage, artefact) in enumerate(ARTEFACTS.items()):
+        if number > until or (stage in stages and not session.stale(stage)):
             continue
         for manifest in sorted(out.glob("*/manifest.json")):
             other = json.loads(manifest.read_text())["stages"].get(stage)
@@ -311,10 +347,11 @@ def _pairs(bench: _Bench, images: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _sizes(session: Session) -> dict[str, Any]:
-    """Return size, share of integers, layers left in float and seconds of every stage."""
-    more = {"stage_seconds": session.seconds(), "recipe": session.recipe.to_dict()}
-    return summary(session) | more
+def _sizes(session: Session, made: dict[str, Any]) -> dict[str, Any]:
+    """Return size, layers left in float and seconds of every stage; made: `summary`, or a row."""
+    stages = session.seconds() | made.pop("seconds", {})
+    made["calibration_seconds"] = round(sum(stages.values()), 2)
+    return made | {"stage_seconds": stages, "recipe": session.recipe.to_dict()}
 
 
 def collect(out: Path) -> Path:

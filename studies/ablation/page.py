@@ -29,11 +29,12 @@ def write_quality(folder: str | Path) -> Path:
     """
     run = RunFolder(folder)
     results = run.read_json("results.json")
-    with atomic_path(run / "quality/ladder.svg") as temporary:
-        temporary.write_text(standalone([_plot(results["ladder"])]), encoding="utf-8")
     shown = _pictures(run, results)
     with atomic_path(run / "quality.md") as temporary:
         temporary.write_text(_text(results, shown), encoding="utf-8")
+    # Last: a machine may lack matplotlib.
+    with atomic_path(run / "quality/ladder.svg") as temporary:
+        temporary.write_text(standalone([_plot(results["ladder"])]), encoding="utf-8")
     return run / "quality.md"
 
 
@@ -43,7 +44,8 @@ def _text(results: dict[str, Any], shown: str) -> str:
     lines = [
         f"# Quality of {about['source']}",
         "",
-        f"{about['scheduler'].upper()} {about['steps']} steps, equal {seeds} for float and "
+        f"{(about['scheduler'] or 'own sampler').upper()}, {about['steps']} steps, equal "
+        f"{seeds} for float and "
         f"quantized models, calibration under the same sampler with other seeds. PSNR and SSIM are "
         "per image against the float image, ± the standard deviation of the means of three thirds "
         "of the seeds. `fed` is the Frechet distance on EfficientNet-Lite0 features, no FID, and "
@@ -108,8 +110,8 @@ def _recipes(results: dict[str, Any]) -> list[str]:
 
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| rung | idea | PSNR | p05 | SSIM | images | seconds | engine, machine |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rung | idea | PSNR | p05 | SSIM | images | seconds | bits a weight | engine, machine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in map(_comparable, rows):
         lines.append(
@@ -117,6 +119,7 @@ def _ladder(rows: list[dict[str, Any]]) -> list[str]:
             f"| {_number(row['psnr_db_mean'], 2, row['psnr_db_std_of_thirds'])} "
             f"| {_number(row['psnr_db_p05'])} | {_number(row['ssim_mean'], 4)} "
             f"| {row['images']} | {row['calibration_seconds']:.0f} "
+            f"| {_number(row.get('weight_bits_mean'))} "
             f"| {row['engine']}, {row['machine']} |"
         )
     return lines

@@ -18,7 +18,7 @@ class Rung:
     """One recipe of the ladder.
 
     family: its bits; idea: what it adds to the rung before it; full: also scored on the larger
-    set of images.
+    set of images; variant: what quantempo does not ship of it, see `studies.ablation.variants`.
     """
 
     name: str
@@ -26,6 +26,19 @@ class Rung:
     idea: str
     recipe: Recipe
     full: bool = False
+    variant: str = ""
+
+
+# Beside the chain, w4a8 each: name, idea, variant, settings that differ.
+BESIDE: tuple[tuple[str, str, str, dict[str, dict[str, Any]]], ...] = (
+    ("w4a8-group32", "scales for 32", "", {"weights": {"group": 32}}),
+    ("w4a8-smooth", "smoothing, strength 0.5", "smooth=0.5", {}),
+    ("w4a8-rotate", "Hadamard rotation of 256 channels", "rotate=256", {}),
+    ("w4a8-rank16", "low-rank branch in 16 bits, rank 16", "lowrank=16", {}),
+    ("w4a8-bytes16", "the bytes of rank 16 as int8 layers", "int8=16", {}),
+    ("w4a8-rank32", "low-rank branch in 16 bits, rank 32", "lowrank=32", {}),
+    ("w4a8-bytes32", "the bytes of rank 32 as int8 layers", "int8=32", {}),
+)
 
 
 def rungs() -> list[Rung]:
@@ -35,6 +48,10 @@ def rungs() -> list[Rung]:
     def add(name: str, family: str, idea: str, recipe: Recipe, full: bool = False) -> Recipe:
         found.append(Rung(name, family, idea, replace(recipe, name=name), full))
         return recipe
+
+    def beside(name: str, idea: str, variant: str, recipe: Recipe) -> None:
+        made, text = replace(recipe, name=name), f"beside the chain: {idea}"
+        found.append(Rung(name, "W4A8", text, made, variant=variant))
 
     final = Recipe.load("w8a8")
     plain = replace(paper, trace=final.trace)
@@ -61,7 +78,14 @@ def rungs() -> list[Rung]:
     at = add("w4a8-nearest", "W4A8", "the W8A8 recipe with 4 bits a weight, nearest", whole)
     groups = at.override("weights", group=final.weights.group)
     at = add("w4a8-groups", "W4A8", f"scales and zero points for {final.weights.group}", groups)
+    gptq = replace(at, rounding=replace(final.rounding, correct=0.0))
+    beside("w4a8-stored", "GPTQ, columns as stored", "stored", gptq)
     _towards(at, final, "w4a8", "W4A8", add)
+    for name, idea, variant, settings in BESIDE:
+        changed = final
+        for section, values in settings.items():
+            changed = changed.override(section, **values)
+        beside(name, idea, variant, changed)
     learned = Recipe.load("w4a8-adaround")
     add(learned.name, "W4A8", "beside the chain: AdaRound by blocks, QDrop", learned, full=True)
     return found
@@ -83,15 +107,11 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
     scales = replace(now, trace=final.trace, layers=final.layers, activations=final.activations)
     step("scales", "what else differs in its scales", replace(scales, weights=final.weights))
     chosen = final.rounding
-    learned = chosen.name == "adaround"
-    if chosen.name == "gptq" or (learned and chosen.start == "gptq"):
+    if chosen.name == "gptq":
         start = replace(chosen, name="gptq", correct=0.0, bias=False, refine=0)
-        step("gptq", "GPTQ", replace(last(), rounding=start))
+        step("gptq", "GPTQ, most read columns first", replace(last(), rounding=start))
         start = replace(start, correct=chosen.correct)
         step("correct", "errors of inputs made up for", replace(last(), rounding=start))
-    if learned:
-        start = replace(chosen, bias=False)
-        step("adaround", "AdaRound by blocks, QDrop", replace(last(), rounding=start))
     if chosen.bias:
         step("bias", "bias correction", replace(last(), rounding=chosen))
     step("final", "as shipped", final)

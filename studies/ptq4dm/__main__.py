@@ -56,17 +56,14 @@ def _run(given: argparse.Namespace) -> int:
         raise QuantempoError("got --small with --steps; a small study has 6 steps, give one")
     if given.workers > 1 and "RANK" not in os.environ:
         return _spawn(given.workers)
+    same = {name: getattr(given, name) for name in ("source", "out", "data", "device", "tf32")}
     settings = Settings(
-        source=given.source,
-        out=given.out,
-        data=given.data,
+        **same,
         reference=min(given.reference, 64) if given.small else given.reference,
         extractor="inception" if given.inception else "lite0",
         weights=str(given.inception) if given.inception else None,
         call=call_of(given),
-        device=given.device,
         compiled=given.compile,
-        tf32=given.tf32,
         batch_size=given.batch_size or (32 if given.device == "cpu" else 256),
         probe=(2, 4) if given.small else (16, 16),
     )
@@ -74,15 +71,9 @@ def _run(given: argparse.Namespace) -> int:
     how |= {"seeds": given.seeds, "small": given.small, "samples": given.samples}
     compare = None if given.compare == "none" else given.compare
     plan = make_plan(given.recipe, compare, steps=given.steps or 100, **how)
-    found = run_study(
-        settings,
-        plan,
-        only=names_of(given.only),
-        minutes=given.minutes,
-        force=given.force,
-        known=given.known,
-        tables=not given.cells_only,
-    )
+    how = {name: getattr(given, name) for name in ("minutes", "force", "known")}
+    how |= {"only": names_of(given.only), "tables": not given.cells_only}
+    found = run_study(settings, plan, **how)
     if int(os.environ.get("RANK", 0)) == 0:
         show({"page" if found.suffix == ".html" else "cells": str(found)}, given.json)
     return 0

@@ -53,11 +53,7 @@ class Calibrator:
 
     @contextmanager
     def traced(
-        self,
-        pipe: Any,
-        cell: Cell,
-        seed: int,
-        call: Mapping[str, Any] | None = None,
+        self, pipe: Any, cell: Cell, seed: int, call: Mapping[str, Any] | None = None
     ) -> Iterator[TraceSet]:
         """Yield a cell's trajectories under this pipeline, on disk for that long.
 
@@ -78,18 +74,10 @@ class Calibrator:
                 if cell.released:
                     finished = stack.enter_context(finished_samples(pipe.scheduler))
                 data = trace(
-                    pipe,
-                    denoiser_of(pipe)[1],
-                    folder / "trace",
-                    steps=steps,
-                    chains=settings.chains,
-                    picks=settings.picks,
-                    time_sampler=law,
-                    seed=seed,
-                    batch_size=self.batch_size,
-                    call=call,
-                    model_hash=self.model,
-                )
+                    pipe, denoiser_of(pipe)[1], folder / "trace", steps=steps, seed=seed,
+                    chains=settings.chains, picks=settings.picks, time_sampler=law, call=call,
+                    batch_size=self.batch_size, model_hash=self.model,
+                )  # fmt: skip
             yield relabel(data, law, finished, seed ^ _DRAW) if cell.released else data
 
     @contextmanager
@@ -110,8 +98,7 @@ class Calibrator:
         with private_folder(self.scratch / "source") as folder:
             copied = TraceSet(copy_trace(data, folder / "trace"))
             yield rewrite(
-                copied,
-                lambda t: {"x_t": replace_rows(source, t, schedule, images, seed)},
+                copied, lambda t: {"x_t": replace_rows(source, t, schedule, images, seed)}
             )
 
     def statistics(self, denoiser: nn.Module, cell: Cell, data: TraceSet) -> dict[str, Tensor]:

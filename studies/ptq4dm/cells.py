@@ -172,21 +172,9 @@ class Row:
         under = self.calibrated or self.sampler
         asked = self.floor and self.recipe is None and seeds > 1
         next_one = [(r + 1) % seeds if asked else None for r in range(seeds)]
-        return [
-            Cell(
-                self.sampler,
-                self.recipe,
-                under,
-                self.graph,
-                self.sites,
-                r,
-                share,
-                beside,
-                self.measured,
-                self.released,
-            )
-            for r, beside in enumerate(next_one)
-        ]
+        how = self.sampler, self.recipe, under, self.graph, self.sites
+        last = self.measured, self.released
+        return [Cell(*how, r, share, beside, *last) for r, beside in enumerate(next_one)]
 
     def columns(self) -> dict[str, Any]:
         """Return what the table says of this row besides the results."""

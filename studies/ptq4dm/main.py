@@ -80,17 +80,8 @@ def make_plan(
         )
     samplers = tuple(Sampler(name, k) for name, k in (SMALL if small else _samplers(steps)))
     samples = samples or (8 if small else 256)
-    return Plan(
-        recipe=base,
-        ours=ours,
-        sampler=samplers[1],
-        samplers=samplers,
-        images=images,
-        few=few,
-        samples=samples,
-        sizes=(samples // 2, samples) if small else (samples, 4 * samples),
-        seeds=seeds,
-    )
+    sizes = (samples // 2, samples) if small else (samples, 4 * samples)
+    return Plan(base, ours, samplers[1], samplers, images, few, samples, sizes, seeds)
 
 
 def run_study(
@@ -192,10 +183,7 @@ def _about(tools: Tools, plan: Plan, chosen: list[str], before: dict[str, Any]) 
     settings = asdict(tools.settings)
     folder = settings.pop("data")
     own = "the float model's own, of other seeds (DDIM 10)"
-    data = {
-        "source": Path(folder).name if folder else own,
-        "images": len(tools.data),
-    }
+    data = {"source": Path(folder).name if folder else own, "images": len(tools.data)}
     source, out = settings.pop("source"), settings.pop("out")
     settings |= {
         "recipe": plan.recipe.name,
@@ -245,21 +233,11 @@ def _summarize(tools: Tools, plan: Plan, chosen: list[Any], out: RunFolder, spen
         except Exception as error:  # one figure must not lose the page
             about["failed"].append({"item": item.name, "row": "figure", "error": str(error)})
             extra = {}
-        found = Found(rows, cells)
-        claims = [*item.claims(found), *extra.pop("claims", [])]
-        out.write_json(
-            f"items/{item.name}.json",
-            {
-                "name": item.name,
-                "title": item.title,
-                "question": item.question,
-                "reading": _reading(claims),
-                "paper": item.paper.to_dict() if item.paper else None,
-                "rows": table,
-                "claims": claims,
-                "extra": extra,
-            },
-        )
+        claims = [*item.claims(Found(rows, cells)), *extra.pop("claims", [])]
+        found = {"name": item.name, "title": item.title, "question": item.question}
+        found |= {"reading": _reading(claims), "rows": table, "claims": claims, "extra": extra}
+        found |= {"paper": item.paper.to_dict() if item.paper else None}
+        out.write_json(f"items/{item.name}.json", found)
         if table:
             with atomic_path(out / f"items/{item.name}.csv") as temporary:
                 temporary.write_text(rows_csv(table))

@@ -34,9 +34,7 @@ def output_side_layers(layers: Sequence[Site]) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def install_output_side(
-    denoiser: nn.Module,
-    weights: Mapping[str, Tensor],
-    grids: Mapping[str, tuple[Tensor, Tensor]],
+    denoiser: nn.Module, weights: Mapping[str, Tensor], grids: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
     """Replace weights by their quantized values and put the outputs of layers on 8-bit grids.
 

@@ -367,13 +367,7 @@ def _boxes(axis: Any, layer: Mapping[str, Any]) -> None:
             boxes.append(dict(zip(ends, quantiles, strict=True)) | {"fliers": fliers or []})
             places.append(float(t))
     gap = float(np.diff(np.sort(places)).min()) if len(places) > 1 else 20.0
-    axis.bxp(
-        boxes,
-        positions=places,
-        widths=0.6 * gap,
-        manage_ticks=False,
-        **plots.BOXES,
-    )
+    axis.bxp(boxes, positions=places, widths=0.6 * gap, manage_ticks=False, **plots.BOXES)
     plots.time_axis(axis, max(places, default=1.0) + gap / 2)
     plots.bare(axis, "y")
 

@@ -19,16 +19,8 @@ from studies.ptq4dm.cells import Row
 __all__ = ["MEASURES", "Found", "mean_interval", "rows_csv", "summarize"]
 
 # Name -> whether more is better.
-MEASURES = {
-    "psnr_db": True,
-    "ssim": True,
-    "sqnr_db": True,
-    "fed_float": False,
-    "fed_data": False,
-    "sfed_data": False,
-    "kid_data": False,
-    "is": True,
-}
+MEASURES = dict.fromkeys(("psnr_db", "ssim", "sqnr_db"), True)
+MEASURES |= dict.fromkeys(("fed_float", "fed_data", "sfed_data", "kid_data"), False) | {"is": True}
 # Distances between sets of fewer images than this a seed say nothing, so they judge nothing.
 DISTANCES, ENOUGH = ("fed_float", "fed_data", "sfed_data", "kid_data", "is"), 200
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom.

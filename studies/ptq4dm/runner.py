@@ -107,15 +107,9 @@ class _Progress:
         spent = time.perf_counter() - self.start
         left = spent / max(1, self.paid) * (self.cost - self.paid)
         of = f" of process {self.world.rank}" if self.world.size > 1 else ""
-        log.info(
-            "[%d/%d%s] %s: %s; about %s left",
-            self.done,
-            self.total,
-            of,
-            what,
-            said,
-            f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
-        )
+        time_left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        where = f"[{self.done}/{self.total}{of}]"
+        log.info("%s %s: %s; about %s left", where, what, said, time_left)
 
 
 def run_cells(

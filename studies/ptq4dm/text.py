@@ -9,14 +9,8 @@ from quantempo.run_folder import RunFolder
 
 __all__ = ["study_text"]
 
-COLUMNS = {
-    "psnr_db": ("PSNR dB", 2),
-    "ssim": ("SSIM", 4),
-    "sqnr_db": ("SQNR dB", 2),
-    "fed_float": ("fed to float", 2),
-    "fed_data": ("fed to data", 2),
-    "is": ("is", 2),
-}
+COLUMNS = {"psnr_db": ("PSNR dB", 2), "ssim": ("SSIM", 4), "sqnr_db": ("SQNR dB", 2)}
+COLUMNS |= {"fed_float": ("fed to float", 2), "fed_data": ("fed to data", 2), "is": ("is", 2)}
 
 
 def study_text(folder: str | Path) -> str:

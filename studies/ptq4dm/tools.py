@@ -194,21 +194,11 @@ class Tools:
         chains, steps = self.settings.probe
         slug = hashlib.sha256(f"{self.identity} {sampler!r}".encode()).hexdigest()[:20]
         folder = self.settings.out / "probe" / slug
-        pipe = self.pipe(sampler)
-        return trace(
-            pipe,
-            self.denoiser,
-            folder,
-            steps=sampler.steps,
-            chains=chains,
-            picks=min(steps, sampler.steps),
-            time_sampler=make_time_sampler("linspace"),
-            seed=PROBE,
-            # Not the study's: the probe must be the same wherever it is continued.
-            batch_size=chains,
-            call=self.call(sampler),
-            model_hash=self.digest,
-        )
+        # No batch size of the study's: the probe must be the same wherever it is continued.
+        how: dict[str, Any] = {"steps": sampler.steps, "chains": chains, "batch_size": chains}
+        how |= {"picks": min(steps, sampler.steps), "seed": PROBE, "call": self.call(sampler)}
+        how |= {"time_sampler": make_time_sampler("linspace"), "model_hash": self.digest}
+        return trace(self.pipe(sampler), self.denoiser, folder, **how)
 
     def calls(self, data: TraceSet) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
         """Yield (args, kwargs, place in time) of recorded calls, batch by batch."""

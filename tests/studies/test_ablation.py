@@ -9,23 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from quantempo.errors import QuantempoError
 from quantempo.pipeline import stages as pipeline
 from quantempo.recipe import Recipe
 from studies.ablation import ladder as module
+from studies.ablation import variants
 from studies.ablation.ladder import LadderSettings, ladder
 from studies.ablation.rungs import Rung, rungs
 from tests.packed import recipe, saved
 
 # Settings of a recipe that a rung of this suffix may change.
-MAY = {
-    "wide": {"layers"},
-    "gptq": {"rounding"},
-    "adaround": {"rounding"},
-    "bias": {"rounding"},
-}
+MAY = {"wide": {"layers"}, "gptq": {"rounding"}, "bias": {"rounding"}}
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*"))
 STEPS = 4
 
@@ -42,6 +39,50 @@ def families() -> dict[str, list[Rung]]:
 def changed(before: Rung, after: Rung) -> set[str]:
     names = {field.name for field in fields(Recipe)} - {"name"}
     return {n for n in names if getattr(before.recipe, n) != getattr(after.recipe, n)}
+
+
+FOUR = recipe(exclude=("up_blocks.*", "mid_block.*", "*.resnets.*", "*.attentions.*"))
+FOUR = FOUR.override("weights", bits=4, group=16).override("rounding", name="gptq")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A float network with two integer layers, blocks of their own, and its calibration set."""
+    run = tmp_path_factory.mktemp("variants") / "run"
+    session = pipeline.load(str(saved("unconditional")), run, FOUR)
+    return session.denoiser, pipeline.trace(session)
+
+
+def error(four: tuple[Any, Any], variant: str, rounding: str = "gptq") -> tuple[float, Any, Any]:
+    net, data = four
+    copied, row = variants.quantized(net, FOUR.override("rounding", name=rounding), data, variant)
+    batch = data.rows(data.spread(8))
+    with torch.no_grad():
+        off = data.replay(copied, batch) - data.replay(net, batch)
+    return float(off.square().mean()), copied, row
+
+
+@pytest.mark.parametrize("variant", ["smooth=0.5", "rotate=16"])
+def test_transformed_layers_are_rounded_for_the_inputs_that_they_get(four: Any, variant: str):
+    how, _, value = variant.partition("=")
+    net, _ = variants._transformed(*four[:1], FOUR, four[1], how, float(value))
+    batch = four[1].rows(four[1].spread(8))
+    torch.testing.assert_close(
+        *(four[1].replay(n, batch) for n in (net, four[0])), rtol=0, atol=1e-4
+    )
+    moved = {n for n, layer in net.named_modules() if hasattr(layer, "transform")}
+    best, copied, _ = error(four, variant)
+    assert moved and moved == {n for n, o in copied.named_modules() if hasattr(o, "transform")}
+    assert best < 0.8 * error(four, variant, "nearest")[0]
+    assert best < 2 * error(four, "stored")[0]
+
+
+def test_branches_and_int8_layers_cost_the_same_and_a_full_rank_leaves_no_error_of_weights(four):
+    plain, full = error(four, "stored")[0], error(four, "lowrank=999")
+    assert full[0] < 0.2 * plain and set(full[2]["errors"]) == {"0", "0.1", "1", "10"}
+    few, _, row = error(four, "lowrank=2")
+    assert full[0] < few < plain and 4.5 < row["weight_bits_mean"] < 8
+    assert row["weight_bits_mean"] >= error(four, "int8=2")[2]["weight_bits_mean"] >= 4.5
 
 
 def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
@@ -67,7 +108,6 @@ def test_each_rung_adds_one_idea_and_the_last_is_the_shipped_recipe() -> None:
     ("section", "values", "rung"),
     [
         ("weights", {"metric": "mse"}, "w8a8-scales"),
-        ("rounding", {"name": "adaround"}, "w8a8-adaround"),
         ("rounding", {"name": "nearest", "bias": False}, None),
     ],
 )
@@ -77,9 +117,7 @@ def test_the_rungs_follow_a_shipped_recipe_that_changes(monkeypatch, section, va
     # Bias correction is behind the one that is looked at, so that it has a rung of its own.
     other = base.override(section, **values)
     monkeypatch.setattr(
-        Recipe,
-        "load",
-        classmethod(lambda cls, name: other if name == "w8a8" else load(cls, name)),
+        Recipe, "load", classmethod(lambda cls, name: other if name == "w8a8" else load(cls, name))
     )
     chain = families()["W8A8"]
     assert chain[-1].recipe == other
@@ -185,7 +223,7 @@ def test_the_page_shows_every_rung_and_its_pictures(made: tuple[Path, Path]) -> 
     assert f"| w8a8, 6 images | {row['psnr_db_mean']:.2f} ± " in text
     assert f"| w8a8 | GPTQ | {row['first']['psnr_db_mean']:.2f} ± " in text
     assert "| plain | nothing |" in text and "The first 6 seeds, uncurated: float, w8a8" in text
-    assert "DDIM 4 steps" in text and "Not run" not in text and "Failed" not in text
+    assert "DDIM, 4 steps" in text and "Not run" not in text and "Failed" not in text
     for name in ("quality/ladder.svg", "quality/pictures.png"):
         assert f"({name})" in text and (out / name).is_file()
     with Image.open(out / "quality/pictures.png") as image:
@@ -242,10 +280,24 @@ def test_a_rung_of_another_recipe_is_made_again(copy, two, monkeypatch):
     assert json.loads((out / "plain/manifest.json").read_text())["recipe"]["weights"]["bits"] == 4
 
 
+def test_a_rung_that_quantempo_does_not_ship_is_made_in_memory(copy, two):
+    out, data = copy
+    two[0] = Rung("plain", "W8A8", "none", replace(FOUR, name="plain"), variant="lowrank=4")
+    ladder(settings(out, data), only=("plain",))
+    row = {row["name"]: row for row in read(out)["ladder"]}["plain"]
+    assert (
+        row["variant"] == "lowrank=4" and row["engine"] == "simulated" and row["psnr_db_mean"] > 20
+    )
+    assert set(row["stage_seconds"]) == {"trace", "variant"} and row["weight_bits_mean"] > 4.5
+    two[0] = replace(two[0], variant="int8=4")
+    module.collect(out)
+    assert read(out)["not_run"] == ["plain"]
+
+
 def test_another_protocol_is_refused(copy: Any, two: Any) -> None:
     out, data = copy
     before = (out / "ladder.json").read_text()
-    for others in ({"steps": 5}, {"first_seed": 9}, {"tf32": True}):
+    for others in ({"steps": 5}, {"tf32": True}, {"override": {"trace": {"chains": 3}}}):
         with pytest.raises(QuantempoError, match=f"has {next(iter(others))} = .*another --out"):
             ladder(settings(out, data, **others))
     with pytest.raises(QuantempoError, match=r"has data = data, got None"):

@@ -45,12 +45,7 @@ class Metrics(Study):
         for label, (name, p) in METRICS.items():
             recipe = plan.base().override("activations", metric=name, p=p)
             rows.append(
-                Row(
-                    label,
-                    plan.sampler,
-                    plan.few,
-                    recipe.override("weights", metric=name, p=p),
-                )
+                Row(label, plan.sampler, plan.few, recipe.override("weights", metric=name, p=p))
             )
         return rows
 
