@@ -15,8 +15,9 @@ from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_
 from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
-from quantempo.quantized import QConv2d, QLayer, quantized_layers
+from quantempo.quantized import QConv2d, QLayer, fill, quantized_layers
 from quantempo.recipe import WeightSettings
+from quantempo.rounding.reconstruct import apply_rounding
 from tests.engines.quantized import make_clock, make_conv, make_linear, quantized_unet
 from tests.engines.truth import noise, relative
 
@@ -173,29 +174,53 @@ def test_weights_are_kept_once(backend):
 def test_weights_in_groups_stay_packed(backend, layer, shape, bytes_each):
     x, before = noise(*shape, spread=1.0), copy.deepcopy(layer.state_dict())
     kernel = backend.lower(layer)
-    y, sides = kernel(x), kernel.constants.sides
-    held = [*kernel.constants.weights, *layer.buffers(), *(sides.weights if sides else [])]
-    bytes_ = {
-        w.data_ptr(): w.untyped_storage().nbytes()
-        for w in held
-        if w.dtype in (torch.int8, torch.uint8)
-    }
-    # And a byte of each buffer.
-    assert sum(bytes_.values()) == layer.weight.numel() * bytes_each + 2
+    kernel(x)
+    sides = kernel.constants.sides
+    held = [*kernel.constants.weights, *(sides.weights if sides else [])]
+    bytes_ = {w.data_ptr(): w.untyped_storage().nbytes() for w in held}
+    # The layer's own are in the host's memory.
+    assert sum(bytes_.values()) == layer.weight.numel() * bytes_each
+    assert layer.aside and layer.weight_int.device == layer.weight_group.device == x.cpu().device
     assert ENGINES.get("triton").holds(layer) == "packed"
-
-    def same(other: QLayer) -> bool:
-        return all(torch.equal(part, before[n]) for n, part in other.state_dict().items())
-
-    assert same(layer) and same(copy.deepcopy(layer))
-    layer.load_state_dict({n: part.flip(0) for n, part in before.items()})
-    kernel.prepare(x.device)
-    assert not torch.equal(kernel(x), y)
-    layer.load_state_dict(before)
-    kernel.prepare(x.device)
-    assert torch.equal(kernel(x), y)
+    assert all(torch.equal(part, before[n]) for n, part in copy.deepcopy(layer).named_buffers())
     layer.release()
-    assert same(layer) and layer.weight_int.is_contiguous() and layer.aside is None
+    assert layer.weight_int.is_contiguous() and not layer.aside
+
+
+def written(layer: QLayer, way: str, codes: Tensor, new: dict[str, Tensor]) -> None:
+    """Put tensors (a state_dict, and its codes) into a layer in one of the ways there are."""
+    group = new["weight_group"]
+    if way == "fill":
+        fill(layer, codes, *(new.get(n) for n in (*FILLED, "weight_group")))
+    elif way == "rounding":
+        apply_rounding(nn.ModuleDict({"a": layer}), {"a": codes, "a.weight_group": group})
+    elif way == "attribute":
+        layer.weight_int, layer.weight_group = new["weight_int"], group
+    elif way == "in place":
+        layer.weight_int.copy_(new["weight_int"])
+        layer.weight_group.copy_(group)
+    else:
+        layer.load_state_dict(new, assign=way == "assign")
+
+
+FILLED = ("weight_scale", "bias", "act_scale", "act_zero_point")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["fill", "rounding", "attribute", "in place", "load", "assign"])
+def test_what_an_engine_packed_is_read_and_written_as_ever(backend, way):
+    layer, x = make_linear(64, 32, bits=(4, 8, 32)), noise(2, 64, spread=1.0)
+    kernel, first = backend.lower(layer), copy.deepcopy(layer.state_dict())
+    y, other = kernel(x), first | {n: first[n].flip(0) for n in ("weight_int", "weight_group")}
+    for new in (first, other, first):
+        assert layer.aside
+        codes = layer.weight_format.decode(new["weight_int"], (32, 64), new["weight_group"])
+        written(layer, way, codes, copy.deepcopy(new))
+        kernel.prepare(x.device)
+        copied = copy.deepcopy(layer).named_buffers()
+        for read in (layer.state_dict(), dict(layer.named_buffers()), dict(copied)):
+            assert all(torch.equal(read[n], part) for n, part in new.items())
+        assert torch.equal(kernel(x), y) == (new is first)
 
 
 @pytest.mark.parametrize("group", [16, 32])

@@ -84,9 +84,9 @@ class QLayer(nn.Module):
         # Not registered as a child: the clock belongs to the denoiser, once.
         keep(self, "clock", clock)
         keep(self, "kernel", None)
-        # What an engine has unpacked for itself; as stored, what it packed its own way.
+        # What an engine has unpacked for itself; whether it packed the weight its own way.
         self._unpacked: Tensor | None = None
-        self.aside: dict[str, Tensor] | None = None
+        self.aside = False
 
     @classmethod
     def like(
@@ -111,17 +111,16 @@ class QLayer(nn.Module):
 
     @property
     def stored(self) -> dict[str, Any]:
-        """Return `weight_int` and `weight_group` by name, as they are without an engine."""
-        if self.aside is None:
-            return {"weight_int": self.weight_int, "weight_group": self.weight_group}
-        return {name: part.to(self.weight_scale.device) for name, part in self.aside.items()}
+        """Return `weight_int` and `weight_group` by name, where the scales are."""
+        parts = {"weight_int": self.weight_int, "weight_group": self.weight_group}
+        device = self.weight_scale.device
+        return {name: None if part is None else part.to(device) for name, part in parts.items()}
 
     def set_aside(self) -> None:
-        """Keep the integers of groups in the host's memory, here shapes: an engine has them."""
-        self.aside = {name: part.cpu() for name, part in self.stored.items()}
-        for name, part in self.aside.items():
-            byte = self.weight_scale.new_zeros((), dtype=part.dtype)
-            setattr(self, name, byte.expand(part.shape))
+        """Move the integers of groups to the host's memory: an engine has its own."""
+        assert self.weight_group is not None
+        self.weight_int, self.weight_group = self.weight_int.cpu(), self.weight_group.cpu()
+        self.aside = True
 
     @property
     def grid(self) -> Grid:
@@ -133,9 +132,6 @@ class QLayer(nn.Module):
 
         Where it has groups, `weight_group` says which codes there are: fill it first.
         """
-        if self.aside is not None:
-            # Else what is set aside would come back in place of these.
-            self.release()
         codes = codes.to(self.weight_int.device).reshape(self.weight_shape)
         self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None
@@ -150,18 +146,11 @@ class QLayer(nn.Module):
     def release(self) -> None:
         """Hold nothing of an engine's: a weight laid out for one is contiguous again."""
         codes, self.weight_group = self.stored.values()
-        self.weight_int, self._unpacked, self.aside = codes, None, None
+        self.weight_int, self._unpacked, self.aside = codes, None, False
         if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
             self.weight_int = codes.clone(memory_format=torch.contiguous_format)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.aside is not None:
-            destination.update({prefix + name: part for name, part in self.stored.items()})
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.aside is not None:
-            self.release()
         super()._load_from_state_dict(*args, **kwargs)
         self._unpacked = None
 
@@ -222,8 +211,7 @@ class QLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what an engine made: a copy gets its own."""
-        own = {"kernel": None, "_unpacked": None, "aside": None}
-        return {**self.__dict__, **own, "_buffers": {**self._buffers, **self.stored}}
+        return {**self.__dict__, "kernel": None, "_unpacked": None, "aside": False}
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""

@@ -209,8 +209,6 @@ def fill(
     weight_group: Tensor | None = None,
 ) -> None:
     """Copy integers and scales into a layer; shapes and dtypes are those of its buffers."""
-    if layer.aside is not None:
-        layer.release()
     if layer.weight_group is not None:
         assert weight_group is not None
         layer.weight_group.copy_(weight_group)

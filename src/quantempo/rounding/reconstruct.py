@@ -103,8 +103,6 @@ def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     packed.
     """
     for name, layer in quantized_layers(packed):
-        if layer.aside is not None:
-            layer.release()
         for part in ("act_scale", "weight_scale", "weight_group", "bias"):
             if (value := tensors.get(f"{name}.{part}")) is not None:
                 getattr(layer, part).copy_(value)
