@@ -202,3 +202,5 @@ def test_time_shifts_are_those_of_each_layer_and_never_stale():
         check(1, first)
         assert shifts._kept.value is None
         assert shifts(1, first.bfloat16()).dtype == torch.float16
+    assert layers[1].weight.data_ptr() == shifts.weight[5:].data_ptr()
+    assert layers[1].state_dict()["weight"].untyped_storage().nbytes() == 3 * 8 * 2

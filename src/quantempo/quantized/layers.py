@@ -146,9 +146,8 @@ class QLayer(nn.Module):
     def release(self) -> None:
         """Hold nothing of an engine's: a weight laid out for one is contiguous again."""
         codes, self.weight_group = self.stored.values()
-        self.weight_int, self._unpacked, self.aside = codes, None, False
-        if not codes.is_contiguous() or codes.untyped_storage().nbytes() > codes.nbytes:
-            self.weight_int = codes.clone(memory_format=torch.contiguous_format)
+        self.weight_int = codes.clone(memory_format=torch.contiguous_format)
+        self._unpacked, self.aside = None, False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

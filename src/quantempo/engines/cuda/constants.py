@@ -19,8 +19,8 @@ from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
-    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "quantize", "quantize_rows",
-    "quantize_tokens",
+    "ActivationGrid", "FloatSides", "LayerConstants", "Norm", "Sides", "alone", "quantize",
+    "quantize_rows", "quantize_tokens",
 ]  # fmt: skip
 
 # Channels must come in multiples of this: 16 bytes, what a tensor-core copy moves at least.
@@ -39,6 +39,13 @@ def constant(value: Tensor, apart: bool = False) -> Tensor:
     # Else each replay of a graph that a compiler recorded would copy it, as it copies inputs.
     torch._dynamo.mark_static_address(value)
     return value
+
+
+def alone(part: Tensor) -> Tensor:
+    """Return a part of a tensor, in the same memory, as all of a storage: what copies and saves it
+    takes the rest along of a view.
+    """
+    return torch.from_dlpack(part)
 
 
 class ActivationGrid:
@@ -256,7 +263,7 @@ class LayerConstants:
             # One copy in memory serves both: the layer's own is now a view of ours.
             layer.weights = [constant(part)]
             if part.dtype == torch.int8:
-                layer.layer.relayout(layer.weights[0])
+                layer.layer.relayout(alone(layer.weights[0]))
         biases = [torch.zeros_like(o.weight_scale) if o.bias is None else o.bias for o in layers]
         none = all(o.bias is None for o in layers)
         whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))

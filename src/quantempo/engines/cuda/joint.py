@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import FLOATS, LayerConstants, constant, constants_of
+from quantempo.engines.cuda.constants import FLOATS, LayerConstants, alone, constant, constants_of
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import TimeShifts
@@ -56,7 +56,7 @@ class SharedModulations(Prepared, TimeShifts):
         self.joined = [constant(torch.cat(each)) for each in parts]
         for layer, part in zip(self.layers, self.joined[0].split(self._sizes), strict=True):
             # One copy in memory serves both.
-            layer.weight_int.data = part
+            layer.weight_int.data = alone(part)
 
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared
-from quantempo.engines.cuda.constants import LayerConstants, constant, constants_of
+from quantempo.engines.cuda.constants import LayerConstants, alone, constant, constants_of
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward, TimeShifts, float_rows
 from quantempo.models.fusion_transformer import TokenAttentionParts
@@ -28,7 +28,7 @@ class SharedShifts(Prepared, TimeShifts):
         for layer, part in zip(self.layers, self.weight.split(self._sizes), strict=True):
             # One copy in memory serves both, where the layer's own loses nothing.
             if isinstance(layer, Float16Linear) and torch.equal(layer.weight.float(), part.float()):
-                layer.weight.data = part
+                layer.weight.data = alone(part)
 
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""
