@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig
 from quantempo.cli.run_demo import DEMO_MODEL
+from quantempo.engines import attach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
@@ -97,12 +98,42 @@ def test_shards_hold_the_same_model(tmp_path: Path) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in ours(half.unet).items())
 
 
-def test_a_model_saved_in_half_precision_loads_again(tmp_path: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(packed("unconditional").folder, dtype=torch.bfloat16)
-    pipe.save_pretrained(tmp_path / "half")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
-    state = again.unet.state_dict()
-    assert all(torch.equal(state[name], v) for name, v in pipe.unet.state_dict().items())
+CASTS = {
+    "bfloat16": lambda net: net.bfloat16(),
+    "half": lambda net: torch.nn.ModuleList([net]).half(),
+    "double": lambda net: net.double(),
+    "type": lambda net: net.type(torch.float16),
+    "to": lambda net: torch.nn.ModuleList([net]).to("cpu", torch.bfloat16),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", CASTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_was_cast_keeps_what_is_quantized_and_loads_again(
+    kind: str, way: str, tmp_path: Path
+) -> None:
+    pipe = load_pipeline(packed(kind).folder)
+    net = denoiser_of(pipe)[1]
+    before = {name: value.clone() for name, value in ours(net).items()}
+    CASTS[way](net)
+    for name, value in ours(net).items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+    dtype = next(p.dtype for n, p in net.named_parameters() if n not in before)
+    assert dtype != torch.float32
+    net.save_pretrained(tmp_path / "cast")
+    again = type(net).from_pretrained(tmp_path / "cast", dtype=dtype)
+    state = again.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    if kind == "unconditional":
+        x = torch.randn(2, 3, 16, 16).to(dtype)
+        for network in (net, again):
+            attach(network, "simulated")
+        y = net(x, 500).sample
+        assert y.dtype == dtype and y.isfinite().all() and torch.equal(again(x, 500).sample, y)
+    for cast in (pipe.to, net.to, lambda dtype: net.half()):
+        with pytest.raises(ValueError, match="quantized model"):
+            cast(torch.float16)
 
 
 @pytest.mark.parametrize("kind", KINDS)

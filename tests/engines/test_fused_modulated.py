@@ -9,7 +9,6 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from quantempo.bench.networks import cast_floats
 from quantempo.engines import attach
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
@@ -140,7 +139,7 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_streams_have_the_type_of_the_network(kind, dtype):
     network = copy.deepcopy(quantized(kind))
-    cast_floats(network, dtype)
+    nn.Module.to(network, dtype)
     ENGINE.attach(network)
     given = call(kind)
     for name, value in given.items():

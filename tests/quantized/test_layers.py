@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from quantempo.engines.base import BACKENDS
+from quantempo.engines.cuda.joint import SharedModulations, modulated
+from quantempo.engines.cuda.per_forward import SharedShifts
+from quantempo.engines.onednn.blocks import FloatTimeShifts
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops
 from quantempo.quantized import (
@@ -19,6 +22,8 @@ from quantempo.quantized import (
     WeightOnlyLinear,
     fill,
 )
+from tests.engines.quantized import make_linear
+from tests.engines.truth import noise
 
 CLOCK = StepClock(torch.tensor([0, 0, 1, 2]))
 
@@ -219,3 +224,27 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
     other = copy.deepcopy(made)
     other.load_state_dict(WeightOnlyLinear(layer).fill(layer).state_dict())
     assert other.kernel is None and torch.equal(other.weight, made.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_the_type_of_a_float_layer_and_rounds_nothing_else(dtype) -> None:
+    floating, x = nn.Linear(64, 48), noise(3, 64)
+    alone, engine = (WeightOnlyLinear(floating).fill(floating) for _ in range(2))
+    engine.kernel = ops.weight_only_linear
+    codes = make_linear(64, 48)
+    codes.kernel = BACKENDS.get("simulated").lower(codes)
+    for layer in (codes, alone, engine, Float16Linear(floating).fill(floating)):
+        for given in (x, x.to(dtype)):
+            exact = layer(given.float()).to(dtype)
+            with torch.autocast("cpu", dtype):
+                y = layer(given)
+                assert y.dtype == floating(given).dtype == dtype and torch.equal(y, exact)
+            assert layer(given).dtype == given.dtype
+    stored = Float16Linear(floating).fill(floating)
+    for shifts in (SharedShifts([stored]), FloatTimeShifts([stored])):
+        wanted = shifts(0, x.clone())
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(shifts(0, x), wanted)
+    temb = x.to(dtype)
+    assert torch.equal(modulated(engine, temb), SharedModulations([engine])(0, temb))

@@ -21,7 +21,6 @@ from quantempo.pipeline.quantize import plan, quantize
 from quantempo.pipeline.session import Session
 from quantempo.quantized import (
     QLayer,
-    StepClock,
     StoredLinear,
     bits_of,
     fill,
@@ -31,12 +30,11 @@ from quantempo.quantized import (
 from quantempo.quantized.attention import mark_attention, measured_attention
 from quantempo.recipe import Recipe
 
-__all__ = ["Network", "cast_floats", "model_network", "quick_network", "run_network"]
+__all__ = ["Network", "model_network", "quick_network", "run_network"]
 
 # Training time-steps of the forwards that a quick quantization takes its ranges from.
 _TIMES = (900.0, 300.0)
 _RANGE_BATCH = 2
-_STATEFUL = (QLayer, StoredLinear, StepClock)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def quick_network(
     else:
         data = MemorySet.of_calls(floating, calls)
         packed = quantize(floating, data, recipe).install(copy.deepcopy(floating))
-        cast_floats(packed, dtype)
+        nn.Module.to(packed, dtype)
     log.warning("%s: scales are from random inputs, for timing and not for images", name)
     inputs, scales = partial(random_inputs, floating), "random inputs, for timing"
     return Network(name, floating, packed, inputs, scheduler, scales, dtype)
@@ -182,12 +180,3 @@ def quick_recipe() -> Recipe:
     recipe = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
     # Random weights have no shortcuts that cost more than others.
     return recipe.override("activations", buckets=1).override("layers", float_macs=0.0)
-
-
-def cast_floats(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is left in float in place; integers, scales and biases of integer layers stay."""
-    for module in denoiser.modules():
-        if not isinstance(module, _STATEFUL):
-            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if value.is_floating_point():
-                    value.data = value.data.to(dtype)

@@ -1,19 +1,30 @@
-"""State set on one module and not on its class: forwards, attributes that are no children."""
+"""State of modules: forwards and attributes set on one, not on its class; types that stay."""
 
 import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 __all__ = [
-    "Forward", "PerThread", "drop", "keep", "own_forward", "put_buffer",
+    "FixedTypes", "Forward", "PerThread", "drop", "keep", "own_forward", "put_buffer",
     "put_forward", "reset_forward", "set_forward", "touched",
 ]  # fmt: skip
 
 _OWN = "_quantempo_forward"
+
+
+class FixedTypes(nn.Module):
+    """A module whose tensors are moved, but not cast, by `to`, `half` and the like."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(move, recurse)
 
 
 class PerThread(threading.local):

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantempo.core.instance import PerThread, keep
+from quantempo.core.instance import FixedTypes, PerThread, keep
 from quantempo.errors import QuantempoError
 
 __all__ = ["CLOCK_NAME", "StepClock", "Times", "token_rows"]
@@ -107,7 +107,7 @@ def token_rows(of: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, of.amax(1) if x.ndim > 2 or len(x) % of.numel() else of.flatten()
 
 
-class StepClock(nn.Module):
+class StepClock(FixedTypes):
     """Map the time-step the denoiser receives to a bucket: bucket_of[times.index(t)].
 
     Args:

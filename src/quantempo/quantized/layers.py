@@ -12,13 +12,14 @@ They replace Conv2d and Linear in place under the same name. What executes them 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from quantempo.core import Grid, GroupFormat, activation_format, token_scale, weight_format
-from quantempo.core.instance import keep
+from quantempo.core.instance import FixedTypes, keep
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
 
@@ -27,7 +28,16 @@ __all__ = ["Float16Linear", "QConv2d", "QLayer", "QLinear", "QPatches", "StoredL
 Kernel = Callable[[Tensor], Tensor]
 
 
-class QLayer(nn.Module):
+def _float32(run: Kernel, x: Tensor) -> Tensor:
+    """Return run(x), which autocast would round on the way, in the type of a float layer's."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return run(x)
+    with torch.autocast(kind, enabled=False):
+        return run(x).to(torch.get_autocast_dtype(kind))
+
+
+class QLayer(FixedTypes):
     """Hold what `QConv2d` and `QLinear` share.
 
     Buffers: weight_int as `core.formats` stores it, int8 (O, ...) or packed; weight_group uint8,
@@ -194,11 +204,7 @@ class QLayer(nn.Module):
             with self.clock.at(bucket):
                 y = self.forward(rows)
             return y if rows is input else y.unflatten(0, input.shape[:2])
-        if torch.is_autocast_enabled(input.device.type):
-            # It would add up integers in half precision.
-            with torch.autocast(input.device.type, enabled=False):
-                return self.run(self.kernel, input)
-        return self.run(self.kernel, input)
+        return _float32(partial(self.run, self.kernel), input)
 
     def operand(self, x: Tensor) -> Tensor:
         """Return what kernels read of an input."""
@@ -299,7 +305,7 @@ class QPatches(QLinear):
         return kernel(self.operand(x)).movedim(-1, 1)
 
 
-class StoredLinear(nn.Module):
+class StoredLinear(FixedTypes):
     """An empty copy of a float linear layer, on its device, until it is filled."""
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -317,6 +323,14 @@ class StoredLinear(nn.Module):
 
     def _round(self, weight: Tensor) -> None:
         raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W^T + b, computed in float32, in the type of nn.Linear; x (..., in_features)."""
+        return _float32(self._run, input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return nn.functional.linear(x.float(), weight.float(), self.bias).to(x.dtype)
 
 
 class Float16Linear(StoredLinear, nn.Linear):
@@ -355,8 +369,3 @@ class Float16Linear(StoredLinear, nn.Linear):
             # An engine may hold it in float16.
             self.weight.data = self.weight.data.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
-        y = nn.functional.linear(input.float(), self.weight.float(), self.bias)
-        return y.to(input.dtype)

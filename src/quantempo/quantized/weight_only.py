@@ -41,14 +41,12 @@ class WeightOnlyLinear(StoredLinear):
         self.weight_scale = (weight.abs().amax(1) / WEIGHT.qmax).clamp_min(least)
         self.weight_int = WEIGHT.encode((weight / self.weight_scale[:, None]).round().int())
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return x W^T + b, computed in float32, in the dtype of x; x (..., in_features)."""
-        bias = None if self.bias is None else self.bias.float()
+    def _run(self, x: Tensor) -> Tensor:
         if self.kernel is None:
-            return nn.functional.linear(input.float(), self.weight, bias).to(input.dtype)
-        rows = input.reshape(-1, self.in_features).contiguous()
-        y = self.kernel(rows, self.weight_int, self.weight_scale.float(), bias)
-        return y.view(*input.shape[:-1], self.out_features)
+            return super()._run(x)
+        rows = x.reshape(-1, self.in_features).contiguous()
+        y = self.kernel(rows, self.weight_int, self.weight_scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what an engine set."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared, last
 from quantempo.engines.cuda.constants import FLOATS, constants_of
-from quantempo.engines.cuda.joint import SharedModulations, Stream, add, attended, encode
+from quantempo.engines.cuda.joint import SharedModulations, Stream, add, attended, encode, modulated
 from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
@@ -139,8 +139,7 @@ class FusedModulatedBlock(GpuBlock):
         norm = module.norm1
         if index is not None:
             return self.time.shared(index, self.time.read(index, timestep, rest, rest, x.dtype))
-        y: Tensor = norm.linear(norm.silu(norm.emb(timestep, rest, hidden_dtype=x.dtype)))
-        return y
+        return modulated(norm.linear, norm.emb(timestep, rest, hidden_dtype=x.dtype))
 
 
 @BLOCKS.build(SanaBlockParts)

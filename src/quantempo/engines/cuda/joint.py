@@ -30,7 +30,7 @@ from quantempo.quantized.attention import eight_bit
 
 __all__ = [
     "FusedDouble", "FusedFluxSingle", "SharedModulations", "Stream", "add", "attended", "encode",
-    "joined",
+    "joined", "modulated",
 ]  # fmt: skip
 
 # Codes of one segment as `LayerConstants.gemm` reads them: "codes", and "rows" of scales by token.
@@ -64,6 +64,12 @@ class SharedModulations(Prepared, TimeShifts):
         return ops.weight_only_linear(F.silu(given.float()).contiguous(), *self.joined)
 
 
+def modulated(layer: Any, temb: Tensor) -> Tensor:
+    """Return layer(silu(temb)); of integer weights in float32, as `SharedModulations` does."""
+    y: Tensor = layer(F.silu(temb.float() if isinstance(layer, WeightOnlyLinear) else temb))
+    return y
+
+
 class _Modulation:
     """Shifts, scales and gates of one layer."""
 
@@ -74,7 +80,7 @@ class _Modulation:
     def __call__(self, temb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """Return all of them, (B, C) each, rows not contiguous, for x (B, T, C)."""
         index = self.index
-        y = self.layer(F.silu(temb)) if index is None else self.shared(index, temb)
+        y = modulated(self.layer, temb) if index is None else self.shared(index, temb)
         return y.expand(len(x), -1).split(x.shape[2], 1)
 
 

@@ -33,7 +33,8 @@ class SharedShifts(Prepared, TimeShifts):
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""
         self.here(given.device)
-        return F.linear(F.silu(given.float()).to(self.weight.dtype), self.weight, self.bias)
+        with torch.autocast(given.device.type, enabled=False):
+            return F.linear(F.silu(given.float()).to(self.weight.dtype), self.weight, self.bias)
 
 
 class SharedContext(Prepared, PerForward):

@@ -62,8 +62,8 @@ class FloatTimeShifts(TimeShifts):
             self.merged = float_rows(self.layers, torch.float32)
         rows = given.detach().float()
         same_time = len(rows) > 1 and torch.equal(rows[1:], rows[:-1])
-        # Float32 under autocast too.
-        y = F.linear(F.silu(rows[:1] if same_time else rows), *self.merged).float()
+        with torch.autocast("cpu", enabled=False):
+            y = F.linear(F.silu(rows[:1] if same_time else rows), *self.merged)
         return y.expand(len(rows), -1) if same_time else y
 
 
