@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from quantempo.errors import QuantempoError
-from quantempo.registry import check_known, nearest
+from quantempo.registry import check_known
 
 __all__ = [
     "ActivationSettings", "AttentionSettings", "LayerSettings", "Recipe", "RoundingSettings",
@@ -155,16 +155,8 @@ class Recipe:
         for section in fields(self):
             if is_dataclass(settings := getattr(self, section.name)):
                 check_numbers(settings, f"got {section.name}.")
-        if self.activations.granularity not in GRANULARITIES:
-            raise QuantempoError(
-                f"got activations.granularity = '{self.activations.granularity}'; expected one of: "
-                f"{', '.join(GRANULARITIES)}"
-            )
-        if self.weights.group not in GROUPS:
-            raise QuantempoError(
-                f"got weights.group = {self.weights.group}; expected one of: "
-                f"{', '.join(map(str, GROUPS))}"
-            )
+        check_known([self.activations.granularity], GRANULARITIES, "got activations.granularity")
+        check_known([str(self.weights.group)], map(str, GROUPS), "got weights.group")
         for key, text in self.layers.bits.items():
             parse_bits(text, f"layers.bits.{key}")
 
@@ -186,10 +178,7 @@ class Recipe:
             except (UnicodeDecodeError, OSError) as error:
                 raise QuantempoError(f"cannot read recipe {path}: {error}") from error
         else:
-            raise QuantempoError(
-                f"no recipe '{source}'{nearest(str(source), names)}; expected a TOML file or one "
-                f"of: {', '.join(names)}"
-            )
+            check_known([str(source)], names, "no TOML file and no recipe")
         try:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:

@@ -21,9 +21,8 @@ def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise QuantempoError for the first name that is not known: `what`, the name, the known."""
     known = list(known)
     if (name := next((name for name in names if name not in known), None)) is not None:
-        raise QuantempoError(
-            f"{what} '{name}'{nearest(name, known)} (known: {', '.join(known) or 'none'})"
-        )
+        listed = ", ".join(known) or "none"
+        raise QuantempoError(f"{what} '{name}'{nearest(name, known)} (known: {listed})")
 
 
 class Registry(Generic[T]):

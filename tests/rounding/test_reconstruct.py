@@ -209,5 +209,5 @@ def test_a_float_copy_and_wrong_names_are_refused() -> None:
         round_denoiser(made.denoiser, made.denoiser, made.data, QUICK)
     with pytest.raises(QuantempoError, match="gptq"):
         _round(made, replace(QUICK, name="gtpq"))
-    with pytest.raises(QuantempoError, match=r"rounding\.start = 'adaround'"):
+    with pytest.raises(QuantempoError, match=r"rounding\.start needs a start itself: 'adaround'"):
         _round(made, replace(QUICK, name="adaround", start="adaround"))

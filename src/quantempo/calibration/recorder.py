@@ -5,7 +5,7 @@ Separate from `trace`, which decides the times, runs the pipeline and writes fil
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -33,13 +33,7 @@ class NeverCalledError(QuantempoError):
 
 
 def probe(
-    pipe: Any,
-    denoiser: nn.Module,
-    places: Sequence[int],
-    *,
-    steps: int,
-    seed: int,
-    call: Mapping[str, Any],
+    pipe: Any, denoiser: nn.Module, places: Sequence[int], *, steps: int, seed: int, call: Any
 ) -> tuple[Law, list[Tensor]]:
     """Return where the rows of a `TraceBatch` are, under `x_t` an image's, and each call's time.
 

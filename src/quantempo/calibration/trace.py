@@ -101,9 +101,7 @@ def check_settings(settings: TraceSettings, data: str | None) -> None:
     """
     make_time_sampler(settings.time_sampler, settings.time_sampler_args)
     if SOURCES.get(settings.source).needs_images and data is None:
-        raise QuantempoError(
-            f"source '{settings.source}' needs images; pass a folder of them (--data)"
-        )
+        raise QuantempoError(f"source '{settings.source}' needs images; pass a folder (--data)")
 
 
 class _Run(NamedTuple):
@@ -236,11 +234,7 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
 
 
 def _finish(
-    store: RunFolder,
-    names: Sequence[str],
-    settings: dict[str, Any],
-    targets: Tensor,
-    density: Tensor,
+    store: RunFolder, names: list[str], settings: dict[str, Any], targets: Tensor, density: Tensor
 ) -> None:
     """Write the index, whose presence means that the trace is complete."""
     chunks, found = [], []

@@ -150,12 +150,7 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(
-        cls,
-        recipe: Recipe,
-        plans: list[LayerPlan],
-        *,
-        times: Times,
-        source_sha256: str,
+        cls, recipe: Recipe, plans: list[LayerPlan], *, times: Times, source_sha256: str
     ) -> "QuantempoConfig":
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
         int8 = [p for p in plans if p.kind == "int8"]

@@ -141,9 +141,7 @@ class Format:
         if codes.is_floating_point() or (
             codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high
         ):
-            raise QuantempoError(
-                f"got {codes.dtype} outside [{low}, {high}]; expected integers inside"
-            )
+            raise QuantempoError(f"got {codes.dtype} outside [{low}, {high}]; expected integers")
 
     def decode(
         self,

@@ -76,9 +76,8 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
             f"SSIM needs images of at least {SSIM_MIN_SIDE} x {SSIM_MIN_SIDE} pixels; "
             f"got {first.shape[1]} x {first.shape[2]}"
         )
-    compare = import_torchmetrics(
-        "torchmetrics.functional.image"
-    ).structural_similarity_index_measure
+    library = import_torchmetrics("torchmetrics.functional.image")
+    compare = library.structural_similarity_index_measure
     rows = []
     for start in range(0, len(first), batch):
         pair = [
@@ -191,9 +190,7 @@ def eps_sqnr(
     steps = sorted(signal)
     for t in steps:
         if signal[t] == 0.0:
-            raise QuantempoError(
-                f"the float denoiser returned only zeros at t = {t:g}; check its input"
-            )
+            raise QuantempoError(f"the float denoiser returned only zeros at t = {t:g}; check it")
     return {"t": steps, "sqnr_db": [_decibels(signal[t], noise[t]) for t in steps]}
 
 

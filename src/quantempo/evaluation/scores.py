@@ -199,9 +199,7 @@ def spread_over_parts(
         )
     values = [score(features[slice(part, None, parts)]) for part in range(parts)]
     if not np.isfinite(values).all():
-        raise QuantempoError(
-            f"got the scores {values} of parts of a set; a spread needs finite ones"
-        )
+        raise QuantempoError(f"got scores {values} of parts of a set; a spread needs finite ones")
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from quantempo.core import weight_format
 from quantempo.errors import QuantempoError
@@ -39,10 +40,7 @@ def weight_bytes(shape: Sequence[int], bits: int, group: int = 0) -> int:
 
 
 def allocate(
-    losses: np.ndarray,
-    costs: np.ndarray,
-    budgets: Sequence[float] | float,
-    names: Sequence[str] = (),
+    losses: ArrayLike, costs: ArrayLike, budgets: ArrayLike, names: Sequence[str] = ()
 ) -> Allocation:
     """Choose one option a layer with the least sum of losses that every budget allows.
 

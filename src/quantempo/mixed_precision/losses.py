@@ -21,7 +21,7 @@ from quantempo.errors import QuantempoError, log
 from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
-from quantempo.models.sampling import denoising_with
+from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import calibrate, trace
 from quantempo.recipe import parse_bits
@@ -136,7 +136,7 @@ def _measure(
             name = row["name"]
             layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, times)
             for option in todo:
-                with denoising_with(session.pipe, layer.at(*bits[option]), session.component):
+                with replaced(session.pipe, session.component, layer.at(*bits[option])):
                     loss = float((rollout() - target).square().mean())
                 if not math.isfinite(loss):
                     raise QuantempoError(

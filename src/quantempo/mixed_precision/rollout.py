@@ -1,7 +1,7 @@
 """A short trajectory of a pipeline in which one layer is quantized."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,20 +41,18 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
     return last[0].detach().double().cpu()
 
 
+@dataclass
 class OneLayer:
     """Quantize one layer alone, whatever its plan's bits; scales are searched once for each."""
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        stats: Mapping[str, Tensor],
-        plan: LayerPlan,
-        recipe: Recipe,
-        times: Times,
-    ) -> None:
-        self.denoiser, self.stats, self.plan = denoiser, stats, plan
-        self.recipe, self.times = recipe, times
-        layer: Any = denoiser.get_submodule(plan.name)
+    denoiser: nn.Module
+    stats: Mapping[str, Tensor]
+    plan: LayerPlan
+    recipe: Recipe
+    times: Times
+
+    def __post_init__(self) -> None:
+        layer: Any = self.denoiser.get_submodule(self.plan.name)
         self.weight = layer.weight.detach().float().cpu()
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.activations: dict[int, dict[str, Tensor]] = {}

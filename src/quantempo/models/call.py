@@ -216,9 +216,8 @@ def _check_call(pipe: Any, known: Mapping[str, inspect.Parameter], call: Mapping
     for key in needed:
         if key not in call or (key == "prompt" and key not in given):
             how = f"{_OPTIONS[key]} (prompt=...)" if key in _OPTIONS else _how(key)
-            raise QuantempoError(
-                f"{name} needs {'' if key.endswith('s') else 'a '}{key}: pass {how}"
-            )
+            what = key if key.endswith("s") else f"a {key}"
+            raise QuantempoError(f"{name} needs {what}: pass {how}")
     if "batch_size" not in known and not any(map(kind_of, given)):
         raise QuantempoError(f"cannot tell {name} how many images to make; expected 'batch_size'")
 

@@ -213,8 +213,6 @@ def token_attention(
 def heads_of(a: Any, text: bool = False) -> AttentionParts:
     """Return the parts of an attention, or what it does to the text."""
     if text:
-        norms = (a.norm_added_q, a.norm_added_k)
-        return AttentionParts(
-            a.add_q_proj, a.add_k_proj, a.add_v_proj, a.heads, *norms, a.to_add_out, a
-        )
+        q, k, v, norms = a.add_q_proj, a.add_k_proj, a.add_v_proj, (a.norm_added_q, a.norm_added_k)
+        return AttentionParts(q, k, v, a.heads, *norms, a.to_add_out, a)
     return AttentionParts(a.to_q, a.to_k, a.to_v, a.heads, a.norm_q, a.norm_k, a.to_out[0], a)

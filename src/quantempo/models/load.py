@@ -153,9 +153,8 @@ def _names(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as stream:
             return list(stream.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise QuantempoError(
-            f"{file} is damaged or truncated ({error}); fetch or save it again"
-        ) from error
+        text = f"{file} is damaged or truncated ({error}); fetch or save it again"
+        raise QuantempoError(text) from error
 
 
 def _check_folder(folder: Path, variant: str | None) -> str | None:
@@ -168,9 +167,7 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
     if not index.is_file():
         above = " (this is one component of a pipeline: give the folder above it)"
         hint = above if (folder / "config.json").is_file() else ""
-        raise QuantempoError(
-            f"'{folder}' is not a diffusers pipeline: it has no model_index.json{hint}"
-        )
+        raise QuantempoError(f"'{folder}' is not a diffusers pipeline: no model_index.json{hint}")
     parts = [folder / name for name in _read_json(index) if (folder / name).is_dir()]
     options: list[set[str]] = []
     for part in parts:

@@ -135,9 +135,7 @@ def _unet_inputs(config: Any, normal: Callable[..., Tensor]) -> dict[str, Any]:
     added = config.get("addition_embed_type")
     unknown = config.get("class_embed_type") or config.get("encoder_hid_dim_type")
     if unknown or added not in (None, "text_time"):
-        raise QuantempoError(
-            "this U-Net takes further conditioning; bench a run folder of it (--run)"
-        )
+        raise QuantempoError("this U-Net takes further inputs; bench a run folder of it (--run)")
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     inputs = {"sample": normal(config["in_channels"], height, width), "timestep": None}

@@ -7,23 +7,20 @@ timing share these functions. `unconditional` holds the one pipeline that diffus
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
-from quantempo.models.scheduler_step import replaced
 from quantempo.registry import check_known
 from quantempo.run_folder import canonical
 
 __all__ = [
-    "SCHEDULERS", "call_pipeline", "check_arguments", "denoising_with", "run_pipeline",
-    "scheduler_settings", "swap_scheduler",
+    "SCHEDULERS", "call_pipeline", "check_arguments", "run_pipeline", "scheduler_settings",
+    "swap_scheduler",
 ]  # fmt: skip
 
 # Name in a recipe or on the command line -> (diffusers class, settings that make the name true).
@@ -91,11 +88,6 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     swapped = copy.copy(pipe)
     swapped.scheduler = scheduler
     return swapped
-
-
-def denoising_with(pipe: Any, denoiser: nn.Module, name: str) -> AbstractContextManager[None]:
-    """Let a pipeline call another network of a name for a while."""
-    return replaced(pipe, name, denoiser)
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:

@@ -20,12 +20,8 @@ from quantempo.models.load import (
     load_pipeline,
     model_digest,
 )
-from quantempo.models.sampling import (
-    check_arguments,
-    denoising_with,
-    scheduler_settings,
-    swap_scheduler,
-)
+from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
+from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
 from quantempo.pipeline.cache import Cache
 from quantempo.pipeline.quantize import LayerPlan, check_recipe, plan
@@ -91,7 +87,7 @@ class Session(Cache):
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
         with ExitStack() as stack:
             for name, network in networks.items():
-                stack.enter_context(denoising_with(pipe, network, name))
+                stack.enter_context(replaced(pipe, name, network))
             pipe.save_pretrained(folder)
         write_settings(folder, self.call)
 

@@ -21,7 +21,7 @@ from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
 from quantempo.quantized import QLayer, StepClock
 from quantempo.recipe import RoundingSettings
-from quantempo.registry import Registry
+from quantempo.registry import Registry, check_known
 
 __all__ = [
     "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "check_start",
@@ -69,12 +69,9 @@ ROUNDINGS: Registry[Rounding] = Registry("rounding")
 
 def check_start(settings: RoundingSettings) -> None:
     """Raise QuantempoError unless `start` is a rounding that one which learns can start from."""
-    if ROUNDINGS.get(settings.start).needs == "block":
-        known = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs != "block"]
-        raise QuantempoError(
-            f"got rounding.start = '{settings.start}', which needs a start itself; expected one "
-            f"of: {', '.join(known)}"
-        )
+    ROUNDINGS.get(settings.start)
+    known = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs != "block"]
+    check_known([settings.start], known, "rounding.start needs a start itself:")
 
 
 def round_by_weights(
@@ -91,12 +88,8 @@ def round_by_weights(
     Raises QuantempoError: unknown name, or the rounding needs the network's inputs.
     """
     rounding = ROUNDINGS.get(name)
-    if rounding.needs != "weights":
-        usable = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs == "weights"]
-        raise QuantempoError(
-            f"rounding '{name}' needs the network's inputs, which are not at hand here; expected "
-            f"one of: {', '.join(usable)}"
-        )
+    usable = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs == "weights"]
+    check_known([name], usable, "the network's inputs, not at hand here, are needed by rounding")
     both, here = (scales, groups or {}), {name: w.device for name, w in weights.items()}
     near, cut = ({n: v[n].to(here[n]) for n in here if n in v} for v in both)
     return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name), groups=cut))

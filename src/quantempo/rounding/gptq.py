@@ -50,9 +50,7 @@ class Inverse(NamedTuple):
         Raises QuantempoError: H is not finite or not positive semi-definite.
         """
         if not bool(hessian.isfinite().all()):
-            raise QuantempoError(
-                "got a hessian that is not finite; check the checkpoint and the trace"
-            )
+            raise QuantempoError("got a hessian that is not finite; check checkpoint and trace")
         order = hessian.diagonal().argsort(descending=True, stable=True)
         return cls(order, _inverse_factor(hessian[order][:, order].float(), damping))
 

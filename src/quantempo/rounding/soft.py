@@ -50,12 +50,7 @@ class SoftKernel(_Kernel):
     """
 
     def __init__(
-        self,
-        layer: QLayer,
-        weight: Tensor,
-        codes: Tensor,
-        spec: Format | Grid,
-        spread: float = 1.0,
+        self, layer: QLayer, weight: Tensor, codes: Tensor, spec: Format | Grid, spread: float = 1.0
     ) -> None:
         super().__init__(layer)
         self.grid = grid = Grid.of(spec)

@@ -82,10 +82,8 @@ class CostTable:
     def at_best_zero_point(self) -> "CostTable":
         """Return the candidates of the zero point that suits rows with scales of their own best."""
         index = _choose(self.weighted(), self.zero_point)
-        members = self.zero_point == self.zero_point[index[0]]
-        return CostTable(
-            self.scale[members], self.zero_point[members], self.cost[:, members], self.mass
-        )
+        own = self.zero_point == self.zero_point[index[0]]
+        return CostTable(self.scale[own], self.zero_point[own], self.cost[:, own], self.mass)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,7 @@ def search_scales(
         if f"{name}.hist" in stats
     }
     of_bin = _cut_time(stats, settings, specs)
-    how: dict[str, Any] = {"buckets": of_bin, "min_gain": settings.min_gain, "smooth": _SMOOTH}
-    how |= {"metric": settings.metric, "p": settings.p, "candidates": _CANDIDATES}
+    how: dict[str, Any] = {"min_gain": settings.min_gain, "smooth": _SMOOTH, **_metric(settings)}
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
         keys = (f"{name}.weight_scale", f"{name}.weight_group")
@@ -104,7 +103,7 @@ def search_scales(
         if name not in specs:
             continue
         parts = [
-            search_activation(hist, edges, specs[name], **how)
+            search_activation(hist, edges, specs[name], buckets=of_bin, **how)
             for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
         ]
         columns = max(len(part.scale) for part in parts)
@@ -124,19 +123,20 @@ def search_scales(
     return tensors
 
 
+def _metric(settings: ActivationSettings) -> dict[str, Any]:
+    return {"metric": settings.metric, "p": settings.p, "candidates": _CANDIDATES}
+
+
 def _cut_time(
     stats: Mapping[str, Tensor], settings: ActivationSettings, specs: Mapping[str, Format]
 ) -> Tensor | None:
     """Return (K,) the bucket of each fine time bin, best for all layers together, or None."""
     if settings.buckets == 1 or not specs:
         return None
-    tables = []
+    tables, how = [], _metric(settings)
     for name, spec in tqdm(specs.items(), desc="buckets", disable=None, leave=False):
         for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
-            table = cost_table(
-                hist, edges, spec, metric=settings.metric, p=settings.p, candidates=_CANDIDATES
-            )
-            tables.append(table.at_best_zero_point())
+            tables.append(cost_table(hist, edges, spec, **how).at_best_zero_point())
     return bucket_of_bin(segment_time(tables, settings.buckets, _SMOOTH))
 
 
@@ -247,9 +247,7 @@ def search_weight(
     """
     check_weight(weight)
     if not (spec.signed and spec.symmetric) or steps < 1:
-        raise QuantempoError(
-            f"got {spec} and steps={steps}; expected signed, symmetric, steps >= 1"
-        )
+        raise QuantempoError(f"got {spec}, steps={steps}; expected signed, symmetric, steps >= 1")
     rows = weight.detach().flatten(1).float()
     peak = rows.abs().amax(1)
     safe = torch.where(peak > 0, peak, 1)
