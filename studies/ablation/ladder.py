@@ -29,7 +29,8 @@ from quantempo.evaluation.features import Extractor, Features, extract, load_ext
 from quantempo.evaluation.scores import frechet_distance, spread_over_parts
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
-from quantempo.models.sampling import denoising_with, run_pipeline
+from quantempo.models.sampling import run_pipeline
+from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.cache import ARTEFACTS, BESIDE
 from quantempo.pipeline.quality import open_model, summary
@@ -122,7 +123,7 @@ class _Bench:
         name, own = denoiser_of(pipe)
         self.engine = "simulated" if network is not None else attached(own) or "float"
         seeds = range(first, first + count)
-        with process_state(s.tf32), denoising_with(pipe, network or own, name):
+        with process_state(s.tf32), replaced(pipe, name, network or own):
             return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
 
     def float_images(self, first: int, count: int) -> np.ndarray:

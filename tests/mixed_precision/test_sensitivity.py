@@ -203,10 +203,10 @@ def test_what_cannot_be_measured(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_choice_is_packed_and_its_bytes_are_those_of_the_file(run: Path) -> None:
-    session = load(run)
     shapes = [row["weight_shape"] for row in table(run)["layers"]]
     low, high = (sum(weight_bytes(shape, bits, 16) for shape in shapes) for bits in (3, 8))
-    budget = (low + high) // 2
+    session, budget = load(run), (low + high) // 2
+    assert {plan.weight_bits for plan in session.plans} == {8}
     choice = sensitivity.choose_bits(session, budget_bytes=budget, options=OPTIONS, **SHORT)
     assert low < choice["spent"]["bytes"] <= budget
     # Nothing is paid for activations here, so 3-bit ones are never worth it.

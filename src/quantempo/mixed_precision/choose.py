@@ -122,6 +122,8 @@ def recall(run: str | Path, recipe: Recipe, **request: Any) -> Recipe:
 def _adopt(session: Session, recipe: Recipe) -> None:
     """Give a session another recipe, and its manifest too; all is as it was after an error."""
     before, session.recipe = session.recipe, recipe
+    # Those of the recipe before, if measuring has asked for them.
+    vars(session).pop("plans", None)
     if not session.force:
         try:
             session.refuse_stale()
