@@ -79,10 +79,7 @@ class Candidate:
 
 
 def select(patterns: Iterable[str] = (), device: str = "cuda") -> list[Candidate]:
-    """Return a device type's candidates whose names match a shell pattern; all for none.
-
-    Raises QuantempoError: a pattern that matches none.
-    """
+    """Return a device's candidates that match a shell pattern, all for none; refuse others."""
     patterns = list(patterns)
     here = [candidate for candidate in CANDIDATES if device in candidate.devices]
     names = [candidate.name for candidate in here]
@@ -105,10 +102,7 @@ def cast_inputs(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def record(forward: Forward, inputs: dict[str, Any]) -> Forward:
-    """Return a forward that copies its tensors into a recorded CUDA graph and replays it.
-
-    Its output is overwritten by the next call; arguments that are no tensors are the recording's.
-    """
+    """Return a forward that replays a recorded CUDA graph, its output overwritten each time."""
     leaves, shape = pytree.tree_flatten(inputs)
     kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     fixed = pytree.tree_unflatten(kept, shape)

@@ -70,11 +70,9 @@ def _float_type(device: torch.device) -> torch.dtype:
 
 
 def run_network(session: Session) -> Network:
-    """Return the float and the packed network of a run folder, on the session's device.
+    """Return the float and the packed network of a run folder, on the session's device, or raise.
 
     Inputs are recorded rows, repeated to the batch size, all at one time-step as in sampling.
-
-    Raises QuantempoError: nothing packed yet, or no trace.
     """
     part = next(part for part in session.parts if len(TraceSet(part.run / "trace")))
     data, floating = TraceSet(part.run / "trace"), part.denoiser
@@ -94,10 +92,7 @@ def run_network(session: Session) -> Network:
 
 
 def model_network(source: str, device: torch.device | str) -> Network:
-    """Return a preset ("sd15") or the denoiser of a diffusers folder, quantized without data.
-
-    Raises QuantempoError: neither a preset nor a pipeline, or one whose inputs are not known.
-    """
+    """Return a preset ("sd15") or a diffusers folder's denoiser, quantized without data."""
     if source in PRESETS or not Path(source).exists():
         # An unknown name is refused there, with the known ones.
         return quick_network(source, build_preset(source, device))

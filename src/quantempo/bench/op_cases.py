@@ -118,10 +118,7 @@ def conv(n: int, s: int, c: int, o: int) -> Case:
 
 
 def gemm(m: int, n: int, k: int, block: bool = False) -> Case:
-    """Return a linear layer of (M, K) rows by (N, K) weights, with bias and a bfloat16 result.
-
-    block: the last of a transformer block, with a scale for each row, a gate and a residual.
-    """
+    """Return (M, K) rows by (N, K) weights, bias; block: with scales of rows, gate and residual."""
 
     def make(device: torch.device) -> Given:
         weight = _codes((n, k), device, -127)
@@ -174,10 +171,7 @@ def gemm(m: int, n: int, k: int, block: bool = False) -> Case:
 
 
 def norm(n: int, s: int, c: int, skip: int = 0) -> Case:
-    """Return GroupNorm, SiLU and codes of N bfloat16 images, or of two side by side.
-
-    With a second image (`skip` channels) the codes of both are written too, as a shortcut needs.
-    """
+    """Return GroupNorm, SiLU, codes of N bfloat16 images; with skip, of two and their own too."""
 
     def make(device: torch.device) -> Given:
         given = {

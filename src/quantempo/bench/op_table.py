@@ -2,8 +2,7 @@
 
     floor = max(operations / peak, bytes / bandwidth)        fraction = floor / measured time
 
-The bandwidth is that of a copy within the device, the 8-bit peak twice the best bfloat16 matrix
-product, which is what the datasheets of tensor cores state.
+The bandwidth is that of a copy within the device, the 8-bit peak twice the best bfloat16 product.
 
 A kernel is timed only if its integer sums equal float64's, its epilogue is within one rounding of
 the result's type and three runs are equal bit for bit. Timing: every contender calls in turn on
@@ -52,11 +51,7 @@ class Limits:
 
 
 def check(case: Case, given: dict[str, Tensor]) -> None:
-    """Refuse a kernel that computes something else.
-
-    Raises QuantempoError: sums that differ, an epilogue that is not within one rounding, or runs
-    that differ from each other.
-    """
+    """Raise QuantempoError: sums or runs that differ, an epilogue not within one rounding."""
     first = case.whole(given)
     if not all(torch.equal(first, case.whole(given)) for _ in range(2)):
         raise QuantempoError("repeated runs differ from each other")
@@ -86,10 +81,7 @@ def check(case: Case, given: dict[str, Tensor]) -> None:
 def _rotated(
     maker: Callable[[torch.device], Call], device: torch.device, moved: float
 ) -> tuple[Call, int]:
-    """Return a call that runs through several copies of its arguments, and how many.
-
-    On CUDA they together exceed L2 twice, and the call replays one graph of them all.
-    """
+    """Return a call (on CUDA a graph) on copies that exceed L2 twice together, and how many."""
     if device.type != "cuda":
         return maker(device), 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

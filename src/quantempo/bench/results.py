@@ -80,10 +80,7 @@ def _networks(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
 
 
 def _slowest(rows: list[Row]) -> dict[str, float | None]:
-    """Return the smaller speed-up over bfloat16 of the first two shapes of each product.
-
-    None where one of the two was not timed: another shape does not stand in for it.
-    """
+    """Return the smaller speed-up of the first two shapes of each product, None without both."""
     found: dict[str, list[float | None]] = {}
     for row in rows:
         found.setdefault(row["op"], []).append(row.get("speedup_vs_bf16"))

@@ -20,10 +20,7 @@ Timer = Callable[[Call, int], float]
 
 
 def _cuda_ms(call: Call, count: int) -> float:
-    """Return milliseconds per call between two CUDA events, gaps between kernels included.
-
-    A call that the host cannot launch fast enough is charged for the waiting.
-    """
+    """Return milliseconds per call between two CUDA events, gaps between kernels included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -59,10 +56,9 @@ def take_turns(
     """Return `rounds` samples in milliseconds per call of each call, interleaved.
 
     One sample repeats the call for about `seconds`; two short samples before choose the count.
-    The order is forwards, then backwards, so that clocks and drifts are shared.
-
-    A call that raises has its reason put into `failed`, or raises here without that; `after` is
-    called with all samples so far after each round.
+    The order is forwards, then backwards, so that clocks and drifts are shared. A call that raises
+    has its reason put into `failed`, or raises here without that; `after` is called with all
+    samples so far after each round.
     """
     counts: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -99,10 +95,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError when the body takes longer (compilers honour it between their steps).
-
-    Only the main thread can be interrupted: elsewhere, and for None, there is no limit.
-    """
+    """Raise TimeoutError when the body takes longer; only the main thread can be interrupted."""
     if seconds is None or threading.current_thread() is not threading.main_thread():
         if seconds is not None:
             log.warning("no time limit of %g s here: not in the main thread", seconds)

@@ -140,10 +140,7 @@ def bucket_rows(clock: StepClock) -> int | dict[int, Tensor]:
 
 
 def run_per_bucket(clock: StepClock, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Return run(bucket, *inputs), called once for each time bucket in the batch.
-
-    inputs: (B', ...), B' a multiple of the clock's batch (else QuantempoError), or None.
-    """
+    """Return run(bucket, *inputs), called once a bucket; rows are a multiple of the clock's."""
     buckets = bucket_rows(clock)
     if isinstance(buckets, int):
         return run(buckets, *inputs)

@@ -68,12 +68,9 @@ def one_row(value: Tensor) -> Tensor:
 
 
 def keep_nan(output: Any, given: list[Tensor], listed: bool) -> Any:
-    """Return the output, NaN for samples that got NaN or infinity; nothing waits for a GPU.
-
-    listed: whether a list may be one of samples.
-    """
+    """Return the output, NaN for samples that got NaN or infinity; listed: lists may be samples."""
     rows = next((len(value) for value in given if value.ndim), 1)
-    # 0 of a finite sum, else NaN.
+    # 0 of a finite sum, else NaN; nothing waits for a GPU.
     zero = torch.zeros((), device=given[0].device)
     for value in given:
         if value.is_floating_point():

@@ -113,16 +113,14 @@ def _is_plain(layer: QConv2d | nn.Conv2d, need: Conv) -> bool:
 
 
 class Network:
-    """What builders may ask of the network around their block, while it is fused.
-
-    parts: of all blocks that the engine can fuse, inner ones first; forwards: name -> (module,
-    forward) of the blocks built so far.
-    """
+    """What builders may ask of the network around their block, while it is fused."""
 
     def __init__(self, denoiser: nn.Module, parts: list[Parts]) -> None:
         self.clock: Any = denoiser.get_submodule(CLOCK_NAME)
+        # Of all blocks that the engine can fuse, inner ones first.
         self.parts = parts
         self.halves: dict[str, tuple[int, int]] = dict(skip_segments(denoiser))
+        # Of the blocks built so far.
         self.forwards: dict[str, tuple[nn.Module, Any]] = {}
         self._names = {module: name for name, module in denoiser.named_modules()}
         self._shared: dict[Any, Any] = {}
@@ -161,11 +159,9 @@ class Network:
 
 
 class FusedBlock:
-    """The forward of a block: `run` where `takes` agrees, else that of its class.
+    """The forward of a block: `run` where `takes` agrees, else that of its class."""
 
-    own: names of the children that it runs itself, "" for all.
-    """
-
+    # Names of the children that it runs itself, "" for all.
     own: tuple[str, ...] = ("",)
 
     def __init__(self, parts: Any, network: Network) -> None:

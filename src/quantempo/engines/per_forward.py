@@ -65,10 +65,7 @@ def float_rows(layers: list[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class TimeShifts(PerForward):
-    """What the time embedding adds to each residual block, of all blocks in one matmul.
-
-    layers: float layers (C_i, E) with `weight` and `bias`, applied to silu(temb).
-    """
+    """What the time embedding adds to each residual block, of all blocks in one matmul."""
 
     @classmethod
     def of(cls, network: Network) -> Self:
@@ -78,6 +75,7 @@ class TimeShifts(PerForward):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(len(layers))
+        # Float ones (C_i, E) with `weight` and `bias`, applied to silu(temb).
         self.layers = layers
         self._sizes = sizes = [len(layer.bias) for layer in layers]
         self._start = [sum(sizes[:i]) for i in range(len(sizes) + 1)]

@@ -122,10 +122,7 @@ class _Kernel(Kernel):
 
 
 def float32_copy(denoiser: nn.Module, dtype: torch.dtype | None = torch.float32) -> Any:
-    """Return a copy in float32 (None: as it is); it shares tensors of this type and of integers.
-
-    What engines and others have set on blocks is not copied, or not called by the class' forward.
-    """
+    """Return a copy in float32 (None: as it is) without engines, sharing tensors that fit."""
     known: dict[int, Any] = {
         id(t): t.detach().to(dtype or t.dtype) if t.is_floating_point() else t
         for t in (*denoiser.parameters(), *denoiser.buffers())
@@ -193,10 +190,8 @@ def exact_conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Convolve integers held in floats, with sums exact below 2^24 (float32) on any device.
-
-    An operator of its own, so that a compiled network keeps the choice of algorithm made here.
-    """
+    """Convolve integers held in floats, with sums exact below 2^24 (float32) on any device."""
+    # An operator of its own, so that a compiled network keeps the choice of algorithm made here.
     with _plain_sums(codes):
         return F.conv2d(codes, weight, None, stride, padding, dilation, groups)
 
@@ -206,10 +201,8 @@ exact_conv2d.register_fake(lambda codes, weight, *how: F.conv2d(codes, weight, N
 
 
 def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
-    """Keep cuDNN from Winograd and FFT, which do not add integers exactly.
-
-    Tensor cores do: |q| <= 255 is exact in TF32, sums are float32. Without TF32 it is turned off.
-    """
+    """Keep cuDNN from Winograd and FFT, which do not add integers exactly."""
+    # Tensor cores do: |q| <= 255 is exact in TF32, sums are float32. Without TF32 it is turned off.
     if codes.device.type != "cuda":
         return nullcontext()
     tensor_cores = torch.cuda.get_device_capability(codes.device) >= (8, 0)

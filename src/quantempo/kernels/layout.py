@@ -60,9 +60,8 @@ def pack(q: Tensor, groups: Tensor, group: int) -> Tensor:
     behind the codes of 16 rows follow (P, ceil(C / 64), 16, 4 or 2). Rows may be split and joined
     at multiples of 16.
 
-    Args:
-        q: uint8 (O, P, C), below 16; groups: uint8 (O, P, ceil(C / group)), (s - 1) << 4 | z.
-        group: 16, 32 or 64 channels, the last ones fewer. O: a multiple of 16.
+    q: uint8 (O, P, C), below 16; groups: uint8 (O, P, ceil(C / group)), (s - 1) << 4 | z; group:
+    16, 32 or 64 channels, the last ones fewer; O: a multiple of 16.
     """
     out, taps, channels = q.shape
     size = min(group, 32)

@@ -28,10 +28,9 @@ class Times:
 
     Place of t: (t - first) per_unit in an even run, else the number of the nearest of `values`.
 
-    Args:
-        count: number of places; values: the rising or falling times of an uneven run.
-        first, per_unit: time of place 0 of an even one; places in a unit, negative if time falls.
-        clean: whether place 0 is that of given tokens (a first frame) and no time of the run.
+    count: number of places; values: the rising or falling times of an uneven run; first, per_unit:
+    time of place 0 of an even one; places in a unit, negative if time falls; clean: whether place 0
+    is that of given tokens (a first frame) and no time of the run.
     """
 
     count: int
@@ -110,9 +109,8 @@ def token_rows(of: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 class StepClock(FixedTypes):
     """Map the time-step the denoiser receives to a bucket: bucket_of[times.index(t)].
 
-    Args:
-        bucket_of: (T,) int64, the bucket of each place in time; starts at 0 and does not fall.
-        times: the T places; None: those of t = 0 .. T - 1.
+    bucket_of: (T,) int64, the bucket of each place in time; starts at 0 and does not fall; times:
+    the T places, None: those of t = 0 .. T - 1.
     """
 
     bucket_of: Tensor

@@ -24,7 +24,6 @@ __all__ = [
     "weight_only_layers",
 ]  # fmt: skip
 
-
 # Attribute of a denoiser: what `odd_padding` was when it was quantized.
 PADDED = "_quantempo_padded"
 _REASONS = {
@@ -68,10 +67,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
 
     Kept in float, in this order of reasons: what no integer kernel takes; names that match
     `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in float16,
-    but modulations of blocks in int8.
-
-    Raises:
-        QuantempoError: unknown role.
+    but modulations of blocks in int8. Raises QuantempoError: unknown role.
     """
     settings = recipe.layers
     check_roles(settings.float_roles)
@@ -119,11 +115,7 @@ def _bits(site: Site, recipe: Recipe) -> tuple[int, int, int]:
 
 
 def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = None) -> StepClock:
-    """Add the clock (see `StepClock`) as a child of the denoiser, set at every call; return it.
-
-    Raises:
-        QuantempoError: the denoiser has a clock already.
-    """
+    """Add the clock (see `StepClock`) as a child of the denoiser, set at every call; return it."""
     if find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     clock = StepClock(bucket_of, times)
@@ -149,12 +141,9 @@ def find_clock(denoiser: nn.Module) -> StepClock | None:
 
 
 def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -> None:
-    """Put an empty quantized copy in the place of every planned layer, on any device.
+    """Put an empty quantized copy, uninitialised until filled, in the place of every planned layer.
 
-    Buffers are uninitialised until filled.
-
-    Raises:
-        QuantempoError: a plan names a layer the model does not have, or one of another type.
+    Raises QuantempoError: a plan names a layer the model does not have, or one of another type.
     """
     for plan in plans:
         if plan.kind == "float":

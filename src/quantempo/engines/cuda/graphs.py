@@ -1,8 +1,7 @@
 """Record a denoiser as CUDA graphs, one for each shape of its inputs.
 
-A forward of a U-Net is hundreds of launches; for small batches the CPU cannot make them as fast as
-the GPU runs them. A graph is one launch. It holds the whole call, the hook that sets the step clock
-included, so every time-step is served by the same graph.
+For small batches a CPU cannot make the launches of a forward as fast as the GPU runs them; a graph
+is one. It holds the whole call, the hook that sets the step clock included: one for all time-steps.
 """
 
 import copy
@@ -27,10 +26,7 @@ _WARMUP = 2
 
 
 def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
-    """Return what a recording depends on: structure, shapes, dtypes, devices, other values.
-
-    It is hashable if all values that are no tensors are; `tensors` gets the tensors, in order.
-    """
+    """Return structure, shapes, dtypes, devices, other values; `tensors` gets these, in order."""
     if isinstance(value, Tensor):
         if tensors is not None:
             tensors.append(value)
@@ -48,8 +44,7 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Return the CUDA graph of a call and what the call returned, which replays overwrite.
 
-    call: launches kernels without waiting for the device; what it reads must outlive the graph;
-    pool: memory of the graph, None for its own.
+    call: waits for no device; what it reads must outlive the graph; pool: memory, None: its own.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -76,9 +71,8 @@ class Graphed(nn.Module):
     The first call of a signature (`signature` of the arguments) runs eagerly, then is recorded;
     later ones copy their inputs in, replay, and copy the outputs out. Weights are read where they
     are: after moving the model or attaching an engine, recordings are dropped by themselves; after
-    any other change call `clear`. Attributes are those of the denoiser.
-
-    Replays of all networks of a process follow each other, on one stream: they share memory.
+    any other change call `clear`. Attributes are those of the denoiser. Replays of all networks of
+    a process follow each other, on one stream: they share memory.
 
     denoiser: with its engine attached, compiled or not, or any function that waits for no value of
     its tensors; warmup: eager calls before each recording, at least 1.
@@ -183,10 +177,8 @@ graphed = Graphed
 
 
 def _sample(denoiser: nn.Module) -> tuple[Any, list[tuple[nn.Module, str]]]:
-    """Return an integer layer, and a few tensors by which a move of the network is noticed.
-
-    Looking at all of them would take longer than replaying a small graph.
-    """
+    """Return an integer layer, and a few tensors by which a move of the network is noticed."""
+    # Looking at all of them would take longer than replaying a small graph.
     layer = next((layer for _, layer in quantized_layers(denoiser)), None)
     owned = [
         (module, name)
@@ -204,10 +196,8 @@ def _cuda_device(arguments: Any) -> torch.device | None:
 
 
 def _with_timestep(args: Any, kwargs: Any, device: Any, place: Any = ("timestep", 1)) -> Any:
-    """Return the arguments with the time-step as a tensor on the device.
-
-    A number would be part of the recording; from the CPU it would be copied during one.
-    """
+    """Return the arguments with the time-step as a tensor on the device."""
+    # A number would be part of the recording; from the CPU it would be copied during one.
     name, index = place
     if name not in kwargs and len(args) <= index:
         return args, kwargs

@@ -1,8 +1,7 @@
 """Transformers inside a U-Net, and feed-forward layers of any, as few launches on a GPU.
 
 Pixels of a channels_last image are the rows of a matrix: nothing is ever copied to another layout.
-The last product of the last block writes the codes that the output projection reads. What is
-quantized in between is plain operations where a compiler joins them, see `constants.quantize`.
+The last product of the last block writes the codes that the output projection reads.
 """
 
 from typing import Any
@@ -152,16 +151,14 @@ def _like(x: Tensor, weight: Tensor | None) -> Tensor:
 
 @BLOCKS.build(TransformerParts)
 class FusedTransformer(GpuBlock):
-    """A transformer over the pixels of an image, whose projections read and write pixel rows.
-
-    blocks: the fused forward of each block, None where it is not fused.
-    """
+    """A transformer over the pixels of an image, whose projections read and write pixel rows."""
 
     # The blocks inside are fused, or not, on their own.
     own: tuple[str, ...] = ("norm", "proj_in", "proj_out")
 
     def __init__(self, parts: TransformerParts, network: Network) -> None:
         super().__init__(parts, network)
+        # None where a block is not fused.
         self.blocks = [network.forward_of(block) for block in parts.blocks]
 
     def _prepare(self, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Blocks of a network as few launches on a GPU, around int8 convolutions.
 
-Nothing waits for the device and nothing depends on the value of a time-step: a block works eagerly,
-inside torch.compile and in a CUDA graph, for any batch, mixed time-steps included. The result
-equals the layers run one by one up to the order of float operations, which may move a code by one.
+Nothing waits for the device or depends on the value of a time-step: a block works eagerly, compiled
+and in a CUDA graph, for any batch, mixed time-steps included. The result equals the layers run one
+by one up to the order of float operations, which may move a code by one.
 """
 
 from collections.abc import Callable
@@ -196,10 +196,7 @@ class _Upsample(_Sampler):
 
 
 class _End(Prepared):
-    """A float convolution at an end of the network; dtype: of the stream, or None for x's.
-
-    first: it writes channels_last in the type of the stream; else it writes the model's type.
-    """
+    """A float convolution at an end; dtype: of the stream, None: x's; first: which it writes."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype | None, *, first: bool) -> None:
         self.conv, self.dtype, self.first = conv, dtype, first
@@ -237,10 +234,8 @@ class _Head(Prepared):
 def _ends(
     head: fusion_unet.HeadParts, network: Network
 ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Between stem and head the activations are in half precision if nothing there minds.
-
-    In float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.
-    """
+    """Between stem and head the activations are in half precision if nothing there minds."""
+    # float16 where the model is in float32: the 8 bits of bfloat16 would cost 0.1 dB and more.
     single = head.stem.weight.dtype not in (torch.float16, torch.bfloat16)
     dtype = torch.float16 if single and network.closed(head) else None
     return [

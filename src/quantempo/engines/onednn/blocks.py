@@ -1,9 +1,8 @@
 """Blocks of a network as few passes over memory, around int8 convolutions.
 
-What stands between two integer layers becomes one compiled pass (`kernels/cpu/fused.c`) that
-writes codes: GroupNorm, time embedding, SiLU and quantization; upsampling or padding and
-quantization. The result equals the layers run one by one up to the order of float operations,
-which may move a code by one.
+What stands between two integer layers becomes one compiled pass (`kernels/cpu/fused.c`) that writes
+codes: GroupNorm, time embedding, SiLU; upsampling or padding. The result equals the layers run one
+by one up to the order of float operations, which may move a code by one.
 """
 
 import math

@@ -192,10 +192,7 @@ class FoldedLayer:
         return self._parts[part](codes, scale, 0, bias, dtype, **kwargs)
 
     def edge(self, bucket: int) -> Tensor:
-        """Return s s_w[o] z sum_k q_w over the taps outside the image, (16, O) as `Library.add`.
-
-        Of a 3x3 convolution with stride 1 and padding 1.
-        """
+        """Return s s_w[o] z sum_k q_w of a 3x3 kernel over the taps outside; see `Library.add`."""
         if not self._edges:
             # (O, 3, 3), then (16, O)
             taps = self.layer.weight_codes.sum(1, dtype=torch.float64)

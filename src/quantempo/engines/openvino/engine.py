@@ -1,7 +1,4 @@
-"""The engine that runs a whole packed denoiser as an OpenVINO graph.
-
-Compiled for the shapes at hand, at the first call with them; nothing is calibrated here.
-"""
+"""The engine that runs a whole packed denoiser as OpenVINO graphs, one for the shapes of a call."""
 
 from __future__ import annotations
 
@@ -52,10 +49,8 @@ class KernelRow:
 
     @property
     def int8(self) -> bool:
-        """Whether the sums were done on integers.
-
-        The kernel must say so too: one that widens stored int8 weights to float reports "i8".
-        """
+        """Whether the sums were done on integers."""
+        # The kernel must say so too: one that widens stored int8 weights to float reports "i8".
         return self.precision in _INT8 and self.primitive.lower().endswith(_INT8)
 
 
@@ -239,10 +234,8 @@ class _Graph:
 
 
 def _chunks(values: list[Tensor], rows: int) -> list[list[Tensor]]:
-    """Cut the tensors that have a row for each sample into equal parts of at most MAX_ROWS.
-
-    Nothing is cut when a tensor has several rows for each sample (frames, views).
-    """
+    """Cut the tensors that have a row for each sample into equal parts of at most MAX_ROWS."""
+    # Not when a tensor has several rows for each sample (frames, views).
     if rows <= MAX_ROWS or any(value.ndim and len(value) not in (1, rows) for value in values):
         return [values]
     sizes = [len(part) for part in torch.arange(rows).tensor_split(-(-rows // MAX_ROWS))]

@@ -103,10 +103,8 @@ def build_graph(
 
 @functools.cache
 def wrong_sums() -> str | None:
-    """Put the largest terms through an int8 kernel of this CPU; return what went wrong, or None.
-
-    CPUs without VNNI add pairs of products in 16 bits, which saturates: 255 * 127 * 2 > 32767.
-    """
+    """Put the largest terms through an int8 kernel of this CPU; return what went wrong, or None."""
+    # CPUs without VNNI add pairs of products in 16 bits, which saturates: 255 * 127 * 2 > 32767.
     # 255 * 127 * 288 < 2^24: exact in float32 as well.
     expected = 255.0 * 127 * 32 * 3 * 3
     x = ops.parameter([1, 32, 4, 4], np.float32)
@@ -184,12 +182,10 @@ def _out_shape(layer: QLayer, x: Tensor) -> list[int]:
 
 @dataclass
 class _LayerConverter:
-    """Spell out the nodes of integer layers, whose `index` points into `calls`.
-
-    rows: 1 when the whole batch is in one bucket, else B.
-    """
+    """Spell out the nodes of integer layers, whose `index` points into `calls`."""
 
     calls: list[_LayerCall]
+    # 1 when the whole batch is in one bucket, else B.
     rows: int
     # Layers that read the same tensor on the same grid (q, k, v) share one quantizer.
     shared: dict[Any, ov.Output] = field(default_factory=dict)

@@ -1,9 +1,8 @@
 """Make the float parts of a denoiser's OpenVINO graph cheap around int8 layers.
 
-OpenVINO's own graph spends as long between the integer layers of a U-Net as in them: its group
-norm wants planar tensors and its convolutions channels-last ones, so each norm costs two changes of
-layout and several passes over memory. Every rewrite here is an identity in exact arithmetic; it
-knows operators, not models. Imported only once OpenVINO is known to be installed.
+OpenVINO's own graph spends as long between the integer layers of a U-Net as in them: a group norm
+wants planar tensors, convolutions channels-last ones: two changes of layout and several passes.
+Every rewrite is an identity in exact arithmetic, of operators. Imported only if there is OpenVINO.
 """
 
 from dataclasses import dataclass, field

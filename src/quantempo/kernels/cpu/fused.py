@@ -36,40 +36,31 @@ MAX_CHANNELS = 16384
 _PARALLEL_FROM = 16384
 
 
-_TYPES = {
-    "pointer": ctypes.c_void_p,
-    "int64": ctypes.c_int64,
-    "int32": ctypes.c_int32,
-    "float": ctypes.c_float,
-}
-
-
-def _fields(text: str) -> list[tuple[str, Any]]:
+def _fields(text: str, *first: Any) -> list[tuple[str, Any]]:
     """Return the fields of a structure from lines of a type and names, as in `fused.c`."""
     lines = [line.split() for line in text.split(";")]
-    return [(name, _TYPES[kind]) for kind, *names in lines for name in names]
+    each = ((name, getattr(ctypes, f"c_{kind}")) for kind, *names in lines for name in names)
+    return [*first, *each]
 
 
 class _PartStruct(ctypes.Structure):
     _fields_ = _fields(
-        "pointer x; int64 channels stride; pointer raw; float raw_scale; int32 raw_zero raw_qmax"
+        "void_p x; int64 channels stride; void_p raw; float raw_scale; int32 raw_zero raw_qmax"
     )
-
-
-_TYPES["parts"] = _PartStruct * 2
 
 
 class _NormStruct(ctypes.Structure):
     _fields_ = _fields(
-        "parts part; int64 parts n height width groups; int32 bf16 silu; pointer gamma beta shift;"
-        "int64 shift_stride; float eps; pointer out codes edge; float scale; int32 zero qmax"
+        "int64 parts n height width groups; int32 bf16 silu; void_p gamma beta shift;"
+        "int64 shift_stride; float eps; void_p out codes edge; float scale; int32 zero qmax",
+        ("part", _PartStruct * 2),
     )
 
 
 class _QuantizeStruct(ctypes.Structure):
     _fields_ = _fields(
-        "pointer x; int64 n height width channels stride; int32 bf16 repeat;"
-        "int64 top bottom left right; float scale; int32 zero qmax; pointer codes scales"
+        "void_p x; int64 n height width channels stride; int32 bf16 repeat;"
+        "int64 top bottom left right; float scale; int32 zero qmax; void_p codes scales"
     )
 
 
@@ -133,12 +124,9 @@ class Library:
 
         Bit-equal with clamp(round(x / scale) + zero_point, 0, qmax) on finite x.
 
-        Args:
-            x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor.
-            zero_point, qmax: 0 <= zero_point <= qmax <= 255.
-            border: pixels added (top, bottom, left, right).
-            scales: float32 (B H), filled with max |x| / (qmax - zero_point) of each row of pixels,
-                which then has this scale.
+        x: float32 or bfloat16 (B, C, H, W); channels_last, or a channel slice of such a tensor;
+        0 <= zero_point <= qmax <= 255; border: pixels added (top, bottom, left, right); scales:
+        float32 (B H), filled with max |x| / (qmax - zero_point) of each row of pixels, its scale.
         """
         batch, channels, height, width = x.shape
         stride = _pixel_stride(x)
@@ -180,17 +168,13 @@ class Library:
     ) -> tuple[Tensor, list[Tensor]]:
         """Normalise torch.cat(parts, 1) + shift, apply SiLU, and quantize.
 
-        Args:
-            parts: one or two tensors of one dtype and size; no copy of their union is made.
-            grid: (scale, zero_point, qmax) of the codes; None for floats.
-            shift: float32 (B, C), rows contiguous, added to every pixel before the norm; or None.
-            edge: float32 (16, C), added to x itself before all else, see `add`; or None.
+        parts: one or two tensors of one dtype and size; no copy of their union is made. grid:
+        (scale, zero_point, qmax) of the codes; None for floats. shift: float32 (B, C), rows
+        contiguous, added to every pixel before the norm; or None. edge: float32 (16, C), added to x
+        itself before all else, see `add`; or None.
 
-        Returns:
-            uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
-            bit-equal with `quantize`.
-
-        Error: codes differ by at most 1 from those of torch's own float32 passes.
+        Returns uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
+        bit-equal with `quantize`. Error: at most 1 from the codes of torch's own float32 passes.
         """
         x = parts[0].x
         batch, _, height, width = x.shape
@@ -236,23 +220,18 @@ class Library:
     def add(self, x: Tensor, y: Tensor | None, edge: Tensor | None) -> Tensor:
         """Add y to x in place, and to the pixels on the border of the image a row of `edge`.
 
-        Args:
-            x: float32 or bfloat16 (B, C, H, W), channels_last; returned.
-            y: like x, or None.
-            edge: float32 (16, C), or None; row 1 a + 2 b + 4 c + 8 d is for pixels in the first row
-                (a), the last row (b), the first column (c), the last column (d).
+        x: float32 or bfloat16 (B, C, H, W), channels_last; returned. y: like x, or None. edge:
+        float32 (16, C), or None; row 1 a + 2 b + 4 c + 8 d is for pixels in the first row (a), the
+        last row (b), the first column (c), the last column (d).
         """
         batch, channels, height, width = x.shape
         for tensor in (x,) if y is None else (x, y):
             alike = tensor.dtype == x.dtype and tensor.shape == x.shape
             if not alike or _pixel_stride(tensor) != channels:
                 raise ValueError(f"got {tensor.dtype} {tensor.shape}, strides {tensor.stride()}")
-        self._add(
-            x.data_ptr(),
-            None if y is None else y.data_ptr(),
-            _floats("edge", edge, (16, channels)),
-            *(batch, height, width, channels, _bf16(x), _threads(x)),
-        )
+        edges = _floats("edge", edge, (16, channels))
+        sizes = batch, height, width, channels, _bf16(x), _threads(x)
+        self._add(x.data_ptr(), None if y is None else y.data_ptr(), edges, *sizes)
         return x
 
 

@@ -21,16 +21,12 @@ from quantempo.kernels.cpu import fused
 __all__ = ["Packed", "missing"]
 
 _ALIGNED = 64
-_UNKNOWN = "the order of oneDNN's weights on this CPU is not known"
 _buffers = threading.local()
 _mkldnn = torch.ops.mkldnn
 
 
 class Packed:
-    """Input channels first .. first + inputs of a weight in groups, stored as by `GroupFormat`.
-
-    dense: return these as int8, in the shape that oneDNN is given.
-    """
+    """Input channels first .. first + inputs of a weight in groups; dense: return them as int8."""
 
     def __init__(
         self,
@@ -46,10 +42,7 @@ class Packed:
         self._numbers = (*stored.shape, groups.shape[2], group, first, inputs)
 
     def write(self, block: int, depth: int, to: int) -> None:
-        """Write int8 (O / block, P, depth / 4, block, 4) at an address, zeros where no weight is.
-
-        block: at most 64; depth: a multiple of 4, at least `inputs`.
-        """
+        """Write int8 (O / block, P, depth / 4, block, 4); block <= 64; depth = 4 i >= `inputs`."""
         library, held = fused.load(), [tensor.data_ptr() for tensor in self._held]
         assert library is not None
         library.unpack(*held, to, *self._numbers, block, depth, torch.get_num_threads())
@@ -93,7 +86,7 @@ def missing() -> str | None:
     groups = torch.full((64, 1, 1), 8, dtype=torch.uint8)
     made = torch.ops.onednn.qlinear_prepack(codes, None)
     known = Packed(stored, groups, 16, 0, 16, lambda: codes).again(made)
-    return _UNKNOWN if known is None else None
+    return "the order of oneDNN's weights on this CPU is not known" if known is None else None
 
 
 def _buffer(size: int) -> int:

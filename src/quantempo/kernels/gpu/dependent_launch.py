@@ -21,9 +21,6 @@ def early(device: torch.device) -> bool:
 
 @triton.jit
 def wait_for_predecessor():
-    """Wait for the kernel before this one, and let the one after it start.
-
-    A program must touch nothing that the kernel before it writes or reads any sooner.
-    """
+    """Wait for the kernel before, touch nothing of its sooner, and let the one after it start."""
     gdc_wait()
     gdc_launch_dependents()

@@ -10,8 +10,7 @@ chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. 
 moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized is
 `apply` alone.
 
-On Hopper a third, `hopper`: TMA loads bring the slab of a program into shared memory, where it
-stays.
+On Hopper a third, `hopper`: TMA loads bring the slab of a program into shared memory.
 """
 
 from functools import cache
@@ -53,19 +52,14 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def launch(
-    call: Normalization,
-    *,
-    plan: Plan | SharedPlan | None = None,
-    path: str | None = None,
+    call: Normalization, *, plan: Plan | SharedPlan | None = None, path: str | None = None
 ) -> Results:
     """Return the results of a call, which was checked.
 
-    Args:
-        plan: tiles other than those of `group_norm.plan`; which kind it is decides the path.
-        path: one of PATHS; None: the faster one, by measured rules.
+    plan: tiles other than those of `group_norm.plan`; which kind it is decides the path; path: one
+    of PATHS; None: the faster one, by measured rules.
 
-    Raises:
-        ValueError: a map of 2^31 values, or what a path asked for cannot take.
+    Raises ValueError: a map of 2^31 values, or what a path asked for cannot take.
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from

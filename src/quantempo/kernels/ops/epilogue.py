@@ -109,12 +109,10 @@ class Epilogue(NamedTuple):
     def check(
         self, shape: tuple[int, ...], table: tuple[int, ...], device: torch.device, strides: bool
     ) -> None:
-        """Check all but the sides.
+        """Check all but the sides, with `strides` memory and devices too.
 
-        Args:
-            shape: of y, (N, O, H', W') or (M, O).
-            table: of the zero-point table, ending with the channels of the sums.
-            device, strides: where everything has to be, and whether that and strides are checked.
+        shape: of y, (N, O, H', W') or (M, O); table: of the zero-point table, ending with the
+        channels of the sums.
         """
         t, features = self.terms, table[-1]
         checks.bucket(t.bucket, shape[0])

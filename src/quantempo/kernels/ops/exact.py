@@ -14,28 +14,20 @@ __all__ = ["channels_last", "entries", "quantize"]
 
 
 def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
-    """Return the table entry of each of N = `count` images or rows: table[bucket[n // (N / B)]].
-
-    table: (G,), with G = 1 its entry serves every bucket; bucket: int64 () or (B,).
-    """
+    """Return table[bucket[n // (N / B)]] of N = `count` images or rows, table[0] if G = 1."""
     if table.shape[0] == 1:
         return table.expand(count)
     return table[bucket.reshape(-1)].repeat_interleave(count // bucket.numel())
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: int, qmax: int) -> Tensor:
-    """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, int8.
-
-    x is used as float32; scale: float32, broadcasts with x; so is its reciprocal.
-    """
+    """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, int8; x, scale, 1 / scale float32."""
     ratio = x.float() * scale.float().reciprocal()
     # The clamp also ends overflow.
     return ((ratio.round() + zero_point).clamp(0, qmax) - layout.OFFSET).to(torch.int8)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return a copy of x (N, C, H, W) whose strides are those torch gives a new channels_last one.
-
-    `contiguous` keeps other strides where sizes of 1 make them equivalent; fake kernels cannot.
-    """
+    """Return a copy of x (N, C, H, W) with the strides that torch gives a new channels_last one."""
+    # `contiguous` keeps other strides where sizes of 1 make them equivalent; fake kernels cannot.
     return image(x.shape, x.dtype, x.device).copy_(x)

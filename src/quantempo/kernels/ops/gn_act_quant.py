@@ -84,12 +84,10 @@ class Normalization:
             fits = raws.ndim == 2 and raws.dtype == torch.float32 and 1 <= rows <= parts
             wanted = f"float32 (S, G) with S in 1..{parts}"
             checks.expect(fits, "raw_scales", checks.kind(raws), wanted)
-            found = len(self.raw_zero_points)
-            checks.expect(
-                found == rows, "raw_zero_points", f"{found} of them", f"one a row, {rows}"
-            )
+            points, found = "raw_zero_points", len(self.raw_zero_points)
+            checks.expect(found == rows, points, f"{found} of them", f"one a row, {rows}")
             for zero in self.raw_zero_points:
-                checks.grid("raw_zero_points", zero, self.raw_qmax)
+                checks.grid(points, zero, self.raw_qmax)
         if strides:
             checks.last(x.device, x=x, skip=skip)
             checks.dense(

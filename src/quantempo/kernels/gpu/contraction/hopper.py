@@ -1,18 +1,14 @@
 """The contraction on Hopper: a warp-specialised, persistent kernel.
 
-The same tiles and the same integers as `portable`, in three ways faster: a producer warp does
-nothing but start TMA loads (`producer`), so that the others always have a matrix instruction in
-flight; a program takes one tile after another, and the operands of the next arrive while this one
-is written; and the epilogue stores a few pixels at a time (`hopper_epilogue`), so that two programs
-share a multiprocessor and one computes while the other writes.
+The same tiles and the same integers as `portable`, in three ways faster: a producer warp starts TMA
+loads (`producer`), so that the others always have a matrix instruction in flight; the operands of
+the next tile arrive while one is written; and the epilogue stores a few pixels at a time
+(`hopper_epilogue`), so that two programs share a multiprocessor: one computes, the other writes.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from quantempo.kernels.gpu.contraction.hopper_epilogue import (
     prefetch_residual,

@@ -100,10 +100,8 @@ def _channels(here, place, outs, FORM: gl.constexpr, BLOCK: gl.constexpr):
 def read_channel_terms(
     place, terms, s, FORM: gl.constexpr, BLOCK: gl.constexpr, num_warps: gl.constexpr
 ):
-    """Return what each channel of a tile has: weight scale, inner correction, bias, time shift.
-
-    Loaded before the sums are made, so that nothing waits for them after.
-    """
+    """Return what each channel of a tile has: weight scale, inner correction, bias, time shift."""
+    # Loaded before the sums are made, so that nothing waits for them after.
     rows: gl.constexpr = _store_layout(BLOCK.OUTS, num_warps, FORM.GATED)
     here = gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, rows))
     o = _channels(here, place, s.outs, FORM, BLOCK)
@@ -224,9 +222,7 @@ def _with_gates(x):
 
 @gluon.jit
 def _gelu(x):
-    """Return x Phi(x), x finite, without erf's divisions and branches.
-
-    Off by 8e-7 |x| at most, of which rsqrt is the most.
+    """Return x Phi(x), x finite, without erf's divisions and branches; off by 8e-7 |x| at most.
 
     Phi(-a) = P(t) exp(-a^2 / 2), t = 1 / (1 + p a): Abramowitz and Stegun, 7.1.26.
     """
@@ -276,10 +272,7 @@ def _write_piece(
     v, r, at, p, vectors, place, inverse, y, terms, s, BEGIN: gl.constexpr, FORM: gl.constexpr,
     WINDOW: gl.constexpr, BLOCK: gl.constexpr, LOADED: gl.constexpr,
 ):  # fmt: skip
-    """Finish the sums [O, CHUNK] of pixels p of a tile, from BEGIN on.
-
-    r: their residual if LOADED.
-    """
+    """Finish the sums [O, CHUNK] of pixels p of a tile, from BEGIN on; r: residual if LOADED."""
     here, mask_o, gain, inner, add = vectors
     WHOLE: gl.constexpr = FORM.SIDES == 0 or BLOCK.SPLITS > 1
     STEP: gl.constexpr = 2 if WINDOW.UPSAMPLE else 1

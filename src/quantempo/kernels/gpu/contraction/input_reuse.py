@@ -1,9 +1,8 @@
 """The contraction on Hopper with input reuse along kernel rows: three taps read one box of pixels.
 
-A 3x3 kernel reads every pixel nine times. Here a box of two rows more than the tile is loaded once
-for each column of taps, and the three taps above each other are three views of it: a third more
-pixels instead of three times as many. Pixels and weights have rings of stages of their own; a row
-of pixels is one TMA load, so that a view may begin at any row.
+A box of two rows more than the tile is loaded once for each column of taps of a 3x3 kernel, and the
+three taps above each other are three views of it. Pixels and weights have rings of stages of their
+own; a row of pixels is one TMA load, so that a view may begin at any row.
 """
 
 from triton.experimental import gluon

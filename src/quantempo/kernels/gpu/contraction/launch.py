@@ -165,13 +165,10 @@ def run(
     out_size: tuple[int, ...], window: Window = Window(), side_codes: Sequence[Tensor] = (),  # noqa: B008
     side_weights: Sequence[Tensor] = (), *, tile: Tile | None = None, path: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Contract images into y and return it.
+    """Contract images into y and return it; operands and window as in `ops.qconv2d`.
 
-    Args:
-        codes, weight, epilogue, window, side_codes, side_weights: as in `ops.qconv2d`.
-        size: (N, C, H, W) of the codes, channels_last.
-        out_size: (N, O, H', W') of y, of which gates leave half the channels.
-        tile, path: chosen by measured rules unless given.
+    size: (N, C, H, W) of the codes, channels_last; out_size: (N, O, H', W') of y, of which gates
+    leave half the channels; tile, path: chosen by measured rules unless given.
     """
     if y.numel() == 0:
         return y

@@ -23,10 +23,8 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def stage_before(stage, STAGES: gl.constexpr):
-    """Return the stage before one.
-
-    Computed, not carried: of two names that begin a loop with one value Triton 3.6 carries one.
-    """
+    """Return the stage before one."""
+    # Computed, not carried: of two names that begin a loop with one value Triton 3.6 carries one.
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 

@@ -28,10 +28,8 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _pooled(mean_a, var_a, mean_b, var_b):
-    """Return mean and variance of two samples of one size, put together (Chan).
-
-    For reductions across threads only, which are balanced trees.
-    """
+    """Return mean and variance of two samples of one size, put together (Chan)."""
+    # For reductions across threads only, which are balanced trees.
     off = mean_b - mean_a
     return 0.5 * (mean_a + mean_b), 0.5 * (var_a + var_b) + 0.25 * off * off
 
@@ -51,10 +49,8 @@ def _float(values):
 
 @gluon.jit
 def _codes(value, factor, zero_point, qmax, ALL: gl.constexpr):
-    """Return the codes of value factor: clamp(rne + z, 0, qmax) - 128, int8.
-
-    ALL: qmax is 255, the largest stored code 127, and packing saturates.
-    """
+    """Return the codes of value factor: clamp(rne + z, 0, qmax) - 128, int8."""
+    # ALL: qmax is 255, the largest stored code 127, and packing saturates.
     rounded = gl.fma(value, factor, _MAGIC)
     rounded = gl.maximum(rounded, (0 - zero_point).to(gl.float32) + _MAGIC)
     if not ALL:
@@ -98,10 +94,7 @@ def _place(x, skip, row, channel, C1, C2, SOURCE: gl.constexpr):
 
 @gluon.jit
 def _group(mean, var, eps, GROUP: gl.constexpr, tile: gl.constexpr):
-    """Return mean and 1 / deviation of the group of each channel (1, C), in the layout tile.
-
-    mean, var: (P, C), of samples of one size.
-    """
+    """Return mean and 1 / deviation of each channel's group (1, C) from (P, C) equal samples."""
     COLS: gl.constexpr = mean.shape[1]
     if COLS % GROUP == 0:
         # Over the channels first, which a thread holds itself: few values go between threads. By
@@ -194,7 +187,6 @@ def normalize_slab(
     """Normalize one (image, slab of WIDTH channels, whole groups), padded to COLS.
 
     x, skip: descriptors of boxes (ROWS, COLS) of (N P, C); from_x, from_skip: the same tensors.
-    SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both.
     EVEN: WIDTH = COLS divides the channels. A thread holds 8 channels of one pixel in PIECE; of its
     pixels it sums x - x0 and (x - x0)^2, x0 its first, whence mean and variance: at most n of them
     lose the bits of n, and n is a few. Samples of one size are put together by Chan's formula.

@@ -49,17 +49,12 @@ _BOX_ROWS, _BOXES = 256, 16
 class Plan:
     """The tiles of a call.
 
-    Attributes:
-        one_launch: a program sees all pixels of its slab; otherwise moments are written first, and
-            put together, and then applied.
-        width: channels of a slab (whole groups with one launch).
-        block_p: pixels of a tile, a power of two.
-        block_c: `width` rounded up to a power of two.
-        warps: warps of a program.
-        stages, unroll: of the loops over tiles, where a slab is more than one tile: tiles under
-            way at once (1: loads are not moved ahead), and tiles an iteration.
-        stat_p, stat_c, stat_warps: tile of the launch that writes moments.
-        group_c: channels, whole groups, of a program that puts moments together.
+    one_launch: a program sees all pixels of its slab; otherwise moments are written first, and put
+    together, and then applied. width: channels of a slab (whole groups with one launch). block_p:
+    pixels of a tile, a power of two. block_c: `width` rounded up to one. stages, unroll: of the
+    loops over tiles, where a slab is more than one: tiles under way at once (1: loads are not moved
+    ahead), and tiles an iteration. stat_p, stat_c, stat_warps: tile of the launch that writes
+    moments. group_c: channels, whole groups, of a program that puts moments together.
     """
 
     one_launch: bool
@@ -143,8 +138,7 @@ def make_plan(
     channels: C, x and skip together; groups: of the norm, a divisor of C, 0 for none; itemsize:
     bytes of an element of x; one_launch: which way, None for the one expected to be faster.
 
-    Raises:
-        ValueError: a group of more channels than a program takes.
+    Raises ValueError: a group of more channels than a program takes.
     """
     if groups == 0:
         return _pointwise(images, pixels, channels)

@@ -18,7 +18,6 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
-
 _VARYING = [
     "slabs", "chunks", "pixels", "per_entry", "zero_point", "qmax", "raw_zero_x", "raw_zero_skip",
     "raw_qmax",
@@ -107,9 +106,8 @@ def _affine(
 ):  # fmt: skip
     """Return (a, b) (1, C) of a slab of whole groups from its channels' means and M2.
 
-    v = a x + b; with SILU, both times -log2(e), the exponent that SiLU wants.
-
-    Chan's formula over the channels of a group: M2_g = sum_c M2_c + P (mean_c - mean_g)^2.
+    v = a x + b; with SILU, both times -log2(e), the exponent that SiLU wants. Chan's formula over
+    the channels of a group: M2_g = sum_c M2_c + P (mean_c - mean_g)^2.
     """
     if channel.shape[0] == GROUP * GROUPS:
         # (C,) is (groups, channels of a group): a third fewer registers than with masks (sm_90).
@@ -235,10 +233,7 @@ def channel_moments(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SOURCE: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Write mean and M2 of each channel of one (image, chunk of BLOCK_P pixels, BLOCK_C channels).
-
-    moments: float32 (N, chunks, 2, C).
-    """
+    """Write mean and M2 of each channel of a chunk of an image to moments (N, chunks, 2, C)."""
     if EARLY:
         wait_for_predecessor()
     program = tl.program_id(0)
