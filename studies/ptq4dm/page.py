@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantempo.report.html import load_template
+from quantempo.report import load_template
 from quantempo.run_folder import RunFolder, atomic_path
 from studies.ptq4dm.plots import (
     Plot,

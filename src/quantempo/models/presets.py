@@ -3,7 +3,9 @@
 For measuring speed where no checkpoint is at hand: shapes decide the time, weights do not.
 """
 
+import json
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -18,52 +20,11 @@ __all__ = ["LARGE", "PRESETS", "build_preset", "check_preset", "ddim_loop", "ran
 # Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
 
-_LATENT = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 # Name -> (diffusers class, its configuration).
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Stable Diffusion 1.5: 859.5 M parameters.
-    "sd15": ("UNet2DConditionModel", {
-        "sample_size": 64, **_LATENT, "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "cross_attention_dim": 768, "attention_head_dim": 8,
-    }),
-    # Stable Diffusion XL: 2,567 M parameters, latents of 1024 x 1024 pixels.
-    "sdxl": ("UNet2DConditionModel", {
-        "sample_size": 128, **_LATENT, "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-        "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }),
-    # The DDPM of CIFAR-10: 35.7 M parameters.
-    "ddpm35m": ("UNet2DModel", {
-        "sample_size": 32, "layers_per_block": 2, "block_out_channels": (128, 256, 256, 256),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False,
-        "freq_shift": 1, "norm_eps": 1e-6,
-    }),
-    # FLUX.1-dev: 11,901 M parameters, 19 double and 38 single blocks of 24 heads of 128.
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    # Stable Diffusion 3.5 large: 8,057 M parameters.
-    "sd35-large": ("SD3Transformer2DModel", {
-        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-        "pos_embed_max_size": 192, "qk_norm": "rms_norm",
-    }),
-    # PixArt-Sigma XL/2, 1024 pixels: 611 M parameters.
-    "pixart-sigma": ("PixArtTransformer2DModel", {
-        "caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False,
-    }),
-    # DiT-XL/2, 256 pixels: 750 M parameters, since every block has an embedding of the class.
-    "dit-xl": ("DiTTransformer2DModel", {"in_channels": 4, "out_channels": 8, "norm_eps": 1e-5}),
-    # Wan 2.1, text to video: 1,419 M parameters.
-    "wan-1.3b": ("WanTransformer3DModel", {
-        "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30,
-    }),
-}  # fmt: skip
+    name: (preset["class"], preset["config"])
+    for name, preset in json.loads((files("quantempo") / "data/presets.json").read_text()).items()
+}
 # Of which there is no room for copies in float32, or whose search takes minutes.
 LARGE = ("flux", "sd35-large", "wan-1.3b")
 

@@ -1,9 +1,69 @@
 """Turn the files of a run folder into one page that can be read, printed and sent.
 
-Here: `render`. The figures are in `plots`, the page in `html` and its template. Not here: any
-computation on models or images. Reads nothing but the run folder.
+Here: `render`, which writes `report.html`, everything inlined, no script, nothing fetched. What the
+sections show is in `sections`, how they look in `report.html.j2`. Not here: any computation on
+models or images. Reads nothing but the run folder.
 """
 
-from quantempo.report.html import render
+from pathlib import Path
+from typing import Any
 
-__all__ = ["render"]
+from quantempo.errors import QuantempoError
+from quantempo.report.pictures import seeds_of, write_pairs
+from quantempo.report.sections import SECTIONS, NotRunError
+from quantempo.run_folder import RunFolder, atomic_path, reading
+
+__all__ = ["load_template", "render"]
+
+
+def load_template(name: str, package: str = "quantempo.report") -> Any:
+    """Return a template of a package, which may include those of this one.
+
+    Text is escaped, an unknown variable is an error.
+
+    Raises QuantempoError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise QuantempoError("the report needs jinja2; pip install 'quantempo[report]'") from error
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(p, ".") for p in (package, "quantempo.report")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def render(run_path: str | Path) -> Path:
+    """Write `report.html` into a run folder and return its path; `pairs.png` if there are samples.
+
+    Sections whose files are missing say "not run" and which command makes them.
+
+    Raises QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
+    """
+    run = RunFolder(run_path)
+    alone = not run.is_run and not run.has("samples/float")
+    if not run.path.is_dir() or (alone and run.foreign()):
+        raise QuantempoError(f"no run folder {run.path}; pass the folder of a run (--run)")
+    page = load_template("report.html.j2")
+    sections = []
+    for name, title, build in SECTIONS:
+        try:
+            with reading(f"a file of {run.path} for the section '{title}'"):
+                blocks = build(run)
+            sections.append({"id": name, "title": title, "blocks": blocks, "absent": ""})
+        except NotRunError as reason:
+            sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
+    # Resolved, so that a run given as "." still has a name.
+    text = page.render(name=run.path.resolve().name, sections=sections)
+    target = run / "report.html"
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    samples = (run / "samples/float", run / "samples/int8")
+    if seeds_of(*samples):
+        with atomic_path(run / "pairs.png") as temporary:
+            write_pairs(*samples, temporary)
+    return target

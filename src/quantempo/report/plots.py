@@ -1,6 +1,6 @@
 """Figures of the report: plain arrays in, one inline SVG out, one style for all.
 
-Not here: where the arrays come from (`html`). Matplotlib is imported by the functions.
+Not here: where the arrays come from (`sections`). Matplotlib is imported by the functions.
 """
 
 import io
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,7 @@ VARIABLES = {
 }  # fmt: skip
 INK, MUTED, RULE, INT8, FLOAT, ACCENT, INDIGO, OCHRE = VARIABLES
 ROLE_COLOURS = {"conv": INT8, "shortcut": ACCENT, "attention": INDIGO, "linear": OCHRE}
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "quantempo", "font.size": 8.5, "text.color": INK,
-    "axes.labelcolor": MUTED, "axes.labelsize": 8.5, "axes.edgecolor": RULE,
-    "axes.titlesize": 8.5, "axes.titlecolor": INK, "axes.titlelocation": "left",
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.5,
-    **dict.fromkeys(("xtick.color", "ytick.color"), RULE),
-    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), MUTED),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
-    "legend.frameon": False, "savefig.transparent": True,
-}  # fmt: skip
+STYLE = Path(__file__).with_name("report.mplstyle")
 # How boxplots look, as options of matplotlib's `bxp`.
 BOXES: dict[str, Any] = {
     "patch_artist": True,
@@ -61,7 +52,7 @@ def new_figure(rows: int, columns: int, height: float, **options: Any) -> Iterat
     except ImportError as error:
         hint = "pip install 'quantempo[report]'"
         raise QuantempoError(f"the report needs matplotlib; {hint}") from error
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         # Two panels: keep the last tick label of the left one off the first of the right one.
         figure.get_layout_engine().set(wspace=0.05, hspace=0.06)

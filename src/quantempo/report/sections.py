@@ -1,6 +1,6 @@
 """What each section of the report shows, from the files of a run folder.
 
-Here: one function a section, files in, blocks out. Not here: the page (`html`), the drawing
+Here: one function a section, files in, blocks out. Not here: the page (`render`), the drawing
 (`plots`). A pure reader.
 """
 
