@@ -8,10 +8,7 @@ log = logging.getLogger("quantempo")
 
 
 class QuantempoError(ValueError):
-    """Report a user's mistake in one sentence: what came, what was expected, what to do.
-
-    The command line prints the message without a traceback and exits with code 2.
-    """
+    """Report a user's mistake in one sentence: what came, what was expected, what to do."""
 
 
 # What a command ends with one sentence for: also names that no file can have, and too much.

@@ -1,7 +1,6 @@
 """A recipe: what to do, as frozen settings that round-trip through a small TOML file.
 
-Names in a recipe (time_sampler, metric, rounding) refer to registries; they are resolved by the
-stage that uses them, so this module imports none of those.
+Names in it (time_sampler, metric, rounding) are resolved in registries by the stage that uses them.
 """
 
 import hashlib
@@ -217,10 +216,7 @@ class Recipe:
 
 
 def parse_bits(text: str, where: str) -> tuple[int, int]:
-    """Return (weight bits, activation bits) of a text like "w4a8".
-
-    Raises QuantempoError: another form, or bits out of 2 to 8.
-    """
+    """Return (weight bits, activation bits) of a text like "w4a8", 2 to 8, else QuantempoError."""
     found = re.fullmatch(r"w([2-8])a([2-8])", text) if isinstance(text, str) else None
     if found is None:
         raise QuantempoError(f'got {where} = {text!r}; expected bits of 2 to 8 like "w4a8"')

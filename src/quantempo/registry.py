@@ -26,10 +26,7 @@ def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 class Registry(Generic[T]):
-    """Map names that a recipe may use to the objects they stand for.
-
-    kind: what is registered, in the words an error message should use ("metric").
-    """
+    """Map names that a recipe may use to what they stand for; kind: for messages, "metric" say."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -47,10 +44,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return the entry called `name`.
-
-        Raises QuantempoError: unknown name; the message lists the known ones and the nearest.
-        """
+        """Return the entry called `name`; QuantempoError lists the known ones and the nearest."""
         check_known([name], self._entries, f"unknown {self.kind}")
         return self._entries[name]
 

@@ -1,8 +1,4 @@
-"""A run folder: every stage leaves one artefact in it, written whole or not at all.
-
-Files are written under a temporary name in the same folder and then renamed, so a half-written
-file is never taken for a whole one.
-"""
+"""A run folder: every stage leaves one artefact in it, written whole or not at all."""
 
 import errno
 import fcntl
@@ -63,9 +59,7 @@ def reading(what: object) -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path (file or folder) beside `path`; rename it to `path` on success.
 
-    An existing folder at `path` is moved aside first and deleted only after the rename.
-
-    Raises QuantempoError: the disk is full or the place cannot be written.
+    What is there is moved aside first. Raises QuantempoError where the disk is full or refuses.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,11 +160,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Return settings as JSON types: tensors, pictures by hash; numbers JSON lacks as text.
-
-    Raises TypeError: a value that is none of numbers, text, tensors, arrays, pictures and
-    containers.
-    """
+    """Return settings as JSON types, else TypeError: tensors and pictures by hash, inf as text."""
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -197,10 +187,7 @@ def hash_of(value: Any) -> str:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the string metadata of a safetensors file.
-
-    Raises QuantempoError: the file is missing, truncated or not safetensors.
-    """
+    """Return the tensors and the metadata of a safetensors file, else QuantempoError."""
     if not path.is_file():
         raise QuantempoError(f"no file {path}; run the stage that writes it first")
     with reading(path), safe_open(path, framework="pt") as stream:
@@ -268,10 +255,7 @@ class RunFolder:
             temporary.write_text(text)
 
     def read_json(self, name: str) -> Any:
-        """Return the JSON artefact `name`.
-
-        Raises QuantempoError: missing or damaged.
-        """
+        """Return the JSON artefact `name`; QuantempoError where it is missing or damaged."""
         path = self.path / name
         if not path.is_file():
             verb = _WRITTEN_BY.get(name, "quantize MODEL")

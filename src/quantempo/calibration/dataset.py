@@ -97,10 +97,7 @@ class CalibrationData:
         return max(self.calls(index, most), key=len)
 
     def arguments(self, batch: TraceBatch, like: Tensor) -> dict[str, Any]:
-        """Return the keyword arguments of the recorded call, on the device of `like`.
-
-        Only x_t takes its dtype; the rest stays as it was received.
-        """
+        """Return the keyword arguments of the recorded call where `like` is, x_t in its dtype."""
         sample, timestep = self.names
         cond = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), batch.cond)
         x_t = batch.x_t.to(like.device, like.dtype)
@@ -183,11 +180,9 @@ class MemorySet(CalibrationData):
 
 
 class TraceSet(CalibrationData):
-    """The calibration set in a trace folder, read without loading it whole.
+    """The calibration set in a trace folder, whole and undamaged, read without loading it whole.
 
     Rows are ordered by chunk, arguments that can be joined, chain, pick, half (of guidance).
-
-    Raises QuantempoError: the trace is missing, unfinished or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:

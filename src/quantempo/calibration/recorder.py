@@ -1,7 +1,4 @@
-"""The hook that keeps the denoiser calls nearest to given times.
-
-Separate from `trace`, which decides the times, runs the pipeline and writes files.
-"""
+"""The hook that keeps the denoiser calls nearest to given times, which `trace` decides."""
 
 import copy
 import functools
@@ -167,10 +164,7 @@ class Recorder:
         return slot.ties == 1 or float(torch.rand((), generator=self.chance)) * slot.ties < 1
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the kept tensors, and how their rows were passed.
-
-        Rows are ordered by group (of calls that can be joined), chain, pick, half.
-        """
+        """Return the kept tensors, and how rows were passed, by group, chain, pick, half."""
         groups: dict[str, list[tuple[dict[str, Tensor], TraceBatch]]] = {}
         for chain, (slots, targets) in enumerate(zip(self.slots, self.targets, strict=True)):
             for pick, (slot, target) in enumerate(zip(slots, targets, strict=True)):

@@ -246,10 +246,7 @@ def laws(
 
 
 def dump(value: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-    """Return a nested value in JSON types, its tensors in `tensors` under names that begin so.
-
-    Raises QuantempoError: it holds something else than tensors, numbers, text and containers.
-    """
+    """Return a nested value in JSON types (or QuantempoError), its tensors put into `tensors`."""
     leaves, tree = pytree.tree_flatten_with_path(value)
     found = []
     for path, leaf in leaves:

@@ -1,6 +1,6 @@
-"""Where the x_t of a calibration set comes from: the trajectory, or what a paper put there
-instead. A source replaces x_t of recorded rows before they are written; t and the conditioning
-stay those of the traced run. `trace` calls it, `timesteps` chooses the times.
+"""Where the x_t of a calibration set comes from: the trajectory, or what a paper put there instead.
+
+A source replaces x_t of recorded rows before `trace` writes them; all else stays as it was.
 
     trajectory  x_t as the network received it
     mimic       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the input of training
@@ -54,11 +54,7 @@ SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
 
 
 def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
-    """Refuse a source that does not fit, before the pipeline runs.
-
-    Raises QuantempoError: unknown name, images missing or of the wrong shape, a pipeline whose x_t
-    is no image, or a scheduler without abar_t.
-    """
+    """Raise QuantempoError where a source fits no pipeline, scheduler or images like these."""
     chosen = SOURCES.get(source)
     if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
         raise QuantempoError(

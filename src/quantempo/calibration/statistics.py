@@ -1,7 +1,4 @@
-"""Measure the inputs of layers: their statistics over a calibration set, and what they act on.
-
-Which scale is best is the business of the search.
-"""
+"""Measure the inputs of layers: their statistics over a calibration set, and what they act on."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence

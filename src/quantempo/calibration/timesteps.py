@@ -37,9 +37,7 @@ TIME_SAMPLERS: Registry[type] = Registry("time sampler")
 
 
 def make_time_sampler(name: str, args: Mapping[str, float] | None = None) -> TimeSampler:
-    """Make the timestep distribution a recipe names.
-
-    args: its parameters as fractions of num_steps; the others keep their defaults.
+    """Make the timestep distribution a recipe names, its parameters (others: default) by `args`.
 
     Raises QuantempoError: unknown name or parameter, one that is no number or out of its range.
     """

@@ -95,10 +95,7 @@ def trace(
 
 
 def check_settings(settings: TraceSettings, data: str | None) -> None:
-    """Refuse settings that name nothing known, or images that are not given.
-
-    Raises QuantempoError: see `make_time_sampler`; a source that needs a folder of images.
-    """
+    """Raise QuantempoError for settings that name nothing known, or images that are not given."""
     make_time_sampler(settings.time_sampler, settings.time_sampler_args)
     if SOURCES.get(settings.source).needs_images and data is None:
         raise QuantempoError(f"source '{settings.source}' needs images; pass a folder (--data)")
@@ -183,8 +180,8 @@ def _record(
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
     """Draw chains * picks step indices; return (chains, picks) int64, ascending along picks.
 
-    The draws are sorted and dealt like cards: each chain gets times from all over the distribution,
-    and the same index twice only if more than `chains` draws fell on it.
+    Sorted and dealt like cards: each chain gets times from all over, and an index twice only where
+    more than `chains` draws fell on it.
     """
     # Not the generator of chain 0, whose numbers become its noise.
     generator = Generator().manual_seed(seed ^ 0x5EED_7157)

@@ -34,10 +34,7 @@ def check_files(folder: Path, end: str = "") -> None:
 
 
 def seal(folder: Path, component: str) -> None:
-    """Write the hashes of all files beside a packed network, `check_files` reads them.
-
-    Where the float model lay is removed from all: equal models are equal files.
-    """
+    """Write the hashes of all files beside a packed network, without where the float model lay."""
     for file in sorted(folder.rglob("*.json")):
         values = json.loads(file.read_text())
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:

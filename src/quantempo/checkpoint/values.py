@@ -1,7 +1,6 @@
 """Check what a checkpoint says before it is run, because kernels trust it.
 
-A time bucket beyond the table of scales is a read out of bounds on a GPU. The hash in config.json
-finds damage, not a file that was made so.
+A time bucket beyond the table of scales is a read out of bounds on a GPU; a hash finds no malice.
 """
 
 import math
@@ -55,9 +54,8 @@ def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, buffer: Tensor | None, half: bool) -> None:
-    """Raise QuantempoError unless a tensor of a file is finite and fits its buffer, if it has one.
-
-    half: the buffer may be stored in float16.
+    """Raise QuantempoError unless a tensor is finite and fits its buffer, if any, in float16 if
+    `half`.
     """
     if tensor.is_floating_point():
         owner, _, leaf = name.rpartition(".")

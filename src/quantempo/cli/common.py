@@ -93,10 +93,7 @@ def call_arguments(
     settings: list[str] | None = None,
     **values: Any,
 ) -> dict[str, Any]:
-    """Return the extra arguments of the pipeline's call: of the file, then --set, then options.
-
-    Raises QuantempoError: no such file, an empty one, or labels that are no integers.
-    """
+    """Return the extra arguments of the pipeline's call: of the file, then --set, then options."""
     from quantempo.pipeline.arguments import read_arguments, read_text
 
     call = read_arguments(call_file, settings or ())

@@ -1,8 +1,4 @@
-"""The whole main line on the bundled model, as `quantempo demo` and `make demo` run it.
-
-load -> trace -> calibrate -> search -> round -> pack -> run -> evaluate -> report, with every
-number it claims measured on the spot and written to `metrics.json`.
-"""
+"""The whole main line on the bundled model, every number it claims measured on the spot."""
 
 import resource
 import sys
@@ -22,11 +18,7 @@ DEMO_MODEL = Path(str(files("quantempo"))) / "data" / "ddpm-cifar10-9m"
 
 
 def run_demo(run: str | Path = "runs/demo", *, images: int = 64, force: bool = False) -> dict:
-    """Quantize, sample, score, time and report the bundled model; return the metrics.
-
-    `images` pairs are sampled by DDIM of 50 steps; a killed demo resumes in its run folder, and
-    `force` redoes what other settings made.
-    """
+    """Quantize, sample (DDIM), score, time and report the bundled model; return the metrics."""
     start = time.perf_counter()
     session = pipeline.load(DEMO_MODEL, run, "w8a8", force=force)
     pipeline.finish(session)

@@ -3,9 +3,8 @@
     q = clamp(round(x / scale) + zero_point, qmin, qmax)        x_hat = scale * (q - zero_point)
 
 Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its zero
-point's sign turned (there z is subtracted before the clamp). Weights in groups have two levels:
-w_hat = scale[o] w8, w8 = (q - z) s in int8, `GroupFormat`. A width is an entry of `FORMATS`;
-kernels read bytes, whatever is packed in a file.
+point's sign turned (there z is subtracted before the clamp). Kernels read bytes, whatever is
+packed.
 """
 
 import math
@@ -129,10 +128,7 @@ class Format:
         return Grid(1.0, float(self.qmin), float(self.qmax))
 
     def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Return codes (O, ...) as stored: two a byte, the even index low, or as is.
-
-        Raises QuantempoError: they are not integers of this range.
-        """
+        """Return codes (O, ...), integers of this range, as stored: two a byte or as is."""
         self._check(codes)
         return _pack(codes.flatten(1)) if self.packed else codes.to(self.storage)
 
@@ -159,10 +155,7 @@ class Format:
         return codes.reshape(tuple(shape))
 
     def exact_terms(self, other: "Format") -> int:
-        """Return how many terms sum_k (q_k - z) w_k may have and always fit an int32.
-
-        q of this format with any zero point z of its range, w of `other`.
-        """
+        """Return how many terms of sum_k (q_k - z) w_k, w of `other`, always fit an int32."""
         return _INT32 // ((self.qmax - self.qmin) * max(other.qmax, -other.qmin))
 
 
@@ -219,10 +212,7 @@ class GroupFormat(Format):
         return Grid(step, -torch.minimum(zero, reach), reach.minimum(2**self.bits - 1 - zero))
 
     def encode(self, codes: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Return the q of codes w8 (O, I, ...) as stored.
-
-        Raises QuantempoError: codes beyond 127, or that (q - z) s does not reach.
-        """
+        """Return the q of codes w8 (O, I, ...), which must be (q - z) s, as stored."""
         assert groups is not None
         self._check(codes)
         step, zero = self._terms(groups, torch.int16)
@@ -291,11 +281,7 @@ for _bits in range(2, 9):
 
 
 def weight_format(bits: int, group: int = 0) -> Format:
-    """Return the format of weights of these bits: signed, symmetric, narrow.
-
-    group: input channels that share a scale and a zero point, 0: one scale an output channel, as
-    more than 4 bits always have.
-    """
+    """Return the format of weights, signed, symmetric, narrow; group: of up to 4 bits, or 0."""
     return GroupFormat(bits, group=group) if group and bits <= 4 else FORMATS.get(f"int{bits}")
 
 

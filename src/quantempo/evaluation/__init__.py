@@ -1,8 +1,4 @@
-"""Judge images and noise predictions, whoever made them.
-
-Here: `evaluate_outputs`, the one call behind the evaluate stage; paired fidelity, feature
-extractors and scores are in the modules. Not here: generating images. Never sees a quantizer.
-"""
+"""Judge images and noise predictions, whoever made them; never sees a quantizer."""
 
 from pathlib import Path
 from typing import Any

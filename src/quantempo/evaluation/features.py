@@ -1,7 +1,7 @@
 """Feature extractors: networks that turn images into the vectors the scores are computed on.
 
-Here: the registry, EfficientNet-Lite0 (weights ship in a package, so it works offline) and the
-Inception network of published FIDs (needs its weights file). Not here: the scores.
+EfficientNet-Lite0 (weights in a package, works offline), Inception of published FIDs (needs a
+file).
 """
 
 import math
@@ -101,10 +101,7 @@ def check_images(images: np.ndarray, what: str) -> None:
 def extract(
     extractor: Extractor, images: np.ndarray, batch: int = 32, device: str = "cpu"
 ) -> Features:
-    """Return the features, float32, of images (`check_images`), in their order.
-
-    One channel is repeated. `device` is that of the extractor's network, and of the result.
-    """
+    """Return the features, float32, of images (`check_images`), in their order, on `device`."""
     check_images(images, "images")
     parts = []
     for start in range(0, len(images), batch):

@@ -1,8 +1,4 @@
-"""Paired fidelity: how far two models are apart on the same seeds and the same inputs.
-
-Here: PSNR and SSIM of final images, SQNR of the noise prediction per time-step. Not here: scores of
-whole distributions (`scores`). Sees images and callables, never a quantizer.
-"""
+"""Paired fidelity: PSNR and SSIM of images of equal seeds, SQNR of outputs on equal inputs."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,8 +1,4 @@
-"""Scores of image sets: Frechet and kernel distances, inception score, and their spread.
-
-Here: thin, seeded calls of torchmetrics on features, the reference folder, ties. Not here: the
-feature networks (`features`) and paired measures (`fidelity`).
-"""
+"""Scores of image sets: Frechet and kernel distances, inception score, and their spread."""
 
 import importlib
 import math
@@ -33,10 +29,7 @@ _PARTS, IMAGES_PER_PART = 4, 8
 
 
 def import_torchmetrics(module: str) -> Any:
-    """Import a module of torchmetrics.
-
-    Raises QuantempoError: it is missing, or it stumbles over a torchvision built for another torch.
-    """
+    """Import a module of torchmetrics; QuantempoError where it, or its torchvision, fails."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -159,9 +152,8 @@ def _provenance(
 def compare_sets(
     extractor: Extractor, samples: Features, other: Features, names: tuple[str, str]
 ) -> list[dict[str, Any]]:
-    """Score the distance of samples to a reference set in every way their extractor offers.
-
-    Returns one dict per score: name, value, std (or None) and its `_provenance`.
+    """Return {name, value, std (or None), `_provenance`} of each distance of samples to a reference
+    set.
     """
     common = _provenance(extractor, len(samples), *names, len(other))
     label = extractor.score_names

@@ -23,11 +23,7 @@ _MIXTURES = 65
 
 @dataclass(frozen=True)
 class Allocation:
-    """Say what was chosen.
-
-    choice: (L,) int64 option of each layer; loss: their sum; bound: no choice within the budgets
-    has less.
-    """
+    """Hold `choice` (L,) int64, their `loss`, and `bound`: no choice within budgets has less."""
 
     choice: np.ndarray
     loss: float
@@ -84,10 +80,7 @@ def allocate(
 def _sweep(
     losses: np.ndarray, costs: np.ndarray, limits: np.ndarray, mixture: np.ndarray
 ) -> tuple[np.ndarray | None, float]:
-    """Return (the choice along one mixture of the costs or None, the price where it first stopped).
-
-    The price is 0 if nothing had to be left out.
-    """
+    """Return (choice along one mixture of costs or None, price where it first stopped or 0)."""
     mixed = np.tensordot(mixture, costs, 1)
     hulls = [_hull(loss, cost) for loss, cost in zip(losses, mixed, strict=True)]
     choice = np.array([hull[0] for hull in hulls])

@@ -67,9 +67,8 @@ def outline(
     steps: int = 10,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """Return the table as far as it is measured, with the size of every layer; write nothing.
-
-    Trace and calibrate are run if they are not done. Arguments and errors are those of `measure`.
+    """Return the table as far as it is measured (`measure`), with the size of every layer; write
+    nothing.
     """
     for number, name in ((chains, "chains"), (steps, "steps")):
         if number < 1:

@@ -1,8 +1,4 @@
-"""Call a diffusers pipeline once: its arguments, what it hands back, and its errors in a sentence.
-
-Here: which arguments have one entry an image (`PER_IMAGE`). Not here: loops over batches and other
-schedulers (`sampling`), arguments on disk (`pipeline.arguments`).
-"""
+"""Call a diffusers pipeline once: its arguments, what it hands back, its errors in a sentence."""
 
 import inspect
 import re
@@ -141,10 +137,7 @@ def _source(pipe: Any, name: str = "__call__") -> str:
 
 
 def images_a_call(pipe: Any, call: Mapping[str, Any], most: int) -> int:
-    """Return how many images one call may make: 1 where a list would mean something else.
-
-    Several references of one image, several adapters, or the first frame of a film.
-    """
+    """Return how many images one call may make: 1 where a list would be references, or frames."""
     given = {key for key, value in call.items() if value is not None}
     images = {key for key in given if kind_of(key) in ("image", "film")}
     # LTX, CogVideoX and HunyuanVideo encode picture i for film i, and know no other way.
@@ -179,10 +172,7 @@ def own_guidance(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Refuse arguments the pipeline does not know, or that are decided elsewhere.
-
-    Raises QuantempoError: the first of them, and what to do.
-    """
+    """Raise QuantempoError for an argument that the pipeline does not know or does not decide."""
     name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     choices = [key for key in known if key not in ("args", "kwargs") and key not in _RESERVED]
     for key, value in call.items():

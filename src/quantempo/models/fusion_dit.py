@@ -33,10 +33,7 @@ _NORM = "a norm in it is unknown"
 
 @dataclass(frozen=True)
 class ModulatedBlockParts(Parts):
-    """One stream; between its attention and its feed-forward layer x + attention(x, context).
-
-    streams: the one; attentions: none, or that on the context.
-    """
+    """One stream; x + attention(x, context), if any, between its attention and the rest."""
 
     by_token = True
 

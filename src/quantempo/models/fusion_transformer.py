@@ -69,9 +69,8 @@ class TransformerBlockParts(Parts):
 
 @dataclass(frozen=True)
 class TransformerParts(Parts):
-    """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W) as tokens.
-
-    output: called as output(sample=y), makes what is returned; (y,) is without `return_dict`.
+    """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W); output(sample=y)
+    returns.
     """
 
     norm: Norm

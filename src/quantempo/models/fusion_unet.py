@@ -95,10 +95,7 @@ class UpBlockParts(fusion.Parts):
     def given(
         self, res_hidden_states_tuple: Any, temb: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...] | None:
-        """Return (skips, temb, {name: argument}), the last skip first to be read.
-
-        None if the block was told to scale its inputs (FreeU).
-        """
+        """Return (skips, temb, {name: argument}), the last skip first to be read; FreeU: None."""
         if all(getattr(self.module, name, None) for name in ("s1", "s2", "b1", "b2")):
             return None
         more = dict(zip(self.more, args, strict=False)) | kwargs

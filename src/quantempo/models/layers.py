@@ -1,7 +1,6 @@
 """Describe a denoiser: its layers and their roles, its blocks, the arguments of its calls.
 
-All name strings of architectures live in `models/`; the rest of the program sees roles. A role is
-decided by structure and name, never by position in a list.
+All name strings of architectures live in `models/`; others see roles, by structure and name.
 """
 
 import functools
@@ -82,18 +81,12 @@ def check_roles(names: tuple[str, ...]) -> None:
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """Return (component name, module) of the network a pipeline calls at each step.
-
-    Raises QuantempoError: the pipeline has none of the known components.
-    """
+    """Return (component name, module) of the first of `denoisers_of`."""
     return next(iter(denoisers_of(pipe).items()))
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return all networks a pipeline denoises with (two experts, a prior), the first one first.
-
-    Raises QuantempoError: the pipeline has none of the known components.
-    """
+    """Return all networks a pipeline denoises with, the first one first, else QuantempoError."""
     parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found:
@@ -107,8 +100,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 def sites(denoiser: nn.Module, measured: Mapping[str, str] | None = None) -> list[Site]:
     """Return every convolution and Linear in module order.
 
-    measured: role (input, output, time; "" for none of them) of each layer that runs, see
-    `calibration.statistics`; without it those roles are guessed from names.
+    measured: role ("" for none) of each layer that runs, see `calibration.statistics`; None: guess.
     """
     halves = {**dict(skip_segments(denoiser)), **dict(parallel_segments(denoiser))}
     found = []
@@ -303,10 +295,7 @@ def timestep_place(denoiser: Callable[..., Any]) -> tuple[str, int]:
 
 
 def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: tuple[str, int]) -> Any:
-    """Return the time-step of a denoiser call as the pipeline passed it; see `timestep_place`.
-
-    Raises QuantempoError: there is none (some single-step networks are not conditioned on time).
-    """
+    """Return the time-step of a denoiser call, at its `timestep_place`, else QuantempoError."""
     name, index = place
     if name in kwargs:
         return kwargs[name]
@@ -352,7 +341,6 @@ def blocks(denoiser: nn.Module, whole: Collection[str] = ()) -> list[Block]:
     """Return the units of a float denoiser as defined; in which order they run only a run tells.
 
     Every one of LAYERS is in exactly one of them; `whole` names further modules that are units.
-    After packing the same names hold the quantized layers.
     """
     found = []
     for name, module in _units(denoiser, "", whole):

@@ -158,11 +158,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _check_folder(folder: Path, variant: str | None) -> str | None:
-    """Return the variant to load; refuse what diffusers would explain badly.
-
-    Other folders, broken JSON, torn safetensors, a LoRA that was not merged. Files that diffusers
-    does not read do not matter.
-    """
+    """Return the variant to load; refuse what diffusers would read, and explain badly."""
     index = folder / "model_index.json"
     if not index.is_file():
         above = " (this is one component of a pipeline: give the folder above it)"

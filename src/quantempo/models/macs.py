@@ -24,9 +24,8 @@ _MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_
 
 @torch.no_grad()
 def count_macs(denoiser: nn.Module, call: Callable[[], Any], batch: int) -> dict[str, int]:
-    """Return MACs per sample by layer name, and of attention under `ATTENTION_MATMULS`.
-
-    `call` runs one forward of the float denoiser, over `batch` samples.
+    """Return MACs per sample by layer name, and of attention, of one forward `call` of `batch`
+    samples.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)
     with counter:

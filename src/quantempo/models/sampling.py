@@ -1,8 +1,4 @@
-"""Run a diffusers pipeline from one seed an image, with any scheduler.
-
-The pipeline itself is called; nothing here re-implements a sampler. Tracing, image generation and
-timing share these functions. `unconditional` holds the one pipeline that diffusers lacks.
-"""
+"""Run a diffusers pipeline from one seed an image, with any scheduler."""
 
 import copy
 import inspect

@@ -14,10 +14,9 @@ __all__ = ["generators", "replaced", "scheduler_noise", "wrapped_step"]
 
 
 def generators(seeds: Sequence[int]) -> list[Generator]:
-    """Return one generator for each seed, so that a batch's split never changes an image.
+    """Return one generator for each seed below 2^63: a batch's split never changes an image.
 
     Source: EDM's StackedRandomGenerator (Karras et al. 2022, released code), the idea.
-    Raises QuantempoError: a seed of more than 63 bits.
     """
     if beyond := [seed for seed in seeds if abs(seed) >= 2**63]:
         raise QuantempoError(f"got seed {beyond[0]}; expected one below 2**63")

@@ -1,7 +1,7 @@
 """The arguments of a pipeline's call: read from text and files, kept in a run folder, merged.
 
-The manifest keeps numbers and text, and tensors, arrays and pictures by their hash; their bytes are
-in `call.safetensors` beside it. Which go with an image is known to `models.call`.
+The manifest keeps numbers and text, and the hash of all else, whose bytes are in
+`call.safetensors`.
 """
 
 import ast
@@ -31,9 +31,8 @@ _FILE = "call.safetensors"
 
 
 def read_text(path: Path, expected: str) -> str:
-    """Return the text of a user's file, without a byte order mark.
-
-    Raises QuantempoError: no such file, or no text; `expected` says what it should hold.
+    """Return the text of a user's file without a byte order mark; QuantempoError names what is
+    `expected`.
     """
     if not os.path.isfile(path):
         raise QuantempoError(f"no file '{path}'; expected {expected}")
@@ -137,8 +136,8 @@ def _tensor(key: str, path: Path, name: str) -> Tensor:
 def kept_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call in types that a run folder keeps: numpy numbers as Python's.
 
-    Raises QuantempoError: one that it cannot keep (a generator, a function), or pictures of several
-    sizes, of which a pipeline would make one size by itself.
+    Raises QuantempoError: one that it cannot keep (a generator, a function), pictures of several
+    sizes.
     """
     found = {}
     for name, value in call.items():
@@ -212,10 +211,7 @@ def read_settings(folder: str) -> dict[str, Any] | None:
 
 
 def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
-    """Undo `write_call`.
-
-    Raises QuantempoError: the file of the tensors is missing or is another one now.
-    """
+    """Undo `write_call`; QuantempoError where the file of the tensors is another one now."""
     if "leaves" not in plain:
         # Of a version that kept numbers and text as they are.
         return plain
@@ -236,10 +232,7 @@ def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
 
 
 def merged(traced: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a run with others over them.
-
-    Prompts and their embeddings replace each other: pipelines refuse both at once.
-    """
+    """Return the arguments of a run with others over them; embeddings replace a prompt."""
     over, other = kept_arguments(given or {}), {"text": "rows", "rows": "text"}
     dropped = {other.get(kind_of(key) or "") for key in over if "prompt" in key} - {None}
     kept = {k: v for k, v in traced.items() if "prompt" not in k or kind_of(k) not in dropped}

@@ -1,8 +1,4 @@
-"""The run folder as a cache: which file each stage leaves, and the key that says what made it.
-
-A stage is reused if the hash of all that decides its artefact (model, settings of its sections of
-the recipe and of the stages before) is the one noted when it was made.
-"""
+"""The run folder as a cache: which file each stage leaves, and the key that says what made it."""
 
 import time
 from collections.abc import Iterator
@@ -103,10 +99,7 @@ class Cache:
             }
 
     def require_packed(self) -> Path:
-        """Return the packed folder.
-
-        Raises QuantempoError: nothing is packed yet, or it was made with other settings.
-        """
+        """Return the packed folder, else (none, or of other settings) QuantempoError."""
         packed = self.run / "packed"
         if not packed.is_dir() or "pack" not in self.done():
             raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
@@ -117,8 +110,8 @@ class Cache:
     def stage(self, name: str) -> Iterator[bool]:
         """Yield whether the stage has to run; note its key and seconds when it ends.
 
-        Raises QuantempoError: the artefact is there but was made with other settings, and `force`
-        is off; or a stage before it is missing or of other settings.
+        Raises QuantempoError: other settings, of the artefact (without `force`) or of a stage
+        before.
         """
         artefact = ARTEFACTS[name]
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"

@@ -1,8 +1,4 @@
-"""Quantize a denoiser in memory: layers -> statistics -> scales -> integers.
-
-No run folder and no pipeline: `stages` wraps a cache around these steps, benchmarks and studies
-call them directly.
-"""
+"""Quantize a denoiser in memory: layers -> statistics -> scales -> integers."""
 
 import copy as copies
 from collections.abc import Mapping
@@ -126,10 +122,7 @@ class Quantized:
 
 
 def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
-    """Refuse what cannot end well, before anything is computed.
-
-    Raises QuantempoError: a quantized denoiser; unknown metric, rounding, role or layer.
-    """
+    """Raise QuantempoError for a quantized denoiser, and for names in a recipe that nothing has."""
     if find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     make_metric(recipe.activations.metric, recipe.activations.p)
@@ -302,7 +295,6 @@ def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quan
     """Quantize a float32 denoiser, left as it was, from the inputs it is to be good at.
 
     data: a `TraceSet`, or a `MemorySet`; recipe: its trace section is not read.
-
     Raises QuantempoError: a recipe that does not fit, or activations that are not finite.
     """
     check_recipe(recipe, denoiser)

@@ -35,9 +35,7 @@ def open_model(
 ) -> Any:
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
-    `loading`: dtype, variant, revision, as of `load_pipeline`.
-
-    Raises QuantempoError: see `load_pipeline` and `attach`; an engine asked of a float model.
+    `loading`, and errors: as of `load_pipeline` and `attach`; an engine asked of a float model.
     """
     check_device(device)
     pipe = load_pipeline(path, **loading)

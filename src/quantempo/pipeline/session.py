@@ -211,10 +211,7 @@ def _write_manifest(session: Session) -> None:
 
 
 def _check_owner(session: Session) -> None:
-    """Refuse a folder that holds another run, or something else than a run; writes nothing.
-
-    Raises QuantempoError: another model or other settings without `force`, or not a run folder.
-    """
+    """Raise QuantempoError for a folder of another run (without `force`), or of none."""
     folder = session.run
     if folder.is_run:
         if session.force:
@@ -235,10 +232,7 @@ def _check_owner(session: Session) -> None:
 def reopen(
     run: str | Path, recipe: str | Recipe | None = None, *, force: bool = False, device: str = "cpu"
 ) -> Session:
-    """Continue a run folder from its manifest, with another recipe if one is given.
-
-    Raises QuantempoError: not a run folder, or the model at its path is another one now.
-    """
+    """Continue a run folder from its manifest, with another recipe if one is given; see `load`."""
     folder = RunFolder(run)
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
     with reading(folder / "manifest.json"):

@@ -1,8 +1,7 @@
 """The main line with a run folder: trace -> calibrate -> search -> round -> pack.
 
-One verb is one function here, one command and one artefact in the run folder. A stage reads the
-artefacts before it and calls one step of `quantize`; one whose artefact was made from the same
-model and settings is not repeated, so a killed run resumes.
+One verb is one function here, one command and one artefact, made of those before it by one step of
+`quantize`, once for the same model and settings: a killed run resumes.
 """
 
 import logging
@@ -55,10 +54,7 @@ def _stage(name: str, file: str) -> Callable[[Callable[[Session], dict[str, Tens
 
 
 def trace(session: Session) -> TraceSet:
-    """Run the float pipeline and keep the inputs its denoiser received; writes `trace/`.
-
-    Of several denoisers one that is never called stays in float, if another is.
-    """
+    """Keep what denoisers receive in `trace/`; of several, one that is never called stays float."""
     found: list[TraceSet] = []
     for part in session.parts:
         found.append(_traced(part, part is session.parts[-1] and not any(map(len, found))))
@@ -163,10 +159,7 @@ def _trace_of(session: Session) -> TraceSet:
 
 
 def quantize(source: Any, run: str | Path, recipe: str | Recipe = "w8a8", **options: Any) -> Path:
-    """Run load to pack and return the packed diffusers folder; source and options as for `load`.
-
-    Raises QuantempoError: see the stages.
-    """
+    """Run load to pack and return the packed diffusers folder; source and options as for `load`."""
     return finish(load(source, run, recipe, **options))
 
 

@@ -1,8 +1,6 @@
-"""Turn the files of a run folder into one page that can be read, printed and sent.
+"""Turn the files of a run folder, and nothing else, into one page to be read, printed and sent.
 
-Here: `render`, which writes `report.html`, everything inlined, no script, nothing fetched. What the
-sections show is in `sections`, how they look in `report.html.j2`. Not here: any computation on
-models or images. Reads nothing but the run folder.
+`sections`: what is shown; `report.html.j2`: how it looks, everything inlined, no script.
 """
 
 from pathlib import Path
@@ -17,12 +15,7 @@ __all__ = ["load_template", "render"]
 
 
 def load_template(name: str, package: str = "quantempo.report") -> Any:
-    """Return a template of a package, which may include those of this one.
-
-    Text is escaped, an unknown variable is an error.
-
-    Raises QuantempoError: jinja2 is missing.
-    """
+    """Return a template of a package, which may include those of this one; text is escaped."""
     try:
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -40,8 +33,7 @@ def load_template(name: str, package: str = "quantempo.report") -> Any:
 def render(run_path: str | Path) -> Path:
     """Write `report.html` into a run folder and return its path; `pairs.png` if there are samples.
 
-    Sections whose files are missing say "not run" and which command makes them.
-
+    Sections without files say "not run" and by which command.
     Raises QuantempoError: no such folder, a damaged file in it, matplotlib or jinja2 missing.
     """
     run = RunFolder(run_path)

@@ -51,10 +51,7 @@ def _megabytes(rows: Sequence[Row]) -> float:
 
 
 def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]:
-    """Return (bits, how many layers and bytes have them), fewest bits first, and the mean.
-
-    `mean` is `weight_bits_mean` of metrics.json, of the integer layers.
-    """
+    """Return (bits, how many layers and bytes have them), fewest bits first, and the `mean`."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in _integer(rows):
         groups.setdefault((row["bits_weight"], row["bits_activation"]), []).append(row)

@@ -1,7 +1,4 @@
-"""Figures of the report: plain arrays in, one inline SVG out, one style for all.
-
-Not here: where the arrays come from (`sections`). Matplotlib is imported by the functions.
-"""
+"""Figures of the report: plain arrays in, one inline SVG out, one style for all."""
 
 import io
 import re
@@ -108,10 +105,8 @@ def bare(axis: Any, grid: str) -> None:
 def timestep_distribution(
     drawn: np.ndarray, density: np.ndarray | None, actual: np.ndarray | None, steps: int, last: int
 ) -> str:
-    """Draw the timestep distribution: drawn step indices against its density, and the t recorded.
-
-    drawn: (n,) in [0, steps); density: (steps,); actual: (m,) places in time of what
-    the network received; last: their number.
+    """Draw drawn step indices (n,) against their density (steps,), and `actual` places, of `last`,
+    met.
     """
     with new_figure(1, 2, 2.6) as (figure, axes):
         left, right = axes[0]

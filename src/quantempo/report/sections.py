@@ -1,8 +1,4 @@
-"""What each section of the report shows, from the files of a run folder.
-
-Here: one function a section, files in, blocks out. Not here: the page (`render`), the drawing
-(`plots`). A pure reader.
-"""
+"""What each section of the report shows: one function a section, files in, blocks out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""What `sensitivity.json` says, as a figure and tables of the report.
-
-Here: the loss of each layer at each option, and the bits chosen within budgets. Plain values in.
-"""
+"""What `sensitivity.json` says, as a figure and tables of the report: losses, the bits chosen."""
 
 from typing import Any
 

@@ -40,10 +40,9 @@ SCALE_RATE = 1e-3
 
 
 def _adaround_codes(unit: Unit) -> dict[str, Tensor]:
-    """Start from another rounding's codes and learn better ones; keep the start if it was better.
+    """Learn better codes than another rounding's; keep those of the smaller error, over all rows.
 
-    The better ones have the smaller block error over all rows. The block's layers hold them
-    afterwards.
+    The block's layers hold them afterwards.
     """
     settings, block = unit.settings, unit.block
     check_start(settings)
@@ -101,8 +100,7 @@ def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> 
 def refine_scales(block: BlockRun, unit: Unit) -> bool:
     """Learn the activation scales of all time buckets, the codes fixed; say if they were kept.
 
-    s = exp(log s), Adam on log s for `settings.refine` iterations. Kept only if the block's error
-    over all rows is smaller with them.
+    s = exp(log s), Adam on log s for `settings.refine` iterations; kept if the block's error falls.
     """
     settings, powers = unit.settings, block.powers()
     if all(layer.dynamic for layer in block.copies.values()):

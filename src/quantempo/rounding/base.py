@@ -1,8 +1,7 @@
 """What a rounding is, and what it sees of a block: weights, and the block on its recorded inputs.
 
-A rounding says what it `needs` and turns a `Unit` into integers; only integers leave it, so
-packing, backends and files never know how they were found. To record the inputs of a block the
-network is stopped there, so a recording costs what comes before it and no more.
+A rounding says what it `needs` and turns a `Unit` into integers, and nothing else. To record the
+inputs of a block the network is stopped there: it costs what comes before and no more.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,11 +80,9 @@ def round_by_weights(
     specs: Mapping[str, Format],
     groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the codes of layers by a rounding that looks at weights alone.
+    """Return the codes of layers by a rounding that looks at weights alone, else QuantempoError.
 
     weights: (O, ...) of each layer; scales, groups: see `Unit`, of any device; specs: formats.
-
-    Raises QuantempoError: unknown name, or the rounding needs the network's inputs.
     """
     rounding = ROUNDINGS.get(name)
     usable = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs == "weights"]
@@ -110,9 +107,8 @@ def dequantized_input(
 ) -> Tensor:
     """Return x_hat = s (clamp(round(x / s) + z, 0, qmax) - z), float32, a grid for each segment.
 
-    The gradient of round is 1. scale_at: (segment, x) -> s; by default that of the layer's clock.
-
-    Source of the gradient: Bengio et al. 2013 (straight through).
+    scale_at: (segment, x) -> s; by default of the clock. The gradient of round is 1 (Bengio et al.
+    2013).
     """
     axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
     for i, part in enumerate(x.float().split(layer.segments, axis)):
@@ -150,10 +146,7 @@ class _StopError(Exception):
 def run_until(
     modules: Mapping[str, nn.Module], call: Callable[[], Any], see: Callable[..., None]
 ) -> None:
-    """Run `call` until all modules were called; give see(name, args, kwargs) their first calls.
-
-    Raises QuantempoError: `call` never reached one of them.
-    """
+    """Run `call` until all modules were called, or QuantempoError; see(name, args, kwargs) each."""
     waiting = set(modules)
 
     def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,19 +35,15 @@ _PATCH_BYTES = 2**28
 
 
 class Inverse(NamedTuple):
-    """The inverse of a damped hessian H, U^T U with its rows and columns in `order`.
-
-    order: (K,) int64, columns by descending diag(H); upper: U (K, K) float32.
-    """
+    """The inverse U^T U of a damped hessian: U `upper` (K, K) float32, its rows in `order` (K,)."""
 
     order: Tensor
     upper: Tensor
 
     @classmethod
     def of(cls, hessian: Tensor, damping: float = 0.01) -> "Inverse":
-        """Factor (H + damping mean(diag H) I)^-1; H (K, K) is not changed.
-
-        Raises QuantempoError: H is not finite or not positive semi-definite.
+        """Factor (H + damping mean(diag H) I)^-1 of a finite positive semi-definite H (K, K),
+        unchanged.
         """
         if not bool(hessian.isfinite().all()):
             raise QuantempoError("got a hessian that is not finite; check checkpoint and trace")

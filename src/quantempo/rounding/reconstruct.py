@@ -96,10 +96,9 @@ def round_denoiser(
 
 @torch.no_grad()
 def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `round_denoiser` returned into the layers of a quantized copy.
+    """Put what `round_denoiser` returned into the layers of a quantized copy, in place.
 
-    Layers that `tensors` does not name stay as they are. An engine that was attached before has
-    to be attached again. Not for a denoiser that is to be saved: its hash is taken when it is
+    An engine has to be attached again. Not for a denoiser to be saved: its hash is of when it was
     packed.
     """
     for name, layer in quantized_layers(packed):

@@ -90,9 +90,8 @@ class CostTable:
 class ActivationScale:
     """Hold the grids of one activation: G scales, one zero point.
 
-    scale: (G,) float32; cost: mean metric over buckets by mass; min_max_cost: the same for one
-    min-max scale, never smaller; gain: `bucket_gain`, measured before a layer fell back to one
-    scale.
+    scale: (G,) float32; cost: mean metric over buckets by mass; min_max_cost: of one min-max scale,
+    never smaller; gain: `bucket_gain`, before a layer fell back to one scale.
     """
 
     scale: Tensor

@@ -55,10 +55,7 @@ def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
 
 
 class MinMax:
-    """Keep the smallest and largest value of every segment and time bin.
-
-    range: (S, K, 2) float32, (+inf, -inf) where nothing was seen.
-    """
+    """Keep the smallest and largest value of every segment and time bin in `range` (S, K, 2)."""
 
     def __init__(self, segments: int = 1, time_bins: int = 1) -> None:
         self.range = torch.tensor([torch.inf, -torch.inf]).repeat(segments, time_bins, 1)
@@ -94,10 +91,7 @@ class MinMax:
         row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
 
     def edges(self) -> Tensor:
-        """Return (S, 2) float32: [lo, hi] of each segment over all time.
-
-        Raises QuantempoError: a segment that saw nothing.
-        """
+        """Return (S, 2) float32 [lo, hi] of each segment over all time, else QuantempoError."""
         edges = torch.stack([self.range[..., 0].amin(1), self.range[..., 1].amax(1)], -1)
         if not bool(edges.isfinite().all()):
             raise QuantempoError("got no data for an activation; calibrate with at least one input")
@@ -202,9 +196,7 @@ def _count(
 ) -> Tensor:
     """Return (tables * bins,) int64 counts: bin floor((v - lo) * bins / (hi - lo)), plus `first`.
 
-    Args:
-        values: any shape; (B, n) with `first`.
-        first: (B, 1) int32 first bin of each row's own table, None for one table.
+    values: any shape; (B, n) with `first`, (B, 1) int32 first bin of each row's own table.
     """
     counts = torch.zeros(tables * bins, dtype=torch.int64, device=values.device)
     slack = (hi - lo) / bins + 1e-6 * max(abs(lo), abs(hi))

@@ -39,10 +39,7 @@ KL_OUTSIDE = 1e-6
 
 
 def make_metric(name: str, p: float = 2.4) -> Metric:
-    """Return the registered metric, with its exponent bound to p if it has one.
-
-    Raises QuantempoError: unknown name, or p not positive and finite.
-    """
+    """Return the registered metric, its exponent, if any, bound to p > 0; else QuantempoError."""
     function = METRICS.get(name)
     if not 0 < p < float("inf"):
         raise QuantempoError(f"got p = {p} for metric '{name}'; expected a positive number")

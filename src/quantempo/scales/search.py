@@ -1,8 +1,7 @@
 """Choose every scale of a model from its statistics and weights.
 
-Activations: per segment and time bucket. The clock has one bucket table for the whole network, so
-its boundaries are chosen for all layers together, by a dynamic programme over the fine time bins; a
-layer that gains too little keeps a single scale. Weights: per output channel, symmetric.
+Activations: per segment and time bucket; the boundaries are chosen for all layers together, by a
+dynamic programme over the fine time bins. Weights: per output channel, symmetric.
 """
 
 import itertools
@@ -218,10 +217,7 @@ def _cut(cost: Tensor, buckets: int) -> list[int]:
 def search_weights(
     name: str, weight: Tensor, settings: WeightSettings, bits: int
 ) -> dict[str, Tensor]:
-    """Return `NAME.weight_scale` (O,), and `NAME.weight_group` of a weight in groups.
-
-    By the metric of the settings, in groups by the squared error.
-    """
+    """Return `NAME.weight_scale` (O,), and `NAME.weight_group` of a weight in groups."""
     spec = weight_format(bits, settings.group)
     if isinstance(spec, GroupFormat):
         found = search_groups(weight, spec)
