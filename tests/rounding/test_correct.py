@@ -1,7 +1,10 @@
 """Asymmetric calibration: weights that make up for the error of a layer's inputs."""
 
+import gc
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,40 @@ def test_scales_in_groups_are_found_again_kept_and_packed(tmp_path: Path) -> Non
         for other in (network.get_submodule(name) for network in others):
             assert torch.equal(layer.weight, other.weight)
         assert not torch.equal(layer.weight_group, made.scales[name].weight_group)
+
+
+def test_what_it_leads_beyond_the_codes_is_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, expected = case("dit"), 0
+    monkeypatch.setattr(Inverse, "corrected", lambda _, weight, *__: 2 * weight)
+    with caplog.at_level("INFO", "quantempo"):
+        _rounded(made, replace(GPTQ, correct=1.0))
+    for name, s in made.scales.items():
+        ratio = (
+            made.denoiser.get_submodule(name).weight.flatten(1) / s.weight_scale[:, None]
+        ).abs()
+        expected += int(((2 * ratio > 3.5) & (ratio <= 3.5)).sum())
+    said = [m for m in caplog.messages if "beyond their codes" in m]
+    assert sum(int(m.split()[3]) for m in said) == expected > 0
+    caplog.clear()
+    _rounded(made, GPTQ)
+    assert "beyond" not in caplog.text
+
+
+def test_its_matrices_are_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, alive = case("dit"), {}
+    width = max(made.denoiser.get_submodule(name).weight[0].numel() for name in made.scales)
+
+    def count(name: str, run: Any, *args: Any) -> Any:
+        every = (t for t in gc.get_objects() if type(t) is Tensor)
+        found = (t for t in every if t.shape[-2:] == (width, width))
+        alive[name] = max(alive.get(name, 0), len({t.data_ptr() for t in found}))
+        return run(*args)
+
+    module = importlib.import_module("quantempo.rounding.gptq")
+    for owner, name in ((module, "moments"), (torch, "cholesky_inverse")):
+        monkeypatch.setattr(owner, name, partial(count, name, getattr(owner, name)))
+    _rounded(made, replace(GPTQ, correct=1.0))
+    # And one that is being made.
+    assert alive == {"moments": 2, "cholesky_inverse": 4}

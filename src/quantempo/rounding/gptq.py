@@ -114,11 +114,12 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     # A column that no input ever reaches: any value does, and its row holds zeros alone.
     diagonal[diagonal <= 0] = 1.0 if not bool((diagonal > 0).any()) else float(diagonal.mean())
     mean = float(diagonal.mean())
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * mean)
-    factor = _factor(damped)
+    before = diagonal.clone()
+    diagonal.add_(damping * mean)
+    factor = _factor(hessian)
     if factor is not None:
         return factor
+    diagonal.copy_(before)
     for harder in _HARDER:
         damped = hessian.double()
         damped.diagonal().add_(harder * damping * mean)
@@ -139,7 +140,8 @@ def _factor(damped: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    lower = torch.cholesky_inverse(lower)
+    upper, failed = torch.linalg.cholesky_ex(lower, upper=True)
     return None if bool(failed) or not bool(upper.isfinite().all()) else upper
 
 
@@ -188,13 +190,15 @@ def input_moments(
     exact = block.layer_inputs(name, exact=True) if cross else repeat(None)
     for x, wanted in zip(block.layer_inputs(name), exact, strict=False):
         x_hat = dequantized_input(layer, layer.operand(x))
-        terms = [moments(layer, x_hat)]
-        if wanted is not None:
-            terms.append(moments(layer, x_hat, layer.operand(wanted).float() - x_hat))
-        total = [a.add_(b) for a, b in zip(total, terms, strict=True)] if total else terms
+        others = [None, *([] if wanted is None else [layer.operand(wanted).float() - x_hat])]
+        for i, other in enumerate(others):
+            if count:
+                total[i] += moments(layer, x_hat, other)
+            else:
+                total.append(moments(layer, x_hat, other))
         count += x.shape[0]
     # Means, so that the numbers do not grow with the set.
-    hessian, *rest = (t / count for t in total)
+    hessian, *rest = (t.div_(count) for t in total)
     return hessian, rest[0] if rest else None
 
 
@@ -202,36 +206,57 @@ def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
     """Round the layers of a block in order of execution, each on the inputs it will really get.
 
     Those come from the block whose earlier layers are rounded already; its layers hold the codes
-    afterwards. Groups of a convolution are rounded apart. Scales of weights in groups are searched
-    again for what is rounded here, the error of column j counting 1 / (H^-1)_jj.
+    afterwards. Scales of weights in groups are searched again for what is rounded here, the error
+    of column j counting 1 / (H^-1)_jj; others stay, so that a correction may lead beyond the codes:
+    counted, and logged.
+
+    Memory: 5 K^2 float32 while H is factored, K = weight[0].numel(); 4 without `correct`.
     """
-    codes = {}
-    for name, weight in unit.weights.items():
-        layer, share = unit.block.copies[name], unit.settings.correct
-        hessian, cross = input_moments(unit.block, name, cross=share > 0)
-        inverses = [Inverse.of(h) for h in hessian]
-        rows = len(weight) // len(inverses)
-        parts = list(weight.detach().float().flatten(1).split(rows))
-        if cross is not None:
-            both = zip(inverses, parts, cross, strict=True)
-            parts = [inverse.corrected(part, c, share) for inverse, part, c in both]
-        spec = unit.specs[name]
-        if isinstance(spec, GroupFormat) and unit.groups is not None:
-            counts = torch.cat([(1 / v.diagonal()).expand(rows, -1) for v in inverses])
-            shaped = (t.reshape(weight.shape) for t in (torch.cat(parts), counts))
-            found = search_groups(next(shaped), spec, next(shaped))
-            unit.scales[name].copy_(found.scale)
-            unit.groups[name].copy_(found.groups)
-        grid = unit.grid(name)
-        done = [
-            gptq(part, inverse, scale, grid[i * rows : (i + 1) * rows])
-            for i, (part, inverse, scale) in enumerate(
-                zip(parts, inverses, unit.scales[name].split(rows), strict=True)
-            )
-        ]
-        codes[name] = torch.cat(done).reshape(layer.weight_shape)
-        unit.block.assign(name, codes[name])
+    codes, cut = {}, 0
+    for name in unit.weights:
+        codes[name], more = _round_layer(unit, name)
+        cut += more
+    if cut:
+        most, name = sum(weight.numel() for weight in unit.weights.values()), unit.block.name
+        log.info("%s: `correct` leads %d of %d weights beyond their codes", name, cut, most)
     return codes
+
+
+def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
+    """Return the codes of a layer, groups of a convolution apart, and how many more are cut off."""
+    weight, layer, share = unit.weights[name], unit.block.copies[name], unit.settings.correct
+    hessian, cross = input_moments(unit.block, name, cross=share > 0)
+    inverses = [Inverse.of(h) for h in hessian]
+    rows, cut = len(weight) // len(inverses), 0
+    parts = list(weight.detach().float().flatten(1).split(rows))
+    if cross is not None:
+        both = zip(inverses, parts, cross, strict=True)
+        parts = [inverse.corrected(part, c, share) for inverse, part, c in both]
+    spec, scale = unit.specs[name], unit.scales[name]
+    if isinstance(spec, GroupFormat) and unit.groups is not None:
+        counts = torch.cat([(1 / v.diagonal()).expand(rows, -1) for v in inverses])
+        shaped = (t.reshape(weight.shape) for t in (torch.cat(parts), counts))
+        found = search_groups(next(shaped), spec, next(shaped))
+        scale.copy_(found.scale)
+        unit.groups[name].copy_(found.groups)
+    elif cross is not None:
+        pair = (torch.cat(parts), weight.flatten(1))
+        far, near = (_beyond(w / scale[:, None], unit.grid(name)) for w in pair)
+        cut = int((far & ~near).sum())
+    grid = unit.grid(name)
+    done = [
+        gptq(part, inverse, some, grid[i * rows : (i + 1) * rows])
+        for i, (part, inverse, some) in enumerate(
+            zip(parts, inverses, scale.split(rows), strict=True)
+        )
+    ]
+    codes = torch.cat(done).reshape(layer.weight_shape)
+    unit.block.assign(name, codes)
+    return codes, cut
+
+
+def _beyond(ratio: Tensor, grid: Grid) -> Tensor:
+    return (grid.round(ratio) - ratio).abs() > grid.step / 2
 
 
 ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))
