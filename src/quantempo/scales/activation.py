@@ -130,13 +130,6 @@ def _candidates(
     return pairs
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Format) -> Tensor:
-    """Return x_hat (P, L) of x (L,) under P grids, in float64."""
-    least, most = (spec.qmin - zero_point)[:, None], (spec.qmax - zero_point)[:, None]
-    codes = (x / scale[:, None]).round_()
-    return codes.clamp_(least, most).mul_(scale[:, None])
-
-
 def cost_table(
     hist: Tensor,
     edges: Tensor,
@@ -169,11 +162,10 @@ def cost_table(
     scale = scale.to(torch.float32).clamp_min(TINY).to(torch.float64)
     zeros = torch.tensor([pair[1] for pair in pairs])
     function, x = make_metric(metric, p), bin_centers(edges, hist.shape[1])
-    chunk = max(1, CHUNK // hist.shape[1])
-    cost = [
-        function(x, _fake_quantize(x, s, z, spec), counts[:, None])
-        for s, z in zip(scale.split(chunk), zeros.split(chunk), strict=True)
-    ]
+    chunk, cost = max(1, CHUNK // hist.shape[1]), []
+    for s, z in zip(scale[:, None].split(chunk), zeros[:, None].split(chunk), strict=True):
+        codes = (x / s).round_().clamp_(spec.qmin - z, spec.qmax - z)
+        cost.append(function(x, codes.mul_(s), counts[:, None]))
     return CostTable(scale, zeros, torch.cat(cost, 1), mass / mass.sum())
 
 
