@@ -9,6 +9,7 @@ import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,8 +35,9 @@ def check_numbers(settings: Any, start: str) -> None:
     """Raise QuantempoError, beginning with `start`, for a field that is out of its limits."""
     for item in fields(settings):
         value, (low, high) = getattr(settings, item.name), item.metadata.get("limits", (None, None))
-        if low is not None and not low <= value <= high:
-            raise QuantempoError(f"{start}{item.name} = {value}; expected {low} to {high}")
+        odd = isinstance(value, bool) or not isinstance(value, Real)
+        if low is not None and (odd or not low <= value <= high):
+            raise QuantempoError(f"{start}{item.name} = {value!r}; expected {low} to {high}")
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ def test_linspace_and_single_are_exact() -> None:
         ("ndtc", {"std": math.nan}, ("std = nan", "expected")),
         ("ndtc_repo", {"mean": 1.5}, ("mean = 1.5", "0 to 1")),
         ("ndtc_paper", {"mean": 0.6}, ("mean = 0.6", "0 to 0.5")),
-        ("ndtc", {"mean": "0.4"}, ("'0.4'", "number")),
-        ("single", {"fraction": True}, ("True", "number")),
+        ("ndtc", {"mean": "0.4"}, ("'0.4'", "0 to 1")),
+        ("single", {"fraction": True}, ("True", "0 to 1")),
     ],
 )
 def test_mistakes_are_explained(name: str, args: dict, words: tuple[str, ...]) -> None:

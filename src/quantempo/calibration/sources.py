@@ -12,8 +12,7 @@ x_0 is an image of a data set in [-1, 1], eps ~ N(0, I). Source: PTQ4DM, eq. 4 a
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ _OWN = 0x1A7E_5EED
 _AUTOENCODERS = ("vae", "vqvae", "movq")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Say how x_t is made.
 
     make: (x_0 (n, ...), eps (n, ...), abar (n, 1, ...)) -> x_t (n, ...), all float32, or None to

@@ -10,24 +10,18 @@ from pathlib import Path
 import typer
 
 from quantempo import __version__
-from quantempo.cli import bench, samples, sensitivity, stages, status
+from quantempo.cli import measure, samples, stages, status
 from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["app", "cpu_quota", "main"]
 
+_HELP = "Quantize diffusion models to integers, time-step by time-step.\n\nStart by: quantempo demo"
 app = typer.Typer(
-    name="quantempo",
-    help=(
-        "Quantize diffusion models to integers, time-step by time-step.\n\n"
-        "Start with: quantempo demo"
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    name="quantempo", help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False
 )
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
-    status.inspect, status.status, status.engines, sensitivity.sensitivity, bench.bench,
-    stages.demo,
+    status.inspect, status.status, status.engines, measure.sensitivity, measure.bench, stages.demo,
 ):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]
@@ -46,7 +40,7 @@ def _options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Also what each block became."),
     debug: bool = typer.Option(False, "--debug", help="Where an error came from, before its line."),
     version: bool = typer.Option(
-        False, "--version", is_eager=True, callback=_version, help="Print the version."
+        False, "--version", is_eager=True, callback=_version, help="Print it."
     ),
 ) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +49,7 @@ class Features:
         return Features(self.pooled[rows], self.logits[rows], spatial)
 
 
-@dataclass(frozen=True)
-class Extractor:
+class Extractor(NamedTuple):
     """Name a network and its weights beside the callable itself.
 
     network: (B, 3, H, W) uint8 -> Features; sha256: of the weights file; note: what a reader of a

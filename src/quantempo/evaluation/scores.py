@@ -4,9 +4,8 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -212,8 +211,7 @@ def reference_tie(
     return result | {f"{key}_tie": apart <= math.hypot(*(std for _, std in found.values()))}
 
 
-@dataclass(frozen=True)
-class ImageSet:
+class ImageSet(NamedTuple):
     """Hold images (n, H, W, 3) uint8, the name of their folder, and how many were resized."""
 
     images: np.ndarray

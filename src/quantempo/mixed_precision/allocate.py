@@ -7,7 +7,7 @@ Numbers in, indices out: what an option is, and how its loss was measured, is no
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,8 +21,7 @@ __all__ = ["Allocation", "allocate", "weight_bytes"]
 _MIXTURES = 65
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(NamedTuple):
     """Hold `choice` (L,) int64, their `loss`, and `bound`: no choice within budgets has less."""
 
     choice: np.ndarray

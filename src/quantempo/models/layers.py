@@ -7,8 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +57,7 @@ EMBEDDINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One convolution or Linear of the denoiser and what the plan needs to know of it.
 
     role: a key of ROLES; segments: input channels of each half of a concatenated skip input, or
@@ -191,8 +189,7 @@ def parallel_segments(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, int
                 yield f"{name}.proj_out", (attention, mlp.out_features)
 
 
-@dataclass(frozen=True)
-class DenoiserInputs:
+class DenoiserInputs(NamedTuple):
     """One call of a denoiser, by argument name.
 
     sample: (B, ...) x_t as received, or from a list of its rows (`listed`); timestep: (B,), or (B,
@@ -328,8 +325,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One unit; `layers`: full names of the LAYERS in its module, as defined."""
 
     name: str

@@ -4,9 +4,8 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,8 +128,7 @@ def timestep_distribution(
     return figure.svg
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """Hold the statistics of one layer input.
 
     label: name and role; hist: (K, N) counts by time bin; edges: (lo, hi) of the N bins; extremes:

@@ -1,9 +1,8 @@
 """What each section of the report shows: one function a section, files in, blocks out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +22,7 @@ class NotRunError(Exception):
     """Say why a section is empty and which command fills it."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One piece of a section: kind says how the template shows it."""
 
     kind: str

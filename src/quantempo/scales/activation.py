@@ -6,8 +6,8 @@ a caller who wants all cores runs several layers, which are independent, at a ti
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,8 +86,7 @@ class CostTable:
         return CostTable(self.scale[own], self.zero_point[own], self.cost[:, own], self.mass)
 
 
-@dataclass(frozen=True)
-class ActivationScale:
+class ActivationScale(NamedTuple):
     """Hold the grids of one activation: G scales, one zero point.
 
     scale: (G,) float32; cost: mean metric over buckets by mass; min_max_cost: of one min-max scale,
@@ -237,7 +236,7 @@ def search_activation(
     table = cost_table(merged, edges, spec, **how)
     gain = bucket_gain(table, smooth)
     if len(merged) > 1 and gain < min_gain:
-        return replace(search_activation(hist, edges, spec, **how), gain=gain)
+        return search_activation(hist, edges, spec, **how)._replace(gain=gain)
     index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
     contribution = table.weighted()
     filled = table.mass.nonzero()[:, 0]
