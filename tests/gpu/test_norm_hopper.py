@@ -133,7 +133,7 @@ def test_it_compiles_as_meant(name: str) -> None:
     assert slab <= binary.shared <= slab + (9 << 10)
     assert binary.registers * 32 * how["num_warps"] * min(3, (227 << 10) // (slab + 1024)) <= 65536
     boxes = how["PIXELS"] // how["ROWS"]
-    assert binary.count(r"UTMALDG\.2D") == boxes * (1 if how["SOURCE"] == 0 else 2)
+    assert binary.count(r"UTMALDG\.2D") == boxes * (1 if how["FORM"].SOURCE == 0 else 2)
     # Once each way, a piece a load; with one box the first of all is not asked for again.
     pieces = how["ROWS"] // (256 * how["num_warps"] // how["COLS"])
     assert binary.count(r"LDS\.128") >= 2 * pieces - 1

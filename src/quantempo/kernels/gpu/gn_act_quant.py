@@ -124,16 +124,15 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
     channels, pixels = call.channels, height * width
     groups = call.groups if call.gamma is not None else 0
     slabs = -(-channels // plan.width)
-    norm, tensors, numbers, constants = shared_arguments(call, results, plan.width)
+    norm, tensors, numbers, form = shared_arguments(call, results, plan.width)
     meta = {
         "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
-        "EVEN": pixels % plan.block_p == 0, "MAIN": results[0].numel() > 0,
-        "num_warps": plan.warps, **constants,
+        "EVEN": pixels % plan.block_p == 0, "FORM": form, "num_warps": plan.warps,
     }  # fmt: skip
     placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
     if plan.one_launch:
         one_launch[(batch * slabs,)](
-            x, skip, *norm, *tensors, slabs, pixels, *numbers,
+            x, skip, *norm, tensors, slabs, pixels, *numbers,
             RESIDENT=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll,
             GROUP=channels // groups, GROUPS=power_of_two(plan.width * groups // channels),
             **meta, **placed,
@@ -144,7 +143,7 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
         stat_chunks, stat_slabs = -(-pixels // plan.stat_p), -(-channels // plan.stat_c)
         size = (batch, stat_chunks, 2, channels)
         moments = torch.empty(size, dtype=torch.float32, device=x.device)
-        source = shared_arguments(call, results, plan.stat_c).constants["SOURCE"]
+        source = shared_arguments(call, results, plan.stat_c)[3].SOURCE
         channel_moments[(batch * stat_chunks * stat_slabs,)](
             x, skip, moments, stat_slabs, stat_chunks, pixels, *numbers[:2], BLOCK_P=plan.stat_p,
             BLOCK_C=plan.stat_c, SOURCE=source, num_warps=plan.stat_warps, **placed,
@@ -161,6 +160,6 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
         )  # fmt: skip
     chunks = -(-pixels // plan.block_p)
     apply[(batch * chunks * slabs,)](
-        x, skip, affine, *tensors, slabs, chunks, pixels, *numbers, NORM=groups > 0, **meta,
-        **placed,
+        x, skip, affine, tensors, slabs, chunks, pixels, *numbers, NORM=groups > 0,
+        MAIN=results[0].numel() > 0, **meta, **placed,
     )  # fmt: skip

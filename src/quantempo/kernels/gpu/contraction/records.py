@@ -4,7 +4,8 @@
 arguments that Triton would specialize if they came in a tuple.
 """
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -39,41 +40,16 @@ class Block(NamedTuple):
         return self.N * self.H * self.W
 
 
-class Scalars(NamedTuple):
-    """Sizes of the images and numbers of the epilogue."""
-
-    images: Any
-    in_h: Any
-    in_w: Any
-    out_h: Any
-    out_w: Any
-    outs: Any
-    rows_per_bucket: Any
-    shift_stride: Any
-    out_zero: Any
-    out_qmax: Any
-    gate_stride: Any
-    rows_per_gate: Any
-
-
-class Tiles(NamedTuple):
-    """How many tiles there are, and how many across rows, columns and output channels."""
-
-    count: Any
-    h: Any
-    w: Any
-    o: Any
-
-
-class Place(NamedTuple):
-    """The first image, row, column and output channel of a tile; which pixel of a repeated four."""
-
-    n: Any
-    h: Any
-    w: Any
-    phase_h: Any
-    phase_w: Any
-    o: Any
+# Sizes of the images and numbers of the epilogue.
+Scalars = namedtuple(
+    "Scalars",
+    "images in_h in_w out_h out_w outs rows_per_bucket shift_stride out_zero out_qmax gate_stride "
+    "rows_per_gate",
+)
+# How many tiles there are, and how many across rows, columns and output channels.
+Tiles = namedtuple("Tiles", "count h w o")
+# The first image, row, column and output channel of a tile; which pixel of a repeated four.
+Place = namedtuple("Place", "n h w phase_h phase_w o")
 
 
 @triton.jit

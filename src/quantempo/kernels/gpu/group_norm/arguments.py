@@ -1,50 +1,47 @@
-"""Launch arguments shared by all GroupNorm kernels."""
+"""What all GroupNorm kernels are given."""
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from quantempo.kernels.ops.gn_act_quant import Normalization
 
-__all__ = ["Arguments", "Results", "shared_arguments"]
+__all__ = ["Form", "Numbers", "Results", "Tensors", "shared_arguments"]
 
 Results = tuple[Tensor, Tensor, Tensor]
+Tensors = namedtuple("Tensors", "scale raw_scale raw_row bucket codes raw_x raw_skip")
+# per_entry: images of a bucket entry.
+Numbers = namedtuple("Numbers", "C1 C2 per_entry zero_point qmax raw_zero_x raw_zero_skip raw_qmax")
 
 
-class Arguments(NamedTuple):
-    """What all kernels are given, in their order.
+class Form(NamedTuple):
+    """What kernels are compiled for.
 
-    Attributes:
-        norm: gamma, beta, eps.
-        tensors: scale, raw scales, those of skip, bucket, codes, raw codes of x, of skip.
-        numbers: C1, C2, images a bucket entry, zero point and qmax, raw zero points of x and of
-            skip, raw qmax.
-        constants: SOURCE and what is computed; SOURCE: 0 there is no skip, 1 every slab of `width`
-            channels lies in x or in skip, 2 a slab may lie in both.
+    SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both; RAW:
+    codes of x and skip themselves; MANY, RAW_MANY: scales by bucket.
     """
 
-    norm: tuple[Any, ...]
-    tensors: tuple[Any, ...]
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
+    SOURCE: int
+    SILU: bool
+    QUANTIZE: bool
+    RAW: bool
+    MANY: bool
+    RAW_MANY: bool
 
 
-def shared_arguments(call: Normalization, results: Results, width: int) -> Arguments:
-    """Return the arguments of a call whose slabs are `width` channels."""
+def shared_arguments(call: Normalization, results: Results, width: int) -> tuple[Any, ...]:
+    """Return (gamma, beta, eps), tensors, numbers, form of a call of slabs of `width` channels."""
     x, skip, scale, raw = call.x, call.skip, call.scale, call.raw_scales
     c1, c2 = x.shape[1], 0 if skip is None else skip.shape[1]
     points = tuple(call.raw_zero_points) or (0,)
-    return Arguments(
+    raw_row = raw if raw is None or skip is None else raw[-1]
+    zeros = call.zero_point, call.qmax, points[0], points[-1], call.raw_qmax
+    many = scale is not None and len(scale) > 1, raw is not None and raw.shape[1] > 1
+    source = 0 if skip is None else 2 if c1 % width else 1
+    return (
         (call.gamma, call.beta, call.eps),
-        (scale, raw, raw if raw is None or skip is None else raw[-1], call.bucket, *results),
-        (
-            c1, c2, x.shape[0] // call.bucket.numel(), call.zero_point, call.qmax, points[0],
-            points[-1], call.raw_qmax,
-        ),
-        {
-            "SOURCE": 0 if skip is None else 2 if c1 % width else 1,
-            "SILU": call.silu, "QUANTIZE": scale is not None, "RAW": raw is not None,
-            "MANY": scale is not None and scale.shape[0] > 1,
-            "RAW_MANY": raw is not None and raw.shape[1] > 1,
-        },
-    )  # fmt: skip
+        Tensors(scale, raw, raw_row, call.bucket, *results),
+        Numbers(c1, c2, len(x) // call.bucket.numel(), *zeros),
+        Form(source, call.silu, scale is not None, raw is not None, *many),
+    )

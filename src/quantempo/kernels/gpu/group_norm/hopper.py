@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
-from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
+from quantempo.kernels.gpu.group_norm.arguments import Numbers, Results, shared_arguments
 from quantempo.kernels.gpu.group_norm.plan import SharedPlan
+from quantempo.kernels.gpu.group_norm.portable import inverse_of, raw_grid
 from quantempo.kernels.ops.gn_act_quant import Normalization
 
 __all__ = ["normalize_slab", "run"]
@@ -69,18 +70,6 @@ def _approximate(of: gl.constexpr, value):
     return gl.inline_asm_elementwise(
         of + ".approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=gl.float32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def _inverse(scale, bucket, image, per_entry, ON: gl.constexpr, MANY: gl.constexpr):
-    """Return 1 / scale of an image; 1 without a scale."""
-    inverse = 1.0
-    if ON:
-        entry = 0
-        if MANY:
-            entry = gl.load(bucket + image // per_entry)
-        inverse = gl.fdiv(1.0, gl.load(scale + entry))
-    return inverse
 
 
 @gluon.jit
@@ -175,14 +164,11 @@ def _tma_load(slab, bars, x, skip, row, first, C1, SOURCE: gl.constexpr, across)
     ]
 )  # fmt: skip
 def normalize_slab(
-    x, skip, from_x, from_skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket,
-    codes, raw_x, raw_skip, slabs, C1, C2, per_entry,
-    zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax,
-    PIXELS: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr, ROWS: gl.constexpr,
-    GROUP: gl.constexpr, SOURCE: gl.constexpr, EVEN: gl.constexpr, SILU: gl.constexpr,
-    QUANTIZE: gl.constexpr, RAW: gl.constexpr, MANY: gl.constexpr,
-    RAW_MANY: gl.constexpr, ALL: gl.constexpr, RAW_ALL: gl.constexpr,
-    EARLY: gl.constexpr, num_warps: gl.constexpr,
+    x, skip, from_x, from_skip, gamma, beta, eps, t, slabs, C1, C2, per_entry, zero_point, qmax,
+    raw_zero_x, raw_zero_skip, raw_qmax, PIXELS: gl.constexpr, WIDTH: gl.constexpr,
+    COLS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, EVEN: gl.constexpr,
+    FORM: gl.constexpr, ALL: gl.constexpr, RAW_ALL: gl.constexpr, EARLY: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Normalize one (image, slab of WIDTH channels, whole groups), padded to COLS.
 
@@ -191,6 +177,8 @@ def normalize_slab(
     pixels it sums x - x0 and (x - x0)^2, x0 its first, whence mean and variance: at most n of them
     lose the bits of n, and n is a few. Samples of one size are put together by Chan's formula.
     """
+    s = Numbers(C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax)
+    SOURCE: gl.constexpr = FORM.SOURCE
     ACROSS: gl.constexpr = COLS // 8
     PIECE: gl.constexpr = 32 // ACROSS * num_warps
     PIECES: gl.constexpr = ROWS // PIECE
@@ -222,7 +210,7 @@ def normalize_slab(
         known = lane < COLS
     weight = gl.load(gamma + first + lane, mask=known, other=0.0)
     bias = gl.load(beta + first + lane, mask=known, other=0.0)
-    inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
+    inverse = inverse_of(t.scale, image, t, s, FORM.MANY)
     mbarrier.wait(bars.index(0), 0, pred=coming)
     shift = _float(slab.index(0).slice(0, PIECE).load(tile))
     sums = gl.full([PIECE, COLS], 0.0, gl.float32, tile)
@@ -238,42 +226,37 @@ def normalize_slab(
     centre, rstd = _group(shift + off, var, eps, GROUP, tile)
     a = rstd * gl.expand_dims(weight, 0)
     b = gl.expand_dims(bias, 0) - centre * a
-    if SILU:
+    if FORM.SILU:
         # Of -log2(e) v: the exponent that SiLU wants.
         a = a * -_LOG2E
         b = b * -_LOG2E
     channel = gl.expand_dims(first + lane, 0)
     line = gl.expand_dims(gl.arange(0, PIECE, gl.SliceLayout(1, tile)), 1)
     inside = gl.expand_dims(known, 0)
-    if RAW:
-        raw_inverse = _inverse(raw_scale, bucket, image, per_entry, RAW, RAW_MANY)
-        raw_zero = raw_zero_x
+    if FORM.RAW:
+        raw_inverse, raw_zero = raw_grid(image, channel, first, t, s, FORM)
         raw_step = C1
         if SOURCE != 0:
-            of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
-            left = channel < C1 if SOURCE == 2 else first < C1
-            raw_inverse = gl.where(left, raw_inverse, of_skip)
-            raw_zero = gl.where(left, raw_zero_x, raw_zero_skip)
-            raw_step = gl.where(left, C1, C2)
-        raw_target = _place(raw_x, raw_skip, row + line, channel, C1, C2, SOURCE)
-    target = codes + row.to(gl.int64) * (C1 + C2) + (line * (C1 + C2) + channel)
+            raw_step = gl.where(channel < C1 if SOURCE == 2 else first < C1, C1, C2)
+        raw_target = _place(t.raw_x, t.raw_skip, row + line, channel, C1, C2, SOURCE)
+    target = t.codes + row.to(gl.int64) * (C1 + C2) + (line * (C1 + C2) + channel)
     for i in range(BOXES):
         for j in gl.static_range(PIECES):
             value = _float(slab.index(i).slice(j * PIECE, PIECE).load(tile))
-            if RAW:
+            if FORM.RAW:
                 q = _codes(value, raw_inverse, raw_zero, raw_qmax, RAW_ALL)
                 gl.store(raw_target + (i * ROWS + j * PIECE) * raw_step, q, mask=inside)
             value = gl.fma(value, a, b)
             factor = inverse
-            if SILU:
+            if FORM.SILU:
                 factor = _approximate("rcp", 1.0 + _approximate("ex2", value))
                 value = value * (-_LN2 * inverse)
             place = target + (i * ROWS + j * PIECE) * (C1 + C2)
-            if QUANTIZE:
+            if FORM.QUANTIZE:
                 q = _codes(value, factor, zero_point, qmax, ALL)
                 gl.store(place, q, mask=inside)
             else:
-                gl.store(place, (value * factor).to(codes.dtype.element_ty), mask=inside)
+                gl.store(place, (value * factor).to(t.codes.dtype.element_ty), mask=inside)
 
 
 def run(call: Normalization, results: Results, plan: SharedPlan) -> None:
@@ -281,7 +264,7 @@ def run(call: Normalization, results: Results, plan: SharedPlan) -> None:
     x, channels = call.x, call.channels
     batch, _, height, width = x.shape
     pixels, slabs, soon = height * width, -(-channels // plan.width), early(x.device)
-    norm, tensors, numbers, constants = shared_arguments(call, results, plan.width)
+    norm, tensors, numbers, form = shared_arguments(call, results, plan.width)
     box = [plan.rows, plan.cols]
     kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(box, kind)
@@ -293,9 +276,9 @@ def run(call: Normalization, results: Results, plan: SharedPlan) -> None:
         return TensorDescriptor(image, [batch * pixels, wide], [wide, 1], box, layout)
 
     normalize_slab[(batch * slabs,)](
-        describe(x), describe(call.skip), x, call.skip, *norm, *tensors, slabs, *numbers,
+        describe(x), describe(call.skip), x, call.skip, *norm, tensors, slabs, *numbers,
         PIXELS=pixels, WIDTH=plan.width, COLS=plan.cols, ROWS=plan.rows,
         GROUP=channels // call.groups, EVEN=plan.width == plan.cols and channels % plan.width == 0,
-        **constants, ALL=call.qmax == 255, RAW_ALL=call.raw_qmax == 255, EARLY=soon,
+        FORM=form, ALL=call.qmax == 255, RAW_ALL=call.raw_qmax == 255, EARLY=soon,
         num_warps=plan.warps, launch_pdl=soon,
     )  # fmt: skip

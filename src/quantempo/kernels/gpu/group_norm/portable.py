@@ -2,15 +2,15 @@
 
 Names: N images of P pixels and C1 + C2 channels in channels_last memory; a program owns one image,
 a slab of WIDTH channels, whole groups, padded to BLOCK_C, and sees BLOCK_P pixels at a time.
-SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both.
 """
 
 import triton
 import triton.language as tl
 
 from quantempo.kernels.gpu.dependent_launch import wait_for_predecessor
+from quantempo.kernels.gpu.group_norm.arguments import Numbers
 
-__all__ = ["apply", "channel_moments", "one_launch", "stored"]
+__all__ = ["apply", "channel_moments", "inverse_of", "one_launch", "raw_grid", "stored"]
 
 # 1.5 * 2^23: float32 of this size hold integers only, so adding it rounds, ties to even.
 _MAGIC = tl.constexpr(12582912.0)
@@ -63,40 +63,62 @@ def _own(of_x, of_skip, channel, first, C1, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    tile, a, b, inverse, image, pixel, channel, inside, pixels, C, codes, zero_point, qmax,
-    NORM: tl.constexpr, SILU: tl.constexpr, QUANTIZE: tl.constexpr,
-):  # fmt: skip
-    """Write act(v), v = a tile + b, quantized or not; with SILU, a and b give -log2(e) v."""
-    value = tile.to(tl.float32)
-    if NORM:
-        value = value * a + b
-    elif SILU:
-        value = value * -_LOG2E
-    if SILU:
-        # v / (1 + exp(-v)) with a square root: the chip's approximate one needs no guard
-        # instructions, its approximate division needs three.
-        root = tl.rsqrt(1.0 + tl.exp2(value))
-        value = (value * (-_LN2 * inverse)) * root * root
-    elif QUANTIZE:
-        value = value * inverse
-    target = codes + image.to(tl.int64) * pixels * C + pixel * C + channel
-    if QUANTIZE:
-        tl.store(target, stored(value, zero_point, qmax), mask=inside)
-    else:
-        tl.store(target, value.to(codes.dtype.element_ty), mask=inside)
+def inverse_of(scale, image, t, s, MANY: tl.constexpr):
+    """Return 1 / scale of an image; 1 without a scale."""
+    inverse = 1.0
+    if scale is not None:
+        entry = 0
+        if MANY:
+            entry = tl.load(t.bucket + image // s.per_entry)
+        inverse = 1.0 / tl.load(scale + entry)
+    return inverse
 
 
 @triton.jit
-def _inverse(scale, bucket, image, per_entry, ON: tl.constexpr, MANY: tl.constexpr):
-    """Return 1 / scale of an image; 1 without a scale."""
-    inverse = 1.0
-    if ON:
-        entry = 0
-        if MANY:
-            entry = tl.load(bucket + image // per_entry)
-        inverse = 1.0 / tl.load(scale + entry)
-    return inverse
+def raw_grid(image, channel, first, t, s, FORM: tl.constexpr):
+    """Return 1 / scale and zero point of the codes of x and skip themselves, if asked for."""
+    inverse = inverse_of(t.raw_scale, image, t, s, FORM.RAW_MANY)
+    zero = s.raw_zero_x
+    if FORM.RAW and FORM.SOURCE != 0:
+        of_skip = inverse_of(t.raw_row, image, t, s, FORM.RAW_MANY)
+        inverse = _own(inverse, of_skip, channel, first, s.C1, FORM.SOURCE)
+        zero = _own(s.raw_zero_x, s.raw_zero_skip, channel, first, s.C1, FORM.SOURCE)
+    return inverse, zero
+
+
+@triton.jit
+def _write(
+    tile, a, b, inverse, raw, image, pixel, channel, first, inside, pixels, t, s,
+    NORM: tl.constexpr, FORM: tl.constexpr, MAIN: tl.constexpr = True,
+):  # fmt: skip
+    """Write act(v), v = a tile + b, quantized or not, and with RAW the codes of the tile itself.
+
+    With SILU, a and b give -log2(e) v.
+    """
+    if MAIN:
+        value = tile.to(tl.float32)
+        if NORM:
+            value = value * a + b
+        elif FORM.SILU:
+            value = value * -_LOG2E
+        if FORM.SILU:
+            # v / (1 + exp(-v)) with a square root: the chip's approximate one needs no guard
+            # instructions, its approximate division needs three.
+            root = tl.rsqrt(1.0 + tl.exp2(value))
+            value = (value * (-_LN2 * inverse)) * root * root
+        elif FORM.QUANTIZE:
+            value = value * inverse
+        C = s.C1 + s.C2
+        target = t.codes + image.to(tl.int64) * pixels * C + pixel * C + channel
+        if FORM.QUANTIZE:
+            tl.store(target, stored(value, s.zero_point, s.qmax), mask=inside)
+        else:
+            tl.store(target, value.to(t.codes.dtype.element_ty), mask=inside)
+    if FORM.RAW:
+        to = _place(
+            t.raw_x, t.raw_skip, image, pixel, channel, first, pixels, s.C1, s.C2, FORM.SOURCE
+        )
+        tl.store(to, stored(tile.to(tl.float32) * raw[0], raw[1], s.raw_qmax), mask=inside)
 
 
 @triton.jit
@@ -138,13 +160,10 @@ def _affine(
 
 @triton.jit(do_not_specialize=_VARYING)
 def one_launch(
-    x, skip, gamma, beta, eps, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
-    slabs, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax,
-    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDENT: tl.constexpr,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SOURCE: tl.constexpr,
-    SILU: tl.constexpr, QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
-    MANY: tl.constexpr, RAW_MANY: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, EARLY: tl.constexpr = False,
+    x, skip, gamma, beta, eps, t, slabs, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
+    raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDENT: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    FORM: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Normalize one (image, slab of whole groups), BLOCK_P pixels at a time.
 
@@ -162,17 +181,12 @@ def one_launch(
     channel = column[None, :]
     row = tl.arange(0, BLOCK_P)[:, None]
     known = (lane < WIDTH) & (column < C1 + C2)
-    inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
-    if RAW:
-        raw_inverse = _inverse(raw_scale, bucket, image, per_entry, RAW, RAW_MANY)
-        raw_zero = raw_zero_x
-        if SOURCE != 0:
-            of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
-            raw_inverse = _own(raw_inverse, of_skip, channel, first, C1, SOURCE)
-            raw_zero = _own(raw_zero_x, raw_zero_skip, channel, first, C1, SOURCE)
+    s = Numbers(C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax)
+    inverse = inverse_of(t.scale, image, t, s, FORM.MANY)
+    raw = raw_grid(image, channel, first, t, s, FORM)
     if RESIDENT:
         inside = (row < pixels) & known[None, :]
-        place = _place(x, skip, image, row, channel, first, pixels, C1, C2, SOURCE)
+        place = _place(x, skip, image, row, channel, first, pixels, C1, C2, FORM.SOURCE)
         tile = tl.load(place, mask=inside, other=0.0)
         mean = tl.sum(tile.to(tl.float32), axis=0) / pixels
         centred = tile.to(tl.float32) - mean[None, :]
@@ -186,7 +200,7 @@ def one_launch(
         for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
             pixel = start + row
             inside = ((pixel < pixels) | EVEN) & known[None, :]
-            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, FORM.SOURCE)
             value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             seen += 1.0
             delta = value - means
@@ -198,33 +212,21 @@ def one_launch(
         mean = tl.sum(means * count, axis=0) / pixels
         off = means - mean[None, :]
         m2 = tl.sum(m2s + off * off * count, axis=0)
-    a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, SILU)
+    a, b = _affine(mean, m2, column, known, gamma, beta, eps, pixels, GROUP, GROUPS, FORM.SILU)
     if RESIDENT:
-        if MAIN:
-            _write(
-                tile, a, b, inverse, image, row, channel, inside, pixels, C1 + C2, codes,
-                zero_point, qmax, True, SILU, QUANTIZE,
-            )  # fmt: skip
-        if RAW:
-            place = _place(raw_x, raw_skip, image, row, channel, first, pixels, C1, C2, SOURCE)
-            q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
-            tl.store(place, q, mask=inside)
+        _write(
+            tile, a, b, inverse, raw, image, row, channel, first, inside, pixels, t, s, True, FORM
+        )
     else:
         for start in tl.range(0, pixels, BLOCK_P, num_stages=STAGES, loop_unroll_factor=UNROLL):
             pixel = start + row
             inside = ((pixel < pixels) | EVEN) & known[None, :]
-            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+            place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, FORM.SOURCE)
             tile = tl.load(place, mask=inside, other=0.0)
             _write(
-                tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
-                zero_point, qmax, True, SILU, QUANTIZE,
+                tile, a, b, inverse, raw, image, pixel, channel, first, inside, pixels, t, s, True,
+                FORM,
             )  # fmt: skip
-            if RAW:
-                place = _place(
-                    raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE
-                )
-                q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
-                tl.store(place, q, mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING[:3])
@@ -298,12 +300,10 @@ def channel_affine(
 
 @triton.jit(do_not_specialize=_VARYING)
 def apply(
-    x, skip, affine, scale, raw_scale, raw_row, bucket, codes, raw_x, raw_skip,
-    slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
+    x, skip, affine, t, slabs, chunks, pixels, C1, C2, per_entry, zero_point, qmax, raw_zero_x,
     raw_zero_skip, raw_qmax, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    EVEN: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    QUANTIZE: tl.constexpr, MAIN: tl.constexpr, RAW: tl.constexpr,
-    MANY: tl.constexpr, RAW_MANY: tl.constexpr, EARLY: tl.constexpr = False,
+    EVEN: tl.constexpr, NORM: tl.constexpr, MAIN: tl.constexpr, FORM: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Map (NORM: by `affine`), activate and quantize one (image, chunk of pixels, slab)."""
     if EARLY:
@@ -318,28 +318,18 @@ def apply(
     pixel = (part % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     known = (lane < WIDTH) & (column < C1 + C2)
     inside = ((pixel < pixels) | EVEN) & known[None, :]
-    place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
+    place = _place(x, skip, image, pixel, channel, first, pixels, C1, C2, FORM.SOURCE)
     tile = tl.load(place, mask=inside, other=0.0)
-    inverse = _inverse(scale, bucket, image, per_entry, QUANTIZE, MANY)
-    if RAW:
-        raw_inverse = _inverse(raw_scale, bucket, image, per_entry, RAW, RAW_MANY)
-        raw_zero = raw_zero_x
-        if SOURCE != 0:
-            of_skip = _inverse(raw_row, bucket, image, per_entry, RAW, RAW_MANY)
-            raw_inverse = _own(raw_inverse, of_skip, channel, first, C1, SOURCE)
-            raw_zero = _own(raw_zero_x, raw_zero_skip, channel, first, C1, SOURCE)
+    s = Numbers(C1, C2, per_entry, zero_point, qmax, raw_zero_x, raw_zero_skip, raw_qmax)
+    inverse = inverse_of(t.scale, image, t, s, FORM.MANY)
+    raw = raw_grid(image, channel, first, t, s, FORM)
     a = 0.0
     b = 0.0
     if NORM:
         where = affine + image.to(tl.int64) * (2 * (C1 + C2)) + channel
         a = tl.load(where, mask=known[None, :], other=0.0)
         b = tl.load(where + (C1 + C2), mask=known[None, :], other=0.0)
-    if MAIN:
-        _write(
-            tile, a, b, inverse, image, pixel, channel, inside, pixels, C1 + C2, codes,
-            zero_point, qmax, NORM, SILU, QUANTIZE,
-        )  # fmt: skip
-    if RAW:
-        place = _place(raw_x, raw_skip, image, pixel, channel, first, pixels, C1, C2, SOURCE)
-        q = stored(tile.to(tl.float32) * raw_inverse, raw_zero, raw_qmax)
-        tl.store(place, q, mask=inside)
+    _write(
+        tile, a, b, inverse, raw, image, pixel, channel, first, inside, pixels, t, s, NORM, FORM,
+        MAIN,
+    )  # fmt: skip
