@@ -139,16 +139,9 @@ def clear(device: torch.device) -> None:
 
 
 def compare(
-    candidates: Sequence[Candidate],
-    subject: Subject,
-    wanted: Tensor,
-    timer: Timer,
-    results: Results,
-    head: dict[str, Any],
-    *,
-    budget: float | None = None,
-    **turns: Any,
-) -> dict[str, Ready]:
+    candidates: Sequence[Candidate], subject: Subject, wanted: Tensor, timer: Timer,
+    results: Results, head: dict[str, Any], *, budget: float | None = None, **turns: Any,
+) -> dict[str, Ready]:  # fmt: skip
     """Prepare every candidate, time those that are right in turns; return what ran.
 
     A candidate has a row once it is ready ("rounds": 0, the time of one call), again after each
@@ -188,14 +181,9 @@ def compare(
 
 @torch.no_grad()
 def images_per_second(
-    ready: dict[str, Ready],
-    subject: Subject,
-    scheduler: Any,
-    steps: int,
-    timer: Timer,
-    results: Results,
-    head: dict[str, Any],
-) -> None:
+    ready: dict[str, Ready], subject: Subject, scheduler: Any, steps: int, timer: Timer,
+    results: Results, head: dict[str, Any],
+) -> None:  # fmt: skip
     """Put a row for the best bfloat16 and the best of ours: images a second of DDIM.
 
     "from_forwards": what the forwards allow; "measured": one whole run, after a short one. Guidance

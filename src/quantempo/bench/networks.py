@@ -19,14 +19,7 @@ from quantempo.models.load import load_pipeline
 from quantempo.models.presets import PRESETS, build_preset, random_inputs
 from quantempo.pipeline.quantize import plan, quantize
 from quantempo.pipeline.session import Session
-from quantempo.quantized import (
-    QLayer,
-    StoredLinear,
-    bits_of,
-    fill,
-    install_clock,
-    swap_layers,
-)
+from quantempo.quantized import QLayer, StoredLinear, bits_of, fill, install_clock, swap_layers
 from quantempo.quantized.attention import mark_attention, measured_attention
 from quantempo.recipe import Recipe
 

@@ -156,15 +156,9 @@ def measure_limits(
 
 
 def bench_ops(
-    results: Results,
-    cases: Sequence[Case] = CASES,
-    *,
-    device: str = "cuda",
-    rounds: int = 5,
-    seconds: float = 0.25,
-    timer: Timer | None = None,
-    **sizes: int,
-) -> None:
+    results: Results, cases: Sequence[Case] = CASES, *, device: str = "cuda", rounds: int = 5,
+    seconds: float = 0.25, timer: Timer | None = None, **sizes: int,
+) -> None:  # fmt: skip
     """Check and time each kernel on the shapes of real layers; `results` gets a row after each.
 
     In turns shorter than the default each kernel has the clock that the one before it left, since

@@ -56,18 +56,11 @@ def _check_request(
 
 
 def bench(
-    run: Session | str | Path | None = None,
-    model: str | None = None,
-    *,
-    device: str = "cpu",
-    batches: Sequence[int] | None = None,
-    engines: Sequence[str] = (),
-    candidates: Iterable[str] = (),
-    compiled: bool = True,
-    ops: bool = False,
-    out: str | Path | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
+    run: Session | str | Path | None = None, model: str | None = None, *, device: str = "cpu",
+    batches: Sequence[int] | None = None, engines: Sequence[str] = (),
+    candidates: Iterable[str] = (), compiled: bool = True, ops: bool = False,
+    out: str | Path | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Time a run folder's network, or a model quantized without data, or kernels, or several.
 
     Everything is written as it comes: to `out`, and for a run folder under the device's type in its
@@ -180,15 +173,9 @@ def _many_compiled() -> Iterator[None]:
 
 
 def bench_network(
-    network: Network,
-    batches: Sequence[int],
-    candidates: Sequence[Candidate],
-    results: Results,
-    *,
-    steps: int | None = None,
-    timer: Timer | None = None,
-    **settings: Any,
-) -> None:
+    network: Network, batches: Sequence[int], candidates: Sequence[Candidate], results: Results, *,
+    steps: int | None = None, timer: Timer | None = None, **settings: Any,
+) -> None:  # fmt: skip
     """Time every candidate at every batch size; `results` gets the rows as they come.
 
     results: whose "engine" runs the quantized network where a candidate names none; steps: of DDIM,

@@ -183,13 +183,9 @@ class SimulatedBackend(Backend):
 
 @torch.library.custom_op("quantempo::exact_conv2d", mutates_args=())
 def exact_conv2d(
-    codes: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    codes: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Convolve integers held in floats, with sums exact below 2^24 (float32) on any device."""
     # An operator of its own, so that a compiled network keeps the choice of algorithm made here.
     with _plain_sums(codes):

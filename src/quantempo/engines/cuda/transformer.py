@@ -25,12 +25,7 @@ from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
 from quantempo.kernels.ops.epilogue import GATED
-from quantempo.models.fusion_transformer import (
-    FeedForwardParts,
-    TokenAttentionParts,
-    TransformerBlockParts,
-    TransformerParts,
-)
+from quantempo.models import fusion_transformer
 
 __all__ = ["FusedFeedForward", "FusedTransformer", "FusedTransformerBlock"]
 
@@ -52,7 +47,9 @@ class _LayerNorm:
 class _TokenAttention(Prepared):
     """x + attention(norm(x)) on tokens."""
 
-    def __init__(self, parts: TokenAttentionParts, contexts: SharedContext) -> None:
+    def __init__(
+        self, parts: fusion_transformer.TokenAttentionParts, contexts: SharedContext
+    ) -> None:
         self.parts = parts
         self.contexts = contexts if parts.cross else None
         self.index = contexts.attentions.index(parts) if parts.cross else 0
@@ -78,11 +75,11 @@ class _TokenAttention(Prepared):
         return add(self.out, [self.out.read(y)], None, x)
 
 
-@BLOCKS.build(TransformerBlockParts)
+@BLOCKS.build(fusion_transformer.TransformerBlockParts)
 class FusedTransformerBlock(GpuBlock):
     """Attention layers and a gated feed-forward layer, each added to its input as it is written."""
 
-    def __init__(self, parts: TransformerBlockParts, network: Network) -> None:
+    def __init__(self, parts: fusion_transformer.TransformerBlockParts, network: Network) -> None:
         super().__init__(parts, network)
         contexts = network.once(SharedContext.of)
         self.attentions = [_TokenAttention(attention, contexts) for attention in parts.attentions]
@@ -119,7 +116,7 @@ class FusedTransformerBlock(GpuBlock):
         return down.gemm(codes, x.dtype, bias=down.bias, residual=x.flatten(0, 1), grid=grid)
 
 
-@BLOCKS.build(FeedForwardParts)
+@BLOCKS.build(fusion_transformer.FeedForwardParts)
 class FusedFeedForward(GpuBlock):
     """A product that activates and writes codes, and one that reads them; of any block."""
 
@@ -149,14 +146,14 @@ def _like(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x.to(weight.dtype)
 
 
-@BLOCKS.build(TransformerParts)
+@BLOCKS.build(fusion_transformer.TransformerParts)
 class FusedTransformer(GpuBlock):
     """A transformer over the pixels of an image, whose projections read and write pixel rows."""
 
     # The blocks inside are fused, or not, on their own.
     own: tuple[str, ...] = ("norm", "proj_in", "proj_out")
 
-    def __init__(self, parts: TransformerParts, network: Network) -> None:
+    def __init__(self, parts: fusion_transformer.TransformerParts, network: Network) -> None:
         super().__init__(parts, network)
         # None where a block is not fused.
         self.blocks = [network.forward_of(block) for block in parts.blocks]

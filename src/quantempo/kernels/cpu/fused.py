@@ -111,15 +111,10 @@ class Library:
         self.unpack.argtypes = [pointer] * 3 + [size] * 9 + [number]
 
     def quantize(
-        self,
-        x: Tensor,
-        scale: float,
-        zero_point: int,
-        qmax: int = 255,
-        border: tuple[int, int, int, int] = (0, 0, 0, 0),
-        repeat: int = 1,
+        self, x: Tensor, scale: float, zero_point: int, qmax: int = 255,
+        border: tuple[int, int, int, int] = (0, 0, 0, 0), repeat: int = 1,
         scales: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the codes of x, upsampled `repeat` times (nearest), inside a border of z.
 
         Bit-equal with clamp(round(x / scale) + zero_point, 0, qmax) on finite x.
@@ -142,13 +137,9 @@ class Library:
         return codes
 
     def quantize_rows(
-        self,
-        x: Tensor,
-        scale: float,
-        zero_point: int,
-        qmax: int = 255,
+        self, x: Tensor, scale: float, zero_point: int, qmax: int = 255,
         scales: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the codes of x (R, K), rows contiguous, uint8 (R, K); scales: see `quantize`."""
         if x.stride(1) != 1 and x.shape[1] > 1:
             x = x.contiguous()
@@ -157,15 +148,9 @@ class Library:
         return self.quantize(image, scale, zero_point, qmax, scales=scales)[0, :, :, 0].t()
 
     def group_norm(
-        self,
-        parts: list[Part],
-        norm: Norm,
-        *,
-        silu: bool,
-        grid: tuple[float, int, int] | None,
-        shift: Tensor | None = None,
-        edge: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, parts: list[Part], norm: Norm, *, silu: bool, grid: tuple[float, int, int] | None,
+        shift: Tensor | None = None, edge: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Normalise torch.cat(parts, 1) + shift, apply SiLU, and quantize.
 
         parts: one or two tensors of one dtype and size; no copy of their union is made. grid:

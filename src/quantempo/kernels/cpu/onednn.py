@@ -66,14 +66,9 @@ class Int8Conv2d:
     """
 
     def __init__(
-        self,
-        weight: Tensor | Packed,
-        weight_scale: Tensor,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
-    ) -> None:
+        self, weight: Tensor | Packed, weight_scale: Tensor, stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1,
+    ) -> None:  # fmt: skip
         self.weight, self.weight_scale = weight, weight_scale.float()
         self._geometry = (list(stride), list(padding), list(dilation), groups)
         self._zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
@@ -82,13 +77,9 @@ class Int8Conv2d:
         self._run = _operator(*_CONVOLUTIONS)
 
     def __call__(
-        self,
-        x: Tensor,
-        scale: float,
-        zero_point: int,
-        bias: Tensor | None,
+        self, x: Tensor, scale: float, zero_point: int, bias: Tensor | None,
         dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return y (B, O, H', W'), channels_last, float32 or bfloat16; padding pads the zero point.
 
         x: uint8 (B, C, H, W); bias: float32 (O,).
@@ -117,16 +108,10 @@ class Int8Linear:
         self._packed: Tensor | Callable[[], Tensor] | None = None
 
     def __call__(
-        self,
-        x: Tensor,
-        scale: float,
-        zero_point: int,
-        bias: Tensor | None,
-        dtype: torch.dtype = torch.float32,
-        *,
-        add: Tensor | None = None,
+        self, x: Tensor, scale: float, zero_point: int, bias: Tensor | None,
+        dtype: torch.dtype = torch.float32, *, add: Tensor | None = None,
         into: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return y (R, O), plus `add` (R, O) of the same dtype; or add y to `into` in place.
 
         x: uint8 (R, K), contiguous; bias: float32 (O,); dtype: float32 or bfloat16.

@@ -126,30 +126,15 @@ def _border_class(size: int, outputs: int, kernel: int, stride: int, before: int
 
 @operator(Tensor, "contraction.launch")
 def qconv2d(
-    codes: Tensor,
-    weight: Tensor,
-    act_scale: Tensor,
-    weight_scale: Tensor,
-    table: Tensor,
-    *,
-    bucket: Tensor,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    side_codes: Sequence[Tensor] = (),
-    side_weights: Sequence[Tensor] = (),
-    side_scales: Tensor | None = None,
-    side_weight_scale: Tensor | None = None,
-    side_table: Tensor | None = None,
-    kernel: int = 3,
-    stride: int = 1,
-    border: Sequence[int] | None = None,
-    upsample: bool = False,
-    out_dtype: torch.dtype = torch.bfloat16,
-    out_scale: Tensor | None = None,
-    out_zero: int = 0,
+    codes: Tensor, weight: Tensor, act_scale: Tensor, weight_scale: Tensor, table: Tensor, *,
+    bucket: Tensor, bias: Tensor | None = None, shift: Tensor | None = None,
+    residual: Tensor | None = None, side_codes: Sequence[Tensor] = (),
+    side_weights: Sequence[Tensor] = (), side_scales: Tensor | None = None,
+    side_weight_scale: Tensor | None = None, side_table: Tensor | None = None, kernel: int = 3,
+    stride: int = 1, border: Sequence[int] | None = None, upsample: bool = False,
+    out_dtype: torch.dtype = torch.bfloat16, out_scale: Tensor | None = None, out_zero: int = 0,
     out_qmax: int = 255,
-) -> Convolution:
+) -> Convolution:  # fmt: skip
     """Convolve codes with integer weights, outside the image with the zero point, and rescale.
 
     y = s_a s_w[o] (sum q' w - t[o]) + sum_i s_i[b] s_side[o] (sum q'_i w_i - t_i[o])

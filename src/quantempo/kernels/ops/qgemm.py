@@ -66,28 +66,14 @@ class Product(NamedTuple):
 
 @operator(Tensor, "contraction.launch")
 def qgemm(
-    codes: Tensor,
-    weight: Tensor,
-    act_scale: Tensor,
-    weight_scale: Tensor,
-    table: Tensor,
-    *,
-    bucket: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    side_codes: Sequence[Tensor] = (),
-    side_weights: Sequence[Tensor] = (),
-    side_scales: Tensor | None = None,
-    side_weight_scale: Tensor | None = None,
-    side_table: Tensor | None = None,
-    rows: bool = False,
-    activation: str = "none",
-    out_dtype: torch.dtype = torch.bfloat16,
-    out_scale: Tensor | None = None,
-    out_zero: int = 0,
-    out_qmax: int = 255,
-) -> Product:
+    codes: Tensor, weight: Tensor, act_scale: Tensor, weight_scale: Tensor, table: Tensor, *,
+    bucket: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
+    gate: Tensor | None = None, side_codes: Sequence[Tensor] = (),
+    side_weights: Sequence[Tensor] = (), side_scales: Tensor | None = None,
+    side_weight_scale: Tensor | None = None, side_table: Tensor | None = None, rows: bool = False,
+    activation: str = "none", out_dtype: torch.dtype = torch.bfloat16,
+    out_scale: Tensor | None = None, out_zero: int = 0, out_qmax: int = 255,
+) -> Product:  # fmt: skip
     """Multiply rows of codes by an integer weight and rescale.
 
     y = act(s_a s_w[o] (sum_k q' w - table[o]) + sum_i s_i s_side[o] (sum q'_i w_i - t_i[o])
