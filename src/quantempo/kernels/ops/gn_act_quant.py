@@ -139,6 +139,4 @@ class Normalization:
         return channels_last(quantize(value, scale, zero, qmax))
 
 
-gn_act_quant = operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant", "gn_act_quant")(
-    Normalization
-)
+gn_act_quant = operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant")(Normalization)

@@ -94,4 +94,4 @@ class Heads(NamedTuple):
         return results
 
 
-join_heads = operator(tuple[Tensor, Tensor, Tensor], "join_heads", "join_heads")(Heads)
+join_heads = operator(tuple[Tensor, Tensor, Tensor], "join_heads")(Heads)

@@ -114,6 +114,4 @@ class Tokens:
         return codes, row_scale
 
 
-norm_modulate_quant = operator(tuple[Tensor, Tensor], "norm_modulate_quant", "norm_modulate_quant")(
-    Tokens
-)
+norm_modulate_quant = operator(tuple[Tensor, Tensor], "norm_modulate_quant")(Tokens)

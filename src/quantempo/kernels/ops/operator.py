@@ -42,17 +42,16 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-def operator(
-    returns: type[R], module: str, name: str | None = None
-) -> Callable[[Callable[P, Call]], Callable[P, R]]:
+def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Callable[P, R]]:
     """Register `quantempo::NAME` for CPU, CUDA and fake tensors; return the function that calls it.
 
     CUDA calls are handed to `launch` of `module` in `kernels.gpu`, imported at the first of them;
-    returns: a type of which a schema can be inferred; name: that of the function by default.
+    returns: a type of which a schema can be inferred. That of a record has the name of the module.
     """
 
     def register(describe: Callable[P, Call]) -> Callable[P, R]:
-        signature, title = inspect.signature(describe, eval_str=True), name or describe.__name__
+        title = module if isinstance(describe, type) else describe.__name__
+        signature = inspect.signature(describe, eval_str=True)
         # Lists may be empty, which a schema cannot say.
         defaults = {
             key: [] if p.default == () else p.default for key, p in signature.parameters.items()

@@ -49,4 +49,4 @@ class FloatRows(NamedTuple):
         return (y if self.bias is None else y + self.bias.double()).to(self.x.dtype)
 
 
-weight_only_linear = operator(Tensor, "weight_only_linear", "weight_only_linear")(FloatRows)
+weight_only_linear = operator(Tensor, "weight_only_linear")(FloatRows)

@@ -10,27 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from quantempo.kernels.gpu.contraction.hopper_epilogue import (
-    prefetch_residual,
-    read_channel_terms,
-    scale_of,
-    side_scales_of,
-    write_tile,
-)
-from quantempo.kernels.gpu.contraction.input_reuse import (
-    allocate_reuse,
-    produce_reuse,
-    residual_stages,
-    sum_reuse,
-)
+from quantempo.kernels.gpu.contraction import hopper_epilogue as epilogue
+from quantempo.kernels.gpu.contraction import input_reuse, producer
 from quantempo.kernels.gpu.contraction.packed import multiply
-from quantempo.kernels.gpu.contraction.producer import (
-    allocate,
-    next_stage,
-    produce,
-    residual_stage,
-    stage_before,
-)
 from quantempo.kernels.gpu.contraction.records import Scalars, pixel, place_of, row_of, tiles_of
 from quantempo.kernels.gpu.dependent_launch import wait_for_predecessor
 
@@ -52,10 +34,10 @@ def _sum(acc, buffers, stage, phase, count, PER: gl.constexpr, BLOCK: gl.constex
         pixels = smem_x.index(stage).reshape([BLOCK.PIXELS, BLOCK.CHANNELS])
         # All but the newest are done, so the stage before this one is free.
         acc = multiply(acc, smem_w, pixels, stage, step > 0, PER)
-        mbarrier.arrive(free.index(stage_before(stage, STAGES)), pred=step > 0)
-        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)), pred=step > 0)
+        stage, phase = producer.next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(free.index(stage_before(stage, STAGES)))
+    mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)))
     return acc, stage, phase
 
 
@@ -72,7 +54,7 @@ def _scaled(
     p = gl.arange(0, BLOCK.PIXELS, gl.SliceLayout(0, mma))
     n, h, w = pixel(p, place, s, WINDOW, BLOCK)
     row = row_of(n, h, w, s)[0]
-    scale = scale_of(scales, bucket, row, s.rows_per_bucket, BUCKETS, MIXED, ROWS)
+    scale = epilogue.scale_of(scales, bucket, row, s.rows_per_bucket, BUCKETS, MIXED, ROWS)
     return acc.to(gl.float32) * (factor * scale)
 
 
@@ -111,11 +93,10 @@ def _compute(
     scale = 1.0
     inverse = 1.0
     if not FORM.MIXED and not FORM.ROWS:
-        scale = scale_of(terms.act_scale, terms.bucket, 0, 1, FORM.BUCKETS, False)
+        scale = epilogue.scale_of(terms.act_scale, terms.bucket, 0, 1, FORM.BUCKETS, False)
     if not FORM.MIXED and terms.out_scale is not None:
-        inverse = gl.div_rn(
-            1.0, scale_of(terms.out_scale, terms.bucket, 0, 1, FORM.OUT_BUCKETS, False)
-        )
+        own = epilogue.scale_of(terms.out_scale, terms.bucket, 0, 1, FORM.OUT_BUCKETS, False)
+        inverse = gl.div_rn(1.0, own)
     stage = 0
     phase = 0
     box = 0
@@ -124,10 +105,10 @@ def _compute(
     while tile < tiles.count:
         place = place_of(tile, tiles, WINDOW, BLOCK)
         if terms.residual is not None and BLOCK.SPLITS == 1:
-            prefetch_residual(terms.residual, place, s, WINDOW, BLOCK, num_warps)
-        vectors = read_channel_terms(place, terms, s, FORM, BLOCK, num_warps)
+            epilogue.prefetch_residual(terms.residual, place, s, WINDOW, BLOCK, num_warps)
+        vectors = epilogue.read_channel_terms(place, terms, s, FORM, BLOCK, num_warps)
         if BLOCK.REUSE:
-            acc, stage, phase, box, turn = sum_reuse(
+            acc, stage, phase, box, turn = input_reuse.sum_reuse(
                 acc, buffers, stage, phase, box, turn, count, BLOCK
             )
         elif BLOCK.SPLITS == 1 or (BLOCK.PER == BLOCK.PER0 and BLOCK.PER == BLOCK.PER1):
@@ -156,7 +137,7 @@ def _compute(
                     BLOCK.PER0 if side == 0 else BLOCK.PER1, BLOCK,
                 )  # fmt: skip
                 v += _scaled(
-                    acc, place, side_scales_of(side, terms, s, FORM),
+                    acc, place, epilogue.side_scales_of(side, terms, s, FORM),
                     terms.side_weight_scale, terms.side_table + side * s.outs, terms.bucket, s,
                     FORM.SIDE_BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
                 )  # fmt: skip
@@ -164,24 +145,24 @@ def _compute(
         if rows is not None:
             mbarrier.wait(ready.index(stage), phase)
             if BLOCK.REUSE:
-                after, later = next_stage(stage, phase, STAGES)
+                after, later = producer.next_stage(stage, phase, STAGES)
                 mbarrier.wait(ready.index(after), later)
-                low, high = residual_stages(rows, buffers, stage, STAGES)
+                low, high = input_reuse.residual_stages(rows, buffers, stage, STAGES)
             else:
-                low, high = residual_stage(rows, buffers, stage)
+                low, high = producer.residual_stage(rows, buffers, stage)
             half: gl.constexpr = [BLOCK.PIXELS // 2, BLOCK.OUTS]
             residual = (low.reshape(half), high.reshape(half))
         if ours:
-            write_tile(
+            epilogue.write_tile(
                 v, residual, partial, tile, place, vectors, scale, inverse, y, terms, s, FORM,
                 WINDOW, BLOCK, num_warps,
             )  # fmt: skip
         if rows is not None:
             mbarrier.arrive(free.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = producer.next_stage(stage, phase, STAGES)
             if BLOCK.REUSE:
                 mbarrier.arrive(free.index(stage))
-                stage, phase = next_stage(stage, phase, STAGES)
+                stage, phase = producer.next_stage(stage, phase, STAGES)
         tile += gl.num_programs(0)
 
 
@@ -192,9 +173,11 @@ def _produce(
 ):  # fmt: skip
     """Fill one ring of stages, or with REUSE two."""
     if BLOCK.REUSE:
-        produce_reuse(operands[0], rows, buffers, tiles, begin, end, channels, apart, WINDOW, BLOCK)
+        input_reuse.produce_reuse(
+            operands[0], rows, buffers, tiles, begin, end, channels, apart, WINDOW, BLOCK
+        )
     else:
-        produce(
+        producer.produce(
             operands, rows, buffers, tiles, begin, end, steps, steps0, channels, apart, SIDES,
             WINDOW, BLOCK,
         )  # fmt: skip
@@ -228,10 +211,10 @@ def contract_hopper(
     SPLITS: gl.constexpr = BLOCK.SPLITS
     tiles = tiles_of(tiles, s, WINDOW, BLOCK)
     if BLOCK.REUSE:
-        buffers = allocate_reuse(x, weight, BLOCK)
+        buffers = input_reuse.allocate_reuse(x, weight, BLOCK)
         steps = WINDOW.KERNEL * gl.cdiv(channels, BLOCK.CHANNELS)
     else:
-        buffers = allocate(x, weight, BLOCK)
+        buffers = producer.allocate(x, weight, BLOCK)
         steps = WINDOW.KERNEL * WINDOW.KERNEL * gl.cdiv(channels, BLOCK.CHANNELS)
     steps0 = gl.cdiv(channels0, BLOCK.CHANNELS)
     steps1 = gl.cdiv(channels1, BLOCK.CHANNELS)

@@ -11,14 +11,7 @@ and store runs along the channels, which are contiguous in memory.
 import triton
 import triton.language as tl
 
-from quantempo.kernels.gpu.contraction.records import (
-    Scalars,
-    border_row,
-    pixel,
-    place_of,
-    row_of,
-    tiles_of,
-)
+from quantempo.kernels.gpu.contraction import records
 
 __all__ = ["contract"]
 
@@ -219,7 +212,7 @@ def contract(
     partial: (tiles, SPLITS + SIDES, OUTS, PIXELS) int32; counters: (tiles,) int32, zero before and
     after.
     """
-    s = Scalars(
+    s = records.Scalars(
         images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,
         gate_stride, rows_per_gate,
     )  # fmt: skip
@@ -230,9 +223,9 @@ def contract(
     OUTS: tl.constexpr = BLOCK.OUTS
     PIXELS: tl.constexpr = BLOCK.PIXELS
     tile = tl.program_id(0)
-    tiles = tiles_of(tl.num_programs(0), s, WINDOW, BLOCK)
-    place = place_of(tile, tiles, WINDOW, BLOCK)
-    n, h, w = pixel(tl.arange(0, PIXELS), place, s, WINDOW, BLOCK)
+    tiles = records.tiles_of(tl.num_programs(0), s, WINDOW, BLOCK)
+    place = records.place_of(tile, tiles, WINDOW, BLOCK)
+    n, h, w = records.pixel(tl.arange(0, PIXELS), place, s, WINDOW, BLOCK)
     o = place.o + tl.arange(0, BLOCK.OUTS)
     if FORM.GATED:
         # Values, and as many gates, which are the second half of all channels.
@@ -258,9 +251,9 @@ def contract(
         if not _share(acc, partial, counters, tile, slot, SLOTS, BLOCK):
             return
         acc = _gather(zeros, partial, tile, 0, SPLITS, SLOTS, BLOCK)
-    row, seen = row_of(n, h, w, s)
+    row, seen = records.row_of(n, h, w, s)
     inside = seen[:, None] & (o < outs)[None, :]
-    edge = border_row(h, w, s, WINDOW)
+    edge = records.border_row(h, w, s, WINDOW)
     v = _main_term(
         tl.trans(acc), row, edge, o, inside, terms, s, FORM, WINDOW.KERNEL > 1,
         y.dtype.element_ty == tl.int32,
