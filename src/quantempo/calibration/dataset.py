@@ -161,7 +161,7 @@ class MemorySet(CalibrationData):
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:
             raise QuantempoError("got no calls of the denoiser; give at least one")
-        batches = [TraceBatch(b.sample, b.timestep, b.conditioning) for b in bound]
+        batches = [TraceBatch(*inputs[:3]) for inputs in bound]
         least, most = (f(batches, key=lambda batch: len(batch.t)) for f in (min, max))
         law = dict(_ROWS)
         if len(least.t) < len(most.t):

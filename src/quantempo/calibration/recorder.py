@@ -15,7 +15,7 @@ from tqdm import tqdm
 from quantempo.calibration.dataset import TraceBatch
 from quantempo.calibration.rows import LISTED, Law, alike, dump, join, measure, take
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import DenoiserInputs, bind_inputs
+from quantempo.models.layers import bind_inputs
 from quantempo.models.sampling import call_pipeline
 from quantempo.quantized import Times
 
@@ -50,7 +50,7 @@ def probe(
         @functools.wraps(forward)
         def answer(*args: Any, found: Any = found, outputs: Any = outputs, **kwargs: Any) -> Any:
             inputs = bind_inputs(denoiser, args, kwargs)
-            kept = pytree.tree_map_only(Tensor, Tensor.clone, _batch(inputs))
+            kept = pytree.tree_map_only(Tensor, Tensor.clone, TraceBatch(*inputs[:3]))
             times.append(kept.t.cpu())
             law.update({LISTED: None} if inputs.listed else {})
             found.setdefault(str(pytree.tree_structure(kept)), kept)
@@ -79,10 +79,6 @@ def probe(
         most = max(image, law.get("x_t") or image, key=lambda place: place.each)
         law |= measure(one, two, rows, len(two.x_t)) | {"x_t": most}
     return law, times
-
-
-def _batch(inputs: DenoiserInputs) -> TraceBatch:
-    return TraceBatch(inputs.sample, inputs.timestep, inputs.conditioning)
 
 
 @dataclass
@@ -136,7 +132,7 @@ class Recorder:
             if self._takes(slot, distance)
         ]
         if taken:
-            self._keep(taken, _batch(inputs), rows_of)
+            self._keep(taken, TraceBatch(*inputs[:3]), rows_of)
         self.calls += 1
         self.bar.update(1)
 

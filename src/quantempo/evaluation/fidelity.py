@@ -167,27 +167,25 @@ def eps_sqnr(
     """
     if bins is not None and (len(bins) < 2 or any(b <= a for a, b in pairwise(bins))):
         raise QuantempoError(f"got time bin edges {list(bins)}; expected at least 2, increasing")
-    signal: dict[float, float] = {}
-    noise: dict[float, float] = {}
+    found: dict[float, Tensor] = {}
     for args, kwargs, timestep in batches:
         exact = prediction(float_denoiser(*args, **kwargs))
         # Cloned: an engine may hand out the same output buffer on its next call.
         powers = _powers(exact.clone(), prediction(int8_denoiser(*args, **kwargs)))
         keys = _keys(timestep, exact.shape[0], bins)
-        for key, s, n in zip(keys, *(rows.tolist() for rows in powers), strict=True):
-            if not (math.isfinite(s) and math.isfinite(n)):
+        for key, both in zip(keys, torch.stack(powers, 1).cpu(), strict=True):
+            if not both.isfinite().all():
                 raise QuantempoError(
                     f"a denoiser returned NaN or infinity at t = {key:g}; check its scales"
                 )
-            signal[key] = signal.get(key, 0.0) + s
-            noise[key] = noise.get(key, 0.0) + n
-    if not signal:
+            found[key] = found.get(key, 0) + both
+    if not found:
         raise QuantempoError("got no batches to compare denoisers on; trace some inputs first")
-    steps = sorted(signal)
+    steps = sorted(found)
     for t in steps:
-        if signal[t] == 0.0:
+        if found[t][0] == 0:
             raise QuantempoError(f"the float denoiser returned only zeros at t = {t:g}; check it")
-    return {"t": steps, "sqnr_db": [_decibels(signal[t], noise[t]) for t in steps]}
+    return {"t": steps, "sqnr_db": [_decibels(*found[t].tolist()) for t in steps]}
 
 
 def _decibels(signal: float, noise: float) -> float:

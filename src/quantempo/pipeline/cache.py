@@ -16,24 +16,17 @@ from quantempo.run_folder import RunFolder, file_sha256, hash_of, reading
 
 __all__ = ["ARTEFACTS", "BESIDE", "Cache"]
 
-# Stage -> the artefact that is there when it is done.
-ARTEFACTS = {
-    "trace": "trace.json",
-    "calibrate": "stats.safetensors",
-    "search": "scales.safetensors",
-    "round": "rounding.safetensors",
-    "pack": "packed",
+# Stage -> the artefact that is there when it is done, what else it leaves, and the sections of the
+# recipe that it reads besides those of the stages before it.
+_STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "trace": ("trace.json", ("trace",), ("trace",)),
+    "calibrate": ("stats.safetensors", (), ("layers",)),
+    "search": ("scales.safetensors", (), ("activations", "weights")),
+    "round": ("rounding.safetensors", (), ("rounding",)),
+    "pack": ("packed", ("layers.json",), ()),
 }
-# What a stage leaves besides its artefact.
-BESIDE = {"trace": ("trace",), "pack": ("layers.json",)}
-# Stage -> sections of the recipe that it reads, besides those of the stages before it.
-_SECTIONS = {
-    "trace": ("trace",),
-    "calibrate": ("layers",),
-    "search": ("activations", "weights"),
-    "round": ("rounding",),
-    "pack": (),
-}
+ARTEFACTS = {stage: artefact for stage, (artefact, _, _) in _STAGES.items()}
+BESIDE = {stage: beside for stage, (_, beside, _) in _STAGES.items()}
 
 
 @dataclass
@@ -58,7 +51,7 @@ class Cache:
     def key(self, stage: str) -> str:
         """Return a hash of everything that decides the artefact of a stage."""
         settings = dict(self.identity)
-        for name, sections in _SECTIONS.items():
+        for name, (_, _, sections) in _STAGES.items():
             settings |= {section: asdict(getattr(self.recipe, section)) for section in sections}
             if name == stage:
                 break
@@ -115,7 +108,7 @@ class Cache:
         """
         artefact = ARTEFACTS[name]
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"
-        files = [self.run / file for file in (artefact, *BESIDE.get(name, ()))]
+        files = [self.run / file for file in (artefact, *BESIDE[name])]
         with self.run.lock():
             if name in self.done() and all(file.exists() for file in files):
                 if not self.stale(name):

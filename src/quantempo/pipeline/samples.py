@@ -161,14 +161,12 @@ def _write(out: RunFolder, seed: int, value: np.ndarray, rate: int | None) -> No
     if value.dtype == np.uint8:
         parts = value if film else value[None]
         frames = [Image.fromarray(f.squeeze(-1) if f.shape[-1] == 1 else f) for f in parts]
+        kind, note = "gif" if film else "png", PngInfo()
+        note.add_text(_HASH, _digest(seed, value))
         # 8 frames a second, whatever the model was trained for.
         how: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 125}
-        with atomic_path(out / f"{seed}.{'gif' if film else 'png'}") as temporary:
-            note = PngInfo()
-            note.add_text(_HASH, _digest(seed, value))
-            frames[0].save(
-                temporary, "gif" if film else "png", **(how if film else {"pnginfo": note})
-            )
+        with atomic_path(out / f"{seed}.{kind}") as temporary:
+            frames[0].save(temporary, kind, **(how if film else {"pnginfo": note}))
     elif rate is not None and value.ndim <= 2:
         # 16 bits, one column a channel.
         levels = (np.clip(np.atleast_2d(value), -1, 1) * 32767).round().astype("<i2").T

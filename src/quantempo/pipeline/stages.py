@@ -107,15 +107,9 @@ def search(session: Session) -> dict[str, Tensor]:
 @_stage("round", "rounding.safetensors")
 def round_weights(session: Session) -> dict[str, Tensor]:
     """Choose the integer weights; writes `rounding.safetensors`."""
-    return core.round_weights(
-        session.denoiser,
-        _trace_of(session),
-        session.recipe,
-        session.plans,
-        session.run.read_safetensors("scales.safetensors"),
-        folder=session.run / "blocks",
-        key=session.key("round"),
-    )
+    scales = session.run.read_safetensors("scales.safetensors")
+    given = session.denoiser, _trace_of(session), session.recipe, session.plans, scales
+    return core.round_weights(*given, folder=session.run / "blocks", key=session.key("round"))
 
 
 def pack(session: Session) -> Path:
@@ -146,9 +140,8 @@ def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
     found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
     packed = found.install(session.denoiser, copy=True)
     rows = measured_rows(session.denoiser, packed, found.plans, data)
-    config = QuantempoConfig.of(
-        found.recipe, found.plans, times=data.times, source_sha256=session.model["sha256"],
-    )  # fmt: skip
+    about = {"times": data.times, "source_sha256": session.model["sha256"]}
+    config = QuantempoConfig.of(found.recipe, found.plans, **about)
     config.attention_errors = found.attention  # type: ignore[attr-defined]
     mark_quantized(packed, config)
     return packed, rows

@@ -32,9 +32,8 @@ def bin_centers(edges: Tensor, bins: int) -> Tensor:
     return lo + (hi - lo) * steps
 
 
-def _rows(x: Tensor, time_bin: int | Tensor, time_bins: int) -> Iterator[tuple[int, Tensor]]:
+def _rows(x: Tensor, each: list[int]) -> Iterator[tuple[int, Tensor]]:
     """Yield (k, samples in time bin k), sample by sample where a batch mixes time bins."""
-    each = _numbers(x, time_bin, time_bins)
     if x.numel():
         yield from zip(each, x if len(set(each)) > 1 else [x], strict=False)
 
@@ -69,15 +68,15 @@ class MinMax:
 
         Raises QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
+        each = _numbers(x, time_bin, self.range.shape[1])
         if not _on_host(x) and x.numel():
             # One wait for the device, not one a sample.
-            each = _numbers(x, time_bin, self.range.shape[1])
             found = torch.stack(x.flatten(1).aminmax(dim=1), 1).float().cpu()
             for k in set(each):
                 mine = found if len(each) == 1 else found[[i for i, j in enumerate(each) if j == k]]
                 self._widen(segment, k, torch.stack([mine[:, 0].min(), mine[:, 1].max()]))
             return
-        for k, values in _rows(x, time_bin, self.range.shape[1]):
+        for k, values in _rows(x, each):
             ends = torch.stack([torch.stack(piece.aminmax()) for piece in _pieces(values)])
             self._widen(segment, k, torch.stack([ends[:, 0].min(), ends[:, 1].max()]).float())
 
@@ -137,7 +136,7 @@ class Histogram:
             counts = _count(x.flatten(1), lo, hi, bins, first, time_bins)
             self.counts[segment] += counts.reshape(time_bins, bins)
             return
-        for k, values in _rows(x, time_bin, self.counts.shape[1]):
+        for k, values in _rows(x, each):
             self.counts[segment, k] += _count(values, lo, hi, bins)
 
 
