@@ -96,12 +96,9 @@ def image_digest(source: str, images: np.ndarray | None) -> str | None:
 
 
 def replace_rows(
-    source: str,
-    rows: Mapping[str, Tensor],
-    alphas_cumprod: Tensor | None,
-    images: np.ndarray | None,
-    seed: int,
-) -> Tensor:
+    source: str, rows: Mapping[str, Tensor], alphas_cumprod: Tensor | None,
+    images: np.ndarray | None, seed: int,
+) -> Tensor:  # fmt: skip
     """Return the x_t (n, ...) float32 that a source puts in place of the recorded ones.
 
     Both halves of guidance get the same x_t. Images are dealt without repetition as long as they

@@ -38,13 +38,9 @@ def time_bin_edges(times: Times, bins: int = TIME_BINS) -> Tensor:
 
 
 def collect_statistics(
-    denoiser: nn.Module,
-    inputs: Mapping[str, tuple[int, ...]],
-    data: CalibrationData,
-    *,
-    bins: int = TIME_BINS,
-    tokens: Metric | None = None,
-) -> dict[str, Tensor]:
+    denoiser: nn.Module, inputs: Mapping[str, tuple[int, ...]], data: CalibrationData, *,
+    bins: int = TIME_BINS, tokens: Metric | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `stats.safetensors`, by two passes: ranges, histograms over these.
 
     `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
@@ -86,14 +82,10 @@ def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, fl
 
 @torch.no_grad()
 def _feed(
-    sinks: Sequence[Mapping[str, MinMax | Histogram | TokenError]],
-    denoiser: nn.Module,
-    inputs: Mapping[str, tuple[int, ...]],
-    data: CalibrationData,
-    bins: int,
-    stage: str,
+    sinks: Sequence[Mapping[str, MinMax | Histogram | TokenError]], denoiser: nn.Module,
+    inputs: Mapping[str, tuple[int, ...]], data: CalibrationData, bins: int, stage: str,
     timed: Collection[str],
-) -> None:
+) -> None:  # fmt: skip
     """Run the denoiser on all rows and give the sinks of each layer its inputs."""
     edges, time_bin = time_bin_edges(data.times, bins), torch.zeros(0, dtype=torch.int64)
 

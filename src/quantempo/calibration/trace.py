@@ -45,23 +45,12 @@ _METADATA = "quantempo_trace"
 
 
 def trace(
-    pipe: Any,
-    denoiser: nn.Module,
-    folder: str | Path,
-    *,
-    steps: int,
-    chains: int,
-    picks: int,
-    time_sampler: TimeSampler,
-    seed: int,
-    batch_size: int = 16,
-    call: Mapping[str, Any] | None = None,
-    source: str = "trajectory",
-    images: np.ndarray | None = None,
-    model_hash: str | None = None,
-    force: bool = False,
+    pipe: Any, denoiser: nn.Module, folder: str | Path, *, steps: int, chains: int, picks: int,
+    time_sampler: TimeSampler, seed: int, batch_size: int = 16,
+    call: Mapping[str, Any] | None = None, source: str = "trajectory",
+    images: np.ndarray | None = None, model_hash: str | None = None, force: bool = False,
     needed: bool = True,
-) -> TraceSet:
+) -> TraceSet:  # fmt: skip
     """Record a calibration set into `folder`, one chunk file for each call of the pipeline.
 
     Their index is the JSON file of the folder's name beside it. A rerun with the same settings

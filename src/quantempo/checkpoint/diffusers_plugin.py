@@ -94,12 +94,9 @@ class QuantempoConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self,
-        times: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
-        version: str = "",
-        **given: Any,
-    ) -> None:
+        self, times: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION,
+        version: str = "", **given: Any,
+    ) -> None:  # fmt: skip
         self.quant_method = _Method.QUANTEMPO
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise QuantempoError(

@@ -140,12 +140,9 @@ class Format:
             raise QuantempoError(f"got {codes.dtype} outside [{low}, {high}]; expected integers")
 
     def decode(
-        self,
-        stored: Tensor,
-        shape: Sequence[int],
-        groups: Tensor | None = None,
+        self, stored: Tensor, shape: Sequence[int], groups: Tensor | None = None,
         dtype: torch.dtype = torch.int8,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Undo `encode`: return the codes of this shape, a byte each."""
         if not self.packed:
             return stored
@@ -227,12 +224,9 @@ class GroupFormat(Format):
         return _pack(q.flatten(2)[..., : codes.shape[1]])
 
     def decode(
-        self,
-        stored: Tensor,
-        shape: Sequence[int],
-        groups: Tensor | None = None,
+        self, stored: Tensor, shape: Sequence[int], groups: Tensor | None = None,
         dtype: torch.dtype = torch.int8,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Undo `encode`: return w8 of this shape; int16 holds those beyond 127, of a bad file."""
         assert groups is not None
         size, (step, zero) = (*groups.shape, self.group), self._terms(groups, dtype)

@@ -35,13 +35,9 @@ def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[s
 
 
 def evaluate_pairs(
-    float_images: np.ndarray,
-    other_images: np.ndarray,
-    *,
-    reference: str | Path | None = None,
-    extractor: str = "lite0",
-    weights: str | Path | None = None,
-) -> dict[str, Any]:
+    float_images: np.ndarray, other_images: np.ndarray, *, reference: str | Path | None = None,
+    extractor: str = "lite0", weights: str | Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Compare the images of a float and a quantized model that started from the same seeds.
 
     reference: a folder of real images, against which both sets are then also scored; extractor,

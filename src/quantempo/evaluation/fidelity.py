@@ -147,12 +147,10 @@ def _keys(timestep: Tensor | float, rows: int, bins: Sequence[float] | None) -> 
 
 @torch.no_grad()
 def eps_sqnr(
-    float_denoiser: Callable[..., Any],
-    int8_denoiser: Callable[..., Any],
-    batches: Iterable[tuple[tuple[Any, ...], dict[str, Any], Tensor | float]],
-    *,
+    float_denoiser: Callable[..., Any], int8_denoiser: Callable[..., Any],
+    batches: Iterable[tuple[tuple[Any, ...], dict[str, Any], Tensor | float]], *,
     bins: Sequence[float] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, list[float]]:  # fmt: skip
     """Compare two denoisers on the same recorded inputs, time-step by time-step.
 
     SQNR(t) = 10 log10(sum |eps|^2 / sum |eps - eps_q|^2) over all rows with that time-step, at most

@@ -21,13 +21,9 @@ _WEIGHT_BITS = (4, 8)
 
 
 def choose_bits(
-    session: Session,
-    *,
-    budget_bytes: int | None = None,
-    budget_bops: int | None = None,
-    options: Sequence[str] | None = None,
-    **rollout: int,
-) -> dict[str, Any]:
+    session: Session, *, budget_bytes: int | None = None, budget_bops: int | None = None,
+    options: Sequence[str] | None = None, **rollout: int,
+) -> dict[str, Any]:  # fmt: skip
     """Choose bits for every integer layer within budgets and put them into the session's recipe.
 
     They replace `layers.bits`; the choice, which is returned, stands in `sensitivity.json`. To be

@@ -60,13 +60,9 @@ def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) 
 
 
 def outline(
-    session: Session,
-    options: Sequence[str] = OPTIONS,
-    *,
-    chains: int = 8,
-    steps: int = 10,
+    session: Session, options: Sequence[str] = OPTIONS, *, chains: int = 8, steps: int = 10,
     seed: int = SEED,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Return the table as far as it is measured (`measure`), with the size of every layer; write
     nothing.
     """

@@ -65,15 +65,9 @@ def kind_of(name: str) -> str | None:
 
 
 def call_pipeline(
-    pipe: Any,
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    first: int = 0,
-    places: Sequence[int] | None = None,
-    output_type: str = "np",
-    **call: Any,
-) -> np.ndarray:
+    pipe: Any, seeds: Sequence[int], *, steps: int, first: int = 0,
+    places: Sequence[int] | None = None, output_type: str = "np", **call: Any,
+) -> np.ndarray:  # fmt: skip
     """Call a pipeline once for a batch of images, with per-image noise and no progress bar.
 
     Arguments and errors as of `sampling.run_pipeline`; the places of the images in the whole set

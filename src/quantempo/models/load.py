@@ -36,12 +36,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pipeline(
-    source: str | Path,
-    dtype: torch.dtype | str = torch.float32,
-    *,
-    variant: str | None = None,
+    source: str | Path, dtype: torch.dtype | str = torch.float32, *, variant: str | None = None,
     revision: str | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
     Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the

@@ -94,15 +94,10 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
 
 
 def run_pipeline(
-    pipe: Any,
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    batch_size: int = 16,
-    places: Sequence[int] | None = None,
-    on_batch: Callable[[int, np.ndarray], None] | None = None,
+    pipe: Any, seeds: Sequence[int], *, steps: int, batch_size: int = 16,
+    places: Sequence[int] | None = None, on_batch: Callable[[int, np.ndarray], None] | None = None,
     **call: Any,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Make one image for each seed; image i depends on seeds[i] (and its prompt) only.
 
     Args:

@@ -27,14 +27,10 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        batch_size: int = 1,
-        generator: Generator | list[Generator] | None = None,
-        num_inference_steps: int = 50,
-        eta: float = 0.0,
-        output_type: str = "pil",
+        self, batch_size: int = 1, generator: Generator | list[Generator] | None = None,
+        num_inference_steps: int = 50, eta: float = 0.0, output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Sample images.
 
         generator: one for all images, or one an image; eta: DDIM's noise share in [0, 1], which

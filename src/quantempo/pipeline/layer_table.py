@@ -43,12 +43,9 @@ def measured_rows(
 
 
 def layer_rows(
-    found: list[Site],
-    plans: list[LayerPlan],
-    denoiser: nn.Module,
-    macs: Mapping[str, int],
+    found: list[Site], plans: list[LayerPlan], denoiser: nn.Module, macs: Mapping[str, int],
     sqnr_db: Mapping[str, float],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return one row for each site of the float denoiser, and one for the attention matmuls.
 
     plans: in the order of the sites; denoiser: the packed one; macs: per sample, see `count_macs`.

@@ -27,18 +27,10 @@ _BATCH = 16
 
 
 def evaluate(
-    session: Session,
-    *,
-    images: int = 64,
-    steps: int = 50,
-    seed: int = 0,
-    batch_size: int = 16,
-    engine: str = "auto",
-    device: str = "cpu",
-    data: str | Path | None = None,
-    inception: str | Path | None = None,
-    call: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    session: Session, *, images: int = 64, steps: int = 50, seed: int = 0, batch_size: int = 16,
+    engine: str = "auto", device: str = "cpu", data: str | Path | None = None,
+    inception: str | Path | None = None, call: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Sample pairs from both models, score them and write `metrics.json`.
 
     The pairs have seeds `seed`, `seed + 1`, ...; `call` goes over the arguments the run was traced

@@ -65,13 +65,9 @@ class Quantized:
 
     @classmethod
     def of(
-        cls,
-        recipe: Recipe,
-        plans: list[LayerPlan],
-        scales: Mapping[str, Tensor],
-        rounding: Mapping[str, Tensor],
-        times: Times | None = None,
-    ) -> "Quantized":
+        cls, recipe: Recipe, plans: list[LayerPlan], scales: Mapping[str, Tensor],
+        rounding: Mapping[str, Tensor], times: Times | None = None,
+    ) -> "Quantized":  # fmt: skip
         """Join the tensors of `search_scales` and of `round_weights`."""
         found = {}
         for name, layer in LayerScales.read(scales).items():
@@ -169,12 +165,9 @@ def search(
 
 
 def keep_costly(
-    denoiser: nn.Module,
-    data: CalibrationData,
-    plans: list[LayerPlan],
-    scales: Mapping[str, Tensor],
-    recipe: Recipe,
-) -> dict[str, Tensor]:
+    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan],
+    scales: Mapping[str, Tensor], recipe: Recipe,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the scales without those of the shortcuts that cost more than they save.
 
     One whose share of the error (`error_shares`) is over WORTH times its share of the work stays in
@@ -268,15 +261,9 @@ def _round(
 
 
 def round_weights(
-    denoiser: nn.Module,
-    data: CalibrationData,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    scales: Mapping[str, Tensor],
-    *,
-    folder: str | Path | None = None,
-    key: str = "",
-) -> dict[str, Tensor]:
+    denoiser: nn.Module, data: CalibrationData, recipe: Recipe, plans: list[LayerPlan],
+    scales: Mapping[str, Tensor], *, folder: str | Path | None = None, key: str = "",
+) -> dict[str, Tensor]:  # fmt: skip
     """Choose the integers; return codes, biases and scales as `round_denoiser` does.
 
     The float denoiser is left as it was; folder, key: where finished blocks are kept.

@@ -26,13 +26,9 @@ _HASH = "sha256"
 
 
 def open_model(
-    path: str | Path,
-    *,
-    engine: str = "auto",
-    scheduler: str | None = None,
-    device: str = "cpu",
+    path: str | Path, *, engine: str = "auto", scheduler: str | None = None, device: str = "cpu",
     **loading: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
     `loading`, and errors: as of `load_pipeline` and `attach`; an engine asked of a float model.
@@ -57,16 +53,9 @@ def engine_of(pipe: Any) -> str:
 
 
 def sample(
-    pipe: Any,
-    folder: str | Path,
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    batch_size: int = 16,
-    call: dict[str, Any] | None = None,
-    identity: str = "",
-    force: bool = False,
-) -> np.ndarray:
+    pipe: Any, folder: str | Path, seeds: Sequence[int], *, steps: int, batch_size: int = 16,
+    call: dict[str, Any] | None = None, identity: str = "", force: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Write one sample a seed (its name) and return them all, as `run_pipeline` does.
 
     A picture is a PNG, a film a GIF, audio a WAV; all but pictures are kept exactly in SEED.npy.

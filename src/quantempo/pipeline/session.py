@@ -126,18 +126,10 @@ class Session(Cache):
 
 
 def load(
-    source: Any,
-    run: str | Path,
-    recipe: str | Recipe = "w8a8",
-    *,
-    call: dict[str, Any] | None = None,
-    scheduler: str | None = None,
-    force: bool = False,
-    device: str = "cpu",
-    data: str | Path | None = None,
-    only: str | None = None,
-    **loading: Any,
-) -> Session:
+    source: Any, run: str | Path, recipe: str | Recipe = "w8a8", *,
+    call: dict[str, Any] | None = None, scheduler: str | None = None, force: bool = False,
+    device: str = "cpu", data: str | Path | None = None, only: str | None = None, **loading: Any,
+) -> Session:  # fmt: skip
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
     Args:

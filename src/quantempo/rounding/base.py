@@ -74,12 +74,9 @@ def check_start(settings: RoundingSettings) -> None:
 
 
 def round_by_weights(
-    name: str,
-    weights: Mapping[str, Tensor],
-    scales: Mapping[str, Tensor],
-    specs: Mapping[str, Format],
-    groups: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
+    name: str, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor],
+    specs: Mapping[str, Format], groups: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the codes of layers by a rounding that looks at weights alone, else QuantempoError.
 
     weights: (O, ...) of each layer; scales, groups: see `Unit`, of any device; specs: formats.

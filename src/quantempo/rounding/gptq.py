@@ -62,13 +62,9 @@ class Inverse(NamedTuple):
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
-    hessian: Tensor | Inverse,
-    scale: Tensor,
-    spec: Format | Grid,
-    damping: float = 0.01,
-    block: int = 128,
-) -> Tensor:
+    weight: Tensor, hessian: Tensor | Inverse, scale: Tensor, spec: Format | Grid,
+    damping: float = 0.01, block: int = 128,
+) -> Tensor:  # fmt: skip
     """Return codes (O, K) int8 in [qmin, qmax] that minimise tr((W - s q) H (W - s q)^T), greedily.
 
     With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1 and columns j in order: q_j

@@ -38,15 +38,9 @@ def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def learn(
-    block: BlockRun,
-    parameters: list[Tensor],
-    settings: RoundingSettings,
-    *,
-    powers: list[Tensor],
-    start: tuple[Tensor, Tensor],
-    rate: float,
-    penalty: Callable[[int], Tensor] | None = None,
-) -> None:
+    block: BlockRun, parameters: list[Tensor], settings: RoundingSettings, *, powers: list[Tensor],
+    start: tuple[Tensor, Tensor], rate: float, penalty: Callable[[int], Tensor] | None = None,
+) -> None:  # fmt: skip
     """Minimise the loss over `parameters` by Adam, in place; nothing waits for the device.
 
     The block's layers have kernels that depend on the parameters. settings: `iterations` of `batch`

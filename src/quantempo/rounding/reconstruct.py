@@ -42,15 +42,9 @@ _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | QConv2d | QPatches
 
 
 def round_denoiser(
-    denoiser: nn.Module,
-    copied: nn.Module,
-    data: CalibrationData,
-    settings: RoundingSettings,
-    *,
-    folder: str | Path | None = None,
-    key: str = "",
-    budget: int = BUDGET,
-) -> dict[str, Tensor]:
+    denoiser: nn.Module, copied: nn.Module, data: CalibrationData, settings: RoundingSettings, *,
+    folder: str | Path | None = None, key: str = "", budget: int = BUDGET,
+) -> dict[str, Tensor]:  # fmt: skip
     """Choose the integers of every quantized layer; return the tensors of `rounding.safetensors`.
 
     For each layer NAME (codes, int8, the shape of the weight); NAME.bias (O,) float32 if

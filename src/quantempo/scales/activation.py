@@ -130,14 +130,9 @@ def _candidates(
 
 
 def cost_table(
-    hist: Tensor,
-    edges: Tensor,
-    spec: Format = ACTIVATION,
-    *,
-    metric: str = "mse",
-    p: float = 2.4,
+    hist: Tensor, edges: Tensor, spec: Format = ACTIVATION, *, metric: str = "mse", p: float = 2.4,
     candidates: Candidates | None = None,
-) -> CostTable:
+) -> CostTable:  # fmt: skip
     """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
 
     hist: (R, N) counts in equal bins over edges (2,) = [lo, hi]; metric, p: see `make_metric`.
@@ -205,15 +200,9 @@ def _merge_rows(hist: Tensor, buckets: Tensor | None) -> Tensor:
 
 
 def search_activation(
-    hist: Tensor,
-    edges: Tensor,
-    spec: Format = ACTIVATION,
-    *,
-    buckets: Tensor | None = None,
-    min_gain: float = 0.0,
-    smooth: float = 0.0,
-    **how: Any,
-) -> ActivationScale:
+    hist: Tensor, edges: Tensor, spec: Format = ACTIVATION, *, buckets: Tensor | None = None,
+    min_gain: float = 0.0, smooth: float = 0.0, **how: Any,
+) -> ActivationScale:  # fmt: skip
     """Choose a scale for each time bucket and one zero point for all of them.
 
     argmin over z of sum_g mass_g min over s of metric(x, Q(x; s, z)) on the histogram of bucket g.

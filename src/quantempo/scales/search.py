@@ -65,12 +65,9 @@ class LayerScales:
 
 
 def search_scales(
-    stats: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    recipe: Recipe,
-    known: Mapping[str, Tensor] | None = None,
-    bits: Mapping[str, tuple[int, int]] | None = None,
-) -> dict[str, Tensor]:
+    stats: Mapping[str, Tensor], weights: Mapping[str, Tensor], recipe: Recipe,
+    known: Mapping[str, Tensor] | None = None, bits: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
     For each layer `NAME.act_scale` (S, G), `NAME.act_zero_point` (S,), and of `search_weights`;
