@@ -156,7 +156,7 @@ class MemorySet(CalibrationData):
         without further tensors they need not. Several entries of one row lie side by side.
 
         Raises QuantempoError: no calls, or arguments that change otherwise than by their rows, or
-        cannot.
+        may.
         """
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:

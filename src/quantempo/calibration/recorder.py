@@ -35,8 +35,7 @@ def probe(
     """Return where the rows of a `TraceBatch` are, under `x_t` an image's, and each call's time.
 
     The pipeline runs for the images at `places`, and for one more that has the prompt of the first,
-    so that no length that follows the longest caption changes. The network runs at the first call
-    only.
+    so that no length that follows the longest caption changes; the network, at the first call only.
 
     Raises QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """

@@ -106,8 +106,7 @@ class PaperNormal(_Law):
 class RepoNormal(_Law):
     """Draw as the released program does: i = clamp(floor(N(mean T, (std T)^2)), 0, T - 1).
 
-    At the defaults and 250 steps the clamp puts 16.1 % of the draws on index 0 exactly and 6.8 %
-    on T - 1.
+    At the defaults and 250 steps the clamp puts 16.1 % of the draws on index 0 and 6.8 % on T - 1.
 
     Source: the released code of Shang et al. at its last commit (2023-03-31), as observed.
     """

@@ -54,9 +54,7 @@ def check_plans(denoiser: nn.Module, plans: list[LayerPlan]) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, buffer: Tensor | None, half: bool) -> None:
-    """Raise QuantempoError unless a tensor is finite and fits its buffer, if any, in float16 if
-    `half`.
-    """
+    """Raise QuantempoError unless a tensor is finite and fits its buffer, if any; half: float16."""
     if tensor.is_floating_point():
         owner, _, leaf = name.rpartition(".")
         finite = bool(tensor.isfinite().all())

@@ -3,8 +3,7 @@
     q = clamp(round(x / scale) + zero_point, qmin, qmax)        x_hat = scale * (q - zero_point)
 
 Rounding is to nearest, ties to even. Source: Jacob et al. 2018, eq. 1; PTQ4DM eq. 1 with its zero
-point's sign turned (there z is subtracted before the clamp). Kernels read bytes, whatever is
-packed.
+point's sign turned (there z is subtracted before the clamp). Kernels read unpacked bytes.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Feature extractors: networks that turn images into the vectors the scores are computed on.
 
-EfficientNet-Lite0 (weights in a package, works offline), Inception of published FIDs (needs a
-file).
+EfficientNet-Lite0 (weights in a package, works offline), Inception of published FIDs (a file).
 """
 
 import math

@@ -41,12 +41,9 @@ def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
 
 
 def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return (n,) float64: 10 log10(255^2 / mean((first_i - second_i)^2)) of (n, H, W, C) uint8
-    images.
+    """Return (n,) float64: 10 log10(255^2 / mean((first_i - second_i)^2)), at most `PSNR_CAP_DB`.
 
-    At most `PSNR_CAP_DB`, which identical images get; raises as `check_pairs`.
-
-    Error: exact integer differences, then one float64 logarithm.
+    Of images (`check_pairs`). Error: exact integer differences, then one float64 logarithm.
     """
     check_pairs(first, second)
     # int32: the square of a difference of two bytes does not fit int16.
@@ -57,8 +54,7 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "cpu") -> np.ndarray:
-    """Return (n,) float64, the structural similarity of pairs of (n, H, W, C) uint8 images, 1 when
-    equal.
+    """Return (n,) float64, the structural similarity of pairs of images, 1 when equal.
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
     channels, in float64, `batch` pairs at a time.

@@ -151,9 +151,7 @@ def _provenance(
 def compare_sets(
     extractor: Extractor, samples: Features, other: Features, names: tuple[str, str]
 ) -> list[dict[str, Any]]:
-    """Return {name, value, std (or None), `_provenance`} of each distance of samples to a reference
-    set.
-    """
+    """Return {name, value, std, `_provenance`} of each distance of samples to a reference set."""
     common = _provenance(extractor, len(samples), *names, len(other))
     label = extractor.score_names
     kernel, kernel_std = kernel_distance(samples.pooled, other.pooled)
@@ -225,8 +223,7 @@ def load_images(
     """Load the PNG and JPEG images of a folder and its subfolders, in sorted path order.
 
     Those of another `size` (H, W) are cropped centrally to its aspect, resized (bicubic,
-    antialiased) and counted; None: all must have one size. `limit`: that many, evenly from the
-    sorted list.
+    antialiased) and counted; None: all must have one size. `limit`: that many, evenly spread.
 
     Raises QuantempoError: no such folder, no images in it, one that cannot be read, several sizes.
     """

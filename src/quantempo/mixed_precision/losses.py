@@ -63,9 +63,7 @@ def outline(
     session: Session, options: Sequence[str] = OPTIONS, *, chains: int = 8, steps: int = 10,
     seed: int = SEED,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the table as far as it is measured (`measure`), with the size of every layer; write
-    nothing.
-    """
+    """Return the table as far as it is measured, with the size of every layer; write nothing."""
     for number, name in ((chains, "chains"), (steps, "steps")):
         if number < 1:
             raise QuantempoError(f"got {number} {name}; expected at least 1")

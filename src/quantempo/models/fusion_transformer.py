@@ -69,9 +69,7 @@ class TransformerBlockParts(Parts):
 
 @dataclass(frozen=True)
 class TransformerParts(Parts):
-    """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W); output(sample=y)
-    returns.
-    """
+    """x + proj_out(blocks(proj_in(norm(x)))) on the pixels of x (B, C, H, W), as output(sample)."""
 
     norm: Norm
     proj_in: Rows

@@ -21,9 +21,7 @@ _MORE: dict[Any, Any] = {_FUSED: lambda *shapes, **_: sdpa_flop_count(*shapes[:3
 
 @torch.no_grad()
 def count_macs(denoiser: nn.Module, call: Callable[[], Any], batch: int) -> dict[str, int]:
-    """Return MACs per sample by layer name, and of attention, of one forward `call` of `batch`
-    samples.
-    """
+    """Return MACs a sample by layer name, and of attention, of a forward `call` of `batch`."""
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)
     with counter:
         call()

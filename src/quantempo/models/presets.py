@@ -35,9 +35,7 @@ def check_preset(name: str) -> None:
 
 
 def build_preset(name: str, device: torch.device | str = "cpu", seed: int = 0) -> nn.Module:
-    """Return a preset with random weights, float32, of LARGE ones bfloat16; device "meta": shapes
-    alone.
-    """
+    """Return a preset with random weights, float32 or (LARGE) bfloat16; "meta": shapes alone."""
     check_preset(name)
     import diffusers
 
@@ -162,8 +160,7 @@ def ddim_loop(
     """Denoise x_T with DDIM and a forward of fixed shapes; return x_0 float32, latents as such.
 
     forward: takes the arguments `inputs` of `denoiser`, of which x_t and time-step are replaced at
-    every step; its next call may overwrite its output. scheduler: of the noise law; None: DDIM's
-    own.
+    every step; its next call may overwrite its output; scheduler: of the noise law, or DDIM's.
     """
     from diffusers import DDIMScheduler
 

@@ -1,7 +1,6 @@
 """The arguments of a pipeline's call: read from text and files, kept in a run folder, merged.
 
-The manifest keeps numbers and text, and the hash of all else, whose bytes are in
-`call.safetensors`.
+The manifest keeps numbers and text, and hashes of all else, kept in `call.safetensors`.
 """
 
 import ast
@@ -31,9 +30,7 @@ _FILE = "call.safetensors"
 
 
 def read_text(path: Path, expected: str) -> str:
-    """Return the text of a user's file without a byte order mark; QuantempoError names what is
-    `expected`.
-    """
+    """Return the text of a user's file without a byte order mark, or QuantempoError: `expected`."""
     if not os.path.isfile(path):
         raise QuantempoError(f"no file '{path}'; expected {expected}")
     try:
@@ -136,8 +133,7 @@ def _tensor(key: str, path: Path, name: str) -> Tensor:
 def kept_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call in types that a run folder keeps: numpy numbers as Python's.
 
-    Raises QuantempoError: one that it cannot keep (a generator, a function), pictures of several
-    sizes.
+    Raises QuantempoError: one that it cannot keep (a generator, say), or pictures of several sizes.
     """
     found = {}
     for name, value in call.items():

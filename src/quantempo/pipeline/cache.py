@@ -103,8 +103,7 @@ class Cache:
     def stage(self, name: str) -> Iterator[bool]:
         """Yield whether the stage has to run; note its key and seconds when it ends.
 
-        Raises QuantempoError: other settings, of the artefact (without `force`) or of a stage
-        before.
+        Raises QuantempoError: other settings, of it (without `force`) or of a stage before.
         """
         artefact = ARTEFACTS[name]
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"

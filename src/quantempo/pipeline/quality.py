@@ -34,8 +34,8 @@ def evaluate(
     """Sample pairs from both models, score them and write `metrics.json`.
 
     The pairs have seeds `seed`, `seed + 1`, ...; `call` goes over the arguments the run was traced
-    with; `data`: a folder of real images to score against; `inception`: weights for FID, IS, sFID,
-    KID.
+    with; `data`: a folder of real images to score against; `inception`: weights for FID and its
+    like.
 
     Raises QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.
     """

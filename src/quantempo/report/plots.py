@@ -104,9 +104,7 @@ def bare(axis: Any, grid: str) -> None:
 def timestep_distribution(
     drawn: np.ndarray, density: np.ndarray | None, actual: np.ndarray | None, steps: int, last: int
 ) -> str:
-    """Draw drawn step indices (n,) against their density (steps,), and `actual` places, of `last`,
-    met.
-    """
+    """Draw step indices (n,) against their density (steps,), and `actual` places, of `last`."""
     with new_figure(1, 2, 2.6) as (figure, axes):
         left, right = axes[0]
         counts = np.bincount(drawn, minlength=steps) / max(1, len(drawn))

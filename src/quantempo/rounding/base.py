@@ -34,8 +34,7 @@ class Unit:
 
     weights: float weight (O, ...) of each integer layer by name, in order of execution; scales:
     (O,) float32 of each; specs: its format; block: a `BlockRun`, None for roundings that need
-    weights alone; notes: what it wants said of this block in the log; groups: of weights that have
-    some.
+    weights alone; notes: what it wants said of this block in the log; groups: where there are any.
     """
 
     weights: Mapping[str, Tensor]
@@ -104,8 +103,8 @@ def dequantized_input(
 ) -> Tensor:
     """Return x_hat = s (clamp(round(x / s) + z, 0, qmax) - z), float32, a grid for each segment.
 
-    scale_at: (segment, x) -> s; by default of the clock. The gradient of round is 1 (Bengio et al.
-    2013).
+    scale_at: (segment, x) -> s; by default of the clock. The gradient of round is 1 (straight
+    through).
     """
     axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
     for i, part in enumerate(x.float().split(layer.segments, axis)):

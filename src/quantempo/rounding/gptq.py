@@ -42,9 +42,7 @@ class Inverse(NamedTuple):
 
     @classmethod
     def of(cls, hessian: Tensor, damping: float = 0.01) -> "Inverse":
-        """Factor (H + damping mean(diag H) I)^-1 of a finite positive semi-definite H (K, K),
-        unchanged.
-        """
+        """Factor (H + damping mean(diag H) I)^-1; H (K, K), semi-definite, is not changed."""
         if not bool(hessian.isfinite().all()):
             raise QuantempoError("got a hessian that is not finite; check checkpoint and trace")
         order = hessian.diagonal().argsort(descending=True, stable=True)

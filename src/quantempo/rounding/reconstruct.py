@@ -92,8 +92,7 @@ def round_denoiser(
 def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put what `round_denoiser` returned into the layers of a quantized copy, in place.
 
-    An engine has to be attached again. Not for a denoiser to be saved: its hash is of when it was
-    packed.
+    An engine has to be attached again. Not for a denoiser to be saved: its hash is that of packing.
     """
     for name, layer in quantized_layers(packed):
         for part in ("act_scale", "weight_scale", "weight_group", "bias"):
@@ -261,10 +260,7 @@ def _draw(data: CalibrationData, settings: RoundingSettings) -> list[Tensor]:
 def correct_bias(block: BlockRun) -> dict[str, Tensor]:
     """Change the biases of a block's layers in place and return them, (O,) float32 each.
 
-    A layer without a bias is left alone and logged.
-
-    Error: means are float64 sums of float32 outputs on the recorded rows, equal up to their
-    rounding.
+    A layer without a bias is left alone and logged. Error: float64 means of float32 outputs.
     """
     wanted = _float_means(block)
     result = {}

@@ -218,8 +218,7 @@ def search_activation(
 
     Raises QuantempoError: see `cost_table`; buckets that do not fit.
     Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
-    Source: Shang et al., CVPR 2023, eq. 11-13, over the whole set instead of a running mean of
-    batches.
+    Source: Shang et al., CVPR 2023, eq. 11-13, over the whole set instead of means of batches.
     """
     merged = _merge_rows(hist, buckets)
     table = cost_table(merged, edges, spec, **how)

@@ -122,8 +122,8 @@ class Histogram:
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
         """Count a batch; arguments as for `MinMax.update`.
 
-        Values less than a bin outside the range (the last digits follow the batch size) count in
-        the end bin.
+        Values less than a bin outside the range (last digits follow the batch size) count in the
+        end bin.
 
         Raises QuantempoError: NaN, values further outside, a time bin out of range.
         """
