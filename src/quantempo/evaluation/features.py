@@ -66,11 +66,9 @@ EXTRACTORS: Registry[Callable[[Path | None, str | None], Extractor]] = Registry(
 
 
 def load_extractor(
-    name: str = "lite0",
-    weights: str | Path | None = None,
-    sha256: str | None = None,
+    name: str = "lite0", weights: str | Path | None = None, sha256: str | None = None,
     device: str = "cpu",
-) -> Extractor:
+) -> Extractor:  # fmt: skip
     """Load a registered feature extractor, "lite0" or "inception", onto a device.
 
     `weights` is its file, None for the one that ships with the extractor; `sha256` the hash

@@ -131,11 +131,9 @@ def _adopt(session: Session, recipe: Recipe) -> None:
 
 
 def _asked(
-    recipe: Recipe,
-    budget_bytes: int | None = None,
-    budget_bops: int | None = None,
+    recipe: Recipe, budget_bytes: int | None = None, budget_bops: int | None = None,
     options: Sequence[str] | None = None,
-) -> tuple[dict[str, int], tuple[str, ...], Recipe, str]:
+) -> tuple[dict[str, int], tuple[str, ...], Recipe, str]:  # fmt: skip
     """Return budgets by name, the bits to choose from, the recipe without bits, and their hash."""
     given = {"bytes": budget_bytes, "bops": budget_bops}
     budgets = {name: value for name, value in given.items() if value is not None}

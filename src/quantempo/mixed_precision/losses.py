@@ -106,11 +106,9 @@ def outline(
 
 
 def _measure(
-    session: Session,
-    table: dict[str, Any],
-    missing: list[tuple[dict[str, Any], list[str]]],
+    session: Session, table: dict[str, Any], missing: list[tuple[dict[str, Any], list[str]]],
     bits: Mapping[str, tuple[int, int]],
-) -> None:
+) -> None:  # fmt: skip
     """Fill in the missing losses of a table; written after every layer."""
     settings, before, start = table["settings"], table["seconds"], time.perf_counter()
     seeds = range(settings["seed"], settings["seed"] + settings["chains"])

@@ -243,11 +243,9 @@ class Inputs:
 
 @torch.no_grad()
 def record(
-    modules: Mapping[str, nn.Module],
-    calls: list[tuple[int, Callable[[], Any]]],
-    budget: int,
+    modules: Mapping[str, nn.Module], calls: list[tuple[int, Callable[[], Any]]], budget: int,
     laws: Mapping[str, Sequence[Law]],
-) -> dict[str, Inputs] | None:
+) -> dict[str, Inputs] | None:  # fmt: skip
     """Return what every module is first called with by each of `calls` = (rows, forward).
 
     None if those of several modules take more than the budget together.
