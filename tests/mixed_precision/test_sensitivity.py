@@ -271,7 +271,8 @@ def test_the_command_prints_the_largest_loss_first(cli: Any, run: Path) -> None:
 
 def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: Path) -> None:
     file, run = tmp_path / "small.toml", tmp_path / "run"
-    file.write_text(SMALL.to_toml())
+    # Without groups, as w8a8 is: those of w4a8 then.
+    file.write_text(SMALL.override("weights", group=0).to_toml())
     command = ("quantize", saved("unconditional"), "--run", run, "--recipe", file)
     code, _, err = cli(*command, "--budget-bytes", 10)
     assert code == 2 and "a budget of bytes = 10; the options need at least" in err
@@ -286,6 +287,11 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
     assert code == 0, err
     choice = table(run)["choice"]
     assert set(choice["bits"].values()) == {"w4a8", "w8a8"}
+    tensors = load_file(run / "packed/unet/diffusion_pytorch_model.safetensors")
+    kinds = ("weight_int", "weight_group", "weight_scale")
+    stored = [tensors.get(f"{name}.{kind}") for name in choice["bits"] for kind in kinds]
+    assert sum(t.nbytes for t in stored if t is not None) == choice["spent"]["bytes"] <= budget
+    assert sum(t is None for t in stored) == [*choice["bits"].values()].count("w8a8")
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert {"trace", "calibrate", "sensitivity", "search", "round", "pack"} <= set(stages)
     assert cli(*command, "--budget-bytes", budget)[0] == 0

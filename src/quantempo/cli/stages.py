@@ -36,7 +36,8 @@ def quantize(
 
     A killed run resumes. The result is the diffusers folder RUN/packed. With a budget the bits
     of every integer layer are chosen by what they cost in the image (see quantempo sensitivity).
-    Bytes count codes and one scale a channel; bit operations are of one image and step.
+    Bytes count codes, scales and the groups that 4-bit weights have; bit operations are of one
+    image and step.
 
     Example: quantempo quantize models/ddpm-cifar10 --run runs/cifar
     """

@@ -9,7 +9,14 @@ import numpy as np
 
 from quantempo.errors import QuantempoError, log
 from quantempo.mixed_precision.allocate import Allocation, allocate, weight_bytes
-from quantempo.mixed_precision.losses import ARTEFACT, OPTIONS, measure, outline, write_plot
+from quantempo.mixed_precision.losses import (
+    ARTEFACT,
+    OPTIONS,
+    grouped,
+    measure,
+    outline,
+    write_plot,
+)
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe, parse_bits
 from quantempo.run_folder import RunFolder, hash_of, reading
@@ -26,8 +33,8 @@ def choose_bits(
 ) -> dict[str, Any]:  # fmt: skip
     """Choose bits for every integer layer within budgets and put them into the session's recipe.
 
-    They replace `layers.bits`; the choice, which is returned, stands in `sensitivity.json`. To be
-    called before `pipeline.finish`.
+    They replace `layers.bits`, weights of up to 4 bits being in groups (`grouped`); the choice,
+    which is returned, stands in `sensitivity.json`. To be called before `pipeline.finish`.
 
     Args:
         budget_bytes: of the integer weights as stored, see `weight_bytes`; what does not depend on
@@ -142,5 +149,5 @@ def _asked(
     if options is None:
         few = (f"w{bits}a{recipe.activations.bits}" for bits in _WEIGHT_BITS)
         options = OPTIONS if budget_bops is not None else tuple(few)
-    options, base = tuple(dict.fromkeys(options)), recipe.override("layers", bits={})
+    options, base = tuple(dict.fromkeys(options)), grouped(recipe).override("layers", bits={})
     return budgets, options, base, hash_of([base.sha256, budgets, list(options)])

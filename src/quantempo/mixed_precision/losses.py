@@ -24,11 +24,13 @@ from quantempo.models.macs import count_macs
 from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import calibrate, trace
-from quantempo.recipe import parse_bits
+from quantempo.recipe import Recipe, parse_bits
 from quantempo.report.sensitivity_plot import draw, standalone
 from quantempo.run_folder import RunFolder, atomic_path, hash_of, reading
 
-__all__ = ["ARTEFACT", "OPTIONS", "SEED", "measure", "outline", "table_rows", "write_plot"]
+__all__ = [
+    "ARTEFACT", "OPTIONS", "SEED", "grouped", "measure", "outline", "table_rows", "write_plot",
+]  # fmt: skip
 
 ARTEFACT, PLOT = "sensitivity.json", "sensitivity.svg"
 OPTIONS = ("w4a4", "w4a8", "w8a4", "w8a8")
@@ -36,12 +38,18 @@ OPTIONS = ("w4a4", "w4a8", "w8a4", "w8a8")
 SEED = 3_000_000
 
 
+def grouped(recipe: Recipe) -> Recipe:
+    """Return a recipe whose weights of up to 4 bits have groups: its own, else those of `w4a8`."""
+    group = recipe.weights.group or Recipe.load("w4a8").weights.group
+    return recipe.override("weights", group=group)
+
+
 def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) -> dict[str, Any]:
     """Measure every integer layer at every option and write `sensitivity.json`; return it.
 
     Trace and calibrate are run if they are not done. Losses measured before with the same settings
     are kept, so a killed run resumes and further options can be added. The recipe's bits do not
-    matter; `rollout`: chains, steps and seed of `outline`.
+    matter, few are in groups (`grouped`); `rollout`: chains, steps and seed of `outline`.
 
     Raises QuantempoError: an option that is none, no integer layer, a file of other settings
     without `force`, or a loss that is not finite.
@@ -74,7 +82,8 @@ def outline(
     trace(session)
     calibrate(session)
     settings = {"chains": chains, "steps": steps, "seed": seed}
-    chosen = {name: getattr(session.recipe, name) for name in ("activations", "weights")}
+    recipe = grouped(session.recipe)
+    chosen = {name: getattr(recipe, name) for name in ("activations", "weights")}
     # `bits` are what is varied here.
     text: dict[str, Any] = {k: {**vars(v), "bits": None} for k, v in chosen.items()}
     key = hash_of({**text, "inputs": session.key("calibrate"), "settings": settings})
@@ -101,7 +110,7 @@ def outline(
         row = {"name": p.name, "role": p.role, "macs": macs.get(p.name, 0)}
         layers.append({**row, "weight_shape": list(weight.shape), "losses": {}})
     empty = {"key": key, "settings": settings, "signal": None, "seconds": 0.0}
-    empty["group"] = session.recipe.weights.group
+    empty["group"] = recipe.weights.group
     return {**empty, "layers": layers, "choice": None}
 
 
@@ -116,7 +125,7 @@ def _measure(
     def rollout() -> Tensor:
         return last_latent(session.pipe, seeds, settings["steps"], session.call)
 
-    stats = session.run.read_safetensors("stats.safetensors")
+    stats, recipe = session.run.read_safetensors("stats.safetensors"), grouped(session.recipe)
     plans = {p.name: p for p in session.plans}
     times = TraceSet(session.run / "trace").times
     target = rollout()
@@ -125,7 +134,7 @@ def _measure(
     with tqdm(total=count, desc="sensitivity", unit="rollout", disable=None) as bar:
         for done, (row, todo) in enumerate(missing, 1):
             name = row["name"]
-            layer = OneLayer(session.denoiser, stats, plans[name], session.recipe, times)
+            layer = OneLayer(session.denoiser, stats, plans[name], recipe, times)
             for option in todo:
                 with replaced(session.pipe, session.component, layer.at(*bits[option])):
                     loss = float((rollout() - target).square().mean())
