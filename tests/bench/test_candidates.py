@@ -13,6 +13,7 @@ from quantempo.bench.forwards import compare, prepare
 from quantempo.bench.networks import Network, quick_network
 from quantempo.bench.results import Results
 from quantempo.errors import QuantempoError
+from quantempo.kernels import ops
 from quantempo.models.presets import random_inputs
 from tests.bench.timers import Steady
 from tests.tiny import noise, tiny_dit, tiny_text, tiny_unet
@@ -58,6 +59,16 @@ def test_candidates_are_chosen_by_pattern_and_device_in_their_order() -> None:
 def test_weights_of_films_have_no_channels_last() -> None:
     forward = named("bf16/channels_last")[0].build(Subject(torch.nn.Conv3d(4, 4, 1), None, {}))
     assert forward.weight.dtype == torch.bfloat16
+
+
+def test_attentions_in_8_bits_are_counted(subject: Subject, wanted: torch.Tensor) -> None:
+    def build(subject: Subject) -> Any:
+        for _ in range(3):
+            ops.attention8(*(noise(1, 4, 2, 64),) * 3)
+        return subject.floating
+
+    row = prepare(Candidate("ours/x", build), subject, wanted, Steady()).row([])
+    assert row["attentions_8bit"] == 3
 
 
 @pytest.mark.parametrize("name", ["fp32/eager", "fp32/channels_last", *PLAIN])

@@ -4,12 +4,14 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from quantempo.bench.candidates import Candidate, Forward, Subject
@@ -30,9 +32,9 @@ _MIN_SQNR = {"fp32": 60.0, "bf16": 20.0, "peer": 5.0, "ours": 5.0}
 class Ready:
     """A candidate that computes the right thing.
 
-    engine: of ours; inputs: of its calls; ms: of a first call; seconds: to build, compile and
-    record it; sqnr_db: of its output against float32; peak_bytes: its weights and what one forward
-    without a graph adds.
+    engine, attentions (run in 8 bits by a forward): of ours; inputs: of its calls; ms: of a first
+    call; seconds: to build, compile and record it; sqnr_db: of its output against float32;
+    peak_bytes: its weights and what one forward without a graph adds.
     """
 
     candidate: Candidate
@@ -43,6 +45,7 @@ class Ready:
     seconds: float
     sqnr_db: float
     peak_bytes: int
+    attentions: int = 0
 
     def __call__(self) -> Any:
         """Run the forward on its inputs."""
@@ -51,6 +54,7 @@ class Ready:
     def row(self, samples: list[float]) -> dict[str, Any]:
         """Return what is known: medians of samples in ms, or the first call."""
         ms = samples or [self.ms]
+        own = {"engine": self.engine, "attentions_8bit": self.attentions}
         return {
             "candidate": self.candidate.name,
             "ms_per_forward": round(median(ms), 4),
@@ -59,7 +63,7 @@ class Ready:
             "sqnr_db": round(self.sqnr_db, 2),
             "prepare_seconds": round(self.seconds, 1),
             "peak_bytes": self.peak_bytes,
-            **({"engine": self.engine} if self.candidate.kind == "ours" else {}),
+            **(own if self.candidate.kind == "ours" else {}),
         }
 
 
@@ -85,7 +89,9 @@ def prepare(
         # What the compiler thinks of diffusers' code is not our user's concern.
         warnings.simplefilter("ignore")
         inputs = candidate.inputs(subject)
-        forward = candidate.build(subject)
+        # Ours is called once there, eagerly.
+        with _Attentions() if candidate.kind == "ours" else nullcontext() as seen:
+            forward = candidate.build(subject)
         # Compiles, and chooses algorithms, whose buffers are gone afterwards.
         forward(**inputs)
         gc.collect()
@@ -101,7 +107,18 @@ def prepare(
     seconds = time.perf_counter() - start
     log.debug("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
     engine = candidate.engine or subject.engine
-    return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak)
+    count = 0 if seen is None else seen.count
+    return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak, count)
+
+
+class _Attentions(TorchDispatchMode):
+    """Count the calls of `ops.attention8`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.quantempo.attention8.default
+        return func(*args, **(kwargs or {}))
 
 
 def _judge(candidate: Candidate, output: Tensor, wanted: Tensor) -> float:

@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,7 +140,9 @@ def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> n
         ends.setdefault(name, []).append(torch.stack([torch.stack(p.aminmax()) for p in parts]))
 
     inputs = {name: layers[name] for name in bits_of([*plans.values()])}
-    with hooked(inputs, see, before=True), measured_attention(floating) as errors:
+    some = recipe.attention.max_error > 0
+    measured: Any = measured_attention(floating) if some else nullcontext({})
+    with hooked(inputs, see, before=True), measured as errors:
         for call in calls:
             floating(**call)
     state = [*floating.parameters(), *floating.buffers()]

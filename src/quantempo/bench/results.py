@@ -31,8 +31,9 @@ class Results:
         """Return {**head, "speedup_vs_best_bf16", ..., "rows"}; see `speedups`.
 
         A row is {"kind": "forward", "model", "batch", "candidate", "ms_per_forward", "ms_min",
-        "rounds", "sqnr_db", "prepare_seconds", "peak_bytes"} with "engine" for ours, or one of
-        kind "images_per_second", "limits" or "op"; "failed" says why there is no time.
+        "rounds", "sqnr_db", "prepare_seconds", "peak_bytes"} with "engine" and "attentions_8bit"
+        (how many ran so) for ours, or one of kind "images_per_second", "limits" or "op"; "failed"
+        says why there is no time.
         """
         rows = list(self._rows.values())
         return {**self.head, **speedups(rows, self.head.get("engine")), "rows": rows}
@@ -97,9 +98,11 @@ def text_table(record: Row) -> Iterator[str]:
         yield ""
         yield f"{model}, batch {batch}: median ms a forward, dB against float32, MB"
         for row in _timed(rows):
+            eight = row.get("attentions_8bit")
             yield (
                 f"  {row['candidate']:<26} {row['ms_per_forward']:10.3f} {row['sqnr_db']:7.1f} "
                 f"{row['peak_bytes'] / 1e6:9.0f}   ready in {row['prepare_seconds']:.0f} s"
+                + (f", {eight} attentions in 8 bits" if eight else "")
             )
         for row in rows:
             if row["kind"] == "images_per_second":
