@@ -38,12 +38,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "supported", lambda *_: True)
 
 
-def marked(kind: str, error: float = 0.0, outlier: float = 0.0) -> torch.nn.Module:
-    """Return a network on engine triton all of whose long attentions have this error."""
+def marked(kind: str, known: Any = 0.0, outlier: float = 0.0) -> torch.nn.Module:
+    """Return a network on engine triton whose long attentions have this error (and tokens)."""
     network = copy.deepcopy(quantized(kind))
     if outlier:
         network.single_transformer_blocks[1].attn.norm_k.weight.data[3] = outlier
-    ours.mark_attention(network, dict.fromkeys(ours.attending(tiny(kind)), error), 0.01)
+    ours.mark_attention(network, dict.fromkeys(ours.attending(tiny(kind)), known), 0.01)
     ENGINE.attach(network)
     return network
 
@@ -64,11 +64,12 @@ def test_those_within_the_limit_are_chosen_recorded_and_read_back(tmp_path, monk
     with ours.measured_attention(network) as worst:
         for row in range(len(data)):
             data.replay(network, data.rows(torch.tensor([row])))
-    assert 0 < worst[first] <= 0.03 < worst[name]
-    assert {k: chosen for k, (_, chosen) in marks.items()} == {first: True, name: False}
-    assert {k: error for k, (error, _) in marks.items()} == pytest.approx(worst, rel=1e-4)
+    assert 0 < worst[first][0] <= 0.03 < worst[name][0]
+    assert {k: known.chosen for k, known in marks.items()} == {first: True, name: False}
+    for k, known in marks.items():
+        assert [known.error, known.tokens] == pytest.approx(worst[k], rel=1e-4)
     reason = RunFolder(tmp_path).read_json("layers.json")[-1]["reason"]
-    assert reason.startswith("1 of 2 in 8 bits") and f"not {name}: {worst[name]:.2%}" in reason
+    assert reason.startswith("1 of 2 in 8 bits") and f"not {name}: {worst[name][0]:.2%}" in reason
     assert not quantize(network, data, quick(0.0)).attention
     monkeypatch.setattr(ours, "LEAST", dict.fromkeys((8, 16), 2048))
     assert not quantize(network, data, quick(0.03)).attention
@@ -77,7 +78,7 @@ def test_those_within_the_limit_are_chosen_recorded_and_read_back(tmp_path, monk
 @torch.no_grad()
 @pytest.mark.parametrize("kind", LONG)
 def test_fused_blocks_run_the_definition_where_chosen(kind, monkeypatch):
-    network, plain, given = marked(kind), marked(kind, error=1.0), call(kind)
+    network, plain, given = marked(kind), marked(kind, 1.0), call(kind)
     if kind in ("flux", "wan"):
         known = functools.cache(lambda *_: bool(importlib.import_module("torch")))
         monkeypatch.setattr(attention, "supported", known)
@@ -111,6 +112,37 @@ def test_the_check_of_a_first_call_has_the_same_attention(monkeypatch):
     monkeypatch.setattr(cuda, "attentions", lambda *_: nullcontext())
     ENGINE.first_wrong(network, (), given, output)
     assert found[0] > found[1] + 10, found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_check_judges_by_what_the_attention_was_given(mixed, monkeypatch):
+    """Float32 in a network that returns bfloat16, which has no 8 bits; the other way round."""
+    monkeypatch.setattr(ours, "_supported", lambda *how: how[2] == torch.bfloat16)
+    network, given, found = marked("flux", outlier=200.0), call("flux"), []
+    end = torch.float32 if mixed else torch.bfloat16
+    network.proj_out.register_forward_hook(lambda _, args, y: y.to(end))
+    ENGINE.attach(network)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        output = network(**given)
+        assert {known.ran for known in ours.marked_attention(network).values()} == {mixed}
+        assert ENGINE.first_wrong(network, (), given, output) is None
+        monkeypatch.setattr(cuda, "_far", lambda y, exact, free: found.append(exact[0]))
+        ENGINE.first_wrong(network, (), given, output)
+        monkeypatch.setattr(cuda, "attentions", lambda *_: nullcontext())
+        ENGINE.first_wrong(network, (), given, output)
+    assert torch.equal(*found) == (not mixed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [0.0, [0.0, 7], [0.0, 6]])
+def test_a_call_over_twice_as_long_as_measured_is_said_once_a_module(known, caplog):
+    network, given = marked("flux", known), call("flux")
+    with caplog.at_level("DEBUG", "quantempo"):
+        for _ in range(2):
+            network(**given)
+    said = [r.levelname for r in caplog.records if "measured on 6: quantize" in r.getMessage()]
+    assert said == (["WARNING", "DEBUG", "DEBUG", "DEBUG"] if known == [0.0, 6] else [])
 
 
 @torch.no_grad()

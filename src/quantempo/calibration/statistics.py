@@ -68,8 +68,8 @@ def collect_statistics(
 
 
 @torch.no_grad()
-def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, float]:
-    """Return the largest error in 8 bits of each long attention, at times from first to last."""
+def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, list[float]]:
+    """Return what `measured_attention` yields, at times from first to last."""
     if not attending(denoiser) or not len(data):
         return {}
     order = data.times.noisiest(torch.as_tensor(data.timesteps)).argsort()

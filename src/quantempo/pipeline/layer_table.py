@@ -82,10 +82,11 @@ def _attention_reason(denoiser: nn.Module) -> str:
     """Return why attention is in float, or of how many modules it is in 8 bits on a GPU."""
     if not (found := marked_attention(denoiser)):
         return "product of two activations: softmax and its neighbours stay in float"
-    eight = [error for error, chosen in found.values() if chosen]
-    left = [f"; not {name}: {error:.2%}" for name, (error, chosen) in found.items() if not chosen]
-    known = f"{len(eight)} of {len(found)} in 8 bits where engine triton can, error"
-    return f"{known} up to {max(eight, default=0):.2%}{''.join(left)}"
+    eight = [known.error for known in found.values() if known.chosen]
+    left = [f"; not {name}: {v.error:.2%}" for name, v in found.items() if not v.chosen]
+    tokens = min(known.tokens for known in found.values()) or "unknown"
+    said = f"{len(eight)} of {len(found)} in 8 bits where engine triton can, error"
+    return f"{said} up to {max(eight, default=0):.2%} (tokens: {tokens}){''.join(left)}"
 
 
 def _row(name: str, kind: str, role: str, macs: int) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Quantized:
     bucket_of: Tensor
     times: Times | None = None
     biases: dict[str, Tensor] = field(default_factory=dict)
-    attention: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class Quantized:
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
             for p in _settled(plans, scales, recipe)
         ]
-        errors = {k.removesuffix(_COST): float(v) for k, v in scales.items() if k.endswith(_COST)}
+        errors = {k.removesuffix(_COST): v.tolist() for k, v in scales.items() if k.endswith(_COST)}
         return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors)
 
     @torch.no_grad()

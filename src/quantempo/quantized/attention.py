@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from quantempo.core.instance import keep
+from quantempo.errors import log
 from quantempo.kernels.ops import attention
 from quantempo.models.fusion import attending
 from quantempo.models.layers import hooked
@@ -23,24 +25,57 @@ _MARK = "_quantempo_attention"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def mark_attention(denoiser: nn.Module, errors: Mapping[str, float], most: float) -> None:
-    """Note in the modules what 8 bits cost them; those of at most `most` may run so."""
-    for name, error in errors.items():
-        keep(denoiser.get_submodule(name), _MARK, (error, error <= most))
+@dataclass(eq=False)
+class _Known:
+    """The largest error of an attention in 8 bits, on at most `tokens` (0: unknown).
+
+    chosen: whether it may run so; ran: whether it did in the last call; longer: those of its
+    network that ran so on over twice as many.
+    """
+
+    error: float
+    tokens: int
+    chosen: bool
+    longer: list["_Known"]
+    ran: bool = False
+
+    def note(self, ran: bool, tokens: int) -> None:
+        """Note a call; of the first that is so long say it, of the network's first aloud."""
+        self.ran = ran
+        if ran and 0 < 2 * self.tokens < tokens and self not in self.longer:
+            self.longer.append(self)
+            say = log.debug if self.longer[1:] else log.warning
+            how = "attention in 8 bits on %d tokens, measured on %d: quantize with such a call (%d)"
+            say(how, tokens, self.tokens, len(self.longer))
 
 
-def marked_attention(denoiser: nn.Module) -> dict[str, tuple[float, bool]]:
-    """Return for each measured module its error, and whether it may run in 8 bits."""
+def mark_attention(denoiser: nn.Module, errors: Mapping[str, Any], most: float) -> None:
+    """Note in modules what 8 bits cost them: [error, tokens], or of older files the error alone."""
+    longer: list[_Known] = []
+    for name, known in errors.items():
+        error, tokens = known if isinstance(known, list) else (known, 0)
+        known = _Known(error, int(tokens), error <= most, longer)
+        keep(denoiser.get_submodule(name), _MARK, known)
+
+
+def marked_attention(denoiser: nn.Module) -> dict[str, _Known]:
+    """Return what is known of each measured module."""
     return {n: getattr(m, _MARK) for n, m in denoiser.named_modules() if hasattr(m, _MARK)}
 
 
-def eight_bit(module: Any, q: Tensor, k: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Return whether a module runs an attention in 8 bits; dtype: where it is not that of q."""
+def eight_bit(module: Any, q: Tensor, k: Tensor) -> bool:
+    """Return whether a module runs an attention in 8 bits."""
     # Not above: this module is imported while diffusers itself is.
     from quantempo.models.fusion_joint import by_default
 
-    chosen = getattr(module, _MARK, (0.0, False))[1] and _is_long(q, k) and by_default(module)
-    return chosen and _supported(q.device, q.shape[3], dtype or q.dtype)
+    known = getattr(module, _MARK, None)
+    if known is None:
+        return False
+    chosen = known.chosen and _is_long(q, k) and by_default(module)
+    chosen = chosen and _supported(q.device, q.shape[3], q.dtype)
+    if not torch.compiler.is_compiling():
+        known.note(chosen, q.shape[1])
+    return chosen
 
 
 def _is_long(q: Tensor, k: Tensor) -> bool:
@@ -78,16 +113,17 @@ def attentions(denoiser: nn.Module, see: Callable[..., Tensor]) -> Iterator[None
 
 
 @contextmanager
-def measured_attention(denoiser: nn.Module) -> Iterator[dict[str, float]]:
-    """Yield max over images of |y8 - y| / |y| by the name of each module with long attention."""
-    errors: dict[str, float] = {}
+def measured_attention(denoiser: nn.Module) -> Iterator[dict[str, list[float]]]:
+    """Yield [max over images of |y8 - y| / |y|, most tokens] by module with long attention."""
+    errors: dict[str, list[float]] = {}
 
     def see(name: str, *every: Tensor) -> Tensor:
         for q, k, v, y in zip(*(x.split(1) for x in every), strict=True):
             far = (attention.exact(q, k, v).float() - y).norm() / y.float().norm()
             # 0 / 0: no value is anything but 0.
             far = far.nan_to_num(torch.inf if y.any() else 0.0)
-            errors[name] = max(errors.get(name, 0.0), float(far))
+            error, tokens = errors.get(name, (0.0, 0))
+            errors[name] = [max(error, float(far)), max(tokens, len(q[0]))]
         return every[3]
 
     with attentions(denoiser, see):

@@ -17,7 +17,7 @@ from quantempo.errors import log
 from quantempo.kernels import ops
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers, weight_only_layers
-from quantempo.quantized.attention import attentions, eight_bit
+from quantempo.quantized.attention import attentions, marked_attention
 
 __all__ = ["dit", "joint", "transformer", "unet"]
 
@@ -26,6 +26,8 @@ class _TritonEngine(LayerwiseEngine):
     def attach(self, denoiser: nn.Module) -> None:
         for layer in weight_only_layers(denoiser):
             layer.kernel = ops.weight_only_linear
+        for known in marked_attention(denoiser).values():
+            known.ran = False
         super().attach(denoiser)
 
     def detach(self, denoiser: nn.Module) -> None:
@@ -50,6 +52,7 @@ class _TritonEngine(LayerwiseEngine):
             Tensor, lambda x: x.float() if x.is_floating_point() else x, given
         )
         wrong: list[str] = []
+        eight = {name for name, known in marked_attention(denoiser).items() if known.ran}
 
         def see(name: str, _: nn.Module, args: Any, kwargs: Any, truth: Any) -> None:
             part = denoiser.get_submodule(name)
@@ -60,12 +63,9 @@ class _TritonEngine(LayerwiseEngine):
         try:
             copied, kind = float32_copy(denoiser), type(denoiser)
             names = [*layers, *fused_modules(denoiser)]
-            dtype = next(x.dtype for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
 
             def attend(name: str, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
-                inside = any(f"{name}.".startswith(f"{block}.") for block in names[len(layers) :])
-                own = inside and eight_bit(denoiser.get_submodule(name), q, k, dtype)
-                return ops.attention.exact(q, k, v) if own else y
+                return ops.attention.exact(q, k, v) if name in eight else y
 
             def run(network: nn.Module, rounded: bool, given: Any) -> Any:
                 network.get_submodule(CLOCK_NAME).call.bucket = clock.now
@@ -74,13 +74,14 @@ class _TritonEngine(LayerwiseEngine):
                 with attentions(network, attend):
                     return kind.forward(network, *given[0], **given[1])
 
+            # What half precision costs by itself, autocast's too, is no fault of the engine.
+            free = run(float32_copy(denoiser, None), False, given)
             with (
                 hooked({name: copied.get_submodule(name) for name in names}, see),
                 torch.autocast(clock.now.device.type, enabled=False),
             ):
                 exact = run(copied, True, full)
-                # What half precision costs by itself is no fault of the engine.
-                far = _far(output, exact, run(float32_copy(denoiser, None), False, given))
+                far = _far(output, exact, free)
                 if far:
                     run(copied, True, full)
         except Exception as error:
