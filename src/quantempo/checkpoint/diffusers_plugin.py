@@ -84,8 +84,7 @@ class QuantempoConfig(QuantizationConfigMixin):
         bits: name -> [weight bits, activation bits], where they are not [8, 8]; and the input
             channels that share a scale, of weights in groups.
         roles: name -> role, as measured.
-        attention_errors: module -> largest error of its attention in 8 bits and the tokens of the
-            longest that was measured.
+        attention_errors: module -> [largest error of its attention in 8 bits, most tokens].
         times: fields of `Times`, the places in time of the clock's table.
         network: the network's own configuration as it was saved.
         hashes: SHA-256, checked at load: "tensors": of all that are saved; "settings": of the rest

@@ -29,8 +29,7 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 class _Known:
     """The largest error of an attention in 8 bits, on at most `tokens` (0: unknown).
 
-    chosen: whether it may run so; ran: whether it did in the last call; longer: those of its
-    network that ran so on over twice as many.
+    chosen: may it run so; ran: did the last call; longer: those with calls over twice as long.
     """
 
     error: float
@@ -54,8 +53,8 @@ def mark_attention(denoiser: nn.Module, errors: Mapping[str, Any], most: float) 
     longer: list[_Known] = []
     for name, known in errors.items():
         error, tokens = known if isinstance(known, list) else (known, 0)
-        known = _Known(error, int(tokens), error <= most, longer)
-        keep(denoiser.get_submodule(name), _MARK, known)
+        found = _Known(error, int(tokens), error <= most, longer)
+        keep(denoiser.get_submodule(name), _MARK, found)
 
 
 def marked_attention(denoiser: nn.Module) -> dict[str, _Known]:
@@ -68,8 +67,7 @@ def eight_bit(module: Any, q: Tensor, k: Tensor) -> bool:
     # Not above: this module is imported while diffusers itself is.
     from quantempo.models.fusion_joint import by_default
 
-    known = getattr(module, _MARK, None)
-    if known is None:
+    if (known := getattr(module, _MARK, None)) is None:
         return False
     chosen = known.chosen and _is_long(q, k) and by_default(module)
     chosen = chosen and _supported(q.device, q.shape[3], q.dtype)

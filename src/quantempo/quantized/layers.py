@@ -122,9 +122,9 @@ class QLayer(FixedTypes):
     @property
     def stored(self) -> dict[str, Any]:
         """Return `weight_int` and `weight_group` by name, where the scales are."""
-        parts = {"weight_int": self.weight_int, "weight_group": self.weight_group}
-        device = self.weight_scale.device
-        return {name: None if part is None else part.to(device) for name, part in parts.items()}
+        device, group = self.weight_scale.device, self.weight_group
+        group = None if group is None else group.to(device)
+        return {"weight_int": self.weight_int.to(device), "weight_group": group}
 
     def set_aside(self) -> None:
         """Move the integers of groups to the host's memory: an engine has its own."""

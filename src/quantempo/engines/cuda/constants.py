@@ -42,9 +42,7 @@ def constant(value: Tensor, apart: bool = False) -> Tensor:
 
 
 def alone(part: Tensor) -> Tensor:
-    """Return a part of a tensor, in the same memory, as all of a storage: what copies and saves it
-    takes the rest along of a view.
-    """
+    """Return a part of a tensor, in its memory, that copies and files take without the rest."""
     return torch.from_dlpack(part)
 
 

@@ -64,10 +64,9 @@ class SharedModulations(Prepared, TimeShifts):
         return ops.weight_only_linear(F.silu(given.float()).contiguous(), *self.joined)
 
 
-def modulated(layer: Any, temb: Tensor) -> Tensor:
+def modulated(layer: Any, temb: Tensor) -> Any:
     """Return layer(silu(temb)); of integer weights in float32, as `SharedModulations` does."""
-    y: Tensor = layer(F.silu(temb.float() if isinstance(layer, WeightOnlyLinear) else temb))
-    return y
+    return layer(F.silu(temb.float() if isinstance(layer, WeightOnlyLinear) else temb))
 
 
 class _Modulation:
