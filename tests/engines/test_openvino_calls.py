@@ -124,6 +124,10 @@ def test_a_half_precision_model_keeps_its_weights_and_answers_in_kind(unet: nn.M
     x = torch.randn(1, 3, 16, 16)
     found = net(x.bfloat16(), 4).sample
     assert found.dtype == torch.bfloat16
+    # The network in float32 with the same weights, which the check of the first call sees too.
+    wide = copy.deepcopy(net).float()
+    OpenVinoEngine().attach(wide)
+    assert torch.equal(wide(x.bfloat16().float(), 4).sample.bfloat16(), found)
     # Float layers with weights of 8 bits cost 2^-9 each.
     assert nets.sqnr_db(unet(x, 4).sample, found.float()) > 25
     after = net.state_dict()

@@ -47,6 +47,7 @@ class Case:
     zero_point: int = 70
     qmax: int = 255
     offset: float = 0.5
+    size: float = 1.0  # of x and skip, which are cut at 6e4
     one_launch: bool | None = None
     plan: Plan | None = None
 
@@ -55,6 +56,7 @@ class Case:
 
         def image(channels: int, spread: float, offset: float) -> Tensor:
             x = torch.randn(self.n, channels, self.h, self.w, generator=g) * spread + offset
+            x = (self.size * x).clamp(-6e4, 6e4)
             return x.to(self.dtype).to(device).contiguous(memory_format=LAST)
 
         x = image(self.c1, 2.0, self.offset)
@@ -139,6 +141,9 @@ CASES = {
     "one pixel, two launches": Case(h=1, w=1, groups=8, one_launch=False),
     "held": Case(n=3, h=9, w=9, c1=48, groups=16),
     "held, fp16": Case(h=3, w=5, c1=160, groups=32, dtype=torch.float16),
+    "held, large": Case(c2=32, dtype=torch.float16, size=2e4, raw_rows=1),
+    "streamed, large": Case(h=9, w=9, dtype=torch.float16, size=2e4, plan=STREAMED),
+    "two launches, large": Case(h=9, w=9, dtype=torch.float16, size=2e4, one_launch=False),
     "held, fp32, no silu": Case(n=1, c1=96, groups=32, dtype=torch.float32, silu=False),
     "held, raw": Case(c1=48, raw_rows=1),
     "whole pixels": Case(h=4, w=8, c1=32),

@@ -34,6 +34,7 @@ CASES = {
     "one box, one warp": square(4, 64, groups=8),
     "four boxes": square(32, 128),
     "four boxes, fp16": square(32, 128, dtype=torch.float16),
+    "four boxes, fp16, large": square(32, 128, dtype=torch.float16, size=2e4, raw_rows=1),
     "groups of 16": square(16, 512),
     "groups of 8, wide slabs": square(16, 256),
     "groups of 12, slabs across": square(32, 256, 128),

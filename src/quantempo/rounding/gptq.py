@@ -234,8 +234,8 @@ def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
         scale.copy_(found.scale)
         unit.groups[name].copy_(found.groups)
     elif cross is not None:
-        pair = (torch.cat(parts), weight.flatten(1))
-        far, near = (_beyond(w / scale[:, None], unit.grid(name)) for w in pair)
+        ratios = (w / scale[:, None] for w in (torch.cat(parts), weight.flatten(1)))
+        far, near = ((spec.grid(()).round(r) - r).abs() > 0.5 for r in ratios)
         cut = int((far & ~near).sum())
     grid = unit.grid(name)
     done = [
@@ -247,10 +247,6 @@ def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
     codes = torch.cat(done).reshape(layer.weight_shape)
     unit.block.assign(name, codes)
     return codes, cut
-
-
-def _beyond(ratio: Tensor, grid: Grid) -> Tensor:
-    return (grid.round(ratio) - ratio).abs() > grid.step / 2
 
 
 ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))

@@ -154,7 +154,7 @@ class _Runner:
             return self.graphs[key]
 
     def _first_wrong(self, graph: _Graph, layout: _Layout, values: list[Tensor]) -> str | None:
-        """Compare a new graph with `simulated`; return the first layer that is far, or None."""
+        """Return the first layer far from `simulated`, or None; both run half types in float32."""
         arguments = layout.fill(values[1:])
         (truth, seen), (free, loose) = (
             reference(self.denoiser, values[0], arguments, rounded) for rounded in (True, False)
