@@ -64,7 +64,7 @@ def test_numbers_and_names_come_from_the_files(page: Page) -> None:
     assert "3.92×" in summary
     layers = page.sections["layers"]
     assert "down_blocks.4.resnets.0.conv_shortcut shortcut 64 × 128 × 1 × 1 8 / 8 2 4" in layers
-    assert "input layer: reads x_t itself" in layers
+    assert "input layer: reads x_t itself" in layers and "bits w / a" in layers
     assert "[activations]" in page.sections["recipe"] and "p = 2.4" in page.sections["recipe"]
     environment = page.sections["environment"]
     assert "ddpm-tiny" in environment and "some/where" not in environment

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantempo.errors import QuantempoError
+from quantempo.report.bits import bits_cell
 from quantempo.report.pictures import seeds_of, write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
 from quantempo.run_folder import RunFolder, atomic_path, reading
@@ -50,7 +51,7 @@ def render(run_path: str | Path) -> Path:
         except NotRunError as reason:
             sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
     # Resolved, so that a run given as "." still has a name.
-    text = page.render(name=run.path.resolve().name, sections=sections)
+    text = page.render(name=run.path.resolve().name, sections=sections, bits_cell=bits_cell)
     target = run / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["bits_cell", "bits_facts", "bits_label", "layer_cells"]
+__all__ = ["bits_cell", "bits_facts", "bits_label"]
 
 Row = Mapping[str, Any]
 
@@ -60,27 +60,3 @@ def bits_facts(rows: Sequence[Row], mean: float | None) -> list[tuple[str, str]]
         for (w, a), group in sorted(groups.items())
     ]
     return facts if mean is None else [*facts, ("bits a weight, mean", f"{mean:.2f}")]
-
-
-def layer_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
-    """Return (head, cells, caption) of the table of all layers."""
-    total = sum(row["macs"] for row in rows) or 1
-    cells: list[tuple[str, ...]] = [
-        (
-            row["name"],
-            row["role"],
-            " × ".join(map(str, row["weight_shape"])) or "–",
-            bits_cell(row),
-            str(max(1, len(row["segments"]))),
-            {None: "–", 0: "token"}.get(row["buckets"], str(row["buckets"])),
-            "–" if row["scale_min"] is None else f"{row['scale_min']:.3g} – {row['scale_max']:.3g}",
-            f"{100 * row['macs'] / total:.2f} %",
-            "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
-            row["reason"] or "",
-        )
-        for row in rows
-    ]
-    head = ("layer", "role", "weight", "bits w / a", "parts", "buckets", "activation scale", "MACs",
-            "SQNR dB", "why")  # fmt: skip
-    caption = f"{len(rows)} rows, {total / 1e9:.3g} billion multiply-adds per image and step."
-    return head, cells, caption

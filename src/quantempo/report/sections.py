@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantempo.report import plots, sensitivity_plot
-from quantempo.report.bits import bits_facts, bits_label, layer_cells
+from quantempo.report.bits import bits_facts, bits_label
 from quantempo.report.pictures import compare, seeds_of
 from quantempo.run_folder import RunFolder, read_tensors
 
@@ -311,8 +311,7 @@ def _speed(run: RunFolder) -> list[Block]:
 
 
 def _layers(run: RunFolder) -> list[Block]:
-    head, cells, caption = layer_cells(_file(run, "layers.json", "pack"))
-    return [Block("table", cells, caption, head)]
+    return [Block("layers", _file(run, "layers.json", "pack"))]
 
 
 def _recipe(run: RunFolder) -> list[Block]:
