@@ -40,10 +40,8 @@ _DRAW = 0x5EED_7157
 class Calibrator:
     """Make the scales of a recipe from a float pipeline.
 
-    Args:
-        scratch: where traces live while they are needed.
-        model: hash of the float network.
-        batch_size: chains in one call of the pipeline.
+    scratch: where traces live while they are needed; model: hash of the float network; batch_size:
+    chains in one call of the pipeline.
     """
 
     def __init__(self, scratch: Path, model: str, batch_size: int) -> None:

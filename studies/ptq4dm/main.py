@@ -66,8 +66,7 @@ def make_plan(
         samples: calibration inputs; default 256 (small: 8).
         small: 6 steps and few inputs, for a look on a CPU.
 
-    Raises:
-        QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
+    Raises QuantempoError: fewer than 2 images a seed, which no distance can be computed of.
     """
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     ours = Recipe.load(compare) if isinstance(compare, str) else compare
@@ -108,8 +107,8 @@ def run_study(
         known: `cells.jsonl` of an earlier run: its cells are not run again.
         tables: write tables, plots, page and text, besides `cells.jsonl`.
 
-    Raises:
-        QuantempoError: unknown study, a folder with something else in it, or what `Tools` raises.
+    Raises QuantempoError: unknown study, a folder with something else in it, or what `Tools`
+    raises.
     """
     names = [name for name in STUDIES.names() if plan.ours or name != "Ours"]
     chosen = [STUDIES.get(name) for name in only or names]
@@ -144,8 +143,7 @@ def run_study(
 def read_cells(out: RunFolder, known: Path | None) -> None:
     """Take the finished cells of a `cells.jsonl` that the folder does not have yet.
 
-    Raises:
-        QuantempoError: no such file, or one that holds something else.
+    Raises QuantempoError: no such file, or one that holds something else.
     """
     if known is None:
         return

@@ -32,9 +32,7 @@ __all__ = ["Frontend", "Networks"]
 class Frontend(nn.Module):
     """Stand for a denoiser in its pipeline: quantize its output outside the compiled network.
 
-    Args:
-        network: what computes.
-        fast: a compiled form of it for the batches of the sampler, or None.
+    network: what computes; fast: a compiled form of it for the batches of the sampler, or None.
     """
 
     network: nn.Module
@@ -77,9 +75,7 @@ class Frontend(nn.Module):
 class Networks:
     """Hand out the networks of one float denoiser.
 
-    Args:
-        denoiser: float, on its device, never changed.
-        compiled: compile what the sampler calls.
+    denoiser: float, on its device, never changed; compiled: compile what the sampler calls.
     """
 
     def __init__(self, denoiser: nn.Module, compiled: bool) -> None:
@@ -99,10 +95,8 @@ class Networks:
     def input_side(self, recipe: Recipe, tensors: Mapping[str, Tensor], data: TraceSet) -> Frontend:
         """Return the network as it would be packed, with the scales of `search_scales`.
 
-        Args:
-            recipe: its rounding and layers.
-            tensors: from `Calibrator.scales`.
-            data: the calibration set, for roundings that look at it.
+        recipe: its rounding and layers; tensors: from `Calibrator.scales`; data: the calibration
+        set, for roundings that look at it.
         """
         buckets = recipe.activations.buckets
         plans = [

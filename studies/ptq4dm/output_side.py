@@ -40,10 +40,8 @@ def install_output_side(
 
     x_hat = scale * (clamp(round(x / scale) + zero_point, 0, 255) - zero_point)
 
-    Args:
-        denoiser: float, changed in place.
-        weights: layer name -> dequantized weight (O, ...).
-        grids: layer name -> (scale (), zero_point ()) of its output.
+    denoiser: float, changed in place; weights: layer name -> dequantized weight (O, ...); grids:
+    layer name -> (scale (), zero_point ()) of its output.
     """
     for name, weight in weights.items():
         layer: Any = denoiser.get_submodule(name)

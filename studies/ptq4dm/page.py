@@ -70,11 +70,9 @@ def render_study(folder: str | Path) -> Path:
 
     Items without a file, failed cells and cells that were not run are listed as such.
 
-    Args:
-        folder: of the study, with `study.json`, `items/` and `pictures/`.
+    folder: of the study, with `study.json`, `items/` and `pictures/`.
 
-    Raises:
-        QuantempoError: no study there, a damaged file in it, matplotlib or jinja2 missing.
+    Raises QuantempoError: no study there, a damaged file in it, matplotlib or jinja2 missing.
     """
     run = RunFolder(folder)
     items = read_items(run)

@@ -52,8 +52,7 @@ class Plot:
 def read_items(run: RunFolder) -> dict[str, dict[str, Any] | None]:
     """Return item name -> its JSON in the order of the study, None where the file is missing.
 
-    Raises:
-        QuantempoError: no folder, no `study.json` in it, or a damaged file.
+    Raises QuantempoError: no folder, no `study.json` in it, or a damaged file.
     """
     if not run.has("study.json"):
         raise QuantempoError(
@@ -112,12 +111,10 @@ def grouped(item: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def item_plots(item: Mapping[str, Any], extractor: str | None = None) -> list[Plot]:
     """Draw what an item has: scores of its rows, curves over time, laws, activations.
 
-    Args:
-        item: the JSON of the item.
-        extractor: of the features behind the scores, "lite0" or "inception".
+    item: the JSON of the item; extractor: of the features behind the scores, "lite0" or
+    "inception".
 
-    Raises:
-        QuantempoError: matplotlib is missing.
+    Raises QuantempoError: matplotlib is missing.
     """
     groups, extra = grouped(item), item.get("extra") or {}
     parts = (
@@ -134,14 +131,11 @@ def write_plots(folder: str | Path) -> list[Path]:
 
     The files stand alone: fixed colours on a white card, so that they can be read on any page.
 
-    Args:
-        folder: of the study.
+    folder: of the study.
 
-    Returns:
-        The files, in the order of the study.
+    Returns The files, in the order of the study.
 
-    Raises:
-        QuantempoError: no study there, a damaged file in it, matplotlib is missing.
+    Raises QuantempoError: no study there, a damaged file in it, matplotlib is missing.
     """
     run, paths = RunFolder(folder), []
     items = read_items(run)

@@ -43,9 +43,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 class Found:
     """The results of one item's rows.
 
-    Args:
-        rows: of the item.
-        cells: (group, label) -> one result per repetition, None where it failed or was not run.
+    rows: of the item; cells: (group, label) -> one result per repetition, None where it failed or
+    was not run.
     """
 
     def __init__(
@@ -73,9 +72,8 @@ class Found:
     ) -> tuple[str, str]:
         """Compare two rows, each (group, label), by the differences of their repetitions.
 
-        Returns:
-            (word, detail): word is "better" or "worse" (of the first, where the 95 % interval of
-            the mean difference leaves out zero: 5 % false alarms), "tie", or "not run".
+        Returns (word, detail): word is "better" or "worse" (of the first, where the 95 % interval
+        of the mean difference leaves out zero: 5 % false alarms), "tie", or "not run".
         """
         if measure in DISTANCES and self._few((first, second)):
             return "not run", f"{measure}: fewer than {ENOUGH} images a seed"

@@ -74,8 +74,7 @@ def quantize_output(output: Any, grids: Grids, denoiser: nn.Module) -> Any:
 def attach_to_scheduler(scheduler: Any, grids: Grids, denoiser: nn.Module) -> None:
     """Put x_{t-1}, and the variance that no network predicts, of this instance on their grids.
 
-    Raises:
-        QuantempoError: "sigma" with a scheduler other than DDIM and DDPM.
+    Raises QuantempoError: "sigma" with a scheduler other than DDIM and DDPM.
     """
     if "x_prev" in grids:
         _attach_step(scheduler, grids["x_prev"])
@@ -126,8 +125,8 @@ def variance_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor]:
     scale = max_k variance_k / 255, zero point 0: sigma_t^2 at eta = 1 for DDIM, the variance of
     its `variance_type` for DDPM. The scheduler is not changed.
 
-    Raises:
-        QuantempoError: another scheduler, a variance that is no number of the schedule, no noise.
+    Raises QuantempoError: another scheduler, a variance that is no number of the schedule, no
+    noise.
     """
     _check(scheduler)
     own = copy.copy(scheduler)

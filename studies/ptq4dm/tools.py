@@ -64,8 +64,7 @@ class Settings:
 class Tools:
     """Open the model once and hand out what cells need; results are cached in memory or on disk.
 
-    Raises:
-        QuantempoError: see `load_pipeline`; a quantized model, broken weights, no images.
+    Raises QuantempoError: see `load_pipeline`; a quantized model, broken weights, no images.
     """
 
     def __init__(self, settings: Settings) -> None:
