@@ -63,9 +63,9 @@ class ActivationSettings:
     """How inputs of layers are quantized.
 
     granularity: of the scales of linear layers: "time", found beforehand for intervals of time;
-    "token", measured for each token as it comes; "auto", for each layer the one with less error.
-    buckets: number of time intervals with scales of their own; a layer that gains less than
-    min_gain (fraction of its error) keeps one scale, and none for each token.
+    "token", measured for each token; "auto", the one with less error. buckets: number of time
+    intervals with scales of their own; a layer that gains less than min_gain (fraction of its
+    error) keeps one.
     """
 
     bits: int = number(8, 2, 8)
@@ -163,11 +163,7 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """Read a recipe: the name of a shipped one ("w8a8") or the path of a TOML file.
-
-        Raises QuantempoError: no such file or name, TOML that does not parse, an unknown key (with
-        the nearest known one), a value of the wrong type or out of range.
-        """
+        """Read a recipe: the name of a shipped one ("w8a8") or a TOML file; else QuantempoError."""
         shipped = files("quantempo") / "recipes"
         names = sorted(item.name[:-5] for item in shipped.iterdir() if item.name.endswith(".toml"))
         path = Path(source)

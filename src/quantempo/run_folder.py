@@ -40,10 +40,7 @@ _DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError)
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turn what a damaged file, a missing entry or a wrong type raises into one sentence.
-
-    To be put around all that makes sense of a file: our own may have been cut or edited since.
-    """
+    """Turn what reading a file, cut or edited since it was written, raises into one sentence."""
     try:
         yield
     except QuantempoError:

@@ -117,9 +117,8 @@ class CalibrationData:
 class MemorySet(CalibrationData):
     """A calibration set in memory, of a denoiser called with sample and timestep; see `of_calls`.
 
-    Args:
-        x_t: (N, ...) float32; t: (N,).
-        num_train_timesteps: T where t is 0 .. T - 1; None: the times are those of the rows.
+    x_t: (N, ...) float32; t: (N,), of `num_train_timesteps`, or None: the times are those of the
+    rows.
     """
 
     def __init__(self, x_t: Tensor, t: Tensor, *, num_train_timesteps: int | None = None) -> None:

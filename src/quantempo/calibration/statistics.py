@@ -156,8 +156,7 @@ def measure_roles(denoiser: nn.Module, data: CalibrationData) -> dict[str, str]:
         time     its input is equal in A and B, and either equal in C too or no more than two
                  vectors a row: it acts on t, the class, pooled text, sizes
 
-    Tokens of a text are equal in A and B as well, but differ in C, and there are more than two;
-    text that is pooled inside the network is one vector a row.
+    Tokens of a text are equal in A and B as well, but differ in C, and there are more than two.
     """
     if not len(data):
         return {}

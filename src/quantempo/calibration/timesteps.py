@@ -176,10 +176,7 @@ class Uniform:
 @TIME_SAMPLERS.register("linspace")
 @dataclass(frozen=True)
 class Linspace(Uniform):
-    """Space the indices evenly and without chance: i_k = floor((k + 1/2) T / n), k < n.
-
-    Exactly n / T samples an index when T divides n.
-    """
+    """Space n indices evenly, without chance: i_k = floor((k + 1/2) T / n), k < n."""
 
     def sample(self, n: int, num_steps: int, generator: Generator) -> Tensor:
         return (2 * torch.arange(n) + 1) * num_steps // (2 * n)

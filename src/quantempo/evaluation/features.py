@@ -71,8 +71,8 @@ def load_extractor(
 ) -> Extractor:  # fmt: skip
     """Load a registered feature extractor, "lite0" or "inception", onto a device.
 
-    `weights` is its file, None for the one that ships with the extractor; `sha256` the hash
-    expected of it, whole or at least 8 digits, None for that of the published file.
+    `weights`: its file, None for that which ships with it; `sha256`: expected, at least 8 digits of
+    it.
 
     Raises QuantempoError: unknown name, a package or the file is missing, the hash differs.
     """

@@ -42,11 +42,11 @@ def allocate(
     For one budget: the options on each layer's lower convex hull are taken in the order of loss
     saved per cost, which is the sweep over the Lagrangian price at all its break points; from the
     first that does not fit, those that still do fill the rest. For several, the cost is a mixture
-    of costs / budgets, the best of 65. Takes finite losses (L, O) and costs >= 0, (L, O) or (M, L,
-    O), M <= 2 budgets.
+    of costs / budgets, the best of 65. Finite losses (L, O), costs >= 0, (L, O) or (M, L, O), M <=
+    2.
 
-    Raises QuantempoError: shapes or values that make no sense; a budget below the least possible;
-    or two budgets that no mixture meets together.
+    Raises QuantempoError: shapes or values without sense, budgets below the least possible or that
+    no mixture meets together.
     Error: with one budget the loss is above the least possible by less than the largest step of one
     layer along its hull, and never grows with the budget; with two see `Allocation.bound`.
     Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".

@@ -108,10 +108,9 @@ def _allocate(
 
 
 def recall(run: str | Path, recipe: Recipe, **request: Any) -> Recipe:
-    """Return the recipe with the bits that the same request chose before in a run folder.
+    """Return the recipe with the bits that the same request chose before in a run folder, if any.
 
-    So that a killed run resumes: stages after the choice were made with those bits. Without such a
-    choice the recipe comes back as it is. `request`: budgets and options, as of `choose_bits`.
+    So that a killed run resumes: stages after the choice were made with those bits.
     """
     folder = RunFolder(run)
     choice = folder.read_json(ARTEFACT).get("choice") if folder.has(ARTEFACT) else None

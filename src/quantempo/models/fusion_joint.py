@@ -33,13 +33,11 @@ __all__ = [
 class StreamParts:
     """One stream x (B, T, C) of a block; m(y) = y (1 + scale) + shift.
 
-    x = x + gate out(attention(m(norm1(x)))); x = x + gate down(gelu_tanh(up(m(norm2(x)))))
+        x = x + gate out(attention(m(norm1(x)))); x = x + gate down(gelu_tanh(up(m(norm2(x)))))
 
     Its modulation is shift, scale and gate of the attention, then those of the rest; without a
-    rest, scale and shift alone.
-
-    attentions: that of all streams; with one of this stream alone both are added, and the
-    modulation ends with that one's.
+    rest, scale and shift alone. attentions: that of all streams; with one of this stream alone both
+    are added, and the modulation ends with that one's.
     """
 
     norm1: nn.LayerNorm

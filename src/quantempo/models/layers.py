@@ -305,10 +305,7 @@ def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: tuple[s
 def hooked(
     modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False
 ) -> Iterator[None]:
-    """Call hook(name, module, args, kwargs[, output]) at every call of the modules for a while.
-
-    What it returns is ignored; `before` the module it gets no output.
-    """
+    """Call hook(name, module, args, kwargs[, output]) at or `before` each call of the modules."""
 
     def call(name: str, *seen: Any) -> None:
         hook(name, *seen)

@@ -83,10 +83,7 @@ def load_pipeline(
 
 
 def check_pipeline(pipe: Any) -> Any:
-    """Return a pipeline in memory; refuse what is none, or cannot be quantized as it is.
-
-    Raises QuantempoError: no diffusers pipeline, a LoRA in it, or a denoiser that is not float32.
-    """
+    """Return a pipeline in memory; refuse what is none, holds a LoRA, or is not float32."""
     if not hasattr(pipe, "components") or not hasattr(pipe, "save_pretrained"):
         raise QuantempoError(
             f"got a {type(pipe).__name__} as source; expected a diffusers pipeline or its folder"
@@ -120,10 +117,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _check_complete(folder: Path, variant: str | None, component: str, denoiser: nn.Module) -> None:
-    """Refuse a denoiser with tensors that no file holds: diffusers fills them with random numbers.
-
-    Counted, not compared by name, since diffusers renames tensors of old checkpoints.
-    """
+    """Refuse a denoiser with more tensors than its files: diffusers fills in random numbers."""
     files = _weights(folder / component)
     names = {name for file in files.get(variant) or files.get(None, []) for name in _names(file)}
     state = denoiser.state_dict()

@@ -48,8 +48,7 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     `pipe` itself is not changed. DDIMPipeline and DDPMPipeline, which work with their own
     schedulers only, give an UnconditionalPipeline.
 
-    Raises QuantempoError: unknown name or setting, or a model that this kind of scheduler cannot
-    sample from (a flow-matching model, for one).
+    Raises QuantempoError: unknown name or setting, or a model of another kind (flow matching).
     """
     import diffusers
 

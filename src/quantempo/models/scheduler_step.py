@@ -53,10 +53,7 @@ def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def scheduler_noise(scheduler: Any, noise: Sequence[Generator]) -> Iterator[None]:
-    """Hand the generators to `scheduler.step` when a pipeline forgets to (DiTPipeline does).
-
-    A step over several copies of the batch (guidance) goes round the generators again.
-    """
+    """Hand the generators, one a row, to `scheduler.step` where a pipeline (DiT's) does not."""
     if (
         not hasattr(scheduler, "step")
         or "generator" not in (signature := inspect.signature(scheduler.step)).parameters

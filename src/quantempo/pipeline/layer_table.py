@@ -153,8 +153,6 @@ def describe(
 
     The default engine of the device (None: a GPU if there is one) is attached, so "backend" is what
     runs there: "onednn, fused", "onednn", "simulated", "float". Unfused: name of a block -> why.
-
-    Raises QuantempoError: not a packed pipeline, or no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

@@ -266,10 +266,7 @@ def round_weights(
     denoiser: nn.Module, data: CalibrationData, recipe: Recipe, plans: list[LayerPlan],
     scales: Mapping[str, Tensor], *, folder: str | Path | None = None, key: str = "",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Choose the integers; return codes, biases and scales as `round_denoiser` does.
-
-    The float denoiser is left as it was; folder, key: where finished blocks are kept.
-    """
+    """Choose the integers; return codes, biases and scales as `round_denoiser` does, see there."""
     settings, plans = recipe.rounding, _settled(plans, scales, recipe)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")

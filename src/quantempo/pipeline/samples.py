@@ -92,10 +92,7 @@ def sample(
 
 
 def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """Return a call over the settings that a packed pipeline was traced with; say where it differs.
-
-    Another guidance, size or number of frames means other trajectories than those calibrated on.
-    """
+    """Return a call over the settings a packed pipeline was traced with; say where it differs."""
     traced = read_settings(pipe.config.get("_name_or_path") or "")
     if traced is None:
         return call

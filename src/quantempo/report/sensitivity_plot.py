@@ -16,10 +16,7 @@ def options_of(table: dict[str, Any]) -> list[str]:
 
 
 def draw(table: dict[str, Any]) -> str:
-    """Draw one dot a layer and option, loss on a log axis, layers in the order of the network.
-
-    Rings mark the chosen options. A loss of 0 has no place on the axis and is left out.
-    """
+    """Draw one dot a layer and option, loss > 0 on a log axis; rings mark the chosen options."""
     layers, bits = table["layers"], (table["choice"] or {}).get("bits", {})
     with plots.new_figure(1, 1, 2.9) as (figure, axes):
         axis = axes[0, 0]

@@ -246,10 +246,7 @@ def record(
     modules: Mapping[str, nn.Module], calls: list[tuple[int, Callable[[], Any]]], budget: int,
     laws: Mapping[str, Sequence[Law]],
 ) -> dict[str, Inputs] | None:  # fmt: skip
-    """Return what every module is first called with by each of `calls` = (rows, forward).
-
-    None if those of several modules take more than the budget together.
-    """
+    """Return what each of `calls` = (rows, forward) first gives modules; None beyond the budget."""
     total = sum(rows for rows, _ in calls)
     found = {name: Inputs(total, budget, *laws[name]) for name in modules}
     for rows, call in calls:

@@ -47,8 +47,7 @@ _CANDIDATES = Candidates(steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6
 class LayerScales:
     """Hold the scales of one layer.
 
-    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32;
-    weight_group: uint8 as `GroupFormat` stores it, or None.
+    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32; weight_group.
     """
 
     act_scale: Tensor
