@@ -69,12 +69,9 @@ class Ready:
 
 @torch.no_grad()
 def prepare(
-    candidate: Candidate,
-    subject: Subject,
-    wanted: Tensor,
-    timer: Timer,
+    candidate: Candidate, subject: Subject, wanted: Tensor, timer: Timer,
     budget: float | None = None,
-) -> Ready:
+) -> Ready:  # fmt: skip
     """Build a candidate and call it, before and after recording it.
 
     `wanted` is the float32 output; `budget` the seconds this may take, None for no limit.

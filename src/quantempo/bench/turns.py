@@ -45,14 +45,10 @@ def timer_for(device: torch.device | str) -> Timer:
 
 
 def take_turns(
-    calls: Mapping[str, Call],
-    timer: Timer,
-    *,
-    rounds: int = 9,
-    seconds: float = 0.25,
+    calls: Mapping[str, Call], timer: Timer, *, rounds: int = 9, seconds: float = 0.25,
     failed: dict[str, str] | None = None,
     after: Callable[[dict[str, list[float]]], None] = lambda times: None,
-) -> dict[str, list[float]]:
+) -> dict[str, list[float]]:  # fmt: skip
     """Return `rounds` samples in milliseconds per call of each call, interleaved.
 
     One sample repeats the call for about `seconds`; two short samples before choose the count.

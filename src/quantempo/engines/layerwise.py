@@ -26,13 +26,10 @@ class LayerwiseEngine(Engine):
     """
 
     def __init__(
-        self,
-        name: str,
-        devices: tuple[str, ...],
-        blocks: Blocks | None = None,
+        self, name: str, devices: tuple[str, ...], blocks: Blocks | None = None,
         slow: str | None = None,
         holds: Callable[[QLayer], str] = lambda layer: "packed" if layer.aside else "as bytes",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
         self.holds = holds  # type: ignore[assignment,method-assign]
 

@@ -62,18 +62,10 @@ class QLayer(FixedTypes):
     copied: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        weight_shape: tuple[int, ...],
-        bias: bool,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        buckets: int,
-        *,
-        weight_bits: int = 8,
-        act_bits: int = 8,
-        group: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
+        self, weight_shape: tuple[int, ...], bias: bool, clock: StepClock,
+        segments: tuple[int, ...], buckets: int, *, weight_bits: int = 8, act_bits: int = 8,
+        group: int = 0, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         super().__init__()
         out, parts = weight_shape[0], len(segments)
         self.weight_shape = weight_shape
@@ -235,15 +227,9 @@ class QConv2d(QLayer):
     copied = ("stride", "padding", "dilation", "groups")
 
     def __init__(
-        self,
-        weight_shape: tuple[int, ...],
-        *args: Any,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        **kwargs: Any,
-    ) -> None:
+        self, weight_shape: tuple[int, ...], *args: Any, stride: tuple[int, int],
+        padding: tuple[int, int], dilation: tuple[int, int], groups: int, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(weight_shape, *args, **kwargs)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.out_channels, self.in_channels = weight_shape[0], weight_shape[1] * groups
@@ -281,15 +267,9 @@ class QPatches(QLinear):
     copied = ("kernel_size",)
 
     def __init__(
-        self,
-        weight_shape: tuple[int, ...],
-        bias: bool,
-        clock: StepClock,
-        segments: tuple[int, ...],
-        *args: Any,
-        kernel_size: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
+        self, weight_shape: tuple[int, ...], bias: bool, clock: StepClock,
+        segments: tuple[int, ...], *args: Any, kernel_size: tuple[int, ...], **kwargs: Any,
+    ) -> None:  # fmt: skip
         width = math.prod(weight_shape[1:])
         super().__init__((weight_shape[0], width), bias, clock, (width,), *args, **kwargs)
         self.kernel_size = kernel_size

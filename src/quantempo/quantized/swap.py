@@ -189,14 +189,9 @@ def odd_padding(denoiser: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def fill(
-    layer: QLayer,
-    weight_int: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    weight_group: Tensor | None = None,
-) -> None:
+    layer: QLayer, weight_int: Tensor, weight_scale: Tensor, bias: Tensor | None, act_scale: Tensor,
+    act_zero_point: Tensor, weight_group: Tensor | None = None,
+) -> None:  # fmt: skip
     """Copy integers and scales into a layer; shapes and dtypes are those of its buffers."""
     if layer.weight_group is not None:
         assert weight_group is not None

@@ -104,15 +104,9 @@ class Norm:
         self.gamma, self.beta = constant(norm.weight.float()), constant(norm.bias.float())
 
     def __call__(
-        self,
-        x: Tensor,
-        skip: Tensor | None = None,
-        *,
-        bucket: Tensor,
-        silu: bool,
-        grid: ActivationGrid | None = None,
-        sides: "Sides | None" = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, skip: Tensor | None = None, *, bucket: Tensor, silu: bool,
+        grid: ActivationGrid | None = None, sides: "Sides | None" = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Return the codes (floats without a grid) of the normalised torch.cat([x, skip], 1).
 
         And the codes of x and skip themselves, as `sides` reads them. All (B, C, H, W).
@@ -308,14 +302,9 @@ class LayerConstants:
         )
 
     def gemm(
-        self,
-        codes: Tensor,
-        dtype: torch.dtype,
-        part: int = 0,
-        grid: ActivationGrid | None = None,
-        rows: Tensor | None = None,
-        **how: Any,
-    ) -> Tensor:
+        self, codes: Tensor, dtype: torch.dtype, part: int = 0, grid: ActivationGrid | None = None,
+        rows: Tensor | None = None, **how: Any,
+    ) -> Tensor:  # fmt: skip
         """Return the product (M, O) of a segment's codes (M, K_i), or its int8 codes on `grid`.
 
         rows: (M,) float32, the scale of each row where it is that of a token.

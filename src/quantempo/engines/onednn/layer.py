@@ -158,12 +158,9 @@ class FoldedLayer:
     """
 
     def __init__(
-        self,
-        layer: QLayer,
-        factor: float = 1.0,
-        widths: tuple[int, ...] | None = None,
+        self, layer: QLayer, factor: float = 1.0, widths: tuple[int, ...] | None = None,
         bordered: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.layer, self.factor = layer, factor
         self.widths, self.bordered = widths or layer.segments, bordered
         self.grids = ActivationGrids(layer)

@@ -29,14 +29,9 @@ class Packed:
     """Input channels first .. first + inputs of a weight in groups; dense: return them as int8."""
 
     def __init__(
-        self,
-        stored: Tensor,
-        groups: Tensor,
-        group: int,
-        first: int,
-        inputs: int,
+        self, stored: Tensor, groups: Tensor, group: int, first: int, inputs: int,
         dense: Callable[[], Tensor],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.dense, self.inputs = dense, inputs
         self._held = stored.contiguous(), groups.contiguous()
         self._numbers = (*stored.shape, groups.shape[2], group, first, inputs)

@@ -126,13 +126,9 @@ def _one_launch_ns(images: int, pixels: int, channels: int, width: int, itemsize
 
 @lru_cache(maxsize=4096)
 def make_plan(
-    images: int,
-    pixels: int,
-    channels: int,
-    groups: int,
-    itemsize: int,
+    images: int, pixels: int, channels: int, groups: int, itemsize: int,
     one_launch: bool | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Return the tiles for N images of P pixels and C channels.
 
     channels: C, x and skip together; groups: of the norm, a divisor of C, 0 for none; itemsize:
