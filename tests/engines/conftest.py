@@ -5,7 +5,6 @@ from torch import nn
 
 from quantempo.engines import ENGINES
 from quantempo.engines.base import BACKENDS, Backend
-from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from tests.engines.openvino_nets import packed
 from tests.engines.quantized import quantized_unet
@@ -33,14 +32,14 @@ def packed_unet() -> nn.Module:
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Say that `triton` has all it needs: its operators have an exact definition on a CPU."""
-    monkeypatch.setattr(TritonBackend, "missing", lambda self: None)
+    monkeypatch.setattr(BACKENDS.get("triton"), "missing", lambda: None)
 
 
 @pytest.fixture(params=BACKENDS.names())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     found = BACKENDS.get(request.param)
     if "cuda" in ENGINES.get(request.param).devices:
-        monkeypatch.setattr(type(found), "missing", lambda self: None)
+        monkeypatch.setattr(found, "missing", lambda: None)
     if found.missing() is not None:
         pytest.skip(found.missing())
     return found

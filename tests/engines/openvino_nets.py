@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantempo.engines.base import BACKENDS
 from quantempo.engines.openvino.engine import KernelRow, OpenVinoEngine
-from quantempo.engines.simulated import SimulatedBackend
 from quantempo.models.layers import sites
 from quantempo.quantized import (
     LayerPlan,
@@ -217,7 +217,7 @@ def simulated(net: nn.Module) -> nn.Module:
     )
     for _, layer in quantized_layers(copied):
         object.__setattr__(layer, "clock", clock)
-        layer.kernel = SimulatedBackend().lower(layer)
+        layer.kernel = BACKENDS.get("simulated").lower(layer)
     return copied
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantempo.engines import ENGINES, attach
+from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda import unet as fused_gpu
 from quantempo.engines.cuda.constants import Sides
-from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.cuda.unet import FusedDownsample, FusedResnet
 from quantempo.engines.fusion import unfuse
@@ -141,7 +141,7 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
     block.conv_shortcut = make_conv(48, 32, segments=segments, clock=clock, seed=2, **one)
     for conv in (block.conv1, block.conv2, block.conv_shortcut):
         conv.act_zero_point.fill_(100)
-        conv.kernel = TritonBackend().lower(conv)
+        conv.kernel = BACKENDS.get("triton").lower(conv)
     parts = ResnetParts(
         "", block, block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2,
         block.conv_shortcut,
@@ -174,7 +174,7 @@ def test_a_shortcut_reads_its_inputs_where_they_are(monkeypatch, segments):
 def test_a_downsampler_has_the_border_of_its_block(padding, size):
     block = Downsample2D(32, use_conv=True, padding=padding)
     block.conv = make_conv(32, 32, stride=(2, 2), padding=(padding, padding))
-    block.conv.kernel = TritonBackend().lower(block.conv)
+    block.conv.kernel = BACKENDS.get("triton").lower(block.conv)
     fused = FusedDownsample(next(find_parts(block))[2], None)
     assert fused.parts.border == ((1, 1, 1, 1) if padding else (0, 1, 0, 1))
     fused.prepare(torch.device("cpu"))

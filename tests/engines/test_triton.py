@@ -9,10 +9,9 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from quantempo.engines import ENGINES, attach, attached
-from quantempo.engines.base import BACKENDS, MAX_TERMS
+from quantempo.engines.base import BACKENDS, MAX_TERMS, Backend
 from quantempo.engines.cuda import layer as triton
 from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_rows
-from quantempo.engines.cuda.layer import TritonBackend
 from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer, fill, quantized_layers
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
-def backend(on_a_cpu) -> TritonBackend:
+def backend(on_a_cpu) -> Backend:
     return BACKENDS.get("triton")
 
 

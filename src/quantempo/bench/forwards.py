@@ -56,15 +56,11 @@ class Ready:
         ms = samples or [self.ms]
         own = {"engine": self.engine, "attentions_8bit": self.attentions}
         return {
-            "candidate": self.candidate.name,
-            "ms_per_forward": round(median(ms), 4),
-            "ms_min": round(min(ms), 4),
-            "rounds": len(samples),
-            "sqnr_db": round(self.sqnr_db, 2),
-            "prepare_seconds": round(self.seconds, 1),
-            "peak_bytes": self.peak_bytes,
+            "candidate": self.candidate.name, "ms_per_forward": round(median(ms), 4),
+            "ms_min": round(min(ms), 4), "rounds": len(samples), "sqnr_db": round(self.sqnr_db, 2),
+            "prepare_seconds": round(self.seconds, 1), "peak_bytes": self.peak_bytes,
             **(own if self.candidate.kind == "ours" else {}),
-        }
+        }  # fmt: skip
 
 
 @torch.no_grad()

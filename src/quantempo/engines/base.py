@@ -8,6 +8,7 @@ The integer sums of all backends are equal; only the float epilogue has a tolera
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,26 +63,29 @@ class Kernel(Prepared):
         raise NotImplementedError
 
 
+@dataclass
 class Backend:
-    """Lower layers to kernels of one class."""
+    """Lower layers to kernels of one class.
+
+    missing: returns why it cannot run here (one clause), or None; refuses: why it cannot take a
+    layer, besides too many terms.
+    """
 
     name: str
     kernel: Callable[[QLayer], Kernel]
-
-    def missing(self) -> str | None:
-        """Return why it cannot run here (one clause), or None."""
-        return None
+    missing: Callable[[], str | None] = lambda: None
+    refuses: Callable[[QLayer], str | None] = lambda layer: None
 
     def unsupported(self, layer: QLayer) -> str | None:
         """Return why it cannot take this layer (one clause), or None."""
-        return too_many_terms(layer)
+        return self.refuses(layer) or too_many_terms(layer)
 
     def lower(self, layer: QLayer) -> Kernel:
         """Return the layer's kernel; QuantempoError if `missing` or `unsupported` has a reason."""
         reason = self.missing() or self.unsupported(layer)
         if reason is not None:
             raise QuantempoError(f"backend '{self.name}' cannot take this layer: {reason}")
-        return type(self).kernel(layer)
+        return self.kernel(layer)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")

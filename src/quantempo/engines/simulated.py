@@ -16,9 +16,7 @@ from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
 from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers
 
-__all__ = [
-    "SimulatedBackend", "exact_parts", "float32_copy", "once", "reference", "sum_bound", "too_far",
-]  # fmt: skip
+__all__ = ["exact_parts", "float32_copy", "once", "reference", "sum_bound", "too_far"]
 
 # An engine may move codes: at most that draws the error of rounding anew, which doubles its square.
 # Engines that are right have 0.7 to 1.1 times that error, and in half precision no less than
@@ -54,6 +52,8 @@ def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, to
 
 
 class _Kernel(Kernel):
+    """Float convolutions or matmuls of integers, whose sums are exact."""
+
     backend, traceable = "simulated", True
 
     def __init__(self, layer: QLayer, rounded: bool = True) -> None:
@@ -174,13 +174,6 @@ def too_far(found: list[Tensor], expected: list[Tensor], free: list[Tensor] | No
     return not noise <= max(MOVED * rounding, least)
 
 
-class SimulatedBackend(Backend):
-    """Run each layer as float convolutions or matmuls of integers, whose sums are exact."""
-
-    name = "simulated"
-    kernel = _Kernel
-
-
 @torch.library.custom_op("quantempo::exact_conv2d", mutates_args=())
 def exact_conv2d(
     codes: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
@@ -207,7 +200,7 @@ def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
 
 
 _SLOW = "it computes the integers in float arithmetic"
-BACKENDS.register("simulated")(SimulatedBackend())
+BACKENDS.register("simulated")(Backend("simulated", _Kernel))
 ENGINES.register("simulated")(
     LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda layer: "as floats")
 )

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantempo.engines.base import BACKENDS
-from quantempo.engines.cuda import dit, joint, transformer, unet
-from quantempo.engines.cuda.layer import TritonBackend
+from quantempo.engines.cuda import dit, joint, layer, transformer, unet
 from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
@@ -19,23 +17,23 @@ from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers, weight_only_layers
 from quantempo.quantized.attention import attentions, marked_attention
 
-__all__ = ["dit", "joint", "transformer", "unet"]
+__all__ = ["dit", "joint", "layer", "transformer", "unet"]
 
 
 class _TritonEngine(LayerwiseEngine):
     def attach(self, denoiser: nn.Module) -> None:
-        for layer in weight_only_layers(denoiser):
-            layer.kernel = ops.weight_only_linear
+        for linear in weight_only_layers(denoiser):
+            linear.kernel = ops.weight_only_linear
         for known in marked_attention(denoiser).values():
             known.ran = False
         super().attach(denoiser)
 
     def detach(self, denoiser: nn.Module) -> None:
         super().detach(denoiser)
-        for layer in weight_only_layers(denoiser):
-            layer.kernel = None
+        for linear in weight_only_layers(denoiser):
+            linear.kernel = None
             # Not a part of what all blocks had in common.
-            layer.weight_int.data = layer.weight_int.clone()
+            linear.weight_int.data = linear.weight_int.clone()
 
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
         # Here: engines are registered in the order of preference.
@@ -97,5 +95,4 @@ def _far(*outputs: Any) -> bool:
     return too_far(*([x for x in pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in outputs))
 
 
-BACKENDS.register("triton")(TritonBackend())
 ENGINES.register("triton")(_TritonEngine("triton", ("cuda",), unet.BLOCKS))

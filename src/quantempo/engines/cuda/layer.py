@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import Backend, Kernel, channel_dim
+from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FLOATS,
@@ -26,24 +26,11 @@ from quantempo.errors import QuantempoError, log
 from quantempo.models.fusion import no
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["TritonBackend"]
+__all__: list[str] = []
 
 _CAPABILITY = (8, 0)
 # The first with all that the kernels import; 3.6 is what they were measured with.
 _TRITON = (3, 4)
-
-
-def _unsupported_shape(layer: QConv2d) -> str | None:
-    """Return why the operators have no such convolution, or None."""
-    kernel, most = "x".join(map(str, layer.kernel_size)), layer.kernel_size[0] // 2
-    pad = layer.padding
-    return no(
-        (kernel in ("1x1", "3x3"), f"its kernel is {kernel}; 1x1 and 3x3 can be run"),
-        (layer.groups == 1, f"it has {layer.groups} groups; 1 can be run"),
-        (layer.dilation == (1, 1), f"its dilation is {layer.dilation}; 1 can be run"),
-        (layer.stride in ((1, 1), (2, 2)), f"its stride is {layer.stride}; 1 and 2 can be run"),
-        (max(pad) <= most, f"its border is {pad} pixels; at most {most} can be run"),
-    )
 
 
 @functools.cache
@@ -98,34 +85,39 @@ class _Kernel(Kernel):
         return (y if image else y.reshape(*x.shape[:-1], y.shape[-1])).to(x.dtype)
 
 
-class TritonBackend(Backend):
-    """Run each layer as one int8 kernel on NVIDIA GPUs from compute capability 8.0 on."""
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    found = metadata.version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+        return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
+    return None
 
-    name = "triton"
-    kernel = _Kernel
 
-    def missing(self) -> str | None:
-        """Return why the kernels cannot be used here, or None."""
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        found = metadata.version("triton")
-        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
-            return f"triton {found} is installed; {_TRITON[0]}.{_TRITON[1]} is needed"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        if torch.version.hip is not None:
-            return "the GPU is not NVIDIA's"
-        major, minor = torch.cuda.get_device_capability()
-        if (major, minor) < _CAPABILITY:
-            return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
+def _refuses(layer: QLayer) -> str | None:
+    out = layer.weight_shape[0]
+    for channels in (*layer.segments, out):
+        if channels % ALIGNED:
+            what = "output" if channels == out else "input"
+            return f"{channels} {what} channels are no multiple of {ALIGNED}"
+    if not isinstance(layer, QConv2d):
         return None
+    kernel, most = "x".join(map(str, layer.kernel_size)), layer.kernel_size[0] // 2
+    pad = layer.padding
+    return no(
+        (kernel in ("1x1", "3x3"), f"its kernel is {kernel}; 1x1 and 3x3 can be run"),
+        (layer.groups == 1, f"it has {layer.groups} groups; 1 can be run"),
+        (layer.dilation == (1, 1), f"its dilation is {layer.dilation}; 1 can be run"),
+        (layer.stride in ((1, 1), (2, 2)), f"its stride is {layer.stride}; 1 and 2 can be run"),
+        (max(pad) <= most, f"its border is {pad} pixels; at most {most} can be run"),
+    )
 
-    def unsupported(self, layer: QLayer) -> str | None:
-        """Return why it cannot take this layer, or None."""
-        out = layer.weight_shape[0]
-        for channels in (*layer.segments, out):
-            if channels % ALIGNED:
-                what = "output" if channels == out else "input"
-                return f"{channels} {what} channels are no multiple of {ALIGNED}"
-        shape = _unsupported_shape(layer) if isinstance(layer, QConv2d) else None
-        return shape or super().unsupported(layer)
+
+BACKENDS.register("triton")(Backend("triton", _Kernel, _missing, _refuses))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from quantempo.core import GroupFormat, token_scale
-from quantempo.engines.base import ActivationGrids, Backend, Kernel, channel_dim, run_per_bucket
+from quantempo.engines import base
+from quantempo.engines.base import ActivationGrids, Kernel, channel_dim, run_per_bucket
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.packed import Packed
 from quantempo.quantized import QConv2d, QLayer
 
-__all__ = ["FoldedLayer", "OneDNNBackend", "quantize_tokens"]
+__all__ = ["FoldedLayer", "quantize_tokens"]
 
 
 def _quantize_image(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
@@ -126,23 +127,16 @@ class _Kernel(Kernel):
         return result.to(x.dtype)
 
 
-class OneDNNBackend(Backend):
-    """Run each layer as one int8 kernel of oneDNN, a scale row a time bucket."""
+def _refuses(layer: QLayer) -> str | None:
+    if layer.weight_scale.device.type not in ("cpu", "meta"):
+        return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
+    if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
+        return "a grouped convolution cannot have one scale for each half of its input"
+    return None
 
-    name = "onednn"
-    kernel = _Kernel
 
-    def missing(self) -> str | None:
-        """Return why the kernels cannot be used here, or None."""
-        return onednn.missing()
-
-    def unsupported(self, layer: QLayer) -> str | None:
-        """Return why it cannot take this layer, or None."""
-        if layer.weight_scale.device.type not in ("cpu", "meta"):
-            return f"it runs on the CPU, the layer is on {layer.weight_scale.device.type}"
-        if isinstance(layer, QConv2d) and layer.groups > 1 and len(layer.segments) > 1:
-            return "a grouped convolution cannot have one scale for each half of its input"
-        return super().unsupported(layer)
+_backend = base.Backend("onednn", _Kernel, lambda: onednn.missing(), _refuses)
+base.BACKENDS.register("onednn")(_backend)
 
 
 class FoldedLayer:

@@ -19,20 +19,10 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.gpu.dependent_launch import early
+from quantempo.kernels.gpu.group_norm import plan as plans
+from quantempo.kernels.gpu.group_norm import portable
 from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
-from quantempo.kernels.gpu.group_norm.plan import (
-    Plan,
-    SharedPlan,
-    make_plan,
-    make_shared_plan,
-    power_of_two,
-)
-from quantempo.kernels.gpu.group_norm.portable import (
-    apply,
-    channel_affine,
-    channel_moments,
-    one_launch,
-)
+from quantempo.kernels.gpu.group_norm.plan import Plan, SharedPlan, power_of_two
 from quantempo.kernels.ops.gn_act_quant import Normalization
 
 try:
@@ -91,7 +81,7 @@ def _choose(images: tuple[Tensor, ...], groups: int, path: str | None) -> Plan |
     x, (batch, _, height, width) = images[0], images[0].shape
     size = (batch, height * width, sum(image.shape[1] for image in images), groups)
     shared = None if path == "triton" else _shared(images, size, path)
-    return shared or make_plan(*size, x.element_size())
+    return shared or plans.make_plan(*size, x.element_size())
 
 
 def _shared(
@@ -106,7 +96,7 @@ def _shared(
     # TMA wants rows and bases of whole 16 bytes, and indexes rows with 32 bits.
     able = able and batch * pixels < 2**31
     able = able and not any(i.shape[1] % 8 or i.data_ptr() % 16 for i in images)
-    plan = make_shared_plan(*size, path == "hopper") if able else None
+    plan = plans.make_shared_plan(*size, path == "hopper") if able else None
     if path is not None and plan is None:
         raise ValueError(
             f"got path={path!r}, {batch} images of {channels} channels in {groups} groups, "
@@ -131,7 +121,7 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
     }  # fmt: skip
     placed = {"EARLY": True, "launch_pdl": True} if early(x.device) else {}
     if plan.one_launch:
-        one_launch[(batch * slabs,)](
+        portable.one_launch[(batch * slabs,)](
             x, skip, *norm, tensors, slabs, pixels, *numbers,
             RESIDENT=plan.block_p >= pixels, STAGES=plan.stages, UNROLL=plan.unroll,
             GROUP=channels // groups, GROUPS=power_of_two(plan.width * groups // channels),
@@ -144,7 +134,7 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
         size = (batch, stat_chunks, 2, channels)
         moments = torch.empty(size, dtype=torch.float32, device=x.device)
         source = shared_arguments(call, results, plan.stat_c)[3].SOURCE
-        channel_moments[(batch * stat_chunks * stat_slabs,)](
+        portable.channel_moments[(batch * stat_chunks * stat_slabs,)](
             x, skip, moments, stat_slabs, stat_chunks, pixels, *numbers[:2], BLOCK_P=plan.stat_p,
             BLOCK_C=plan.stat_c, SOURCE=source, num_warps=plan.stat_warps, **placed,
         )  # fmt: skip
@@ -152,14 +142,14 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
         whole = plan.group_c
         parts, block_c = -(-channels // whole), power_of_two(whole)
         block_s = max(1, min(power_of_two(stat_chunks), 2048 // block_c))
-        channel_affine[(batch * parts,)](
+        portable.channel_affine[(batch * parts,)](
             moments, *norm, affine, parts, stat_chunks, pixels, channels, WIDTH=whole,
             BLOCK_C=block_c, BLOCK_S=block_s, STAT_P=plan.stat_p, GROUP=channels // groups,
             GROUPS=power_of_two(whole * groups // channels), SILU=silu,
             num_warps=4, **placed,
         )  # fmt: skip
     chunks = -(-pixels // plan.block_p)
-    apply[(batch * chunks * slabs,)](
+    portable.apply[(batch * chunks * slabs,)](
         x, skip, affine, tensors, slabs, chunks, pixels, *numbers, NORM=groups > 0,
         MAIN=results[0].numel() > 0, **meta, **placed,
     )  # fmt: skip

@@ -67,9 +67,8 @@ class Convolution(NamedTuple):
         checks.member("codes", codes.dtype, checks.INT8)
         checks.member("kernel", kernel, (1, 3))
         checks.member("stride", self.stride, (1, 2))
-        checks.expect(
-            self.stride == 1 or not self.upsample, "stride", self.stride, "1 with upsample"
-        )
+        single = self.stride == 1 or not self.upsample
+        checks.expect(single, "stride", self.stride, "1 with upsample")
         pads = len(border) == 4 and all(pad in (0, 1) for pad in border)
         checks.expect(pads, "border", border, "(top, bottom, left, right), each 0 or 1")
         checks.expect(kernel == 3 or not any(border), "border", border, "zeros for a 1x1 kernel")
@@ -140,24 +139,18 @@ def qconv2d(
     y = s_a s_w[o] (sum q' w - t[o]) + sum_i s_i[b] s_side[o] (sum q'_i w_i - t_i[o])
         + bias[o] + shift[n, o] + residual         t[o]: see `layout.border_table`
 
-    Args:
+    Args: what `Terms` names has the shapes given there, and
         codes: (N, C, H, W) int8, channels_last; C and O are multiples of 16.
         weight: (O, kernel^2, C) int8, contiguous: `layout.conv_weight`; or uint8 of `layout.pack`,
             as may be `side_weights`.
-        act_scale, weight_scale: (G,) and (O,) float32.
-        table: int32 (16, O): `layout.border_table`.
-        bucket: see `kernels.ops`.
-        bias: (O,) float32; `shift`: (N, O) any float, a column slice of a larger matrix or one row
-            expanded to N will do; `residual`: (N, O, H', W') any float, channels_last.
-        side_codes: up to two (N, C_i, H', W') that pass through 1x1 weights `side_weights`
-            (O, C_i), with `side_scales` (S, G), `side_weight_scale` (O,) and `side_table` (S, O)
-            made of `layout.row_table`.
-        kernel, stride: 1 or 3; 1 or 2.
-        border: padding (top, bottom, left, right), each 0 or 1, and 0 for a 1x1 kernel; None: 1 for
-            a 3x3 kernel.
+        table: `layout.border_table`; side_table: of `layout.row_table`.
+        shift: a column slice of a larger matrix or one row expanded to N will do.
+        side_codes: up to two (N, C_i, H', W') that pass through 1x1 weights (O, C_i).
+        kernel: 1 or 3; stride: 1 or 2; border: padding (top, bottom, left, right), each 0 or 1, and
+            0 for a 1x1 kernel; None: 1 for a 3x3 kernel.
         upsample: repeat every pixel 2x2 first; the larger image is never made.
         out_dtype: float16, bfloat16, float32, or int32 for the integer sums alone.
-        out_scale: (G,) float32 to get codes of y, with `out_zero` and `out_qmax`, instead.
+        out_scale: to get codes of y, with `out_zero` and `out_qmax`, instead.
 
     Returns (N, O, H', W'), channels_last; H' = (H + top + bottom - kernel) // stride + 1, with 2 H
     for H if `upsample`.

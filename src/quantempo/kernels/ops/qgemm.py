@@ -82,19 +82,15 @@ def qgemm(
     A weight may be those of several layers that read the same rows, one below the other, and y then
     has their results as slices of its columns.
 
-    Args:
+    Args: what `Terms` names has the shapes given there, and
         codes: (M, K) int8, contiguous; K and O are multiples of 16.
         weight: (O, K) int8, whose rows may lie apart, as in `side_weights`: parts of one matrix; or
             uint8 of `layout.pack`, contiguous, as may be `side_weights`.
-        act_scale, weight_scale: (G,) and (O,) float32.
-        table: int32 (O,): `layout.row_table`.
-        bucket: see `kernels.ops`; row m uses entry m // (M / B).
-        bias: (O,) float32; `residual`: (M, O) any float, contiguous.
-        gate: (N, O) any float, rows may lie apart; row m is one of image n = m // (M / N).
-        side_codes: up to two (M, K_i) that pass through `side_weights` (O, K_i), the others as in
-            `qconv2d`: segments of one sum, each with a scale of its own.
-        rows: act_scale and side_scales have an entry for each row, (M,) and (S, M), as
-            `norm_modulate_quant` writes them; out_scale is by bucket as ever.
+        table: `layout.row_table`; gate: rows may lie apart; row m is one of image m // (M / N).
+        side_codes: up to two (M, K_i) that pass through `side_weights` (O, K_i): segments of one
+            sum, each with a scale of its own.
+        rows: act_scale and side_scales have an entry for each row, as `norm_modulate_quant` writes
+            them; out_scale is by bucket as ever.
         activation: "none", "gelu" (by erf), "gelu_tanh", "silu", or "geglu" and "swiglu": columns j
             of the first half times gelu or silu of columns O / 2 + j, no residual, gate or sides, O
             a multiple of 32.

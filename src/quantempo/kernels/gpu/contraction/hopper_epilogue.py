@@ -153,16 +153,12 @@ def write_tile(
         here, mask_o, gl.expand_dims(gain, 1), gl.expand_dims(inner, 1), gl.expand_dims(add, 1),
     )  # fmt: skip
     pieces = (sums,)
-    if SPLITS == 1 and PIECES == 2:
-        pieces = _halves(sums)
-    elif SPLITS == 1 and PIECES == 4:
-        low, high = _halves(sums)
-        pieces = _halves(low) + _halves(high)
-    elif SPLITS == 1 and PIECES == 8:
-        low, high = _halves(sums)
-        a, b = _halves(low)
-        c, d = _halves(high)
-        pieces = _halves(a) + _halves(b) + _halves(c) + _halves(d)
+    # Halved once for 2 pieces, twice for 4, three times for 8.
+    for _ in gl.static_range(PIECES.bit_length() - 1 if SPLITS == 1 else 0):
+        parts = ()
+        for i in gl.static_range(len(pieces)):
+            parts += _halves(pieces[i])
+        pieces = parts
     for i in gl.static_range(PIECES):
         p = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, rows))
         at = partial
