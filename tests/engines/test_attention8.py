@@ -115,23 +115,27 @@ def test_the_check_of_a_first_call_has_the_same_attention(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_check_judges_by_what_the_attention_was_given(mixed, monkeypatch):
+@pytest.mark.parametrize("half", [False, True])
+def test_the_check_judges_by_what_the_attention_was_given(half, monkeypatch):
     """Float32 in a network that returns bfloat16, which has no 8 bits; the other way round."""
     monkeypatch.setattr(ours, "_supported", lambda *how: how[2] == torch.bfloat16)
     network, given, found = marked("flux", outlier=200.0), call("flux"), []
-    end = torch.float32 if mixed else torch.bfloat16
-    network.proj_out.register_forward_hook(lambda _, args, y: y.to(end))
+    own, end = (torch.bfloat16, torch.float32)[:: 1 if half else -1]
+    torch.nn.Module.to(network, own).proj_out.register_forward_hook(lambda _, args, y: y.to(end))
     ENGINE.attach(network)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        output = network(**given)
-        assert {known.ran for known in ours.marked_attention(network).values()} == {mixed}
-        assert ENGINE.first_wrong(network, (), given, output) is None
-        monkeypatch.setattr(cuda, "_far", lambda y, exact, free: found.append(exact[0]))
-        ENGINE.first_wrong(network, (), given, output)
-        monkeypatch.setattr(cuda, "attentions", lambda *_: nullcontext())
-        ENGINE.first_wrong(network, (), given, output)
-    assert torch.equal(*found) == (not mixed)
+    given = cast_inputs(given, own)
+    output = network(**given)
+    assert {known.ran for known in ours.marked_attention(network).values()} == {half}
+    assert ENGINE.first_wrong(network, (), given, output) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        # What that costs by itself is no fault of the engine.
+        assert ENGINE.first_wrong(network, (), given, network(**given)) is None
+    output = network(**given)
+    monkeypatch.setattr(cuda, "_far", lambda y, exact, free: found.append(exact[0]))
+    ENGINE.first_wrong(network, (), given, output)
+    monkeypatch.setattr(cuda, "attentions", lambda *_: nullcontext())
+    ENGINE.first_wrong(network, (), given, output)
+    assert torch.equal(*found) == (not half)
 
 
 @torch.no_grad()

@@ -29,12 +29,11 @@ Kernel = Callable[[Tensor], Tensor]
 
 
 def _float32(run: Kernel, x: Tensor) -> Tensor:
-    """Return run(x), which autocast would round on the way, in the type of a float layer's."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    """Return run(x) without autocast, which would round on the way."""
+    if not torch.is_autocast_enabled(x.device.type):
         return run(x)
-    with torch.autocast(kind, enabled=False):
-        return run(x).to(torch.get_autocast_dtype(kind))
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x)
 
 
 class QLayer(FixedTypes):
@@ -306,7 +305,8 @@ class StoredLinear(FixedTypes):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b, computed in float32, in the type of nn.Linear; x (..., in_features)."""
-        return _float32(self._run, input)
+        y, kind = _float32(self._run, input), input.device.type
+        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
     def _run(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
