@@ -17,6 +17,7 @@ from quantempo.bench.candidates import select
 from quantempo.bench.networks import model_network, quick_network, run_network
 from quantempo.bench.results import Results, text_table
 from quantempo.bench.run import bench, bench_network
+from quantempo.engines import ENGINES
 from quantempo.errors import QuantempoError
 from quantempo.pipeline import stages as pipeline
 from quantempo.report.sections import _times
@@ -123,6 +124,9 @@ def test_on_a_cpu_engines_of_a_gpu_are_not_timed() -> None:
     assert "ours/simulated" in names and "ours/triton" not in names
     timed = next(row for row in rows_of(record) if row["candidate"] == "ours/simulated")
     assert timed["rounds"] == 1 and timed["engine"] == "simulated"
+    layers = rows_of(record, "layer")
+    assert bool(layers) == bool(ENGINES.get(record["engine"]).copies)
+    assert all(row["batch"] == 1 and row["w4a8_ms"] > 0 for row in layers)
 
 
 def test_only_the_engine_asked_for_is_judged() -> None:
@@ -157,6 +161,8 @@ def test_the_table_says_everything() -> None:
         head | forward | {"candidate": "bf16/eager", "ms_per_forward": 4.0},
         head | forward | {"candidate": "ours/graph", "ms_per_forward": 2.0, "engine": "triton"},
         head | {"candidate": "torch/int8", "failed": "no kernel"},
+        head | {"kind": "layer", "shape": "4x8 by 2x8", "layers": ["a", "b"],
+                "w4a8_ms": 0.5, "w8a8_ms": 0.25},
         head | {"kind": "images_per_second", "candidate": "ours/graph", "steps": 100,
                 "from_forwards": 9, "measured": 8},
         {"kind": "limits", "bf16_tflops": 700.0, "int8_tflops": 1400.0, "copy_tbytes": 3.0},
@@ -169,7 +175,8 @@ def test_the_table_says_everything() -> None:
     assert record["speedup_vs_best_bf16"] == {"m_b16": 2.0, "qgemm": 2.0}
     text = "\n".join(text_table(record))
     for words in (
-        "m, batch 16", "not timed: no kernel", "8 images a second", "1400.0 TFLOP/s",
+        "m, batch 16", "2 layers: W4A8 0.5000 ms, W8A8 0.2500 ms: W8A8 is faster",
+        "not timed: no kernel", "8 images a second", "1400.0 TFLOP/s",
         "speedup_vs_best_bf16 of triton: 2.0", "2.00x bf16", "50.0 %", "needs sm_89", "sums differ",
     ):  # fmt: skip
         assert words in text, words

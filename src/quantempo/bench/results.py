@@ -32,8 +32,8 @@ class Results:
 
         A row is {"kind": "forward", "model", "batch", "candidate", "ms_per_forward", "ms_min",
         "rounds", "sqnr_db", "prepare_seconds", "peak_bytes"} with "engine" and "attentions_8bit"
-        (how many ran so) for ours, or one of kind "images_per_second", "limits" or "op"; "failed"
-        says why there is no time.
+        (how many ran so) for ours, or one of kind "images_per_second", "layer", "limits" or "op";
+        "failed" says why there is no time.
         """
         rows = list(self._rows.values())
         return {**self.head, **speedups(rows, self.head.get("engine")), "rows": rows}
@@ -111,6 +111,10 @@ def text_table(record: Row) -> Iterator[str]:
                     f"{row.get('measured', row.get('failed'))} images a second "
                     f"({row['from_forwards']} by its forwards alone)"
                 )
+            elif row["kind"] == "layer":
+                w4, w8 = row["w4a8_ms"], row["w8a8_ms"]
+                text = f"W4A8 {w4:.4f} ms, W8A8 {w8:.4f} ms: W{4 if w4 < w8 else 8}A8 is faster"
+                yield f"  {row['shape']:<36} {len(row['layers']):3} layers: {text}"
             elif "failed" in row:
                 yield f"  {row['candidate']:<26} not timed: {row['failed']}"
         for key in ("speedup_vs_best_fp32", "speedup_vs_best_bf16", "speedup_vs_best_8bit"):

@@ -15,6 +15,7 @@ from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results
 from quantempo.bench.turns import Timer, timer_for
 from quantempo.core.machine import machine
+from quantempo.engines.forms import time_forms
 from quantempo.engines.select import ENGINES, choose
 from quantempo.errors import QuantempoError, log
 from quantempo.evaluation.fidelity import prediction
@@ -180,6 +181,7 @@ def bench_network(
 
     results: whose "engine" runs the quantized network where a candidate names none; steps: of DDIM,
     to measure images a second as well; settings: rounds, seconds, budget of `compare`.
+    Last come the shapes of layers, with int8 weights and packed ones of 4 bits (`time_forms`).
     """
     timer = timer or timer_for(network.device)
     for size in batches:
@@ -191,6 +193,10 @@ def bench_network(
             ready = compare(candidates, subject, wanted, timer, results, head, **settings)
             if steps is not None:
                 images_per_second(ready, subject, network.scheduler, steps, timer, results, head)
+        if subject.packed is not None and ENGINES.get(subject.engine).copies:
+            given = (), cast_inputs(subject.inputs, subject.dtype)
+            rows = time_forms(subject.engine, subject.packed, *given)
+            results.put(*({"kind": "layer", **head, **row} for row in rows))
         del ready, subject
         torch._dynamo.reset()
         clear(network.device)

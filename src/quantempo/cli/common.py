@@ -13,7 +13,7 @@ import typer
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Run", "Scheduler"),
+    *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Packed", "Run", "Scheduler"),
     *("call_arguments", "next_command", "show", "show_summary", "table", "with_call"),
     *("with_loading", "with_model"),
 ]
@@ -28,6 +28,7 @@ Scheduler = Annotated[
 EngineName = Annotated[
     str, typer.Option("--engine", help="auto, openvino, onednn, triton (GPU) or simulated.")
 ]
+Packed = Annotated[str, typer.Option("--packed", help="4-bit weights: keep, unpack or auto.")]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]

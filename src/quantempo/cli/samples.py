@@ -27,6 +27,7 @@ def sample(
     steps: int = typer.Option(50, min=1, max=use.MOST, help="Sampling steps."),
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
+    packed: use.Packed = "keep",
     scheduler: use.Scheduler = None,
     device: use.Device = "cpu",
     force: use.Force = False,
@@ -47,7 +48,8 @@ def sample(
     from quantempo.pipeline import quality
     from quantempo.pipeline.samples import engine_of
 
-    pipe = quality.open_model(model, engine=engine, scheduler=scheduler, device=device, **loading)
+    loading |= {"engine": engine, "packed": packed, "scheduler": scheduler, "device": device}
+    pipe = quality.open_model(model, **loading)
     networks = denoisers_of(pipe).values()
     quality.sample(
         pipe, out, range(seed, seed + images), steps=steps, batch_size=batch_size, call=call,
@@ -65,6 +67,7 @@ def evaluate(
     seed: int = typer.Option(0, help="Seed of the first pair."),
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
+    packed: use.Packed = "keep",
     device: use.Device = "cpu",
     data: Path | None = typer.Option(
         None, help="Folder of real images to score both sets against."
@@ -89,6 +92,6 @@ def evaluate(
     session = pipeline.reopen(run, force=force)
     metrics = quality.evaluate(
         session, images=images, steps=steps, seed=seed, batch_size=batch_size, engine=engine,
-        device=device, data=data, inception=inception, call=call,
+        packed=packed, device=device, data=data, inception=inception, call=call,
     )  # fmt: skip
     use.show(metrics if as_json else {k: metrics[k] for k in _SHOWN if k in metrics}, as_json)

@@ -22,16 +22,16 @@ class LayerwiseEngine(Engine):
     """Run every integer layer with the backend `name`, and the blocks around them fused.
 
     devices: torch device types, or ("any",); slow: why it is slower than it should be wherever it
-    runs, or None; holds: see `Engine.holds`.
+    runs, or None; holds, copies: see `Engine`.
     """
 
     def __init__(
         self, name: str, devices: tuple[str, ...], blocks: Blocks | None = None,
-        slow: str | None = None,
-        holds: Callable[[QLayer], str] = lambda layer: "packed" if layer.aside else "as bytes",
+        slow: str | None = None, copies: int = 1,
+        holds: Callable[[QLayer], str] = lambda q: "packed" if q.aside > q.unpack else "as bytes",
     ) -> None:  # fmt: skip
         self.name, self.devices, self.blocks, self.slow = name, devices, blocks, slow
-        self.holds = holds  # type: ignore[assignment,method-assign]
+        self.holds, self.copies = holds, copies  # type: ignore[assignment,method-assign]
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""

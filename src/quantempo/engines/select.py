@@ -6,6 +6,7 @@ and files never depend on it.
 """
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from quantempo.engines import calls
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs, lists_of
 from quantempo.quantized import QLayer, find_clock, quantized_layers
-from quantempo.registry import Registry
+from quantempo.registry import Registry, check_known
 
 __all__ = [
     "ATTACHING", "ENGINES", "ByShape", "Engine", "attach", "attach_lazily", "attached", "choose",
@@ -29,18 +30,20 @@ __all__ = [
 
 # One at a time: attaching and tracing change a network that other threads may call.
 ATTACHING = threading.RLock()
+PACKED = ("keep", "unpack", "auto")
 
 
 class Engine:
     """What every engine offers.
 
     devices: torch device types it runs on; the fastest engine of a device is registered first.
-    few: rows up to which it is faster than that one all the same.
+    few: rows up to which it is faster than that one all the same; copies: bytes in memory for a
+    weight in groups that is held as bytes, 0 where it is held in one form only.
     """
 
     name: str
     devices: tuple[str, ...]
-    few = 0
+    few = copies = 0
 
     def missing(self) -> str | None:
         """Return why it cannot run here (one clause), or None."""
@@ -100,15 +103,20 @@ def _warn_once(text: str) -> None:
     log.warning(text)
 
 
-def attach(denoiser: nn.Module, engine: str = "auto") -> str:
+def attach(
+    denoiser: nn.Module, engine: str = "auto", packed: str = "keep", call: Any = None
+) -> str:
     """Attach an engine to a quantized denoiser and return its name.
 
     It is attached again when a call finds the network changed: moved, loaded, other processors.
     engine: a registered name, or "auto" for the fastest that is installed for its device, chosen at
     the first call of each shape where that depends on it (`ByShape`).
+    packed: "keep" weights in groups packed where the engine can, "unpack" them to bytes, or "auto":
+    bytes where the first call finds them faster; call: its (args, kwargs), where it is known.
 
-    Raises QuantempoError: not quantized, unknown engine, or the engine cannot run here.
+    Raises QuantempoError: not quantized, unknown engine or `packed`, or it cannot run here.
     """
+    check_known([packed], PACKED, "got packed")
     if find_clock(denoiser) is None:
         raise QuantempoError(
             f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
@@ -123,14 +131,34 @@ def attach(denoiser: nn.Module, engine: str = "auto") -> str:
     calls.check_network(denoiser)
     root = put_forward(denoiser, _Denoiser)
     root.release()
+    _choose_forms(denoiser, chosen, packed, call)
     chosen.attach(denoiser)
     rival = _rival(denoiser, chosen, device) if engine == "auto" else chosen
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
     root.watch = calls.Watch(denoiser, watched)
-    root.name, root.asked, root.proved = chosen.name, engine, False
+    root.name, root.asked, root.packed, root.proved = chosen.name, engine, packed, False
     log.debug("engine: %s", chosen.name)
     return chosen.name
+
+
+def _choose_forms(denoiser: nn.Module, engine: Engine, packed: str, call: Any) -> None:
+    """Tell layers in groups whether the engine is to hold them as bytes; log what these take."""
+    layers = {name: q for name, q in quantized_layers(denoiser) if q.weight_group is not None}
+    if not layers or not engine.copies:
+        return
+    faster = set(layers if packed == "unpack" else ())
+    if packed == "auto" and call:
+        # Here: `simulated`, which this runs, is an engine.
+        from quantempo.engines.forms import faster_as_bytes
+
+        faster = faster_as_bytes(engine.name, denoiser, *call)
+    for name, layer in layers.items():
+        layer.unpack = name in faster
+    if packed != "keep":
+        sizes = [math.prod(layer.weight_shape) for layer in layers.values() if layer.unpack]
+        text = "engine %s holds %d of %d weights in groups as bytes, which take %.1f MB"
+        log.info(text, engine.name, len(sizes), len(layers), engine.copies * sum(sizes) / 1e6)
 
 
 def _rival(denoiser: nn.Module, chosen: Engine, device: str) -> Engine:
@@ -242,16 +270,18 @@ def detach(denoiser: nn.Module) -> None:
 class _Denoiser(Forward):
     """The `forward` of a denoiser with an engine, or with one that its next call attaches."""
 
-    __slots__ = ("asked", "name", "proved", "watch")
+    __slots__ = ("asked", "name", "packed", "proved", "watch")
 
-    def __init__(self, module: nn.Module, before: Any = None, asked: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, before: Any = None, asked: str | None = None, packed: str = "keep"
+    ) -> None:
         super().__init__(module, before)
-        self.asked, self.fixed, self.proved = asked, True, False
+        self.asked, self.packed, self.fixed, self.proved = asked, packed, True, False
         self.name: str | None = None
         self.watch: calls.Watch | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.module, self.before, self.asked)
+        return type(self), (self.module, self.before, self.asked, self.packed)
 
     def release(self) -> None:
         if self.name is not None:
@@ -269,12 +299,13 @@ class _Denoiser(Forward):
         lists = lists_of(self.module, args, kwargs)
         given = calls.tensors_of(args, kwargs, lists)
         calls.check_call(self.module, given)
+        empty = any(value.ndim and not len(value) for value in given)
         if self.asked is not None and self._stale():
             with ATTACHING:
                 if self._stale():
-                    attach(self.module, self.asked)
+                    attach(self.module, self.asked, self.packed, None if empty else (args, kwargs))
         with torch.no_grad():
-            if any(value.ndim and not len(value) for value in given):
+            if empty:
                 args, kwargs = tree_map_only(Tensor, calls.one_row, (args, kwargs))
                 return tree_map_only(Tensor, lambda y: y[:0], super().__call__(*args, **kwargs))
             output = super().__call__(*args, **kwargs)
@@ -287,7 +318,9 @@ class _Denoiser(Forward):
             return calls.keep_nan(output, given, bool(lists)) if given else output
 
     def _stale(self) -> bool:
-        return self.name is None or self.watch is None or self.watch.changed()
+        if self.name is None or self.watch is None or (self.packed == "auto" and not self.proved):
+            return True
+        return self.watch.changed()
 
 
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:

@@ -202,5 +202,5 @@ def _plain_sums(codes: Tensor) -> AbstractContextManager[None]:
 _SLOW = "it computes the integers in float arithmetic"
 BACKENDS.register("simulated")(Backend("simulated", _Kernel))
 ENGINES.register("simulated")(
-    LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda layer: "as floats")
+    LayerwiseEngine("simulated", ("any",), slow=_SLOW, holds=lambda layer: "as floats", copies=0)
 )

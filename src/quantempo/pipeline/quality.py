@@ -28,7 +28,7 @@ _BATCH = 16
 
 def evaluate(
     session: Session, *, images: int = 64, steps: int = 50, seed: int = 0, batch_size: int = 16,
-    engine: str = "auto", device: str = "cpu", data: str | Path | None = None,
+    engine: str = "auto", packed: str = "keep", device: str = "cpu", data: str | Path | None = None,
     inception: str | Path | None = None, call: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Sample pairs from both models, score them and write `metrics.json`.
@@ -43,7 +43,7 @@ def evaluate(
     run, seeds = session.run, list(range(seed, seed + images))
     loading: dict[str, Any] = {k: v for k, v in session.loading.items() if k == "dtype"}
     loading |= {"engine": engine, "scheduler": session.scheduler, "device": device}
-    packed = open_model(session.require_packed(), **loading)
+    quantized = open_model(session.require_packed(), packed=packed, **loading)
     pipe = session.pipe.to(device)
     how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seeds": seeds}
     how |= {"call": merged(session.call, call), "force": session.force}
@@ -52,15 +52,15 @@ def evaluate(
         out = run if keep else RunFolder(scratch)
         pairs = (
             sample(pipe, out / "samples/float", identity=session.model["sha256"], **how),
-            sample(packed, out / "samples/int8", identity=session.key("pack"), **how),
+            sample(quantized, out / "samples/int8", identity=session.key("pack"), **how),
         )
     # Of the images: calls of other shapes may run on another one.
-    used = engine_of(packed)
+    used = engine_of(quantized)
     metrics = evaluate_outputs(*pairs, reference=data)
     if inception is not None:
         more = evaluate_outputs(*pairs, reference=data, extractor="inception", weights=inception)
         metrics = more | metrics | {"scores": metrics.get("scores", []) + more.get("scores", [])}
-    metrics |= _by_time(session, pipe, packed)
+    metrics |= _by_time(session, pipe, quantized)
     about: dict[str, Any] = {"engine": used, "steps": steps, "seeds": seeds}
     about |= {"batch_size": batch_size, "sampler": type(pipe.scheduler).__name__}
     metrics |= summary(session) | about | {"machine": machine()}

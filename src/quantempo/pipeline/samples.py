@@ -26,8 +26,8 @@ _HASH = "sha256"
 
 
 def open_model(
-    path: str | Path, *, engine: str = "auto", scheduler: str | None = None, device: str = "cpu",
-    **loading: Any,
+    path: str | Path, *, engine: str = "auto", packed: str = "keep", scheduler: str | None = None,
+    device: str = "cpu", **loading: Any,
 ) -> Any:  # fmt: skip
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
@@ -37,13 +37,11 @@ def open_model(
     pipe = load_pipeline(path, **loading)
     pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
     pipe.to(device)
-    packed = [part for part in denoisers_of(pipe).values() if find_clock(part) is not None]
-    if not packed:
-        if engine != "auto":
-            raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
-        return pipe
-    for part in packed:
-        attach(part, engine)
+    networks = [part for part in denoisers_of(pipe).values() if find_clock(part) is not None]
+    if not networks and (engine, packed) != ("auto", "keep"):
+        raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
+    for part in networks:
+        attach(part, engine, packed)
     return pipe
 
 

@@ -88,6 +88,8 @@ class QLayer(FixedTypes):
         # What an engine has unpacked for itself; whether it packed the weight its own way.
         self._unpacked: Tensor | None = None
         self.aside = False
+        # Whether an engine is to hold a weight in groups as bytes.
+        self.unpack = False
 
     @classmethod
     def like(

@@ -125,7 +125,7 @@ class Norm:
 def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
     """Return the weight of each part of a layer's input by `layout.pack`, none if it stays int8.
 
-    It stays int8 but on Hopper, with a stride, or where two parts share a group.
+    It is int8 where asked for, but on Hopper, with a stride, or where two parts share a group.
     """
     from quantempo.kernels.gpu.contraction.launch import choose_path
 
@@ -133,7 +133,7 @@ def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
     far = getattr(layer, "stride", (1, 1)) != (1, 1)
     if not isinstance(spec, GroupFormat) or far or any(w % spec.group for w in widths[:-1]):
         return []
-    if codes.device.type != "cpu" and choose_path(codes.device) != "hopper":
+    if layer.unpack or (codes.device.type != "cpu" and choose_path(codes.device) != "hopper"):
         return []
     q = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : sum(widths)]
     sizes = [-(-width // spec.group) for width in widths]
@@ -234,7 +234,7 @@ class LayerConstants:
         if plain and 1 < len(parts) <= 1 + MOST_SIDES:
             self.sides = Sides(layer, layer.segments, skip=1)
             self.sides.weights = packed[1:] or self.sides.weights
-        if packed:
+        if packed or (layer.unpack and layer.weight_group is not None):
             layer.set_aside()
 
     @property

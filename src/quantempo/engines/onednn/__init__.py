@@ -9,6 +9,10 @@ __all__: list[str] = []
 
 ENGINES.register("onednn")(
     LayerwiseEngine(
-        "onednn", ("cpu",), BLOCKS, holds=lambda layer: "as bytes" if packed.missing() else "packed"
+        "onednn",
+        ("cpu",),
+        BLOCKS,
+        copies=2,
+        holds=lambda layer: "as bytes" if layer.unpack or packed.missing() else "packed",
     )
 )

@@ -61,7 +61,7 @@ def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list
         codes = layer.weight_codes[:, first : first + width]
         return (codes.flatten(1) if flat else codes).contiguous()
 
-    if not isinstance(spec, GroupFormat) or groups is None:
+    if not isinstance(spec, GroupFormat) or groups is None or layer.unpack:
         return [dense(*part) for part in parts]
     given = (layer.weight_int, groups, spec.group)
     return [Packed(*given, *part, functools.partial(dense, *part)) for part in parts]

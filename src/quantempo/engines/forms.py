@@ -1,0 +1,90 @@
+"""Weights of 4 bits packed or as bytes: with which a layer is faster, measured where it runs."""
+
+import copy
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantempo.core import GroupFormat
+from quantempo.engines.base import BACKENDS
+from quantempo.engines.simulated import float32_copy, once
+from quantempo.errors import QuantempoError
+from quantempo.quantized import CLOCK_NAME, QLayer, quantized_layers
+
+__all__ = ["faster_as_bytes", "time_forms"]
+
+# Bytes must save this share of the time; each form has the best of so many calls.
+_LEAST, _ROUNDS = 0.03, 10
+# Beyond all caches: a network reads its weights from memory. A GPU fills them while work is queued.
+_SCRATCH = {"cpu": 1 << 25, "cuda": 1 << 30}
+
+
+def faster_as_bytes(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> set[str]:
+    """Return the layers that are faster as bytes in a call, see `time_forms`."""
+    rows = time_forms(backend, denoiser, args, kwargs)
+    fast = (row for row in rows if row["w8a8_ms"] < (1 - _LEAST) * row["w4a8_ms"])
+    return {name for row in fast for name in row["layers"]}
+
+
+@torch.no_grad()
+def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> list[dict[str, Any]]:
+    """Time the layers of a call, not fused, with random weights: {"shape", "layers": names, ms}.
+
+    In groups of 16 where theirs have none; not those that the backend cannot take. Outputs are
+    random. Raises QuantempoError: the network is offloaded.
+    """
+    network, lowers = float32_copy(denoiser, None), BACKENDS.get(backend)
+    layers, rows = dict(quantized_layers(network)), dict[Any, tuple[dict[str, Any], Any]]()
+    device = next(iter(layers.values())).weight_scale.device
+    if device.type not in _SCRATCH:
+        raise QuantempoError("got packed = 'auto' for an offloaded model; give keep or unpack")
+    scratch = torch.empty(_SCRATCH[device.type], dtype=torch.uint8, device=device)
+
+    def ms(call: Any) -> float:
+        scratch.zero_()
+        if device.type == "cpu":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def see(layer: QLayer, name: str, x: Tensor) -> Tensor:
+        if lowers.unsupported(layer):
+            return once(layer, True, x)
+        key = repr(layer), x.shape, x.dtype
+        if key not in rows:
+            pair = [partial(lowers.lower(_grouped(layer, unpack)), x) for unpack in (False, True)]
+            y, _ = (call() for call in pair)
+            times = zip(*([ms(call) for call in pair] for _ in range(_ROUNDS)), strict=True)
+            w4a8, w8a8 = map(min, times)
+            shape = " by ".join("x".join(map(str, size)) for size in (x.shape, layer.weight_shape))
+            rows[key] = {"shape": shape, "layers": [], "w4a8_ms": w4a8, "w8a8_ms": w8a8}, y.shape
+        row, size = rows[key]
+        row["layers"].append(name)
+        return torch.randn(size, dtype=x.dtype, device=device)
+
+    for name, layer in layers.items():
+        layer.kernel = partial(see, layer, name)
+    network.get_submodule(CLOCK_NAME).call.bucket = torch.zeros((), dtype=torch.long, device=device)
+    type(network).forward(network, *args, **kwargs)
+    return [row for row, _ in rows.values()]
+
+
+def _grouped(layer: QLayer, unpack: bool) -> QLayer:
+    """Return a layer of the same shape and scales whose weight is random, of 4 bits in groups."""
+    other, spec, shape = copy.copy(layer), layer.weight_format, layer.weight_shape
+    other.weight_format = spec = spec if isinstance(spec, GroupFormat) else GroupFormat(4)
+    # Scales up to 8: no code is beyond 127.
+    draw = partial(torch.randint, dtype=torch.uint8, device=layer.weight_scale.device)
+    codes = {"weight_int": draw(256, spec.stored_shape(shape))}
+    codes["weight_group"] = draw(128, spec.group_shape(shape))
+    other._buffers, other.unpack = {**layer._buffers, **codes}, unpack
+    return other

@@ -1,0 +1,86 @@
+"""Weights in groups packed or as bytes: as asked, or as measured at the first call; same output."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+
+from quantempo.engines import ENGINES, attach, forms
+from quantempo.engines.base import BACKENDS
+from quantempo.errors import QuantempoError
+from quantempo.kernels.cpu import packed as packed_cpu
+from quantempo.quantized import quantized_layers
+from quantempo.recipe import WeightSettings
+from tests.engines.quantized import INPUTS, quantized_unet
+
+GROUPS = WeightSettings(bits=4, group=16)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("engine", ["onednn", "triton"])
+@torch.no_grad()
+def test_the_form_is_the_one_asked_for_and_changes_no_bit(engine, monkeypatch, caplog):
+    if engine == "onednn" and packed_cpu.missing():
+        pytest.skip(packed_cpu.missing())
+    bits = {"up_blocks.*": "w8a8", "down_blocks.*": "w8a8"}
+    network, calls = quantized_unet(weights=GROUPS, bits=bits), []
+    grouped = {name for name, q in quantized_layers(network) if q.weight_group is not None}
+    some = {name for name in grouped if "conv1" in name}
+
+    def timed(*call):
+        calls.append(call)
+        return [
+            {"layers": [name], "w4a8_ms": 2.0, "w8a8_ms": 1.0 if name in some else 1.95}
+            for name, _ in quantized_layers(network)
+        ]
+
+    monkeypatch.setattr(forms, "time_forms", timed)
+    monkeypatch.setattr(ENGINES.get(engine), "devices", ("cpu",))
+    outputs, wanted = [], {"keep": set(), "unpack": grouped, "auto": some}
+    for how, names in wanted.items():
+        net = copy.deepcopy(network)
+        attach(net, engine, how)
+        with caplog.at_level(logging.INFO, "quantempo"):
+            caplog.clear()
+            outputs += [net(*INPUTS[0]).sample, net(*INPUTS[0]).sample]
+        layers = {name: net.get_submodule(name) for name in grouped}
+        assert {name for name, layer in layers.items() if layer.unpack} == names
+        holds = {name for name, q in layers.items() if ENGINES.get(engine).holds(q) == "as bytes"}
+        assert holds == names
+        # Those of the bits and moved; a copy has the same choice to make.
+        assert len(calls) == (how == "auto")
+    size = sum(math.prod(network.get_submodule(name).weight_shape) for name in some)
+    text = f"{len(some)} of {len(grouped)} weights in groups as bytes, which take "
+    megabytes = ENGINES.get(engine).copies * size / 1e6
+    assert [m for m in caplog.messages if "as bytes" in m] == [
+        f"engine {engine} holds {text}{megabytes:.1f} MB"
+    ]
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+    with pytest.raises(QuantempoError, match=r"got packed 'bytes' \(known: keep, unpack, auto\)"):
+        attach(network, engine, "bytes")
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("engine", ["onednn", "triton"])
+@pytest.mark.parametrize("weights", [GROUPS, WeightSettings()], ids=["groups", "w8a8"])
+def test_each_shape_of_layers_is_timed_once_both_ways(engine, weights, monkeypatch):
+    if (reason := BACKENDS.get(engine).missing()) is not None:
+        pytest.skip(reason)
+    network = quantized_unet(weights=weights)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    monkeypatch.setattr(forms, "_ROUNDS", 1)
+    rows = forms.time_forms(engine, network, *(INPUTS[0], {}))
+    able = BACKENDS.get(engine).unsupported
+    layers = {name for name, layer in quantized_layers(network) if not able(layer)}
+    assert sorted(name for row in rows for name in row["layers"]) == sorted(layers)
+    assert len({row["shape"] for row in rows}) > 4
+    assert all(row["w4a8_ms"] > 0 and row["w8a8_ms"] > 0 for row in rows)
+    for row in rows:
+        shapes = {network.get_submodule(name).weight_shape for name in row["layers"]}
+        (shape,) = shapes
+        assert row["shape"].endswith(" by " + "x".join(map(str, shape)))
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(q.kernel is None and not q.unpack for _, q in quantized_layers(network))
