@@ -35,11 +35,11 @@ ROWS: tuple[dict[str, str], ...] = (
     {"scales": "choose scales"},
     {"models": "know architectures", "report": "read a run folder, draw one page"},
     {
-        "core": "formats, packing",
         "kernels": "operators on plain tensors",
         "recipe": "settings as TOML",
         "run_folder": "artefacts, whole or not at all",
     },
+    {"core": "formats, packing, tensors that lie in files"},
     {"registry": "names of interchangeable parts"},
     {"errors": "one type for a user's mistake, the log"},
 )
@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 25_881, "studies": 4_856, "tests": 26_009}
+BUDGETS = {"src": 26_267, "studies": 4_856, "tests": 26_170}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

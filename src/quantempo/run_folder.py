@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from quantempo.core.paged import paged_tensors, save_tensors
 from quantempo.errors import QuantempoError, log
 
 __all__ = [
@@ -282,14 +282,16 @@ class RunFolder:
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
     ) -> None:
         """Write tensors (any device; made contiguous) and string metadata."""
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with atomic_path(self.path / name) as temporary:
-            save_file(whole, temporary, metadata)
+            save_tensors(temporary, tensors, metadata)
 
-    def read_safetensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of artefact `name`; see `read_tensors` for errors."""
+    def read_safetensors(self, name: str, *, paged: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of artefact `name`, `Paged` or not; see `read_tensors` for errors."""
         if self.has(name):
             self._compare(name)
+            if paged:
+                with reading(self / name):
+                    return {**paged_tensors(self / name)}
         return read_tensors(self.path / name)[0]
 
     def update_manifest(self, **entries: Any) -> dict[str, Any]:

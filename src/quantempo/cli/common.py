@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,9 @@ def _model_arguments(
     steps: int | None = typer.Option(None, min=1, help="Steps to trace; the recipe's by default."),
     only: str | None = typer.Option(None, help="One network, of a pipeline with several."),
     data: str | None = typer.Option(None, help="Image folder, for the sources raw and mimic."),
+    memory: str | None = typer.Option(
+        None, help="12GB: a network larger than this stays in its files; a third of it all."
+    ),
     scheduler: Scheduler = None,
     device: Device = "cpu",
     force: Force = False,
@@ -141,7 +145,15 @@ def _model_arguments(
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
+        "memory": memory and _bytes(memory),
     }  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    """Return the bytes of "12GB"; QuantempoError for anything else."""
+    if not (match := re.fullmatch(r"(\d+(\.\d+)?) ?([MGT])i?B?", text, re.IGNORECASE)):
+        raise QuantempoError(f"got --memory {text}; expected a number of bytes like 12GB or 500MB")
+    return int(float(match[1]) * 1000 ** (2 + "MGT".index(match[3].upper())))
 
 
 with_model = _with("model", inspect.signature(_model_arguments).parameters, _model_arguments)

@@ -16,9 +16,9 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import check_known
 
 __all__ = [
-    "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs", "blocks",
-    "check_roles", "clock_time", "denoiser_of", "denoisers_of", "hooked", "input_of", "is_unit",
-    "lists_of", "sites", "skip_segments", "timestep_of", "timestep_place",
+    "DENOISERS", "EMBEDDINGS", "LAYERS", "ROLES", "Block", "DenoiserInputs", "Site", "bind_inputs",
+    "blocks", "check_roles", "clock_time", "denoiser_of", "denoisers_of", "hooked", "input_of",
+    "is_unit", "lists_of", "sites", "skip_segments", "timestep_of", "timestep_place",
 ]  # fmt: skip
 
 LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -34,7 +34,7 @@ ROLES = {
 }
 
 # In the order in which one of them is the first.
-_DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2", "prior_prior")
+DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2", "prior_prior")
 _INPUT = {"conv_in", "pos_embed.proj", "x_embedder", "img_in", "proj_in"}
 _OUTPUT = {"conv_out", "proj_out", "proj_out_2", "final_layer.linear"}
 # Anywhere in the dotted name.
@@ -85,12 +85,12 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return all networks a pipeline denoises with, the first one first, else QuantempoError."""
-    parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
+    parts = {name: getattr(pipe, name, None) for name in DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found:
         raise QuantempoError(
             f"{type(pipe).__name__} has no denoiser; expected a component called one of: "
-            f"{', '.join(_DENOISERS)}"
+            f"{', '.join(DENOISERS)}"
         )
     return found
 

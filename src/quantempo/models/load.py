@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -14,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantempo.errors import QuantempoError
+from quantempo.models.large import paged_denoisers
 from quantempo.models.layers import denoisers_of
 from quantempo.registry import check_known
 
 __all__ = [
-    "check_device", "check_finite", "check_pipeline", "configs_of", "load_pipeline", "model_digest",
+    "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of",
+    "load_pipeline", "model_digest",
 ]  # fmt: skip
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
@@ -37,13 +41,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def load_pipeline(
     source: str | Path, dtype: torch.dtype | str = torch.float32, *, variant: str | None = None,
-    revision: str | None = None,
+    revision: str | None = None, memory: int | None = None,
 ) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
     Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the
     components that have it; None: the plain ones, or the only variant of a component that has no
-    plain ones. `revision` is of a hub name.
+    plain ones. `revision` is of a hub name. A denoiser of a folder that takes more than `memory`
+    bytes stays in its files, see `core.paged`.
 
     Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
     that does not fit its config, layers of a LoRA among its weights.
@@ -51,7 +56,7 @@ def load_pipeline(
     if isinstance(dtype, str):
         check_known([dtype], _DTYPES, "unknown dtype")
         dtype = _DTYPES[dtype]
-    folder = Path(source)
+    folder, paged = Path(source), dict[str, nn.Module]()
     if os.path.exists(folder):
         variant = _check_folder(folder, variant)
     elif not _HUB_NAME.fullmatch(str(source)):
@@ -63,7 +68,10 @@ def load_pipeline(
     try:
         # Never a pickled .bin, which runs code.
         how: dict[str, Any] = {"variant": variant, "revision": revision, "use_safetensors": True}
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **how)
+        if memory is not None and folder.exists():
+            files = {part.name: _used(part, variant) for part in folder.iterdir()}
+            paged = paged_denoisers(folder, files, dtype, memory)
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **paged, **how)
     except QuantempoError:
         raise
     except (*_BROKEN, *_ODD) as error:
@@ -113,13 +121,13 @@ def _refuse_lora(where: str, names: Iterable[str]) -> None:
 def _is_ours(error: Exception) -> bool:
     """Return whether an error went through another module of this package (the plug-in)."""
     names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
-    return any(name.startswith("quantempo.") and name != __name__ for name in names)
+    ours = (name for name in names if name.startswith("quantempo."))
+    return any(not name.startswith(f"{__package__}.") for name in ours)
 
 
 def _check_complete(folder: Path, variant: str | None, component: str, denoiser: nn.Module) -> None:
     """Refuse a denoiser with more tensors than its files: diffusers fills in random numbers."""
-    files = _weights(folder / component)
-    names = {name for file in files.get(variant) or files.get(None, []) for name in _names(file)}
+    names = {name for f in _used(folder / component, variant) for name in _names(f)}
     state = denoiser.state_dict()
     missing = max(len(state) - len(names), sum(value.is_meta for value in state.values()))
     if names and missing > 0:
@@ -136,6 +144,35 @@ def _weights(component: Path) -> dict[str | None, list[Path]]:
         if match := _WEIGHTS.fullmatch(file.name):
             found.setdefault(match[4], []).append(file)
     return found
+
+
+def _used(component: Path, variant: str | None) -> list[Path]:
+    """Return the files that diffusers would read."""
+    files = _weights(component)
+    return files.get(variant) or files.get(None, [])
+
+
+def component_copies(folder: Path, variant: str | None) -> dict[str, Callable[[str], None]]:
+    """Return what copies each network of a pipeline's folder to another folder, byte for byte.
+
+    Files of the variant that `load_pipeline` reads get the names of plain ones.
+    """
+    variant = _check_folder(folder, variant)
+    found = [part for part in folder.iterdir() if _used(part, variant)]
+    return {part.name: partial(_copy, part, variant) for part in found}
+
+
+def _copy(component: Path, variant: str | None, to: str) -> None:
+    folder, used, end = Path(to), _used(component, variant), f".{variant}"
+    folder.mkdir(parents=True)
+    for file in used:
+        shutil.copyfile(file, folder / file.name.replace(end, ""))
+    for file in component.glob("*.json"):
+        if ".index." not in file.name:
+            shutil.copyfile(file, folder / file.name)
+        elif file.name.endswith(f"{end}.json" if end in used[0].name else "safetensors.index.json"):
+            text = file.read_text().replace(f"{end}", "")
+            (folder / file.name.replace(end, "")).write_text(text)
 
 
 def _names(file: Path) -> list[str]:
@@ -162,7 +199,7 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
             if (part / name).is_file():
                 _read_json(part / name)
         files = _weights(part)
-        used = files.get(variant) or files.get(None, [])
+        used = _used(part, variant)
         for file in used:
             names = _names(file)
             _refuse_lora(str(file), names)

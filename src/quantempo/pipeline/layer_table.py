@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import report
 from quantempo.engines.layerwise import execution
 from quantempo.engines.select import ENGINES, attach
+from quantempo.engines.simulated import once
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
 from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
@@ -125,7 +126,7 @@ def layer_sqnr(
 
     packed: gives the integer layers, executed by `simulated`; call: one float forward.
     """
-    clock, simulated = find_clock(packed), BACKENDS.get("simulated")
+    clock = find_clock(packed)
     assert clock is not None
     # Both on one device; the packed model may have been built on another.
     packed.to(next(float_denoiser.parameters()).device)
@@ -133,15 +134,15 @@ def layer_sqnr(
     result: dict[str, float] = {}
 
     layers = dict(quantized_layers(packed))
-    kernels = {name: simulated.lower(layer) for name, layer in layers.items()}
 
     def compare(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found = sqnr_db(output, layers[name].run(kernels[name], input_of(args, kwargs)))
+        kernel = partial(once, layers[name], True)
+        found = sqnr_db(output, layers[name].run(kernel, input_of(args, kwargs)))
         # A layer that is zero has none, and JSON no infinity.
         if math.isfinite(found):
             result[name] = found
 
-    with hooked({name: float_denoiser.get_submodule(name) for name in kernels}, compare):
+    with hooked({name: float_denoiser.get_submodule(name) for name in layers}, compare):
         call()
     return result
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.statistics import attention_errors, collect_statistics, measure_roles
-from quantempo.core import weight_format
+from quantempo.core import Paged, loaded, page_out, spilled, weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import check_roles, sites
@@ -86,10 +86,13 @@ class Quantized:
         return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors)
 
     @torch.no_grad()
-    def install(self, denoiser: nn.Module, *, copy: bool = False) -> nn.Module:
+    def install(
+        self, denoiser: nn.Module, *, copy: bool = False, folder: Path | None = None
+    ) -> nn.Module:
         """Replace the planned layers of a float denoiser by integer ones, in place; names stay.
 
-        copy: return a quantized copy instead, which shares all parameters that stay float.
+        copy: return a quantized copy instead, which shares all parameters that stay float; folder:
+        where integers of layers that are paged are kept, None: in memory.
 
         Raises QuantempoError: the denoiser is quantized already, or is another network.
         """
@@ -97,13 +100,16 @@ class Quantized:
             state = [*denoiser.parameters(), *denoiser.buffers()]
             denoiser = copies.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
         device = next(denoiser.parameters()).device
-        floats = {p.name: denoiser.get_submodule(p.name) for p in self.plans if p.kind != "float"}
+        named = (p.name for p in self.plans if p.kind != "float")
+        floats: dict[str, Any] = {name: denoiser.get_submodule(name) for name in named}
         clock = install_clock(denoiser, self.bucket_of.to(device), self.times)
         swap_layers(denoiser, self.plans, clock)
         if self.attention:
             mark_attention(denoiser, self.attention, self.recipe.attention.max_error)
         for name, layer in floats.items():
-            self._fill(name, denoiser.get_submodule(name), layer)
+            self._fill(name, filled := denoiser.get_submodule(name), layer)
+            if folder is not None and isinstance(layer.weight, Paged):
+                page_out(filled, folder / f"{name}.safetensors")
         return denoiser
 
     def _fill(self, name: str, layer: nn.Module, old: Any) -> None:
@@ -251,25 +257,42 @@ def _weights(denoiser: nn.Module, plans: list[LayerPlan]) -> dict[str, Tensor]:
 
 
 def _round(
-    denoiser: nn.Module, plans: list[LayerPlan], scales: Mapping[str, Tensor], name: str
+    denoiser: nn.Module,
+    plans: list[LayerPlan],
+    scales: Mapping[str, Tensor],
+    name: str,
+    folder: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Return the codes of all integer layers by a rounding that looks at weights alone."""
+    """Return the codes of all integer layers by a rounding that looks at weights alone.
+
+    folder: where those of paged weights are kept, None: in memory.
+    """
     weights = _weights(denoiser, plans)
     specs = {p.name: weight_format(p.weight_bits, p.group) for p in plans if p.name in weights}
     steps = {name: scales[f"{name}.weight_scale"] for name in weights}
     cut = {n: scales.get(f"{n}.weight_group") for n in weights}
     groups = {n: v for n, v in cut.items() if v is not None}
-    return {k: v.cpu() for k, v in round_by_weights(name, weights, steps, specs, groups).items()}
+    codes: dict[str, Tensor] = {}
+    for layer, weight in weights.items():
+        (found,) = round_by_weights(name, {layer: loaded(weight)}, steps, specs, groups).values()
+        codes[layer] = found.cpu()
+        if folder is not None and isinstance(weight, Paged):
+            codes |= spilled({layer: codes[layer]}, folder / f"{layer}.safetensors")
+    return codes
 
 
 def round_weights(
     denoiser: nn.Module, data: CalibrationData, recipe: Recipe, plans: list[LayerPlan],
     scales: Mapping[str, Tensor], *, folder: str | Path | None = None, key: str = "",
+    scratch: Path | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Choose the integers; return codes, biases and scales as `round_denoiser` does, see there."""
+    """Choose the integers; return codes, biases and scales as `round_denoiser` does, see there.
+
+    scratch: where integers of paged weights are kept, None: in memory.
+    """
     settings, plans = recipe.rounding, _settled(plans, scales, recipe)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
-    codes = _round(denoiser, plans, scales, settings.name if alone else "nearest")
+    codes = _round(denoiser, plans, scales, settings.name if alone else "nearest", scratch)
     if not codes or (alone and not settings.bias and not settings.refine):
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.times)

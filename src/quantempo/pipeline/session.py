@@ -1,7 +1,6 @@
 """A run folder with the float pipeline it belongs to: `load` starts one, `reopen` continues it."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,18 +9,20 @@ from typing import Any
 from torch import nn
 
 from quantempo.calibration.trace import SOURCES, TraceSet, check_settings
+from quantempo.checkpoint.write import save_pipeline
 from quantempo.errors import QuantempoError, log
+from quantempo.models.large import room
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import (
     check_device,
     check_finite,
     check_pipeline,
+    component_copies,
     configs_of,
     load_pipeline,
     model_digest,
 )
 from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
-from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
 from quantempo.pipeline.cache import Cache
 from quantempo.pipeline.quantize import LayerPlan, check_recipe, plan
@@ -42,11 +43,13 @@ class Session(Cache):
     data: str | None = None
     loading: dict[str, Any] = field(default_factory=dict)
     only: str | None = None
+    memory: int | None = None
 
     @cached_property
     def original(self) -> Any:
         """The float pipeline as it was loaded; its networks are those of `pipe`."""
-        return load_pipeline(self.source, **self.loading).to(self.device)
+        memory = self.memory or room(self.device)
+        return load_pipeline(self.source, memory=memory, **self.loading).to(self.device)
 
     @cached_property
     def pipe(self) -> Any:
@@ -85,10 +88,10 @@ class Session(Cache):
             # The pipeline that runs this scheduler is none that diffusers can load.
             pipe = self.original
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
-        with ExitStack() as stack:
-            for name, network in networks.items():
-                stack.enter_context(replaced(pipe, name, network))
-            pipe.save_pretrained(folder)
+        # A pipeline of a hub name has no files here.
+        here, variant = Path(self.source), self.loading.get("variant")
+        copies = component_copies(here, variant) if here.exists() else {}
+        save_pipeline(pipe, networks, copies, folder)
         write_settings(folder, self.call)
 
     @cached_property
@@ -128,7 +131,8 @@ class Session(Cache):
 def load(
     source: Any, run: str | Path, recipe: str | Recipe = "w8a8", *,
     call: dict[str, Any] | None = None, scheduler: str | None = None, force: bool = False,
-    device: str = "cpu", data: str | Path | None = None, only: str | None = None, **loading: Any,
+    device: str = "cpu", data: str | Path | None = None, only: str | None = None,
+    memory: int | None = None, **loading: Any,
 ) -> Session:  # fmt: skip
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
@@ -142,6 +146,7 @@ def load(
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
         only: the one network to quantize of a pipeline with several denoisers, None for all.
+        memory: bytes beyond which a denoiser stays in its files; None: a third of the device's.
         loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
 
     Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the
@@ -157,7 +162,8 @@ def load(
     loading = {k: str(v).removeprefix("torch.") for k, v in loading.items() if v is not None}
     if given and loading:
         raise QuantempoError(f"{', '.join(loading)} is for folders; change the pipeline itself")
-    session = Session(store, recipe, force, path, call, scheduler, device, folder, loading, only)
+    how = (store, recipe, force, path, call, scheduler, device, folder, loading, only, memory)
+    session = Session(*how)
     if given:
         session.original = check_pipeline(source).to(device)
     if only and only not in (known := denoisers_of(session.pipe)):

@@ -24,7 +24,7 @@ from quantempo.pipeline import quantize as core
 from quantempo.pipeline.layer_table import measured_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
-from quantempo.run_folder import atomic_path
+from quantempo.run_folder import atomic_path, private_folder
 
 __all__ = [
     "Session", "calibrate", "finish", "load", "pack", "quantize", "reopen", "round_weights",
@@ -37,16 +37,23 @@ log = logging.getLogger("quantempo")
 Stage = Callable[[Session], None]
 
 
-def _stage(name: str, file: str) -> Callable[[Callable[[Session], dict[str, Tensor]]], Stage]:
-    """Write what a function makes as the artefact of a stage, for every denoiser of a session."""
+Make = Callable[[Session, Path], dict[str, Tensor]]
 
-    def decorate(make: Callable[[Session], dict[str, Tensor]]) -> Stage:
+
+def _stage(name: str, file: str) -> Callable[[Make], Stage]:
+    """Write what a function makes as the artefact of a stage, for every denoiser of a session.
+
+    It gets a folder for what is larger than the memory.
+    """
+
+    def decorate(make: Make) -> Stage:
         @wraps(make)
         def run(session: Session) -> None:
             for part in session.parts:
                 with part.stage(name) as needed:
                     if needed:
-                        part.run.write_safetensors(file, make(part))
+                        with private_folder(part.run / name) as scratch:
+                            part.run.write_safetensors(file, make(part, scratch))
 
         return run
 
@@ -90,13 +97,13 @@ def _source_images(session: Session) -> np.ndarray | None:
 
 
 @_stage("calibrate", "stats.safetensors")
-def calibrate(session: Session) -> dict[str, Tensor]:
+def calibrate(session: Session, _: Path) -> dict[str, Tensor]:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
     return core.calibrate(session.denoiser, _trace_of(session), session.plans, session.recipe)
 
 
 @_stage("search", "scales.safetensors")
-def search(session: Session) -> dict[str, Tensor]:
+def search(session: Session, _: Path) -> dict[str, Tensor]:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
     stats = session.run.read_safetensors("stats.safetensors")
     scales = core.search(session.denoiser, stats, session.plans, session.recipe)
@@ -105,11 +112,12 @@ def search(session: Session) -> dict[str, Tensor]:
 
 
 @_stage("round", "rounding.safetensors")
-def round_weights(session: Session) -> dict[str, Tensor]:
+def round_weights(session: Session, scratch: Path) -> dict[str, Tensor]:
     """Choose the integer weights; writes `rounding.safetensors`."""
     scales = session.run.read_safetensors("scales.safetensors")
     given = session.denoiser, _trace_of(session), session.recipe, session.plans, scales
-    return core.round_weights(*given, folder=session.run / "blocks", key=session.key("round"))
+    kept: dict[str, Any] = {"folder": session.run / "blocks", "key": session.key("round")}
+    return core.round_weights(*given, **kept, scratch=scratch)
 
 
 def pack(session: Session) -> Path:
@@ -119,26 +127,32 @@ def pack(session: Session) -> Path:
         part.check_before("pack")
     with session.stage("pack") as needed:
         if needed:
-            rows, networks = [], {}
-            for part in session.parts:
-                network, found = _packed(part)
-                if len(_trace_of(part)):
-                    networks[part.component] = network
-                start = "" if part is session else f"{part.component}."
-                rows += [row | {"name": start + row["name"]} for row in found]
-            run.write_json("layers.json", rows)
-            with atomic_path(run / "packed") as temporary:
-                session.save(networks, temporary)
-                seal(temporary, next(iter(networks)))
+            with private_folder(run / "paged") as scratch:
+                _write_packed(session, scratch)
     return run / "packed"
 
 
-def _packed(session: Session) -> tuple[nn.Module, list[dict[str, Any]]]:
+def _write_packed(session: Session, scratch: Path) -> None:
+    rows, networks = [], {}
+    for part in session.parts:
+        network, found = _packed(part, scratch / part.component)
+        if len(_trace_of(part)):
+            networks[part.component] = network
+        start = "" if part is session else f"{part.component}."
+        rows += [row | {"name": start + row["name"]} for row in found]
+    session.run.write_json("layers.json", rows)
+    with atomic_path(session.run / "packed") as temporary:
+        session.save(networks, temporary)
+        seal(temporary, next(iter(networks)))
+
+
+def _packed(session: Session, scratch: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Return the quantized denoiser, marked for saving, and its rows of the layer table."""
     run, data = session.run, _trace_of(session)
-    scales, codes = (run.read_safetensors(f"{name}.safetensors") for name in ("scales", "rounding"))
+    scales = run.read_safetensors("scales.safetensors")
+    codes = run.read_safetensors("rounding.safetensors", paged=True)
     found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
-    packed = found.install(session.denoiser, copy=True)
+    packed = found.install(session.denoiser, copy=True, folder=scratch)
     rows = measured_rows(session.denoiser, packed, found.plans, data)
     about = {"times": data.times, "source_sha256": session.model["sha256"]}
     config = QuantempoConfig.of(found.recipe, found.plans, **about)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantempo.core import Grid, GroupFormat, activation_format, token_scale, weight_format
 from quantempo.core.instance import FixedTypes, keep
+from quantempo.core.paged import loaded
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
 
@@ -297,7 +298,7 @@ class StoredLinear(FixedTypes):
 
     def fill(self, layer: nn.Linear) -> Self:
         """Round the weight of a float layer, copy its bias."""
-        self._round(layer.weight.detach().float())
+        self._round(loaded(layer.weight.detach()).float())
         if layer.bias is not None:
             self.bias = layer.bias.detach().float()
         return self

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, weight_format
+from quantempo.core.paged import loaded
 from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
 from quantempo.scales.activation import (
@@ -93,7 +94,8 @@ def search_scales(
     for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
         keys = (f"{name}.weight_scale", f"{name}.weight_group")
         found = {key: known[key] for key in keys if key in known} if known else {}
-        found = found or search_weights(name, weight, recipe.weights, bits.get(name, common)[0])
+        here = bits.get(name, common)[0]
+        found = found or search_weights(name, loaded(weight), recipe.weights, here)
         tensors |= {key: value.cpu() for key, value in found.items()}
         if name not in specs:
             continue

@@ -1,0 +1,55 @@
+"""Write a quantized network and its pipeline to disk, one tensor in memory at a time."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import nn
+
+from quantempo.core.paged import save_tensors
+from quantempo.models.scheduler_step import replaced
+
+__all__ = ["save_network", "save_pipeline"]
+
+# As `save_pretrained` has them.
+_SHARD = "10GB"
+_FILE = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+def save_network(network: Any, to: str | Path) -> None:
+    """Write a quantized network as its `save_pretrained` does, the same files byte for byte."""
+    folder = Path(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Asking takes the hashes.
+    assert network.hf_quantizer.is_serializable
+    network.save_config(folder)
+    state = network.state_dict()
+    split = split_state_dict_into_shards_factory(
+        state, get_storage_size=lambda value: value.nbytes, filename_pattern=_FILE,
+        max_shard_size=_SHARD,
+    )  # fmt: skip
+    for file, names in split.filename_to_tensors.items():
+        save_tensors(folder / file, {name: state[name] for name in names}, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+
+
+def save_pipeline(
+    pipe: Any, networks: Mapping[str, Any], copies: Mapping[str, Callable[[str], None]], to: Path
+) -> None:
+    """Write a pipeline with other, quantized networks; `copies` write those of its components."""
+    savers = {**copies, **{name: partial(save_network, part) for name, part in networks.items()}}
+    with ExitStack() as stack:
+        for name, network in networks.items():
+            stack.enter_context(replaced(pipe, name, network))
+        for name, save in savers.items():
+            if isinstance(part := getattr(pipe, name, None), nn.Module):
+                stack.enter_context(patch.object(part, "save_pretrained", save))
+        pipe.save_pretrained(to)

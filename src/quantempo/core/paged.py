@@ -1,0 +1,161 @@
+"""Tensors that lie in safetensors files: read at each use, kept nowhere.
+
+What networks larger than the memory are made of while they are quantized.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantempo.core.instance import put_buffer
+from quantempo.errors import QuantempoError
+
+__all__ = ["Paged", "loaded", "page_out", "paged_tensors", "save_tensors", "small", "spilled"]
+
+_aten = torch.ops.aten
+# In the order in which safetensors lays them out.
+_DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Elements up to which a tensor is not worth a read at each use.
+_SMALL = 2**16
+
+
+class _Place(NamedTuple):
+    file: Path
+    start: int
+    dtype: torch.dtype
+
+
+class Paged(Tensor):
+    """A tensor of a file; every operation on it reads the file, none writes to it.
+
+    Its dtype is that of computation, the file may hold another one. Shape, dtype, device and
+    `detach` read nothing, and it stays paged on another device.
+    """
+
+    place: _Place
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, place: _Place, shape: Any, dtype: torch.dtype, device: Any = "cpu") -> "Paged":
+        """Return the tensor at a place."""
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(device))
+        made.place = place
+        return made
+
+    def like(self, dtype: torch.dtype | None = None, device: Any = None) -> "Paged":
+        """Return the same tensor, of another dtype or device."""
+        return Paged(self.place, self.shape, dtype or self.dtype, device or self.device)
+
+    def load(self) -> Tensor:
+        """Return the values; QuantempoError: the file was cut or is gone."""
+        file, start, dtype = self.place
+        found, done = torch.empty(tuple(self.shape), dtype=dtype), 0
+        with suppress(OSError), file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            # Beyond 2 GB a call reads a part.
+            while count := stream.readinto(_bytes(found)[done:]):  # type: ignore[attr-defined]
+                done += count
+        if done != found.nbytes:
+            raise QuantempoError(f"cannot read {file} any more, was it changed? Restore it")
+        return found.to(self.device, self.dtype)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Be shared by copies: nothing writes to it."""
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator on the values."""
+        first, kwargs = args[0] if args else None, kwargs or {}
+        if isinstance(first, Paged):
+            if func in (_aten.detach.default, _aten.alias.default):
+                return first.like()
+            if func is _aten._to_copy.default and kwargs.get("dtype") in (None, first.dtype):
+                return first.like(device=kwargs.get("device"))
+        for given, known in zip(args, func._schema.arguments, strict=False):
+            written = known.alias_info is not None and known.alias_info.is_write
+            assert not (written and isinstance(given, Paged)), f"{func} writes to a paged tensor"
+        args, kwargs = pytree.tree_map_only(Paged, Paged.load, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def small(tensor: Tensor) -> bool:
+    """Return whether a tensor is better kept in memory."""
+    return tensor.numel() < _SMALL
+
+
+def loaded(tensor: Tensor) -> Tensor:
+    """Return a tensor in memory: itself, or the values of a paged one."""
+    return tensor.load() if isinstance(tensor, Paged) else tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def paged_tensors(file: Path) -> dict[str, Paged]:
+    """Return the tensors of a whole safetensors file, of which the header alone is read."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        dtype = _DTYPES[entry["dtype"]]
+        place = _Place(file, 8 + size + entry["data_offsets"][0], dtype)
+        found[name] = Paged(place, entry["shape"], dtype)
+    return found
+
+
+def save_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the bytes that `save_file` of safetensors does, with one tensor in memory at a time."""
+    order, header, end = [*_NAMES], dict[str, Any](), 0
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    for name in names:
+        value, start = tensors[name], end
+        end += value.numel() * value.dtype.itemsize
+        shape = {"dtype": _NAMES[value.dtype], "shape": list(value.shape)}
+        header[name] = shape | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            stream.write(_bytes(loaded(tensors[name]).detach().cpu().contiguous()))
+
+
+def spilled(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Write tensors to a file and return them paged; QuantempoError: the disk is full."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, tensors)
+    except OSError as error:
+        reason = error.strerror or error
+        raise QuantempoError(f"cannot write {file}: {reason}; free some space, rerun") from error
+    found = paged_tensors(file)
+    return {name: found[name].like(device=value.device) for name, value in tensors.items()}
+
+
+def page_out(module: nn.Module, file: Path) -> None:
+    """Write the large tensors that a module itself holds to a file, and put paged ones there."""
+    every = {k: v for k, v in {**module._parameters, **module._buffers}.items() if v is not None}
+    mine = {k: v for k, v in every.items() if not (small(v) or isinstance(v, Paged))}
+    for name, value in spilled(mine, file).items():
+        put_buffer(module, name, value)

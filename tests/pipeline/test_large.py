@@ -1,0 +1,86 @@
+"""A network that stays in its files is quantized to the same bytes as one in memory."""
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantempo
+from quantempo.checkpoint import write
+from quantempo.core import paged
+from quantempo.core.paged import Paged
+from quantempo.models.layers import DENOISERS, denoiser_of
+from quantempo.models.load import load_pipeline
+from quantempo.pipeline.stages import finish, load
+from quantempo.recipe import Recipe
+from tests.tiny import tiny_dit, tiny_text
+
+SHORT = Recipe.load("w8a8").override("trace", steps=2, chains=2, picks=2)
+SHORT = SHORT.override("rounding", samples=2)
+
+
+@pytest.fixture(scope="module", params=["unet", "transformer"])
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    made: dict[str, Any] = {"unet": (tiny_text, {"prompt": ["a", "b"]})}
+    build, call = made.get(request.param, (tiny_dit, {"class_labels": [1, 2]}))
+    pipe = build()
+    denoiser_of(pipe)[1].to(torch.bfloat16)
+    pipe.vae.half()
+    folder = tmp_path_factory.mktemp("large") / "float"
+    pipe.save_pretrained(folder, variant="fp16", max_shard_size="40KB")
+    return folder, call
+
+
+@pytest.fixture(autouse=True)
+def all_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_SMALL", 200)
+
+
+def same(one: Path, two: Path) -> None:
+    """Assert that all files are equal but the manifest, which has times."""
+    files = sorted(f.relative_to(one) for f in one.rglob("*") if f.is_file())
+    assert files == sorted(f.relative_to(two) for f in two.rglob("*") if f.is_file())
+    names = [str(name) for name in files if name.name != "manifest.json"]
+    assert filecmp.cmpfiles(one, two, names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_the_same_bytes(source: Any, tmp_path: Path, rounding: str) -> None:
+    folder, call = source
+    recipe = SHORT.override("rounding", name=rounding, bias=rounding == "gptq")
+    for name, memory in (("whole", 2**40), ("paged", 1)):
+        session = load(folder, tmp_path / name, recipe, call=call, memory=memory)
+        kinds = [isinstance(p, Paged) for p in session.denoiser.parameters()]
+        assert any(kinds) == (memory == 1)
+        finish(session)
+    same(tmp_path / "whole", tmp_path / "paged")
+
+
+def test_components_are_copied_and_variants_get_plain_names(source: Any, tmp_path: Path) -> None:
+    folder, call = source
+    recipe = SHORT.override("rounding", name="nearest", bias=False)
+    packed = quantempo.quantize(folder, tmp_path / "run", recipe, call=call)
+    assert not list(packed.rglob("*fp16*"))
+    for file in folder.rglob("*.safetensors"):
+        if file.parent.name not in DENOISERS:
+            copy = packed / file.parent.name / file.name.replace(".fp16", "")
+            assert copy.read_bytes() == file.read_bytes()
+    assert load_pipeline(packed).vae.dtype == torch.float32
+
+
+def test_a_network_is_written_as_diffusers_does(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, call = source
+    recipe = SHORT.override("rounding", name="nearest", bias=False)
+    packed = quantempo.quantize(folder, tmp_path / "run", recipe, call=call)
+    network = denoiser_of(load_pipeline(packed))[1]
+    for size in ("10GB", "10KB"):
+        monkeypatch.setattr(write, "_SHARD", size)
+        write.save_network(network, tmp_path / size / "ours")
+        network.save_pretrained(tmp_path / size / "theirs", max_shard_size=size)
+        same(tmp_path / size / "ours", tmp_path / size / "theirs")
