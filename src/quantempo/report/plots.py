@@ -26,15 +26,9 @@ VARIABLES = {
 INK, MUTED, RULE, INT8, FLOAT, ACCENT, INDIGO, OCHRE = VARIABLES
 ROLE_COLOURS = {"conv": INT8, "shortcut": ACCENT, "attention": INDIGO, "linear": OCHRE}
 STYLE = Path(__file__).with_name("report.mplstyle")
-# How boxplots look, as options of matplotlib's `bxp`.
-BOXES: dict[str, Any] = {
-    "patch_artist": True,
-    "boxprops": {"facecolor": INT8, "edgecolor": "none", "alpha": 0.55},
-    "medianprops": {"color": INK, "linewidth": 1.2},
-    **{name: {"color": MUTED, "linewidth": 0.8} for name in ("whiskerprops", "capprops")},
-    "flierprops": {"marker": ".", "markersize": 4.5, "markerfacecolor": MUTED,
-                   "markeredgewidth": 0},
-}  # fmt: skip
+# What the style cannot say of boxplots, as options of matplotlib's `bxp`.
+_BOX = {"facecolor": INT8, "edgecolor": "none", "alpha": 0.55}
+BOXES: dict[str, Any] = {"patch_artist": True, "boxprops": _BOX}
 WIDTH = 10.0
 SHOWN = (0.01, 0.25, 0.5, 0.75, 0.99)
 
