@@ -20,11 +20,15 @@ __all__ = ["LARGE", "PRESETS", "build_preset", "check_preset", "ddim_loop", "ran
 # Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
 
+_DATA = json.loads((files("quantempo") / "data/presets.json").read_text())
 # Name -> (diffusers class, its configuration).
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (preset["class"], preset["config"])
-    for name, preset in json.loads((files("quantempo") / "data/presets.json").read_text()).items()
+    name: (preset["class"], preset["config"]) for name, preset in _DATA["networks"].items()
 }
+# Class of diffusers -> argument -> its shape behind the rows, by numbers and names of its
+# configuration; or the name of how many classes there are; others as they are. Tokens as for 1024
+# pixels, 33 frames of 480 x 832 of Wan. U-Nets: see `_unet_inputs`.
+_INPUTS: dict[str, dict[str, Any]] = _DATA["inputs"]
 # Of which there is no room for copies in float32, or whose search takes minutes.
 LARGE = ("flux", "sd35-large", "wan-1.3b")
 
@@ -74,11 +78,24 @@ def random_inputs(
             f"them (known: {', '.join(_INPUTS)})"
         )
     device, noise = next(denoiser.parameters()).device, Generator().manual_seed(seed)
+    config: Any = getattr(denoiser, "config", {})
 
     def normal(*shape: int) -> Tensor:
         return torch.randn((batch, *shape), generator=noise).to(device)
 
-    found = _INPUTS[kind](getattr(denoiser, "config", {}), normal)
+    def made(given: Any) -> Any:
+        if isinstance(given, list):
+            return normal(*(config[size] if isinstance(size, str) else size for size in given))
+        return torch.arange(batch) % config[given] if isinstance(given, str) else given
+
+    found = {name: made(given) for name, given in _INPUTS[kind].items()}
+    if kind.startswith("UNet"):
+        found = _unet_inputs(config, normal)
+    elif kind.startswith("Flux"):
+        grid = torch.cartesian_prod(*[torch.arange(64.0)] * 2)
+        found["img_ids"] = torch.cat([torch.zeros(len(grid), 1), grid], 1)
+        found["txt_ids"] = torch.zeros(512, 3)
+        found["guidance"] = torch.full((batch,), 3.5) if config["guidance_embeds"] else None
     # As pipelines pass it: U-Nets get one number for all rows, flows a share of the way.
     shape = () if kind.startswith("UNet") else (batch,)
     value = time / 1000 if kind.startswith("Flux") else int(time)
@@ -108,49 +125,6 @@ def _unet_inputs(config: Any, normal: Callable[..., Tensor]) -> dict[str, Any]:
     elif config.get("num_class_embeds"):
         inputs["class_labels"] = torch.arange(batch) % config["num_class_embeds"]
     return inputs
-
-
-def _latents(config: Any, normal: Callable[..., Tensor], *shape: int) -> dict[str, Any]:
-    """Return x_t of a transformer over latents, and the place of the time."""
-    shape = shape or (config["sample_size"],) * 2
-    return {"hidden_states": normal(config["in_channels"], *shape), "timestep": None}
-
-
-def _flux_inputs(config: Any, normal: Callable[..., Tensor]) -> dict[str, Any]:
-    grid = torch.cartesian_prod(*[torch.arange(64.0)] * 2)
-    x = normal(len(grid), config["in_channels"])
-    return {
-        "hidden_states": x,
-        "encoder_hidden_states": normal(512, config["joint_attention_dim"]),
-        "pooled_projections": normal(config["pooled_projection_dim"]),
-        "timestep": None,
-        "img_ids": torch.cat([torch.zeros(len(grid), 1), grid], 1),
-        "txt_ids": torch.zeros(512, 3),
-        "guidance": torch.full((len(x),), 3.5) if config["guidance_embeds"] else None,
-    }
-
-
-# Class of diffusers -> (configuration, normal values of these shapes behind the rows) -> arguments
-# of a call, "timestep" to be filled in; tokens as for 1024 pixels, 33 frames of 480 x 832 of Wan.
-_INPUTS: dict[str, Callable[[Any, Callable[..., Tensor]], dict[str, Any]]] = {
-    "UNet2DModel": _unet_inputs,
-    "UNet2DConditionModel": _unet_inputs,
-    "DiTTransformer2DModel": lambda config, normal: (
-        found := _latents(config, normal)
-    ) | {"class_labels": torch.arange(len(found["hidden_states"])) % config["num_embeds_ada_norm"]},
-    "FluxTransformer2DModel": _flux_inputs,
-    "SD3Transformer2DModel": lambda config, normal: _latents(config, normal) | {
-        "encoder_hidden_states": normal(333, config["joint_attention_dim"]),
-        "pooled_projections": normal(config["pooled_projection_dim"]),
-    },
-    "PixArtTransformer2DModel": lambda config, normal: _latents(config, normal) | {
-        "encoder_hidden_states": normal(300, config["caption_channels"]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    },
-    "WanTransformer3DModel": lambda config, normal: _latents(config, normal, 9, 60, 104) | {
-        "encoder_hidden_states": normal(512, config["text_dim"]),
-    },
-}  # fmt: skip
 
 
 @torch.no_grad()
