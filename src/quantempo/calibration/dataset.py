@@ -154,8 +154,8 @@ class MemorySet(CalibrationData):
         Their numbers of rows must differ, which tells what has an entry a row from what is shared;
         without further tensors they need not. Several entries of one row lie side by side.
 
-        Raises QuantempoError: no calls, or arguments that change otherwise than by their rows, or
-        may.
+        Raises QuantempoError: no calls, of as many rows each, or arguments that change in other
+        ways.
         """
         bound = [bind_inputs(denoiser, (), call) for call in calls]
         if not bound:

@@ -114,9 +114,7 @@ class Recorder:
         inputs = bind_inputs(denoiser, args, kwargs)
         rows, chains = inputs.sample.shape[0], len(self.slots)
         if rows % chains:
-            raise QuantempoError(
-                f"the denoiser received {rows} rows for {chains} images; expected a multiple"
-            )
+            raise QuantempoError(f"the denoiser got {rows} rows for {chains} images: no multiple")
         self.argument_names = (inputs.sample_name, inputs.timestep_name)
         # (b, halves) rows of each chain
         image, rows_of = self.law["x_t"], torch.arange(rows)

@@ -50,7 +50,7 @@ SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
 
 
 def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
-    """Raise QuantempoError where a source fits no pipeline, scheduler or images like these."""
+    """Raise QuantempoError where a source does not fit the pipeline, scheduler or images."""
     chosen = SOURCES.get(source)
     if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
         raise QuantempoError(

@@ -130,7 +130,7 @@ def _keys(timestep: Tensor | float, rows: int, bins: Sequence[float] | None) -> 
     values = torch.as_tensor(timestep).detach().double().cpu().reshape(-1)
     if values.numel() not in (1, rows):
         raise QuantempoError(
-            f"got {values.numel()} time-steps for a batch of {rows}; give one, or one per row"
+            f"got {values.numel()} times for {rows} rows; give one, or one per row"
         )
     values = values.expand(rows) if values.numel() == 1 else values
     if bins is None:
@@ -170,7 +170,7 @@ def eps_sqnr(
         for key, both in zip(keys, torch.stack(powers, 1).cpu(), strict=True):
             if not both.isfinite().all():
                 raise QuantempoError(
-                    f"a denoiser returned NaN or infinity at t = {key:g}; check its scales"
+                    f"got NaN or infinity at t = {key:g}; check the denoiser's scales"
                 )
             found[key] = found.get(key, 0) + both
     if not found:

@@ -166,7 +166,7 @@ def own_guidance(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Raise QuantempoError for an argument that the pipeline does not know or does not decide."""
+    """Raise QuantempoError for arguments that are unknown to the pipeline, or decided here."""
     name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     choices = [key for key in known if key not in ("args", "kwargs") and key not in _RESERVED]
     for key, value in call.items():

@@ -30,7 +30,7 @@ _FILE = "call.safetensors"
 
 
 def read_text(path: Path, expected: str) -> str:
-    """Return the text of a user's file without a byte order mark, or QuantempoError: `expected`."""
+    """Return the text of a user's file; QuantempoError says what was `expected` instead."""
     if not os.path.isfile(path):
         raise QuantempoError(f"no file '{path}'; expected {expected}")
     try:
@@ -228,7 +228,7 @@ def read_call(run: RunFolder, plain: Any) -> dict[str, Any]:
 
 
 def merged(traced: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a run with others over them; embeddings replace a prompt."""
+    """Return a run's arguments with others over them; prompt and embeddings replace each other."""
     over, other = kept_arguments(given or {}), {"text": "rows", "rows": "text"}
     dropped = {other.get(kind_of(key) or "") for key in over if "prompt" in key} - {None}
     kept = {k: v for k, v in traced.items() if "prompt" not in k or kind_of(k) not in dropped}

@@ -31,7 +31,7 @@ def open_model(
 ) -> Any:  # fmt: skip
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
-    `loading`, and errors: as of `load_pipeline` and `attach`; an engine asked of a float model.
+    `loading`, errors: see `load_pipeline` and `attach`; also an engine asked of a float model.
     """
     check_device(device)
     pipe = load_pipeline(path, **loading)

@@ -209,7 +209,7 @@ def _write_manifest(session: Session) -> None:
 
 
 def _check_owner(session: Session) -> None:
-    """Raise QuantempoError for a folder of another run (without `force`), or of none."""
+    """Raise QuantempoError for a folder of another run (without `force`), or of other files."""
     folder = session.run
     if folder.is_run:
         if session.force:

@@ -142,7 +142,7 @@ class _StopError(Exception):
 def run_until(
     modules: Mapping[str, nn.Module], call: Callable[[], Any], see: Callable[..., None]
 ) -> None:
-    """Run `call` until all modules were called, or QuantempoError; see(name, args, kwargs) each."""
+    """Run `call` until all modules were called; see(name, args, kwargs) gets their first calls."""
     waiting = set(modules)
 
     def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -83,9 +83,7 @@ class MinMax:
     def _widen(self, segment: int, k: int, seen: Tensor) -> None:
         """Take the smallest and largest value (2,) of some samples into a row."""
         if not bool(seen.isfinite().all()):
-            raise QuantempoError(
-                "got NaN or infinity in an activation; the float model must run without them"
-            )
+            raise QuantempoError("got NaN or infinity in an activation; check the float model")
         row = self.range[segment, k]
         row[0], row[1] = torch.minimum(row[0], seen[0]), torch.maximum(row[1], seen[1])
 
