@@ -197,6 +197,9 @@ def test_what_cannot_be_measured(run: Path, tmp_path: Path) -> None:
         sensitivity.measure(session, OPTIONS, chains=0)
     with pytest.raises(QuantempoError, match="no budget"):
         sensitivity.choose_bits(session)
+    session.parts *= 2
+    with pytest.raises(QuantempoError, match="one network at a time"):
+        sensitivity.choose_bits(session, budget_bytes=1)
     nothing = load(tmp_path / "other", SMALL.override("layers", exclude=("*",)))
     with pytest.raises(QuantempoError, match="keeps every layer in float"):
         sensitivity.measure(nothing, OPTIONS, **SHORT)
@@ -230,7 +233,6 @@ def test_a_choice_is_packed_and_its_bytes_are_those_of_the_file(run: Path) -> No
     rows = json.loads((run / "layers.json").read_text())
     shown = {r["name"]: f"w{r['bits_weight']}a{r['bits_activation']}" for r in rows}
     assert shown | choice["bits"] == shown
-    # The run goes on from its manifest as it is.
     assert pipeline.reopen(run).recipe == session.recipe
 
 

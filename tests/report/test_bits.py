@@ -47,6 +47,5 @@ def test_bytes_are_those_of_the_file() -> None:
 
 
 def test_products_of_attention_are_shown_as_what_they_are(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", seeds=2, blocks=1)
-    rows = run.read_json("layers.json")
-    assert bits_cell(rows[-1]) == "–" and "product" in rows[-1]["reason"]
+    row = make_run(tmp_path / "run", seeds=2, blocks=1).read_json("layers.json")[-1]
+    assert bits_cell(row) == "–" and "product" in row["reason"]

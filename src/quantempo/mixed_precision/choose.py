@@ -49,6 +49,8 @@ def choose_bits(
     stages of other bits without `force`, or see `measure`.
     """
     budgets, options, base, request = _asked(session.recipe, budget_bytes, budget_bops, options)
+    if len(session.parts) > 1:
+        raise QuantempoError("bits are chosen for one network at a time; name it (--only NAME)")
     if not rollout and session.run.has(ARTEFACT):
         # What was measured before decides; not again with other settings.
         rollout = session.run.read_json(ARTEFACT)["settings"]
