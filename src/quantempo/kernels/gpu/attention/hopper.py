@@ -4,11 +4,9 @@ A tile is 128 queries of a head, 64 for each of two warpgroups; a producer warp 
 keys and values. Scores of the next block and the product with the values of this one are in flight
 together. Key t of a block has scale t % 8 // 2: a thread's scores of a row are those of one scale.
 After whole tiles each program takes as many blocks of what is left, to be joined by `launch`.
-Heads of D values are loaded as 64 or 128, with zeros at the end; of 72, say, 64 + 32 multiply for a
-score and 64 + 16 of a value.
+Heads of D values are loaded and multiplied as 64 or 128, with zeros at the end.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,45 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quantempo.kernels.gpu.contraction.producer import next_stage
 
 __all__ = ["attend"]
-
-
-@gluon.constexpr_function
-def _pieces(d, least):
-    """Return (begin, width) of what multiplies at a time of d values: widths are powers of two."""
-    first = 1 << (d.bit_length() - 1)
-    rest = max(least, 1 << (d - first - 1).bit_length()) if d > first else 0
-    return ((0, first), (first, rest)) if 0 < rest < first else ((0, first + rest),)
-
-
-@gluon.constexpr_function
-def _layout(columns, depth):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
-
-
-@gluon.jit
-def _score(q, keys, s, D: gl.constexpr):
-    """Start s = q keys, an instruction for each piece."""
-    of: gl.constexpr = _pieces(D, 32)
-    for i in gl.static_range(len(of)):
-        few = keys.slice(of[i][0], of[i][1])
-        s = warpgroup_mma(q.slice(of[i][0], of[i][1], 1), few, s, use_acc=i > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def _add(p, values, accs, use_acc, alpha, D: gl.constexpr, FIXED: gl.constexpr):
-    """Start accs alpha + p values, accs + p values if FIXED, an instruction for each piece."""
-    of: gl.constexpr = _pieces(D, 16)
-    sums = ()
-    for i in gl.static_range(len(of)):
-        acc = accs[i]
-        if not FIXED:
-            alpha_o = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
-            acc = acc * gl.expand_dims(alpha_o, 1)
-        few = values.slice(of[i][0], of[i][1], 1)
-        left = gl.convert_layout(p, gl.DotOperandLayout(0, acc.type.layout, 2), True)
-        sums += (warpgroup_mma(left, few, acc, use_acc=use_acc, is_async=True),)
-    return sums
 
 
 @gluon.jit
@@ -152,17 +111,16 @@ def _consume(
     rounds, tiles, q_blocks, blocks, q_tokens, k_tokens, _heads = sizes
     STAGES: gl.constexpr = smem_k.shape[0]
     KEYS: gl.constexpr = smem_k.shape[2]
-    ROOM: gl.constexpr = triton.next_power_of_2(D)
-    mma_s: gl.constexpr = _layout(KEYS, 32)
+    ROOM: gl.constexpr = smem_k.shape[4]
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROOM, 16])
+    rows_o: gl.constexpr = gl.SliceLayout(1, mma_o)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma_o, 2)
     s = gl.full([64, KEYS], 0, gl.int32, mma_s)
     four: gl.constexpr = s.reshape([64, KEYS // 8, 4, 2]).type.layout
     pairs: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, four))
     rows_s: gl.constexpr = gl.SliceLayout(1, pairs)
-    of: gl.constexpr = _pieces(D, 16)
-    accs = ()
-    for i in gl.static_range(len(of)):
-        accs += (gl.full([64, of[i][1]], 0.0, gl.float32, _layout(of[i][1], 16)),)
-    left: gl.constexpr = gl.DotOperandLayout(0, _layout(of[0][1], 16), 2)
+    acc = gl.full([64, ROOM], 0.0, gl.float32, mma_o)
     group = gl.arange(0, 4, gl.SliceLayout(0, pairs))
     row = WHICH * 64 + gl.arange(0, 64, rows_s)
     at = 0
@@ -174,7 +132,7 @@ def _consume(
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
     q = smem_q.index(WHICH).reshape([64, ROOM])
     keys = smem_k.index(0).reshape([KEYS, ROOM]).permute((1, 0))
-    s = _score(q, keys, s, D)
+    s = warpgroup_mma(q, keys, s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     while count > 0:
         stage = at
@@ -193,18 +151,20 @@ def _consume(
             sk = sk_next
             sk_next = gl.load(steps + gl.maximum(j - 1 - i, 0) * 4)
             keys = smem_k.index(at).reshape([KEYS, ROOM]).permute((1, 0))
-            s = _score(q, keys, s, D)
+            s = warpgroup_mma(q, keys, s, use_acc=False, is_async=True)
+            if not FIXED:
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, rows_o), 1)
             values = smem_v.index(stage).reshape([KEYS, ROOM])
-            accs = _add(p16, values, accs, i > 1, alpha, D, FIXED)
-            s = warpgroup_mma_wait(len(of), deps=[s])
+            acc = warpgroup_mma(p16, values, acc, use_acc=i > 1, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
             p, m, total, alpha = _weights(s, m, total, sq, sk, None, False, FIXED, HEADROOM)
             later = gl.convert_layout(p.to(smem_v.dtype), left, assert_trivial=True)
             # Of the next step. Across this loop the assembler does not move what comes before.
             then, then_was = next_stage(at, was, STAGES)
             mbarrier.wait(ready.index(then), then_was, pred=i + 1 < count)
-            done = warpgroup_mma_wait(0, deps=accs + (p16, later, m, total, alpha))  # noqa: RUF005
-            accs = done[: len(of)]
-            p16, later, m, total, alpha = done[len(of) :]
+            acc, p16, later, m, total, alpha = warpgroup_mma_wait(
+                0, deps=[acc, p16, later, m, total, alpha]
+            )
             mbarrier.arrive(free.index(stage))
             p16 = later
             stage = at
@@ -212,8 +172,10 @@ def _consume(
             at = then
             was = then_was
         mbarrier.arrive(q_free.index(n % 2 * 2 + WHICH))
+        if not FIXED:
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, rows_o), 1)
         values = smem_v.index(stage).reshape([KEYS, ROOM])
-        accs = _add(p16, values, accs, count > 1, alpha, D, FIXED)
+        acc = warpgroup_mma(p16, values, acc, use_acc=count > 1, is_async=True)
         # The first scores of the next tile while this is written (after the last: of no use).
         n += 1
         tile_next, first_next, count_next = _share(n, rounds, tiles, blocks)
@@ -223,17 +185,16 @@ def _consume(
         mbarrier.wait(ready.index(at), was, pred=count_next > 0)
         q_next = smem_q.index(n % 2 * 2 + WHICH).reshape([64, ROOM])
         keys = smem_k.index(at).reshape([KEYS, ROOM]).permute((1, 0))
-        s = _score(q_next, keys, s, D)
+        s = warpgroup_mma(q_next, keys, s, use_acc=False, is_async=True)
         total = gl.sum(total, 1)
         if FIXED:
             # More than the 16 bits of p hold, some of it: all is to be done again.
             mask = (tile % q_blocks * 128 + row < q_tokens) & (total >= LIMIT)
             gl.store(over + row * 0, 1, mask=mask)
-        accs = warpgroup_mma_wait(len(_pieces(D, 32)), deps=accs + (total,))[: len(of)]  # noqa: RUF005
+        acc, total = warpgroup_mma_wait(1, deps=[acc, total])
         mbarrier.arrive(free.index(stage))
         where = (tile, n - 1 - rounds, count == blocks, row)
-        for i in gl.static_range(len(of)):
-            _write(WHICH, of[i][0], accs[i], m, total, results, where, sizes, D)
+        _write(WHICH, acc, m, total, results, where, sizes, D)
         s = warpgroup_mma_wait(0, deps=[s])
         tile = tile_next
         first = first_next
@@ -241,18 +202,15 @@ def _consume(
 
 
 @gluon.jit
-def _write(
-    WHICH: gl.constexpr, BEGIN: gl.constexpr, acc, m, total, results, where, sizes, D: gl.constexpr
-):
-    """Write rows of a piece of y, or sums of a share: those of weights and what they refer to."""
+def _write(WHICH: gl.constexpr, acc, m, total, results, where, sizes, D: gl.constexpr):
+    """Write rows of y, or the sums of a share: those of the weights and what they refer to."""
     y, part, part_rows = results
     tile, which_share, whole, row = where
     _rounds, _tiles, q_blocks, _blocks, q_tokens, _k_tokens, heads = sizes
-    WIDTH: gl.constexpr = acc.shape[1]
-    ROOM: gl.constexpr = triton.next_power_of_2(D)
+    ROOM: gl.constexpr = acc.shape[1]
     mma_o: gl.constexpr = acc.type.layout
     rows_o: gl.constexpr = gl.SliceLayout(1, mma_o)
-    d = gl.expand_dims(BEGIN + gl.arange(0, WIDTH, gl.SliceLayout(0, mma_o)), 0)
+    d = gl.expand_dims(gl.arange(0, ROOM, gl.SliceLayout(0, mma_o)), 0)
     t = WHICH * 64 + gl.arange(0, 64, rows_o)
     if whole:
         inverse = gl.convert_layout(1.0 / total, rows_o)
@@ -263,14 +221,13 @@ def _write(
         gl.store(
             y + gl.expand_dims(at, 1) + d,
             (acc * gl.expand_dims(inverse, 1)).to(y.dtype.element_ty),
-            mask=inside if BEGIN + WIDTH <= D else inside & (d < D),
+            mask=inside if D == ROOM else inside & (d < D),
         )
     else:
         slot = gl.program_id(0) * 2 + which_share
         gl.store(part + gl.expand_dims((slot * 128 + t) * ROOM, 1) + d, acc)
-        if BEGIN == 0:
-            gl.store(part_rows + slot * 256 + row, m)
-            gl.store(part_rows + slot * 256 + 128 + row, total)
+        gl.store(part_rows + slot * 256 + row, m)
+        gl.store(part_rows + slot * 256 + 128 + row, total)
 
 
 @gluon.jit
