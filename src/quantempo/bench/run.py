@@ -13,7 +13,7 @@ from quantempo.bench.forwards import clear, compare, images_per_second
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results
-from quantempo.bench.turns import Timer, timer_for
+from quantempo.bench.turns import Timer, reason_of, timer_for
 from quantempo.core.machine import machine
 from quantempo.engines.forms import time_forms
 from quantempo.engines.select import ENGINES, choose
@@ -194,9 +194,13 @@ def bench_network(
             if steps is not None:
                 images_per_second(ready, subject, network.scheduler, steps, timer, results, head)
         if subject.packed is not None and ENGINES.get(subject.engine).copies:
-            given = (), cast_inputs(subject.inputs, subject.dtype)
-            rows = time_forms(subject.engine, subject.packed, *given)
-            results.put(*({"kind": "layer", **head, **row} for row in rows))
+            given = cast_inputs(subject.inputs, subject.dtype)
+            try:
+                rows = time_forms(subject.engine, subject.packed, (), given)
+                results.put(*({"kind": "layer", **head, **row} for row in rows))
+            # What was timed before stays.
+            except Exception as error:
+                log.warning("bench: no layers are timed: %s", reason_of(error))
         del ready, subject
         torch._dynamo.reset()
         clear(network.device)
