@@ -183,12 +183,8 @@ def _produce(
         )  # fmt: skip
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "images", "rows_per_bucket", "shift_stride", "tiles", "out_zero", "out_qmax",
-        "rows_per_gate",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "tiles", "out_zero",
+                              "out_qmax", "rows_per_gate"])  # fmt: skip
 def contract_hopper(
     x, weight, side0, weight0, side1, weight1, groups, groups0, groups1, rows, y, partial,
     counters, terms,
@@ -239,23 +235,9 @@ def contract_hopper(
         operands = ((x, weight, groups), (side0, weight0, groups0))
     if SIDES > 1:
         operands = ((x, weight, groups), (side0, weight0, groups0), (side1, weight1, groups1))
-    gl.warp_specialize(
-        [
-            (
-                _compute,
-                (
-                    buffers, rows, last - begin, steps0, steps1, y, partial, counters, terms, s,
-                    tiles, FORM, WINDOW, BLOCK, num_warps,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    operands, rows, buffers, tiles, begin, end, steps, steps0, channels, outs // 2,
-                    SIDES, WINDOW, BLOCK,
-                ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+    gl.warp_specialize([
+        (_compute, (buffers, rows, last - begin, steps0, steps1, y, partial, counters, terms, s,
+                    tiles, FORM, WINDOW, BLOCK, num_warps)),
+        (_produce, (operands, rows, buffers, tiles, begin, end, steps, steps0, channels, outs // 2,
+                    SIDES, WINDOW, BLOCK)),
+    ], [1], [24])  # fmt: skip

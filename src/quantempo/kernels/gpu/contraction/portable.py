@@ -194,11 +194,8 @@ def _finish(v, image, row, o, inside, y, terms, s, FORM: tl.constexpr):
         tl.store(y + where, v.to(y.dtype.element_ty), inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax", "rows_per_gate",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["images", "rows_per_bucket", "shift_stride", "out_zero", "out_qmax",
+                               "rows_per_gate"])  # fmt: skip
 def contract(
     x, weight, side0, weight0, side1, weight1, y, partial, counters, terms,
     images, in_h, in_w, out_h, out_w, channels, channels0, channels1, outs,
@@ -207,10 +204,8 @@ def contract(
 ):  # fmt: skip
     """Compute one tile of y (or one share of its sums).
 
-    apart: from one output channel of a weight to the next.
-    terms, FORM: of `kernels.ops.epilogue`; WINDOW: of `kernels.ops.qconv2d`.
-    partial: (tiles, SPLITS + SIDES, OUTS, PIXELS) int32; counters: (tiles,) int32, zero before and
-    after.
+    apart: from one output channel of a weight to the next. partial: (tiles, SPLITS + SIDES, OUTS,
+    PIXELS) int32; counters: (tiles,) int32, zero before and after.
     """
     s = records.Scalars(
         images, in_h, in_w, out_h, out_w, outs, rows_per_bucket, shift_stride, out_zero, out_qmax,

@@ -158,11 +158,8 @@ def _tma_load(slab, bars, x, skip, row, first, C1, SOURCE: gl.constexpr, across)
             tma.async_copy_global_to_shared(skip, there, bar, slab.index(i), pred=right)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "slabs", "per_entry", "zero_point", "qmax", "raw_zero_x", "raw_zero_skip", "raw_qmax",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["slabs", "per_entry", "zero_point", "qmax", "raw_zero_x",
+                              "raw_zero_skip", "raw_qmax"])  # fmt: skip
 def normalize_slab(
     x, skip, from_x, from_skip, gamma, beta, eps, t, slabs, C1, C2, per_entry, zero_point, qmax,
     raw_zero_x, raw_zero_skip, raw_qmax, PIXELS: gl.constexpr, WIDTH: gl.constexpr,
