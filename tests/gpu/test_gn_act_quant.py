@@ -242,7 +242,7 @@ MOST_REGISTERS = 128
 
 def recorded(
     n: int, side: int, c1: int, c2: int = 0, dtype=torch.bfloat16, raw: bool = False,
-    norm: bool = True, zero_point: int = 3, plan: object = None, path: str | None = None,
+    norm: bool = True, zero_point: int = 3, plan: object = None,
     module: ModuleType = norm_kernels,
 ) -> list[harness.Launch]:  # fmt: skip
     def empty(*shape: int, dtype=torch.float32) -> Tensor:
@@ -258,7 +258,7 @@ def recorded(
         raw_scales=empty(rows, 8) if raw else None, raw_zero_points=[7] * rows,
     )  # fmt: skip
     with harness.recorded(module) as launches:
-        gn_act_quant.launch(call, plan=plan, path=path)
+        gn_act_quant.launch(call, plan=plan)
     return launches
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantempo.kernels.gpu import gn_act_quant
 from quantempo.kernels.gpu.group_norm import hopper as norm_hopper
-from quantempo.kernels.gpu.group_norm.plan import SharedPlan, make_shared_plan
+from quantempo.kernels.gpu.group_norm.plan import Plan, SharedPlan, make_shared_plan
 from quantempo.kernels.ops.gn_act_quant import Normalization
 from tests.gpu import harness
 from tests.gpu.test_gn_act_quant import LAST, Case, check, exact
@@ -22,7 +22,9 @@ needs_hopper = pytest.mark.cuda(major=9)
 
 
 def launch(call: Normalization, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return gn_act_quant.launch(call, plan=plan, path=None if plan else "hopper")
+    n, _, height, width = call.x.shape
+    own = make_shared_plan(n, height * width, call.channels, call.groups, always=True)
+    return gn_act_quant.launch(call, plan=plan or own)
 
 
 def square(side: int, c1: int, c2: int = 0, groups: int = 32, **others) -> Case:
@@ -188,7 +190,14 @@ def test_plans_of_the_main_layers(pixels: int, channels: int, width: int) -> Non
     assert plan is not None and plan.width == width
 
 
-def test_what_does_not_fit_is_refused_if_asked_for() -> None:
+def test_what_does_not_fit_into_shared_memory_is_run_without(monkeypatch) -> None:
+    monkeypatch.setattr(gn_act_quant, "_is_hopper", lambda device: True)
+
+    def chosen(case: Case) -> type:
+        call = meta(case)
+        return type(gn_act_quant._choose(call.images, case.groups))
+
+    assert chosen(square(16, 64, n=64)) is SharedPlan
     for case in (
         square(10, 64, groups=8),
         square(128, 320, n=1),
@@ -199,7 +208,4 @@ def test_what_does_not_fit_is_refused_if_asked_for() -> None:
         square(16, 36, groups=4),
         square(16, 64, groups=0),
     ):
-        with pytest.raises(ValueError, match="path='triton'"):
-            launch(meta(case))
-    with pytest.raises(ValueError, match="expected one of"):
-        gn_act_quant.launch(meta(square(16, 64)), path="fast")
+        assert chosen(dataclasses.replace(case, n=max(case.n, 64))) is Plan

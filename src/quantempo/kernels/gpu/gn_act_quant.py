@@ -30,10 +30,7 @@ try:
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernels run
     norm_hopper = None  # type: ignore[assignment]
 
-__all__ = ["PATHS", "launch"]
-
-# The kernels of `group_norm`: of Hopper, and portable ("triton"), on any GPU.
-PATHS = ("hopper", "triton")
+__all__ = ["launch"]
 
 
 @cache
@@ -41,15 +38,10 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def launch(
-    call: Normalization, *, plan: Plan | SharedPlan | None = None, path: str | None = None
-) -> Results:
-    """Return the results of a call, which was checked.
+def launch(call: Normalization, *, plan: Plan | SharedPlan | None = None) -> Results:
+    """Return the results of a call, which was checked; ValueError: a map of 2^31 values.
 
-    plan: tiles other than those of `group_norm.plan`; which kind it is decides the path; path: one
-    of PATHS; None: the faster one, by measured rules.
-
-    Raises ValueError: a map of 2^31 values, or what a path asked for cannot take.
+    plan: tiles other than those of the faster kernels, by measured rules.
 
     Error: with e = 2^-24, a differs from its exact value by at most about
     16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
@@ -66,7 +58,7 @@ def launch(
     if results[0].numel() or results[1].numel():
         if plan is None:
             groups = call.groups if call.gamma is not None else 0
-            plan = _choose(call.images, groups, path)
+            plan = _choose(call.images, groups)
         if isinstance(plan, SharedPlan):
             norm_hopper.run(call, results, plan)
         else:
@@ -74,37 +66,16 @@ def launch(
     return results
 
 
-def _choose(images: tuple[Tensor, ...], groups: int, path: str | None) -> Plan | SharedPlan:
-    """Return the tiles of a call, of which kind decides the path; groups: 0 without a norm."""
-    if path not in (None, *PATHS):
-        raise ValueError(f"got path={path!r}; expected one of {PATHS}, or None for the faster")
+def _choose(images: tuple[Tensor, ...], groups: int) -> Plan | SharedPlan:
+    """Return the tiles of a call, which decide the kernels; groups: 0 without a norm."""
     x, (batch, _, height, width) = images[0], images[0].shape
     size = (batch, height * width, sum(image.shape[1] for image in images), groups)
-    shared = None if path == "triton" else _shared(images, size, path)
-    return shared or plans.make_plan(*size, x.element_size())
-
-
-def _shared(
-    images: tuple[Tensor, ...], size: tuple[int, int, int, int], path: str | None
-) -> SharedPlan | None:
-    """Return the tiles of slabs in shared memory, if that pays or is asked for."""
-    x, (batch, pixels, channels, groups) = images[0], size
-    if path is None and not _is_hopper(x.device):
-        return None
     able = norm_hopper is not None and groups > 0 and x.element_size() == 2
-    able = able and (x.device.type != "cuda" or _is_hopper(x.device))
     # TMA wants rows and bases of whole 16 bytes, and indexes rows with 32 bits.
-    able = able and batch * pixels < 2**31
+    able = able and _is_hopper(x.device) and batch * height * width < 2**31
     able = able and not any(i.shape[1] % 8 or i.data_ptr() % 16 for i in images)
-    plan = plans.make_shared_plan(*size, path == "hopper") if able else None
-    if path is not None and plan is None:
-        raise ValueError(
-            f"got path={path!r}, {batch} images of {channels} channels in {groups} groups, "
-            f"{pixels} pixels, {x.dtype}; expected a norm, 16-bit floats, channels of x and of "
-            "skip multiples of 8, and a slab of whole groups that fits into shared memory: "
-            "path='triton'"
-        )
-    return plan
+    shared = plans.make_shared_plan(*size) if able else None
+    return shared or plans.make_plan(*size, x.element_size())
 
 
 def _run(call: Normalization, results: Results, plan: Plan) -> None:
