@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core.instance import set_forward
-from quantempo.engines import attach, attached, detach, select
+from quantempo.engines import attach, attached, base, detach
 from quantempo.engines.layerwise import execution
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.engines.select import ByShape
@@ -103,7 +103,7 @@ def test_without_openvino_the_other_engine_runs_and_it_is_said_once(
     packed_unet, monkeypatch, caplog
 ):
     monkeypatch.setattr(OpenVinoEngine, "missing", lambda self: "OpenVINO is not installed")
-    select._warn_once.cache_clear()
+    base.warn_once.cache_clear()
     with caplog.at_level(logging.INFO, "quantempo"):
         for _ in range(2):
             network = copy.deepcopy(packed_unet)

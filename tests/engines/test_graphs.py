@@ -81,8 +81,7 @@ class OnFakeGraphs(Graphed):
 
     def _record(self, args, kwargs, device):
         self.recorded += 1
-        inputs: list[Tensor] = []
-        args, kwargs = graphs._copied((args, kwargs), inputs)
+        (args, kwargs), inputs = graphs._copied((args, kwargs))
         output = torch.full_like(self.denoiser(*args, **kwargs), torch.nan)
         return graphs._Recording(FakeGraph(self, args, kwargs, output), inputs, output)
 

@@ -9,8 +9,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from quantempo.engines import ENGINES, attach, attached
-from quantempo.engines.base import BACKENDS, MAX_TERMS, Backend
-from quantempo.engines.cuda import layer as triton
+from quantempo.engines.base import BACKENDS, MAX_TERMS, Backend, warn_once
 from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_rows
 from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
@@ -232,7 +231,7 @@ def test_a_network_in_groups_is_that_of_simulated(backend, group):
 
 
 def test_a_cpu_is_said_to_be_slow_once(backend, caplog):
-    triton._say_slow.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
         layer = make_linear(32, 16, plain=True)
         layer.kernel = backend.lower(layer)

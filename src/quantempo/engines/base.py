@@ -6,6 +6,7 @@
 The integer sums of all backends are equal; only the float epilogue has a tolerance.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +15,23 @@ import torch
 from torch import Tensor
 
 from quantempo.core import ACTIVATION, WEIGHT
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.quantized import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
 
 __all__ = [
     "BACKENDS", "ActivationGrids", "Backend", "Kernel", "Prepared", "channel_dim", "last",
-    "rows_of", "run_per_bucket",
+    "rows_of", "run_per_bucket", "warn_once",
 ]  # fmt: skip
 
 # Terms (q_a - z) q_w that an int32 holds whatever they are.
 MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning that was not logged before."""
+    log.warning(text)
 
 
 class Prepared:

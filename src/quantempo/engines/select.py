@@ -5,7 +5,6 @@ An engine attaches to a quantized denoiser by setting attributes of that instanc
 and files never depend on it.
 """
 
-import functools
 import math
 import threading
 import time
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
 from quantempo.engines import calls
+from quantempo.engines.base import warn_once
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs, lists_of
 from quantempo.quantized import QLayer, find_clock, quantized_layers
@@ -88,7 +88,7 @@ def choose(device: str, but: str | None = None) -> Engine:
         if reason is None:
             found.append((name, engine, engine.handicap()))
         else:
-            _warn_once(f"engine {name} is not used: {reason}")
+            warn_once(f"engine {name} is not used: {reason}")
     if not found:
         raise QuantempoError(f"no engine can run on device '{device}'")
     # Sorting is stable: registration order decides among equals.
@@ -96,11 +96,6 @@ def choose(device: str, but: str | None = None) -> Engine:
     for name, _, reason in found[: found.index(chosen)]:
         log.warning("engine %s is not the default here: %s", name, reason)
     return chosen[1]
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning(text)
 
 
 def attach(

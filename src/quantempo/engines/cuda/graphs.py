@@ -151,9 +151,8 @@ class Graphed(nn.Module):
 
     def _record(self, args: Any, kwargs: Any, device: torch.device) -> _Recording | None:
         """Return a recording of this call, or None if it cannot be captured."""
-        inputs: list[Tensor] = []
         with torch.inference_mode(False):
-            args, kwargs = _copied((args, kwargs), inputs)
+            (args, kwargs), inputs = _copied((args, kwargs))
         try:
             with torch.cuda.device(device):
                 # One pool for all: a replay has no use for what another left.
@@ -215,11 +214,7 @@ def _with_timestep(args: Any, kwargs: Any, device: Any, place: Any = ("timestep"
     return (*args[:index], timestep, *args[index + 1 :]), kwargs
 
 
-def _copied(arguments: Any, inputs: list[Tensor]) -> Any:
-    """Return the arguments with copies of the tensors, and list these."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        inputs.append(tensor.detach().clone())
-        return inputs[-1]
-
-    return tree_map_only(Tensor, copied, arguments)
+def _copied(arguments: Any) -> tuple[Any, list[Tensor]]:
+    """Return the arguments with copies of the tensors, and these."""
+    copies = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)
+    return copies, [leaf for leaf in tree_leaves(copies) if isinstance(leaf, Tensor)]

@@ -5,7 +5,6 @@ quantized by plain operations, which the compiler joins with what comes before (
 GEGLU, a softmax); the integers are the same.
 """
 
-import functools
 import importlib.util
 from importlib import metadata
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim
+from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim, warn_once
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FLOATS,
@@ -22,7 +21,7 @@ from quantempo.engines.cuda.constants import (
     quantize_rows,
     quantize_tokens,
 )
-from quantempo.errors import QuantempoError, log
+from quantempo.errors import QuantempoError
 from quantempo.models.fusion import no
 from quantempo.quantized import QConv2d, QLayer
 
@@ -31,14 +30,10 @@ __all__: list[str] = []
 _CAPABILITY = (8, 0)
 # The first with all that the kernels import; 3.6 is what they were measured with.
 _TRITON = (3, 4)
-
-
-@functools.cache
-def _say_slow() -> None:
-    log.warning(
-        "engine triton is attached and the model is on a CPU: the exact definition of its "
-        "operators runs, which is slow; attach an engine for CPUs"
-    )
+_SLOW = (
+    "engine triton is attached and the model is on a CPU: the exact definition of its operators "
+    "runs, which is slow; attach an engine for CPUs"
+)
 
 
 class _Kernel(Kernel):
@@ -56,7 +51,7 @@ class _Kernel(Kernel):
                 "move the model"
             )
         if device.type == "cpu":
-            _say_slow()
+            warn_once(_SLOW)
         self.constants = LayerConstants(self.layer)
 
     def __call__(self, x: Tensor) -> Tensor:

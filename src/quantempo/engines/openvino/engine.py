@@ -126,7 +126,9 @@ class _Runner:
         layout, tensors = _Layout.of(arguments)
         tensors = [t.detach().contiguous() for t in tensors]
         tensors = [t.float() if t.is_floating_point() else t for t in tensors]
-        values = [self._bucket(), *tensors]
+        bucket = self.denoiser.get_submodule(CLOCK_NAME).bucket.reshape(-1)
+        # (B,) where the batch mixes several.
+        values = [bucket if bool((bucket != bucket[0]).any()) else bucket[:1], *tensors]
         count, dtype = len(inputs.sample), inputs.sample.dtype
         # The entries of such a list may be a sample each: none is cut.
         listed = any(isinstance(v, list) and len(v) == count for v in arguments.values())
@@ -205,11 +207,6 @@ class _Runner:
                 f"engine 'openvino' cannot convert {type(self.denoiser).__name__} as it is called: "
                 f"{lines[0][:200]}; use engine 'onednn' or 'simulated'"
             ) from error
-
-    def _bucket(self) -> Tensor:
-        """Return the time bucket, (1,), or (B,) when the batch mixes several."""
-        bucket = self.denoiser.get_submodule(CLOCK_NAME).bucket.reshape(-1)
-        return bucket if bool((bucket != bucket[0]).any()) else bucket[:1]
 
 
 class _Graph:

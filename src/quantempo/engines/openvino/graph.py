@@ -88,8 +88,11 @@ def build_graph(
         graph = frontend.convert(frontend.load(decoder))
     if inner:
         graph.add_outputs([converter.results[i] for i in range(len(calls))])
+    # Torch keeps the classes of a trace with all their constants for good.
     del traced, decoder, program
-    _forget_classes()
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
     for parameter, example in zip(graph.get_parameters(), inputs, strict=True):
         parameter.set_partial_shape(ov.PartialShape(list(example.shape)))
         parameter.set_element_type(ov.Type(example.numpy().dtype))
@@ -124,13 +127,6 @@ def wrong_sums() -> str | None:
     if found != expected:
         return f"its int8 sums saturate on this CPU ({found:.0f} instead of {expected:.0f})"
     return None
-
-
-def _forget_classes() -> None:
-    """Let go of the classes of a trace, which torch keeps with all their constants for good."""
-    torch._C._jit_clear_class_registry()
-    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
-    torch.jit._state._clear_class_state()
 
 
 class _Program(nn.Module):
