@@ -22,9 +22,8 @@ needs_hopper = pytest.mark.cuda(major=9)
 
 
 def launch(call: Normalization, plan: SharedPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, height, width = call.x.shape
-    own = make_shared_plan(n, height * width, call.channels, call.groups, always=True)
-    return gn_act_quant.launch(call, plan=plan or own)
+    size = len(call.x), call.x[0, 0].numel(), call.channels, call.groups
+    return gn_act_quant.launch(call, plan=plan or make_shared_plan(*size, always=True))
 
 
 def square(side: int, c1: int, c2: int = 0, groups: int = 32, **others) -> Case:
@@ -194,8 +193,7 @@ def test_what_does_not_fit_into_shared_memory_is_run_without(monkeypatch) -> Non
     monkeypatch.setattr(gn_act_quant, "_is_hopper", lambda device: True)
 
     def chosen(case: Case) -> type:
-        call = meta(case)
-        return type(gn_act_quant._choose(call.images, case.groups))
+        return type(gn_act_quant._choose(meta(case).images, case.groups))
 
     assert chosen(square(16, 64, n=64)) is SharedPlan
     for case in (
