@@ -14,20 +14,13 @@ from quantempo.engines.simulated import float32_copy, once
 from quantempo.errors import QuantempoError
 from quantempo.quantized import CLOCK_NAME, QLayer, quantized_layers
 
-__all__ = ["faster_as_bytes", "time_forms"]
+__all__ = ["time_forms"]
 
-# Bytes must save this share of the time; each form has the best of so many calls, 2 of SLOW ms.
-_LEAST, _ROUNDS, _SLOW = 0.03, 10, 50.0
+# Each form has the best of so many calls, of 2 where they take SLOW ms.
+_ROUNDS, _SLOW = 10, 50.0
 # Bytes written before each call, how often: a network reads its weights from memory, not from a
 # cache, and a GPU is busy while the call is launched.
 _SCRATCH = {"cpu": (1 << 25, 1), "cuda": (1 << 28, 4)}
-
-
-def faster_as_bytes(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> set[str]:
-    """Return the layers that are faster as bytes in a call, see `time_forms`."""
-    rows = time_forms(backend, denoiser, args, kwargs)
-    fast = (row for row in rows if row["w8a8_ms"] < (1 - _LEAST) * row["w4a8_ms"])
-    return {name for row in fast for name in row["layers"]}
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ __all__ = [
 # One at a time: attaching and tracing change a network that other threads may call.
 ATTACHING = threading.RLock()
 PACKED = ("keep", "unpack", "auto")
+# Bytes must save this share of the time, or a weight stays packed.
+LEAST = 0.03
 
 
 class Engine:
@@ -132,7 +134,7 @@ def attach(
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
     root.watch = calls.Watch(denoiser, watched)
-    root.name, root.asked, root.packed, root.proved = chosen.name, engine, packed, False
+    root.name, root.asked, root.proved = chosen.name, (engine, packed), False
     log.debug("engine: %s", chosen.name)
     return chosen.name
 
@@ -142,14 +144,15 @@ def _choose_forms(denoiser: nn.Module, engine: Engine, packed: str, call: Any) -
     layers = {name: q for name, q in quantized_layers(denoiser) if q.weight_group is not None}
     if not layers or not engine.copies:
         return
-    faster = set(layers if packed == "unpack" else ())
+    for layer in layers.values():
+        layer.unpack = packed == "unpack"
     if packed == "auto" and call:
         # Here: `simulated`, which this runs, is an engine.
-        from quantempo.engines.forms import faster_as_bytes
+        from quantempo.engines.forms import time_forms
 
-        faster = faster_as_bytes(engine.name, denoiser, *call)
-    for name, layer in layers.items():
-        layer.unpack = name in faster
+        for row in time_forms(engine.name, denoiser, *call):
+            for name in set(row["layers"]) & set(layers):
+                layers[name].unpack = row["w8a8_ms"] < (1 - LEAST) * row["w4a8_ms"]
     if packed != "keep":
         sizes = [math.prod(layer.weight_shape) for layer in layers.values() if layer.unpack]
         text = "engine %s holds %d of %d weights in groups as bytes, which take %.1f MB"
@@ -265,18 +268,17 @@ def detach(denoiser: nn.Module) -> None:
 class _Denoiser(Forward):
     """The `forward` of a denoiser with an engine, or with one that its next call attaches."""
 
-    __slots__ = ("asked", "name", "packed", "proved", "watch")
+    __slots__ = ("asked", "name", "proved", "watch")
 
-    def __init__(
-        self, module: nn.Module, before: Any = None, asked: str | None = None, packed: str = "keep"
-    ) -> None:
+    def __init__(self, module: nn.Module, before: Any = None, asked: Any = None) -> None:
         super().__init__(module, before)
-        self.asked, self.packed, self.fixed, self.proved = asked, packed, True, False
+        # The engine and how it is to hold weights in groups, see `attach`.
+        self.asked, self.fixed, self.proved = asked, True, False
         self.name: str | None = None
         self.watch: calls.Watch | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.module, self.before, self.asked, self.packed)
+        return type(self), (self.module, self.before, self.asked)
 
     def release(self) -> None:
         if self.name is not None:
@@ -298,7 +300,8 @@ class _Denoiser(Forward):
         if self.asked is not None and self._stale():
             with ATTACHING:
                 if self._stale():
-                    attach(self.module, self.asked, self.packed, None if empty else (args, kwargs))
+                    engine, packed = self.asked
+                    attach(self.module, engine, packed, None if empty else (args, kwargs))
         with torch.no_grad():
             if empty:
                 args, kwargs = tree_map_only(Tensor, calls.one_row, (args, kwargs))
@@ -313,11 +316,10 @@ class _Denoiser(Forward):
             return calls.keep_nan(output, given, bool(lists)) if given else output
 
     def _stale(self) -> bool:
-        if self.name is None or self.watch is None or (self.packed == "auto" and not self.proved):
-            return True
-        return self.watch.changed()
+        untimed = self.asked[1] == "auto" and not self.proved
+        return untimed or self.name is None or self.watch is None or self.watch.changed()
 
 
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
     """Attach at the first call: only then is it known on which device the model ended up."""
-    put_forward(denoiser, _Denoiser).asked = engine
+    put_forward(denoiser, _Denoiser).asked = engine, "keep"
