@@ -10,7 +10,7 @@ import quantempo
 from quantempo.calibration.dataset import MemorySet
 from quantempo.models.layers import sites
 from quantempo.pipeline.quantize import quantize as quantize_network
-from quantempo.quantized import QPatches
+from quantempo.quantized.layers import QPatches
 from quantempo.recipe import Recipe
 from tests.kernels.reference import quantize
 from tests.tiny import noise

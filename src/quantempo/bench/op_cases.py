@@ -1,8 +1,7 @@
 """The shapes on which kernels are timed, with their arguments, costs, truth and rivals.
 
-The shapes are those of real layers: a CIFAR-10 DDPM at batch 256, Stable Diffusion 1.5 at batch 8
-and 2, SDXL at batch 8, linear layers and tokens of DiT-XL/2, FLUX and SDXL. Codes and weights are
-random and cover their range, since zeros run faster.
+Those of a CIFAR-10 DDPM at batch 256, Stable Diffusion 1.5 at batch 8 and 2, SDXL at batch 8, rows
+of DiT-XL/2, FLUX and SDXL. Codes and weights are random and cover their range: zeros run faster.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantempo.bench.turns import Call
+from quantempo.engines.base import last
 from quantempo.kernels import layout, ops
 from quantempo.kernels.ops.attention import exact as exact_attention
 
@@ -57,10 +57,6 @@ def _codes(shape: tuple[int, ...], device: torch.device, low: int = -128) -> Ten
     return torch.randint(low, 128, shape, dtype=torch.int8, device=device)
 
 
-def _image(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _floats(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=_BF16)
 
@@ -81,13 +77,13 @@ def conv(n: int, s: int, c: int, o: int) -> Case:
     def make(device: torch.device) -> Given:
         weight = _codes((o, c, 3, 3), device, -127)
         return {
-            "codes": _image(_codes((n, c, s, s), device)),
+            "codes": last(_codes((n, c, s, s), device)),
             "dense": weight,
             "weight": layout.conv_weight(weight),
             "table": layout.border_table(weight, _ZERO),
             **_terms(o, device),
             "shift": _floats(n, o, device=device),
-            "residual": _image(_floats(n, o, s, s, device=device)),
+            "residual": last(_floats(n, o, s, s, device=device)),
         }
 
     def run(given: Given) -> Tensor:
@@ -108,7 +104,7 @@ def conv(n: int, s: int, c: int, o: int) -> Case:
         return y + given["shift"][rows].double()[..., None, None] + given["residual"][rows].double()
 
     def bf16(device: torch.device) -> Call:
-        x, weight = (_image(_floats(*to, device=device)) for to in ((n, c, s, s), (o, c, 3, 3)))
+        x, weight = (last(_floats(*to, device=device)) for to in ((n, c, s, s), (o, c, 3, 3)))
         return lambda: F.conv2d(x, weight, padding=1)
 
     pixels = n * s**2
@@ -175,14 +171,14 @@ def norm(n: int, s: int, c: int, skip: int = 0) -> Case:
 
     def make(device: torch.device) -> Given:
         given = {
-            "x": _image(_floats(n, c, s, s, device=device)),
+            "x": last(_floats(n, c, s, s, device=device)),
             "gamma": torch.rand(c + skip, device=device) + 0.5,
             "beta": torch.randn(c + skip, device=device) * 0.3,
             "scale": torch.full((1,), 0.02, device=device),
             "bucket": torch.zeros((), dtype=torch.int64, device=device),
         }
         if skip:
-            given["skip"] = _image(_floats(n, skip, s, s, device=device))
+            given["skip"] = last(_floats(n, skip, s, s, device=device))
             given["raw_scales"] = torch.full((2, 1), _RAW_SCALE, device=device)
         return given
 

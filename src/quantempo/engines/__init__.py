@@ -1,7 +1,6 @@
 """Backends run one layer, engines a whole denoiser; each package registers what it has.
 
-In the order of preference (batches of 8 and 16, `make bench`): the first engine that can run on a
-device, and has all it is fast with, is its default.
+In the order of preference (`make bench`): the first that can run on a device, and fast, is chosen.
 """
 
 from quantempo.engines import onednn  # noqa: I001

@@ -31,9 +31,8 @@ def border_table(weight: Tensor, zero_point: int) -> Tensor:
         sum (q - z) w = sum q' w - table[0, o] - (table[4 rc + cc, o] if rc or cc else 0)
 
     rc = (first tap row above the image) + 2 (last tap row below it), cc likewise for columns.
-    Inside the image only row 0 is needed, and it is the same for all pixels.
-
-    weight: int8 (O, C, kh, kw); zero_point: z of the unsigned codes. Returns int32 (16, O).
+    Inside the image only row 0 is needed. weight: int8 (O, C, kh, kw); zero_point: z of the
+    unsigned codes. Returns int32 (16, O).
     """
     out, _, kh, kw = weight.shape
     taps = weight.sum(1, dtype=torch.int64)

@@ -166,8 +166,7 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
         else:
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)
-            bits = {"weight_bits": plan.weight_bits, "act_bits": plan.act_bits}
-            bits["group"] = plan.group
+            bits = {name: getattr(plan, name) for name in ("weight_bits", "act_bits", "group")}
             empty = kind.like(layer, clock, plan.segments, plan.buckets, **bits)
         denoiser.set_submodule(plan.name, empty.train(layer.training))
     keep(denoiser, PADDED, odd_padding(denoiser))

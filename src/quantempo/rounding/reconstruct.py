@@ -27,7 +27,8 @@ from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import Block, blocks, hooked
-from quantempo.quantized import QConv2d, QPatches, find_clock, quantized_layers
+from quantempo.quantized import QConv2d, find_clock, quantized_layers
+from quantempo.quantized.layers import QPatches
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record

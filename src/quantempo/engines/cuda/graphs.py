@@ -42,10 +42,7 @@ def signature(value: Any, tensors: list[Tensor] | None = None) -> Any:
 def capture(
     call: Callable[[], Any], warmup: int = _WARMUP, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return the CUDA graph of a call and what the call returned, which replays overwrite.
-
-    call: waits for no device; what it reads must outlive the graph; pool: memory, None: its own.
-    """
+    """Return the CUDA graph of a call that waits for nothing, and its output, overwritten later."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

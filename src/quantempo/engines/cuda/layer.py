@@ -1,8 +1,7 @@
 """Int8 layers on a GPU through the operators of `kernels.ops`.
 
 Eagerly a layer is two launches: quantize, multiply. Inside a compiled network its input is
-quantized by plain operations, which the compiler joins with what comes before (a LayerNorm, a
-GEGLU, a softmax); the integers are the same.
+quantized by plain operations, which the compiler joins with what comes before: the same integers.
 """
 
 import importlib.util

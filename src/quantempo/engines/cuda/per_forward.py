@@ -15,11 +15,7 @@ __all__ = ["SharedContext", "SharedShifts"]
 
 
 class SharedShifts(Prepared, TimeShifts):
-    """Time shifts in float16, whatever the model was loaded in.
-
-    float16 has an eighth of the error of bfloat16. Where a float32 model has a block that cannot be
-    fused, and its stream is float32 therefore, shifts have these 11 bits all the same.
-    """
+    """Time shifts in float16: an eighth of the error of bfloat16, in a float32 stream too."""
 
     dtype = torch.float16
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantempo.core import GroupFormat, token_scale
 from quantempo.engines import base
 from quantempo.engines.base import ActivationGrids, Kernel, channel_dim, run_per_bucket
+from quantempo.kernels import layout
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.packed import Packed
@@ -185,15 +186,11 @@ class FoldedLayer:
     def edge(self, bucket: int) -> Tensor:
         """Return s s_w[o] z sum_k q_w of a 3x3 kernel over the taps outside; see `Library.add`."""
         if not self._edges:
-            # (O, 3, 3), then (16, O)
-            taps = self.layer.weight_codes.sum(1, dtype=torch.float64)
-            outside = torch.zeros((16, 3, 3), dtype=torch.bool)
-            for mask in range(16):
-                outside[mask, 0] |= bool(mask & 1)
-                outside[mask, 2] |= bool(mask & 2)
-                outside[mask, :, 0] |= bool(mask & 4)
-                outside[mask, :, 2] |= bool(mask & 8)
-            sums = torch.einsum("mij,oij->mo", outside.double(), taps) * self.layer.weight_scale
+            # sum_k q_w with its sign turned, (16, O); here the places along columns come first.
+            outside = layout.border_table(self.layer.weight_codes, layout.OFFSET + 1)
+            outside[0] = 0
+            outside = -outside.view(4, 4, -1).transpose(0, 1).flatten(0, 1)
+            sums = outside.double() * self.layer.weight_scale
             grids = map(self.grid, range(self.grids.buckets))
             self._edges = [(sums * scale * zero).float() for scale, zero, _ in grids]
         return self._edges[self.grids.column(bucket)]

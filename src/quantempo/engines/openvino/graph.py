@@ -7,10 +7,9 @@ out for OpenVINO's low-precision transformations:
       -> Convolution or MatMul with int8 constants * s_w -> * (s[bucket] / s_ref) + bias
 
 Quantizers with a range that changes at run time would leave int8 behind; a multiplication before a
-constant one does not. It needs one zero point for all buckets of a layer. With a single bucket
-nothing is multiplied. The scale of a token is worked out in the graph; s_ref is 1 then. Quantizers
-have 256 levels; a grid of fewer bits is the lower part of one, its input clamped to
-(qmax - z) s_ref before. Imported only once OpenVINO is known to be installed.
+constant one does not. It needs one zero point for all buckets of a layer; with one bucket nothing
+is multiplied. The scale of a token is worked out in the graph; s_ref is 1 then. A grid of fewer
+bits is the lower part of 256 levels. Imported only once OpenVINO is known to be installed.
 """
 
 import functools

@@ -66,7 +66,7 @@ class _QuantizeStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Part:
-    """One of the one or two tensors that `Library.group_norm` sees as concatenated.
+    """One of the tensors that `Library.group_norm` sees as concatenated.
 
     x: float32 or bfloat16 (B, C, H, W), channels_last or a channel slice of such a tensor; raw:
     (scale, zero_point, qmax) to get the codes of x itself too, or None.
@@ -290,10 +290,8 @@ def _load() -> Library | str:
 
 
 def _resolve_openmp() -> bool:
-    """Make the OpenMP runtime that torch loaded visible to the library, and never another one.
-
-    Two runtimes would mean two pools of spinning threads on the same cores.
-    """
+    """Make the OpenMP runtime that torch loaded visible to the library, and never another one."""
+    # Two runtimes would mean two pools of spinning threads on the same cores.
     if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return True
     maps = Path("/proc/self/maps").read_text().splitlines()

@@ -147,8 +147,7 @@ def native_bfloat16() -> bool:
 def missing() -> str | None:
     """Return why the int8 kernels cannot be used here (one clause), or None.
 
-    Runs one small convolution and one linear layer whose sums of two products leave 16 bits, and
-    compares them with float64: CPUs without VNNI saturate such sums.
+    One small convolution and one linear layer, of sums that CPUs without VNNI saturate, are tried.
     """
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"

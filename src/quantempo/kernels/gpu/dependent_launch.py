@@ -1,7 +1,6 @@
 """Programmatic dependent launch: kernels start while the one before them ends.
 
-From compute capability 9.0 on, in a CUDA graph too: a kernel launched so begins when all programs
-of the one before it have begun or ended, and sets up what does not depend on it.
+From compute capability 9.0 on, in a CUDA graph too; they set up what does not depend on it.
 """
 
 import functools

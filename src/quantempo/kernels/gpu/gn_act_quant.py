@@ -3,14 +3,11 @@
     v = (x - mean_g) rstd_g gamma + beta      a = v / (1 + exp(-v))      q = clamp(rne(a / s) + z)
 
 How large a part of the map a program takes is decided in `group_norm.plan`. Any GPU has two ways.
-`one_launch`: a program owns all pixels of a slab of whole groups; a small slab is
-register-resident, a larger one is read again, out of the caches, to be normalized. Where that gives
-too few programs (few images, large maps), `channel_moments` writes mean and M2 of every channel and
-chunk of pixels, `channel_affine` makes a x + b of them, and `apply` does that. All ways put partial
-moments together by Chan's formula, and never subtract E[x]^2. A map that is only quantized is
-`apply` alone.
-
-On Hopper a third, `hopper`: TMA loads bring the slab of a program into shared memory.
+`one_launch`: a program owns all pixels of a slab of whole groups; a small slab stays in registers,
+a larger one is read again, out of the caches. Where that gives too few programs (few images, large
+maps), `channel_moments` writes mean and M2 of every channel and chunk of pixels, `channel_affine`
+makes a x + b of them, and `apply` does that; it alone where a map is only quantized. On Hopper a
+third, `hopper`. All put partial moments together by Chan's formula, and never subtract E[x]^2.
 """
 
 from functools import cache

@@ -1,8 +1,7 @@
 """Launch `kernels.ops.norm_modulate_quant` on a GPU: tokens are read once and written as codes.
 
-A program owns whole tokens of one image, which stay in its registers: mean, then the centred sum of
-squares, then the largest magnitude. What modulates them is loaded before the first of
-these; many tokens are computed in turns, what modulates them kept, the next ones on their way.
+A program owns whole tokens of one image, which stay in its registers, as does what modulates them:
+mean, then the centred sum of squares, then the largest magnitude. Many are computed in turns.
 """
 
 import triton

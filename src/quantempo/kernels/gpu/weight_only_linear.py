@@ -1,7 +1,6 @@
 """Launch `kernels.ops.weight_only_linear` on a GPU: codes are read once, for all rows.
 
-One row is multiplied value by value. Several are tiles of matrix instructions, in tf32: a code is
-exact there, and x is two parts of 11 bits.
+Several rows are tiles of matrix instructions, in tf32: a code is exact, x is two parts of 11 bits.
 """
 
 import triton

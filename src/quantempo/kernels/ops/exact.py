@@ -1,7 +1,6 @@
 """What the exact definitions of all operators share: buckets, codes, memory layout.
 
-Integer sums below 2^53 are exact in float64 in any order. Slow; it is there to test the kernels and
-the fused network without a GPU.
+Integer sums below 2^53 are exact in float64 in any order. Slow: for tests without a GPU.
 """
 
 import torch

@@ -1,7 +1,4 @@
-"""The epilogue of the contraction on Hopper: NHWC stores, a few pixels at a time.
-
-The formula of `kernels.ops.epilogue`. Tiles are [channels, pixels] here.
-"""
+"""`kernels.ops.epilogue` on Hopper: NHWC stores of a few pixels of a [channels, pixels] tile."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -3,10 +3,9 @@
     us = start + sum over rounds of (resident (shared steps + finish) + alone steps) + join slots
 
 steps: of the main loop, BLOCK_C channels each; rounds: tiles that a program computes one after
-another; resident: programs of a multiprocessor that have one in that round, fewer in the last;
-slots: programs that share a tile. The coefficients are fitted to 1,739 timings of 147 layer shapes
-(U-Nets of CIFAR and of Stable Diffusion 1.5, batch 1 to 256) on one H200; the tile chosen so,
-always one of those timed, took 2.1 % more time than the best one on average, 23 % at worst.
+another; resident: programs of a multiprocessor that have one in that round; slots: programs that
+share a tile. Fitted to 1,739 timings of 147 layer shapes (U-Nets of CIFAR and of Stable Diffusion
+1.5, batch 1 to 256) on one H200: 2.1 % slower than the best tile on average, 23 % at worst.
 """
 
 import functools
