@@ -8,7 +8,7 @@ __all__ = ["Results", "best", "speedups", "text_table"]
 Row = dict[str, Any]
 
 # What tells one row from another.
-_IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape")
+_IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape", "name")
 
 
 class Results:

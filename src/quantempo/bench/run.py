@@ -197,7 +197,7 @@ def bench_network(
             given = cast_inputs(subject.inputs, subject.dtype)
             try:
                 rows = time_forms(subject.engine, subject.packed, (), given)
-                results.put(*({"kind": "layer", **head, **row} for row in rows))
+                results.put(*({"kind": "layer", **head, "name": r["layers"][0], **r} for r in rows))
             # What was timed before stays.
             except Exception as error:
                 log.warning("bench: no layers are timed: %s", reason_of(error))
