@@ -8,7 +8,7 @@ the next tile arrive while one is written; and the epilogue stores a few pixels 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia import hopper
 
 from quantempo.kernels.gpu.contraction import hopper_epilogue as epilogue
 from quantempo.kernels.gpu.contraction import input_reuse, producer
@@ -30,14 +30,14 @@ def _sum(acc, buffers, stage, phase, count, PER: gl.constexpr, BLOCK: gl.constex
     smem_x, smem_w, ready, free = buffers
     STAGES: gl.constexpr = BLOCK.STAGES
     for step in range(count):
-        mbarrier.wait(ready.index(stage), phase)
+        hopper.mbarrier.wait(ready.index(stage), phase)
         pixels = smem_x.index(stage).reshape([BLOCK.PIXELS, BLOCK.CHANNELS])
         # All but the newest are done, so the stage before this one is free.
         acc = multiply(acc, smem_w, pixels, stage, step > 0, PER)
-        mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)), pred=step > 0)
+        hopper.mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)), pred=step > 0)
         stage, phase = producer.next_stage(stage, phase, STAGES)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)))
+    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+    hopper.mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)))
     return acc, stage, phase
 
 
@@ -143,10 +143,10 @@ def _compute(
                 )  # fmt: skip
         residual = ()
         if rows is not None:
-            mbarrier.wait(ready.index(stage), phase)
+            hopper.mbarrier.wait(ready.index(stage), phase)
             if BLOCK.REUSE:
                 after, later = producer.next_stage(stage, phase, STAGES)
-                mbarrier.wait(ready.index(after), later)
+                hopper.mbarrier.wait(ready.index(after), later)
                 low, high = input_reuse.residual_stages(rows, buffers, stage, STAGES)
             else:
                 low, high = producer.residual_stage(rows, buffers, stage)
@@ -158,10 +158,10 @@ def _compute(
                 WINDOW, BLOCK, num_warps,
             )  # fmt: skip
         if rows is not None:
-            mbarrier.arrive(free.index(stage))
+            hopper.mbarrier.arrive(free.index(stage))
             stage, phase = producer.next_stage(stage, phase, STAGES)
             if BLOCK.REUSE:
-                mbarrier.arrive(free.index(stage))
+                hopper.mbarrier.arrive(free.index(stage))
                 stage, phase = producer.next_stage(stage, phase, STAGES)
         tile += gl.num_programs(0)
 
@@ -207,11 +207,12 @@ def contract_hopper(
     SPLITS: gl.constexpr = BLOCK.SPLITS
     tiles = tiles_of(tiles, s, WINDOW, BLOCK)
     if BLOCK.REUSE:
-        buffers = input_reuse.allocate_reuse(x, weight, BLOCK)
+        buffers = input_reuse.allocate_reuse(x, BLOCK)
         steps = WINDOW.KERNEL * gl.cdiv(channels, BLOCK.CHANNELS)
     else:
-        buffers = producer.allocate(x, weight, BLOCK)
+        buffers = producer.allocate(x, BLOCK.STAGES, BLOCK)
         steps = WINDOW.KERNEL * WINDOW.KERNEL * gl.cdiv(channels, BLOCK.CHANNELS)
+    hopper.fence_async_shared()
     steps0 = gl.cdiv(channels0, BLOCK.CHANNELS)
     steps1 = gl.cdiv(channels1, BLOCK.CHANNELS)
     begin = 0

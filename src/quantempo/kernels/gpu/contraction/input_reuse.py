@@ -7,15 +7,10 @@ own; a row of pixels is one TMA load, so that a view may begin at any row.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
+from quantempo.kernels.gpu.contraction import producer
 from quantempo.kernels.gpu.contraction.packed import multiply
-from quantempo.kernels.gpu.contraction.producer import load_boxes, next_stage, stage_before
 from quantempo.kernels.gpu.contraction.records import place_of
 
 __all__ = ["allocate_reuse", "produce_reuse", "residual_stages", "sum_reuse"]
@@ -25,25 +20,15 @@ STAGES_X: gl.constexpr = gl.constexpr(2)
 
 
 @gluon.jit
-def allocate_reuse(x, weight, BLOCK: gl.constexpr):
+def allocate_reuse(x, BLOCK: gl.constexpr):
     """Return shared memory for rows of pixels and for weights, and the barriers of both."""
-    STAGES: gl.constexpr = BLOCK.STAGES
-    box: gl.constexpr = [STAGES_X * (BLOCK.H + 2)] + x.block_type.shape  # noqa: RUF005
-    rows: gl.constexpr = [STAGES, BLOCK.OUTS, BLOCK.CHANNELS]
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows[1:], gl.int8)
-    smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
-    smem_w = gl.allocate_shared_memory(gl.int8, rows, layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    BOXES: gl.constexpr = STAGES_X * (BLOCK.H + 2)
+    smem_x, smem_w, ready, free = producer.allocate(x, BOXES, BLOCK)
     ready_x = gl.allocate_shared_memory(gl.int64, [STAGES_X, 1], mbarrier.MBarrierLayout())
     free_x = gl.allocate_shared_memory(gl.int64, [STAGES_X, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(STAGES_X):
         mbarrier.init(ready_x.index(i), count=1)
         mbarrier.init(free_x.index(i), count=1)
-    fence_async_shared()
     return smem_x, smem_w, ready, free, ready_x, free_x
 
 
@@ -63,14 +48,14 @@ def sum_reuse(acc, buffers, stage, phase, box, turn, count, BLOCK: gl.constexpr)
             later = (column > 0) if tap == 0 else True
             # All but the newest are done, so what the one before it read is free.
             acc = multiply(acc, smem_w, pixels, stage, later, BLOCK.PER)
-            mbarrier.arrive(free.index(stage_before(stage, STAGES)), pred=later)
+            mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)), pred=later)
             if tap == 0:
-                mbarrier.arrive(free_x.index(stage_before(box, STAGES_X)), pred=later)
-            stage, phase = next_stage(stage, phase, STAGES)
-        box, turn = next_stage(box, turn, STAGES_X)
+                mbarrier.arrive(free_x.index(producer.stage_before(box, STAGES_X)), pred=later)
+            stage, phase = producer.next_stage(stage, phase, STAGES)
+        box, turn = producer.next_stage(box, turn, STAGES_X)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(free.index(stage_before(stage, STAGES)))
-    mbarrier.arrive(free_x.index(stage_before(box, STAGES_X)))
+    mbarrier.arrive(free.index(producer.stage_before(stage, STAGES)))
+    mbarrier.arrive(free_x.index(producer.stage_before(box, STAGES_X)))
     return acc, stage, phase, box, turn
 
 
@@ -78,7 +63,7 @@ def sum_reuse(acc, buffers, stage, phase, box, turn, count, BLOCK: gl.constexpr)
 def residual_stages(rows, buffers, stage, STAGES: gl.constexpr):
     """Return two stages of weights as room for half a tile of `rows` each."""
     smem_w = buffers[1]
-    after = next_stage(stage, 0, STAGES)[0]
+    after = producer.next_stage(stage, 0, STAGES)[0]
     low = smem_w.index(stage)._reinterpret(rows.dtype, rows.block_type.shape, rows.layout)
     high = smem_w.index(after)._reinterpret(rows.dtype, rows.block_type.shape, rows.layout)
     return low, high
@@ -98,7 +83,7 @@ def _load_residual(rows, buffers, stage, phase, place, BLOCK: gl.constexpr):
         w = place.w + (0 if DOWN else i * BLOCK.W // 2)
         from_rows = [place.n, h, 0, w, place.o]
         tma.async_copy_global_to_shared(rows, from_rows, ready.index(stage), room)
-        stage, phase = next_stage(stage, phase, BLOCK.STAGES)
+        stage, phase = producer.next_stage(stage, phase, BLOCK.STAGES)
     return stage, phase
 
 
@@ -129,14 +114,14 @@ def produce_reuse(
                 w = place.w - WINDOW.LEFT + across
                 from_x = [place.n, place.h - WINDOW.TOP + row, 0, w, c]
                 tma.async_copy_global_to_shared(x, from_x, bar, smem_x.index(box * ROWS + row))
-            box, turn = next_stage(box, turn, STAGES_X)
+            box, turn = producer.next_stage(box, turn, STAGES_X)
             for down in gl.static_range(3):
                 mbarrier.wait(free.index(stage), phase ^ 1)
-                load_boxes(
+                producer.load_boxes(
                     operand, None, place.o, down * 3 + across, c, channels, apart, buffers, stage,
                     True, BLOCK,
                 )  # fmt: skip
-                stage, phase = next_stage(stage, phase, BLOCK.STAGES)
+                stage, phase = producer.next_stage(stage, phase, BLOCK.STAGES)
         if rows is not None:
             stage, phase = _load_residual(rows, buffers, stage, phase, place, BLOCK)
         tile += gl.num_programs(0)

@@ -6,7 +6,7 @@ A stage holds the operands of one step: a box of pixels, and one of weights. The
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from quantempo.kernels.gpu.contraction.packed import halves_of
 from quantempo.kernels.gpu.contraction.records import place_of
@@ -29,10 +29,10 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def allocate(x, weight, BLOCK: gl.constexpr):
-    """Return shared memory for the stages, and for each the barriers `ready` and `free`."""
+def allocate(x, BOXES: gl.constexpr, BLOCK: gl.constexpr):
+    """Return shared memory for boxes of pixels and stages of weights, these' `ready` and `free`."""
     STAGES: gl.constexpr = BLOCK.STAGES
-    box: gl.constexpr = [STAGES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
+    box: gl.constexpr = [BOXES] + x.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
     rows: gl.constexpr = [STAGES, BLOCK.OUTS, BLOCK.CHANNELS]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows[1:], gl.int8)
     smem_x = gl.allocate_shared_memory(x.dtype, box, x.layout)
@@ -42,7 +42,6 @@ def allocate(x, weight, BLOCK: gl.constexpr):
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
-    fence_async_shared()
     return smem_x, smem_w, ready, free
 
 
