@@ -12,7 +12,6 @@ from quantempo.bench.run import _float32
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.select import ENGINES, attach
 from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models import presets
 from quantempo.quantized import quantized_layers, weight_only_layers
 from tests.tiny import DENOISERS, tiny_flux, tiny_unet
 
@@ -40,15 +39,15 @@ def test_a_network_without_data_computes_what_the_float_one_does(kind: str) -> N
 
 @torch.no_grad()
 def test_a_large_network_is_packed_by_the_layer_and_shares_the_rest(monkeypatch) -> None:
-    made = presets._INPUTS["FluxTransformer2DModel"]
+    made = networks.random_inputs
 
-    def few(config: Any, normal: Any) -> dict[str, Any]:
-        inputs = made(config, normal)
+    def few(*given: Any, **how: Any) -> dict[str, Any]:
+        inputs = made(*given, **how)
         counts = {"hidden_states": 40, "encoder_hidden_states": 9}
         inputs |= {name: inputs[name][:, :count] for name, count in counts.items()}
         return inputs | {"img_ids": inputs["img_ids"][:40], "txt_ids": inputs["txt_ids"][:9]}
 
-    monkeypatch.setitem(presets._INPUTS, "FluxTransformer2DModel", few)
+    monkeypatch.setattr(networks, "random_inputs", few)
     net = tiny_flux(9)[0].transformer
     # None may run in 8 bits: none is measured.
     monkeypatch.setattr(networks, "measured_attention", None)
