@@ -71,7 +71,7 @@ def check_spoilt(y: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize(("d", "dtype"), [(64, HALF), (128, BRAIN), (72, BRAIN), (40, HALF)])
+@pytest.mark.parametrize(("d", "dtype"), [(64, HALF), (128, BRAIN), (88, BRAIN), (40, HALF)])
 def test_codes_interpreted(d: int, dtype: torch.dtype) -> None:
     call = made(2, 77, 300, 3, d, dtype)
     spoil(call)
@@ -87,7 +87,7 @@ def test_codes_interpreted(d: int, dtype: torch.dtype) -> None:
     t = torch.arange(300)
     of_keys = k_scale[:, :, t // 128, t % 8 // 2]
     found = [x * s.transpose(1, 2)[..., None].double() for x, s in ((q8, q_scale), (k8, of_keys))]
-    assert over == 0 and all((x[..., d:] == 99).all() for x in rows)
+    assert over == 0 and all((x[..., d:] != 99).all() for x in rows)
     # The interpreter rounds twice, a GPU once: codes next to a tie move by 1.
     same = torch.isclose(found[1], decoded_keys(k), rtol=0, atol=0, equal_nan=True)
     assert 1 - same.double().mean() < 2e-3
@@ -129,6 +129,7 @@ def test_it_compiles_without_spills(d: int, dtype: torch.dtype) -> None:
     for one, name in zip(launches, names, strict=True):
         binary = harness.compiled(one, 90, messages=name == "attend")
         assert (binary.spills, binary.stack) == (0, 0)
+        assert name != "quantize_heads" or binary.count(r"LDG\.E\.128") == -(-d // 16)
         if name == "attend":
             assert "Compiling entry" in binary.messages
             assert not any(text in binary.messages for text in ("serialized", "C75"))

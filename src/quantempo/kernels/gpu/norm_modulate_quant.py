@@ -13,13 +13,21 @@ from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
 from quantempo.kernels.gpu.group_norm.portable import stored
 from quantempo.kernels.ops.norm_modulate_quant import SMALLEST_SCALE, Tokens
 
-__all__ = ["launch", "quantize_tokens", "tiles"]
+__all__ = ["MAGIC", "launch", "quantize_tokens", "scale_of", "tiles"]
 
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
 # 1.5 * 2^23: float32 of this size hold integers only, the lowest byte of which is the code.
-_MAGIC = tl.constexpr(12582912.0)
+MAGIC = tl.constexpr(12582912.0)
 # So many values at most are computed on a multiprocessor, and as many on their way, if in turns.
 _VALUES = 12800
+
+
+@triton.jit
+def scale_of(top):
+    """Return the scale of the bits of a largest magnitude: NaN, if that is not finite."""
+    top = top.to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.math.div_rn(top, 127.0), _SMALLEST)
+    return tl.where(top < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -57,9 +65,7 @@ def _symmetric_scale(parts):
     for i in tl.static_range(1, len(parts)):
         top = tl.maximum(top, tl.abs(parts[i]), propagate_nan=tl.PropagateNan.ALL)
     # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-    top = tl.max(top.to(tl.int32, bitcast=True), 1)[:, None].to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.math.div_rn(top, 127.0), _SMALLEST)
-    return tl.where(top < float("inf"), scale, float("nan"))
+    return scale_of(tl.max(top.to(tl.int32, bitcast=True), 1)[:, None])
 
 
 @triton.jit
@@ -103,7 +109,7 @@ def _write(tile, row, c, given, NORM: tl.constexpr, CHANNELS: tl.constexpr, WIDT
         inside = c + i * WIDTH < CHANNELS if (i + 1) * WIDTH > CHANNELS else True
         target = codes + (row * CHANNELS + c + i * WIDTH)
         if act_scale is None:
-            q = (values[i] * ratio + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            q = (values[i] * ratio + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
             # Two stores, of which one is skipped, instead of a selection of each value.
             tl.store(target, q, mask=(own == own) & inside)
             tl.store(target, tl.zeros_like(q), mask=(own != own) & inside)

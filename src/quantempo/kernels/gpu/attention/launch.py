@@ -12,28 +12,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantempo.kernels.gpu.attention.hopper import attend
 from quantempo.kernels.gpu.contraction.tiles import multiprocessors
+from quantempo.kernels.gpu.norm_modulate_quant import MAGIC, scale_of
 from quantempo.kernels.ops.attention import BLOCK, Attention, supported
-from quantempo.kernels.ops.norm_modulate_quant import SMALLEST_SCALE
 
 __all__ = ["join_shares", "launch", "quantize_heads", "run"]
 
-_SMALLEST = tl.constexpr(SMALLEST_SCALE)
-# 1.5 * 2^23: float32 of this size hold integers only, the lowest byte of which is the code.
-_MAGIC = tl.constexpr(12582912.0)
 _GLUON = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What a program of 128 queries of 128 values has in shared memory: 32 KiB and 48 a stage.
 _STAGES = 4
 # By how many powers of two the largest weight of the first block is below 1, and what a sum of
 # weights may reach: half of float32's exponents on each side for bfloat16.
 _RANGE = {torch.float16: (0.0, 6e4), torch.bfloat16: (30.0, 2.0**90)}
-
-
-@triton.jit
-def _scale(top):
-    """Return the scale of the bits of a largest magnitude: NaN, if that is not finite."""
-    top = top.to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.math.div_rn(top, 127.0), _SMALLEST)
-    return tl.where(top < float("inf"), scale, float("nan"))
 
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "heads", *(f"q{i}" for i in range(3)),
@@ -44,35 +33,41 @@ def quantize_heads(
 ):  # fmt: skip
     """Write the codes of BLOCK queries or keys of a head, and their scales; `over` becomes zero.
 
-    q0, q1, q2: how far images, tokens and heads are apart, in eights; rows of codes are of 16 i.
+    q0, q1, q2: how far images, tokens and heads are apart, in eights. Rows of codes are of 16 i and
+    written whole, in pieces of a power of two, none of which leaves a thread idle.
     """
-    ROOM: tl.constexpr = triton.next_power_of_2(D)
+    PITCH: tl.constexpr = (D + 15) // 16 * 16
+    WIDTH: tl.constexpr = PITCH & -PITCH
     q_blocks, k_blocks = tl.cdiv(q_tokens, BLOCK), tl.cdiv(k_tokens, BLOCK)
     pair = tl.program_id(0) // (q_blocks + k_blocks)
     block = tl.program_id(0) % (q_blocks + k_blocks)
-    if tl.program_id(0) == 0:
-        tl.store(over, 0)
+    tl.store(over, 0, mask=tl.program_id(0) == 0)
     keys = block >= q_blocks
     block = tl.where(keys, block - q_blocks, block)
     tokens = tl.where(keys, k_tokens, q_tokens)
-    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROOM)[None, :]
-    inside = (t < tokens)[:, None] if D == ROOM else (t < tokens)[:, None] & (d < D)
+    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    inside = (t < tokens)[:, None]
     image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     at = image * tl.where(keys, k0, q0) + head * tl.where(keys, k2, q2)
-    at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d
-    x = tl.load(tl.where(keys, k, q) + at, mask=inside, other=0.0).to(tl.float32)
-    # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-    top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
+    at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d + tl.where(keys, k, q)
+    parts, most = (), tl.zeros([BLOCK, WIDTH], tl.int32)
+    for i in tl.static_range(0, PITCH, WIDTH):
+        x = tl.load(at + i, mask=inside & (i + d < D), other=0.0).to(tl.float32)
+        # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
+        most = tl.maximum(most, tl.abs(x).to(tl.int32, bitcast=True))
+        parts += (x,)
+    top = tl.max(most, 1)
     if keys:
         four = tl.max(tl.max(tl.reshape(top, [BLOCK // 8, 4, 2]), 2), 0)
-        tl.store(k_scale + (pair * k_blocks + block) * 4 + tl.arange(0, 4), _scale(four))
+        tl.store(k_scale + (pair * k_blocks + block) * 4 + tl.arange(0, 4), scale_of(four))
         top = tl.reshape(tl.broadcast_to(four[None, :, None], [BLOCK // 8, 4, 2]), [BLOCK])
     else:
-        tl.store(q_scale + pair * q_tokens + t, _scale(top), mask=t < tokens)
-    ratio = tl.math.div_rn(1.0, _scale(top))
-    codes = (x * ratio[:, None] + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-    to = ((image * tokens + t) * heads + head)[:, None] * ((D + 15) // 16 * 16) + d
-    tl.store(tl.where(keys, k_codes, q_codes) + to, codes, mask=inside)
+        tl.store(q_scale + pair * q_tokens + t, scale_of(top), mask=t < tokens)
+    ratio = tl.math.div_rn(1.0, scale_of(top))[:, None]
+    to = tl.where(keys, k_codes, q_codes) + ((image * tokens + t) * heads + head)[:, None] * PITCH
+    for i in tl.static_range(len(parts)):
+        codes = (parts[i] * ratio + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(to + (i * WIDTH + d), codes, mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs", "rounds", "left", "blocks", "tokens", "heads"])
