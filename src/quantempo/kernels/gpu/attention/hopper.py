@@ -282,9 +282,7 @@ def attend(
     # Both in one condition would load before FIXED is looked at.
     if not FIXED:  # noqa: SIM102
         if gl.load(over) == 0:
-            # No whole tile, and nothing to share.
-            rounds = 0
-            tiles = 0
+            return
     box_q: gl.constexpr = [4] + q.block_type.shape  # noqa: RUF005 - Gluon has no [a, *b]
     box_k: gl.constexpr = [STAGES] + k.block_type.shape  # noqa: RUF005
     smem_q = gl.allocate_shared_memory(q.dtype, box_q, q.layout)
