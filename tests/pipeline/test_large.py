@@ -11,17 +11,26 @@ import quantempo
 from quantempo.checkpoint import write
 from quantempo.core import paged
 from quantempo.core.paged import Paged
-from quantempo.models.layers import DENOISERS, denoiser_of
+from quantempo.models.layers import DENOISERS, Block, denoiser_of
 from quantempo.models.load import load_pipeline
-from quantempo.pipeline.stages import finish, load
+from quantempo.pipeline.stages import Session, finish, load
 from quantempo.recipe import Recipe
+from quantempo.rounding.reconstruct import _Job
 from tests.tiny import tiny_dit, tiny_text
 
-SHORT = Recipe.load("w8a8").override("trace", steps=2, chains=2, picks=2)
-SHORT = SHORT.override("rounding", samples=2)
+
+def short(recipe_name: str, **rounding: Any) -> Recipe:
+    recipe = Recipe.load(recipe_name).override("trace", steps=2, chains=2, picks=2)
+    return recipe.override("rounding", samples=2, **rounding)
 
 
-@pytest.fixture(scope="module", params=["unet", "transformer"])
+NEAREST = short("w8a8", name="nearest", bias=False)
+RECIPES = {"nearest": NEAREST, "gptq": short("w8a8"), "adaround": short(
+    "w4a8-adaround", iterations=2, refine=1)}  # fmt: skip
+CASES = [("unet", "gptq"), *(("transformer", name) for name in RECIPES)]
+
+
+@pytest.fixture(scope="module")
 def source(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
@@ -48,22 +57,38 @@ def same(one: Path, two: Path) -> None:
     assert filecmp.cmpfiles(one, two, names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_the_same_bytes(source: Any, tmp_path: Path, rounding: str) -> None:
+@pytest.mark.parametrize("source, name", CASES, indirect=["source"])
+def test_the_same_bytes_also_after_a_kill_in_a_block(
+    source: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, call = source
-    recipe = SHORT.override("rounding", name=rounding, bias=rounding == "gptq")
-    for name, memory in (("whole", 2**40), ("paged", 1)):
-        session = load(folder, tmp_path / name, recipe, call=call, memory=memory)
-        kinds = [isinstance(p, Paged) for p in session.denoiser.parameters()]
-        assert any(kinds) == (memory == 1)
-        finish(session)
+
+    def opened(run: str, memory: int) -> Session:
+        return load(folder, tmp_path / run, RECIPES[name], call=call, memory=memory)
+
+    finish(whole := opened("whole", 2**40))
+    assert not any(isinstance(p, Paged) for p in whole.denoiser.parameters())
+    paged, before = opened("paged", 1), _Job.round
+    assert any(isinstance(p, Paged) for p in paged.denoiser.parameters())
+
+    def killed(job: _Job, block: Block) -> Any:
+        if block is job.blocks[1]:
+            raise KeyboardInterrupt
+        return before(job, block)
+
+    if name != "nearest":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(_Job, "round", killed)
+            finish(paged)
+        paged = opened("paged", 1)
+    finish(paged)
     same(tmp_path / "whole", tmp_path / "paged")
 
 
+@pytest.mark.parametrize("source", ["unet"], indirect=True)
 def test_components_are_copied_and_variants_get_plain_names(source: Any, tmp_path: Path) -> None:
     folder, call = source
-    recipe = SHORT.override("rounding", name="nearest", bias=False)
-    packed = quantempo.quantize(folder, tmp_path / "run", recipe, call=call)
+    packed = quantempo.quantize(folder, tmp_path / "run", NEAREST, call=call)
     assert not list(packed.rglob("*fp16*"))
     for file in folder.rglob("*.safetensors"):
         if file.parent.name not in DENOISERS:
@@ -72,12 +97,12 @@ def test_components_are_copied_and_variants_get_plain_names(source: Any, tmp_pat
     assert load_pipeline(packed).vae.dtype == torch.float32
 
 
+@pytest.mark.parametrize("source", ["transformer"], indirect=True)
 def test_a_network_is_written_as_diffusers_does(
     source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, call = source
-    recipe = SHORT.override("rounding", name="nearest", bias=False)
-    packed = quantempo.quantize(folder, tmp_path / "run", recipe, call=call)
+    packed = quantempo.quantize(folder, tmp_path / "run", NEAREST, call=call)
     network = denoiser_of(load_pipeline(packed))[1]
     for size in ("10GB", "10KB"):
         monkeypatch.setattr(write, "_SHARD", size)

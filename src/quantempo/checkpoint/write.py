@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import nn
 
 from quantempo.core.paged import save_tensors
 from quantempo.models.scheduler_step import replaced
@@ -50,6 +49,8 @@ def save_pipeline(
         for name, network in networks.items():
             stack.enter_context(replaced(pipe, name, network))
         for name, save in savers.items():
-            if isinstance(part := getattr(pipe, name, None), nn.Module):
+            # The scheduler may be another one; a tokenizer remembers how it was called last.
+            part = getattr(pipe, name, None)
+            if part is not None and part is not pipe.scheduler:
                 stack.enter_context(patch.object(part, "save_pretrained", save))
         pipe.save_pretrained(to)

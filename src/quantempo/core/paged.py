@@ -4,8 +4,8 @@ What networks larger than the memory are made of while they are quantized.
 """
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 
-__all__ = ["Paged", "loaded", "page_out", "paged_tensors", "save_tensors", "small", "spilled"]
+__all__ = [
+    "Paged", "held", "loaded", "page_out", "paged_tensors", "save_tensors", "small", "spilled",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 # In the order in which safetensors lays them out.
@@ -159,3 +161,22 @@ def page_out(module: nn.Module, file: Path) -> None:
     mine = {k: v for k, v in every.items() if not (small(v) or isinstance(v, Paged))}
     for name, value in spilled(mine, file).items():
         put_buffer(module, name, value)
+
+
+@contextmanager
+def held(module: nn.Module, *, write: bool = False) -> Iterator[None]:
+    """Keep the paged tensors of a module in memory; write: and then what became of them on disk."""
+    found = []
+    for part in module.modules():
+        every = {**part._parameters, **part._buffers}
+        paged = {name: value for name, value in every.items() if isinstance(value, Paged)}
+        found += [(part, paged)] if paged else []
+        for name, value in paged.items():
+            put_buffer(part, name, value.load())
+    yield
+    for part, paged in found:
+        if write:
+            page_out(part, next(iter(paged.values())).place.file)
+        else:
+            for name, value in paged.items():
+                put_buffer(part, name, value)

@@ -153,17 +153,19 @@ def _used(component: Path, variant: str | None) -> list[Path]:
 
 
 def component_copies(folder: Path, variant: str | None) -> dict[str, Callable[[str], None]]:
-    """Return what copies each network of a pipeline's folder to another folder, byte for byte.
+    """Return what copies each component of a pipeline's folder to another one, byte for byte.
 
     Files of the variant that `load_pipeline` reads get the names of plain ones.
     """
     variant = _check_folder(folder, variant)
-    found = [part for part in folder.iterdir() if _used(part, variant)]
-    return {part.name: partial(_copy, part, variant) for part in found}
+    return {p.name: partial(_copy, p, variant) for p in folder.iterdir() if p.is_dir()}
 
 
 def _copy(component: Path, variant: str | None, to: str) -> None:
     folder, used, end = Path(to), _used(component, variant), f".{variant}"
+    if not used:
+        shutil.copytree(component, folder, copy_function=shutil.copyfile)
+        return
     folder.mkdir(parents=True)
     for file in used:
         shutil.copyfile(file, folder / file.name.replace(end, ""))

@@ -296,7 +296,7 @@ def round_weights(
     if not codes or (alone and not settings.bias and not settings.refine):
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.times)
-    copied = start.install(denoiser, copy=True)
+    copied = start.install(denoiser, copy=True, folder=scratch and scratch / "copy")
     return round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
 
 

@@ -12,7 +12,8 @@ Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirica
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.rows import Law, UnmeasuredError, laws
+from quantempo.core import Paged, held
 from quantempo.engines.base import BACKENDS
+from quantempo.engines.simulated import once
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import Block, blocks, hooked
-from quantempo.quantized import QConv2d, find_clock, quantized_layers
+from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
 from quantempo.quantized.layers import QPatches
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
@@ -72,15 +75,18 @@ def round_denoiser(
         digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
         name = f"{number:04d}.safetensors"
         found = None if kept is None else _read(kept, name, digest)
-        if found is None:
-            found = job.round(block)
-            if kept is not None:
-                kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
-        else:
-            log.debug("%s: rounded before", block.name)
-            apply_rounding(copied, found)
-            for layer in map(copied.get_submodule, block.layers):
-                layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
+        with job.at_hand(block):
+            if found is None:
+                found = job.round(block)
+                if kept is not None:
+                    kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
+            else:
+                log.debug("%s: rounded before", block.name)
+                apply_rounding(copied, found)
+                for layer in map(copied.get_submodule, block.layers):
+                    layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
+        if kept is not None and job.paged:
+            found = kept.read_safetensors(name, paged=True)
         result |= {k: v.cpu() for k, v in found.items()}
     if job.rounding.needs == "block":
         log.debug("%d of %d blocks keep their start", job.kept, len(job.blocks))
@@ -127,8 +133,10 @@ class _Job:
         self.clock = clock
         self.device = next(self.denoiser.parameters()).device
         self.copied.to(self.device)
-        for _, layer in quantized_layers(self.copied):
-            layer.kernel = BACKENDS.get("simulated").lower(layer)
+        layers = [layer for _, layer in quantized_layers(self.copied)]
+        self.paged = any(isinstance(layer.weight_int, Paged) for layer in layers)
+        for layer in layers:
+            self._lower(layer)
         self.rounding = ROUNDINGS.get(self.settings.name)
         if self.rounding.needs == "block":
             check_start(self.settings)
@@ -141,6 +149,24 @@ class _Job:
         self.kept = 0
         # Inputs of the float blocks, from one run for all of them if they fit the budget.
         self.exact: dict[str, Inputs] | None = None
+
+    def _lower(self, layer: QLayer) -> None:
+        kernel: Any = partial(once, layer, True) if isinstance(layer.weight_int, Paged) else None
+        layer.kernel = kernel or BACKENDS.get("simulated").lower(layer)
+
+    @contextmanager
+    def at_hand(self, block: Block) -> Iterator[None]:
+        """Hold a block of both networks in memory, if they are paged."""
+        layers: list[Any] = [self.copied.get_submodule(name) for name in block.layers]
+        paged = [layer for layer in layers if isinstance(layer.weight_int, Paged)]
+        with ExitStack() as stack:
+            stack.enter_context(held(block.module))
+            for layer in paged:
+                stack.enter_context(held(layer, write=True))
+                self._lower(layer)
+            yield
+        for layer in paged:
+            self._lower(layer)
 
     @torch.no_grad()
     def _in_order(self, whole: frozenset[str] = frozenset()) -> list[Block]:
