@@ -32,6 +32,7 @@ from quantempo.quantized import (
     StoredLinear,
     Times,
     install_clock,
+    quantized_layers,
     swap_layers,
 )
 from quantempo.quantized.attention import mark_attention
@@ -63,6 +64,8 @@ _REMOVED = {
 # The parts of a 12-bit weight in format 2: W = scale (16 high + low).
 _INT12 = ("weight_high", "weight_low", "weight_scale")
 _OURS = (QLayer, StoredLinear)
+# Of weights of up to 4 bits from before format 5: engines keep those in groups packed.
+_OLD_GROUP = 64
 
 
 class _Method(str, Enum):  # noqa: UP042
@@ -299,6 +302,12 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 "was edited: save or fetch it again"
             )
         check_layers(model)
+        if self.quantization_config.format_version < 5:
+            for name, layer in quantized_layers(model):
+                if layer.weight_format.packed:
+                    layer.regroup(_OLD_GROUP)
+                    both = layer.weight_bits, layer.act_bits
+                    self.quantization_config.bits[name] = [*both, _OLD_GROUP]
         self.saves(model)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily

@@ -82,7 +82,9 @@ def load_pipeline(
         raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
     if folder.exists():
         for component, denoiser in denoisers_of(pipe).items():
-            _check_complete(folder, variant, component, denoiser)
+            # A quantized one was, and what it has of older files may be more tensors than theirs.
+            if getattr(denoiser, "hf_quantizer", None) is None:
+                _check_complete(folder, variant, component, denoiser)
     if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
         # It works in tiles only, which no folder says.
         pipe.vae.enable_tiling()

@@ -140,6 +140,13 @@ class QLayer(FixedTypes):
         self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None
 
+    def regroup(self, group: int) -> None:
+        """Store a weight of up to 4 bits in groups, all of scale 1: no code is another one."""
+        codes, spec = self.weight_codes, weight_format(self.weight_bits, group)
+        shape: Any = spec.group_shape(self.weight_shape)
+        self.weight_group = codes.new_full(shape, 2 ** (spec.bits - 1), dtype=torch.uint8)
+        self.weight_int, self.weight_format = spec.encode(codes, self.weight_group), spec
+
     def relayout(self, codes: Tensor) -> None:
         """Keep the integer weight as this int8 tensor: equal values, another memory layout."""
         if self.weight_format.packed:
