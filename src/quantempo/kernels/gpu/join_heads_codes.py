@@ -1,5 +1,7 @@
 """Launch `kernels.ops.join_heads_codes` on a GPU: a program has 32 tokens of one scale."""
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +14,7 @@ from quantempo.kernels.ops.join_heads import CodedHeads
 
 __all__ = ["join_codes", "launch"]
 
-# Heads of a program, one after the other: it finds cosines and sines in its cache again.
+# Heads of a program at most, one after the other: it finds cosines and sines in its cache again.
 _HEADS = 4
 
 
@@ -34,7 +36,7 @@ def join_codes(
 ):  # fmt: skip
     """Write the codes of some heads of the tokens t of a block for which t % 8 // 2 is the same."""
     ROWS: tl.constexpr = BLOCK // 4
-    PARTS: tl.constexpr = (HEADS + PART - 1) // PART
+    PARTS: tl.constexpr = HEADS // PART
     PITCH: tl.constexpr = (DIM + 15) // 16 * 16
     numbers = (size, q_step, k_step, v_step, size_2, q_step_2, k_step_2, v_step_2)
     tokens, program = size + size_2, tl.program_id(0)
@@ -53,7 +55,7 @@ def join_codes(
         tl.store(results[5], 0)
     first = program % PARTS * PART
     # Addresses kept between heads would be 40 registers of a thread.
-    for head in tl.range(first, min(first + PART, HEADS), disable_licm=True):
+    for head in tl.range(first, first + PART, disable_licm=True):
         cosines, sines = None, None
         if cos is not None:
             place = begin.to(tl.int64) * DIM
@@ -99,12 +101,13 @@ def launch(call: CodedHeads) -> tuple[Tensor, ...]:
     count, tokens, heads, dim = call.shape
     if results[0].numel() == 0:
         return results
+    part = math.gcd(heads, _HEADS)
     width = max(8, triton.next_power_of_2(dim))
     numbers, streams = described(call)
     placed = {"EARLY": True, "launch_pdl": True} if early(call.q[0].device) else {}
-    join_codes[(count * triton.cdiv(tokens, BLOCK) * 4 * triton.cdiv(heads, _HEADS),)](
+    join_codes[(count * triton.cdiv(tokens, BLOCK) * 4 * (heads // part),)](
         *numbers, streams, *(call.rotary or (None, None)), results, STREAMS=len(call.q),
-        HEADS=heads, DIM=dim, WIDTH=width, PART=_HEADS, BLOCK=BLOCK,
+        HEADS=heads, DIM=dim, WIDTH=width, PART=part, BLOCK=BLOCK,
         num_warps=min(16, width // 8), **placed,
     )  # fmt: skip
     return results
