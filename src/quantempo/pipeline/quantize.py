@@ -100,16 +100,16 @@ class Quantized:
             state = [*denoiser.parameters(), *denoiser.buffers()]
             denoiser = copies.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
         device = next(denoiser.parameters()).device
-        named = (p.name for p in self.plans if p.kind != "float")
-        floats: dict[str, Any] = {name: denoiser.get_submodule(name) for name in named}
         clock = install_clock(denoiser, self.bucket_of.to(device), self.times)
-        swap_layers(denoiser, self.plans, clock)
+
+        def fill_layer(name: str, layer: nn.Module, old: Any) -> None:
+            self._fill(name, layer, old)
+            if folder is not None and isinstance(old.weight, Paged):
+                page_out(layer, folder / f"{name}.safetensors")
+
+        swap_layers(denoiser, self.plans, clock, fill_layer)
         if self.attention:
             mark_attention(denoiser, self.attention, self.recipe.attention.max_error)
-        for name, layer in floats.items():
-            self._fill(name, filled := denoiser.get_submodule(name), layer)
-            if folder is not None and isinstance(layer.weight, Paged):
-                page_out(filled, folder / f"{name}.safetensors")
         return denoiser
 
     def _fill(self, name: str, layer: nn.Module, old: Any) -> None:

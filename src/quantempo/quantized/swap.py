@@ -1,7 +1,7 @@
 """Decide what each layer of a denoiser becomes, replace layers in place, list them."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -140,8 +140,13 @@ def find_clock(denoiser: nn.Module) -> StepClock | None:
     return getattr(denoiser, CLOCK_NAME, None)
 
 
-def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -> None:
+def swap_layers(
+    denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock,
+    fill: Callable[[str, nn.Module, Any], None] | None = None,
+) -> None:  # fmt: skip
     """Put an empty quantized copy, uninitialised until filled, in the place of every planned layer.
+
+    fill: called with the name, the new and the old layer before the next one is made.
 
     Raises QuantempoError: a plan names a layer the model does not have, or one of another type.
     """
@@ -169,6 +174,8 @@ def swap_layers(denoiser: nn.Module, plans: list[LayerPlan], clock: StepClock) -
             bits = {name: getattr(plan, name) for name in ("weight_bits", "act_bits", "group")}
             empty = kind.like(layer, clock, plan.segments, plan.buckets, **bits)
         denoiser.set_submodule(plan.name, empty.train(layer.training))
+        if fill is not None:
+            fill(plan.name, empty, layer)
     keep(denoiser, PADDED, odd_padding(denoiser))
     # Where diffusers asks for the type of a network, these weights do not answer.
     exact = [p.name for p in plans if p.kind == "float16"]
