@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -129,7 +130,8 @@ def test_it_compiles_without_spills(d: int, dtype: torch.dtype) -> None:
     for one, name in zip(launches, names, strict=True):
         binary = harness.compiled(one, 90, messages=name == "attend")
         assert (binary.spills, binary.stack) == (0, 0)
-        assert name != "quantize_heads" or binary.count(r"LDG\.E\.128") == -(-d // 16)
+        if name == "quantize_heads":
+            assert binary.count(r"LDG\.E\.128") == triton.next_power_of_2(d) // 16
         if name == "attend":
             assert "Compiling entry" in binary.messages
             assert not any(text in binary.messages for text in ("serialized", "C75"))

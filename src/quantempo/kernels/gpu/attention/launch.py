@@ -33,11 +33,11 @@ def quantize_heads(
 ):  # fmt: skip
     """Write the codes of BLOCK queries or keys of a head, and their scales; `over` becomes zero.
 
-    q0, q1, q2: how far images, tokens and heads are apart, in eights. Rows of codes are of 16 i and
-    written whole, in pieces of a power of two, none of which leaves a thread idle.
+    q0, q1, q2: how far images, tokens and heads are apart, in eights; rows of codes are of 16 i,
+    and written whole.
     """
     PITCH: tl.constexpr = (D + 15) // 16 * 16
-    WIDTH: tl.constexpr = PITCH & -PITCH
+    ROOM: tl.constexpr = triton.next_power_of_2(D)
     q_blocks, k_blocks = tl.cdiv(q_tokens, BLOCK), tl.cdiv(k_tokens, BLOCK)
     pair = tl.program_id(0) // (q_blocks + k_blocks)
     block = tl.program_id(0) % (q_blocks + k_blocks)
@@ -45,18 +45,15 @@ def quantize_heads(
     keys = block >= q_blocks
     block = tl.where(keys, block - q_blocks, block)
     tokens = tl.where(keys, k_tokens, q_tokens)
-    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    t, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROOM)[None, :]
     inside = (t < tokens)[:, None]
     image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     at = image * tl.where(keys, k0, q0) + head * tl.where(keys, k2, q2)
-    at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d + tl.where(keys, k, q)
-    parts, most = (), tl.zeros([BLOCK, WIDTH], tl.int32)
-    for i in tl.static_range(0, PITCH, WIDTH):
-        x = tl.load(at + i, mask=inside & (i + d < D), other=0.0).to(tl.float32)
-        # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
-        most = tl.maximum(most, tl.abs(x).to(tl.int32, bitcast=True))
-        parts += (x,)
-    top = tl.max(most, 1)
+    at = (at + t.to(tl.int64) * tl.where(keys, k1, q1))[:, None] * 8 + d
+    real = inside if D == ROOM else inside & (d < D)
+    x = tl.load(tl.where(keys, k, q) + at, mask=real, other=0.0).to(tl.float32)
+    # Of magnitudes the bits are ordered as the values are, and those of a NaN come last.
+    top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
     if keys:
         four = tl.max(tl.max(tl.reshape(top, [BLOCK // 8, 4, 2]), 2), 0)
         tl.store(k_scale + (pair * k_blocks + block) * 4 + tl.arange(0, 4), scale_of(four))
@@ -64,10 +61,10 @@ def quantize_heads(
     else:
         tl.store(q_scale + pair * q_tokens + t, scale_of(top), mask=t < tokens)
     ratio = tl.math.div_rn(1.0, scale_of(top))[:, None]
-    to = tl.where(keys, k_codes, q_codes) + ((image * tokens + t) * heads + head)[:, None] * PITCH
-    for i in tl.static_range(len(parts)):
-        codes = (parts[i] * ratio + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-        tl.store(to + (i * WIDTH + d), codes, mask=inside)
+    codes = (x * ratio + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    to = ((image * tokens + t) * heads + head)[:, None] * PITCH + d
+    written = inside if PITCH == ROOM else inside & (d < PITCH)
+    tl.store(tl.where(keys, k_codes, q_codes) + to, codes, mask=written)
 
 
 @triton.jit(do_not_specialize=["programs", "rounds", "left", "blocks", "tokens", "heads"])

@@ -209,4 +209,12 @@ def choose_tile(problem: Problem, path: str, processors: int) -> Tile:
                 time = predict(problem, one, processors)
                 best, tile = (time, one) if time < best else (best, tile)
     assert tile is not None
+    # The model was fitted to warm weights; of cold ones more programs wait at the same time.
+    while (
+        1 < tile.splits < max(_SPLITS)
+        and not problem.sides
+        and 2 * tile.splits * problem.tiles(tile) <= 1.25 * processors
+        and problem.steps(tile.channels) >= 4 * tile.splits
+    ):
+        tile = replace(tile, splits=2 * tile.splits)
     return replace(tile, stages=_stages(tile))
