@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from quantempo.kernels import ops
 from quantempo.kernels.gpu.attention import launch
-from quantempo.kernels.ops.attention import Attention, coded, decoded, exact, supported
+from quantempo.kernels.ops.attention import Attention, decoded_keys, exact, supported
 from tests.gpu import harness
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -30,13 +30,13 @@ def made(b: int, t: int, s: int, h: int, d: int, dtype=BRAIN, device: str = "cpu
 
 def away(y: Tensor, call: Attention) -> float:
     """Return the relative error of y in per cent of the definition without its rounding."""
-    wanted = exact(*(x.double() for x in call[:3]))
+    wanted = exact(*(x.double() for x in call))
     return float(100 * (y - wanted).norm() / wanted.norm())
 
 
 def test_definition() -> None:
     call = made(2, 9, 300, 2, 64, torch.float32)
-    _, k = decoded(*coded(*call[:2])[:4])
+    k = decoded_keys(call.k)
     for block, group in itertools.product(range(3), range(4)):
         of = [t for t in range(300) if t // 128 == block and t % 8 // 2 == group]
         for i, h in itertools.product(range(2), repeat=2):
@@ -44,8 +44,8 @@ def test_definition() -> None:
             wanted = (call.k[i, of, h].double() / scale).round() * scale
             torch.testing.assert_close(k[i, of, h], wanted, rtol=1e-6, atol=0)
     y = ops.attention8(*call)
-    assert torch.equal(y, exact(*call[:3])) and y.is_contiguous() and y.dtype == torch.float32
-    real = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in call[:3])).transpose(1, 2)
+    assert torch.equal(y, exact(*call)) and y.is_contiguous() and y.dtype == torch.float32
+    real = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in call)).transpose(1, 2)
     assert 0.002 < (y - real).norm() / real.norm() < 0.015
     # One key has all the weight, none of what is rounded.
     one = Attention(call.q, call.k[:, :1], call.v[:, :1])
@@ -90,7 +90,7 @@ def test_codes_interpreted(d: int, dtype: torch.dtype) -> None:
     found = [x * s.transpose(1, 2)[..., None].double() for x, s in ((q8, q_scale), (k8, of_keys))]
     assert over == 0 and all((x[..., d:] != 99).all() for x in rows)
     # The interpreter rounds twice, a GPU once: codes next to a tie move by 1.
-    same = torch.isclose(found[1], decoded(*coded(q, k)[:4])[1], rtol=0, atol=0, equal_nan=True)
+    same = torch.isclose(found[1], decoded_keys(k), rtol=0, atol=0, equal_nan=True)
     assert 1 - same.double().mean() < 2e-3
     assert torch.equal(found[0].isnan().any(3).nonzero(), torch.tensor([[0, 1, 1], [0, 2, 1]]))
     for x, y, scale in zip((q, k), found, (q_scale, of_keys), strict=True):
@@ -100,7 +100,7 @@ def test_codes_interpreted(d: int, dtype: torch.dtype) -> None:
 
 def recorded(b, t, s, h, d, dtype=BRAIN) -> list[harness.Launch]:
     with harness.recorded(launch) as launches:
-        launch.run(Attention(*(x.to("meta") for x in made(b, t, s, h, d, dtype)[:3])), 132)
+        launch.run(Attention(*(x.to("meta") for x in made(b, t, s, h, d, dtype))), 132)
     return launches
 
 
@@ -177,4 +177,4 @@ def test_graphs_and_values_that_are_not_finite() -> None:
     graph.replay()
     check_spoilt(y)
     with pytest.raises(ValueError, match="expected float16 or bfloat16, D = 8 i from 40"):
-        ops.attention8(*(x.float() for x in call[:3]))
+        ops.attention8(*(x.float() for x in call))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.gpu import join_heads as kernel
-from quantempo.kernels.ops.join_heads import CodedHeads, Heads
+from quantempo.kernels.ops.join_heads import Heads
 from tests.gpu import harness
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -110,9 +110,7 @@ SHIPPED = [
 ]  # fmt: skip
 
 
-def recorded(
-    b, text, image, heads, dim, dtype=BRAIN, early=False, rotary=True, module=kernel
-) -> harness.Launch:
+def recorded(b, text, image, heads, dim, dtype=BRAIN, early=False, rotary=True) -> harness.Launch:
     def empty(*shape: int, dtype=FLOAT) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -120,9 +118,8 @@ def recorded(
     q, k, v = ([empty(b, t, 3, heads * dim, dtype=dtype)[:, :, i] for t in sizes] for i in range(3))
     norms, tables = 2 * len(sizes), [empty(text + image, dim)] * (2 * rotary)
     weights = [empty(dim, dtype=dtype)] * norms
-    kind = Heads if module is kernel else CodedHeads
-    with harness.recorded(module) as launches:
-        module.launch(kind(q, k, v if text else [], weights, [1e-6] * norms, tables, heads))
+    with harness.recorded(kernel) as launches:
+        kernel.launch(Heads(q, k, v if text else [], weights, [1e-6] * norms, tables, heads))
     return dataclasses.replace(launches[0], kwargs=launches[0].kwargs | {"EARLY": early})
 
 

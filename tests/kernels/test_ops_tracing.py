@@ -93,11 +93,6 @@ def attended(keys: int = 9, v: int = 3, **how: object) -> dict[str, object]:
     return given | {"v": given["v"][:, :, -3:]} | how
 
 
-def attended_codes(**how: object) -> dict[str, object]:
-    q8, k8, v, *scales = ops.join_heads_codes(**heads())
-    return {"q": q8, "k": k8, "v": v, "scales": scales} | how
-
-
 def few() -> dict[str, object]:
     given = {"x": floats(3, 24).half(), "weight": int8(40, 24)}
     return given | {"weight_scale": torch.rand(40), "bias": floats(40).float()}
@@ -125,9 +120,6 @@ CALLS = [
     (ops.join_heads, heads((4,), v=[])),
     (ops.attention8, attended()),
     (ops.attention8, attended(130, 5)),
-    (ops.attention8, attended_codes()),
-    (ops.join_heads_codes, heads(rotary=[floats(9, 16), floats(9, 16)])),
-    (ops.join_heads_codes, heads((4,), v=[])),
     (ops.weight_only_linear, few()),
     (ops.weight_only_linear, few() | {"x": floats(1, 24), "bias": None}),
     (ops.gn_act_quant, norm()),
@@ -299,14 +291,6 @@ REFUSED = [
     (ops.join_heads, heads((4,), rotary=[floats(9, 16)] * 2), r"rotary: .* \(4, 16\)"),
     (ops.attention8, attended(q=floats(2, 5, 64)), r"q: got \(2, 5, 64\); expected \(B, T, H, D\)"),
     (ops.attention8, attended(0), "with S > 0"),
-    (ops.attention8, attended_codes(q=floats(2, 9, 3, 16)), "q: got float32 .*; expected int8"),
-    (ops.attention8, attended_codes(scales=[ONES]), "scales: got 1; expected q_scale, k_scale and"),
-    (ops.attention8, attended_codes(scales=[ONES] * 3), r"scales: .* float32 \(2, 3, 9\)"),
-    (
-        ops.attention8,
-        attended_codes(k=torch.zeros(2, 9, 3, 24, dtype=INT8)[..., :16]),
-        "at multiples of 16 elements",
-    ),
     (ops.attention8, attended(v=2), r"v: .* expected float32 \(2, 9, 3, 64\)"),
     (ops.attention8, attended(k=floats(2, 9, 3, 64).half()), "k: got float16"),
     (ops.attention8, attended(k=floats(2, 3, 64, 9).permute(0, 3, 1, 2)), "k: got strides"),

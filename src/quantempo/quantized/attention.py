@@ -62,23 +62,22 @@ def marked_attention(denoiser: nn.Module) -> dict[str, _Known]:
     return {n: getattr(m, _MARK) for n, m in denoiser.named_modules() if hasattr(m, _MARK)}
 
 
-def eight_bit(module: Any, q: Tensor, k: Tensor, others: int = 0) -> bool:
-    """Return whether a module runs an attention in 8 bits; others: tokens joined to these."""
+def eight_bit(module: Any, q: Tensor, k: Tensor) -> bool:
+    """Return whether a module runs an attention in 8 bits."""
     # Not above: this module is imported while diffusers itself is.
     from quantempo.models.fusion_joint import by_default
 
     if (known := getattr(module, _MARK, None)) is None:
         return False
-    chosen = known.chosen and _is_long(q, k, others) and by_default(module)
+    chosen = known.chosen and _is_long(q, k) and by_default(module)
     chosen = chosen and _supported(q.device, q.shape[3], q.dtype)
     if not torch.compiler.is_compiling():
-        known.note(chosen, q.shape[1] + others)
+        known.note(chosen, q.shape[1])
     return chosen
 
 
-def _is_long(q: Tensor, k: Tensor, others: int = 0) -> bool:
-    tokens = q.shape[1] + others
-    return q.shape == k.shape and tokens >= LEAST.get(q.shape[3], tokens + 1)
+def _is_long(q: Tensor, k: Tensor) -> bool:
+    return q.shape == k.shape and q.shape[1] >= LEAST.get(q.shape[3], q.shape[1] + 1)
 
 
 @torch.compiler.assume_constant_result

@@ -4,7 +4,6 @@ The modulations of all blocks are one product a forward. Text and image are one 
 attention; between single blocks of FLUX they stay one tensor.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -152,15 +151,9 @@ def _attended(parts: JointParts, streams: Any, every: Any, rotary: Any = None) -
     least, heads = torch.finfo(q[0].dtype).eps, streams[0].heads
     eps = [-1.0 if n is None else least if n.eps is None else n.eps for n in norms]
     tables = [y.to(q[0].device, torch.float32).contiguous() for y in rotary or ()]
-    given = q, k, v if v[1:] else [], weights, eps, tables, heads
-    others = sum(x.shape[1] for x in q[1:])
-    eight = eight_bit(streams[0].module, every[0][0], every[0][1], others)
-    join = ops.join_heads_codes if eight else ops.join_heads
-    asked, keys, own, *scales = join(*given)
     # Values of one stream are read where their product has written them.
-    own = own if v[1:] else every[0][2]
-    attend = partial(ops.attention8, scales=scales) if eight else parts.attend
-    return attend(asked, keys, own).flatten(2)
+    asked, keys, own = ops.join_heads(q, k, v if v[1:] else [], weights, eps, tables, heads)
+    return attended(streams[0], asked, keys, own if v[1:] else every[0][2], parts.attend).flatten(2)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -9,24 +9,7 @@ from torch import Tensor
 from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
 from quantempo.kernels.ops.join_heads import Heads
 
-__all__ = ["described", "join_streams", "launch", "turned"]
-
-
-@triton.jit
-def turned(x, weight, eps, cosines, sines, c, inside, DIM: tl.constexpr):
-    """Return heads x[r, c] normalised, if there is an eps, and rotated, in their type."""
-    y = x.to(tl.float32)
-    if eps is not None:
-        square = tl.sum(y * y, 1)[:, None] * (1.0 / DIM) + eps
-        # Of squares beyond float32 the head is to be NaN, not 0.
-        y *= tl.where(square < float("inf"), tl.rsqrt(square), float("nan"))
-        if weight is not None:
-            y *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-        y = y.to(x.dtype).to(tl.float32)
-    if cosines is not None:
-        real, imaginary = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
-        y = y * cosines + tl.reshape(tl.join(-imaginary, real), y.shape) * sines
-    return y.to(x.dtype)
+__all__ = ["join_streams", "launch"]
 
 
 # Numbers in a tuple would be specialized.
@@ -58,7 +41,6 @@ def join_streams(
                     # Distances are in eights: rows begin at whole 16 bytes.
                     row = (image * size + t) * (numbers[4 * i + 1 + j] * 8) + column
                     parts += (tl.load(streams[7 * i + j] + row, mask=inside, other=0.0),)
-            cosines, sines = None, None
             if cos is not None:
                 place = (start + t).to(tl.int64) * DIM + c
                 cosines = tl.load(cos + place, mask=inside, other=0.0)
@@ -67,21 +49,22 @@ def join_streams(
             if streams[7 * i + 2] is not None:
                 tl.store(results[2] + to, parts[2], mask=inside)
             for j in tl.static_range(2):
-                y = turned(parts[j], streams[7 * i + 3 + j], streams[7 * i + 5 + j], cosines,
-                           sines, c, inside, DIM)  # fmt: skip
-                tl.store(results[j] + to, y, mask=inside)
+                y = parts[j].to(tl.float32)
+                if streams[7 * i + 5 + j] is not None:
+                    square = tl.sum(y * y, 1)[:, None] * (1.0 / DIM) + streams[7 * i + 5 + j]
+                    # Of squares beyond float32 the head is to be NaN, not 0.
+                    y *= tl.where(square < float("inf"), tl.rsqrt(square), float("nan"))
+                    if streams[7 * i + 3 + j] is not None:
+                        weight = tl.load(streams[7 * i + 3 + j] + c, mask=inside, other=0.0)
+                        y *= weight.to(tl.float32)
+                    y = y.to(parts[j].dtype).to(tl.float32)
+                if cos is not None:
+                    real, imaginary = tl.split(tl.reshape(y, (ROWS, WIDTH // 2, 2)))
+                    turned = tl.reshape(tl.join(-imaginary, real), (ROWS, WIDTH))
+                    y = y * cosines + turned * sines
+                tl.store(results[j] + to, y.to(parts[j].dtype), mask=inside)
         block -= own
         start += size
-
-
-def described(call: Heads) -> tuple[list[int], tuple[Any, ...]]:
-    """Return sizes and distances, and pointers, weights and eps of the streams of a call."""
-    streams, numbers = list[Any](), list[int]()
-    for i, x in enumerate(call.q):
-        parts, two = [x, call.k[i], call.v[i] if call.v else None], slice(2 * i, 2 * i + 2)
-        streams += [*parts, *call.weights[two], *(None if e < 0 else e for e in call.eps[two])]
-        numbers += [x.shape[1], *(0 if y is None else y.stride(1) // 8 for y in parts)]
-    return [*numbers, *[0] * 4][:8], (*streams,)
 
 
 def launch(call: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,10 +75,14 @@ def launch(call: Heads) -> tuple[Tensor, Tensor, Tensor]:
     blocks = sum(triton.cdiv(x.shape[1] * heads, rows) for x in call.q)
     if count * blocks == 0:
         return results
-    numbers, streams = described(call)
+    streams, numbers = list[Any](), list[int]()
+    for i, x in enumerate(call.q):
+        parts, two = [x, call.k[i], call.v[i] if call.v else None], slice(2 * i, 2 * i + 2)
+        streams += [*parts, *call.weights[two], *(None if e < 0 else e for e in call.eps[two])]
+        numbers += [x.shape[1], *(0 if y is None else y.stride(1) // 8 for y in parts)]
     placed = {"EARLY": True, "launch_pdl": True} if early(call.q[0].device) else {}
     join_streams[(count * blocks,)](
-        blocks, *numbers, streams, *(call.rotary or (None, None)), results,
+        blocks, *[*numbers, *[0] * 4][:8], (*streams,), *(call.rotary or (None, None)), results,
         STREAMS=len(call.q), HEADS=heads, DIM=dim, WIDTH=width, ROWS=rows, num_warps=4, **placed,
     )  # fmt: skip
     return results

@@ -3,7 +3,6 @@
     gn_act_quant          codes of silu(GroupNorm(cat(x, skip))), in one pass instead of five
     norm_modulate_quant   codes of LayerNorm(x) (1 + scale) + shift, static or a token at a time
     join_heads            queries and keys normalised and rotated, text and image one sequence
-    join_heads_codes      the same, queries and keys as codes of attention8
     qconv2d               integer convolution with its whole epilogue
     qgemm                 the same for the rows of a linear layer
     attention8            attention with int8 codes of queries and keys (Hopper)
@@ -21,7 +20,7 @@ All raise ValueError on other shapes, types or strides than they say; none has g
 
 from quantempo.kernels.ops.attention import attention8
 from quantempo.kernels.ops.gn_act_quant import gn_act_quant
-from quantempo.kernels.ops.join_heads import join_heads, join_heads_codes
+from quantempo.kernels.ops.join_heads import join_heads
 from quantempo.kernels.ops.norm_modulate_quant import norm_modulate_quant
 from quantempo.kernels.ops.operator import reserve
 from quantempo.kernels.ops.qconv2d import qconv2d
@@ -29,6 +28,6 @@ from quantempo.kernels.ops.qgemm import qgemm
 from quantempo.kernels.ops.weight_only_linear import weight_only_linear
 
 __all__ = [
-    "attention8", "gn_act_quant", "join_heads", "join_heads_codes", "norm_modulate_quant",
-    "qconv2d", "qgemm", "reserve", "weight_only_linear",
+    "attention8", "gn_act_quant", "join_heads", "norm_modulate_quant", "qconv2d", "qgemm",
+    "reserve", "weight_only_linear",
 ]  # fmt: skip

@@ -1,15 +1,14 @@
 """Queries, keys and values of one or two streams as one sequence, normalised and rotated."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.attention import coded, room_for_codes
 from quantempo.kernels.ops.operator import operator
 
-__all__ = ["CodedHeads", "Heads", "join_heads", "join_heads_codes"]
+__all__ = ["Heads", "join_heads"]
 
 
 class Heads(NamedTuple):
@@ -68,15 +67,11 @@ class Heads(NamedTuple):
         for given in (*self.weights, *self.rotary) if strides else ():
             checks.dense(like.device, **{"weights or rotary": given})
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Return B, T, H, D."""
-        count, _, width = self.q[0].shape
-        return count, sum(x.shape[1] for x in self.q), self.heads, width // self.heads
-
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return room for the results."""
-        q, k, v = (self.q[0].new_empty(self.shape if x else 0) for x in (self.q, self.k, self.v))
+        count, _, width = self.q[0].shape
+        shape = count, sum(x.shape[1] for x in self.q), self.heads, width // self.heads
+        q, k, v = (self.q[0].new_empty(shape if x else 0) for x in (self.q, self.k, self.v))
         return q, k, v
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,23 +94,4 @@ class Heads(NamedTuple):
         return results
 
 
-class CodedHeads(Heads):
-    """Join heads as `join_heads` does; return codes of q and k, v, and scales for `attention8`."""
-
-    def empty(self) -> Any:
-        """Return room for the results."""
-        v = self.q[0].new_empty(self.shape if self.v else 0)
-        q8, k8, *scales = room_for_codes(v, self.shape[1], self.shape)
-        return q8, k8, v, *scales
-
-    def exact(self) -> Any:
-        """Return the results by the formulas of `join_heads` and `attention8`."""
-        q, k, v = Heads(*self).exact()
-        q8, k8, *scales = coded(q, k)
-        return q8, k8, v, *scales
-
-
 join_heads = operator(tuple[Tensor, Tensor, Tensor], "join_heads")(Heads)
-join_heads_codes = operator(
-    tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], "join_heads_codes"
-)(CodedHeads)

@@ -13,9 +13,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quantempo.kernels.gpu.attention.hopper import attend
 from quantempo.kernels.gpu.contraction.tiles import multiprocessors
 from quantempo.kernels.gpu.norm_modulate_quant import MAGIC, scale_of
-from quantempo.kernels.ops.attention import BLOCK, Attention, room_for_codes, supported
+from quantempo.kernels.ops.attention import BLOCK, Attention, supported
 
-__all__ = ["join_shares", "launch", "quantize_heads", "quantized", "run"]
+__all__ = ["join_shares", "launch", "quantize_heads", "run"]
 
 _GLUON = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What a program of 128 queries of 128 values has in shared memory: 32 KiB and 48 a stage.
@@ -114,38 +114,32 @@ def _describe(x: Tensor, rows: int) -> Any:
 
 def launch(call: Attention) -> Tensor:
     """Return the result of a call, which was checked."""
-    v = call.v
-    if not supported(v.device, v.shape[3], v.dtype):
-        kind = f"{v.dtype} heads of {v.shape[3]} values on {torch.cuda.get_device_name(v.device)}"
+    q = call.q
+    if not supported(q.device, q.shape[3], q.dtype):
+        kind = f"{q.dtype} heads of {q.shape[3]} values on {torch.cuda.get_device_name(q.device)}"
         raise ValueError(
             f"attention8: got {kind}; expected float16 or bfloat16, D = 8 i from 40 to 128 and a "
             "GPU of compute capability 9, elsewhere use torch's scaled_dot_product_attention"
         )
-    return run(call, multiprocessors(v.device))
-
-
-def quantized(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """Return what `kernels.ops.attention.coded` does."""
-    b, t, h, d = q.shape
-    room = room_for_codes(q, t, k.shape)
-    apart = [x.stride(i) // 8 if x.shape[i] > 1 else 0 for x in (q, k) for i in range(3)]
-    quantize_heads[((triton.cdiv(t, BLOCK) + room[3].shape[2]) * b * h,)](
-        q, k, room[4], *room[:4], t, k.shape[1], h, *apart, D=d, BLOCK=BLOCK, num_warps=8
-    )
-    return room
+    return run(call, multiprocessors(q.device))
 
 
 def run(call: Attention, programs: int) -> Tensor:
     """Return the result of a call, computed by so many programs."""
-    v, y = call.v, call.empty()
-    (b, t, h, d), s = y.shape, v.shape[1]
+    q, k, v = call
+    (b, t, h, d), s, y = q.shape, k.shape[1], call.empty()
     if y.numel() == 0:
         return y
-    codes = (*call[:2], *call.scales) if call.scales else quantized(call.q, call.k)
-    q8, k8, q_scale, k_scale, over = codes
     q_blocks, blocks = triton.cdiv(t, BLOCK), triton.cdiv(s, BLOCK)
-    sizes = (programs, 2, 128, triton.next_power_of_2(d)), (programs, 2, 2, 128)
-    parts = [v.new_empty(size, dtype=torch.float32) for size in sizes]
+    room, pitch = triton.next_power_of_2(d), triton.cdiv(d, 16) * 16
+    q8, k8 = (q.new_empty(b, n, h, pitch, dtype=torch.int8)[..., :d] for n in (t, s))
+    over = q.new_empty(1, dtype=torch.int32)
+    sizes = ((b, h, t), (b, h, blocks, 4), (programs, 2, 128, room), (programs, 2, 2, 128))
+    q_scale, k_scale, *parts = (q.new_empty(size, dtype=torch.float32) for size in sizes)
+    apart = [x.stride(i) // 8 if x.shape[i] > 1 else 0 for x in (q, k) for i in range(3)]
+    quantize_heads[((q_blocks + blocks) * b * h,)](
+        q, k, over, q8, k8, q_scale, k_scale, t, s, h, *apart, D=d, BLOCK=BLOCK, num_warps=8
+    )
     tiles = b * h * q_blocks
     rounds, rest = divmod(tiles, programs)
     boxes = _describe(q8, BLOCK // 2), _describe(k8, BLOCK), _describe(v, BLOCK)
