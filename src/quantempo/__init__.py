@@ -19,6 +19,7 @@ _PUBLIC = {
     **dict.fromkeys(("attach", "detach"), "quantempo.engines.select"),
     **dict.fromkeys(("evaluate", "open_model", "sample"), "quantempo.pipeline.quality"),
     **dict.fromkeys(("quantize", "reopen"), "quantempo.pipeline.stages"),
+    **dict.fromkeys(("load_lora", "set_lora", "unload_lora"), "quantempo.engines.lora"),
     "graphed": "quantempo.engines.cuda.graphs",
     "render": "quantempo.report",
 }

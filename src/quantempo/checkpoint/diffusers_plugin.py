@@ -345,7 +345,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
         for name in sorted(self.names ^ set(state)) + [n for n, t in state.items() if t.is_meta]:
             raise QuantempoError(
                 f"cannot save '{name}': layers were added, fused or offloaded since the network "
-                "was quantized; undo that first (unfuse_qkv_projections, remove the hooks)"
+                "was quantized; undo it first (unfuse_qkv_projections, unload_lora, remove hooks)"
             )
         config.hashes["tensors"] = joined({n: digest(value) for n, value in state.items()})
         config.hashes["settings"] = settings_digest(config.to_dict())

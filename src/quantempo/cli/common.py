@@ -132,6 +132,7 @@ def _model_arguments(
     memory: str | None = typer.Option(
         None, help="12GB: a network larger than this stays in its files; a third of it all."
     ),
+    lora: list[str] | None = typer.Option(None, help="FILE:0.8, merged first; can be repeated."),
     scheduler: Scheduler = None,
     device: Device = "cpu",
     force: Force = False,
@@ -145,7 +146,7 @@ def _model_arguments(
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
-        "memory": memory and _bytes(memory),
+        "memory": memory and _bytes(memory), "lora": lora,
     }  # fmt: skip
 
 

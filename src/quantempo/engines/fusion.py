@@ -28,6 +28,8 @@ __all__ = [
 # Importing them registers what they know.
 FAMILIES = (fusion_dit, fusion_joint, fusion_transformer, fusion_unet)
 _FUSED = "_quantempo_fused"
+# Child of a layer: the branch beside it.
+LORA = "quantempo_lora"
 T = TypeVar("T")
 
 # One forward for the block, or forwards for some modules in it, or why there is none (one clause).
@@ -255,6 +257,8 @@ def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
         wrapped = module is not denoiser and touched(module, hooks=False)
         if not isinstance(parts, str) and (wrapped or any(map(touched, parts.inside()))):
             reasons[name] = "others have hooks or forwards in it"
+            if any(hasattr(inner, LORA) for inner in parts.inside()):
+                reasons[name] = "a LoRA is loaded beside a layer in it"
     pieces = {name for name, _, parts in found if not isinstance(parts, str) and parts.piece}
     whole = [name for name in reasons if name not in pieces]
     fused = [name for name in whole if reasons[name] is None]

@@ -18,11 +18,12 @@ from torch import nn
 from quantempo.errors import QuantempoError
 from quantempo.models.large import paged_denoisers
 from quantempo.models.layers import denoisers_of
+from quantempo.models.lora import merge_lora
 from quantempo.registry import check_known
 
 __all__ = [
     "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of",
-    "load_pipeline", "model_digest",
+    "load_pipeline", "model_digest", "named_lora",
 ]  # fmt: skip
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
@@ -41,14 +42,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def load_pipeline(
     source: str | Path, dtype: torch.dtype | str = torch.float32, *, variant: str | None = None,
-    revision: str | None = None, memory: int | None = None,
+    revision: str | None = None, memory: int | None = None, lora: Any = (),
 ) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
     Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the
     components that have it; None: the plain ones, or the only variant of a component that has no
     plain ones. `revision` is of a hub name. A denoiser of a folder that takes more than `memory`
-    bytes stays in its files, see `core.paged`.
+    bytes stays in its files, see `core.paged`. lora: files to merge, see `named_lora`.
 
     Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
     that does not fit its config, layers of a LoRA among its weights.
@@ -89,7 +90,25 @@ def load_pipeline(
         # It works in tiles only, which no folder says.
         pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)
+    for entry in map(named_lora, lora):
+        merge_lora(pipe, entry["file"], entry["scale"])
     return pipe
+
+
+def named_lora(given: Any) -> dict[str, Any]:
+    """Return {"file", "scale", "sha256"} of "FILE:0.8", "FILE" or what this returned before."""
+    if isinstance(given, str):
+        match: Any = re.fullmatch(r"(?s)(.*?)(?::([-+.\d]+))?", given)
+        given = {"file": match[1], "scale": match[2] or 1.0}
+    try:
+        scale, digest = float(given["scale"]), hashlib.sha256(Path(given["file"]).read_bytes())
+    except (OSError, ValueError) as error:
+        text = f"got the LoRA '{given['file']}' with scale {given['scale']} ({error})"
+        raise QuantempoError(f"{text}; expected a safetensors FILE or FILE:0.8") from error
+    found = {"file": str(Path(given["file"]).resolve()), "scale": scale}
+    if given.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise QuantempoError(f"the LoRA {found['file']} has changed since; choose another --run")
+    return found | {"sha256": digest.hexdigest()}
 
 
 def check_pipeline(pipe: Any) -> Any:
@@ -100,7 +119,7 @@ def check_pipeline(pipe: Any) -> Any:
         )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            _refuse_lora(f"the {name} of this {type(pipe).__name__}", dict(part.named_parameters()))
+            _refuse_lora(f"the {name} of this {type(pipe).__name__}", part.state_dict())
     networks = denoisers_of(pipe).items()
     for name, p in ((name, p) for name, network in networks for p in network.parameters()):
         if p.is_meta:

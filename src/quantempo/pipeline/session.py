@@ -21,6 +21,7 @@ from quantempo.models.load import (
     configs_of,
     load_pipeline,
     model_digest,
+    named_lora,
 )
 from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
@@ -90,7 +91,8 @@ class Session(Cache):
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
         # A pipeline of a hub name has no files here.
         here, variant = Path(self.source), self.loading.get("variant")
-        copies = component_copies(here, variant) if here.exists() else {}
+        as_they_are = here.exists() and not self.loading.get("lora")
+        copies = component_copies(here, variant) if as_they_are else {}
         save_pipeline(pipe, networks, copies, folder)
         write_settings(folder, self.call)
 
@@ -147,7 +149,8 @@ def load(
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
         only: the one network to quantize of a pipeline with several denoisers, None for all.
         memory: bytes beyond which a denoiser stays in its files; None: a third of the device's.
-        loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`.
+        loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`; lora: files
+            to merge, ["FILE:0.8"].
 
     Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the
     recipe that nothing has; the run folder belongs to another model.
@@ -159,7 +162,9 @@ def load(
     check_device(device)
     store, given = RunFolder(run), not isinstance(source, str | Path)
     path = str(store / "source" if given else source)
+    loras = [named_lora(entry) for entry in loading.pop("lora", None) or ()]
     loading = {k: str(v).removeprefix("torch.") for k, v in loading.items() if v is not None}
+    loading |= {"lora": loras} if loras else {}
     if given and loading:
         raise QuantempoError(f"{', '.join(loading)} is for folders; change the pipeline itself")
     how = (store, recipe, force, path, call, scheduler, device, folder, loading, only, memory)

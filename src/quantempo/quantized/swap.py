@@ -122,7 +122,14 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = 
     denoiser.add_module(CLOCK_NAME, clock)
     set_clock = functools.partial(_set_clock, timestep_place(denoiser))
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
+    keep(denoiser, "load_lora_adapter", _refuse_peft)
     return clock
+
+
+def _refuse_peft(*args: Any, **kwargs: Any) -> None:
+    raise QuantempoError(
+        "this network is quantized, which peft cannot follow; call quantempo.load_lora(pipe, FILE)"
+    )
 
 
 def _set_clock(
