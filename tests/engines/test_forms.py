@@ -3,13 +3,15 @@
 import copy
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from quantempo.engines import ENGINES, attach, forms
+from quantempo.engines import ENGINES, attach, forms, select
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
+from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu import packed as packed_cpu
 from quantempo.quantized import quantized_layers
 from quantempo.recipe import WeightSettings
@@ -60,6 +62,53 @@ def test_the_form_is_the_one_asked_for_and_changes_no_bit(engine, monkeypatch, c
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     with pytest.raises(QuantempoError, match=r"got packed 'bytes' \(known: keep, unpack, auto\)"):
         attach(network, engine, "bytes")
+
+
+@torch.no_grad()
+def test_a_first_call_is_timed_once_whoever_calls(on_a_cpu, monkeypatch):
+    network, calls = quantized_unet(weights=GROUPS), []
+    empty = [x[:0] if x.ndim else x for x in INPUTS[0]]
+    monkeypatch.setattr(forms, "time_forms", lambda *call: calls.append(call) or [])
+    attach(network, "onednn", "auto")
+    for _ in range(2):
+        assert len(network(*empty).sample) == 0 and not calls
+    with ThreadPoolExecutor(6) as pool:
+        outputs = list(pool.map(lambda _: network(*INPUTS[0]).sample, range(12)))
+    assert len(calls) == 1 and all(torch.equal(y, outputs[0]) for y in outputs)
+    network(*empty)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("packed", ["keep", "unpack", "auto"])
+@torch.no_grad()
+def test_an_engine_that_replaces_a_wrong_one_is_asked_the_same(packed, on_a_cpu, monkeypatch):
+    network, calls = quantized_unet(weights=GROUPS), []
+    monkeypatch.setattr(forms, "time_forms", lambda name, *_: calls.append(name) or [])
+    monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
+    monkeypatch.setattr(ENGINES.get("triton"), "first_wrong", lambda *_: "conv_in")
+    monkeypatch.setattr(select, "choose", lambda *_, **__: ENGINES.get("onednn"))
+    attach(network, "triton", packed)
+    network(*INPUTS[0])
+    assert select.attached(network) == "onednn"
+    assert calls == (["triton", "onednn"] if packed == "auto" else [])
+    assert {q.unpack for _, q in quantized_layers(network) if q.weight_group is not None} == {
+        packed == "unpack"
+    }
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_nothing_is_said_of_random_weights(monkeypatch, caplog):
+    monkeypatch.setattr(packed_cpu.Packed, "again", lambda *_: None)
+    monkeypatch.setattr(forms, "_ROUNDS", 1)
+    onednn._say_unpacked.cache_clear()
+    forms.time_forms("onednn", quantized_unet(), *(INPUTS[0], {}))
+    assert "held as bytes" not in caplog.text
+    # What is true of a network is said all the same.
+    network = quantized_unet(weights=GROUPS)
+    attach(network, "onednn")
+    with torch.no_grad():
+        network(*INPUTS[0])
+    assert "held as bytes" in caplog.text
 
 
 @pytest.mark.usefixtures("on_a_cpu")

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import operator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from quantempo.engines import ENGINES, attach, attached
 from quantempo.engines.base import BACKENDS, MAX_TERMS, Backend, warn_once
-from quantempo.engines.cuda.constants import ActivationGrid, quantize, quantize_rows
+from quantempo.engines.cuda.constants import ActivationGrid, alone, quantize, quantize_rows
 from quantempo.engines.fusion import fused_modules
 from quantempo.errors import QuantempoError
 from quantempo.quantized import QConv2d, QLayer, fill, quantized_layers
@@ -183,6 +184,32 @@ def test_weights_in_groups_stay_packed(backend, layer, shape, bytes_each):
     assert all(torch.equal(part, before[n]) for n, part in copy.deepcopy(layer).named_buffers())
     layer.release()
     assert layer.weight_int.is_contiguous() and not layer.aside
+
+
+def test_moves_to_where_it_is_leave_what_is_aside(backend):
+    layer = make_linear(64, 32, bits=(4, 8, 32)).to("meta")
+    # As if "meta" were a GPU.
+    layer.weight_int, layer.weight_group = torch.ones(2, 32, 32, dtype=torch.uint8)
+    layer.aside, aside = True, (layer.weight_int, layer.weight_group)
+    for same in (layer.to("meta"), layer.half(), nn.Sequential(layer).to("meta")[0]):
+        assert all(map(operator.is_, (same.weight_int, same.weight_group), aside))
+    # And else go with it.
+    assert layer.to_empty(device="cpu").weight_group is not aside[1]
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [2, 5]])
+def test_a_part_alone_needs_no_current_device(rows, monkeypatch):
+    def refuse(*_, **__):
+        raise BufferError("another device is current")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refuse)
+    for whole in (torch.arange(40, dtype=torch.int8).view(5, 8), noise(5, 8)):
+        part = whole[slice(*rows)]
+        own = alone(part)
+        assert own.data_ptr() == part.data_ptr() and torch.equal(own, part)
+        assert own.untyped_storage().nbytes() == part.nbytes
+        del whole
+        assert torch.equal(copy.deepcopy(own), part)
 
 
 FILLED = ("weight_scale", "bias", "act_scale", "act_zero_point", "weight_group")

@@ -2,8 +2,10 @@
 
 import copy
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from quantempo.core import GroupFormat
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.simulated import float32_copy, once
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.quantized import CLOCK_NAME, QLayer, quantized_layers
 
 __all__ = ["time_forms"]
@@ -73,7 +75,12 @@ def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> lis
     for name, layer in layers.items():
         layer.kernel = partial(see, layer, name)
     network.get_submodule(CLOCK_NAME).call.bucket = torch.zeros((), dtype=torch.long, device=device)
-    type(network).forward(network, *args, **kwargs)
+    with ExitStack() as stack:
+        # What is said of random weights is not said of the network.
+        stack.enter_context(patch.object(log, "disabled", True))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        type(network).forward(network, *args, **kwargs)
     return [row for row, _ in rows.values()]
 
 

@@ -133,7 +133,7 @@ def attach(
     rival = _rival(denoiser, chosen, device) if engine == "auto" else chosen
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
-    root.watch = calls.Watch(denoiser, watched)
+    root.watch, root.timed = calls.Watch(denoiser, watched), call is not None
     root.name, root.asked, root.proved = chosen.name, (engine, packed), False
     log.debug("engine: %s", chosen.name)
     return chosen.name
@@ -236,7 +236,7 @@ def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: 
         "engine %s is far from the exact integers on %s, from %s on: %s runs it instead",
         wrong, type(denoiser).__name__, layer, engine.name,
     )  # fmt: skip
-    attach(denoiser, engine.name)
+    attach(denoiser, engine.name, own_forward(denoiser).asked[1], (args, kwargs))
     return type(denoiser).forward(denoiser, *args, **kwargs)
 
 
@@ -268,12 +268,12 @@ def detach(denoiser: nn.Module) -> None:
 class _Denoiser(Forward):
     """The `forward` of a denoiser with an engine, or with one that its next call attaches."""
 
-    __slots__ = ("asked", "name", "proved", "watch")
+    __slots__ = ("asked", "name", "proved", "timed", "watch")
 
     def __init__(self, module: nn.Module, before: Any = None, asked: Any = None) -> None:
         super().__init__(module, before)
         # The engine and how it is to hold weights in groups, see `attach`.
-        self.asked, self.fixed, self.proved = asked, True, False
+        self.asked, self.fixed, self.proved, self.timed = asked, True, False, False
         self.name: str | None = None
         self.watch: calls.Watch | None = None
 
@@ -297,9 +297,9 @@ class _Denoiser(Forward):
         given = calls.tensors_of(args, kwargs, lists)
         calls.check_call(self.module, given)
         empty = any(value.ndim and not len(value) for value in given)
-        if self.asked is not None and self._stale():
+        if self.asked is not None and self._stale(empty):
             with ATTACHING:
-                if self._stale():
+                if self._stale(empty):
                     engine, packed = self.asked
                     attach(self.module, engine, packed, None if empty else (args, kwargs))
         with torch.no_grad():
@@ -315,8 +315,8 @@ class _Denoiser(Forward):
                     return run_instead(self.module, self.name, wrong, args, kwargs)
             return calls.keep_nan(output, given, bool(lists)) if given else output
 
-    def _stale(self) -> bool:
-        untimed = self.asked[1] == "auto" and not self.proved
+    def _stale(self, empty: bool) -> bool:
+        untimed = self.asked[1] == "auto" and not self.timed and not empty
         return untimed or self.name is None or self.watch is None or self.watch.changed()
 
 

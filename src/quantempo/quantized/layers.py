@@ -126,6 +126,17 @@ class QLayer(FixedTypes):
         self.weight_int, self.weight_group = self.weight_int.cpu(), self.weight_group.cpu()
         self.aside = True
 
+    def _apply(self, fn: Kernel, recurse: bool = True) -> Self:
+        """Leave what is set aside where it is, unless the scales change their device."""
+        scale = self.weight_scale
+        stays = self.aside and fn(scale).device == scale.device
+        aside = (self.weight_int, self.weight_group) if stays else ()
+
+        def move(x: Tensor) -> Tensor:
+            return x if any(x is part for part in aside) else fn(x)
+
+        return super()._apply(move, recurse)
+
     @property
     def grid(self) -> Grid:
         """Return the codes that each weight may take."""

@@ -42,8 +42,10 @@ def constant(value: Tensor, apart: bool = False) -> Tensor:
 
 
 def alone(part: Tensor) -> Tensor:
-    """Return a part of a tensor, in its memory, that copies and files take without the rest."""
-    return torch.from_dlpack(part)
+    """Return contiguous rows of a tensor, in its memory; copies and files of them lack the rest."""
+    begin, like = part.storage_offset() * part.itemsize, part.new_empty(0)
+    own = part.untyped_storage()[begin : begin + part.nbytes]
+    return like.set_(own, 0, part.shape, part.stride())  # type: ignore[call-overload, no-any-return]
 
 
 class ActivationGrid:
