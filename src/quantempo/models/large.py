@@ -1,8 +1,9 @@
 """Open networks larger than the memory: their tensors stay in the files of the checkpoint."""
 
+import ctypes
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from quantempo.errors import log
 from quantempo.models.layers import DENOISERS
 
 __all__ = ["paged_denoisers", "room"]
+
+# M_MMAP_THRESHOLD of malloc.h (glibc).
+_MMAP_THRESHOLD = -3
 
 
 def room(device: str) -> int:
@@ -40,6 +44,9 @@ def paged_denoisers(
             network = _empty(folder / name, entry[1], dtype)
             if network is not None and _fill(network, tensors, dtype):
                 found[name] = network
+                # Give back what is freed at once: holes between small blocks would add up.
+                with suppress(AttributeError, OSError):
+                    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
             else:
                 log.warning("%s is packed or of an old version: it is loaded whole", folder / name)
     return found
