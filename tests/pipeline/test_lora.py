@@ -1,7 +1,9 @@
 """LoRA: merged before quantizing, or beside the layers of a packed pipeline on every engine."""
 
+import copy
 import json
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline, named_lora
 from quantempo.models.lora import read_lora
 from quantempo.pipeline import stages
+from tests.engines.one_by_one import call, quantized
+from tests.engines.truth import relative
 from tests.packed import CALLS, packed, recipe, saved
 from tests.tiny import TEXT_TOKENS, TEXT_WIDTH, noise
 
@@ -66,6 +70,12 @@ def pipe():
     return load_pipeline(packed("text").folder)
 
 
+@pytest.fixture(autouse=True)
+def triton_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(BACKENDS.get("triton"), "missing", lambda: None)
+    monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
+
+
 @torch.no_grad()
 def eps(pipe):
     return pipe.unet(*GIVEN).sample
@@ -85,16 +95,17 @@ def test_names_of_files(style, float_pipe, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["simulated", "onednn", "triton"])
-def test_a_branch_on_every_engine(engine, pipe, float_pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(BACKENDS.get("triton"), "missing", lambda: None)
-    monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
+def test_a_branch_on_every_engine(engine, pipe, float_pipe, tmp_path):
     found, other = adapters(float_pipe), adapters(float_pipe, [ATTENTION], 2, seed=9)
     one = write(tmp_path / "one.safetensors", found, "diffusers")
     two = write(tmp_path / "two.safetensors", other)
     wanted = load_pipeline(packed("text").folder).unet
     attach(pipe.unet, engine)
     before, table = eps(pipe), execution(pipe.unet)
+    kernel = pipe.unet.get_submodule(ATTENTION).kernel
     quantempo.load_lora(pipe, one, 0.8)
+    # By this CUDA graphs are recorded again, see `Graphed`.
+    assert pipe.unet.get_submodule(ATTENTION).kernel is not kernel
     quantempo.load_lora(pipe, two, 0.5, name="b")
     reasons = [row.reason for row in report(pipe.unet)]
     assert engine == "simulated" or "a LoRA is loaded beside a layer in it" in reasons
@@ -130,6 +141,34 @@ def test_a_branch_on_every_engine(engine, pipe, float_pipe, tmp_path, monkeypatc
     quantempo.unload_lora(pipe)
     assert torch.equal(eps(pipe), before)
     assert execution(pipe.unet) == table
+
+
+SINGLE, DOUBLE = "single_transformer_blocks.0", "transformer_blocks.0"
+FLUX = (f"{SINGLE}.norm.linear", f"{SINGLE}.proj_out", f"{DOUBLE}.norm1.linear")
+FLUX += (f"{DOUBLE}.attn.to_k", f"{DOUBLE}.ff.net.0.proj", "norm_out.linear")
+
+
+@pytest.mark.parametrize("name", FLUX)
+@torch.no_grad()
+def test_fused_blocks_of_flux_never_leave_a_branch_out(name, tmp_path):
+    network = copy.deepcopy(quantized("flux"))
+    pipe, given = SimpleNamespace(components={"transformer": network}), call("flux")
+    layer = network.get_submodule(name)
+    shape = getattr(layer, "weight_shape", None) or layer.weight.shape
+    parts = {"lora_A.weight": noise(4, shape[1]), "lora_B.weight": 0.1 * noise(shape[0], 4, seed=1)}
+    file = tmp_path / "one.safetensors"
+    save_file({f"transformer.{name}.{part}": value for part, value in parts.items()}, file)
+    quantempo.load_lora(pipe, file)
+    outputs = []
+    for engine in ("simulated", "triton"):
+        attach(network, engine)
+        outputs.append(network(**given).sample)
+    unfused = {".".join(row.name.split(".")[:2]) for row in report(network) if row.reason}
+    assert unfused == {block for block in (SINGLE, DOUBLE) if name.startswith(f"{block}.")}
+    quantempo.unload_lora(pipe)
+    attach(network, "simulated")
+    effect = relative(network(**given).sample, outputs[0])
+    assert relative(outputs[1], outputs[0]) < 0.1 * effect
 
 
 def test_a_compiled_layer_follows_and_is_not_compiled_for_a_scale(pipe, float_pipe, tmp_path):
