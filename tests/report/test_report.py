@@ -172,6 +172,22 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, no_drawing: No
     assert not (run / "report.html").exists()
 
 
+def test_a_key_of_the_layers_that_is_missing_is_damage(tmp_path: Path, no_drawing: None) -> None:
+    run = make_run(tmp_path / "run", seeds=1, blocks=1)
+    rows, said = run.read_json("layers.json"), {}
+    for key in rows[0]:
+        run.write_json("layers.json", [{k: v for k, v in row.items() if k != key} for row in rows])
+        try:
+            render(run.path)
+        except QuantempoError as error:
+            said[key] = str(error)
+    assert len(said) > 8 and all("' is damaged (" in text for text in said.values())
+    assert "section 'Layers' is damaged" in said["reason"] and "reason" in said["reason"]
+    run.write_json("layers.json", [row | {"sqnr_db": "much"} for row in rows])
+    with pytest.raises(QuantempoError, match="is damaged"):
+        render(run.path)
+
+
 def test_metrics_without_speed_or_steps_say_so(tmp_path: Path, no_drawing: None) -> None:
     run = make_run(tmp_path / "run", seeds=1, blocks=1)
     metrics = run.read_json("metrics.json")

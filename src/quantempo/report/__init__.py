@@ -1,6 +1,6 @@
 """Turn the files of a run folder, and nothing else, into one page to be read, printed and sent.
 
-`sections`: what is shown; `report.html.j2`: how it looks, everything inlined, no script.
+`sections`: what is shown; `*.html.j2`: how it looks, everything inlined, no script.
 """
 
 from pathlib import Path
@@ -41,17 +41,22 @@ def render(run_path: str | Path) -> Path:
     alone = not run.is_run and not run.has("samples/float")
     if not run.path.is_dir() or (alone and run.foreign()):
         raise QuantempoError(f"no run folder {run.path}; pass the folder of a run (--run)")
-    page = load_template("report.html.j2")
+    page, body = load_template("report.html.j2"), load_template("section.html.j2")
+    from jinja2 import UndefinedError
+
     sections = []
     for name, title, build in SECTIONS:
         try:
             with reading(f"a file of {run.path} for the section '{title}'"):
-                blocks = build(run)
-            sections.append({"id": name, "title": title, "blocks": blocks, "absent": ""})
+                try:
+                    shown = body.render(blocks=build(run), bits_cell=bits_cell)
+                except UndefinedError as error:
+                    raise LookupError(error) from error
+            sections.append({"id": name, "title": title, "body": shown, "absent": ""})
         except NotRunError as reason:
-            sections.append({"id": name, "title": title, "blocks": [], "absent": str(reason)})
+            sections.append({"id": name, "title": title, "body": "", "absent": str(reason)})
     # Resolved, so that a run given as "." still has a name.
-    text = page.render(name=run.path.resolve().name, sections=sections, bits_cell=bits_cell)
+    text = page.render(name=run.path.resolve().name, sections=sections)
     target = run / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
