@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 26_476, "studies": 4_856, "tests": 26_567}
+BUDGETS = {"src": 26_492, "studies": 4_856, "tests": 26_625}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
@@ -175,10 +175,10 @@ def test_imports_point_downwards_and_respect_the_walls() -> None:
         ("kernels/layout.py", "scipy.stats"),
         ("evaluation/fidelity.py", "quantempo.quantized"),
         ("evaluation/fidelity.py", "quantempo.models.layers"),
-        ("report/html.py", "quantempo.core"),
+        ("report/plots.py", "quantempo.core"),
         ("pipeline/stages.py", "studies.ptq4dm"),
         ("engines/base.py", "diffusers.models"),
-        ("export/checkpoint.py", "diffusers"),
+        ("checkpoint/write.py", "diffusers"),
         ("pipeline/stages.py", "quantempo.cli.run_demo"),
         ("pipeline/stages.py", "quantempo.Recipe"),
         ("engines/cuda/layer.py", "quantempo.engines.onednn.layer"),
@@ -197,7 +197,7 @@ def test_the_rule_refuses(where: str, name: str) -> None:
     [
         ("core/formats.py", "quantempo.errors"),
         ("kernels/layout.py", "torch.nn.functional"),
-        ("report/html.py", "quantempo.run_folder"),
+        ("report/plots.py", "quantempo.run_folder"),
         ("models/layers.py", "diffusers"),
         ("checkpoint/diffusers_plugin.py", "diffusers.quantizers"),
         ("cli/run_demo.py", "quantempo.pipeline.stages"),
@@ -268,6 +268,18 @@ def test_modules_say_what_they_are() -> None:
         ]
         if not any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
             broken.append(f"{where}: no __all__")
+    assert not broken, "\n".join(broken)
+
+
+def test_asserts_narrow_types_alone() -> None:
+    """`python -O` leaves them out: none does anything or refuses what comes from outside."""
+    broken = []
+    for path in MODULES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Assert):
+                text = ast.unparse(node.test)
+                if not re.fullmatch(r"[\w.]+ is not None|isinstance\([\w.]+, [\w.]+\)", text):
+                    broken.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}: {text}")
     assert not broken, "\n".join(broken)
 
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from quantempo.core.paged import save_tensors
+from quantempo.errors import QuantempoError
 from quantempo.models.scheduler_step import replaced
 
 __all__ = ["save_network", "save_pipeline"]
@@ -25,7 +26,8 @@ def save_network(network: Any, to: str | Path) -> None:
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     # Asking takes the hashes.
-    assert network.hf_quantizer.is_serializable
+    if not network.hf_quantizer.is_serializable:
+        raise QuantempoError(f"got a {type(network).__name__} that cannot be saved; quantize anew")
     network.save_config(folder)
     state = network.state_dict()
     split = split_state_dict_into_shards_factory(

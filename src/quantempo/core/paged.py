@@ -89,7 +89,8 @@ class Paged(Tensor):
                 return first.like(device=kwargs.get("device"))
         for given, known in zip(args, func._schema.arguments, strict=False):
             written = known.alias_info is not None and known.alias_info.is_write
-            assert not (written and isinstance(given, Paged)), f"{func} writes to a paged tensor"
+            if written and isinstance(given, Paged):
+                raise QuantempoError(f"{func} writes to {given.place.file}; load the network whole")
         args, kwargs = pytree.tree_map_only(Paged, Paged.load, (args, kwargs))
         return func(*args, **kwargs)
 
