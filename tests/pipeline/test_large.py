@@ -1,6 +1,7 @@
 """A network that stays in its files is quantized to the same bytes as one in memory."""
 
 import filecmp
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import quantempo
 from quantempo.checkpoint import write
 from quantempo.core import paged
 from quantempo.core.paged import Paged
+from quantempo.models.large import room
 from quantempo.models.layers import DENOISERS, Block, denoiser_of
 from quantempo.models.load import load_pipeline
-from quantempo.pipeline.stages import Session, finish, load
+from quantempo.pipeline.stages import Session, finish, load, reopen
 from quantempo.recipe import Recipe
 from quantempo.rounding.reconstruct import _Job
 from tests.tiny import tiny_dit, tiny_text
@@ -27,6 +29,7 @@ def short(recipe_name: str, **rounding: Any) -> Recipe:
 NEAREST = short("w8a8", name="nearest", bias=False)
 RECIPES = {"nearest": NEAREST, "gptq": short("w8a8"), "adaround": short(
     "w4a8-adaround", iterations=2, refine=1)}  # fmt: skip
+BESIDE = ("README.md", "vocab.json", "merges.txt", "spiece.model", "more.d/notes.txt")
 CASES = [("unet", "gptq"), *(("transformer", name) for name in RECIPES)]
 
 
@@ -83,18 +86,38 @@ def test_the_same_bytes_also_after_a_kill_in_a_block(
         paged = opened("paged", 1)
     finish(paged)
     same(tmp_path / "whole", tmp_path / "paged")
+    # The limit is kept for whoever continues, and another one makes nothing stale.
+    again = reopen(tmp_path / "paged")
+    assert again.memory == 1 and any(isinstance(p, Paged) for p in again.denoiser.parameters())
+    assert opened("paged", 2**40).require_packed() and reopen(tmp_path / "paged").memory == 2**40
 
 
 @pytest.mark.parametrize("source", ["unet"], indirect=True)
 def test_components_are_copied_and_variants_get_plain_names(source: Any, tmp_path: Path) -> None:
-    folder, call = source
+    folder, call = shutil.copytree(source[0], tmp_path / "float"), source[1]
+    for name in (*BESIDE, "model.onnx", "flax_model.msgpack", "flax_model.msgpack.index.json"):
+        (folder / "vae" / name).parent.mkdir(exist_ok=True)
+        (folder / "vae" / name).write_text("{}")
     packed = quantempo.quantize(folder, tmp_path / "run", NEAREST, call=call)
     assert not list(packed.rglob("*fp16*"))
+    assert not [f for kind in ("onnx", "msgpack*") for f in packed.rglob(f"*.{kind}")]
+    for name in BESIDE:
+        assert (packed / "vae" / name).read_text() == "{}"
     for file in folder.rglob("*.safetensors"):
         if file.parent.name not in DENOISERS:
             copy = packed / file.parent.name / file.name.replace(".fp16", "")
             assert copy.read_bytes() == file.read_bytes()
     assert load_pipeline(packed).vae.dtype == torch.float32
+
+
+def test_room_is_what_the_control_group_grants(tmp_path: Path) -> None:
+    whole = room("cpu", tmp_path)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        for text, found in (("max\n", whole), (f"{2**62}\n", whole), ("3000000\n", 1_000_000)):
+            (tmp_path / name).write_text(text)
+            assert room("cpu", tmp_path) == found
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("source", ["transformer"], indirect=True)

@@ -21,11 +21,15 @@ __all__ = ["paged_denoisers", "room"]
 _MMAP_THRESHOLD = -3
 
 
-def room(device: str) -> int:
-    """Return the bytes that a network may take on a device: a third of its memory."""
+def room(device: str, root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return a third of the bytes that a GPU, or the control group of this process, has."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 3
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            memory = min(memory, int((root / name).read_text()))
+    return memory // 3
 
 
 def paged_denoisers(

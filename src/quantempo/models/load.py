@@ -32,6 +32,8 @@ _BROKEN = (OSError, SafetensorError, ValueError, RuntimeError, ImportError, EOFE
 _ODD = (AttributeError, TypeError, LookupError)
 _SHARD = r"(-\d+-of-\d+)?"
 _WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{_SHARD}(\.([\w-]+?))?{_SHARD}\.safetensors")
+# Weights of any kind, and their indexes.
+_HEAVY = re.compile(r"\.((safetensors|bin|pth?|ckpt|msgpack|h5|onnx)$|index\.)")
 _LORA = re.compile(r"(^|[._])lora[._]")
 # A tensor that packed networks have.
 _CLOCK = "quantempo_clock.bucket_of"
@@ -184,18 +186,18 @@ def component_copies(folder: Path, variant: str | None) -> dict[str, Callable[[s
 
 def _copy(component: Path, variant: str | None, to: str) -> None:
     folder, used, end = Path(to), _used(component, variant), f".{variant}"
-    if not used:
-        shutil.copytree(component, folder, copy_function=shutil.copyfile)
-        return
+    index = f"{end}.json" if used and end in used[0].name else "safetensors.index.json"
     folder.mkdir(parents=True)
-    for file in used:
-        shutil.copyfile(file, folder / file.name.replace(end, ""))
-    for file in component.glob("*.json"):
-        if ".index." not in file.name:
-            shutil.copyfile(file, folder / file.name)
-        elif file.name.endswith(f"{end}.json" if end in used[0].name else "safetensors.index.json"):
-            text = file.read_text().replace(f"{end}", "")
-            (folder / file.name.replace(end, "")).write_text(text)
+    for file in filter(Path.is_file, component.rglob("*")):
+        target = folder / file.relative_to(component)
+        plain = target.with_name(file.name.replace(end, ""))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file in used:
+            shutil.copyfile(file, plain)
+        elif used and ".safetensors.index." in file.name and file.name.endswith(index):
+            plain.write_text(file.read_text().replace(end, ""))
+        elif not (used and _HEAVY.search(file.name)):
+            shutil.copyfile(file, target)
 
 
 def _names(file: Path) -> list[str]:

@@ -198,11 +198,13 @@ def _write_manifest(session: Session) -> None:
         "scheduler": session.scheduler,
         "data": session.data,
         "only": session.only,
+        "memory": session.memory,
         "loading": session.loading,
         "seeds": {"trace": recipe.trace.seed},
     }
-    # Runs of before know nothing of several denoisers.
-    known = {"only": None} | (run.read_json("manifest.json") if run.has("manifest.json") else {})
+    # What runs of before know nothing of.
+    known = dict.fromkeys(("only", "memory"))
+    known |= run.read_json("manifest.json") if run.has("manifest.json") else {}
     model = run.read_json("model.json") if run.has("model.json") else None
     if known == {**known, **manifest} and model == session.model:
         return
@@ -242,6 +244,7 @@ def reopen(
         source = str(folder / "source" if folder.has("source") else model["path"])
         options = {k: manifest.get(k) for k in ("scheduler", "data", "only")}
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
+        options["memory"] = (memory := manifest.get("memory")) and int(memory)
         options |= manifest.get("loading", {})
         recipe = recipe or Recipe.from_dict(manifest["recipe"])
     return load(source, run, recipe, **options)
