@@ -267,7 +267,10 @@ def test_sampling_mistakes(cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "images"
     refused(cli("sample", float_model, "--out", out, "--engine", "onednn"), "is a float model")
     refused(cli("sample", model, "--out", out, "--engine", "onednm"), "onednm", "onednn")
-    refused(cli("sample", model, "--out", out, "--packed", "byte"), "packed 'byte' (known: keep,")
+    refused(
+        cli("sample", model, "--out", out, "--packed", "byte"),
+        "packed 'byte' (expected one of: keep,",
+    )
     refused(cli("sample", float_model, "--out", out, "--packed", "auto"), "is a float model")
     refused(cli("sample", tmp_path / "none", "--out", out), "no folder")
     refused(cli("sample", model, "--out", out, "--scheduler", "eulr"), "eulr", "euler")

@@ -22,7 +22,7 @@ def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
     known = list(known)
     if (name := next((name for name in names if name not in known), None)) is not None:
         listed = ", ".join(known) or "none"
-        raise QuantempoError(f"{what} '{name}'{nearest(name, known)} (known: {listed})")
+        raise QuantempoError(f"{what} '{name}'{nearest(name, known)} (expected one of: {listed})")
 
 
 class Registry(Generic[T]):

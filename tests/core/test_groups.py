@@ -88,7 +88,7 @@ def test_what_no_q_reaches_is_refused() -> None:
         spec.encode(torch.tensor([[128, 0]]), wide)
     with pytest.raises(QuantempoError, match="expected 2 to 4 bits in groups of 16, 32, 64"):
         weight_format(4, 24)
-    with pytest.raises(QuantempoError, match=r"got weights\.group '24'.*known: 0, 16"):
+    with pytest.raises(QuantempoError, match=r"got weights\.group '24'.*expected one of: 0, 16"):
         Recipe.from_dict({"weights": {"group": 24}})
     assert weight_format(8, 16) == weight_format(8) and Grid.of(weight_format(4)).high == 7
 

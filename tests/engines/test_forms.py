@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from quantempo.engines import ENGINES, attach, forms, select
+from quantempo.engines import ENGINES, attach, base, forms, select
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.kernels.cpu import onednn
@@ -60,7 +60,9 @@ def test_the_form_is_the_one_asked_for_and_changes_no_bit(engine, monkeypatch, c
         f"engine {engine} holds {text}{megabytes:.1f} MB"
     ]
     assert all(torch.equal(y, outputs[0]) for y in outputs)
-    with pytest.raises(QuantempoError, match=r"got packed 'bytes' \(known: keep, unpack, auto\)"):
+    with pytest.raises(
+        QuantempoError, match=r"got packed 'bytes' \(expected one of: keep, unpack, auto\)"
+    ):
         attach(network, engine, "bytes")
 
 
@@ -77,6 +79,18 @@ def test_a_first_call_is_timed_once_whoever_calls(on_a_cpu, monkeypatch):
     assert len(calls) == 1 and all(torch.equal(y, outputs[0]) for y in outputs)
     network(*empty)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("weights", [GROUPS, WeightSettings()], ids=["groups", "w8a8"])
+@torch.no_grad()
+def test_what_is_asked_for_in_vain_is_said_once(weights, caplog):
+    base.warn_once.cache_clear()
+    network = quantized_unet(weights=weights)
+    for packed in ("keep", "auto", "auto"):
+        attach(network, "simulated", packed)
+        network(*INPUTS[0])
+    said = [m for m in caplog.messages if "changes nothing" in m]
+    assert len(said) == 1 and "'auto'" in said[0]
 
 
 @pytest.mark.parametrize("packed", ["keep", "unpack", "auto"])

@@ -10,11 +10,12 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from quantempo.engines import attach
+from quantempo.engines.cuda.joint import modulated
 from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.kernels import ops
-from quantempo.quantized import quantized_layers, weight_only_layers
+from quantempo.quantized import WeightOnlyLinear, quantized_layers, weight_only_layers
 from tests.engines.one_by_one import (
     ENGINE,
     LEVELS,
@@ -94,6 +95,17 @@ def test_codes_are_in_memory_once(kind):
     assert all(layer.kernel is None for layer in layers)
     after = [layer.weight_int.data_ptr() for layer in integers]
     assert after and not {value.data_ptr() for value in held} & {*after}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [torch.float32, torch.bfloat16])
+def test_modulations_of_one_block_are_float32_under_autocast(half):
+    linear, temb = nn.Linear(32, 48), noise(2, 32).to(half)
+    layer = WeightOnlyLinear(linear).fill(linear)
+    y = modulated(layer, temb)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(modulated(layer, temb), y) and y.dtype == torch.float32
+        assert modulated(linear, temb.float()).dtype == torch.bfloat16
 
 
 @torch.no_grad()

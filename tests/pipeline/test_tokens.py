@@ -132,7 +132,7 @@ def test_roundings_and_bits_of_layers(rounding: str, granularity: str) -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(QuantempoError, match=r"'colour' \(known: time, token, auto"):
+    with pytest.raises(QuantempoError, match=r"'colour' \(expected one of: time, token, auto"):
         chosen("colour")
     for metric in ("kl", "cosine", "linf"):
         with pytest.raises(QuantempoError, match="no mean over elements; expected a metric of"):

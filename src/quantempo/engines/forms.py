@@ -2,7 +2,7 @@
 
 import copy
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -75,11 +75,9 @@ def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> lis
     for name, layer in layers.items():
         layer.kernel = partial(see, layer, name)
     network.get_submodule(CLOCK_NAME).call.bucket = torch.zeros((), dtype=torch.long, device=device)
-    with ExitStack() as stack:
-        # What is said of random weights is not said of the network.
-        stack.enter_context(patch.object(log, "disabled", True))
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
+    here: Any = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # What is said of random weights is not said of the network.
+    with here, patch.object(log, "disabled", True):
         type(network).forward(network, *args, **kwargs)
     return [row for row, _ in rows.values()]
 

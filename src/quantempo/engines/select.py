@@ -143,6 +143,10 @@ def _choose_forms(denoiser: nn.Module, engine: Engine, packed: str, call: Any) -
     """Tell layers in groups whether the engine is to hold them as bytes; log what these take."""
     layers = {name: q for name, q in quantized_layers(denoiser) if q.weight_group is not None}
     if not layers or not engine.copies:
+        if packed != "keep":
+            warn_once(
+                f"packed '{packed}' changes nothing: {engine.name} has no weights of two forms"
+            )
         return
     for layer in layers.values():
         layer.unpack = packed == "unpack"

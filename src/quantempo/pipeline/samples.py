@@ -39,7 +39,7 @@ def open_model(
     pipe.to(device)
     networks = [part for part in denoisers_of(pipe).values() if find_clock(part) is not None]
     if not networks and (engine, packed) != ("auto", "keep"):
-        raise QuantempoError(f"'{path}' is a float model; engine '{engine}' runs packed ones")
+        raise QuantempoError(f"'{path}' is a float model; leave out --engine and --packed")
     for part in networks:
         attach(part, engine, packed)
     return pipe

@@ -128,14 +128,9 @@ class QLayer(FixedTypes):
 
     def _apply(self, fn: Kernel, recurse: bool = True) -> Self:
         """Leave what is set aside where it is, unless the scales change their device."""
-        scale = self.weight_scale
-        stays = self.aside and fn(scale).device == scale.device
+        stays = self.aside and fn(self.weight_scale).device == self.weight_scale.device
         aside = (self.weight_int, self.weight_group) if stays else ()
-
-        def move(x: Tensor) -> Tensor:
-            return x if any(x is part for part in aside) else fn(x)
-
-        return super()._apply(move, recurse)
+        return super()._apply(lambda x: x if any(x is y for y in aside) else fn(x), recurse)
 
     @property
     def grid(self) -> Grid:

@@ -66,7 +66,10 @@ class SharedModulations(Prepared, TimeShifts):
 
 def modulated(layer: Any, temb: Tensor) -> Any:
     """Return layer(silu(temb)); of integer weights in float32, as `SharedModulations` does."""
-    return layer(F.silu(temb.float() if isinstance(layer, WeightOnlyLinear) else temb))
+    if not isinstance(layer, WeightOnlyLinear):
+        return layer(F.silu(temb))
+    with torch.autocast(temb.device.type, enabled=False):
+        return layer(F.silu(temb.float()))
 
 
 class _Modulation:

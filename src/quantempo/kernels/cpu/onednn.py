@@ -48,7 +48,6 @@ def _prepacked(
         return prepack(weight)
     made = prepack(weight.dense())
     again = weight.again(made)
-    # Once, but not where nobody hears it.
     if again is None and log.isEnabledFor(logging.WARNING):
         _say_unpacked()
     return again or made
