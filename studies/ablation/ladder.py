@@ -36,6 +36,7 @@ from quantempo.pipeline.cache import ARTEFACTS, BESIDE
 from quantempo.pipeline.quality import open_model, summary
 from quantempo.pipeline.session import Session
 from quantempo.recipe import Recipe
+from quantempo.registry import check_known
 from quantempo.run_folder import RunFolder, atomic_path
 from studies.ablation.page import write_quality
 from studies.ablation.rungs import Rung, rungs
@@ -170,9 +171,7 @@ def ladder(
         QuantempoError: an unknown rung, or a folder that holds something else.
     """
     known = {rung.name: rung for rung in rungs()}
-    for name in only:
-        if name != "float" and name not in known:
-            raise QuantempoError(f"unknown rung '{name}' (known: float, {', '.join(known)})")
+    check_known(only, ["float", *known], "unknown rung")
     about = _start(settings)
     _run(_Bench(settings), only, minutes, about)
     return collect(settings.out)

@@ -87,7 +87,7 @@ def select(patterns: Iterable[str] = (), device: str = "cuda") -> list[Candidate
         if not any(fnmatchcase(name, pattern) for name in names):
             raise QuantempoError(
                 f"no candidate on {device} matches '{pattern}'{nearest(pattern, names)} "
-                f"(known: {', '.join(names)})"
+                f"(expected one of: {', '.join(names)})"
             )
     return [c for c in here if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]
 

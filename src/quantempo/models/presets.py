@@ -75,7 +75,7 @@ def random_inputs(
     if kind not in _INPUTS:
         raise QuantempoError(
             f"cannot make inputs for a {kind}; bench a run folder of it (--run), whose trace has "
-            f"them (known: {', '.join(_INPUTS)})"
+            f"them (expected one of: {', '.join(_INPUTS)})"
         )
     device, noise = next(denoiser.parameters()).device, Generator().manual_seed(seed)
     config: Any = getattr(denoiser, "config", {})

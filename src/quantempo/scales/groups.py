@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.core import GroupFormat, channels_last
-from quantempo.errors import QuantempoError
 from quantempo.scales.activation import CHUNK, CHUNK_GPU, EMPTY_SCALE, TINY
+from quantempo.scales.metrics import check_weight
 
-__all__ = ["GroupScales", "check_weight", "search_groups"]
+__all__ = ["GroupScales", "search_groups"]
 
 # Shares of the range of a group that 2^bits codes are spread over.
 _SHARES = (1.0, 0.93, 0.86, 0.8, 0.7, 0.6, 0.5)
@@ -35,15 +35,6 @@ class GroupScales(NamedTuple):
 
     scale: Tensor
     groups: Tensor
-
-
-def check_weight(weight: Tensor) -> None:
-    """Raise QuantempoError unless a weight is (O, I, ...), floating and finite."""
-    if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
-        raise QuantempoError(
-            f"got a weight {tuple(weight.shape)} {weight.dtype}; expected a finite floating tensor "
-            "(O, ...); check the checkpoint"
-        )
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 
 __all__ = [
-    "DENSITY_METRICS", "MEAN_METRICS", "METRICS", "Metric", "cosine", "kl", "l1", "linf", "lp",
-    "make_metric", "mse",
+    "DENSITY_METRICS", "MEAN_METRICS", "METRICS", "Metric", "check_weight", "cosine", "kl", "l1",
+    "linf", "lp", "make_metric", "mse",
 ]  # fmt: skip
 
 # Contract: metric(x (..., L), x_hat (..., L), weight (..., L) | None) -> (...). Leading axes
@@ -199,3 +199,12 @@ def _half_step(x: Tensor, x_hat: Tensor) -> Tensor:
     gap = torch.cat([gap, torch.zeros_like(x_hat[:, :1])], 1)
     step = torch.where(gap > 0, gap, torch.inf).amin(1, keepdim=True)
     return torch.where(step.isinf(), 0, step * (0.5 + 1e-6)) + rounding
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise QuantempoError unless a weight is (O, I, ...), floating and finite."""
+    if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise QuantempoError(
+            f"got a weight {tuple(weight.shape)} {weight.dtype}; expected a finite floating tensor "
+            "(O, ...); check the checkpoint"
+        )

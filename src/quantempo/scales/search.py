@@ -27,9 +27,9 @@ from quantempo.scales.activation import (
     cost_table,
     search_activation,
 )
-from quantempo.scales.groups import check_weight, search_groups
+from quantempo.scales.groups import search_groups
 from quantempo.scales.histogram import ACT_BITS, bin_centers
-from quantempo.scales.metrics import DENSITY_METRICS, Metric, make_metric
+from quantempo.scales.metrics import DENSITY_METRICS, Metric, check_weight, make_metric
 
 __all__ = [
     "LayerScales", "bucket_of_bin", "search_scales", "search_weight", "search_weights",
