@@ -240,7 +240,8 @@ def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: 
         "engine %s is far from the exact integers on %s, from %s on: %s runs it instead",
         wrong, type(denoiser).__name__, layer, engine.name,
     )  # fmt: skip
-    attach(denoiser, engine.name, own_forward(denoiser).asked[1], (args, kwargs))
+    with ATTACHING:
+        attach(denoiser, engine.name, own_forward(denoiser).asked[1], (args, kwargs))
     return type(denoiser).forward(denoiser, *args, **kwargs)
 
 

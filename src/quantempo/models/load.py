@@ -185,11 +185,10 @@ def component_copies(folder: Path, variant: str | None) -> dict[str, Callable[[s
 
 
 def _copy(component: Path, variant: str | None, to: str) -> None:
-    folder, used, end = Path(to), _used(component, variant), f".{variant}"
+    used, end = _used(component, variant), f".{variant}"
     index = f"{end}.json" if used and end in used[0].name else "safetensors.index.json"
-    folder.mkdir(parents=True)
     for file in filter(Path.is_file, component.rglob("*")):
-        target = folder / file.relative_to(component)
+        target = Path(to) / file.relative_to(component)
         plain = target.with_name(file.name.replace(end, ""))
         target.parent.mkdir(parents=True, exist_ok=True)
         if file in used:
