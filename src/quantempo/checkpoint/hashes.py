@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def check_files(folder: Path, end: str = "") -> None:
 def seal(folder: Path, component: str) -> None:
     """Write the hashes of all files beside a packed network, without where the float model lay."""
     for file in sorted(folder.rglob("*.json")):
-        values = json.loads(file.read_text())
-        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        with suppress(ValueError):
+            values = json.loads(file.read_text())
+            if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     known = {n: file_sha256(f) for n, f in found.items() if not n.startswith(f"{component}/")}
     (folder / _FILES).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
