@@ -59,9 +59,9 @@ def _kept() -> Iterator[None]:
     """Let quantized layers have the transforms of float ones for a while."""
     swap_layers, run_until = core.swap_layers, base.run_until
 
-    def swap(denoiser: nn.Module, plans: Any, clock: Any) -> None:
+    def swap(denoiser: nn.Module, plans: Any, *rest: Any) -> None:
         old = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
-        swap_layers(denoiser, plans, clock)
+        swap_layers(denoiser, plans, *rest)
         for name, layer in old.items():
             if hasattr(layer, "transform"):
                 _let(denoiser.get_submodule(name), *layer.transform)  # type: ignore[misc]
