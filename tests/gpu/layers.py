@@ -1,7 +1,7 @@
 """The layers that the contraction is tuned for, as tensors and as calls of `launch.run`.
 
 `LAYERS` are those of a CIFAR-10 diffusion network (batch 1, 16, 256) and of Stable Diffusion 1.5
-(batch 2, 8: both halves of classifier-free guidance, one and four images).
+(batch 2, 8: both halves of classifier-free guidance, one and four images), few of a smaller one.
 """
 
 import dataclasses
@@ -115,9 +115,17 @@ def _stable(batch: int) -> Iterator[Layer]:
         yield Layer(batch * 77, 768, 1, channels, kernel=0)
 
 
+def _small(batch: int) -> Iterator[Layer]:
+    """Yield layers of 192 channels, steps of 64, of a small Stable Diffusion."""
+    yield Layer(batch, 192, 8, 192)
+    yield Layer(batch, 192, 8, 192, upsample=True)
+    yield Layer(batch, 192, 8, 192, stride=2)
+    yield Layer(batch * 64, 192, 1, 1536, kernel=0, activation="geglu", requantize=True)
+
+
 LAYERS = tuple(
     layer
-    for layers, batches in ((_cifar, (1, 16, 256)), (_stable, (2, 8)))
+    for layers, batches in ((_cifar, (1, 16, 256)), (_stable, (2, 8)), (_small, (512,)))
     for batch in batches
     for layer in layers(batch)
 )
