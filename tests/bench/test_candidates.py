@@ -13,8 +13,8 @@ from quantempo.bench.forwards import compare, prepare
 from quantempo.bench.networks import Network, quick_network
 from quantempo.bench.results import Results
 from quantempo.errors import QuantempoError
-from quantempo.kernels import ops
 from quantempo.models.presets import random_inputs
+from quantempo.quantized.attention import mark_attention, marked_attention
 from tests.bench.timers import Steady
 from tests.tiny import noise, tiny_dit, tiny_text, tiny_unet
 
@@ -63,12 +63,20 @@ def test_weights_of_films_have_no_channels_last() -> None:
 
 def test_attentions_in_8_bits_are_counted(subject: Subject, wanted: torch.Tensor) -> None:
     def build(subject: Subject) -> Any:
-        for _ in range(3):
-            ops.attention8(*(noise(1, 4, 2, 64),) * 3)
-        return subject.floating
+        net = copy.deepcopy(subject.floating)
+        mark_attention(net, {"conv_in": [0.01, 4], "conv_out": [0.01, 4], "mid_block": [9.0, 4]}, 1)
+        for known in marked_attention(net).values():
+            known.note(known.chosen, 4)
+        return net
 
     row = prepare(Candidate("ours/x", build), subject, wanted, Steady()).row([])
-    assert row["attentions_8bit"] == 3
+    assert row["attentions_8bit"] == 2
+
+
+@pytest.mark.parametrize("name", ["ours/onednn", "ours/openvino"])
+def test_an_engine_is_attached_under_no_mode(name: str, subject: Subject, wanted: torch.Tensor):
+    # A tracer loses what a mode of torch's dispatcher looks at.
+    assert prepare(named(name)[0], subject, wanted, Steady()).row([])["sqnr_db"] > 5
 
 
 @pytest.mark.parametrize("name", ["fp32/eager", "fp32/channels_last", *PLAIN])

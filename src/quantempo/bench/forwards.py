@@ -4,14 +4,12 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from quantempo.bench.candidates import Candidate, Forward, Subject
@@ -20,6 +18,7 @@ from quantempo.bench.turns import Timer, reason_of, take_turns, time_limit
 from quantempo.errors import QuantempoError, log
 from quantempo.evaluation.fidelity import prediction, sqnr_db
 from quantempo.models.presets import ddim_loop
+from quantempo.quantized.attention import marked_attention
 
 __all__ = ["Ready", "clear", "compare", "images_per_second", "prepare"]
 
@@ -82,9 +81,10 @@ def prepare(
         # What the compiler thinks of diffusers' code is not our user's concern.
         warnings.simplefilter("ignore")
         inputs = candidate.inputs(subject)
-        # Ours is called once there, eagerly.
-        with _Attentions() if candidate.kind == "ours" else nullcontext() as seen:
-            forward = candidate.build(subject)
+        forward = candidate.build(subject)
+        # Ours was called once there, eagerly.
+        own = marked_attention(forward) if candidate.kind == "ours" else {}
+        attentions = sum(known.ran for known in own.values())
         # Compiles, and chooses algorithms, whose buffers are gone afterwards.
         forward(**inputs)
         gc.collect()
@@ -100,18 +100,7 @@ def prepare(
     seconds = time.perf_counter() - start
     log.debug("bench: %s ready in %.1f s, %.1f dB", candidate.name, seconds, quality)
     engine = candidate.engine or subject.engine
-    count = 0 if seen is None else seen.count
-    return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak, count)
-
-
-class _Attentions(TorchDispatchMode):
-    """Count the calls of `ops.attention8`."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.quantempo.attention8.default
-        return func(*args, **(kwargs or {}))
+    return Ready(candidate, engine, forward, inputs, ms, seconds, quality, peak, attentions)
 
 
 def _judge(candidate: Candidate, output: Tensor, wanted: Tensor) -> float:
