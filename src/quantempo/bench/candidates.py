@@ -5,6 +5,7 @@ same inputs; each owns its copy of the weights, so that its memory can be told f
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -145,6 +146,7 @@ def _compiled(net: nn.Module, fullgraph: bool = False, **options: Any) -> Forwar
     if not options.get("triton.cudagraphs"):
         return forward
 
+    @functools.wraps(forward, updated=())
     def step(**inputs: Any) -> Any:
         # Its own graphs may overwrite the output of the call before.
         torch.compiler.cudagraph_mark_step_begin()

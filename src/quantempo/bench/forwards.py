@@ -1,6 +1,7 @@
 """Build, check and time the candidates of one network at one batch size."""
 
 import gc
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ def prepare(
         inputs = candidate.inputs(subject)
         forward = candidate.build(subject)
         # Ours was called once there, eagerly.
-        own = marked_attention(forward) if candidate.kind == "ours" else {}
+        net: Any = inspect.unwrap(forward)
+        own = marked_attention(net) if candidate.kind == "ours" else {}
         attentions = sum(known.ran for known in own.values())
         # Compiles, and chooses algorithms, whose buffers are gone afterwards.
         forward(**inputs)
