@@ -62,16 +62,20 @@ def same(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("source, name", CASES, indirect=["source"])
 def test_the_same_bytes_also_after_a_kill_in_a_block(
-    source: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    source: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     folder, call = source
+    caplog.set_level("INFO", "quantempo")
 
     def opened(run: str, memory: int) -> Session:
         return load(folder, tmp_path / run, RECIPES[name], call=call, memory=memory)
 
     finish(whole := opened("whole", 2**40))
     assert not any(isinstance(p, Paged) for p in whole.denoiser.parameters())
+    assert "read from its files" not in caplog.text
     paged, before = opened("paged", 1), _Job.round
+    assert "more than --memory 0.0: read from its files, slower" in caplog.text
     assert any(isinstance(p, Paged) for p in paged.denoiser.parameters())
 
     def killed(job: _Job, block: Block) -> Any:

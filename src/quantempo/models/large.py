@@ -44,10 +44,13 @@ def paged_denoisers(
         if name not in DENOISERS or entry[0] != "diffusers" or not files.get(name):
             continue
         tensors = {k: v for file in files[name] for k, v in paged_tensors(file).items()}
-        if sum(value.numel() for value in tensors.values()) * dtype.itemsize > memory:
+        size = sum(value.numel() for value in tensors.values()) * dtype.itemsize
+        if size > memory:
             network = _empty(folder / name, entry[1], dtype)
             if network is not None and _fill(network, tensors, dtype):
                 found[name] = network
+                text = "%s takes %.1f GB, more than --memory %.1f: read from its files, slower"
+                log.info(text, name, size / 1e9, memory / 1e9)
                 # Give back what is freed at once: holes between small blocks would add up.
                 with suppress(AttributeError, OSError):
                     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
