@@ -357,7 +357,7 @@ def test_scheduler_step_is_wrapped_in_one_place() -> None:
         for node in ast.walk(tree_of(path)):
             targets = node.targets if isinstance(node, ast.Assign) else []
             setters = isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "replaced",
+                "patch.object",
                 "setattr",
             )
             named = [ast.unparse(given) for given in node.args] if setters else []

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from torch import nn
@@ -30,7 +31,6 @@ from quantempo.evaluation.scores import frechet_distance, spread_over_parts
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
 from quantempo.models.sampling import run_pipeline
-from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.cache import ARTEFACTS, BESIDE
 from quantempo.pipeline.quality import open_model, summary
@@ -124,7 +124,7 @@ class _Bench:
         name, own = denoiser_of(pipe)
         self.engine = "simulated" if network is not None else attached(own) or "float"
         seeds = range(first, first + count)
-        with process_state(s.tf32), replaced(pipe, name, network or own):
+        with process_state(s.tf32), patch.object(pipe, name, network or own):
             return run_pipeline(pipe, seeds, steps=s.steps, batch_size=s.batch_size, **s.call)
 
     def float_images(self, first: int, count: int) -> np.ndarray:

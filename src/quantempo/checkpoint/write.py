@@ -12,7 +12,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from quantempo.core.paged import save_tensors
 from quantempo.errors import QuantempoError
-from quantempo.models.scheduler_step import replaced
 
 __all__ = ["save_network", "save_pipeline"]
 
@@ -49,7 +48,7 @@ def save_pipeline(
     savers = {**copies, **{name: partial(save_network, part) for name, part in networks.items()}}
     with ExitStack() as stack:
         for name, network in networks.items():
-            stack.enter_context(replaced(pipe, name, network))
+            stack.enter_context(patch.object(pipe, name, network))
         for name, save in savers.items():
             # The scheduler may be another one; a tokenizer remembers how it was called last.
             part = getattr(pipe, name, None)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from quantempo.errors import QuantempoError, log
 from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
-from quantempo.models.scheduler_step import replaced
 from quantempo.pipeline.session import Session
 from quantempo.pipeline.stages import calibrate, trace
 from quantempo.recipe import Recipe, parse_bits
@@ -136,7 +136,7 @@ def _measure(
             name = row["name"]
             layer = OneLayer(session.denoiser, stats, plans[name], recipe, times)
             for option in todo:
-                with replaced(session.pipe, session.component, layer.at(*bits[option])):
+                with patch.object(session.pipe, session.component, layer.at(*bits[option])):
                     loss = float((rollout() - target).square().mean())
                 if not math.isfinite(loss):
                     raise QuantempoError(

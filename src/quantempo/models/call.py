@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from traceback import walk_tb
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
-from quantempo.models.scheduler_step import generators, replaced, scheduler_noise
+from quantempo.models.scheduler_step import generators, scheduler_noise
 from quantempo.registry import check_known
 
 __all__ = [
@@ -284,5 +285,5 @@ def _quiet(pipe: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for part in (pipe, *parts):
             quiet = {**vars(part).get("_progress_bar_config", {}), "disable": True}
-            stack.enter_context(replaced(part, "_progress_bar_config", quiet))
+            stack.enter_context(patch.object(part, "_progress_bar_config", quiet, create=True))
         yield

@@ -1,16 +1,17 @@
-"""One generator an image; replace an attribute for a while: the step of a scheduler."""
+"""One generator an image; wrap the step of a scheduler for a while."""
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from torch import Generator
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["generators", "replaced", "scheduler_noise", "wrapped_step"]
+__all__ = ["generators", "scheduler_noise", "wrapped_step"]
 
 
 def generators(seeds: Sequence[int]) -> list[Generator]:
@@ -24,20 +25,6 @@ def generators(seeds: Sequence[int]) -> list[Generator]:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute for a while; then that of its class shows again, if any."""
-    own, before = name in vars(owner), getattr(owner, name, None)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-
-@contextmanager
 def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
     """Let `scheduler.step(...)` call `around(step, ...)` for a while."""
     step = scheduler.step
@@ -47,7 +34,7 @@ def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return around(step, *args, **kwargs)
 
-    with replaced(scheduler, "step", wrapped):
+    with patch.object(scheduler, "step", wrapped):
         yield
 
 

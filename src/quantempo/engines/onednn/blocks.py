@@ -206,56 +206,41 @@ class _Attention(_Block):
         return results
 
 
+@BLOCKS.build(fusion_unet.DownsampleParts)
+@BLOCKS.build(fusion_unet.UpsampleParts)
 class _Sampler(_Block):
-    """Quantize into a border of zero points, then one convolution without padding."""
+    """Quantize into a border of zero points, then one convolution without padding.
+
+    Upsampling repeats codes, not floats: a quarter of the work, a sixteenth of the memory.
+    """
 
     def __init__(self, parts: Any, network: Network) -> None:
         super().__init__(parts, network)
         self.conv, self.clock = FoldedLayer(parts.conv, bordered=True), parts.conv.clock
-
-
-@BLOCKS.build(fusion_unet.DownsampleParts)
-class _Downsample(_Sampler):
-    def _run(self, bucket: int, x: Tensor) -> Tensor:
-        codes = _library().quantize(x, *self.conv.grid(bucket), border=self.parts.border)
-        return self.conv(codes, bucket, x.dtype)
-
-
-@BLOCKS.build(fusion_unet.UpsampleParts)
-class _Upsample(_Sampler):
-    """Repeat the codes, not the floats (a quarter of the work, a sixteenth of the memory)."""
+        up = isinstance(parts, fusion_unet.UpsampleParts)
+        self.border, self.repeat = ((1, 1, 1, 1), 2) if up else (parts.border, 1)
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         grid = self.conv.grid(bucket)
-        codes = _library().quantize(x, *grid, border=(1, 1, 1, 1), repeat=2)
+        codes = _library().quantize(x, *grid, border=self.border, repeat=self.repeat)
         return self.conv(codes, bucket, x.dtype)
-
-
-class _Stem:
-    """The first convolution, in float, writing channels_last."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv = conv
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return last(type(self.conv).forward(self.conv, last(x)))
-
-
-class _Head:
-    """The last GroupNorm and SiLU in one pass, float32 out; the activation becomes a no-op."""
-
-    def __init__(self, parts: fusion_unet.HeadParts) -> None:
-        self.parts, self.norm = parts, _norm(parts.norm)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return F.silu(type(self.parts.norm).forward(self.parts.norm, x))
-        y, _ = _library().group_norm([Part(last(x))], self.norm, silu=True, grid=None)
-        return y.to(self.parts.out.weight.dtype)
 
 
 @BLOCKS.build(fusion_unet.HeadParts)
 def _ends(
     head: fusion_unet.HeadParts, network: Network
 ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    return [(head.stem, _Stem(head.stem)), (head.norm, _Head(head)), (head.activation, same)]
+    affine = _norm(head.norm)
+
+    def stem(x: Tensor) -> Tensor:
+        """Run the first convolution in float, writing channels_last."""
+        return last(type(head.stem).forward(head.stem, last(x)))
+
+    def norm(x: Tensor) -> Tensor:
+        """Run the last GroupNorm and SiLU in one pass, float32 out."""
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return F.silu(type(head.norm).forward(head.norm, x))
+        y, _ = _library().group_norm([Part(last(x))], affine, silu=True, grid=None)
+        return y.to(head.out.weight.dtype)
+
+    return [(head.stem, stem), (head.norm, norm), (head.activation, same)]
