@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     reason=str(onednn.missing() or fused.missing()),
 )
 # CPUs with AVX-512 and VNNI: those whose order of weights is known.
-KNOWN = bool(onednn._capabilities().get("avx512_vnni"))
+KNOWN = onednn.has("avx512_vnni")
 
 LAYERS = [
     (17, 5, 3),

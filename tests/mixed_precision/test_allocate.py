@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from quantempo.core import weight_format
 from quantempo.errors import QuantempoError
-from quantempo.mixed_precision.allocate import allocate, weight_bytes
+from quantempo.mixed_precision.allocate import allocate
 from quantempo.quantized import QConv2d, QLinear, StepClock
 
 seeds = pytest.mark.parametrize("seed", range(8))
@@ -143,5 +144,6 @@ def test_bytes_are_those_of_the_stored_buffers(bits: int, group: int) -> None:
         copied = kind.like(layer, clock, (), 1, weight_bits=bits, group=group)
         names = ("weight_int", "weight_group", "weight_scale")
         stored = [copied.get_buffer(name) for name in names if name in copied.state_dict()]
-        assert weight_bytes(layer.weight.shape, bits, group) == sum(t.nbytes for t in stored)
+        wanted = weight_format(bits, group).nbytes(layer.weight.shape)
+        assert wanted == sum(value.nbytes for value in stored)
         assert len(stored) == 2 + (group > 0 and bits <= 4)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantempo import mixed_precision as sensitivity
+from quantempo.core import weight_format
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
 from quantempo.mixed_precision import losses as losses_module
-from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.models.load import load_pipeline
 from quantempo.models.sampling import call_pipeline, swap_scheduler
@@ -207,7 +207,7 @@ def test_what_cannot_be_measured(run: Path, tmp_path: Path) -> None:
 
 def test_a_choice_is_packed_and_its_bytes_are_those_of_the_file(run: Path) -> None:
     shapes = [row["weight_shape"] for row in table(run)["layers"]]
-    low, high = (sum(weight_bytes(shape, bits, 16) for shape in shapes) for bits in (3, 8))
+    low, high = (sum(weight_format(bits, 16).nbytes(shape) for shape in shapes) for bits in (3, 8))
     session, budget = load(run), (low + high) // 2
     assert {plan.weight_bits for plan in session.plans} == {8}
     choice = sensitivity.choose_bits(session, budget_bytes=budget, options=OPTIONS, **SHORT)
@@ -240,7 +240,7 @@ def test_both_budgets_hold(run: Path) -> None:
     rows = table(run)["layers"]
     macs = sum(row["macs"] for row in rows)
     budgets = {
-        "budget_bytes": sum(weight_bytes(row["weight_shape"], 8) for row in rows) * 9 // 10,
+        "budget_bytes": sum(weight_format(8).nbytes(row["weight_shape"]) for row in rows) * 9 // 10,
         "budget_bops": macs * 45,
     }
     options = [*OPTIONS, "w3a3"]
@@ -284,7 +284,7 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
     assert cli("sensitivity", "--run", run, "--options", "w4a8,w8a8", *short)[0] == 0
     layers = table(run)["layers"]
     assert all(set(row["losses"]) == {"w4a8", "w8a8"} for row in layers)
-    budget = sum(weight_bytes(row["weight_shape"], 4, 16) for row in layers) * 4 // 3
+    budget = sum(weight_format(4, 16).nbytes(row["weight_shape"]) for row in layers) * 4 // 3
     code, _, err = cli(*command, "--budget-bytes", budget)
     assert code == 0, err
     choice = table(run)["choice"]
@@ -307,7 +307,7 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
 def test_a_choice_that_is_refused_leaves_the_run_as_it_was(run: Path) -> None:
     pipeline.finish(load(run))
     before = {name: (run / name).read_bytes() for name in ("manifest.json", "sensitivity.json")}
-    least = sum(weight_bytes(row["weight_shape"], 3, 16) for row in table(run)["layers"])
+    least = sum(weight_format(3, 16).nbytes(row["weight_shape"]) for row in table(run)["layers"])
     with pytest.raises(QuantempoError, match="made with other settings"):
         sensitivity.choose_bits(load(run), budget_bytes=least, options=OPTIONS)
     assert before == {name: (run / name).read_bytes() for name in before}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import Site, hooked, sites
+from quantempo.pipeline.quantize import check_recipe
 from quantempo.quantized import LayerPlan, plan_layers
 from quantempo.recipe import LayerSettings, Recipe
 from tests.engines.one_by_one import tiny
@@ -186,6 +187,13 @@ def test_layers_no_kernel_takes_stay_in_float() -> None:
     wanted = ("padding", "padding", "depthwise", "ConvTranspose2d", "Conv1d")
     for plan, word in zip(plans, wanted, strict=False):
         assert word in (plan.reason or "")
+
+
+def test_bits_may_name_a_layer_of_another_network_of_the_pipeline() -> None:
+    recipe = Recipe(layers=LayerSettings(bits={"only_here*": "w4a8"}))
+    with pytest.raises(QuantempoError, match="matches no layer"):
+        check_recipe(recipe, tiny_unet())
+    check_recipe(recipe, tiny_unet(), nn.ModuleDict({"only_here": nn.Linear(2, 2)}))
 
 
 def test_an_unknown_role_is_refused_with_the_known_ones() -> None:

@@ -1,5 +1,7 @@
 """Layers are replaced in place, under their names, on any device; the clock is set by a hook."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,17 @@ def test_training_mode_is_kept() -> None:
     unet = tiny_unet().train()
     swap_layers(unet, PLANS, install_clock(unet, TABLE))
     assert all(module.training for module in unet.modules() if module is not find_clock(unet))
+
+
+def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    unet = tiny_unet()
+    swap_layers(copy.deepcopy(unet), PLANS, StepClock(TABLE))
+    assert not caplog.records
+    unet.get_submodule("conv_in").register_forward_hook(print)
+    unet.get_submodule("mid_block.attentions.0.to_q").register_forward_pre_hook(print)
+    swap_layers(unet, PLANS, StepClock(TABLE))
+    (said,) = caplog.messages
+    assert "1 layers lose hooks" in said and "mid_block.attentions.0.to_q" in said
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from quantempo.core import weight_format
 from quantempo.errors import QuantempoError
 
-__all__ = ["Allocation", "allocate", "weight_bytes"]
+__all__ = ["Allocation", "allocate"]
 
 # Mixtures of two budgets that are tried; each is a sweep over all prices.
 _MIXTURES = 65
@@ -27,11 +26,6 @@ class Allocation(NamedTuple):
     choice: np.ndarray
     loss: float
     bound: float
-
-
-def weight_bytes(shape: Sequence[int], bits: int, group: int = 0) -> int:
-    """Return the bytes of an integer weight as stored: codes, groups, float32 scales."""
-    return weight_format(bits, group).nbytes(shape)
 
 
 def allocate(

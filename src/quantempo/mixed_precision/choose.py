@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from quantempo.core import weight_format
 from quantempo.errors import QuantempoError, log
-from quantempo.mixed_precision.allocate import Allocation, allocate, weight_bytes
+from quantempo.mixed_precision.allocate import Allocation, allocate
 from quantempo.mixed_precision.losses import (
     ARTEFACT,
     OPTIONS,
@@ -37,7 +38,7 @@ def choose_bits(
     which is returned, stands in `sensitivity.json`. To be called before `pipeline.finish`.
 
     Args:
-        budget_bytes: of the integer weights as stored, see `weight_bytes`; what does not depend on
+        budget_bytes: of the integer weights as stored, see `Format.nbytes`; what does not depend on
             the choice (biases, activation scales, layers in float) is not counted.
         budget_bops: MACs * weight bits * activation bits of the integer layers, of one image and
             step.
@@ -93,9 +94,9 @@ def _choice(
 def _costs(table: dict[str, Any], options: Sequence[str]) -> dict[str, list[list[int]]]:
     """Return budget -> (L, O) what each layer takes of it at each option."""
     rows, pairs = table["layers"], [parse_bits(option, "options") for option in options]
-    group = table["group"]
+    stored = [weight_format(w, table["group"]) for w, _ in pairs]
     return {
-        "bytes": [[weight_bytes(row["weight_shape"], w, group) for w, _ in pairs] for row in rows],
+        "bytes": [[spec.nbytes(row["weight_shape"]) for spec in stored] for row in rows],
         # As in UNIQ, Baskin et al. 2018: nominal, the kernels multiply bytes whatever the bits.
         "bops": [[row["macs"] * w * a for w, a in pairs] for row in rows],
     }

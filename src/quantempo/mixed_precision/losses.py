@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet
+from quantempo.core import weight_format
 from quantempo.errors import QuantempoError, log
-from quantempo.mixed_precision.allocate import weight_bytes
 from quantempo.mixed_precision.rollout import OneLayer, last_latent
 from quantempo.models.macs import count_macs
 from quantempo.pipeline.session import Session
@@ -158,12 +158,12 @@ def _measure(
 
 def table_rows(table: dict[str, Any], options: Sequence[str]) -> list[dict[str, Any]]:
     """Return the layers of a table, the largest loss first, with bytes for each weight width."""
-    group = table["group"]
     widths = sorted({parse_bits(option, "options")[0] for option in options})
+    stored = {f"w{bits}": weight_format(bits, table["group"]) for bits in widths}
     rows = [
         {
             **{key: row[key] for key in ("name", "role", "macs")},
-            "bytes": {f"w{b}": weight_bytes(row["weight_shape"], b, group) for b in widths},
+            "bytes": {name: spec.nbytes(row["weight_shape"]) for name, spec in stored.items()},
             "losses": {option: row["losses"][option] for option in options},
         }
         for row in table["layers"]

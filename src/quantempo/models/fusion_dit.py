@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.models.fusion import Parts, Rows, drops, matches, no
-from quantempo.models.fusion_joint import NOT_MLP, StreamParts, are_bare, is_mlp, softmax_v
+from quantempo.models.fusion_joint import NOT_MLP, StreamParts, are_bare, softmax_v
 from quantempo.models.fusion_transformer import (
     MODULATED,
     TokenAttentionParts,
+    activation_of,
     heads_of,
     token_attention,
 )
@@ -137,7 +138,7 @@ def _wan(block: Any) -> tuple[Any, ...] | str:
         (are_bare(b.norm1, b.norm3, kind=FP32LayerNorm), _NORM),
         (middle is None or type(middle) is FP32LayerNorm, _NORM),
         (all(type(norm) is nn.RMSNorm for norm in norms), _NORM),
-        (is_mlp(b.ffn), NOT_MLP),
+        (activation_of(b.ffn) == "gelu_tanh", NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:
@@ -165,7 +166,7 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
         (not b.only_cross_attention, "its first attention reads the context"),
         (not zero or type(b.norm1) is AdaLayerNormZero, _NORM),
         (are_bare(norm1, norm2), _NORM),
-        (is_mlp(b.ff), NOT_MLP),
+        (activation_of(b.ff) == "gelu_tanh", NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:

@@ -168,11 +168,6 @@ def by_default(attention: Any) -> bool:
     return own == [None, None] and active == dispatch.AttentionBackendName.NATIVE
 
 
-def is_mlp(layer: Any) -> bool:
-    """Return whether a layer is linear, GELU by tanh, linear, with no more than dropout."""
-    return activation_of(layer) == "gelu_tanh"
-
-
 def are_bare(*norms: Any, kind: type[nn.Module] = nn.LayerNorm) -> bool:
     """Return whether all are LayerNorms without weights."""
     return all(type(norm) is kind and norm.weight is norm.bias is None for norm in norms)
@@ -206,7 +201,7 @@ def _streams(block: Any, first: Any, every: Any, rest: Any) -> tuple[Any, ...] |
     reason = no(
         (are_bare(*bare), _NORM),
         (all(type(n) in _RMS and getattr(n, "bias", None) is None for n in heads), _NORM),
-        (all(is_mlp(ff) for _, ff in rest[ends:]), NOT_MLP),
+        (all(activation_of(ff) == "gelu_tanh" for _, ff in rest[ends:]), NOT_MLP),
         (not drops(block), "its dropout is active"),
     )
     if reason is not None:

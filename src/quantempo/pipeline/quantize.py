@@ -124,8 +124,8 @@ class Quantized:
         fill(layer, self.codes[name], *scales, chosen.weight_group)
 
 
-def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
-    """Raise QuantempoError for a quantized denoiser, and for names in a recipe that nothing has."""
+def check_recipe(recipe: Recipe, denoiser: nn.Module, *others: nn.Module) -> None:
+    """Raise QuantempoError for a quantized denoiser, and for names that it and others lack."""
     if find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     make_metric(recipe.activations.metric, recipe.activations.p)
@@ -139,7 +139,7 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
     if ROUNDINGS.get(recipe.rounding.name).needs == "block":
         check_start(recipe.rounding)
     check_roles(recipe.layers.float_roles)
-    check_bits(sites(denoiser), recipe)
+    check_bits([site for part in (denoiser, *others) for site in sites(part)], recipe)
 
 
 def plan(

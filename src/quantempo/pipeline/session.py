@@ -174,7 +174,7 @@ def load(
     if only and only not in (known := denoisers_of(session.pipe)):
         raise QuantempoError(f"got only '{only}'; this pipeline denoises with: {', '.join(known)}")
     for part in session.parts:
-        check_recipe(recipe, part.denoiser)
+        check_recipe(recipe, part.denoiser, *denoisers_of(session.pipe).values())
         check_finite(part.denoiser)
     check_arguments(session.pipe, call)
     for part in session.parts:

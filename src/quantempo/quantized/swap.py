@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core.instance import keep
-from quantempo.errors import QuantempoError
+from quantempo.core.instance import keep, touched
+from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import LAYERS, ROLES, Site, check_roles, clock_time, timestep_place
 from quantempo.quantized.clock import CLOCK_NAME, StepClock, Times
 from quantempo.quantized.layers import Float16Linear, QConv2d, QLayer, QLinear, QPatches
@@ -153,10 +153,12 @@ def swap_layers(
 ) -> None:  # fmt: skip
     """Put an empty quantized copy, uninitialised until filled, in the place of every planned layer.
 
-    fill: called with the name, the new and the old layer before the next one is made.
+    fill: called with the name, the new and the old layer before the next one is made. Hooks and
+    forwards that others have set on a layer go with it, which is said.
 
     Raises QuantempoError: a plan names a layer the model does not have, or one of another type.
     """
+    lost = []
     for plan in plans:
         if plan.kind == "float":
             continue
@@ -172,6 +174,8 @@ def swap_layers(
                 f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected a convolution "
                 "or Linear"
             )
+        if touched(layer):
+            lost.append(plan.name)
         empty: nn.Module
         if plan.kind in _STORED and isinstance(layer, nn.Linear):
             empty = _STORED[plan.kind](layer)
@@ -183,6 +187,9 @@ def swap_layers(
         denoiser.set_submodule(plan.name, empty.train(layer.training))
         if fill is not None:
             fill(plan.name, empty, layer)
+    if lost:
+        text = "%d layers lose hooks or forwards that others have set on them, the first is '%s'"
+        log.warning(f"{text}; set them on the quantized network", len(lost), lost[0])
     keep(denoiser, PADDED, odd_padding(denoiser))
     # Where diffusers asks for the type of a network, these weights do not answer.
     exact = [p.name for p in plans if p.kind == "float16"]

@@ -134,12 +134,9 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         weight = torch.ones_like(x)
     shape = torch.broadcast_shapes(x.shape[:-1], x_hat.shape[:-1], weight.shape[:-1])
-    if x.ndim == 1 and x_hat.ndim == 2:
+    if x.ndim == 1 and x_hat.ndim == 2 and weight.ndim == 3 and weight.shape[1] == 1:
         # All grids at once; below, one after the other.
-        if weight.ndim == 1:
-            return _kl_rows(x, x_hat, weight[None])[0]
-        if weight.ndim == 3 and weight.shape[1] == 1:
-            return _kl_rows(x, x_hat, weight[:, 0])
+        return _kl_rows(x, x_hat, weight[:, 0])
     rows = [v.expand(*shape, v.shape[-1]).reshape(-1, v.shape[-1]) for v in (x, x_hat, weight)]
     each = [_kl_rows(a, b[None], w[None])[0, 0] for a, b, w in zip(*rows, strict=True)]
     return torch.stack(each).reshape(shape)

@@ -218,7 +218,8 @@ class _Sampler(_Block):
         super().__init__(parts, network)
         self.conv, self.clock = FoldedLayer(parts.conv, bordered=True), parts.conv.clock
         up = isinstance(parts, fusion_unet.UpsampleParts)
-        self.border, self.repeat = ((1, 1, 1, 1), 2) if up else (parts.border, 1)
+        self.border = (1, 1, 1, 1) if up else parts.border
+        self.repeat = 2 if up else 1
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         grid = self.conv.grid(bucket)

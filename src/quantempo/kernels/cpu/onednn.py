@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quantempo.kernels.cpu import packed
 from quantempo.kernels.cpu.packed import Packed
 
-__all__ = ["Int8Conv2d", "Int8Linear", "missing", "native_bfloat16", "quantize"]
+__all__ = ["Int8Conv2d", "Int8Linear", "has", "missing", "native_bfloat16", "quantize"]
 
 log = logging.getLogger("quantempo")
 
@@ -132,15 +132,14 @@ class Int8Linear:
         )  # fmt: skip
 
 
-def _capabilities() -> dict[str, Any]:
-    """Return what the CPU can do, or nothing where torch does not say."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+def has(*names: str) -> bool:
+    """Return whether the CPU has one of these sets of instructions."""
+    return any(map(torch.cpu.get_capabilities().get, names))
 
 
 def native_bfloat16() -> bool:
     """Return whether the CPU multiplies bfloat16; others emulate it, slower than float32."""
-    capabilities = _capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return has("avx512_bf16", "amx_bf16")
 
 
 @functools.cache
@@ -155,9 +154,7 @@ def missing() -> str | None:
         return f"torch {torch.__version__} no longer has the int8 oneDNN operators it relies on"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"its int8 kernels are made for x86-64, this is {platform.machine()}"
-    capabilities = _capabilities()
-    vnni = ("avx512_vnni", "avx_vnni")
-    if capabilities and not any(capabilities.get(name) for name in vnni):
+    if not has("avx512_vnni", "avx_vnni"):
         return (
             "this CPU has no VNNI instructions, so sums of 8-bit products would saturate; "
             "use the simulated or the openvino engine"
