@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from quantempo.calibration.sources import SOURCES, replace_rows
 from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import trace
 from quantempo.errors import QuantempoError
+from quantempo.models.layers import denoiser_of
 from quantempo.models.sampling import swap_scheduler
 from quantempo.pipeline import stages as pipeline
 from tests.packed import recipe, saved
-from tests.tiny import tiny_text, tiny_unconditional
+from tests.tiny import tiny_dit, tiny_flux, tiny_text, tiny_unconditional
 
 PLAN: dict[str, Any] = {"steps": 6, "chains": 5, "picks": 3, "seed": 70, "batch_size": 2}
 PLAN["time_sampler"] = make_time_sampler("uniform")
@@ -182,10 +184,38 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, changes, me
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("source", ["raw", "mimic"])
-def test_latents_are_no_images(tmp_path: Path, source: str) -> None:
-    with pytest.raises(QuantempoError, match="StableDiffusionPipeline denoises latents"):
-        run(tmp_path / "t", tiny_text(), source=source, images=pictures(), call={"prompt": "a"})
+def test_images_go_through_the_vae_and_the_network_does_not_run(tmp_path: Path) -> None:
+    """x_t less its noise, which the source of that name has alone, is the latents of a picture."""
+    flow, call = tiny_flux(4)
+    cases = (tiny_text(), {"prompt": ["a", "b"]}), (flow, call), (tiny_dit(), {"class_labels": [3]})
+    for number, (pipe, given) in enumerate(cases):
+        denoiser = denoiser_of(pipe)[1]
+        seen, images = [], pictures(9, call["height"])
+        pipe.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+        denoiser.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        found = {}
+        with patch.object(denoiser, "forward", Mock(wraps=denoiser.forward)) as forward:
+            for source in ("noise", "mimic"):
+                folder = tmp_path / f"{number}-{source}"
+                more = {"source": source, "images": images, "call": given}
+                found[source] = trace(pipe, denoiser, folder, **{**PLAN, **more})
+            # Twice for the probe, and at most once a batch of five chains by two.
+            assert forward.call_count <= 2 * (2 + 3) < len(seen)
+        t = found["mimic"].timesteps.view(-1, *[1] * (x_t(found["mimic"]).ndim - 1)).double()
+        noise, signal = t, 1 - t
+        if pipe is not flow:
+            abar = pipe.scheduler.alphas_cumprod.double()[t.long()]
+            noise, signal = (1 - abar).sqrt(), abar.sqrt()
+        left = x_t(found["mimic"]).double() - noise * x_t(found["noise"])
+        given = torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1
+        with torch.no_grad():
+            latents = (pipe.vae.encode(given).latent_dist.mode() - 0.25) * 0.5
+        if pipe is flow:
+            latents = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
+            latents = latents.flatten(3).flatten(1, 2)
+        away = (left[:, None] - signal[:, None] * latents).flatten(2).abs().amax(2).amin(1)
+        # Some float32 roundings of numbers up to 5.
+        assert float(away.max()) < 1e-5 and float(signal.min()) < 0.5
 
 
 def test_mimic_needs_a_schedule(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ from quantempo.models.layers import bind_inputs
 from quantempo.models.sampling import call_pipeline
 from quantempo.quantized import Times
 
-__all__ = ["NeverCalledError", "Recorder", "probe"]
+__all__ = ["NeverCalledError", "Recorder", "answered", "probe"]
 
 
 class NeverCalledError(QuantempoError):
@@ -27,6 +28,26 @@ class NeverCalledError(QuantempoError):
 
     def __init__(self) -> None:
         super().__init__("the pipeline never called the denoiser; pass the one it denoises with")
+
+
+@contextmanager
+def answered(
+    denoiser: nn.Module, see: Callable[[Any], None] = lambda inputs: None
+) -> Iterator[None]:
+    """Run the network at its first call of so many rows only; others get that output again."""
+    outputs, forward = dict[int, Any](), denoiser.forward
+
+    # `wraps` keeps the signature, which pipelines inspect.
+    @functools.wraps(forward)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        inputs = bind_inputs(denoiser, args, kwargs)
+        see(inputs)
+        if len(inputs.sample) not in outputs:
+            outputs[len(inputs.sample)] = forward(*args, **kwargs)
+        return copy.deepcopy(outputs[len(inputs.sample)])
+
+    with patch.object(denoiser, "forward", answer):
+        yield
 
 
 def probe(
@@ -39,26 +60,19 @@ def probe(
 
     Raises QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
-    runs, forward, times = [], denoiser.forward, list[Tensor]()
+    runs, times = [], list[Tensor]()
     count, law = len(places), Law()
     for asked in (list(places), [*places, places[0]]):
         found: dict[str, TraceBatch] = {}
-        outputs: dict[int, Any] = {}
 
-        # `wraps` keeps the signature, which pipelines inspect.
-        @functools.wraps(forward)
-        def answer(*args: Any, found: Any = found, outputs: Any = outputs, **kwargs: Any) -> Any:
-            inputs = bind_inputs(denoiser, args, kwargs)
+        def see(inputs: Any, found: dict[str, TraceBatch] = found) -> None:
             kept = pytree.tree_map_only(Tensor, Tensor.clone, TraceBatch(*inputs[:3]))
             times.append(kept.t.cpu())
             law.update({LISTED: None} if inputs.listed else {})
             found.setdefault(str(pytree.tree_structure(kept)), kept)
-            if len(kept.x_t) not in outputs:
-                outputs[len(kept.x_t)] = forward(*args, **kwargs)
-            return copy.deepcopy(outputs[len(kept.x_t)])
 
         how: dict[str, Any] = {"steps": steps, "output_type": "latent", "places": asked}
-        with patch.object(denoiser, "forward", answer):
+        with answered(denoiser, see):
             call_pipeline(pipe, range(seed, seed + len(asked)), **how, **call)
         runs.append(list(found.values()))
     if not runs[0]:

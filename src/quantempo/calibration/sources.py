@@ -3,11 +3,13 @@
 A source replaces x_t of recorded rows before `trace` writes them; all else stays as it was.
 
     trajectory  x_t as the network received it
-    mimic       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the input of training
+    mimic       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the input of training;
+                of a flow (1 - sigma_t) x_0 + sigma_t eps
     raw         x_t = x_0 whatever t
     noise       x_t = eps whatever t
 
-x_0 is an image of a data set in [-1, 1], eps ~ N(0, I). Source: PTQ4DM, eq. 4 and table 2.
+x_0 is an image of a data set in [-1, 1], or its latents; eps ~ N(0, I). For all but the trajectory
+the network need not run, but once a batch. Source: PTQ4DM, eq. 4 and table 2.
 """
 
 import hashlib
@@ -19,50 +21,53 @@ import torch
 from torch import Generator, Tensor, nn
 
 from quantempo.errors import QuantempoError
+from quantempo.models.latents import is_flow
 from quantempo.registry import Registry
 
 __all__ = ["SOURCES", "Source", "check_source", "image_digest", "replace_rows"]
 
 SOURCES: Registry["Source"] = Registry("source of x_t")
 _OWN = 0x1A7E_5EED
-# Parts of a pipeline that make x_t something else than an image.
-_AUTOENCODERS = ("vae", "vqvae", "movq")
+# Parts of a pipeline that make x_t something else than an image, or what `latents_of` returns.
+_AUTOENCODERS = ("vqvae", "movq")
 
 
 class Source(NamedTuple):
     """Say how x_t is made.
 
-    make: (x_0 (n, ...), eps (n, ...), abar (n, 1, ...)) -> x_t (n, ...), all float32, or None to
-    keep what was received; needs_images: reads x_0; needs_schedule: reads abar.
+    make: (x_0 (n, ...), eps (n, ...), signal (n, 1, ...), noise (n, 1, ...)) -> x_t (n, ...), all
+    float32, or None to keep what was received; needs_images: reads x_0; needs_schedule: reads the
+    factors of signal and noise.
     """
 
-    make: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    make: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
     needs_images: bool = False
     needs_schedule: bool = False
 
 
 SOURCES.register("trajectory")(Source(None))
 SOURCES.register("mimic")(
-    Source(lambda x_0, eps, abar: abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, True, True)
+    Source(lambda x_0, eps, signal, noise: signal * x_0 + noise * eps, True, True)
 )
-SOURCES.register("raw")(Source(lambda x_0, eps, abar: x_0, needs_images=True))
-SOURCES.register("noise")(Source(lambda x_0, eps, abar: eps))
+SOURCES.register("raw")(Source(lambda x_0, eps, signal, noise: x_0, needs_images=True))
+SOURCES.register("noise")(Source(lambda x_0, eps, signal, noise: eps))
 
 
 def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
     """Raise QuantempoError where a source does not fit the pipeline, scheduler or images."""
     chosen = SOURCES.get(source)
-    if chosen.needs_schedule and getattr(pipe.scheduler, "alphas_cumprod", None) is None:
+    known = getattr(pipe.scheduler, "alphas_cumprod", None) is not None
+    if chosen.needs_schedule and not (known or is_flow(pipe.scheduler)):
         raise QuantempoError(
             f"source '{source}' needs abar_t, which {type(pipe.scheduler).__name__} does not "
-            "have; expected a noise-predicting model with a DDPM schedule"
+            "have; expected a model with a DDPM schedule, or a flow"
         )
     if not chosen.needs_images:
         return
     if any(getattr(pipe, name, None) is not None for name in _AUTOENCODERS):
         raise QuantempoError(
             f"source '{source}' puts images in place of x_t, but {type(pipe).__name__} denoises "
-            "latents; use source 'trajectory' or 'noise'"
+            "what no VAE makes of them; use source 'trajectory' or 'noise'"
         )
     if images is None:
         raise QuantempoError(f"source '{source}' needs images; pass a folder of them (--data)")
@@ -72,16 +77,15 @@ def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray
         )
     config = getattr(denoiser, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-    if size is not None and channels is not None:
+    if getattr(pipe, "vae", None) is None and size is not None and channels is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        _check_shape(images, (channels, height, width))
+        _check_shape((images.shape[3], *images.shape[1:3]), (channels, height, width))
 
 
-def _check_shape(images: np.ndarray, shape: tuple[int, ...]) -> None:
-    height, width, channels = images.shape[1:]
-    if (channels, height, width) != shape:
+def _check_shape(found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if found != shape:
         raise QuantempoError(
-            f"got images of shape {(channels, height, width)} (C, H, W) for x_t of shape {shape}; "
+            f"got images (or their latents) of shape {found} (C, H, W) for x_t of shape {shape}; "
             "resize them, or use a data set with these channels"
         )
 
@@ -97,7 +101,7 @@ def image_digest(source: str, images: np.ndarray | None) -> str | None:
 
 def replace_rows(
     source: str, rows: Mapping[str, Tensor], alphas_cumprod: Tensor | None,
-    images: np.ndarray | None, seed: int,
+    images: np.ndarray | None, seed: int, encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the x_t (n, ...) float32 that a source puts in place of the recorded ones.
 
@@ -106,7 +110,8 @@ def replace_rows(
     and chain give the same bits.
 
     rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these;
-    alphas_cumprod: (T,) abar of each training time-step, which t is; images: (m, H, W, C) uint8.
+    alphas_cumprod: (T,) abar of each training time-step, which t is; None: t is sigma, of a flow;
+    images: (m, H, W, C) uint8; encode: (1, C, H, W) in [-1, 1] -> (1, ...) latents.
 
     Raises QuantempoError: images of another shape than x_t.
     """
@@ -124,17 +129,21 @@ def replace_rows(
     x_0 = torch.zeros_like(eps)
     if chosen.needs_images:
         assert images is not None
-        _check_shape(images, tuple(x_t.shape[1:]))
         picks = max(pick) + 1
         places = torch.tensor([c * picks + p for c, p in zip(chain, pick, strict=True)])
         x_0 = _draw(images, places, Generator().manual_seed(seed ^ _OWN))
-    abar = torch.zeros(len(x_t))
-    if chosen.needs_schedule:
-        assert alphas_cumprod is not None
-        abar = _abar(alphas_cumprod, rows["t"].double())
-    abar = abar.float().view(-1, *[1] * (x_t.ndim - 1))
+        # One by one: the size of a batch changes last digits.
+        x_0 = torch.cat([encode(image) for image in x_0.split(1)]) if encode else x_0
+        _check_shape(tuple(x_0.shape[1:]), tuple(x_t.shape[1:]))
+    signal = noise = torch.zeros(len(x_t))
+    if chosen.needs_schedule and alphas_cumprod is None:
+        signal, noise = 1 - rows["t"].float(), rows["t"].float()
+    elif alphas_cumprod is not None and chosen.needs_schedule:
+        abar = _abar(alphas_cumprod, rows["t"].double()).float()
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
     x_0, eps = (value.repeat_interleave(halves, 0) for value in (x_0, eps))
-    return chosen.make(x_0, eps, abar).contiguous()
+    factors = (value.view(-1, *[1] * (x_t.ndim - 1)) for value in (signal, noise))
+    return chosen.make(x_0, eps, *factors).contiguous()
 
 
 def _draw(images: np.ndarray, places: Tensor, generator: Generator) -> Tensor:

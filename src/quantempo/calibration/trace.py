@@ -15,7 +15,9 @@ stages of Heun) one is chosen with equal chances. Memory holds the kept rows onl
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +28,12 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
-from quantempo.calibration.recorder import NeverCalledError, Recorder, probe
+from quantempo.calibration.recorder import NeverCalledError, Recorder, answered, probe
 from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.errors import QuantempoError
+from quantempo.models.latents import latents_of, schedule_of
 from quantempo.models.layers import hooked
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import call_pipeline, scheduler_settings
@@ -38,7 +41,7 @@ from quantempo.quantized import Times
 from quantempo.recipe import TraceSettings
 from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
-__all__ = ["TraceSet", "check_settings", "deal_targets", "trace"]
+__all__ = ["TraceSet", "check_settings", "deal_targets", "picture_size", "trace"]
 
 _FORMAT = 2
 _METADATA = "quantempo_trace"
@@ -150,20 +153,29 @@ def _record(
     """Run one batch of chains; return the chunk's tensors and metadata."""
     pipe, settings = run.pipe, run.settings
     steps, seed = settings["steps"], settings["seed"] + first
+    source = settings["source"]
+    # What it answers would go into x_t alone.
+    quick = answered(run.denoiser) if SOURCES.get(source).make is not None else nullcontext()
     recorder = Recorder(law, times, targets, first, seed, bar)
-    with hooked({"": run.denoiser}, recorder.see, before=True):
+    with hooked({"": run.denoiser}, recorder.see, before=True), quick:
         seeds = range(seed, seed + len(targets))
         call_pipeline(pipe, seeds, first=first, steps=steps, output_type="latent", **run.call)
     tensors, details = recorder.result()
-    schedule, source = getattr(pipe.scheduler, "alphas_cumprod", None), settings["source"]
+    t, schedule = tensors["t"], None
     if SOURCES.get(source).needs_schedule:
-        known = torch.as_tensor(pipe.scheduler.timesteps).to(tensors["t"])
-        if not torch.isin(tensors["t"], known).all():
-            raise QuantempoError(f"source '{source}' needs the scheduler's t; take 'trajectory'")
-    tensors["x_t"] = replace_rows(source, tensors, schedule, run.images, settings["seed"])
+        t, schedule = schedule_of(pipe.scheduler, t)
+    encode = partial(latents_of, pipe) if getattr(pipe, "vae", None) is not None else None
+    given = (schedule, run.images, settings["seed"], encode)
+    tensors["x_t"] = replace_rows(source, {**tensors, "t": t}, *given)
     details |= {"rows": len(tensors["t"]), "sha256": tensors_sha256(tensors), "settings": settings}
     # One entry: safetensors writes several in random order, and equal traces should be equal files.
     return tensors, {_METADATA: _json(details)}
+
+
+def picture_size(pipe: Any, denoiser: nn.Module, steps: int, call: Any) -> Any:
+    """Return (height, width) of what a pipeline makes; its network runs once."""
+    with answered(denoiser):
+        return call_pipeline(pipe, [0], steps=steps, **call).shape[-3:-1]
 
 
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantempo.calibration.dataset import TraceSet
 from quantempo.calibration.sources import SOURCES
 from quantempo.calibration.timesteps import make_time_sampler
+from quantempo.calibration.trace import picture_size
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
 from quantempo.evaluation import load_images
@@ -88,12 +89,14 @@ def _traced(session: Session, needed: bool) -> TraceSet:
 
 
 def _source_images(session: Session) -> np.ndarray | None:
-    """Return (n, H, W, 3) uint8 images of the size of x_t, or None if the source reads none."""
-    if not SOURCES.get(session.recipe.trace.source).needs_images or session.data is None:
+    """Return (n, H, W, 3) uint8 images of the pipeline's size, or None if the source reads none."""
+    settings, data = session.recipe.trace, session.data
+    if not SOURCES.get(settings.source).needs_images or data is None:
         return None
-    size = getattr(session.denoiser.config, "sample_size", None)
-    size = (size, size) if isinstance(size, int) else size
-    return load_images(session.data, size, limit=10_000).images
+    size = picture_size(session.pipe, session.denoiser, settings.steps, session.call)
+    latent = getattr(session.pipe, "vae", None) is not None
+    limit = settings.chains * settings.picks if latent else 10_000
+    return load_images(data, size, limit).images
 
 
 @_stage("calibrate", "stats.safetensors")
