@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -61,8 +62,12 @@ def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> lis
             return once(layer, True, x)
         key = repr(layer), x.shape, x.dtype
         if key not in rows:
-            pair = [partial(lowers.lower(_grouped(layer, unpack)), x) for unpack in (False, True)]
+            pair: list[Any] = [
+                partial(lowers.lower(_grouped(layer, unpack)), x) for unpack in (False, True)
+            ]
             y, _ = (call() for call in pair)
+            if device.type == "cuda":  # of a small layer the launch would be timed
+                pair = [_recorded(call) for call in pair]
             rounds = _ROUNDS if max(map(ms, pair)) < _SLOW else 2
             times = zip(*([ms(call) for call in pair] for _ in range(rounds)), strict=True)
             w4a8, w8a8 = map(min, times)
@@ -80,6 +85,13 @@ def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> lis
     with here, patch.object(log, "disabled", True):
         type(network).forward(network, *args, **kwargs)
     return [row for row, _ in rows.values()]
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _grouped(layer: QLayer, unpack: bool) -> QLayer:
