@@ -6,33 +6,19 @@ runs in milliseconds on one core. The weights are random: pictures are noise, ar
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_TOKENS = 8
 TEXT_WIDTH = 16
 
 
-def tiny_unet(seed: int = 0, size: int = 16) -> UNet2DModel:
+def tiny_unet(seed: int = 0, size: int = 16) -> diffusers.UNet2DModel:
     """Make a two-level UNet2DModel (3 channels, `size` pixels) with attention and skip inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DModel(
+        unet = diffusers.UNet2DModel(
             sample_size=size, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
             attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -42,20 +28,20 @@ def tiny_unet(seed: int = 0, size: int = 16) -> UNet2DModel:
 
 def tiny_unconditional(
     seed: int = 0, size: int = 16, sampler: str = "ddim"
-) -> DDIMPipeline | DDPMPipeline:
+) -> diffusers.DDIMPipeline | diffusers.DDPMPipeline:
     """Make an unconditional pixel pipeline: DDIMPipeline, or DDPMPipeline for `sampler="ddpm"`."""
     unet = tiny_unet(seed, size)
     if sampler == "ddpm":
-        pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000))
+        pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=1000))
     else:
-        pipe = DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=1000))
+        pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(num_train_timesteps=1000))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def tiny_vae(channels: int = 4) -> AutoencoderKL:
+def tiny_vae(channels: int = 4) -> diffusers.AutoencoderKL:
     """Make an AutoencoderKL that halves the size once; call it with the random state forked."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).eval()  # fmt: skip
@@ -76,7 +62,7 @@ def tiny_clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
     return tokenizer, CLIPTextModel(config).eval()
 
 
-def tiny_text(seed: int = 0, size: int = 8) -> StableDiffusionPipeline:
+def tiny_text(seed: int = 0, size: int = 8) -> diffusers.StableDiffusionPipeline:
     """Make a StableDiffusionPipeline; call it with `prompt=[...]` or with `**tiny_embeds(n)`.
 
     guidance_scale > 1 (the default) doubles the denoiser's batch: uncond rows, then cond rows.
@@ -84,18 +70,18 @@ def tiny_text(seed: int = 0, size: int = 8) -> StableDiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_clip()
-        unet = UNet2DConditionModel(
+        unet = diffusers.UNet2DConditionModel(
             sample_size=size, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
             attention_head_dim=2, cross_attention_dim=TEXT_WIDTH,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ).eval()  # fmt: skip
         vae = tiny_vae()
-    scheduler = DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, steps_offset=1,
         beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
     )  # fmt: skip
-    pipe = StableDiffusionPipeline(
+    pipe = diffusers.StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -120,26 +106,26 @@ def tiny_embeds(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def tiny_dit(seed: int = 0, size: int = 8) -> DiTPipeline:
+def tiny_dit(seed: int = 0, size: int = 8) -> diffusers.DiTPipeline:
     """Make a class-conditional DiTPipeline (1000 classes, label 1000 = none) with learned sigma."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = DiTTransformer2DModel(
+        transformer = diffusers.DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
             num_layers=2, sample_size=size, patch_size=2, num_embeds_ada_norm=1000,
         ).eval()  # fmt: skip
         vae = tiny_vae()
-    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
-    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def tiny_flux(tokens: int, size: int = 4) -> tuple[FluxPipeline, dict[str, Any]]:
+def tiny_flux(tokens: int, size: int = 4) -> tuple[diffusers.FluxPipeline, dict[str, Any]]:
     """Make a FluxPipeline of size^2 image tokens, and a call of 4 embeddings of `tokens` tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
+        transformer = diffusers.FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
             num_layers=1,
@@ -153,7 +139,7 @@ def tiny_flux(tokens: int, size: int = 4) -> tuple[FluxPipeline, dict[str, Any]]
         ).eval()
         parts = {"vae": tiny_vae(), "transformer": transformer}
     none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), **parts, **none)
+    pipe = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), **parts, **none)
     pipe.set_progress_bar_config(disable=True)
     embeds = {"prompt_embeds": noise(4, tokens, 16), "pooled_prompt_embeds": noise(4, 16, seed=1)}
     return pipe, {"height": 4 * size, "width": 4 * size, **embeds}

@@ -6,17 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    LatteTransformer3DModel,
-    PixArtTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    WanTransformer3DModel,
-)
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
@@ -47,18 +38,20 @@ FLUX = {**HEADS, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
 FLUX |= {"joint_attention_dim": 48, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
 QWEN = {**HEADS, "in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (4, 6, 6)}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "flux": lambda: FluxTransformer2DModel(**FLUX, guidance_embeds=True),
-    "schnell": lambda: FluxTransformer2DModel(**FLUX),
-    "sd3": lambda: SD3Transformer2DModel(**SD3),
+    "flux": lambda: diffusers.FluxTransformer2DModel(**FLUX, guidance_embeds=True),
+    "schnell": lambda: diffusers.FluxTransformer2DModel(**FLUX),
+    "sd3": lambda: diffusers.SD3Transformer2DModel(**SD3),
     # The first block attends to the image alone as well.
-    "sd35": lambda: SD3Transformer2DModel(**SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),
-    "qwen": lambda: QwenImageTransformer2DModel(**QWEN, num_layers=2),
+    "sd35": lambda: diffusers.SD3Transformer2DModel(
+        **SD3, qk_norm="rms_norm", dual_attention_layers=(0,)
+    ),
+    "qwen": lambda: diffusers.QwenImageTransformer2DModel(**QWEN, num_layers=2),
     # The last block has an embedding of its own.
-    "dit": lambda: DiTTransformer2DModel(**IMAGE, num_layers=3, num_embeds_ada_norm=10),
-    "pixart": lambda: PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
-    "latte": lambda: LatteTransformer3DModel(**IMAGE, num_layers=2, **LATTE),
-    "sana": lambda: SanaTransformer2DModel(**SANA, num_layers=2),
-    "wan": lambda: WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
+    "dit": lambda: diffusers.DiTTransformer2DModel(**IMAGE, num_layers=3, num_embeds_ada_norm=10),
+    "pixart": lambda: diffusers.PixArtTransformer2DModel(**IMAGE, num_layers=2, **PIXART),
+    "latte": lambda: diffusers.LatteTransformer3DModel(**IMAGE, num_layers=2, **LATTE),
+    "sana": lambda: diffusers.SanaTransformer2DModel(**SANA, num_layers=2),
+    "wan": lambda: diffusers.WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
 LEVELS = {"flux": 0.02, "schnell": 0.02, "qwen": 0.03, "sd3": 0.15, "sd35": 0.03}

@@ -19,37 +19,26 @@ from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.quantized import WeightOnlyLinear
-from tests.engines.one_by_one import (
-    ENGINE,
-    LEVELS,
-    TEXT,
-    by_token,
-    call,
-    check_errors,
-    errors,
-    fused,
-    quantized,
-    reasons,
-)  # fmt: skip
+from tests.engines import one_by_one as use
 from tests.engines.quantized import make_linear
 from tests.engines.truth import relative
 from tests.tiny import noise
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
-IMAGE, LEVEL = 9, LEVELS["flux"]
+IMAGE, LEVEL = 9, use.LEVELS["flux"]
 
 
 def test_scales_for_every_token_are_of_8_bits():
-    network = by_token(copy.deepcopy(quantized("flux")), 2)
+    network = use.by_token(copy.deepcopy(use.quantized("flux")), 2)
     layer = network.transformer_blocks[0].attn.to_q
     layer.act_format = activation_format(6)
-    ENGINE.attach(network)
-    assert ("a layer in it has a scale for every token" in reasons(network)) == layer.dynamic
+    use.ENGINE.attach(network)
+    assert ("a layer in it has a scale for every token" in use.reasons(network)) == layer.dynamic
 
 
 def test_all_layers_are_listed_as_fused_and_modulated_by_one_product():
-    network = fused("flux")
+    network = use.fused("flux")
     table = execution(network)
     left = {name for name, how in table.items() if how != "triton, fused"}
     assert left == {"context_embedder"}
@@ -62,21 +51,21 @@ def test_all_layers_are_listed_as_fused_and_modulated_by_one_product():
     every = [*(one.projections for one in forwards[:2]), *(p for each in doubles for p in each)]
     assert len(every) == 2 * 2 + 2 and all(len(p.layers) == 1 for p in every)
     with torch.no_grad():
-        network(**call("flux"))
+        network(**use.call("flux"))
     # Read by the last block, then let go of.
     assert shared._kept.value is None and shared._kept.given is None
     ENGINES.get("onednn").attach(network)
-    assert reasons(network) == {"engine onednn has no fused form of it"}
+    assert use.reasons(network) == {"engine onednn has no fused form of it"}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_a_single_block_returns_is_joined_without_a_copy(batch):
-    whole = noise(batch, TEXT + IMAGE, 32)
-    text, image = whole.split([TEXT, IMAGE], 1)
+    whole = noise(batch, use.TEXT + IMAGE, 32)
+    text, image = whole.split([use.TEXT, IMAGE], 1)
     assert joined(text, image).data_ptr() == whole.data_ptr()
-    other = noise(batch, 2 * IMAGE + TEXT, 32)
-    gap, swapped = other.split([TEXT, IMAGE, IMAGE], 1), whole.split([IMAGE, TEXT], 1)
-    apart = (whole[:1, :TEXT], whole[-1:, TEXT:])
+    other = noise(batch, 2 * IMAGE + use.TEXT, 32)
+    gap, swapped = other.split([use.TEXT, IMAGE, IMAGE], 1), whole.split([IMAGE, use.TEXT], 1)
+    apart = (whole[:1, : use.TEXT], whole[-1:, use.TEXT :])
     for first, second in ((text, image), (text, image + 1), swapped[::-1], gap[::2], apart):
         y = joined(first, second)
         assert torch.equal(y, torch.cat([first, second], 1)) and y.is_contiguous()
@@ -123,26 +112,30 @@ def _processors(network: nn.Module) -> None:
     ],
 )
 def test_what_users_change_is_seen_by_the_next_call(change, monkeypatch):
-    monkeypatch.setattr(ENGINE, "devices", ("any",))
-    network, arguments = copy.deepcopy(quantized("flux")), call("flux")
+    monkeypatch.setattr(use.ENGINE, "devices", ("any",))
+    network, arguments = copy.deepcopy(use.quantized("flux")), use.call("flux")
     attach(network, "simulated")
     change(network)
     expected = network(**arguments).sample
-    network = copy.deepcopy(quantized("flux"))
+    network = copy.deepcopy(use.quantized("flux"))
     # Once before it is changed.
     attach(network, "triton")
     before, _ = network(**arguments).sample, change(network)
     y = network(**arguments).sample
     assert relative(y, expected) <= LEVEL < relative(y, before)
-    assert None in reasons(network) if change is not _processors else reasons(network) != {None}
+    assert (
+        None in use.reasons(network)
+        if change is not _processors
+        else use.reasons(network) != {None}
+    )
 
 
 @torch.no_grad()
 def test_arguments_for_processors_take_the_path_of_the_class():
-    network = fused("flux")
+    network = use.fused("flux")
     block, single = network.transformer_blocks[0], network.single_transformer_blocks[0]
-    x, text, temb = noise(2, IMAGE, 32), noise(2, TEXT, 32, seed=1), noise(2, 32, seed=2)
-    mask = torch.ones(2, 1, 1, TEXT + IMAGE, dtype=torch.bool)
+    x, text, temb = noise(2, IMAGE, 32), noise(2, use.TEXT, 32, seed=1), noise(2, 32, seed=2)
+    mask = torch.ones(2, 1, 1, use.TEXT + IMAGE, dtype=torch.bool)
     mask[..., 2:4] = False
     for one in (block, single):
         plain = one(x, text, temb)
@@ -158,7 +151,7 @@ def test_arguments_for_processors_take_the_path_of_the_class():
         assert takes(x, text, temb, None) and not takes(x, text.half(), temb, None)
         assert not takes(x, text, temb, (noise(3, 16), noise(3, 16)))
         # The class reads two tables from one tensor too.
-        assert not takes(x, text, temb, noise(2, TEXT + IMAGE, 16))
+        assert not takes(x, text, temb, noise(2, use.TEXT + IMAGE, 16))
     block.attn.processor = FluxIPAdapterAttnProcessor(32, 32)
     assert block.forward.parts.given(text, temb) is None
 
@@ -178,9 +171,9 @@ def test_arguments_for_processors_take_the_path_of_the_class():
     ],
 )
 def test_a_block_that_does_something_else_says_why(change, reason):
-    network = copy.deepcopy(quantized("flux"))
+    network = copy.deepcopy(use.quantized("flux"))
     change(network.transformer_blocks[0], network.single_transformer_blocks[0])
-    ENGINE.attach(network)
+    use.ENGINE.attach(network)
     (left,) = (row.reason for row in report(network) if row.reason is not None)
     assert left.startswith(reason)
 
@@ -189,31 +182,31 @@ def test_a_block_that_does_something_else_says_why(change, reason):
     "exclude", ["*.norm1.linear", "single_transformer_blocks.0.proj_mlp", "*.add_k_proj"]
 )
 def test_layers_left_in_float_are_read_or_refused(exclude):
-    network = fused("flux", exclude)
-    assert reasons(network) - {None} == (
+    network = use.fused("flux", exclude)
+    assert use.reasons(network) - {None} == (
         set() if "norm" in exclude else {"a projection in it is in float"}
     )
-    check_errors(errors(network, **call("flux")))
+    use.check_errors(use.errors(network, **use.call("flux")))
 
 
 def test_modulations_in_integers_are_computed_by_each_block():
-    network = copy.deepcopy(quantized("flux"))
+    network = copy.deepcopy(use.quantized("flux"))
     for name, layer in list(network.named_modules()):
         if isinstance(layer, WeightOnlyLinear):
             clock = network.quantempo_clock
             network.set_submodule(name, make_linear(32, layer.out_features, clock=clock))
-    ENGINE.attach(network)
-    assert reasons(network) == {None}
-    check_errors(errors(network, **call("flux", 3)))
+    use.ENGINE.attach(network)
+    assert use.reasons(network) == {None}
+    use.check_errors(use.errors(network, **use.call("flux", 3)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["attn.to_k", "proj_mlp"])
 def test_projections_of_other_grids_are_quantized_apart(name):
-    network = copy.deepcopy(quantized("flux"))
+    network = copy.deepcopy(use.quantized("flux"))
     network.single_transformer_blocks[0].get_submodule(name).act_scale[0, 1] *= 1.5
-    ENGINE.attach(network)
+    use.ENGINE.attach(network)
     single = network.single_transformer_blocks[0].forward
     assert len(single.projections.layers) == (3 if name == "attn.to_k" else 1)
     assert not single.together or name == "attn.to_k"
-    check_errors(errors(network, **call("flux", 3)))
+    use.check_errors(use.errors(network, **use.call("flux", 3)))

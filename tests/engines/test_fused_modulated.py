@@ -16,47 +16,34 @@ from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.kernels import ops
 from quantempo.quantized import WeightOnlyLinear, quantized_layers, weight_only_layers
-from tests.engines.one_by_one import (
-    ENGINE,
-    LEVELS,
-    NETWORKS,
-    TEXT,
-    by_token,
-    call,
-    check_errors,
-    errors,
-    fused,
-    quantized,
-    reasons,
-    tiny,
-)  # fmt: skip
+from tests.engines import one_by_one as use
 from tests.engines.truth import check_like_simulated, relative
 from tests.tiny import noise
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=use.NETWORKS)
 def kind(request) -> str:
     return request.param
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_each_block_equals_its_layers(kind, batch):
-    network = fused(kind)
-    assert reasons(network) == {None}
-    found = errors(network, **call(kind, batch))
+    network = use.fused(kind)
+    assert use.reasons(network) == {None}
+    found = use.errors(network, **use.call(kind, batch))
     # The last block of SD3 ends the text.
     counts = {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4, "dit": 3, "qwen": 4}
     assert len(found) == counts.get(kind, 2)
-    check_errors(found)
+    use.check_errors(found)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_layers_with_a_scale_for_every_token_are_fused(kind, every):
-    network = by_token(copy.deepcopy(quantized(kind)), every)
-    assert reasons(network) == {None}
-    check_errors(errors(network, **call(kind, 3)))
+    network = use.by_token(copy.deepcopy(use.quantized(kind)), every)
+    assert use.reasons(network) == {None}
+    use.check_errors(use.errors(network, **use.call(kind, 3)))
 
 
 def int8_bytes() -> int:
@@ -73,10 +60,10 @@ def int8_bytes() -> int:
 
 
 def test_codes_are_in_memory_once(kind):
-    given, others = quantized(kind), int8_bytes()
+    given, others = use.quantized(kind), int8_bytes()
     network = copy.deepcopy(given)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    ENGINE.attach(network)
+    use.ENGINE.attach(network)
     alone = sum(value.nbytes for value in before.values() if value.dtype == torch.int8)
     # Those of `before` are there too.
     assert int8_bytes() - others == 2 * alone > 0
@@ -90,7 +77,7 @@ def test_codes_are_in_memory_once(kind):
     for _ in range(2):
         after = network.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
-        ENGINE.detach(network)
+        use.ENGINE.detach(network)
     # Nothing keeps the others alive, nor a product of an engine that is gone.
     assert all(layer.kernel is None for layer in layers)
     after = [layer.weight_int.data_ptr() for layer in integers]
@@ -111,21 +98,21 @@ def test_modulations_of_one_block_are_float32_under_autocast(half):
 @torch.no_grad()
 def test_the_network_is_as_near_to_float_as_simulated(kind):
     # Of steep softmaxes: other inputs than those that gave the scales, where errors are small.
-    network, arguments = fused(kind), call(kind, 3, seed=7 if kind == "sd3" else 0)
+    network, arguments = use.fused(kind), use.call(kind, 3, seed=7 if kind == "sd3" else 0)
     if "sd3" in kind:
         arguments["block_controlnet_hidden_states"] = [noise(3, 9, 32, seed=5)]
     if kind == "flux":
         arguments["controlnet_block_samples"] = [noise(3, 9, 32, seed=5)]
         arguments["controlnet_single_block_samples"] = [noise(3, 9, 32, seed=s) for s in (6, 7)]
-    truth, y = tiny(kind)(**arguments).sample, network(**arguments).sample
+    truth, y = use.tiny(kind)(**arguments).sample, network(**arguments).sample
     unfuse(network)
     attach(network, "simulated")
-    check_like_simulated(y, network(**arguments).sample, truth, LEVELS[kind])
+    check_like_simulated(y, network(**arguments).sample, truth, use.LEVELS[kind])
 
 
 @torch.no_grad()
 def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind):
-    network = fused(kind)
+    network = use.fused(kind)
     blocks = {n: how for n, how in execution(network).items() if "blocks." in n}
     assert set(blocks.values()) == {"triton, fused"}
     forwards = [module.forward.active for module in fused_modules(network).values()]
@@ -142,7 +129,7 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
         assert set(execution(network)) - set(blocks) >= {"context_embedder"}
         (shared,) = {m.shared for forward in forwards for m in forward.modulations}
         assert len(shared.layers) == 2 * 2 + 2
-    network(**call(kind))
+    network(**use.call(kind))
     # Read by the last block, then let go of.
     assert shared._kept.value is None
 
@@ -150,17 +137,17 @@ def test_all_layers_of_blocks_are_fused_and_what_they_share_is_one_product(kind)
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_streams_have_the_type_of_the_network(kind, dtype):
-    network = copy.deepcopy(quantized(kind))
+    network = copy.deepcopy(use.quantized(kind))
     nn.Module.to(network, dtype)
-    ENGINE.attach(network)
-    given = call(kind)
+    use.ENGINE.attach(network)
+    given = use.call(kind)
     for name, value in given.items():
         if isinstance(value, Tensor) and value.is_floating_point() and "ids" not in name:
             given[name] = value.to(dtype)
     y = network(**given).sample
-    assert y.dtype == dtype and reasons(network) == {None}
+    assert y.dtype == dtype and use.reasons(network) == {None}
     unfuse(network)
-    assert relative(y, network(**given).sample) <= 2 * LEVELS[kind]
+    assert relative(y, network(**given).sample) <= 2 * use.LEVELS[kind]
     # What the class clips is clipped, and nothing else.
     block, seen = _blocks(network)[0], []
     for layer in (layer for name, layer in block.named_modules() if name.endswith("net.2")):
@@ -175,12 +162,12 @@ def test_streams_have_the_type_of_the_network(kind, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["flux", "sd35", "dit", "pixart", "qwen", "sana", "wan"])
 def test_a_network_compiles_whole_and_once(kind):
-    network = by_token(copy.deepcopy(quantized(kind)), 5)
+    network = use.by_token(copy.deepcopy(use.quantized(kind)), 5)
     torch._dynamo.reset()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for times in ([0, 0], [1, 1]):
-            arguments = call(kind)
+            arguments = use.call(kind)
             arguments["timestep"] = arguments["timestep"][times]
             assert torch.equal(compiled(**arguments).sample, network(**arguments).sample)
 
@@ -216,23 +203,23 @@ def _hook(network: nn.Module) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("change", [_processors, _hook])
 def test_what_users_change_is_seen_by_the_next_call(kind, change, monkeypatch):
-    monkeypatch.setattr(ENGINE, "devices", ("any",))
-    network, arguments = copy.deepcopy(quantized(kind)), call(kind)
+    monkeypatch.setattr(use.ENGINE, "devices", ("any",))
+    network, arguments = copy.deepcopy(use.quantized(kind)), use.call(kind)
     attach(network, "simulated")
     change(network)
     expected = network(**arguments).sample
-    network = copy.deepcopy(quantized(kind))
+    network = copy.deepcopy(use.quantized(kind))
     attach(network, "triton")
     before = network(**arguments).sample
     change(network)
     y = network(**arguments).sample
-    assert relative(y, expected) <= LEVELS[kind] < relative(y, before)
+    assert relative(y, expected) <= use.LEVELS[kind] < relative(y, before)
 
 
 @torch.no_grad()
 def test_other_calls_of_a_joint_block_take_the_path_of_the_class():
-    network = fused("sd35")
-    x, text, temb = noise(2, 9, 32), noise(2, TEXT, 32, seed=1), noise(2, 32, seed=2)
+    network = use.fused("sd35")
+    x, text, temb = noise(2, 9, 32), noise(2, use.TEXT, 32, seed=1), noise(2, 32, seed=2)
     for block in network.transformer_blocks:
         plain = block(x, text, temb)
         y = block(hidden_states=x, encoder_hidden_states=text, temb=temb, joint_attention_kwargs={})
@@ -252,8 +239,8 @@ def test_other_calls_of_a_joint_block_take_the_path_of_the_class():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dit", "pixart"])
 def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
-    network = fused(kind)
-    block, x, text = network.transformer_blocks[0], noise(2, 9, 32), noise(2, TEXT, 32, seed=1)
+    network = use.fused(kind)
+    block, x, text = network.transformer_blocks[0], noise(2, 9, 32), noise(2, use.TEXT, 32, seed=1)
     how = {"timestep": noise(2, 6 * 32), "encoder_hidden_states": text, "class_labels": None}
     if kind == "dit":
         how = {"timestep": torch.tensor([900, 20]), "class_labels": torch.tensor([3, 4])}
@@ -272,8 +259,8 @@ def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
     for odd in (None, time[:0]):
         assert not takes(x, text, None, None, odd, labels)
     if kind == "pixart":
-        assert takes(x, text, mask[..., :TEXT], None, time, None)
-        for odd in (mask, mask[:, 0, :TEXT], mask[..., :TEXT].half()):
+        assert takes(x, text, mask[..., : use.TEXT], None, time, None)
+        for odd in (mask, mask[:, 0, : use.TEXT], mask[..., : use.TEXT].half()):
             assert not takes(x, text, odd, None, time, None)
         for odd in (None, text[:1]):
             assert not takes(x, odd, None, None, time, None)
@@ -281,10 +268,13 @@ def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
 
 @torch.no_grad()
 def test_masks_and_two_times_take_the_path_of_the_class_of_qwen():
-    network = fused("qwen")
-    block, x, text, temb = (network.transformer_blocks[0], *(noise(2, n, 32) for n in (9, TEXT, 1)))
-    temb, rotary = temb[:, 0], network.pos_embed([(1, 3, 3)], max_txt_seq_len=TEXT)
-    index, mask = torch.zeros(2, 9).long(), torch.ones(2, TEXT, dtype=torch.bool).tril(1)
+    network = use.fused("qwen")
+    block, x, text, temb = (
+        network.transformer_blocks[0],
+        *(noise(2, n, 32) for n in (9, use.TEXT, 1)),
+    )
+    temb, rotary = temb[:, 0], network.pos_embed([(1, 3, 3)], max_txt_seq_len=use.TEXT)
+    index, mask = torch.zeros(2, 9).long(), torch.ones(2, use.TEXT, dtype=torch.bool).tril(1)
     given = block.forward.parts.given
     assert block.forward.takes(x, *given(text, None, temb, rotary))
     assert not block.forward.takes(x, *given(text, None, temb, rotary[:1] * 2))
@@ -298,11 +288,13 @@ def test_masks_and_two_times_take_the_path_of_the_class_of_qwen():
 
 @torch.no_grad()
 def test_times_by_token_and_odd_tables_take_the_path_of_the_class_of_wan():
-    network = fused("wan")
-    block, x, text = network.blocks[0], noise(2, 9, 32), noise(2, TEXT, 32, seed=1)
+    network = use.fused("wan")
+    block, x, text = network.blocks[0], noise(2, 9, 32), noise(2, use.TEXT, 32, seed=1)
     times, tables = noise(2, 9, 6, 32), network.rope(noise(2, 4, 1, 6, 6))
     plain, y = block(x, text, times[:, 0], tables), block(x, text, times, tables)
-    assert relative(block(x, text, times[:, :1].expand_as(times), tables), plain) <= LEVELS["wan"]
+    assert (
+        relative(block(x, text, times[:, :1].expand_as(times), tables), plain) <= use.LEVELS["wan"]
+    )
     short = [table[:, :8] for table in tables]
     takes = block.forward.takes
     assert takes(x, text, None, tables, times[:, 0], None)
@@ -355,9 +347,9 @@ NORM, MLP = "a norm in it is unknown", "its feed-forward layer is not a plain GE
     ],
 )
 def test_a_block_that_does_something_else_says_why(kind, change, reason):
-    network = copy.deepcopy(quantized(kind))
+    network = copy.deepcopy(use.quantized(kind))
     change(_blocks(network)[0])
-    ENGINE.attach(network)
+    use.ENGINE.attach(network)
     first, *others = (row.reason for row in report(network))
     assert first.startswith(reason) and set(others) == {None}
 
@@ -367,7 +359,7 @@ def test_a_block_that_does_something_else_says_why(kind, change, reason):
     [("sd35", "*.norm1_context.linear"), ("sd35", "*.0.attn2.to_k"), ("pixart", "*.1.attn2.to_k")],
 )
 def test_layers_left_in_float_are_read_or_refused(kind, exclude):
-    network = fused(kind, exclude)
-    left = reasons(network) - {None}
+    network = use.fused(kind, exclude)
+    left = use.reasons(network) - {None}
     assert left == (set() if "norm" in exclude else {"a projection in it is in float"})
-    check_errors(errors(network, **call(kind)))
+    use.check_errors(use.errors(network, **use.call(kind)))

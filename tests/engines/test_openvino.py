@@ -16,19 +16,10 @@ from torch import Tensor, nn
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.models.layers import sites
 from quantempo.quantized import install_clock, quantized_layers
-from tests.engines.openvino_nets import (
-    STEPS,
-    NormNet,
-    OneLayer,
-    kernel_table,
-    needs_openvino,
-    packed,
-    simulated,
-    sqnr_db,
-)
+from tests.engines import openvino_nets as nets
 from tests.tiny import noise
 
-pytestmark = needs_openvino
+pytestmark = nets.needs_openvino
 
 
 @torch.no_grad()
@@ -37,15 +28,15 @@ def test_a_network_is_as_good_as_on_the_simulated_backend(
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 3, 16, 16)
-    reference = simulated(packed(unet, buckets=3))
+    reference = nets.simulated(nets.packed(unet, buckets=3))
     for t in (50, 950):
         truth, expected = unet(x, t).sample, reference(x, t).sample
         found = engine_unet(x, t).sample
-        loss = sqnr_db(truth, expected)
+        loss = nets.sqnr_db(truth, expected)
         assert 25 < loss < 60
         # See the top of the file; 1 dB covers the luck of one draw of 2304 output values.
-        assert sqnr_db(expected, found) > loss - 1
-        assert abs(sqnr_db(truth, found) - loss) < 1
+        assert nets.sqnr_db(expected, found) > loss - 1
+        assert abs(nets.sqnr_db(truth, found) - loss) < 1
 
 
 @torch.no_grad()
@@ -53,7 +44,7 @@ def test_all_layers_run_in_int8_and_the_others_are_listed(
     unet: nn.Module, engine_unet: nn.Module
 ) -> None:
     engine_unet(torch.randn(3, 3, 16, 16), 7)
-    rows = kernel_table(engine_unet)
+    rows = nets.kernel_table(engine_unet)
     expected, in_float = set(), []
     for site in sites(unet):
         if site.role in ("input", "output", "time"):
@@ -69,12 +60,12 @@ def test_all_layers_run_in_int8_and_the_others_are_listed(
 def test_a_layer_that_is_not_int8_is_shown(
     unet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net = packed(unet)
+    net = nets.packed(unet)
     # A grid OpenVINO has no integers for.
     monkeypatch.setattr("quantempo.engines.openvino.graph._LEVELS", 300)
     OpenVinoEngine().attach(net)
     net(torch.randn(1, 3, 16, 16), 7)
-    rows = [row for row in kernel_table(net) if row.quantized]
+    rows = [row for row in nets.kernel_table(net) if row.quantized]
     assert rows and not any(row.int8 for row in rows)
     assert "does not run these layers in int8" in caplog.text and rows[0].name in caplog.text
 
@@ -82,23 +73,23 @@ def test_a_layer_that_is_not_int8_is_shown(
 @torch.no_grad()
 def test_the_float_parts_equal_torch(unet: nn.Module) -> None:
     """With no integer layer at all the graph is the float network: every rewrite is an identity."""
-    net = packed(unet, int8=False)
+    net = nets.packed(unet, int8=False)
     assert not list(quantized_layers(net))
     OpenVinoEngine(attention="float32").attach(net)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     truth = copy.deepcopy(unet).double()(x.double(), 321).sample
     # Two float32 programs of some 100 operations: torch itself is at 120 dB or better here.
-    assert sqnr_db(truth, unet(x, 321).sample) > 120
-    assert sqnr_db(truth, net(x, 321).sample) > 117
+    assert nets.sqnr_db(truth, unet(x, 321).sample) > 120
+    assert nets.sqnr_db(truth, net(x, 321).sample) > 117
 
 
 @torch.no_grad()
 def test_bfloat16_attention_loses_little(unet: nn.Module) -> None:
-    net = packed(unet, int8=False)
+    net = nets.packed(unet, int8=False)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     OpenVinoEngine(attention="bfloat16").attach(net)
     # One rounding to 8 bits is 2^-9 / sqrt(3), 59 dB; attention adds to a residual stream.
-    assert 59 < sqnr_db(unet(x, 321).sample, net(x, 321).sample) < 110
+    assert 59 < nets.sqnr_db(unet(x, 321).sample, net(x, 321).sample) < 110
 
 
 @torch.no_grad()
@@ -110,19 +101,19 @@ def test_bfloat16_attention_is_right_for_every_number_of_tokens(heads: int) -> N
         q, k, v = (part.unflatten(2, (heads, 8)).transpose(1, 2) for part in x.chunk(3, 2))
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    net = OneLayer(nn.Identity(), attend).eval()
-    install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+    net = nets.OneLayer(nn.Identity(), attend).eval()
+    install_clock(net, torch.zeros(nets.STEPS, dtype=torch.int64))
     OpenVinoEngine(attention="bfloat16").attach(net)
     for tokens in (1, 2, 3, 8, 9):
         x = noise(2, tokens, 3 * heads * 8, seed=tokens)
         # q, k, v and the probabilities have 8 bits.
-        assert sqnr_db(attend(x), net(x, torch.tensor(1))) > 38
+        assert nets.sqnr_db(attend(x), net(x, torch.tensor(1))) > 38
 
 
 @torch.no_grad()
 def test_group_norms_equal_torch() -> None:
     torch.manual_seed(0)
-    net = NormNet().eval()
+    net = nets.NormNet().eval()
     x, t = torch.randn(3, 3, 9, 7), torch.tensor([0, 500, 999])
     copied, ratios = copy.deepcopy(net).double(), []
 
@@ -133,7 +124,7 @@ def test_group_norms_equal_torch() -> None:
     for norm in copied.norms:
         norm.register_forward_pre_hook(note)
     truth = copied(x.double(), t.double())
-    install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+    install_clock(net, torch.zeros(nets.STEPS, dtype=torch.int64))
     OpenVinoEngine().attach(net)
     found = net(x, t)
     assert found.shape == truth.shape
@@ -162,7 +153,7 @@ def test_group_norm_with_a_large_mean() -> None:
         net = Shifted()
         x = mean + torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(3))
         truth = copy.deepcopy(net).double()(x.double(), torch.zeros(2))
-        install_clock(net, torch.zeros(STEPS, dtype=torch.int64))
+        install_clock(net, torch.zeros(nets.STEPS, dtype=torch.int64))
         OpenVinoEngine().attach(net)
         bound = 8 * 2**-23 * (1 + mean**2)
-        assert sqnr_db(truth, net(x, 0)) > -20 * torch.log10(torch.tensor(bound)), mean
+        assert nets.sqnr_db(truth, net(x, 0)) > -20 * torch.log10(torch.tensor(bound)), mean

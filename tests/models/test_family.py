@@ -8,68 +8,61 @@ from diffusers import FluxTransformer2DModel, UNet2DModel
 from torch import nn
 
 from quantempo.errors import QuantempoError
-from quantempo.models.layers import (
-    ROLES,
-    check_roles,
-    denoiser_of,
-    sites,
-    timestep_of,
-    timestep_place,
-)
+from quantempo.models import layers as use
 from tests.tiny import tiny_dit, tiny_text, tiny_unconditional, tiny_unet
 
 
 def roles(net: nn.Module) -> dict[str, str]:
-    return {site.name: site.role for site in sites(net)}
+    return {site.name: site.role for site in use.sites(net)}
 
 
 def test_the_denoiser_of_each_kind_of_pipeline() -> None:
     pipes = (tiny_unconditional(), tiny_text(), tiny_dit())
-    found = [denoiser_of(pipe) for pipe in pipes]
+    found = [use.denoiser_of(pipe) for pipe in pipes]
     assert [name for name, _ in found] == ["unet", "unet", "transformer"]
     assert found[1][1] is pipes[1].unet and found[2][1] is pipes[2].transformer
 
 
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:
     with pytest.raises(QuantempoError, match="has no denoiser; expected a component called"):
-        denoiser_of(SimpleNamespace(vae=nn.Linear(1, 1), unet=None))
+        use.denoiser_of(SimpleNamespace(vae=nn.Linear(1, 1), unet=None))
 
 
 TIME = ("timestep", 1)
 
 
 def test_the_time_step_is_found_by_position_and_by_name() -> None:
-    assert timestep_of(("x", 7), {}, TIME) == 7
-    assert timestep_of(("x",), {"timestep": 8}, TIME) == 8
-    assert timestep_of((), {"sample": "x", "timestep": 9}, TIME) == 9
+    assert use.timestep_of(("x", 7), {}, TIME) == 7
+    assert use.timestep_of(("x",), {"timestep": 8}, TIME) == 8
+    assert use.timestep_of((), {"sample": "x", "timestep": 9}, TIME) == 9
     with pytest.raises(QuantempoError, match="without a time-step"):
-        timestep_of(("x",), {"class_labels": 3}, TIME)
+        use.timestep_of(("x",), {"class_labels": 3}, TIME)
 
 
 def test_the_place_of_the_time_step_is_that_of_the_signature() -> None:
-    assert timestep_place(tiny_unet()) == TIME
+    assert use.timestep_place(tiny_unet()) == TIME
     # Flux: (hidden_states, encoder_hidden_states, pooled_projections, timestep, ...)
     with torch.device("meta"):
         flux = FluxTransformer2DModel(num_layers=1, num_single_layers=0)
-    assert timestep_place(flux) == ("timestep", 3)
-    assert timestep_of(("x", "text", "pooled", 7), {}, timestep_place(flux)) == 7
+    assert use.timestep_place(flux) == ("timestep", 3)
+    assert use.timestep_of(("x", "text", "pooled", 7), {}, use.timestep_place(flux)) == 7
     found = roles(flux)
     names = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
     assert {found[f"transformer_blocks.0.{name}"] for name in names} == {"attention"}
 
 
 def test_every_role_is_described_and_unknown_ones_are_refused() -> None:
-    check_roles(tuple(ROLES))
+    use.check_roles(tuple(use.ROLES))
     for net in (tiny_unet(), tiny_text().unet, tiny_dit().transformer):
-        assert set(roles(net).values()) <= set(ROLES)
+        assert set(roles(net).values()) <= set(use.ROLES)
     with pytest.raises(QuantempoError, match="unknown role 'head'"):
-        check_roles(("input", "head"))
+        use.check_roles(("input", "head"))
 
 
 def test_sites_are_all_convolutions_and_linear_layers_in_order() -> None:
     net = tiny_unet()
     layers = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert [(site.name, site.layer) for site in sites(net)] == layers
+    assert [(site.name, site.layer) for site in use.sites(net)] == layers
 
 
 def test_shortcuts_are_the_one_by_one_convolutions_around_blocks() -> None:
@@ -119,11 +112,11 @@ def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) ->
         net(torch.zeros(1, 3, 8, 8), 5)
     shortcuts = [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(per_block + 1)]
     wanted = {f"{name}.conv_shortcut": parts for name, parts in zip(shortcuts, real, strict=True)}
-    assert {site.name: site.segments for site in sites(net) if site.segments} == wanted
+    assert {site.name: site.segments for site in use.sites(net) if site.segments} == wanted
 
 
 def test_networks_without_up_blocks_have_no_segments() -> None:
-    assert not any(site.segments for site in sites(tiny_dit().transformer))
+    assert not any(site.segments for site in use.sites(tiny_dit().transformer))
 
 
 def test_parallel_blocks_read_what_they_concatenate() -> None:
@@ -147,6 +140,6 @@ def test_parallel_blocks_read_what_they_concatenate() -> None:
             torch.zeros(1, 4, 4), torch.zeros(1, 3, 8), torch.zeros(1, 8), torch.ones(1),
             torch.zeros(4, 3), torch.zeros(3, 3),
         )  # fmt: skip
-    found = {site.name: site.segments for site in sites(net) if site.segments}
+    found = {site.name: site.segments for site in use.sites(net) if site.segments}
     names = [f"single_transformer_blocks.{i}.proj_out" for i in range(2)]
     assert found == dict(zip(names, real, strict=True)) and real == [(16, 64)] * 2

@@ -152,7 +152,7 @@ def test_a_bug_of_the_plug_in_is_no_broken_folder(kind, monkeypatch):
     def bug(*_: object) -> None:
         raise kind("a bug")
 
-    monkeypatch.setattr("quantempo.checkpoint.diffusers_plugin.swap_layers", bug)
+    monkeypatch.setattr("quantempo.quantized.swap_layers", bug)
     with pytest.raises(kind, match="a bug"):
         load_pipeline(packed("unconditional").folder)
 

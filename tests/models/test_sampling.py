@@ -2,15 +2,10 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDPMPipeline,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
@@ -153,7 +148,7 @@ def test_swapping_keeps_the_noise_law(name: str) -> None:
         assert swapped.unet is pipe.unet
         assert pipe.scheduler is old
     assert type(swap_scheduler(text, name)) is type(text)
-    kind = DDIMPipeline if name == "ddim" else UnconditionalPipeline
+    kind = diffusers.DDIMPipeline if name == "ddim" else UnconditionalPipeline
     assert type(swap_scheduler(plain, name)) is kind
 
 
@@ -183,7 +178,7 @@ def test_euler_input_is_scaled_to_unit_variance() -> None:
 def test_learned_variance_is_cut_off_where_it_is_not_wanted() -> None:
     unet = tiny_unet()
     unet.conv_out = torch.nn.Conv2d(16, 6, 3, padding=1)
-    pipe = DDPMPipeline(unet, tiny_unconditional(sampler="ddpm").scheduler)
+    pipe = diffusers.DDPMPipeline(unet, tiny_unconditional(sampler="ddpm").scheduler)
     for name in ("ddim", "dpm++", "euler"):
         images = run_pipeline(swap_scheduler(pipe, name), [1], steps=2)
         assert images.shape == (1, 16, 16, 3)
@@ -199,7 +194,7 @@ def test_half_precision_runs() -> None:
 
 def wrong_scheduler() -> Any:
     pipe = tiny_unconditional(sampler="ddpm")
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
@@ -233,7 +228,7 @@ def test_wrong_schedulers_are_explained() -> None:
     with pytest.raises(QuantempoError, match="did you mean 'timestep_spacing'"):
         swap_scheduler(tiny_unconditional(), "ddim", timestep_spacings="leading")
     flow = tiny_text()
-    flow.scheduler = FlowMatchEulerDiscreteScheduler()
+    flow.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(QuantempoError, match="cannot be replaced by DDIMScheduler"):
         swap_scheduler(flow, "ddim")
     with pytest.raises(QuantempoError, match="no seeds"):

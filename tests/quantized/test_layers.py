@@ -7,25 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from quantempo import quantized
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda.joint import SharedModulations, modulated
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.onednn.blocks import FloatTimeShifts
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops
-from quantempo.quantized import (
-    Float16Linear,
-    QConv2d,
-    QLayer,
-    QLinear,
-    StepClock,
-    WeightOnlyLinear,
-    fill,
-)
 from tests.engines.quantized import make_linear
 from tests.engines.truth import noise
 
-CLOCK = StepClock(torch.tensor([0, 0, 1, 2]))
+CLOCK = quantized.StepClock(torch.tensor([0, 0, 1, 2]))
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +28,11 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def filled(layer: QLayer, seed: int = 0) -> QLayer:
+def filled(layer: quantized.QLayer, seed: int = 0) -> quantized.QLayer:
     """Fill a layer with random codes, scales that differ in every entry, and a kernel."""
     g = torch.Generator().manual_seed(seed)
     shape, (parts, buckets) = layer.weight_int.shape, layer.act_scale.shape
-    fill(
+    quantized.fill(
         layer,
         torch.randint(-127, 128, shape, generator=g, dtype=torch.int8),
         torch.rand(shape[0], generator=g) * 0.01 + 0.001,
@@ -61,7 +53,7 @@ CONVS = [
 
 @pytest.mark.parametrize("conv", CONVS, ids=["plain", "odd", "groups"])
 def test_a_twin_has_the_shape_of_its_convolution(conv: nn.Conv2d) -> None:
-    copied = QConv2d.like(conv, CLOCK, (), 3)
+    copied = quantized.QConv2d.like(conv, CLOCK, (), 3)
     for name in ("stride", "padding", "dilation", "groups"):
         assert getattr(copied, name) == getattr(conv, name)
     assert (copied.in_channels, copied.out_channels, copied.kernel_size) == (6, 4, conv.kernel_size)
@@ -73,14 +65,14 @@ def test_a_twin_has_the_shape_of_its_convolution(conv: nn.Conv2d) -> None:
 
 
 def test_a_twin_has_the_shape_of_its_linear_layer() -> None:
-    copied = QLinear.like(nn.Linear(6, 4, bias=False), CLOCK, (2, 4), 1)
+    copied = quantized.QLinear.like(nn.Linear(6, 4, bias=False), CLOCK, (2, 4), 1)
     assert (copied.in_features, copied.out_features, copied.bias) == (6, 4, None)
     assert copied.segments == (2, 4) and copied.act_scale.shape == (2, 1)
     assert filled(copied)(torch.randn(2, 5, 6)).shape == (2, 5, 4)
 
 
 def test_buffers_have_the_documented_types_and_the_clock_is_no_child() -> None:
-    copied = QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3)
+    copied = quantized.QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3)
     assert {name: value.dtype for name, value in copied.state_dict().items()} == {
         "weight_int": torch.int8,
         "weight_scale": torch.float32,
@@ -94,7 +86,7 @@ def test_buffers_have_the_documented_types_and_the_clock_is_no_child() -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("layer", [nn.Conv2d(5, 4, 3, bias=False), nn.Linear(7, 4)], ids=str)
 def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module) -> None:
-    make = QConv2d.like if isinstance(layer, nn.Conv2d) else QLinear.like
+    make = quantized.QConv2d.like if isinstance(layer, nn.Conv2d) else quantized.QLinear.like
     copied = make(layer, CLOCK, (), 1, weight_bits=bits, act_bits=bits)
     assert (copied.act_qmax, copied.weight_bits) == (2**bits - 1, bits)
     shape, low, high = layer.weight.shape, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
@@ -124,20 +116,27 @@ def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module)
 def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
-    copies = (QConv2d.like(layers[0], CLOCK, (), 1), QLinear.like(layers[1], CLOCK, (), 1))
-    for copied in (*copies, Float16Linear(layers[1]), WeightOnlyLinear(layers[1])):
+    copies = (
+        quantized.QConv2d.like(layers[0], CLOCK, (), 1),
+        quantized.QLinear.like(layers[1], CLOCK, (), 1),
+    )
+    for copied in (
+        *copies,
+        quantized.Float16Linear(layers[1]),
+        quantized.WeightOnlyLinear(layers[1]),
+    ):
         assert all(value.is_meta for value in copied.state_dict().values())
 
 
 def test_the_dequantized_weight_scales_every_output_channel() -> None:
-    copied = filled(QConv2d.like(CONVS[0], CLOCK, (), 1))
+    copied = filled(quantized.QConv2d.like(CONVS[0], CLOCK, (), 1))
     wanted = torch.einsum("oikl,o->oikl", copied.weight_int.double(), copied.weight_scale.double())
     # One float32 product: relative error 2^-24.
     torch.testing.assert_close(copied.weight.double(), wanted, rtol=2**-24, atol=0)
 
 
 def test_the_scale_is_that_of_the_segment_and_the_bucket() -> None:
-    copied = filled(QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3))
+    copied = filled(quantized.QConv2d.like(nn.Conv2d(6, 4, 1), CLOCK, (2, 4), 3))
     x = torch.zeros(2, 6, 3, 3)
     for t, column in ((0, 0), (1, 0), (2, 1), (3, 2)):
         CLOCK.set(t)
@@ -151,11 +150,11 @@ def test_the_scale_is_that_of_the_segment_and_the_bucket() -> None:
 
 @pytest.mark.parametrize("t", [0, 2, 3, torch.tensor([3, 0])], ids=str)
 def test_one_bucket_is_static_quantization(t: int | torch.Tensor) -> None:
-    static = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 1))
-    timed = filled(QLinear.like(nn.Linear(6, 4), CLOCK, (), 3))
+    static = filled(quantized.QLinear.like(nn.Linear(6, 4), CLOCK, (), 1))
+    timed = filled(quantized.QLinear.like(nn.Linear(6, 4), CLOCK, (), 3))
     constant = static.act_scale.expand(1, 3)
     weight = static.weight_int, static.weight_scale, static.bias
-    fill(timed, *weight, constant, static.act_zero_point)
+    quantized.fill(timed, *weight, constant, static.act_zero_point)
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
     CLOCK.set(t)
     assert torch.equal(timed(x), static(x))
@@ -164,14 +163,14 @@ def test_one_bucket_is_static_quantization(t: int | torch.Tensor) -> None:
 
 def test_a_layer_without_an_engine_says_so() -> None:
     with pytest.raises(QuantempoError, match="before an engine was attached"):
-        QLinear.like(nn.Linear(2, 2), CLOCK, (), 1)(torch.zeros(1, 2))
+        quantized.QLinear.like(nn.Linear(2, 2), CLOCK, (), 1)(torch.zeros(1, 2))
 
 
 def test_float16_keeps_eleven_bits_of_every_weight() -> None:
     g = torch.Generator().manual_seed(3)
     layer = nn.Linear(64, 33)
     layer.weight.data = torch.randn(33, 64, generator=g) * torch.logspace(-9, 4, 33)[:, None]
-    made = Float16Linear(layer).fill(layer)
+    made = quantized.Float16Linear(layer).fill(layer)
     weight = layer.weight.detach().double()
     # Half of the last of 11 bits; below 2^-14 of the smallest step, 2^-24.
     bound = (weight.abs() * 2**-11).clamp_min(2**-25)
@@ -188,14 +187,14 @@ def test_float16_keeps_eleven_bits_of_every_weight() -> None:
 
 def test_float16_weights_are_two_bytes_in_a_file_and_others_are_not_rounded() -> None:
     layer = nn.Linear(6, 4)
-    made = Float16Linear(layer).fill(layer)
+    made = quantized.Float16Linear(layer).fill(layer)
     stored = made.state_dict()
     assert [(name, value.dtype) for name, value in stored.items()] == [
         ("weight", torch.float16),
         ("bias", torch.float32),
     ]
     assert [p.requires_grad for p in made.parameters()] == [False]
-    other = Float16Linear(layer)
+    other = quantized.Float16Linear(layer)
     other.load_state_dict(stored)
     assert other.weight.dtype == torch.float32 and torch.equal(other.weight, made.weight)
     other.weight.data = layer.weight.detach()
@@ -207,7 +206,7 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
     layer = nn.Linear(64, 33)
     layer.weight.data = torch.randn(33, 64, generator=g) * torch.logspace(-9, 4, 33)[:, None]
     layer.weight.data[5] = 0
-    made = WeightOnlyLinear(layer).fill(layer)
+    made = quantized.WeightOnlyLinear(layer).fill(layer)
     weight, scale = layer.weight.detach().double(), made.weight_scale.double()[:, None]
     assert made.weight_int.dtype == torch.int8 and int(made.weight_int.abs().max()) == 127
     # Half a step, and a rounding of float32.
@@ -222,7 +221,7 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
     made.kernel = ops.weight_only_linear
     assert bool(((made(x) - wanted).abs() <= room).all())
     other = copy.deepcopy(made)
-    other.load_state_dict(WeightOnlyLinear(layer).fill(layer).state_dict())
+    other.load_state_dict(quantized.WeightOnlyLinear(layer).fill(layer).state_dict())
     assert other.kernel is None and torch.equal(other.weight, made.weight)
 
 
@@ -230,11 +229,11 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_nothing_but_outputs_as_those_of_a_float_layer(dtype) -> None:
     floating, x = nn.Linear(64, 48), noise(3, 64)
-    alone, engine = (WeightOnlyLinear(floating).fill(floating) for _ in range(2))
+    alone, engine = (quantized.WeightOnlyLinear(floating).fill(floating) for _ in range(2))
     engine.kernel = ops.weight_only_linear
     codes = make_linear(64, 48)
     codes.kernel = BACKENDS.get("simulated").lower(codes)
-    for layer in (codes, alone, engine, Float16Linear(floating).fill(floating)):
+    for layer in (codes, alone, engine, quantized.Float16Linear(floating).fill(floating)):
         for given in (x, x.to(dtype)):
             assert layer(given).dtype == given.dtype
             exact = layer(given) if layer is codes else layer(given.float()).to(dtype)
@@ -242,7 +241,7 @@ def test_autocast_rounds_nothing_but_outputs_as_those_of_a_float_layer(dtype) ->
                 y = layer(given)
                 assert y.dtype == exact.dtype and torch.equal(y, exact)
                 assert layer is codes or y.dtype == floating(given).dtype
-    stored = Float16Linear(floating).fill(floating)
+    stored = quantized.Float16Linear(floating).fill(floating)
     for shifts in (SharedShifts([stored]), FloatTimeShifts([stored])):
         wanted = shifts(0, x.clone())
         with torch.autocast("cpu", dtype):

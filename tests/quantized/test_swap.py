@@ -6,36 +6,24 @@ import pytest
 import torch
 from torch import nn
 
+from quantempo import quantized
 from quantempo.errors import QuantempoError
-from quantempo.quantized import (
-    CLOCK_NAME,
-    Float16Linear,
-    LayerPlan,
-    QConv2d,
-    QLinear,
-    StepClock,
-    fill,
-    find_clock,
-    install_clock,
-    quantized_layers,
-    swap_layers,
-)
 from tests.tiny import tiny_unet
 
 TABLE = torch.arange(1000) // 250
 PLANS = [
-    LayerPlan("conv_in", "float", reason="input"),
-    LayerPlan("time_embedding.linear_1", "float16", reason="time"),
-    LayerPlan("mid_block.attentions.0.to_q", "int8", (), 4),
-    LayerPlan("mid_block.attentions.0.to_out.0", "int8"),
-    LayerPlan("up_blocks.0.resnets.0.conv_shortcut", "int8", (32, 32), 4),
+    quantized.LayerPlan("conv_in", "float", reason="input"),
+    quantized.LayerPlan("time_embedding.linear_1", "float16", reason="time"),
+    quantized.LayerPlan("mid_block.attentions.0.to_q", "int8", (), 4),
+    quantized.LayerPlan("mid_block.attentions.0.to_out.0", "int8"),
+    quantized.LayerPlan("up_blocks.0.resnets.0.conv_shortcut", "int8", (32, 32), 4),
 ]
 KINDS = {
     "conv_in": nn.Conv2d,
-    "time_embedding.linear_1": Float16Linear,
-    "mid_block.attentions.0.to_q": QLinear,
-    "mid_block.attentions.0.to_out.0": QLinear,
-    "up_blocks.0.resnets.0.conv_shortcut": QConv2d,
+    "time_embedding.linear_1": quantized.Float16Linear,
+    "mid_block.attentions.0.to_q": quantized.QLinear,
+    "mid_block.attentions.0.to_out.0": quantized.QLinear,
+    "up_blocks.0.resnets.0.conv_shortcut": quantized.QConv2d,
 }
 
 
@@ -43,22 +31,24 @@ def test_names_types_and_shapes_after_a_swap() -> None:
     unet = tiny_unet()
     before = dict(unet.named_modules())
     shapes = {name: before[name].weight.shape for name in KINDS}
-    clock = install_clock(unet, TABLE)
-    swap_layers(unet, PLANS, clock)
+    clock = quantized.install_clock(unet, TABLE)
+    quantized.swap_layers(unet, PLANS, clock)
     after = dict(unet.named_modules())
-    assert list(after) == [*before, CLOCK_NAME]
+    assert list(after) == [*before, quantized.CLOCK_NAME]
     for name, kind in KINDS.items():
         assert type(after[name]) is kind, name
-        if kind in (QConv2d, QLinear):
+        if kind in (quantized.QConv2d, quantized.QLinear):
             assert after[name].weight_int.shape == shapes[name]
             assert after[name].clock is clock
     assert all(after[name] is before[name] for name in before if name not in KINDS)
     assert after["conv_in"] is before["conv_in"]
     assert after["up_blocks.0.resnets.0.conv_shortcut"].segments == (32, 32)
-    assert [name for name, _ in quantized_layers(unet)] == [
-        name for name, module in unet.named_modules() if isinstance(module, QConv2d | QLinear)
+    assert [name for name, _ in quantized.quantized_layers(unet)] == [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, quantized.QConv2d | quantized.QLinear)
     ]
-    assert {name: layer.act_scale.shape[1] for name, layer in quantized_layers(unet)} == {
+    assert {name: layer.act_scale.shape[1] for name, layer in quantized.quantized_layers(unet)} == {
         plan.name: plan.buckets for plan in PLANS if plan.kind == "int8"
     }
 
@@ -66,9 +56,9 @@ def test_names_types_and_shapes_after_a_swap() -> None:
 def test_a_model_without_memory_can_be_swapped() -> None:
     with torch.device("meta"):
         unet = type(tiny_unet())(**tiny_config())
-    clock = install_clock(unet, TABLE)
-    swap_layers(unet, PLANS, clock)
-    for name, layer in quantized_layers(unet):
+    clock = quantized.install_clock(unet, TABLE)
+    quantized.swap_layers(unet, PLANS, clock)
+    for name, layer in quantized.quantized_layers(unet):
         assert all(value.is_meta for value in layer.state_dict().values()), name
     assert unet.get_submodule("time_embedding.linear_1").weight.is_meta
 
@@ -79,17 +69,19 @@ def tiny_config() -> dict:
 
 def test_training_mode_is_kept() -> None:
     unet = tiny_unet().train()
-    swap_layers(unet, PLANS, install_clock(unet, TABLE))
-    assert all(module.training for module in unet.modules() if module is not find_clock(unet))
+    quantized.swap_layers(unet, PLANS, quantized.install_clock(unet, TABLE))
+    assert all(
+        module.training for module in unet.modules() if module is not quantized.find_clock(unet)
+    )
 
 
 def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:
     unet = tiny_unet()
-    swap_layers(copy.deepcopy(unet), PLANS, StepClock(TABLE))
+    quantized.swap_layers(copy.deepcopy(unet), PLANS, quantized.StepClock(TABLE))
     assert not caplog.records
     unet.get_submodule("conv_in").register_forward_hook(print)
     unet.get_submodule("mid_block.attentions.0.to_q").register_forward_pre_hook(print)
-    swap_layers(unet, PLANS, StepClock(TABLE))
+    quantized.swap_layers(unet, PLANS, quantized.StepClock(TABLE))
     (said,) = caplog.messages
     assert "1 layers lose hooks" in said and "mid_block.attentions.0.to_q" in said
 
@@ -105,13 +97,13 @@ def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_plans_of_another_model_are_refused(name: str, message: str) -> None:
     unet = tiny_unet()
     with pytest.raises(QuantempoError, match=message):
-        swap_layers(unet, [LayerPlan(name)], StepClock(TABLE))
+        quantized.swap_layers(unet, [quantized.LayerPlan(name)], quantized.StepClock(TABLE))
 
 
 def test_the_clock_hears_every_call_however_it_is_made() -> None:
     unet = tiny_unet()
-    clock = install_clock(unet, TABLE)
-    assert find_clock(unet) is clock
+    clock = quantized.install_clock(unet, TABLE)
+    assert quantized.find_clock(unet) is clock
     x = torch.zeros(2, 3, 16, 16)
     with torch.no_grad():
         unet(x, 600)
@@ -124,16 +116,16 @@ def test_the_clock_hears_every_call_however_it_is_made() -> None:
 
 def test_a_second_clock_is_refused() -> None:
     unet = tiny_unet()
-    install_clock(unet, TABLE)
+    quantized.install_clock(unet, TABLE)
     with pytest.raises(QuantempoError, match="quantized already"):
-        install_clock(unet, TABLE)
+        quantized.install_clock(unet, TABLE)
 
 
 def test_fill_copies_and_keeps_types() -> None:
-    layer = QLinear.like(nn.Linear(3, 2), StepClock(TABLE), (), 2)
+    layer = quantized.QLinear.like(nn.Linear(3, 2), quantized.StepClock(TABLE), (), 2)
     scale = torch.tensor([[0.5, 0.25]])
     codes = torch.tensor([[1, -2, 3], [4, 5, -127]], dtype=torch.int8)
-    fill(layer, codes, torch.ones(2), torch.tensor([7.0, 8.0]), scale, torch.tensor([9]))
+    quantized.fill(layer, codes, torch.ones(2), torch.tensor([7.0, 8.0]), scale, torch.tensor([9]))
     scale.zero_()
     assert layer.act_scale.tolist() == [[0.5, 0.25]]
     assert torch.equal(layer.weight_int, codes) and layer.weight_int.dtype == torch.int8

@@ -8,7 +8,7 @@ from torch import Tensor
 from quantempo.core import Format
 from quantempo.errors import QuantempoError
 from quantempo.rounding import nearest
-from quantempo.scales import METRICS, search, search_weight
+from quantempo.scales import METRICS, activation, search_weight
 from quantempo.scales.metrics import DENSITY_METRICS
 from tests.scales.reference import METRIC_OF, levels
 
@@ -140,5 +140,5 @@ def test_mistakes_are_named(weight: Tensor, options: dict[str, int], message: st
 def test_a_chunk_for_a_gpu_gives_the_same_scales(monkeypatch):
     weight = _weight(channels=9, inputs=700)
     wanted = search_weight(weight)
-    monkeypatch.setattr(search, "CHUNK", search.CHUNK_GPU)
+    monkeypatch.setattr(activation, "CHUNK", activation.CHUNK_GPU)
     assert torch.equal(search_weight(weight), wanted)

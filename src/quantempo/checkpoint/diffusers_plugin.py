@@ -18,23 +18,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from quantempo import __version__
+from quantempo import __version__, quantized
 from quantempo.checkpoint.hashes import check_files, digest, joined, seal, settings_digest
 from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_times
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import sites
-from quantempo.quantized import (
-    CLOCK_NAME,
-    LayerPlan,
-    QLayer,
-    StoredLinear,
-    Times,
-    install_clock,
-    quantized_layers,
-    swap_layers,
-)
 from quantempo.quantized.attention import mark_attention
 from quantempo.recipe import Recipe
 from quantempo.run_folder import canonical, reading
@@ -63,7 +53,7 @@ _REMOVED = {
 }
 # The parts of a 12-bit weight in format 2: W = scale (16 high + low).
 _INT12 = ("weight_high", "weight_low", "weight_scale")
-_OURS = (QLayer, StoredLinear)
+_OURS = (quantized.QLayer, quantized.StoredLinear)
 # Of weights of up to 4 bits from before format 5: engines keep those in groups packed.
 _OLD_GROUP = 64
 
@@ -150,8 +140,9 @@ class QuantempoConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(
-        cls, recipe: Recipe, plans: list[LayerPlan], *, times: Times, source_sha256: str
-    ) -> "QuantempoConfig":
+        cls, recipe: Recipe, plans: list[quantized.LayerPlan], *, times: quantized.Times,
+        source_sha256: str,
+    ) -> "QuantempoConfig":  # fmt: skip
         """Return the configuration of a denoiser quantized by plans; `plans` gives them back."""
         int8 = [p for p in plans if p.kind == "int8"]
         why: dict[str, Any] = {
@@ -184,19 +175,19 @@ class QuantempoConfig(QuantizationConfigMixin):
     def __repr__(self) -> str:
         return f"QuantempoConfig(format_version={self.format_version}, recipe={self.recipe})"
 
-    def plans(self, denoiser: nn.Module) -> list[LayerPlan]:
+    def plans(self, denoiser: nn.Module) -> list[quantized.LayerPlan]:
         """Return what each layer of the (float, maybe meta) denoiser becomes."""
         plans = []
         for site in sites(denoiser):
             every = ((kind, getattr(self, table)) for kind, table in _KINDS.items())
             known = [(kind, table[site.name]) for kind, table in every if site.name in table]
             if known:
-                plans.append(LayerPlan(site.name, known[0][0], reason=known[0][1]))
+                plans.append(quantized.LayerPlan(site.name, known[0][0], reason=known[0][1]))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
                 buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
                 why = self.reasons.get(site.name)
-                plans.append(LayerPlan(site.name, "int8", segments, buckets, why, *bits))
+                plans.append(quantized.LayerPlan(site.name, "int8", segments, buckets, why, *bits))
             # Folders of format 3 from before roles were measured have none.
             plans[-1] = replace(plans[-1], role=self.roles.get(site.name, site.role))
         return plans
@@ -229,9 +220,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 mark_attention(model, errors, config.recipe["attention"]["max_error"])
         times = check_times(config.times)
         table = torch.zeros(times.count, dtype=torch.int64)
-        clock = install_clock(model, table, times)
-        swap_layers(model, plans, clock)
-        self._ours = dict(clock.named_buffers(CLOCK_NAME))
+        clock = quantized.install_clock(model, table, times)
+        quantized.swap_layers(model, plans, clock)
+        self._ours = dict(clock.named_buffers(quantized.CLOCK_NAME))
         for prefix, module in model.named_modules():
             if isinstance(module, _OURS):
                 self._ours |= dict(module.named_buffers(prefix, recurse=False))
@@ -303,7 +294,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
             )
         check_layers(model)
         if self.quantization_config.format_version < 5:
-            for name, layer in quantized_layers(model):
+            for name, layer in quantized.quantized_layers(model):
                 if layer.weight_format.packed:
                     layer.regroup(_OLD_GROUP)
                     both = layer.weight_bits, layer.act_bits

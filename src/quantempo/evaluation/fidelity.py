@@ -71,11 +71,8 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     library = import_torchmetrics("torchmetrics.functional.image")
     compare = library.structural_similarity_index_measure
     rows = []
-    for start in range(0, len(first), batch):
-        pair = [
-            torch.from_numpy(images[start : start + batch]).to(device).permute(0, 3, 1, 2).double()
-            for images in (first, second)
-        ]
+    for some in zip(*(torch.from_numpy(x).split(batch) for x in (first, second)), strict=True):
+        pair = (images.to(device).permute(0, 3, 1, 2).double() for images in some)
         rows.append(compare(*pair, sigma=1.5, data_range=255.0, reduction="none").reshape(-1))
     return torch.cat(rows).cpu().numpy()
 

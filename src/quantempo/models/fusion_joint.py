@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch as dispatch
+from diffusers.models import normalization
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    RMSNorm,
-    SD35AdaLayerNormZeroX,
-)
 from diffusers.models.transformers import transformer_flux as flux
 from diffusers.models.transformers import transformer_qwenimage as qwen
 from torch import Tensor, nn
@@ -137,7 +131,7 @@ class FluxSingleParts(FluxParts):
 _OTHER = "its attention has a class, processor or layers of its own"
 _NORM = "a norm in it is unknown"
 NOT_MLP = "its feed-forward layer is not a plain GELU by tanh"
-_RMS = (nn.RMSNorm, RMSNorm, type(None))
+_RMS = (nn.RMSNorm, normalization.RMSNorm, type(None))
 _PLAIN = (
     (flux.FluxAttention, flux.FluxAttnProcessor),
     (Attention, qwen.QwenDoubleStreamAttnProcessor2_0),
@@ -180,8 +174,8 @@ def _double(block: Any, *own: Any) -> tuple[Any, ...] | str:
     every = ((heads_of(b.attn, text=True),), tuple(heads_of(a) for a in (b.attn, *own)))
     ends = every[0][0].out is None
     kinds = (
-        AdaLayerNormContinuous if ends else AdaLayerNormZero,
-        SD35AdaLayerNormZeroX if own else AdaLayerNormZero,
+        normalization.AdaLayerNormContinuous if ends else normalization.AdaLayerNormZero,
+        normalization.SD35AdaLayerNormZeroX if own else normalization.AdaLayerNormZero,
     )
     known = all(type(norm) is kind for norm, kind in zip(first, kinds, strict=True))
     if not known or any(getattr(norm, "emb", None) is not None for norm in first):
@@ -250,7 +244,7 @@ def _single(block: Any) -> tuple[Any, ...] | str:
     tanh = type(gelu) is nn.GELU and gelu.approximate == "tanh"
     return no(
         (_is_plain(a) and a.pre_only and a.added_kv_proj_dim is None, _OTHER),
-        (type(b.norm) is AdaLayerNormZeroSingle and are_bare(b.norm.norm), _NORM),
+        (type(b.norm) is normalization.AdaLayerNormZeroSingle and are_bare(b.norm.norm), _NORM),
         (type(a.norm_q) is type(a.norm_k) is nn.RMSNorm, _NORM),
         (tanh, f"its activation is {type(gelu).__name__}, not GELU by tanh"),
     ) or (

@@ -17,16 +17,7 @@ from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, weight_forma
 from quantempo.core.paged import loaded
 from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
-from quantempo.scales.activation import (
-    CHUNK,
-    CHUNK_GPU,
-    EMPTY_SCALE,
-    TINY,
-    Candidates,
-    CostTable,
-    cost_table,
-    search_activation,
-)
+from quantempo.scales import activation
 from quantempo.scales.groups import search_groups
 from quantempo.scales.histogram import ACT_BITS, bin_centers
 from quantempo.scales.metrics import DENSITY_METRICS, Metric, check_weight, make_metric
@@ -41,7 +32,9 @@ BINS = 2048
 _SMOOTH = 0.01
 # About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default, and its
 # best scale is within that step of the finer one's.
-_CANDIDATES = Candidates(steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
+_CANDIDATES = activation.Candidates(
+    steps=48, floor=1 / 16, shrink=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def search_scales(
         if name not in specs:
             continue
         parts = [
-            search_activation(hist, edges, specs[name], buckets=of_bin, **how)
+            activation.search_activation(hist, edges, specs[name], buckets=of_bin, **how)
             for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
         ]
         columns = max(len(part.scale) for part in parts)
@@ -133,7 +126,7 @@ def _cut_time(
     tables, how = [], _metric(settings)
     for name, spec in tqdm(specs.items(), desc="buckets", disable=None, leave=False):
         for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
-            tables.append(cost_table(hist, edges, spec, **how).at_best_zero_point())
+            tables.append(activation.cost_table(hist, edges, spec, **how).at_best_zero_point())
     return bucket_of_bin(segment_time(tables, settings.buckets, _SMOOTH))
 
 
@@ -150,7 +143,7 @@ def bucket_of_bin(boundaries: Tensor) -> Tensor:
     return torch.arange(len(boundaries) - 1).repeat_interleave(boundaries.diff())
 
 
-def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
+def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
     """Return (K, K + 1): what bins i..j-1 add to a layer's error with one scale of their own.
 
     cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
@@ -173,7 +166,9 @@ def segment_costs(table: CostTable, smooth: float = 0.0) -> Tensor:
     return cost / whole if whole > 0 else torch.where(cost.isinf(), cost, 0)
 
 
-def segment_time(tables: Sequence[CostTable], buckets: int, smooth: float = 0.0) -> Tensor:
+def segment_time(
+    tables: Sequence[activation.CostTable], buckets: int, smooth: float = 0.0
+) -> Tensor:
     """Cut K fine bins into contiguous buckets that suit all layers best.
 
     Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
@@ -246,21 +241,21 @@ def search_weight(
     peak = rows.abs().amax(1)
     safe = torch.where(peak > 0, peak, 1)
     ratios = torch.linspace(1.0, 0.2, steps, dtype=torch.float64, device=rows.device)
-    scale = (peak.double()[:, None] * ratios / spec.qmax).float().clamp_min(TINY)
+    scale = (peak.double()[:, None] * ratios / spec.qmax).float().clamp_min(activation.TINY)
     function = make_metric(metric, p)
     if metric in DENSITY_METRICS:
         cost = _density_costs(rows / safe[:, None], ratios, function, spec)
     else:
         cost = _exact_costs(rows, safe, scale, function, spec)
     best = scale.gather(1, cost.argmin(1, keepdim=True))[:, 0]
-    return torch.where(peak > 0, best, EMPTY_SCALE)
+    return torch.where(peak > 0, best, activation.EMPTY_SCALE)
 
 
 def _exact_costs(rows: Tensor, peak: Tensor, scale: Tensor, metric: Metric, spec: Format) -> Tensor:
     """Return the (O, steps) metric of every scale on the rows (O, L) themselves."""
     cost, steps, length = torch.empty_like(scale), scale.shape[1], rows.shape[1]
     # Blocks of (channels, ratios) of about so many elements.
-    most = CHUNK if rows.device.type == "cpu" else CHUNK_GPU
+    most = activation.CHUNK if rows.device.type == "cpu" else activation.CHUNK_GPU
     few = min(steps, max(1, most // length))
     some = max(1, most // (few * length))
     for i, j in itertools.product(range(0, len(rows), some), range(0, steps, few)):
