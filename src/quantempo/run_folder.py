@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,13 @@ from quantempo.core.paged import paged_tensors, save_tensors
 from quantempo.errors import QuantempoError, log
 
 __all__ = [
-    "RunFolder", "atomic_path", "canonical", "file_sha256", "hash_of", "private_folder",
+    "Kept", "RunFolder", "atomic_path", "canonical", "file_sha256", "hash_of", "private_folder",
     "read_tensors", "reading", "tensors_sha256",
 ]  # fmt: skip
 
 _ASIDE = "aside"
+# Times what a `Kept` file took to write that pass before it is written again.
+_PAUSE = 20
 # What is written bit by bit carries its hash itself; those of stages stand in the manifest.
 _SEALED, _SEAL = ("sensitivity.json", "metrics.json", "bench.json"), "json_sha256"
 # Artefact -> the verb that writes it; `quantize` starts a run and goes on with one.
@@ -304,3 +308,29 @@ class RunFolder:
                 manifest[key] = value
         self.write_json("manifest.json", manifest)
         return manifest
+
+
+@dataclass
+class Kept:
+    """What a loop of a stage has found so far, for whoever starts it again after a kill."""
+
+    folder: RunFolder | None = None
+    key: str = ""
+    due: float = 0
+
+    def read(self, name: str) -> tuple[Any, dict[str, Tensor]]:
+        """Return what was written last, whole and under this key, else (None, {})."""
+        with suppress(QuantempoError):
+            if self.folder is not None and self.folder.has(name):
+                tensors, about = read_tensors(self.folder / name)
+                if about.get("key") == hash_of([self.key, about.get("note"), tensors]):
+                    return json.loads(about["note"]), tensors
+        return None, {}
+
+    def write(self, name: str, note: Any, tensors: dict[str, Tensor], last: bool = True) -> None:
+        """Keep how far a loop is, in JSON types, and its tensors; not `last`: if it is due."""
+        if self.folder is not None and (last or time.monotonic() > self.due):
+            start, text = time.monotonic(), json.dumps(note)
+            about = {"note": text, "key": hash_of([self.key, text, tensors])}
+            self.folder.write_safetensors(name, tensors, about)
+            self.due = time.monotonic() + _PAUSE * (time.monotonic() - start)

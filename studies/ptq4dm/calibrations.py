@@ -91,7 +91,7 @@ class Calibrator:
         if source == "trajectory":
             yield data
             return
-        check_source(source, pipe, denoiser_of(pipe)[1], images)
+        check_source(source, pipe, images)
         schedule, seed = pipe.scheduler.alphas_cumprod, data.info["settings"]["seed"]
         with private_folder(self.scratch / "source") as folder:
             copied = TraceSet(copy_trace(data, folder / "trace"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from quantempo.errors import QuantempoError
 from quantempo.models.latents import is_flow
@@ -53,7 +53,7 @@ SOURCES.register("raw")(Source(lambda x_0, eps, signal, noise: x_0, needs_images
 SOURCES.register("noise")(Source(lambda x_0, eps, signal, noise: eps))
 
 
-def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray | None) -> None:
+def check_source(source: str, pipe: Any, images: np.ndarray | None) -> None:
     """Raise QuantempoError where a source does not fit the pipeline, scheduler or images."""
     chosen = SOURCES.get(source)
     known = getattr(pipe.scheduler, "alphas_cumprod", None) is not None
@@ -74,19 +74,6 @@ def check_source(source: str, pipe: Any, denoiser: nn.Module, images: np.ndarray
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise QuantempoError(
             f"got images {images.dtype} of shape {images.shape}; expected uint8 (n, H, W, C)"
-        )
-    config = getattr(denoiser, "config", None)
-    size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-    if getattr(pipe, "vae", None) is None and size is not None and channels is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        _check_shape((images.shape[3], *images.shape[1:3]), (channels, height, width))
-
-
-def _check_shape(found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if found != shape:
-        raise QuantempoError(
-            f"got images (or their latents) of shape {found} (C, H, W) for x_t of shape {shape}; "
-            "resize them, or use a data set with these channels"
         )
 
 
@@ -134,7 +121,12 @@ def replace_rows(
         x_0 = _draw(images, places, Generator().manual_seed(seed ^ _OWN))
         # One by one: the size of a batch changes last digits.
         x_0 = torch.cat([encode(image) for image in x_0.split(1)]) if encode else x_0
-        _check_shape(tuple(x_0.shape[1:]), tuple(x_t.shape[1:]))
+        if x_0.shape != eps.shape:
+            found, wanted = tuple(x_0.shape[1:]), tuple(x_t.shape[1:])
+            raise QuantempoError(
+                f"got images (or their latents) of shape {found} (C, H, W) for x_t of shape "
+                f"{wanted}; resize them, or use a data set with these channels"
+            )
     signal = noise = torch.zeros(len(x_t))
     if chosen.needs_schedule and alphas_cumprod is None:
         signal, noise = 1 - rows["t"].float(), rows["t"].float()

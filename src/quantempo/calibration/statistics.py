@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from quantempo.models.fusion import attending
 from quantempo.models.layers import LAYERS, hooked, input_of
 from quantempo.quantized import Times, token_rows
 from quantempo.quantized.attention import measured_attention
+from quantempo.run_folder import Kept
 from quantempo.scales import Histogram, Metric, MinMax, TokenError
 
 __all__ = ["TIME_BINS", "attention_errors", "collect_statistics", "measure_roles", "time_bin_edges"]
@@ -39,27 +40,27 @@ def time_bin_edges(times: Times, bins: int = TIME_BINS) -> Tensor:
 
 def collect_statistics(
     denoiser: nn.Module, inputs: Mapping[str, tuple[int, ...]], data: CalibrationData, *,
-    bins: int = TIME_BINS, tokens: Metric | None = None,
+    bins: int = TIME_BINS, tokens: Metric | None = None, kept: Kept | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `stats.safetensors`, by two passes: ranges, histograms over these.
 
     `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
     `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms;
     with `tokens`, a metric, `NAME.token_error` (S, 7) of each linear layer, see `TokenError`.
-    inputs: layer name -> input channels of its segments, () for one.
+    inputs: layer name -> input channels of its segments, () for one; kept: of a killed call.
 
     Raises QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
-    timed = _timed(denoiser, inputs, data)
-    _feed([ranges], denoiser, inputs, data, bins, "ranges", timed)
+    timed, kept = _timed(denoiser, inputs, data), kept or Kept()
+    _feed([ranges], denoiser, inputs, data, bins, "ranges", timed, kept)
     histograms = {name: Histogram(ends.edges(), bins) for name, ends in ranges.items()}
     errors = {
         name: TokenError(max(1, len(parts)), tokens)
         for name, parts in inputs.items()
         if tokens is not None and isinstance(denoiser.get_submodule(name), nn.Linear)
     }
-    _feed([histograms, errors], denoiser, inputs, data, bins, "histograms", timed)
+    _feed([histograms, errors], denoiser, inputs, data, bins, "histograms", timed, kept)
     tensors = {"time_bin_edges": time_bin_edges(data.times, bins)}
     for name, seen in histograms.items():
         found = {"range": ranges[name].range, "hist": seen.counts, "edges": seen.edges}
@@ -84,9 +85,17 @@ def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, li
 def _feed(
     sinks: Sequence[Mapping[str, MinMax | Histogram | TokenError]], denoiser: nn.Module,
     inputs: Mapping[str, tuple[int, ...]], data: CalibrationData, bins: int, stage: str,
-    timed: Collection[str],
+    timed: Collection[str], kept: Kept,
 ) -> None:  # fmt: skip
     """Run the denoiser on all rows and give the sinks of each layer its inputs."""
+    every = {f"{i}.{name}": sinks[i][name] for i in range(len(sinks)) for name in sinks[i]}
+    parts = ((f"{name}.{k}", v) for name, sink in every.items() for k, v in vars(sink).items())
+    state = {name: value for name, value in parts if isinstance(value, Tensor)}
+    # On a GPU few large batches: every layer waits for the device once a batch.
+    size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256
+    done, found = kept.read(f"{stage}-{size}")
+    for name, value in found.items():
+        state[name].copy_(value)
     edges, time_bin = time_bin_edges(data.times, bins), torch.zeros(0, dtype=torch.int64)
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
@@ -98,18 +107,21 @@ def _feed(
             bin_of = rows.repeat_interleave(max(1, x.shape[0] // len(rows)))
         axis = -1 if isinstance(layer, nn.Linear) else 1
         for index, part in enumerate(x.split(segments, axis) if segments else (x,)):
-            for sink in (some[name] for some in sinks if name in some):
-                sink.update(part, bin_of, index)
+            try:
+                for sink in (some[name] for some in sinks if name in some):
+                    sink.update(part, bin_of, index)
+            except QuantempoError as error:
+                raise QuantempoError(f"layer '{name}': {error}") from error
 
-    # On a GPU few large batches: every layer waits for the device once a batch.
-    size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
         total = math.ceil(len(data) / size)
-        for batch in tqdm(data.batches(size), stage, total, disable=None, leave=False):
+        batches = tqdm(data.batches(size), stage, total, disable=None, leave=False)
+        for number, batch in islice(enumerate(batches, 1), done, None):
             place = data.times.place(batch.t).clamp(0, float(edges[-1]) - 1e-6)
             # An edge belongs to the bin above it.
             time_bin = torch.bucketize(place, edges[1:-1].double(), right=True)
             data.replay(denoiser, batch)
+            kept.write(f"{stage}-{size}", number, state, last=number == total)
 
 
 @torch.no_grad()

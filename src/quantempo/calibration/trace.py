@@ -75,7 +75,7 @@ def trace(
     way that cannot be recorded, or the source does not fit the pipeline or the images.
     """
     call = dict(call or {})
-    check_source(source, pipe, denoiser, images)
+    check_source(source, pipe, images)
     settings = _settings(pipe, denoiser, call, time_sampler, model_hash)
     settings |= {"images": image_digest(source, images), "source": source, "seed": seed}
     settings |= {"batch_size": batch_size, "steps": steps, "chains": chains, "picks": picks}

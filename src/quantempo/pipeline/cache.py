@@ -1,5 +1,6 @@
 """The run folder as a cache: which file each stage leaves, and the key that says what made it."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from quantempo import __version__
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError, log
 from quantempo.recipe import Recipe
-from quantempo.run_folder import RunFolder, file_sha256, hash_of, reading
+from quantempo.run_folder import Kept, RunFolder, file_sha256, hash_of, reading
 
 __all__ = ["ARTEFACTS", "BESIDE", "Cache"]
 
@@ -25,6 +26,7 @@ _STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "round": ("rounding.safetensors", (), ("rounding",)),
     "pack": ("packed", ("layers.json",), ()),
 }
+_KEPT = "unfinished"
 ARTEFACTS = {stage: artefact for stage, (artefact, _, _) in _STAGES.items()}
 BESIDE = {stage: beside for stage, (_, beside, _) in _STAGES.items()}
 
@@ -99,6 +101,10 @@ class Cache:
         self.refuse_stale("pack")
         return packed
 
+    def kept(self, stage: str) -> Kept:
+        """Return what a killed run of a stage has left."""
+        return Kept(RunFolder(self.run / _KEPT), self.key(stage))
+
     @contextmanager
     def stage(self, name: str) -> Iterator[bool]:
         """Yield whether the stage has to run; note its key and seconds when it ends.
@@ -128,6 +134,7 @@ class Cache:
             hashes = {file.name: file_sha256(file) for file in files if file.is_file()}
             entry = {"key": self.key(name), "seconds": seconds, "sha256": hashes}
             self.run.update_manifest(stages={name: entry}, **self.surroundings)
+            shutil.rmtree(self.run / _KEPT, ignore_errors=True)
             log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
 
     def check_before(self, name: str) -> None:

@@ -151,24 +151,25 @@ def plan(
 
 
 def calibrate(
-    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan], recipe: Recipe
+    denoiser: nn.Module, data: CalibrationData, plans: list[LayerPlan], recipe: Recipe, **more: Any
 ) -> dict[str, Tensor]:
     """Return the statistics of the inputs of all integer layers, see `collect_statistics`."""
     how = recipe.activations
     tokens = None if how.granularity == "time" else make_metric(how.metric, how.p)
     inputs = {plan.name: plan.segments for plan in plans if plan.kind == "int8"}
     errors = attention_errors(denoiser, data) if recipe.attention.max_error else {}
-    found = collect_statistics(denoiser, inputs, data, tokens=tokens)
+    found = collect_statistics(denoiser, inputs, data, tokens=tokens, **more)
     return found | {f"{name}{_COST}": torch.tensor(error) for name, error in errors.items()}
 
 
 def search(
-    denoiser: nn.Module, statistics: Mapping[str, Tensor], plans: list[LayerPlan], recipe: Recipe
-) -> dict[str, Tensor]:
+    denoiser: nn.Module, stats: Mapping[str, Tensor], plans: list[LayerPlan], recipe: Recipe,
+    **more: Any,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the scales of all integer layers, see `search_scales`, and errors of attentions."""
     weights = _weights(denoiser, plans)
-    scales = search_scales(statistics, weights, recipe, bits=bits_of(plans))
-    return scales | {k: v for k, v in statistics.items() if k.endswith(_COST)}
+    scales = search_scales(stats, weights, recipe, bits=bits_of(plans), **more)
+    return scales | {k: v for k, v in stats.items() if k.endswith(_COST)}
 
 
 def keep_costly(

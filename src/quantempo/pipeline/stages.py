@@ -102,14 +102,16 @@ def _source_images(session: Session) -> np.ndarray | None:
 @_stage("calibrate", "stats.safetensors")
 def calibrate(session: Session, _: Path) -> dict[str, Tensor]:
     """Collect the statistics of every layer input over the trace; writes `stats.safetensors`."""
-    return core.calibrate(session.denoiser, _trace_of(session), session.plans, session.recipe)
+    given = session.denoiser, _trace_of(session), session.plans, session.recipe
+    return core.calibrate(*given, kept=session.kept("calibrate"))
 
 
 @_stage("search", "scales.safetensors")
 def search(session: Session, _: Path) -> dict[str, Tensor]:
     """Choose every scale by the recipe's metrics; writes `scales.safetensors`."""
     stats = session.run.read_safetensors("stats.safetensors")
-    scales = core.search(session.denoiser, stats, session.plans, session.recipe)
+    how = session.plans, session.recipe
+    scales = core.search(session.denoiser, stats, *how, kept=session.kept("search"))
     given = session.denoiser, _trace_of(session), session.plans, scales, session.recipe
     return core.keep_costly(*given)
 
@@ -156,7 +158,9 @@ def _packed(session: Session, scratch: Path) -> tuple[nn.Module, list[dict[str, 
     codes = run.read_safetensors("rounding.safetensors", paged=True)
     found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
     packed = found.install(session.denoiser, copy=True, folder=scratch)
-    rows = measured_rows(session.denoiser, packed, found.plans, data)
+    kept = session.kept("pack")
+    rows = kept.read("rows")[0] or measured_rows(session.denoiser, packed, found.plans, data)
+    kept.write("rows", rows, {})
     about = {"times": data.times, "source_sha256": session.model["sha256"]}
     config = QuantempoConfig.of(found.recipe, found.plans, **about)
     config.attention_errors = found.attention  # type: ignore[attr-defined]

@@ -146,7 +146,7 @@ class TokenError:
 
     def __init__(self, segments: int, metric: Metric) -> None:
         self.error, self.metric = torch.zeros(segments, len(ACT_BITS), dtype=torch.float64), metric
-        self.tokens = [0] * segments
+        self.tokens = torch.zeros(segments, dtype=torch.int64)
 
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
@@ -157,7 +157,7 @@ class TokenError:
         pieces = rows.split(max(1, DEVICE_PIECE // rows.shape[1]))
         total = torch.stack([self._sums(piece.float()) for piece in pieces]).sum(0).cpu()
         self.tokens[segment] += len(rows)
-        share = len(rows) / self.tokens[segment]
+        share = len(rows) / int(self.tokens[segment])
         self.error[segment] += share * (total / len(rows) - self.error[segment])
 
     def _sums(self, rows: Tensor) -> Tensor:

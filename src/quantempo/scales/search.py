@@ -17,6 +17,7 @@ from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, weight_forma
 from quantempo.core.paged import loaded
 from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
+from quantempo.run_folder import Kept
 from quantempo.scales import activation
 from quantempo.scales.groups import search_groups
 from quantempo.scales.histogram import ACT_BITS, bin_centers
@@ -60,6 +61,7 @@ class LayerScales:
 def search_scales(
     stats: Mapping[str, Tensor], weights: Mapping[str, Tensor], recipe: Recipe,
     known: Mapping[str, Tensor] | None = None, bits: Mapping[str, tuple[int, int]] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `scales.safetensors` for the layers in `weights`.
 
@@ -71,24 +73,28 @@ def search_scales(
     Args:
         stats: of `collect_statistics`; a layer without them gets a weight scale alone.
         weights: float weight (O, ...) of each layer, searched on its device.
-        known: what an earlier search found of weights; these are not searched again.
+        known: what an earlier search found of weights, not searched again; kept: a killed one.
         bits: (weight bits, activation bits) of layers where they are not the recipe's.
     """
-    settings, bits = recipe.activations, bits or {}
+    settings, bits, kept = recipe.activations, bits or {}, kept or Kept()
     common = (recipe.weights.bits, settings.bits)
     specs = {
         name: replace(ACTIVATION, symmetric=settings.symmetric, bits=bits.get(name, common)[1])
         for name in weights
         if f"{name}.hist" in stats
     }
-    of_bin = _cut_time(stats, settings, specs)
+    done, before = kept.read("scales")
+    of_bin = _cut_time(stats, settings, specs) if done is None else before.pop("of_bin", None)
+    cut = {} if of_bin is None else {"of_bin": of_bin}
     how: dict[str, Any] = {"min_gain": settings.min_gain, "smooth": _SMOOTH, **_metric(settings)}
-    tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin)}
-    for name, weight in tqdm(weights.items(), desc="search", disable=None, leave=False):
+    tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin), **before}
+    layers = enumerate(tqdm(weights, desc="search", disable=None, leave=False))
+    for number, name in itertools.islice(layers, done, None):
+        kept.write("scales", number, tensors | cut, last=False)
         keys = (f"{name}.weight_scale", f"{name}.weight_group")
         found = {key: known[key] for key in keys if key in known} if known else {}
         here = bits.get(name, common)[0]
-        found = found or search_weights(name, loaded(weight), recipe.weights, here)
+        found = found or search_weights(name, loaded(weights[name]), recipe.weights, here)
         tensors |= {key: value.cpu() for key, value in found.items()}
         if name not in specs:
             continue
@@ -110,6 +116,7 @@ def search_scales(
         if settings.granularity == "token" or errors[1] < (1 - settings.min_gain) * errors[0]:
             tensors[f"{name}.act_scale"] = torch.empty(len(parts), 0)
             tensors[f"{name}.act_zero_point"].fill_(specs[name].symmetric_zero_point)
+    kept.write("scales", len(weights), tensors | cut)
     return tensors
 
 
