@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import quantempo
 from quantempo.checkpoint import write
@@ -97,12 +98,18 @@ def test_the_same_bytes_also_after_a_kill_in_a_block(
 
 
 @pytest.mark.parametrize("source", ["unet"], indirect=True)
-def test_components_are_copied_and_variants_get_plain_names(source: Any, tmp_path: Path) -> None:
+def test_components_are_copied_and_variants_get_plain_names(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     folder, call = shutil.copytree(source[0], tmp_path / "float"), source[1]
     for name in (*BESIDE, "model.onnx", "flax_model.msgpack", "flax_model.msgpack.index.json"):
         (folder / "vae" / name).parent.mkdir(exist_ok=True)
         (folder / "vae" / name).write_text("no JSON")
-    packed = quantempo.quantize(folder, tmp_path / "run", NEAREST, call=call)
+    # A hub name is what its folder in the cache is.
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **how: folder)
+    caplog.set_level("INFO", "quantempo")
+    packed = quantempo.quantize("some/name", tmp_path / "run", NEAREST, call=call, memory=1)
+    assert "read from its files" in caplog.text and reopen(tmp_path / "run").source == "some/name"
     assert not list(packed.rglob("*fp16*"))
     assert not [f for kind in ("onnx", "msgpack*") for f in packed.rglob(f"*.{kind}")]
     for name in BESIDE:

@@ -22,7 +22,7 @@ from quantempo.models.lora import merge_lora
 from quantempo.registry import check_known
 
 __all__ = [
-    "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of",
+    "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of", "fetched",
     "load_pipeline", "model_digest", "named_lora",
 ]  # fmt: skip
 
@@ -59,35 +59,30 @@ def load_pipeline(
     if isinstance(dtype, str):
         check_known([dtype], _DTYPES, "unknown dtype")
         dtype = _DTYPES[dtype]
-    folder, paged = Path(source), dict[str, nn.Module]()
-    if os.path.exists(folder):
-        variant = _check_folder(folder, variant)
-    elif not _HUB_NAME.fullmatch(str(source)):
-        raise QuantempoError(f"no folder '{source}'; expected a diffusers pipeline folder")
+    folder, paged = fetched(source, variant, revision), dict[str, nn.Module]()
+    variant = _check_folder(folder, variant)
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     try:
         # Never a pickled .bin, which runs code.
-        how: dict[str, Any] = {"variant": variant, "revision": revision, "use_safetensors": True}
-        if memory is not None and folder.exists():
+        how: dict[str, Any] = {"variant": variant, "use_safetensors": True}
+        if memory is not None:
             files = {part.name: _used(part, variant) for part in folder.iterdir()}
             paged = paged_denoisers(folder, files, dtype, memory)
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **paged, **how)
+        pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **paged, **how)
     except QuantempoError:
         raise
     except (*_BROKEN, *_ODD) as error:
         if isinstance(error, _ODD) and _is_ours(error):
             raise
         first = " ".join(str(error).split())[:300]
-        hint = "check the folder" if folder.exists() else "no such folder, and the hub has none"
-        raise QuantempoError(f"cannot load '{source}' ({hint}): {first}") from error
-    if folder.exists():
-        for component, denoiser in denoisers_of(pipe).items():
-            # A quantized one was, and what it has of older files may be more tensors than theirs.
-            if getattr(denoiser, "hf_quantizer", None) is None:
-                _check_complete(folder, variant, component, denoiser)
+        raise QuantempoError(f"cannot load '{source}' (check the folder): {first}") from error
+    for component, denoiser in denoisers_of(pipe).items():
+        # A quantized one was, and what it has of older files may be more tensors than theirs.
+        if getattr(denoiser, "hf_quantizer", None) is None:
+            _check_complete(folder, variant, component, denoiser)
     if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
         # It works in tiles only, which no folder says.
         pipe.vae.enable_tiling()
@@ -95,6 +90,22 @@ def load_pipeline(
     for entry in map(named_lora, lora):
         merge_lora(pipe, entry["file"], entry["scale"])
     return pipe
+
+
+def fetched(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+    """Return the folder of a pipeline; that of a hub name is in the cache, fetched if need be."""
+    if os.path.exists(source):
+        return Path(source)
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise QuantempoError(f"no folder '{source}'; expected a diffusers pipeline folder")
+    from diffusers import DiffusionPipeline
+
+    how: dict[str, Any] = {"variant": variant, "revision": revision, "use_safetensors": True}
+    try:
+        return Path(DiffusionPipeline.download(str(source), **how))
+    except _BROKEN as error:
+        text = f"cannot fetch '{source}' (no such folder, and the hub has none)"
+        raise QuantempoError(f"{text}: {' '.join(str(error).split())[:300]}") from error
 
 
 def named_lora(given: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from quantempo.models.load import (
     check_pipeline,
     component_copies,
     configs_of,
+    fetched,
     load_pipeline,
     model_digest,
     named_lora,
@@ -89,10 +90,9 @@ class Session(Cache):
             # The pipeline that runs this scheduler is none that diffusers can load.
             pipe = self.original
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
-        # A pipeline of a hub name has no files here.
-        here, variant = Path(self.source), self.loading.get("variant")
-        as_they_are = here.exists() and not self.loading.get("lora")
-        copies = component_copies(here, variant) if as_they_are else {}
+        variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
+        here = fetched(self.source, variant, revision)
+        copies = {} if lora else component_copies(here, variant)
         save_pipeline(pipe, networks, copies, folder)
         write_settings(folder, self.call)
 
