@@ -7,6 +7,7 @@ inputs of a block the network is stopped there: it costs what comes before and n
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.calibration.rows import Law, by_row, join, kind_of, take
-from quantempo.core import Format, Grid
+from quantempo.core import Format, Grid, loaded, spilled
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
 from quantempo.quantized import QLayer, StepClock
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry, check_known
+from quantempo.rounding.chain import Link
 
 __all__ = [
     "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "check_start",
@@ -164,12 +166,14 @@ class Inputs:
     """The arguments of a block for N rows of the calibration set.
 
     budget: bytes kept on the device; what would be more lies on the host, in half precision (values
-    beyond its range are clipped to it); laws: of each kind of call, see `calibration.rows.laws`.
+    beyond its range are clipped to it); laws: of each kind of call, see `calibration.rows.laws`;
+    folder: where calls that are halved here are kept as they were.
     """
 
-    def __init__(self, rows: int, budget: int, *laws: Law) -> None:
-        self.rows, self.budget, self.laws = rows, budget, laws
+    def __init__(self, rows: int, budget: int, *laws: Law, folder: Path | None = None) -> None:
+        self.rows, self.budget, self.laws, self.folder = rows, budget, laws, folder
         self.halved = False
+        self._whole: list[Any] = []
         self._parts: list[tuple[tuple[int, str], int, Any]] = []
         # The calls that could be joined; the group of each row, and its place there.
         self._groups: list[tuple[Law, Any]] = []
@@ -181,6 +185,12 @@ class Inputs:
         if not self._parts:
             size = sum(v.nbytes for v in pytree.tree_leaves(call) if isinstance(v, Tensor))
             self.halved = size / count * self.rows > self.budget
+        if self.halved and self.folder is not None:
+            leaves, tree = pytree.tree_flatten(call)
+            tensors = {str(i): v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
+            found = spilled(tensors, self.folder / f"{len(self._whole)}.safetensors")
+            leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+            self._whole.append(pytree.tree_unflatten(leaves, tree))
         kept = pytree.tree_map_only(Tensor, self._keep, call)
         self._parts.append((kind_of(self.laws, call, count), count, kept))
 
@@ -226,6 +236,13 @@ class Inputs:
         """Return the law of rows `index` (k,), all of one of the groups."""
         return self._groups[0 if len(self._groups) == 1 else self._group[index[0].item()]][0]
 
+    def call(self, number: int, index: Tensor, device: torch.device) -> Any:
+        """Return the call of this number, of rows `index`, as it was added; None: it is halved."""
+        if not self.halved:
+            return self.take(index, device)
+        whole = self._whole[number] if self._whole else None
+        return pytree.tree_map_only(Tensor, loaded, whole)
+
     def take(self, index: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) of rows `index` (k,), float32; all of one of the groups."""
         number = 0
@@ -244,11 +261,11 @@ class Inputs:
 @torch.no_grad()
 def record(
     modules: Mapping[str, nn.Module], calls: list[tuple[int, Callable[[], Any]]], budget: int,
-    laws: Mapping[str, Sequence[Law]],
+    laws: Mapping[str, Sequence[Law]], place: Callable[[str], Path | None] = lambda _: None,
 ) -> dict[str, Inputs] | None:  # fmt: skip
     """Return what each of `calls` = (rows, forward) first gives modules; None beyond the budget."""
     total = sum(rows for rows, _ in calls)
-    found = {name: Inputs(total, budget, *laws[name]) for name in modules}
+    found = {n: Inputs(total, budget, *laws[n], folder=place(n)) for n in modules}
     for rows, call in calls:
 
         def see(name: str, args: Any, kwargs: Any, rows: int = rows) -> None:
@@ -304,6 +321,20 @@ class BlockRun:
         self.clock.set(self.times.index_select(0, index))
         module, (args, kwargs) = self.module if exact else self.copied, arguments
         return by_row(self.exact.law(index), module(*args, **kwargs), len(index), "[2]")
+
+    @torch.no_grad()
+    def follow(self, link: Link, sizes: Sequence[int], into: Inputs, *, exact: bool) -> bool:
+        """Add the next block's inputs to `into`, in calls of these sizes; False: unknown."""
+        inputs, module = (self.exact, self.module) if exact else (self.quantized, self.copied)
+        for number, index in enumerate(torch.arange(len(self)).split([*sizes])):
+            self.clock.set(self.times[index.to(self.device)])
+            given = inputs.call(number, index, self.device)
+            after = given and link.follow(module(*given[0], **given[1]), given)
+            if after is None:
+                return False
+            into.add(len(index), *after)
+        into.close()
+        return True
 
     def layer_inputs(self, name: str, *, exact: bool = False) -> Iterator[Tensor]:
         """Yield the input of one layer, quantized or float, for all rows, a batch at a time.

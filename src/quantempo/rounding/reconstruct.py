@@ -12,8 +12,9 @@ Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirica
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from quantempo.quantized.layers import QPatches
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
+from quantempo.rounding.chain import links
 from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
@@ -85,7 +87,7 @@ def round_denoiser(
                 apply_rounding(copied, found)
                 for layer in map(copied.get_submodule, block.layers):
                     layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
-        if kept is not None and job.paged:
+        if kept is not None and job.folder:
             found = kept.read_safetensors(name, paged=True)
         result |= {k: v.cpu() for k, v in found.items()}
     if job.rounding.needs == "block":
@@ -134,7 +136,10 @@ class _Job:
         self.device = next(self.denoiser.parameters()).device
         self.copied.to(self.device)
         layers = [layer for _, layer in quantized_layers(self.copied)]
-        self.paged = any(isinstance(layer.weight_int, Paged) for layer in layers)
+        codes = (layer.weight_int for layer in layers)
+        files = [value.place.file for value in codes if isinstance(value, Paged)]
+        # Where what does not fit the memory lies, if anything does.
+        self.folder = files[0].with_name("inputs") if files else None
         for layer in layers:
             self._lower(layer)
         self.rounding = ROUNDINGS.get(self.settings.name)
@@ -145,10 +150,16 @@ class _Job:
         self.blocks = self._in_order()
         # Two rows of each kind of arguments.
         kinds = self.data.calls(torch.cat(self.calls), self.settings.samples)
-        self.laws = self._measured([rows[:2] for rows in kinds])
+        kinds = [rows[:2] for rows in kinds]
+        self.laws = self._measured(kinds)
+        modules = {block.name: block.module for block in self.blocks}
+        again = [partial(self.data.replay, self.denoiser, self.data.rows(rows)) for rows in kinds]
+        self.links = links(modules, again)
         self.kept = 0
-        # Inputs of the float blocks, from one run for all of them if they fit the budget.
+        # Inputs of the float blocks, from one run for all of them if they fit the budget, and of
+        # the quantized ones; of those that follow from the block before, of the next at most.
         self.exact: dict[str, Inputs] | None = None
+        self.quantized: dict[str, Inputs] = {}
 
     def _lower(self, layer: QLayer) -> None:
         kernel: Any = partial(once, layer, True) if isinstance(layer.weight_int, Paged) else None
@@ -238,6 +249,7 @@ class _Job:
                 result[f"{name}.act_scale"] = layer.act_scale.clone()
         if settings.bias:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
+        self._follow(run)
         self.kept += any(START_KEPT in note for note in unit.notes)
         notes = "".join(f"; {note}" for note in unit.notes)
         if watched:
@@ -258,20 +270,44 @@ class _Job:
 
         def inputs(network: nn.Module, modules: dict[str, nn.Module]) -> dict[str, Inputs]:
             calls = [(len(b.x_t), partial(self.data.replay, network, b)) for b in self.batches]
-            return record(modules, calls, self.budget, self.laws) or {}
+            place = partial(self._place, network is self.denoiser)
+            return record(modules, calls, self.budget, self.laws, place) or {}
 
         if self.exact is None:
-            self.exact = inputs(self.denoiser, {b.name: b.module for b in self.blocks})
+            alone = {b.name: b.module for b in self.blocks if b.name not in self.links}
+            self.exact = inputs(self.denoiser, alone)
         if block.name not in self.exact:
             self.exact |= inputs(self.denoiser, {block.name: block.module})
-        exact = self.exact.pop(block.name)
-        quantized = inputs(self.copied, {block.name: copied})[block.name]
+        if block.name not in self.quantized:
+            self.quantized = inputs(self.copied, {block.name: copied})
+        exact, quantized = self.exact.pop(block.name), self.quantized.pop(block.name)
         if exact.halved:
             log.debug("%s: its inputs lie on the host in half precision", block.name)
         layers: dict[str, Any] = {n: self.copied.get_submodule(n) for n in block.layers}
         times = torch.cat([b.t for b in self.batches])
         names = (block.name, block.module, copied, floats, layers)
         return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
+
+    def _after(self, name: str) -> str:
+        """Return the block that follows from another one, "" if there is none."""
+        return next((after for after, link in self.links.items() if link.last == name), "")
+
+    def _place(self, exact: bool, name: str) -> Path | None:
+        """Return where calls of a block are kept for the next one."""
+        return self.folder / name / str(exact) if self.folder and self._after(name) else None
+
+    def _follow(self, run: BlockRun) -> None:
+        """Keep the inputs of the next block if they follow from this one, rounded now."""
+        if after := self._after(run.name):
+            sizes, laws = [len(batch.t) for batch in self.batches], self.laws[after]
+            for known, exact in ((self.exact, True), (self.quantized, False)):
+                found = Inputs(len(run), self.budget, *laws, folder=self._place(exact, after))
+                # What was not measured is recorded from the start.
+                with suppress(UnmeasuredError):
+                    if run.follow(self.links[after], sizes, found, exact=exact):
+                        known[after] = found  # type: ignore[index]
+            if self.folder:
+                shutil.rmtree(self.folder / run.name, ignore_errors=True)
 
 
 def _draw(data: CalibrationData, settings: RoundingSettings) -> list[Tensor]:
