@@ -14,6 +14,7 @@ stages of Heun) one is chosen with equal chances. Memory holds the kept rows onl
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -32,7 +33,7 @@ from quantempo.calibration.recorder import NeverCalledError, Recorder, answered,
 from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.latents import latents_of, schedule_of
 from quantempo.models.layers import hooked
 from quantempo.models.load import model_digest
@@ -41,7 +42,7 @@ from quantempo.quantized import Times
 from quantempo.recipe import TraceSettings
 from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256
 
-__all__ = ["TraceSet", "check_settings", "deal_targets", "picture_size", "trace"]
+__all__ = ["TraceSet", "affordable", "check_settings", "deal_targets", "picture_size", "trace"]
 
 _FORMAT = 2
 _METADATA = "quantempo_trace"
@@ -176,6 +177,36 @@ def picture_size(pipe: Any, denoiser: nn.Module, steps: int, call: Any) -> Any:
     """Return (height, width) of what a pipeline makes; its network runs once."""
     with answered(denoiser):
         return call_pipeline(pipe, [0], steps=steps, **call).shape[-3:-1]
+
+
+def affordable(
+    pipe: Any, denoiser: nn.Module, settings: TraceSettings, call: Any, minutes: float
+) -> dict[str, int]:
+    """Return the chains and steps for a budget of time, at most those of the settings.
+
+    A call of the network for one image is measured. Each step of a chain takes one, each row that
+    is kept about eight more, for statistics and rounding; half of the budget is for these.
+    """
+    times: list[float] = []
+
+    def note(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    # Twice: the first call of all loads and compiles.
+    for _ in range(2):
+        times.clear()
+        with hooked({"": denoiser}, note, before=True), hooked({"": denoiser}, note):
+            picture_size(pipe, denoiser, settings.steps, call)
+    each = max(end - start for start, end in zip(times[::2], times[1::2], strict=True))
+
+    halves = ((settings.chains >> i, settings.steps >> j) for i in range(20) for j in range(20))
+    some = [(c * (s + 8 * min(settings.picks, s)), c, s) for c, s in halves if c > 1 and s > 3]
+    fit = (one for one in some if one[0] * each <= 30 * minutes)
+    _, chains, steps = max(fit, default=min(some, default=(0, settings.chains, settings.steps)))
+    log.info("%.2g s a call, %g minutes: %d chains of %d steps", each, minutes, chains, steps)
+    return {"chains": chains, "steps": steps}
 
 
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:

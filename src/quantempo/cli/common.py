@@ -132,6 +132,9 @@ def _model_arguments(
     memory: str | None = typer.Option(
         None, help="12GB: a network larger than this stays in its files; a third of it all."
     ),
+    minutes: float | None = typer.Option(
+        None, min=0, help="Budget: as many chains and steps to trace as it allows, printed."
+    ),
     lora: list[str] | None = typer.Option(None, help="FILE:0.8, merged first; can be repeated."),
     scheduler: Scheduler = None,
     device: Device = "cpu",
@@ -146,7 +149,7 @@ def _model_arguments(
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
-        "memory": memory and _bytes(memory), "lora": lora,
+        "memory": memory and _bytes(memory), "minutes": minutes, "lora": lora,
     }  # fmt: skip
 
 

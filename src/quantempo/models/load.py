@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quantempo.errors import QuantempoError
+from quantempo.errors import QuantempoError, log
 from quantempo.models.large import paged_denoisers
 from quantempo.models.layers import denoisers_of
 from quantempo.models.lora import merge_lora
@@ -133,14 +133,34 @@ def check_pipeline(pipe: Any) -> Any:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _refuse_lora(f"the {name} of this {type(pipe).__name__}", part.state_dict())
+    _unhook(pipe)
     networks = denoisers_of(pipe).items()
     for name, p in ((name, p) for name, network in networks for p in network.parameters()):
         if p.is_meta:
-            raise QuantempoError(f"the {name} is offloaded; call pipe.remove_all_hooks() first")
+            raise QuantempoError(f"the {name} is offloaded to disk; expected its values in memory")
         if p.is_floating_point() and p.dtype != torch.float32:
             hint = "expected torch.float32: pipe.to(torch.float32)"
             raise QuantempoError(f"the {name} of the pipeline is {p.dtype}; {hint}")
     return pipe
+
+
+def _unhook(pipe: Any) -> None:
+    """Remove what moves parts of networks between devices, and say so."""
+    from accelerate.hooks import remove_hook_from_module
+
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    modules: list[Any] = [module for network in networks for module in network.modules()]
+    known = (getattr(module, "_diffusers_hook", None) for module in modules)
+    groups = [hooks for hooks in known if hooks is not None and "group_offloading" in hooks.hooks]
+    if groups or any(hasattr(module, "_hf_hook") for module in modules):
+        text = "hooks that offload this %s are removed; quantize its folder to spare memory"
+        log.warning(text, type(pipe).__name__)
+        for hooks in groups:
+            hooks.remove_hook("group_offloading", recurse=False)
+        for network in networks:
+            remove_hook_from_module(network, recurse=True)
+        pipe.remove_all_hooks()
+        pipe.reset_device_map()
 
 
 def _refuse_lora(where: str, names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from quantempo.calibration.trace import SOURCES, TraceSet, check_settings
+from quantempo.calibration.trace import SOURCES, TraceSet, affordable, check_settings
 from quantempo.checkpoint.write import save_pipeline
 from quantempo.errors import QuantempoError, log
 from quantempo.models.large import room
@@ -46,6 +46,8 @@ class Session(Cache):
     loading: dict[str, Any] = field(default_factory=dict)
     only: str | None = None
     memory: int | None = None
+    # A budget, and the chains and steps that it was found to be enough for.
+    minutes: tuple[float, dict[str, int]] | None = None
 
     @cached_property
     def original(self) -> Any:
@@ -134,7 +136,7 @@ def load(
     source: Any, run: str | Path, recipe: str | Recipe = "w8a8", *,
     call: dict[str, Any] | None = None, scheduler: str | None = None, force: bool = False,
     device: str = "cpu", data: str | Path | None = None, only: str | None = None,
-    memory: int | None = None, **loading: Any,
+    memory: int | None = None, minutes: float | None = None, **loading: Any,
 ) -> Session:  # fmt: skip
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
@@ -149,6 +151,7 @@ def load(
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
         only: the one network to quantize of a pipeline with several denoisers, None for all.
         memory: bytes beyond which a denoiser stays in its files; None: a third of the device's.
+        minutes: budget for which chains and steps are chosen, once for a run; see `affordable`.
         loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`; lora: files
             to merge, ["FILE:0.8"].
 
@@ -173,6 +176,8 @@ def load(
         session.original = check_pipeline(source).to(device)
     if only and only not in (known := denoisers_of(session.pipe)):
         raise QuantempoError(f"got only '{only}'; this pipeline denoises with: {', '.join(known)}")
+    if minutes is not None:
+        session.recipe = recipe = _afforded(session, minutes)
     for part in session.parts:
         check_recipe(recipe, part.denoiser, *denoisers_of(session.pipe).values())
         check_finite(part.denoiser)
@@ -187,6 +192,17 @@ def load(
     return session
 
 
+def _afforded(session: Session, minutes: float) -> Recipe:
+    """Return the recipe with chains and steps for a budget; the same ones for the same budget."""
+    run, recipe = session.run, session.recipe
+    known = run.read_json("manifest.json").get("minutes") if run.has("manifest.json") else None
+    if session.force or not known or known[0] != minutes:
+        given = session.pipe, session.denoiser, recipe.trace, session.call
+        known = minutes, affordable(*given, minutes)
+    session.minutes = known
+    return recipe.override("trace", **known[1])
+
+
 def _write_manifest(session: Session) -> None:
     """Write `model.json` and `manifest.json` if they say something new: a run may be read-only."""
     run, recipe = session.run, session.recipe
@@ -199,11 +215,12 @@ def _write_manifest(session: Session) -> None:
         "data": session.data,
         "only": session.only,
         "memory": session.memory,
+        "minutes": session.minutes and list(session.minutes),
         "loading": session.loading,
         "seeds": {"trace": recipe.trace.seed},
     }
     # What runs of before know nothing of.
-    known = dict.fromkeys(("only", "memory"))
+    known = dict.fromkeys(("only", "memory", "minutes"))
     known |= run.read_json("manifest.json") if run.has("manifest.json") else {}
     model = run.read_json("model.json") if run.has("model.json") else None
     if known == {**known, **manifest} and model == session.model:
@@ -245,6 +262,7 @@ def reopen(
         options = {k: manifest.get(k) for k in ("scheduler", "data", "only")}
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
         options["memory"] = (memory := manifest.get("memory")) and int(memory)
+        options["minutes"] = (minutes := manifest.get("minutes")) and float(minutes[0])
         options |= manifest.get("loading", {})
         recipe = recipe or Recipe.from_dict(manifest["recipe"])
     return load(source, run, recipe, **options)
