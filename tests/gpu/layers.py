@@ -41,6 +41,7 @@ class Layer:
     activation: str = "none"
     rows: bool = False
     gates: int = 0
+    half: int = 0  # channels of a side of float16
     group: int = 0  # of packed 4-bit weights, which are 0 here
 
     @property
@@ -55,7 +56,7 @@ class Layer:
         """Return what `choose_tile` is asked, as `launch.run` puts it."""
         if self.kernel == 0:
             size = (1, 1, self.images, 1, self.outs, self.channels, 1, 1, self.sides)
-            return Problem(*size, not self.gated, self.gated)
+            return Problem(*size, not self.gated, self.gated, 2 * self.half)
         across = self.size if self.upsample else self.out_size
         phases = 4 if self.upsample else 1
         return Problem(
@@ -216,6 +217,10 @@ def tensors(layer: Layer, device: str = "meta", seed: int = 0) -> dict[str, Any]
             "side_weight_scale": floats(outs, spread=0.01),
             "side_table": torch.zeros(count, outs, device=device, dtype=torch.int32),
         }
+    if layer.half:
+        side, weight = _image(floats(layer.images, layer.half).half()), floats(outs, layer.half)
+        known["side_codes"] = [*known.get("side_codes", []), side]
+        known["side_weights"] = [*known.get("side_weights", []), weight.half()]
     if linear and not layer.gated:
         known["residual"] = _image(floats(layer.images, outs).half())
     elif not linear and layer.stride == 1 and not layer.upsample and not layer.sides:

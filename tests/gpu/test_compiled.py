@@ -34,6 +34,11 @@ OTHERS = (
     Layer(4608, 3072, 1, 3072, kernel=0, rows=True, sides=(12288,), gates=1),
     Layer(4608, 1536, 1, 8192, kernel=0, rows=True, activation="swiglu", requantize=True),
     Layer(8250, 1536, 1, 1536, kernel=0, mixed=True, gates=2),
+    # With LoRAs beside them.
+    Layer(4608, 3072, 1, 9216, kernel=0, rows=True, half=48),
+    Layer(4608, 3072, 1, 3072, kernel=0, rows=True, sides=(12288,), gates=1, half=16),
+    Layer(512, 128, 1, 384, kernel=0, half=48),
+    Layer(131072, 256, 1, 2048, kernel=0, activation="geglu", requantize=True, half=64),
 )
 
 
@@ -125,7 +130,8 @@ def test_shipped(path, arch, layer, tile):
     # The portable kernel too: `tl.dot` becomes a warpgroup instruction on sm_90.
     assert made.count(r"\bIGMMA\." if arch == 90 else r"\bIMMA\.") > 0
     if path == "hopper":
-        check_pipeline(made, loops(layer, tile), 3 if tile.taps else 1)
+        check_pipeline(made, loops(layer, tile), 3 if tile.taps else 1, layer.half > 0)
+        assert (made.count(r"\bHGMMA\.") > 0) == (layer.half > 0)
     else:
         assert made.count("UTMALDG") == 0
         # Operands come by asynchronous copies, ahead of their use.
@@ -189,16 +195,16 @@ def bodies(sass: str) -> list[list[str]]:
     return found
 
 
-def check_pipeline(made: harness.Binary, count: int, steps: int) -> None:
+def check_pipeline(made: harness.Binary, count: int, steps: int, half: bool = False) -> None:
     """Assert that matrix instructions stay in flight over the `count` loops of a Hopper kernel.
 
-    steps: that one turn of a loop makes.
+    steps: that one turn of a loop makes; half: whether a loop of float16 is there, which waits.
     """
     # "wgmma.mma_async instructions are serialized": ptxas gave up and waits for each of them.
     assert "Compiling entry function" in made.messages
     assert not re.search(r"C75\d\d|serialized", made.messages)
     # One wait in each step and one behind the loop, none for each matrix instruction.
-    assert made.count(r"WARPGROUP\.DEPBAR") == (steps + 1) * count
+    assert made.count(r"WARPGROUP\.DEPBAR") == (steps + 1) * count + half
     found = main_loops(made.sass)
     assert len(found) == count
     assert made.count(KINDS["multiply"]) == sum(loop.count("multiply") for loop in found)
@@ -228,7 +234,7 @@ def test_every_shipped_tile_is_compiled():
     compiled = {(path, arch, tile) for path, arch, _, tile in SHIPPED}
     for layer, tile in itertools.chain(ways("hopper", 90), others("hopper", 90)):
         assert ("hopper", 90, tile) in compiled, layer
-    assert len(SHIPPED) <= 90
+    assert len(SHIPPED) <= 100
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,12 @@ def check_gated(launcher, name: str, device: str, quantized: bool, activation: s
     now = bucket.repeat_interleave(rows // 2) if many else bucket.expand(rows)
     sums = codes.double() @ weight.double().T - table.double()
     y = sums * scales[now].double()[:, None] * weight_scale.double() + bias.double() - 2
+    low, up = (torch.randn(n, 16, generator=g).half() for n in (rows, 2 * outs))
+    how = {"side_codes": [low.to(device)], "side_weights": [up.to(device)]}
+    y += low.double() @ up.double().T
     exact = y[:, :outs] * ACTIVATIONS[activation](y[:, outs:])
-    how = {"out_scale": steps.to(device), "out_zero": 70, "out_qmax": 255} if quantized else {}
+    if quantized:
+        how |= {"out_scale": steps.to(device), "out_zero": 70, "out_qmax": 255}
     call = qgemm.__wrapped__(
         *(part.to(device) for part in (codes, weight, scales, weight_scale, table)),
         bucket=bucket.to(device), bias=(bias - 2).to(device), activation=activation,
@@ -220,6 +224,7 @@ class Block:
     sides: tuple[int, ...] = ()
     activation: str = "none"
     requantize: bool = False
+    half: int = 0
 
 
 BLOCKS = {
@@ -233,6 +238,13 @@ BLOCKS = {
     "three segments": Block(sides=(48, 32), rows=False, activation="gelu_tanh", gates=2),
     "large": Block(m=4620, k=512, o=1280, sides=(1024,), gates=3, residual=BRAIN),
     "large, not by row": Block(m=1320, k=1024, o=384, rows=False, gates=2, residual=HALF),
+    "a float16 side": Block(half=48),
+    "segments, a float16 side": Block(sides=(160,), gates=1, residual=BRAIN, half=80),
+    "a float16 side, codes out": Block(
+        rows=False, activation="gelu_tanh", requantize=True, half=16
+    ),
+    "large, a float16 side": Block(m=4620, k=3072, o=1280, gates=3, residual=BRAIN, half=192),
+    "large segments, a float16 side": Block(m=1100, k=512, o=1280, sides=(1024,), half=64),
     "large codes": Block(m=1100, k=256, o=1024, activation="gelu_tanh", requantize=True),
 }
 
@@ -263,7 +275,8 @@ def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tens
     for i, (q, w) in enumerate(zip(codes, weights, strict=True)):
         part = (q.double() - (zeros[i] - 128)) @ w.double().T
         y = y + part * of_row[i][:, None] * factors[min(i, 1)].double()
-    y = ACTIVATIONS[case.activation](y)
+    low, up = (torch.randn(n, case.half, generator=g).half() for n in (m, o))
+    y = ACTIVATIONS[case.activation](y + low.double() @ up.double().T)
     if case.gates:
         y = y * gate[:, o : 2 * o].double().repeat_interleave(m // case.gates, 0)
     y = y if rest is None else y + rest.double()
@@ -274,6 +287,8 @@ def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tens
             "side_codes": codes[1:], "side_weights": weights[1:], "side_scales": steps[1:],
             "side_weight_scale": factors[1], "side_table": torch.stack(tables[1:]),
         }  # fmt: skip
+    if case.half:
+        how["side_codes"], how["side_weights"] = [*codes[1:], low], [*weights[1:], up]
     given = {
         "codes": codes[0], "weight": weights[0], "act_scale": steps[0], "weight_scale": factors[0],
         "table": tables[0], "bucket": bucket, "bias": bias, "rows": case.rows,
@@ -283,8 +298,8 @@ def product(case: Block, device: str) -> tuple[Product, torch.Tensor, torch.Tens
     moved["gate"] = moved["gate"][:, o : 2 * o] if case.gates else None
     if case.sides:
         # Parts of one weight, as a layer of several segments has them.
-        whole = torch.cat([moved["weight"], *moved["side_weights"]], 1)
-        moved["weight"], *moved["side_weights"] = whole.split(widths, 1)
+        whole = torch.cat([moved["weight"], *moved["side_weights"][: len(case.sides)]], 1)
+        moved["weight"], *moved["side_weights"][: len(case.sides)] = whole.split(widths, 1)
     call = qgemm.__wrapped__(**moved)
     call.check(strides=True)
     scale = out[now].double()[:, None, None, None] if case.requantize else None

@@ -112,10 +112,10 @@ def reset_forward(module: nn.Module) -> None:
             module.__dict__["forward"] = own.before
 
 
-def touched(module: nn.Module, hooks: bool = True) -> bool:
-    """Return whether others have set the `forward` of a module, or (if `hooks`) hooks on it."""
-    hung = module._forward_hooks or module._forward_pre_hooks
-    return _set_by_others(module) is not None or (hooks and bool(hung))
+def touched(module: nn.Module, hooks: int = 1) -> bool:
+    """Return whether others have set the `forward` of a module, or so many hooks on it; 0: any."""
+    hung = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return _set_by_others(module) is not None or 0 < hooks <= hung
 
 
 def keep(module: nn.Module, name: str, value: Any) -> None:

@@ -103,7 +103,7 @@ class Watch:
         layers = [module for module in self._modules if isinstance(module, QLayer)]
         others = [module for module in self._modules if not isinstance(module, QLayer)]
         # What is offloaded comes and goes.
-        held = [module for module in self._modules if not touched(module, hooks=False)]
+        held = [module for module in self._modules if not touched(module, hooks=0)]
         tensors = [d for m in held for d in (m._parameters, m._buffers) if d]
         found = (tensor for owned in tensors for tensor in owned.values())
         self._tensors = [t for t in found if t is not None and not t.is_inference()]

@@ -52,13 +52,15 @@ class Blocks:
 
     backend: of the integer layers that they are built on; missing: returns why they cannot be had
     here, or None; norm: returns why a GroupNorm cannot be run, or None; eager: constants are made
-    when the engine is attached, by `prepare` of kernels and forwards, not by the first call.
+    when the engine is attached, by `prepare` of kernels and forwards, not by the first call;
+    carries: returns whether fused parts do not leave out a LoRA beside a layer in them.
     """
 
     backend: str
     missing: Callable[[], str | None] = lambda: None
     norm: Callable[[nn.GroupNorm], str | None] = lambda norm: None
     eager: bool = False
+    carries: Callable[[Any, nn.Module], bool] = lambda parts, layer: False
     builders: dict[type, Builder] = field(default_factory=dict)
 
     def build(self, kind: type) -> Callable[[T], T]:
@@ -254,11 +256,13 @@ def fuse(denoiser: nn.Module, blocks: Blocks) -> None:
     found = list(find_parts(denoiser))
     for name, module, parts in found:
         reasons[name] = parts if isinstance(parts, str) else blocks.refusal(parts)
-        wrapped = module is not denoiser and touched(module, hooks=False)
-        if not isinstance(parts, str) and (wrapped or any(map(touched, parts.inside()))):
+        wrapped = module is not denoiser and touched(module, hooks=0)
+        inside = [] if isinstance(parts, str) else parts.inside()
+        others = wrapped or any(touched(m, 1 + (LORA in m._modules)) for m in inside)
+        if not isinstance(parts, str) and others:
             reasons[name] = "others have hooks or forwards in it"
-            if any(hasattr(inner, LORA) for inner in parts.inside()):
-                reasons[name] = "a LoRA is loaded beside a layer in it"
+        if any(LORA in m._modules and not blocks.carries(parts, m) for m in inside):
+            reasons[name] = "a LoRA is loaded beside a layer in it"
     pieces = {name for name, _, parts in found if not isinstance(parts, str) and parts.piece}
     whole = [name for name in reasons if name not in pieces]
     fused = [name for name in whole if reasons[name] is None]

@@ -6,10 +6,12 @@ of all adapters of a layer in one product. A branch is a hook, around which engi
 layer by layer.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,9 @@ Part = tuple[Tensor, Tensor, Tensor]
 
 
 class _Branch(nn.Module):
-    """The adapters of a layer side by side."""
+    """The adapters of a layer side by side; users: what engines have made of branches."""
 
+    users: ClassVar[WeakKeyDictionary[nn.Module, WeakSet[Any]]] = WeakKeyDictionary()
     down: Tensor
     up: Tensor
     scale: Tensor
@@ -52,7 +55,10 @@ class _Branch(nn.Module):
         return dict(zip(self.ranks, zip(*views, strict=True), strict=True))
 
     def forward(self, layer: Any, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """Return y and what the adapters add, in the type of y."""
+        """Return y and what the adapters add, in the type of y, unless the kernel has added it."""
+        constants = getattr(getattr(layer, "kernel", None), "constants", None)
+        if getattr(constants, "adapters", None) is not None:
+            return y
         x = given[0]
         down, up, scale = (part.to(x) for part in (self.down, self.up, self.scale))
         if isinstance(layer, _Convolution):
@@ -80,6 +86,8 @@ def load_lora(pipe: Any, file: str | Path, scale: float = 1.0, name: str | None 
     for (component, layer), pair in read_lora(pipe, file).items():
         dtype = getattr(part := pipe.components[component], "dtype", torch.float32)
         down, up = (value.to(dtype) for value in pair)
+        more = 2 ** max(4, math.ceil(math.log2(len(down)))) - len(down)
+        down, up = torch.cat([down, down.new_zeros(more, *down.shape[1:])]), F.pad(up, (0, more))
         given[part.get_submodule(layer)] = down, up, down.new_full((len(down),), scale)
     ranks = {layer: len(down) for layer, (down, *_) in given.items()}
     loaded = {k: branch.ranks[name] for k, branch in known.items() if name in branch.ranks}
@@ -93,8 +101,7 @@ def load_lora(pipe: Any, file: str | Path, scale: float = 1.0, name: str | None 
         else:
             _put(layer, {**(known[layer].parts if layer in known else {}), name: new})
     try:
-        if not loaded:
-            _renew(pipe)
+        set_lora(pipe, {name: scale}) if loaded else _renew(pipe)
     except QuantempoError:
         unload_lora(pipe, name)
         raise
@@ -110,6 +117,8 @@ def set_lora(pipe: Any, scales: Mapping[str, float]) -> None:
         for branch in branches:
             if name in branch.ranks:
                 branch.parts[name][2].fill_(scale)
+    for made in {made for branch in branches for made in branch.users.get(branch, ())}:
+        made.fill()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core.instance import PerThread
-from quantempo.engines.fusion import Network
+from quantempo.engines.fusion import LORA, Network
 from quantempo.models.fusion_unet import ResnetParts
 
 __all__ = ["PerForward", "TimeShifts", "float_rows"]
@@ -71,7 +71,8 @@ class TimeShifts(PerForward):
     def of(cls, network: Network) -> Self:
         """Return those of all residual blocks that read a float layer."""
         layers = [parts.time for parts in network.of(ResnetParts)]
-        return cls([i for i in layers if isinstance(i, nn.Linear) and i.bias is not None])
+        plain = [i for i in layers if isinstance(i, nn.Linear) and not hasattr(i, LORA)]
+        return cls([i for i in plain if i.bias is not None])
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(len(layers))

@@ -87,8 +87,8 @@ def groups_of(weight: Tensor, taps: int, channels: int) -> int:
 
 
 def unpack(weight: Tensor, taps: int, channels: int) -> Tensor:
-    """Return the int8 weights (O, P, C) of `pack`; those of an int8 weight as they are."""
-    if weight.dtype == torch.int8:
+    """Return the int8 weights (O, P, C) of `pack`; those of any other weight as they are."""
+    if weight.dtype != torch.uint8:
         return weight.reshape(len(weight), taps, channels)
     out, count = len(weight), groups_of(weight, taps, channels)
     width = 16 * packed_width(taps, channels, 0)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from quantempo.core import GroupFormat, activation_format, token_scale
 from quantempo.engines.base import last, rows_of
+from quantempo.engines.cuda.adapters import Adapters
+from quantempo.engines.fusion import LORA
 from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
 from quantempo.kernels.ops import exact
@@ -232,12 +234,22 @@ class LayerConstants:
         self.weight_scale = constant(layer.weight_scale)
         self.bias = None if layer.bias is None else constant(layer.bias)
         self.sides: Sides | None = None
+        self.adapters: Adapters | None = None
         plain = not isinstance(layer, QConv2d) or layer.kernel_size == layer.stride == (1, 1)
         if plain and 1 < len(parts) <= 1 + MOST_SIDES:
             self.sides = Sides(layer, layer.segments, skip=1)
             self.sides.weights = packed[1:] or self.sides.weights
+        if LORA in layer._modules and (self.sides is None or len(parts) <= MOST_SIDES):
+            self.adapters = Adapters([layer], LayerConstants)
         if packed or (layer.unpack and layer.weight_group is not None):
             layer.set_aside()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return all that the weight decides."""
+        sides = self.sides
+        more = [] if sides is None else [*sides.weights, sides.table, sides.weight_scale]
+        return [*self.weights, *self.tables, self.weight_scale, *more]
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -263,6 +275,8 @@ class LayerConstants:
         whole.weights, whole.bias = [weight], None if none else constant(torch.cat(biases))
         whole.tables = [constant(torch.cat([o.tables[0] for o in layers]))]
         whole.weight_scale = constant(torch.cat([o.weight_scale for o in layers]))
+        branches = any(o.adapters for o in layers)
+        whole.adapters = Adapters([o.layer for o in layers], cls) if branches else None
         return whole
 
     def reads_the_same(self, other: "LayerConstants") -> bool:
@@ -289,6 +303,9 @@ class LayerConstants:
         rows.weights = [constant(self.weights[0].flatten(1))]
         # Every pixel is inside the image, where the first row of the table holds.
         rows.tables = [constant(self.tables[0][0])]
+        if rows.adapters is not None:
+            rows.adapters = copy.copy(rows.adapters)
+            rows.adapters.down = rows.adapters.down.pixelwise()
         return rows
 
     def read(self, x: Tensor) -> dict[str, Any]:
@@ -299,6 +316,8 @@ class LayerConstants:
 
     def conv(self, codes: Tensor, dtype: torch.dtype, part: int = 0, **how: Any) -> Tensor:
         """Return the convolution of one segment's codes, (B, O, H', W'); how: of `ops.qconv2d`."""
+        if self.adapters is not None:
+            how = self.adapters.beside(self, codes, part, how)
         return ops.qconv2d(
             codes, *self._of(part), out_dtype=dtype, bucket=self.layer.clock.bucket, **how
         )
@@ -311,6 +330,8 @@ class LayerConstants:
 
         rows: (M,) float32, the scale of each row where it is that of a token.
         """
+        if self.adapters is not None:
+            how = self.adapters.beside(self, codes, part, how, rows)
         if grid is not None:
             how |= {"out_scale": grid.scale, "out_zero": grid.zero_point, "out_qmax": grid.qmax}
         weight, scale, *rest = self._of(part)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quantempo.engines.base import Prepared
 from quantempo.engines.cuda.constants import FLOATS, LayerConstants, alone, constant, constants_of
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
-from quantempo.engines.fusion import Network
+from quantempo.engines.fusion import LORA, Network
 from quantempo.engines.per_forward import TimeShifts
 from quantempo.kernels import ops
 from quantempo.models.fusion_joint import (
@@ -42,7 +42,7 @@ class SharedModulations(Prepared, TimeShifts):
 
     def __init__(self, layers: list[Any]) -> None:
         # Others are computed by each block.
-        codes = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
+        codes = [i for i in layers if isinstance(i, WeightOnlyLinear) and not hasattr(i, LORA)]
         super().__init__([layer for layer in codes if layer.bias is not None])
 
     @classmethod

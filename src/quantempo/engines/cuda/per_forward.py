@@ -52,7 +52,9 @@ class SharedContext(Prepared, PerForward):
         groups: list[list[int]] = []
         for i, layer in enumerate(layers):
             for group in groups:
-                if layers[group[0]].reads_the_same(layer):
+                # Branches of a product are zero outside their layers.
+                few = layer.adapters is None or len(group) < 32
+                if few and layers[group[0]].reads_the_same(layer):
                     group.append(i)
                     break
             else:

@@ -37,7 +37,14 @@ __all__ = ["BLOCKS", "FusedDownsample", "FusedResnet", "GpuBlock"]
 _LARGE = 128 << 20
 
 
-BLOCKS = Blocks("triton", eager=True)
+def _carries(parts: Any, layer: nn.Module) -> bool:
+    """Return whether a LoRA beside a layer stays when a block is fused: no more than two sides."""
+    shortcut = getattr(parts, "shortcut", None)
+    full = isinstance(shortcut, QLayer) and layer is parts.conv2
+    return isinstance(layer, QLayer | nn.Linear) and layer is not shortcut and not full
+
+
+BLOCKS = Blocks("triton", eager=True, carries=_carries)
 BLOCKS.build(fusion_unet.UpBlockParts)(FusedUpBlock.build)
 
 

@@ -46,14 +46,16 @@ def shaped(
         raise ValueError(f"{name}: got {kind(tensor)}; expected {names} {tuple(shape)}")
 
 
-def weighted(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
-    """Expect an int8 weight (O, [P,] C), or one of `layout.pack`."""
+def weighted(
+    name: str, weight: Tensor, shape: tuple[int, ...], kinds: tuple[torch.dtype, ...] = INT8
+) -> None:
+    """Expect an int8 weight (O, [P,] C), or one of `layout.pack`; or a plain one of `kinds`."""
     size = math.prod(shape[1:-1]), shape[-1]
-    if weight.dtype == torch.uint8 and weight.ndim == 2:
+    if weight.dtype == torch.uint8 and weight.ndim == 2 and kinds is INT8:
         groups = 4 if groups_of(weight, *size) == 4 else 2
         shaped(name, weight, (shape[0], packed_width(*size, groups)), (torch.uint8,))
     else:
-        shaped(name, weight, shape, INT8)
+        shaped(name, weight, shape, kinds)
 
 
 def table(name: str, tensor: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """What follows the integer sums of a contraction: record, checks, exact definition.
 
-    v = act(s_a[b] s_w[o] acc + sum_i s_i[b] s_side[o] acc_i + bias[o] + shift[n, o])
+    v = act(s_a[b] s_w[o] acc + sum_i s_i[b] s_side[o] acc_i + half + bias[o] + shift[n, o])
     y = v gate[n, o] + residual
 
 Kernels get `terms` as one argument and `form` as one constant: a term more is a field of `Terms`,
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from quantempo.kernels.ops import checks
 from quantempo.kernels.ops.exact import channels_last, entries, quantize
 
-__all__ = ["ACTIVATIONS", "GATED", "Epilogue", "Form", "Terms"]
+__all__ = ["ACTIVATIONS", "GATED", "Epilogue", "Form", "Terms", "is_half"]
 
 ACTIVATIONS = {
     "none": lambda v: v,
@@ -73,6 +73,8 @@ class Form(NamedTuple):
     RUNS: bool = False
     # Whether the second half of the channels are gates.
     GATED: bool = False
+    # Whether the last side is of float16.
+    HALF: bool = False
 
 
 class Epilogue(NamedTuple):
@@ -95,8 +97,8 @@ class Epilogue(NamedTuple):
         """Whether y has half as many channels as the sums."""
         return self.activation in GATED
 
-    def form(self, count: int) -> Form:
-        """Return what kernels are compiled for, of `count` rows or pixels."""
+    def form(self, count: int, half: bool = False) -> Form:
+        """Return what kernels are compiled for, of `count` rows or pixels; half: see `Form`."""
         t = self.terms
         sides = (0, 1) if t.side_scales is None else t.side_scales.shape
         outs = 1 if t.out_scale is None else min(t.out_scale.shape[0], 2)
@@ -104,7 +106,8 @@ class Epilogue(NamedTuple):
         images = 0 if t.gate is None else t.gate.shape[0]
         runs = images == 1 or (images > 1 and count // images % 32 == 0)
         side = 1 if self.rows else sides[1]
-        return Form(sides[0], ins, side, outs, mixed, self.activation, self.rows, runs, self.gated)
+        known = ins, side, outs, mixed, self.activation, self.rows, runs, self.gated, half
+        return Form(sides[0] + half, *known)
 
     def check(
         self, shape: tuple[int, ...], table: tuple[int, ...], device: torch.device, strides: bool
@@ -157,9 +160,20 @@ class Epilogue(NamedTuple):
         checks.expect(parts <= 2, "side_codes", f"{parts} tensors", "at most 2")
         found = f"{len(weights)} tensors"
         checks.expect(len(weights) == parts, "side_weights", found, f"{parts}")
+        parts -= is_half(codes)
+        memory = checks.last if across else checks.dense
+        for i, (part, weight) in enumerate(zip(codes, weights, strict=True)):
+            checks.expect(part.ndim == len(shape), "side_codes", checks.kind(part), "as codes")
+            channels, kinds = part.shape[1], checks.INT8 if i < parts else (torch.float16,)
+            checks.sixteen(channels, features)
+            checks.shaped("side_codes", part, (count, channels, *across), kinds)
+            checks.weighted("side_weights", weight, (features, channels), kinds)
+            if strides:
+                memory(device, side_codes=part)
+                checks.apart(device, "side_weights", weight)
         scales, weight_scale, table = t.side_scales, t.side_weight_scale, t.side_table
         given = [tensor is not None for tensor in (scales, weight_scale, table)]
-        wanted = "all three with side_codes, none of them without"
+        wanted = "all three with side_codes of int8, none of them without"
         names = "side_scales, side_weight_scale, side_table"
         checks.expect(given == [parts > 0] * 3, names, given, wanted)
         if scales is None:
@@ -170,16 +184,6 @@ class Epilogue(NamedTuple):
         checks.expect(fits, "side_scales", checks.kind(scales), wanted)
         checks.shaped("side_weight_scale", weight_scale, (features,), (torch.float32,))
         checks.shaped("side_table", table, (parts, features), (torch.int32,))
-        memory = checks.last if across else checks.dense
-        for part, weight in zip(codes, weights, strict=True):
-            checks.expect(part.ndim == len(shape), "side_codes", checks.kind(part), "as codes")
-            channels = part.shape[1]
-            checks.sixteen(channels, features)
-            checks.shaped("side_codes", part, (count, channels, *across), checks.INT8)
-            checks.weighted("side_weights", weight, (features, channels))
-            if strides:
-                memory(device, side_codes=part)
-                checks.apart(device, "side_weights", weight)
         if strides:
             checks.dense(
                 device, side_scales=scales, side_weight_scale=weight_scale, side_table=table
@@ -201,8 +205,10 @@ class Epilogue(NamedTuple):
 
         y = acc * each(t.act_scale) * channel(t.weight_scale)
         if t.side_scales is not None and t.side_table is not None:
-            for part, scales, table in zip(side_sums, t.side_scales, t.side_table, strict=True):
+            for part, scales, table in zip(side_sums, t.side_scales, t.side_table, strict=False):
                 y += (part - channel(table)) * each(scales) * channel(t.side_weight_scale)
+        for part in side_sums[0 if t.side_scales is None else len(t.side_scales) :]:
+            y += part
         if t.bias is not None:
             y += channel(t.bias)
         if t.shift is not None:
@@ -217,6 +223,11 @@ class Epilogue(NamedTuple):
             return _packed(y.to(self.out_dtype))
         scale = entries(t.out_scale, t.bucket, count).reshape(-1, 1, *rest)
         return _packed(quantize(y, scale, self.out_zero, self.out_qmax))
+
+
+def is_half(codes: Sequence[Tensor]) -> bool:
+    """Return whether the last of the sides is of float16, which has no scale and no table."""
+    return len(codes) > 0 and codes[-1].dtype == torch.float16
 
 
 def _packed(y: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ def qconv2d(
             as may be `side_weights`.
         table: `layout.border_table`; side_table: of `layout.row_table`.
         shift: a column slice of a larger matrix or one row expanded to N will do.
-        side_codes: up to two (N, C_i, H', W') that pass through 1x1 weights (O, C_i).
+        side_codes: up to two (N, C_i, H', W') that pass through 1x1 weights (O, C_i); the last may
+            be float16, as in `qgemm`.
         kernel: 1 or 3; stride: 1 or 2; border: padding (top, bottom, left, right), each 0 or 1, and
             0 for a 1x1 kernel; None: 1 for a 3x3 kernel.
         upsample: repeat every pixel 2x2 first; the larger image is never made.

@@ -88,7 +88,8 @@ def qgemm(
             uint8 of `layout.pack`, contiguous, as may be `side_weights`.
         table: `layout.row_table`; gate: rows may lie apart; row m is one of image m // (M / N).
         side_codes: up to two (M, K_i) that pass through `side_weights` (O, K_i): segments of one
-            sum, each with a scale of its own.
+            sum, each with its own scale. The last may be float16, as its weight is then: without
+            scale or table, but with any activation.
         rows: act_scale and side_scales have an entry for each row, as `norm_modulate_quant` writes
             them; out_scale is by bucket as ever.
         activation: "none", "gelu" (by erf), "gelu_tanh", "silu", or "geglu" and "swiglu": columns j

@@ -42,6 +42,30 @@ def _sum(acc, buffers, stage, phase, count, PER: gl.constexpr, BLOCK: gl.constex
 
 
 @gluon.jit
+def _add_half(v, buffers, stage, phase, count, BLOCK: gl.constexpr, num_warps: gl.constexpr):
+    """Return v and what `count` steps of a float16 segment add, and the stage and phase after it.
+
+    Its stages hold bytes like any others; the sums stay in their registers.
+    """
+    smem_x, smem_w, ready, free = buffers
+    x_shape: gl.constexpr = [BLOCK.PIXELS, BLOCK.CHANNELS // 2]
+    w_shape: gl.constexpr = [BLOCK.OUTS, BLOCK.CHANNELS // 2]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(w_shape, gl.float16)
+    shape: gl.constexpr = [16, min(128, BLOCK.PIXELS), 16]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], shape)
+    acc = gl.convert_layout(v, mma, assert_trivial=True)
+    for _ in range(count):
+        hopper.mbarrier.wait(ready.index(stage), phase)
+        pixels = smem_x.index(stage)._reinterpret(gl.float16, x_shape, layout)
+        weight = smem_w.index(stage)._reinterpret(gl.float16, w_shape, layout)
+        acc = hopper.warpgroup_mma(weight, pixels.permute((1, 0)), acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+        hopper.mbarrier.arrive(free.index(stage))
+        stage, phase = producer.next_stage(stage, phase, BLOCK.STAGES)
+    return gl.convert_layout(acc, v.type.layout, assert_trivial=True), stage, phase
+
+
+@gluon.jit
 def _scaled(
     acc, place, scales, weight_scale, table, bucket, s, BUCKETS: gl.constexpr,
     MIXED: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr,
@@ -131,7 +155,7 @@ def _compute(
                 acc, place, terms.act_scale, terms.weight_scale, terms.table, terms.bucket, s,
                 FORM.BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
             )  # fmt: skip
-            for side in gl.static_range(SIDES):
+            for side in gl.static_range(SIDES - FORM.HALF):
                 acc, stage, phase = _sum(
                     acc, buffers, stage, phase, steps0 if side == 0 else steps1,
                     BLOCK.PER0 if side == 0 else BLOCK.PER1, BLOCK,
@@ -141,6 +165,12 @@ def _compute(
                     terms.side_weight_scale, terms.side_table + side * s.outs, terms.bucket, s,
                     FORM.SIDE_BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
                 )  # fmt: skip
+            if FORM.HALF:
+                v, stage, phase = _add_half(
+                    v, buffers, stage, phase, steps0 if SIDES == 1 else steps1, BLOCK, num_warps
+                )
+                # The first instruction of the next tile names it: else its registers were kept.
+                acc = v.to(gl.int32, bitcast=True)
         residual = ()
         if rows is not None:
             hopper.mbarrier.wait(ready.index(stage), phase)

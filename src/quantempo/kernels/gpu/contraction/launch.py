@@ -20,7 +20,7 @@ from quantempo.kernels.gpu.contraction.tiles import (
 )
 from quantempo.kernels.gpu.dependent_launch import early
 from quantempo.kernels.layout import groups_of, unpack
-from quantempo.kernels.ops.epilogue import Epilogue
+from quantempo.kernels.ops.epilogue import Epilogue, is_half
 from quantempo.kernels.ops.qconv2d import Convolution, Window
 from quantempo.kernels.ops.qgemm import Product
 
@@ -175,16 +175,22 @@ def run(
     images, channels, in_h, in_w = size
     out_h, out_w = out_size[2:]
     outs, terms, count = weight.shape[0], epilogue.terms, images * out_h * out_w
-    form, gated, stride = epilogue.form(count), epilogue.gated, window.STRIDE
+    half, gated, stride = is_half(side_codes), epilogue.gated, window.STRIDE
+    form = epilogue.form(count, half)
     odd = stride == 2 and not _parity(size, side_codes)
     path = "pointers" if odd else path or choose_path(codes.device)
     across = (in_h, in_w) if window.UPSAMPLE else (out_h, out_w)
+    if half and path == "hopper":
+        # Loaded as bytes, like any other operand.
+        image = side_codes[-1].permute(0, 2, 3, 1).view(torch.int8).permute(0, 3, 1, 2)
+        side_codes = [*side_codes[:-1], image]
+        side_weights = [*side_weights[:-1], side_weights[-1].view(torch.int8)]
     widths = tuple(side.shape[1] for side in side_codes)
     phases = 4 if window.UPSAMPLE else 1
     tile = tile or choose_tile(
         Problem(
-            images, *across, phases, outs, channels, window.KERNEL, stride, widths,
-            terms.residual is not None, gated,
+            images, *across, phases, outs, channels, window.KERNEL, stride,
+            widths[: len(widths) - half], terms.residual is not None, gated, half and widths[-1],
         ),
         path, multiprocessors(codes.device),
     )  # fmt: skip

@@ -254,11 +254,15 @@ def contract(
         y.dtype.element_ty == tl.int32,
     )  # fmt: skip
     for side in tl.static_range(SIDES):
+        start = zeros.to(tl.float32) if FORM.HALF and side == SIDES - 1 else zeros
         if SPLITS > 1:
             acc = _gather(zeros, partial, tile, SPLITS + side, SPLITS + side + 1, SLOTS, BLOCK)
         elif side == 0:
-            acc = _side(zeros, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
+            acc = _side(start, side0, weight0, apart0, channels0, n, h, w, o, s, WINDOW, BLOCK)
         else:
-            acc = _side(zeros, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
-        v += _side_term(tl.trans(acc), side, row, o, terms, s, FORM)
+            acc = _side(start, side1, weight1, apart1, channels1, n, h, w, o, s, WINDOW, BLOCK)
+        if FORM.HALF and side == SIDES - 1:
+            v += tl.trans(acc)
+        else:
+            v += _side_term(tl.trans(acc), side, row, o, terms, s, FORM)
     _finish(v, tl.where(seen, n, 0), row, o, inside, y, terms, s, FORM)

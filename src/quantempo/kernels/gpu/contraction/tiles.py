@@ -40,7 +40,7 @@ class Problem:
     """One contraction: `phases` times images x height x width pixels, `outs` channels of result.
 
     sides: input channels of the 1x1 segments; residual: whether an image is added; gated: whether
-    one half of the channels is the gate of the other.
+    one half of the channels is the gate of the other; half: bytes of a pixel of a float16 side.
     """
 
     images: int
@@ -54,6 +54,7 @@ class Problem:
     sides: tuple[int, ...] = ()
     residual: bool = False
     gated: bool = False
+    half: int = 0
 
     def steps(self, block: int) -> int:
         """Return the steps of the main loop, `block` channels of one tap each."""
@@ -61,12 +62,12 @@ class Problem:
 
     def all_steps(self, block: int) -> int:
         """Return the steps of all segments."""
-        return self.steps(block) + sum(-(-side // block) for side in self.sides)
+        return self.steps(block) + sum(-(-side // block) for side in (*self.sides, self.half))
 
     @property
     def tall(self) -> bool:
         """Return whether three taps stand above each other and read images of their own."""
-        return (self.kernel, self.stride, self.phases, self.sides) == (3, 1, 1, ())
+        return (self.kernel, self.stride, self.phases, self.sides, self.half) == (3, 1, 1, (), 0)
 
     def tiles(self, tile: Tile) -> int:
         """Return the number of tiles."""
@@ -167,6 +168,8 @@ def predict(problem: Problem, tile: Tile, processors: int) -> float:
 
 def _measured(problem: Problem, tile: Tile, processors: int) -> bool:
     """Return whether the model knows such a case: it is not to be asked about others."""
+    if problem.half and tile.splits > 1:
+        return False
     if tile.channels == 64 and problem.channels % 128 == 0:
         return False
     if tile.outs == 64 and problem.sides:
@@ -197,7 +200,8 @@ def choose_tile(problem: Problem, path: str, processors: int) -> Tile:
     if path != "hopper":
         # One program a multiprocessor, whose tensor cores wait for each other little.
         wide = Tile(128, 128, 64, 8, 3, programs=1)
-        small = problem.outs <= 64 or problem.tiles(wide) < processors or bool(problem.sides)
+        sides = problem.sides or problem.half
+        small = problem.outs <= 64 or problem.tiles(wide) < processors or bool(sides)
         return Tile(64, 64, 64, 4, 3, programs=1) if small else wide
     best, tile = math.inf, None
     for outs, pixels, channels, warps, programs, taps in _MEASURED:
