@@ -1,32 +1,25 @@
 """Fused blocks of FLUX for GPUs against the same layers run one by one, on a CPU, tiny."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from diffusers.models.normalization import AdaLayerNormZeroSingle
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxIPAdapterAttnProcessor,
-)
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 from quantempo.core import activation_format
-from quantempo.engines import ENGINES, attach
+from quantempo.engines import ENGINES
 from quantempo.engines.cuda.joint import joined
 from quantempo.engines.cuda.unet import BLOCKS
-from quantempo.engines.fusion import fuse, fused_modules, report, unfuse
+from quantempo.engines.fusion import fuse, fused_modules, unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.quantized import WeightOnlyLinear
 from tests.engines import one_by_one as use
 from tests.engines.quantized import make_linear
-from tests.engines.truth import relative
 from tests.tiny import noise
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
-IMAGE, LEVEL = 9, use.LEVELS["flux"]
+IMAGE = 9
 
 
 def test_scales_for_every_token_are_of_8_bits():
@@ -71,65 +64,6 @@ def test_what_a_single_block_returns_is_joined_without_a_copy(batch):
         assert torch.equal(y, torch.cat([first, second], 1)) and y.is_contiguous()
 
 
-class Scaled(nn.Module):
-    """What adapters put in the place of a layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * 4
-
-
-def _adapted(network: nn.Module, name: str) -> None:
-    network.set_submodule(name, Scaled(network.get_submodule(name)))
-
-
-class Halved(FluxAttnProcessor):
-    """A processor that the user has written."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = super().__call__(*args, **kwargs)
-        return tuple(part / 2 for part in y) if isinstance(y, tuple) else y / 2
-
-
-def _processors(network: nn.Module) -> None:
-    for name, module in network.named_modules():
-        if name.endswith("attn"):
-            module.processor = Halved()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "change",
-    [
-        _processors,
-        lambda network: _adapted(network, "transformer_blocks.0.attn.to_v"),
-        lambda network: _adapted(network, "transformer_blocks.1.ff_context.net.2"),
-        lambda network: _adapted(network, "single_transformer_blocks.0.proj_out"),
-        lambda network: _adapted(network, "single_transformer_blocks.1.norm.linear"),
-    ],
-)
-def test_what_users_change_is_seen_by_the_next_call(change, monkeypatch):
-    monkeypatch.setattr(use.ENGINE, "devices", ("any",))
-    network, arguments = copy.deepcopy(use.quantized("flux")), use.call("flux")
-    attach(network, "simulated")
-    change(network)
-    expected = network(**arguments).sample
-    network = copy.deepcopy(use.quantized("flux"))
-    # Once before it is changed.
-    attach(network, "triton")
-    before, _ = network(**arguments).sample, change(network)
-    y = network(**arguments).sample
-    assert relative(y, expected) <= LEVEL < relative(y, before)
-    assert (
-        None in use.reasons(network)
-        if change is not _processors
-        else use.reasons(network) != {None}
-    )
-
-
 @torch.no_grad()
 def test_arguments_for_processors_take_the_path_of_the_class():
     network = use.fused("flux")
@@ -154,39 +88,6 @@ def test_arguments_for_processors_take_the_path_of_the_class():
         assert not takes(x, text, temb, noise(2, use.TEXT + IMAGE, 16))
     block.attn.processor = FluxIPAdapterAttnProcessor(32, 32)
     assert block.forward.parts.given(text, temb) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda b, s: setattr(b.attn, "processor", Halved()), "its attention has a class, "),
-        (lambda b, s: setattr(s.attn, "fused_projections", True), "its attention has a class, "),
-        (lambda b, s: setattr(b.ff.net[0], "approximate", "none"), "its feed-forward layer"),
-        (lambda b, s: setattr(b, "norm2", nn.RMSNorm(32)), "a norm in it is unknown"),
-        (lambda b, s: setattr(b.norm1, "emb", nn.Identity()), "a norm in it is unknown"),
-        (lambda b, s: setattr(b.attn, "norm_k", nn.LayerNorm(16)), "a norm in it is unknown"),
-        (lambda b, s: setattr(s, "act_mlp", nn.SiLU()), "its activation is SiLU, not GELU by tanh"),
-        (lambda b, s: setattr(s, "norm", type("N", (AdaLayerNormZeroSingle,), {})(32)), "a norm"),
-        (lambda b, s: b.ff.net[1].__init__(0.5) or b.ff.train(), "its dropout is active"),
-    ],
-)
-def test_a_block_that_does_something_else_says_why(change, reason):
-    network = copy.deepcopy(use.quantized("flux"))
-    change(network.transformer_blocks[0], network.single_transformer_blocks[0])
-    use.ENGINE.attach(network)
-    (left,) = (row.reason for row in report(network) if row.reason is not None)
-    assert left.startswith(reason)
-
-
-@pytest.mark.parametrize(
-    "exclude", ["*.norm1.linear", "single_transformer_blocks.0.proj_mlp", "*.add_k_proj"]
-)
-def test_layers_left_in_float_are_read_or_refused(exclude):
-    network = use.fused("flux", exclude)
-    assert use.reasons(network) - {None} == (
-        set() if "norm" in exclude else {"a projection in it is in float"}
-    )
-    use.check_errors(use.errors(network, **use.call("flux")))
 
 
 def test_modulations_in_integers_are_computed_by_each_block():

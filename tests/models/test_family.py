@@ -1,6 +1,8 @@
 """What a denoiser looks like: its layers, their roles, the time-step among its arguments."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,23 @@ def test_the_modulation_of_a_transformer_is_time() -> None:
     assert found["transformer_blocks.0.ff.net.2"] == "linear"
 
 
+@torch.no_grad()
+def concatenated(dim: int, run: Callable[[], Any]) -> list[tuple[int, int]]:
+    """Return the widths of pairs of tensors that a call puts together along their channels."""
+    real, cat = [], torch.cat
+
+    def recorded(tensors, *args, **kwargs):
+        joined = kwargs.get("dim", args[0] if args else 0)
+        if joined == dim and len(tensors) == 2 and tensors[0].ndim == (4 if dim == 1 else 3):
+            real.append(tuple(part.shape[dim] for part in tensors))
+        return cat(tensors, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", recorded)
+        run()
+    return real
+
+
 @pytest.mark.parametrize("widths", [(8, 16, 24), (8, 24, 16), (16, 16, 16)])
 @pytest.mark.parametrize("per_block", [1, 2])
 def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) -> None:
@@ -99,17 +118,7 @@ def test_skip_halves_of_other_widths(widths: tuple[int, ...], per_block: int) ->
         sample_size=8, layers_per_block=per_block, block_out_channels=widths, norm_num_groups=8,
         down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
     )  # fmt: skip
-    real: list[tuple[int, ...]] = []
-    cat = torch.cat
-
-    def recorded(tensors, *args, **kwargs):
-        if len(tensors) == 2 and tensors[0].ndim == 4:
-            real.append(tuple(part.shape[1] for part in tensors))
-        return cat(tensors, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch, "cat", recorded)
-        net(torch.zeros(1, 3, 8, 8), 5)
+    real = concatenated(1, lambda: net(torch.zeros(1, 3, 8, 8), 5))
     shortcuts = [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(per_block + 1)]
     wanted = {f"{name}.conv_shortcut": parts for name, parts in zip(shortcuts, real, strict=True)}
     assert {site.name: site.segments for site in use.sites(net) if site.segments} == wanted
@@ -125,21 +134,8 @@ def test_parallel_blocks_read_what_they_concatenate() -> None:
         num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    real: list[tuple[int, ...]] = []
-    cat = torch.cat
-
-    def recorded(tensors, *args, **kwargs):
-        joined = kwargs.get("dim", args[0] if args else 0)
-        if joined == 2 and len(tensors) == 2 and tensors[0].ndim == 3:
-            real.append(tuple(part.shape[2] for part in tensors))
-        return cat(tensors, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch, "cat", recorded)
-        net(
-            torch.zeros(1, 4, 4), torch.zeros(1, 3, 8), torch.zeros(1, 8), torch.ones(1),
-            torch.zeros(4, 3), torch.zeros(3, 3),
-        )  # fmt: skip
+    sizes = ((1, 4, 4), (1, 3, 8), (1, 8), (1,), (4, 3), (3, 3))
+    real = concatenated(2, lambda: net(*map(torch.ones, sizes)))
     found = {site.name: site.segments for site in use.sites(net) if site.segments}
     names = [f"single_transformer_blocks.{i}.proj_out" for i in range(2)]
     assert found == dict(zip(names, real, strict=True)) and real == [(16, 64)] * 2
