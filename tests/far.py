@@ -67,11 +67,8 @@ class _Literals(TorchFunctionMode):
         if func is Tensor.new_tensor and isinstance(args[0], Far):
             return func(args[0].near, *args[1:], **kwargs).to(FAR)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == FAR:
-            host = (
-                args[0]
-                if isinstance(args[0], Tensor)
-                else func(*args, **kwargs | {"device": "cpu"})
-            )
+            made = isinstance(args[0], Tensor)
+            host = args[0] if made else func(*args, **kwargs | {"device": "cpu"})
             return host.to(FAR, kwargs.get("dtype"))
         return func(*args, **kwargs)
 

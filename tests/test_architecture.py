@@ -356,10 +356,8 @@ def test_scheduler_step_is_wrapped_in_one_place() -> None:
     for path in MODULES:
         for node in ast.walk(tree_of(path)):
             targets = node.targets if isinstance(node, ast.Assign) else []
-            setters = isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "patch.object",
-                "setattr",
-            )
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            setters = name in ("patch.object", "setattr")
             named = [ast.unparse(given) for given in node.args] if setters else []
             targets = [to for to in targets if isinstance(to, ast.Attribute) and to.attr == "step"]
             if targets or "'step'" in named:

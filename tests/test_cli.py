@@ -87,9 +87,7 @@ def not_diffusers(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("verb", ["quantize", "trace"])
-def test_a_bad_source_writes_nothing(
-    cli: Any, model: Path, tmp_path: Path, small: Path, verb: str, damage: Any, words: Any
-) -> None:
+def test_a_bad_source_writes_nothing(cli, model, tmp_path, small, verb, damage, words):
     damage(model)
     before = tree(tmp_path)
     refused(cli(verb, model, "--run", tmp_path / "run", "--recipe", small), *words)
@@ -115,9 +113,7 @@ def test_a_component_is_told_from_a_pipeline(cli: Any, model: Path, tmp_path: Pa
         ("bits = = 3", ("not valid TOML",)),
     ],
 )
-def test_a_bad_recipe_writes_nothing(
-    cli: Any, tmp_path: Path, model: Path, text: str, words: tuple[str, ...]
-) -> None:
+def test_a_bad_recipe_writes_nothing(cli, tmp_path, model, text, words):
     file = tmp_path / "recipe.toml"
     file.write_text(text)
     result = cli("quantize", model, "--run", tmp_path / "run", "--recipe", file)
@@ -141,9 +137,7 @@ def test_a_text_model_without_prompts_asks_for_them(cli: Any, tmp_path: Path, sm
     assert cli(*command, "--prompts", tmp_path / "prompts.txt").code == 0
 
 
-def test_arguments_are_given_by_file_setting_and_option(
-    cli: Any, tmp_path: Path, small: Path
-) -> None:
+def test_arguments_are_given_by_file_setting_and_option(cli: Any, tmp_path: Path, small: Path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa b\r\nc\u2028d\n".encode())
     (tmp_path / "call.toml").write_text("guidance_scale = 3.0\neta = 0.5\nclip_skip = 'None'\n")
     run, prompts = tmp_path / "run", ("--prompts", tmp_path / "prompts.txt")
@@ -173,9 +167,7 @@ def test_arguments_are_given_by_file_setting_and_option(
     assert not (tmp_path / "other").exists()
 
 
-def test_an_error_of_diffusers_is_a_sentence_and_its_trace_on_request(
-    cli: Any, tmp_path: Path, small: Path
-) -> None:
+def test_an_error_of_diffusers_is_a_sentence_and_its_trace_on_request(cli, tmp_path, small):
     (tmp_path / "prompts.txt").write_text("a\n")
     command = ("trace", saved("text"), "--run", tmp_path / "run", "--recipe", small)
     command += ("--prompts", tmp_path / "prompts.txt", "--set", "timesteps=[9, 5]")
@@ -237,9 +229,7 @@ def test_damaged_and_newer_packed_models(cli: Any, small_packed: Path, tmp_path:
     assert not out.exists()
 
 
-def test_run_folders_of_others_stay_as_they_are(
-    cli: Any, model: Path, tmp_path: Path, small: Path
-) -> None:
+def test_run_folders_of_others_stay_as_they_are(cli: Any, model: Path, tmp_path: Path, small: Path):
     run = packed("dit").run
     before = tree(run)
     refused(cli("quantize", model, "--run", run, "--recipe", small), "belongs to another model")

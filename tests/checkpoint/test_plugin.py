@@ -110,9 +110,7 @@ CASTS = {
 @torch.no_grad()
 @pytest.mark.parametrize("way", CASTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_that_was_cast_keeps_what_is_quantized_and_loads_again(
-    kind: str, way: str, tmp_path: Path
-) -> None:
+def test_a_network_that_was_cast_keeps_what_is_quantized_and_loads_again(kind, way, tmp_path):
     pipe = load_pipeline(packed(kind).folder)
     net = denoiser_of(pipe)[1]
     before = {name: value.clone() for name, value in ours(net).items()}

@@ -83,9 +83,7 @@ def test_a_bad_setting_is_refused_before_anything_is_made(key, value, message, t
         ("time_embedding.linear_1.bias", lambda v: v / 0, "a bad value in bias of time"),
     ],
 )
-def test_a_tensor_of_another_kind_is_refused(
-    name: str, change: Any, message: str, tmp_path: Path
-) -> None:
+def test_a_tensor_of_another_kind_is_refused(name: str, change: Any, message: str, tmp_path: Path):
     net = load_pipeline(FORMAT2 / "w8a8").unet
     put_buffer(net, name, change(net.get_buffer(name)).clone())
     net.save_pretrained(tmp_path)
@@ -151,9 +149,7 @@ def test_an_edited_setting_is_one_sentence(folder: Path, file: str, change: Any)
 
 # Diffusers reads the index itself, and builds the network before a quantizer is asked.
 @pytest.mark.parametrize(("file", "change"), EDITS[:2] + EDITS[4:6] + EDITS[8:])
-def test_an_edited_setting_is_refused_by_plain_diffusers_too(
-    folder: Path, file: str, change: Any
-) -> None:
+def test_an_edited_setting_is_refused_by_plain_diffusers_too(folder: Path, file: str, change: Any):
     edit(folder / file, change)
     with pytest.raises(QuantempoError):
         DiffusionPipeline.from_pretrained(folder)

@@ -52,10 +52,8 @@ def test_ranges_are_those_of_the_kernels():
     assert (core.ACTIVATION.name, core.ACTIVATION.qmin, core.ACTIVATION.qmax) == ("uint8", 0, 255)
     assert (core.WEIGHT.name, core.WEIGHT.qmin, core.WEIGHT.qmax) == ("int8", -127, 127)
     assert core.WEIGHT.symmetric and core.WEIGHT.symmetric_zero_point == 0
-    assert (
-        core.activation_format(6).qmax == 63
-        and core.activation_format(6).symmetric_zero_point == 32
-    )
+    six = core.activation_format(6)
+    assert six.qmax == 63 and six.symmetric_zero_point == 32
     with pytest.raises(QuantempoError, match="unknown format 'int9'"):
         core.weight_format(9)
 

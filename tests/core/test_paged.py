@@ -60,9 +60,7 @@ def test_nothing_writes_to_one_and_a_changed_file_is_named(tmp_path: Path) -> No
         (tmp_path / "a").unlink(missing_ok=True)
 
 
-def test_a_module_is_paged_out_but_for_small_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_is_paged_out_but_for_small_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(paged, "_SMALL", 16)
     layer, x = nn.Linear(4, 8), noise(2, 4)
     expected = layer(x)

@@ -52,10 +52,8 @@ def int8_bytes() -> int:
     """Return the bytes of all int8 tensors there are, each once."""
     gc.collect()
     found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.int8]
-    total = end = 0
-    for first, size in sorted(
-        (s.data_ptr(), s.nbytes()) for s in map(Tensor.untyped_storage, found)
-    ):
+    total, end, stored = 0, 0, map(Tensor.untyped_storage, found)
+    for first, size in sorted((s.data_ptr(), s.nbytes()) for s in stored):
         total += max(0, first + size - max(first, end))
         end = max(end, first + size)
     return total
@@ -312,9 +310,8 @@ def test_times_by_token_and_odd_tables_take_the_path_of_the_class_of_wan():
     block, x, text = network.blocks[0], noise(2, 9, 32), noise(2, use.TEXT, 32, seed=1)
     times, tables = noise(2, 9, 6, 32), network.rope(noise(2, 4, 1, 6, 6))
     plain, y = block(x, text, times[:, 0], tables), block(x, text, times, tables)
-    assert (
-        relative(block(x, text, times[:, :1].expand_as(times), tables), plain) <= use.LEVELS["wan"]
-    )
+    one = block(x, text, times[:, :1].expand_as(times), tables)
+    assert relative(one, plain) <= use.LEVELS["wan"]
     short = [table[:, :8] for table in tables]
     takes = block.forward.takes
     assert takes(x, text, None, tables, times[:, 0], None)

@@ -160,10 +160,7 @@ def test_a_float_layer_leaves_its_block_unfused_and_the_stream_in_float32(engine
 @torch.no_grad()
 @pytest.mark.parametrize("left", ["*conv_shortcut", "up_blocks.*.1.conv_shortcut"])
 def test_a_shortcut_in_float_is_part_of_its_block(engine, left):
-    network, (x, t) = (
-        quantized_unet(exclude=(left,)),
-        (noise(2, 3, 16, 16), torch.tensor([970, 10])),
-    )
+    network, x, t = quantized_unet(exclude=(left,)), noise(2, 3, 16, 16), torch.tensor([970, 10])
     engine.attach(network)
     assert set(execution(network).values()) == {f"{engine.name}, fused"}
     # Nothing is left outside: on a GPU the stream is in half precision, of 11 bits.

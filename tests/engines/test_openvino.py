@@ -23,9 +23,7 @@ pytestmark = nets.needs_openvino
 
 
 @torch.no_grad()
-def test_a_network_is_as_good_as_on_the_simulated_backend(
-    unet: nn.Module, engine_unet: nn.Module
-) -> None:
+def test_a_network_is_as_good_as_on_the_simulated_backend(unet: nn.Module, engine_unet: nn.Module):
     torch.manual_seed(0)
     x = torch.randn(3, 3, 16, 16)
     reference = nets.simulated(nets.packed(unet, buckets=3))
@@ -40,9 +38,7 @@ def test_a_network_is_as_good_as_on_the_simulated_backend(
 
 
 @torch.no_grad()
-def test_all_layers_run_in_int8_and_the_others_are_listed(
-    unet: nn.Module, engine_unet: nn.Module
-) -> None:
+def test_all_layers_run_in_int8_and_the_others_are_listed(unet: nn.Module, engine_unet: nn.Module):
     engine_unet(torch.randn(3, 3, 16, 16), 7)
     rows = nets.kernel_table(engine_unet)
     expected, in_float = set(), []
@@ -57,9 +53,7 @@ def test_all_layers_run_in_int8_and_the_others_are_listed(
 
 
 @torch.no_grad()
-def test_a_layer_that_is_not_int8_is_shown(
-    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_layer_that_is_not_int8_is_shown(unet, monkeypatch, caplog):
     net = nets.packed(unet)
     # A grid OpenVINO has no integers for.
     monkeypatch.setattr("quantempo.engines.openvino.graph._LEVELS", 300)

@@ -38,9 +38,7 @@ def test_batches_of_mixed_time_steps_and_odd_sizes(engine_unet: nn.Module) -> No
 
 
 @torch.no_grad()
-def test_time_steps_in_every_form_and_outputs_of_the_models_class(
-    unet: nn.Module, engine_unet: nn.Module
-) -> None:
+def test_time_steps_in_every_form_and_outputs_of_the_models_class(unet, engine_unet):
     x = torch.randn(2, 3, 16, 16)
     first = engine_unet(x, 400)
     assert type(first) is type(unet(x, 400))
@@ -184,9 +182,7 @@ def test_a_large_batch_runs_in_parts() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("step", ["torch.jit.trace", "quantempo.engines.openvino.rewrite.rewrite"])
-def test_attaching_leaves_the_module_as_it_was(
-    unet: nn.Module, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_attaching_leaves_the_module_as_it_was(unet, monkeypatch, step):
     net = nets.packed(unet)
     layers = dict(net.named_modules())
     engines.attach(net, "openvino")
@@ -257,12 +253,7 @@ def test_unknown_precisions_and_layers_are_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("factor", [-50.0, 0.6])
-def test_a_graph_that_is_wrong_is_named_and_not_used(
-    unet: nn.Module,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    factor: float,
-) -> None:
+def test_a_graph_that_is_wrong_is_named_and_not_used(unet, monkeypatch, caplog, factor):
     """Also where it is a loss of a few dB."""
     from quantempo.engines.openvino import graph
 

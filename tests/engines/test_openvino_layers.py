@@ -53,9 +53,7 @@ def test_both_halves_of_a_concatenation_have_their_own_grid(zeros: tuple[int, in
         (nn.Linear(32, 24), (4, 7, 32), ()),
     ],
 )
-def test_each_time_step_takes_its_own_scales(
-    layer: nn.Module, shape: tuple[int, ...], segments: tuple[int, ...]
-) -> None:
+def test_each_time_step_takes_its_own_scales(layer, shape, segments):
     zeros = (93, 140)[: len(segments) or 1]
     net = nets.one_layer(layer, zeros, (-5, -4, -2), segments=segments)
     x = nets.draw_inputs(shape)

@@ -326,9 +326,7 @@ def test_layers_one_by_one_are_those_of_simulated(backend):
 
 
 @torch.no_grad()
-def test_a_kernel_that_is_wrong_is_named_and_not_used(
-    on_a_cpu, packed_unet, monkeypatch, caplog
-) -> None:
+def test_a_kernel_that_is_wrong_is_named_and_not_used(on_a_cpu, packed_unet, monkeypatch, caplog):
     network, x = copy.deepcopy(packed_unet), torch.randn(1, 3, 16, 16)
     monkeypatch.setattr(ENGINES.get("triton"), "devices", ("cpu",))
     attach(network, "triton")

@@ -237,11 +237,8 @@ def test_an_argument_given_twice_or_of_no_operator_is_refused():
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_gemm_sums_are_exact(rows):
     q, w = codes(rows, 48), weights(32, 48)
-    signed = stored(q)
-    table = layout.row_table(w, 201)
-    got = ops.qgemm(
-        signed, w, torch.ones(1), torch.ones(32), table, bucket=NOW, out_dtype=torch.int32
-    )
+    given = (stored(q), w, torch.ones(1), torch.ones(32), layout.row_table(w, 201))
+    got = ops.qgemm(*given, bucket=NOW, out_dtype=torch.int32)
     assert torch.equal(got.long(), reference.linear_accumulator(q, w, 201))
 
 

@@ -79,9 +79,8 @@ def test_entries_go_with_their_image_and_all_else_is_whole(spy: Spy) -> None:
         assert made["timesteps"] == [9, 7, 4, 1] and made["sigmas"] is rows
         assert made["height"] is None and made["original_size"] == (1, 2)
     run_pipeline(spy, [1, 2], steps=1, places=[4, 1], **call)
-    assert spy.calls[-1]["prompt"] == ["a", "b"] and torch.equal(
-        spy.calls[-1]["latents"], rows[[1, 1]]
-    )
+    assert spy.calls[-1]["prompt"] == ["a", "b"]
+    assert torch.equal(spy.calls[-1]["latents"], rows[[1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -95,9 +94,7 @@ def test_entries_go_with_their_image_and_all_else_is_whole(spy: Spy) -> None:
         ({"video": [PICTURES, PICTURES[::-1]]}, PICTURES, [PICTURES, PICTURES[::-1]]),
     ],
 )
-def test_one_picture_is_for_all_and_several_are_one_each(
-    spy: Spy, given: dict[str, Any], one: Any, two: Any
-) -> None:
+def test_one_picture_is_for_all_and_several_are_one_each(spy, given, one, two):
     for seeds, wanted in (([1], one), ([1, 2], two)):
         run_pipeline(spy, seeds, steps=1, prompt="a", **given)
         found = spy.calls[-1][next(iter(given))]
@@ -191,9 +188,7 @@ CASES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("build", "call", "words"), CASES)
-def test_what_a_pipeline_cannot_do_is_one_sentence(
-    build: Any, call: dict[str, Any], words: tuple[str, ...]
-) -> None:
+def test_what_a_pipeline_cannot_do_is_one_sentence(build, call, words):
     pipe = like(build) if inspect.isclass(build) else build()
     with pytest.raises(QuantempoError) as error:
         call_pipeline(pipe, [1, 2], steps=4, **call)

@@ -80,10 +80,9 @@ def test_shortcuts_are_the_one_by_one_convolutions_around_blocks() -> None:
 
 def test_names_that_only_look_like_ends_are_ordinary_layers() -> None:
     # proj_in and proj_out of a transformer block inside a U-Net are not the network's ends.
-    inside = {
-        n: r for n, r in roles(tiny_text().unet).items() if n.endswith(("proj_in", "proj_out"))
-    }
-    assert inside and set(inside.values()) <= {"conv", "linear"}
+    found, ends = roles(tiny_text().unet), ("proj_in", "proj_out")
+    inside = {role for name, role in found.items() if name.endswith(ends)}
+    assert inside and inside <= {"conv", "linear"}
 
 
 def test_the_modulation_of_a_transformer_is_time() -> None:

@@ -110,9 +110,7 @@ def renamed(folder: Path, **variants: str | None) -> None:
         ({"unet": "ema"}, "ema"),
     ],
 )
-def test_variants_are_loaded_as_diffusers_does(
-    variants: dict[str, str], option: str | None, tmp_path: Path
-) -> None:
+def test_variants_are_loaded_as_diffusers_does(variants, option, tmp_path):
     shutil.copytree(saved("text"), tmp_path / "model")
     renamed(tmp_path / "model", **variants)
     pipe = load_pipeline(tmp_path / "model", variant=option)

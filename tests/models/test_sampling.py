@@ -245,11 +245,8 @@ def test_arguments_of_a_denoiser_are_named_and_the_time_is_kept() -> None:
         (7.25, torch.tensor([7.25, 7.25])),
         (torch.tensor(7.25, dtype=torch.float64), torch.tensor([7.25, 7.25]).double()),
     ):
-        for args, kwargs in (
-            ((x, t), {}),
-            ((x,), {"timestep": t}),
-            ((), {"sample": x, "timestep": t}),
-        ):
+        calls = ((x, t), {}), ((x,), {"timestep": t}), ((), {"sample": x, "timestep": t})
+        for args, kwargs in calls:
             inputs = bind_inputs(unet, args, {**kwargs, "return_dict": False})
             assert inputs.sample is x
             assert inputs.timestep.dtype == kept.dtype

@@ -19,12 +19,8 @@ EMBEDDED = {**p.embeds(*p.BOTH), **SIZE, "num_frames": 5}
 
 
 def animate_diff() -> Any:
-    shape = {
-        "block_out_channels": (8, 16),
-        "motion_layers_per_block": 1,
-        "motion_norm_num_groups": 2,
-    }
-    motion = D.MotionAdapter(**shape, motion_num_attention_heads=2, use_motion_mid_block=False)
+    how = {"block_out_channels": (8, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 2}
+    motion = D.MotionAdapter(**how, motion_num_attention_heads=2, use_motion_mid_block=False)
     parts = {"motion_adapter": motion.eval(), "scheduler": p.ddim()}
     return p.pipeline(D.AnimateDiffPipeline, text_unet(), p.clip(), **parts)
 

@@ -120,11 +120,8 @@ def test_twins_are_made_on_the_device_of_the_layer() -> None:
         quantized.QConv2d.like(layers[0], CLOCK, (), 1),
         quantized.QLinear.like(layers[1], CLOCK, (), 1),
     )
-    for copied in (
-        *copies,
-        quantized.Float16Linear(layers[1]),
-        quantized.WeightOnlyLinear(layers[1]),
-    ):
+    stored = (quantized.Float16Linear(layers[1]), quantized.WeightOnlyLinear(layers[1]))
+    for copied in (*copies, *stored):
         assert all(value.is_meta for value in copied.state_dict().values())
 
 

@@ -70,9 +70,8 @@ def tiny_config() -> dict:
 def test_training_mode_is_kept() -> None:
     unet = tiny_unet().train()
     quantized.swap_layers(unet, PLANS, quantized.install_clock(unet, TABLE))
-    assert all(
-        module.training for module in unet.modules() if module is not quantized.find_clock(unet)
-    )
+    clock = quantized.find_clock(unet)
+    assert all(module.training for module in unet.modules() if module is not clock)
 
 
 def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -185,15 +185,11 @@ def _metrics(rng: Any) -> dict[str, Any]:
         row = study_row(metric, 0.7 + 0.05 * i, rng, group="metrics", metric=metric, seeds=1,
                         images=64, fed_data=None, kid_data=None)  # fmt: skip
         for key in ("psnr_db", "ssim", "sqnr_db", "fed_float", "is"):
-            row[key] = {
-                "mean": row[key]["values"][0],
-                "std": None,
-                "values": row[key]["values"][:1],
-            }
+            first = row[key]["values"][0]
+            row[key] = {"mean": first, "std": None, "values": [first]}
         rows.append(row)
-    return _item(
-        "T4", "Metrics of the scale search", rows, claims=[_claim("not run", "Lp is best")]
-    )
+    claims = [_claim("not run", "Lp is best")]
+    return _item("T4", "Metrics of the scale search", rows, claims=claims)
 
 
 def _samplers(rng: Any) -> dict[str, Any]:

@@ -143,10 +143,7 @@ def test_equal_images_have_no_psnr() -> None:
 
 
 def test_curves_are_averaged_over_seeds() -> None:
-    curves = [
-        {"t": [1.0, 2.0], "sqnr_db": [10.0, 20.0]},
-        {"t": [1.0, 2.0], "sqnr_db": [12.0, 20.0]},
-    ]
+    curves = [{"t": [1.0, 2.0], "sqnr_db": [first, 20.0]} for first in (10.0, 12.0)]
     line = summarize(Row("a", SAMPLER, 4), [cell(curve=curve) for curve in curves])
     assert line["curve"]["sqnr_db"] == [11.0, 20.0]
     assert line["curve"]["std"] == [pytest.approx(math.sqrt(2)), 0.0]

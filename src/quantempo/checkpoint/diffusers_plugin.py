@@ -241,9 +241,7 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 self._exact[name] = tensor
         return state_dict
 
-    def maybe_update_loaded_keys(
-        self, loaded_keys: list[str], checkpoint_files: list[str]
-    ) -> list[str]:
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         """Return the names that tensors have once 12-bit weights (format 2) are unpacked."""
         self.quantization_config.check_files(Path(checkpoint_files[0]).parent.parent)
         return list(dict.fromkeys(self._part(key)[0] for key in loaded_keys))

@@ -28,11 +28,9 @@ def check_times(given: Any) -> Times:
     times = Times(**given)
     count = type(times.count) is int and 1 <= times.count <= MAX_TIMESTEPS
     _expect(count, f"{times.count!r} places in time", f"1 to {MAX_TIMESTEPS}")
-    numbers = [times.first, times.per_unit, *times.values]
-    finite = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-    _expect(
-        finite and times.per_unit != 0, f"times {numbers[:3]}", "finite numbers, per_unit not 0"
-    )
+    values = [times.first, times.per_unit, *times.values]
+    finite = all(type(n) in (int, float) and math.isfinite(n) for n in values)
+    _expect(finite and times.per_unit != 0, f"times {values[:3]}", "finite numbers, per_unit not 0")
     order = list(times.values) in (sorted(set(times.values)), sorted(set(times.values))[::-1])
     fits = order and len(times.values) in (0, times.count)
     _expect(fits, "times without order", f"{times.count} that rise or fall")
@@ -96,8 +94,6 @@ def check_layers(denoiser: nn.Module) -> None:
         _expect(inside, f"{what} from {least} to {largest}", f"{low} to {high}")
 
 
-def _expect(good: bool, got: str, expected: str) -> None:
+def _expect(good: bool, got: str, want: str) -> None:
     if not good:
-        raise QuantempoError(
-            f"this checkpoint has {got}; expected {expected}: save or fetch it again"
-        )
+        raise QuantempoError(f"this checkpoint has {got}; expected {want}: save or fetch it again")

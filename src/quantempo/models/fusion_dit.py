@@ -11,7 +11,7 @@ from diffusers.models.transformers import transformer_wan as wan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.models import fusion_transformer as transformer
+from quantempo.models import fusion_transformer as base
 from quantempo.models.fusion import Parts, Rows, drops, matches, no
 from quantempo.models.fusion_joint import NOT_MLP, StreamParts, are_bare, softmax_v
 
@@ -33,7 +33,7 @@ class ModulatedBlockParts(Parts):
     by_token = True
 
     streams: tuple[StreamParts, ...]
-    attentions: tuple[transformer.TokenAttentionParts, ...]
+    attentions: tuple[base.TokenAttentionParts, ...]
 
     def given(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
         """Return (context, its mask, rotary embedding, timestep, class labels), or None."""
@@ -89,10 +89,8 @@ class SanaBlockParts(ModulatedBlockParts):
 @matches(SanaBlockParts, sana.SanaTransformerBlock)
 def _sana(block: Any) -> tuple[Any, ...] | str:
     b, ff = block, block.ff
-    own: Any = transformer.token_attention(
-        None, b.attn1, False, SanaLinearAttnProcessor2_0, RMSNorm
-    )
-    text: Any = transformer.token_attention(None, b.attn2, True, sana.SanaAttnProcessor2_0, RMSNorm)
+    own: Any = base.token_attention(None, b.attn1, False, SanaLinearAttnProcessor2_0, RMSNorm)
+    text: Any = base.token_attention(None, b.attn2, True, sana.SanaAttnProcessor2_0, RMSNorm)
     odd = next((found for found in (own, text) if isinstance(found, str)), None)
     plain = type(ff) is sana.GLUMBConv and ff.norm is None and not ff.residual_connection
     reason = odd or no(
@@ -134,13 +132,13 @@ def _wan(block: Any) -> tuple[Any, ...] | str:
         (are_bare(b.norm1, b.norm3, kind=FP32LayerNorm), _NORM),
         (middle is None or type(middle) is FP32LayerNorm, _NORM),
         (all(type(norm) is nn.RMSNorm for norm in norms), _NORM),
-        (transformer.activation_of(b.ffn) == "gelu_tanh", NOT_MLP),
+        (base.activation_of(b.ffn) == "gelu_tanh", NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:
         return reason
-    heads = transformer.heads_of(a)
-    text = transformer.TokenAttentionParts(**vars(transformer.heads_of(c)), norm=middle, cross=True)
+    heads = base.heads_of(a)
+    text = base.TokenAttentionParts(**vars(base.heads_of(c)), norm=middle, cross=True)
     stream = StreamParts(b.norm1, (heads,), b.norm3, b.ffn.net[0].proj, b.ffn.net[2])
     return (stream,), (text,)
 
@@ -148,13 +146,13 @@ def _wan(block: Any) -> tuple[Any, ...] | str:
 @matches(ModulatedBlockParts, BasicTransformerBlock)
 def _modulated(block: Any) -> tuple[Any, ...] | str | None:
     b, zero = block, block.norm_type == "ada_norm_zero"
-    if b.norm_type not in transformer.MODULATED:
+    if b.norm_type not in base.MODULATED:
         return None
     norm1, norm2 = (getattr(b.norm1, "norm", None), b.norm3) if zero else (b.norm1, b.norm2)
-    own: Any = transformer.token_attention(None, b.attn1, cross=False)
+    own: Any = base.token_attention(None, b.attn1, cross=False)
     # PixArt has no norm there.
     norm = b.norm2 if zero else None
-    context = () if b.attn2 is None else (transformer.token_attention(norm, b.attn2, cross=True),)
+    context = () if b.attn2 is None else (base.token_attention(norm, b.attn2, cross=True),)
     odd = (found for found in (own, *context) if isinstance(found, str))
     reason = next(odd, None) or no(
         (b.pos_embed is None, "it adds an embedding of positions"),
@@ -162,7 +160,7 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
         (not b.only_cross_attention, "its first attention reads the context"),
         (not zero or type(b.norm1) is AdaLayerNormZero, _NORM),
         (are_bare(norm1, norm2), _NORM),
-        (transformer.activation_of(b.ff) == "gelu_tanh", NOT_MLP),
+        (base.activation_of(b.ff) == "gelu_tanh", NOT_MLP),
         (not drops(b), "its dropout is active"),
     )
     if reason is not None:

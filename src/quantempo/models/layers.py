@@ -205,9 +205,7 @@ class DenoiserInputs(NamedTuple):
     listed: bool = False
 
 
-def bind_inputs(
-    denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> DenoiserInputs:
+def bind_inputs(denoiser: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> DenoiserInputs:
     """Name the arguments of one call of `denoiser`.
 
     The time-step, a number or a tensor (), (1,), (B,) or (B, ...), is repeated to (B, ...) with its

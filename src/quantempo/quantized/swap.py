@@ -132,9 +132,7 @@ def _refuse_peft(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _set_clock(
-    place: Any, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _set_clock(place: Any, denoiser: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     # Where x_t is: the network may be brought there by what others have wrapped around its forward.
     devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     t = clock_time(denoiser, args, kwargs, place)

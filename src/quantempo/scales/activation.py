@@ -100,9 +100,7 @@ class ActivationScale(NamedTuple):
     gain: float
 
 
-def _candidates(
-    lo: float, hi: float, spec: Format, candidates: Candidates
-) -> list[tuple[float, int]]:
+def _candidates(lo: float, hi: float, spec: Format, tried: Candidates) -> list[tuple[float, int]]:
     """Return (scale, zero point) pairs, min-max first; zero is exact in each of them."""
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     qmin, qmax = spec.qmin, spec.qmax
@@ -116,7 +114,7 @@ def _candidates(
         zeros = [spec.symmetric_zero_point]
         min_max = max(-lo, hi) / (qmax - zeros[0])
     else:
-        shrunk = [(f, 1.0) for f in candidates.shrink] + [(1.0, f) for f in candidates.shrink]
+        shrunk = [(f, 1.0) for f in tried.shrink] + [(1.0, f) for f in tried.shrink]
         ranges = [(lo, hi), *((lo * a, hi * b) for a, b in shrunk)]
         zeros = list(dict.fromkeys(zero_point(low, high) for low, high in ranges))
         min_max = (hi - lo) / (qmax - qmin)
@@ -124,8 +122,8 @@ def _candidates(
     for z in zeros:
         # A side without codes cannot be covered; the other one always has some.
         top = max(hi / (qmax - z) if qmax > z else 0.0, -lo / (z - qmin) if z > qmin else 0.0)
-        ratio = candidates.floor ** (1 / max(candidates.steps - 1, 1))
-        pairs += [(top * ratio**j, z) for j in range(candidates.steps)]
+        ratio = tried.floor ** (1 / max(tried.steps - 1, 1))
+        pairs += [(top * ratio**j, z) for j in range(tried.steps)]
     return pairs
 
 

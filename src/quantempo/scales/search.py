@@ -214,15 +214,13 @@ def _cut(cost: Tensor, buckets: int) -> list[int]:
     return [0, *reversed(cut)]
 
 
-def search_weights(
-    name: str, weight: Tensor, settings: WeightSettings, bits: int
-) -> dict[str, Tensor]:
+def search_weights(name: str, weight: Tensor, how: WeightSettings, bits: int) -> dict[str, Tensor]:
     """Return `NAME.weight_scale` (O,), and `NAME.weight_group` of a weight in groups."""
-    spec = weight_format(bits, settings.group)
+    spec = weight_format(bits, how.group)
     if isinstance(spec, GroupFormat):
         found = search_groups(weight, spec)
         return {f"{name}.weight_scale": found.scale, f"{name}.weight_group": found.groups}
-    scale = search_weight(weight, spec, metric=settings.metric, p=settings.p)
+    scale = search_weight(weight, spec, metric=how.metric, p=how.p)
     return {f"{name}.weight_scale": scale}
 
 

@@ -6,7 +6,6 @@ by one up to the order of float operations, which may move a code by one.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,9 +91,7 @@ class _FloatShortcut:
     def grid(self, bucket: int, part: int) -> None:
         """Return no grid: it reads the images themselves."""
 
-    def part(
-        self, part: int, rows: Tensor, bucket: int, dtype: torch.dtype, *, into: Tensor
-    ) -> None:
+    def part(self, part: int, rows: Tensor, bucket: int, dtype: torch.dtype, into: Tensor) -> None:
         """Add what input `part` (R, C_i) gives to `into` (R, O); the bias goes with the first."""
         weight = self.layer.weight.detach().flatten(1).split(self.widths, 1)[part]
         into.addmm_(rows, weight.to(dtype).t())
@@ -228,9 +225,7 @@ class _Sampler(_Block):
 
 
 @BLOCKS.build(fusion_unet.HeadParts)
-def _ends(
-    head: fusion_unet.HeadParts, network: Network
-) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+def _ends(head: fusion_unet.HeadParts, network: Network) -> list[tuple[nn.Module, Any]]:
     affine = _norm(head.norm)
 
     def stem(x: Tensor) -> Tensor:

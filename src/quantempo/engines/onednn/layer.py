@@ -172,16 +172,14 @@ class FoldedLayer:
         """Return the layer's output for one operand; see Int8Conv2d and Int8Linear."""
         return self.part(0, codes, bucket, dtype, **kwargs)
 
-    def part(
-        self, part: int, codes: Tensor, bucket: int, dtype: torch.dtype, **kwargs: Any
-    ) -> Tensor:
+    def part(self, part: int, codes: Tensor, bucket: int, dtype: torch.dtype, **how: Any) -> Tensor:
         """Return what operand `part` adds to the output; the bias goes with the first."""
         if not self._parts:
             self._biases = self._fold()
             self._parts = self._pack()
         scale, *_ = self.grid(bucket, part)
         bias = self._biases[self.grids.column(bucket)][part]
-        return self._parts[part](codes, scale, 0, bias, dtype, **kwargs)
+        return self._parts[part](codes, scale, 0, bias, dtype, **how)
 
     def edge(self, bucket: int) -> Tensor:
         """Return s s_w[o] z sum_k q_w of a 3x3 kernel over the taps outside; see `Library.add`."""
