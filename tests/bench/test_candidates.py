@@ -51,7 +51,7 @@ def test_candidates_are_chosen_by_pattern_and_device_in_their_order() -> None:
     assert "fp32/compile" not in gpu and not {"ours/onednn", "ours/triton"} & set(gpu)
     assert "ours/triton" not in cpu
     assert [c.name for c in select(["ours/graph", "bf16/e*"])] == ["bf16/eager", "ours/graph"]
-    assert len(select(["ours/*"])) == 6
+    assert len(select(["ours/*"])) == 8
     with pytest.raises(QuantempoError, match=r"matches 'ours/graf'.*did you mean 'ours/graph'"):
         select(["bf16/*", "ours/graf"])
 

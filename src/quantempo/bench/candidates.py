@@ -39,7 +39,8 @@ class Subject:
     """One network with the arguments of a call, on one device.
 
     floating: float32; packed: quantized, float layers in `dtype`; inputs: keyword arguments of a
-    call, float32; engine: that runs `packed` where the candidate names none.
+    call, float32; engine: that runs `packed` where the candidate names none; memory: of a GPU, for
+    those that are streamed.
     """
 
     floating: nn.Module
@@ -47,6 +48,7 @@ class Subject:
     inputs: dict[str, Any]
     engine: str = "triton"
     dtype: torch.dtype = torch.bfloat16
+    memory: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ def _ours(
 ) -> Candidate:  # fmt: skip
     def build(subject: Subject) -> Forward:
         net: Any = copy.deepcopy(subject.packed)
-        name = attach(net, engine or subject.engine)
+        memory = subject.memory if form.startswith("streamed") else None
+        name = attach(net, engine or subject.engine, memory=memory)
         net.eval()
         # The first call is compared with the exact integers; another engine may take over.
         net(**cast_inputs(subject.inputs, subject.dtype))
@@ -282,6 +285,9 @@ CANDIDATES: tuple[Candidate, ...] = (
     ),
     _ours("eager"),
     _ours("graph", record),
+    # In less memory: see `attach`.
+    _ours("streamed"),
+    _ours("streamed+graph", record),
     # As users get it.
     _ours("graphed", _graphed),
     _ours("compile+graph", record, compiled=True),

@@ -53,9 +53,10 @@ class Network:
         """Where the network is."""
         return next(self.floating.parameters()).device
 
-    def subject(self, batch: int, engine: str = "triton") -> Subject:
+    def subject(self, batch: int, engine: str = "triton", memory: Any = None) -> Subject:
         """Return what the candidates of one batch size are made from."""
-        return Subject(self.floating, self.packed, self.inputs(batch), engine, self.dtype)
+        given = self.inputs(batch)
+        return Subject(self.floating, self.packed, given, engine, self.dtype, memory)
 
 
 def _float_type(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results
 from quantempo.bench.turns import Timer, reason_of, timer_for
-from quantempo.core.machine import machine
+from quantempo.core.machine import machine, parse_bytes
 from quantempo.engines.forms import time_forms
 from quantempo.engines.select import ENGINES, choose
 from quantempo.errors import QuantempoError, log
@@ -32,7 +32,7 @@ _PACKAGES = ("quantempo", "torch", "triton", "diffusers")
 
 def _check_request(
     run: bool, model: str | None, device: str, ops: bool, engines: Sequence[str],
-    out: str | Path | None,
+    out: str | Path | None, memory: int | str | None,
 ) -> None:  # fmt: skip
     """Raise QuantempoError for a request that names nothing, too much, or what does not exist."""
     kind = device.partition(":")[0]
@@ -47,6 +47,8 @@ def _check_request(
         raise QuantempoError("--ops times the kernels of a GPU; add --device cuda")
     if kind != "cpu" and len(engines) > 1:
         raise QuantempoError(f"got {len(engines)} engines; on a GPU bench times one, give one")
+    if memory is not None and (parse_bytes(memory) < 0 or kind == "cpu"):
+        raise QuantempoError("--memory is that of a GPU; add --device cuda")
     for name in engines:
         reason = ENGINES.get(name).missing()
         if reason is not None:
@@ -60,7 +62,7 @@ def bench(
     run: Session | str | Path | None = None, model: str | None = None, *, device: str = "cpu",
     batches: Sequence[int] | None = None, engines: Sequence[str] = (),
     candidates: Iterable[str] = (), compiled: bool = True, ops: bool = False,
-    out: str | Path | None = None, **settings: Any,
+    out: str | Path | None = None, memory: int | str | None = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Time a run folder's network, or a model quantized without data, or kernels, or several.
 
@@ -74,11 +76,12 @@ def bench(
             has, and the fastest one of a GPU.
         candidates: shell patterns of their names, all by default; compiled: with torch.compile in
             baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
+        memory: of a GPU, to time ours in it too, see `attach`.
 
     Returns the record, see `Results.record`. Raises QuantempoError: a request that names nothing,
     too much, or what does not exist; nothing packed yet.
     """
-    _check_request(run is not None, model, device, ops, engines, out)
+    _check_request(run is not None, model, device, ops, engines, out, memory)
     kind = torch.device(device).type
     known = select(candidates, kind)
     session = reopen(run, device=device) if isinstance(run, str | Path) else run
@@ -88,13 +91,14 @@ def bench(
         for one in known
         if (compiled or not one.compiled or one.kind == "ours")
         and (not engines or one.engine is None or one.engine in engines)
+        and (memory is not None or "streamed" not in one.name)
     ]
     head = {"device": kind, "engine": engine, "machine": _machine()}
     results = Results(head, _writer(session, kind, out))
     if session is not None or model is not None:
         network = run_network(session) if session else model_network(str(model), device)
         sizes = list(batches or _sizes(network))
-        bench_network(network, sizes, chosen, results, **settings)
+        bench_network(network, sizes, chosen, results, memory=memory, **settings)
         if session is not None and kind == "cpu":
             _into_metrics(session, results, sizes[0])
         del network
@@ -175,7 +179,7 @@ def _many_compiled() -> Iterator[None]:
 
 def bench_network(
     network: Network, batches: Sequence[int], candidates: Sequence[Candidate], results: Results, *,
-    steps: int | None = None, timer: Timer | None = None, **settings: Any,
+    steps: int | None = None, timer: Timer | None = None, memory: Any = None, **settings: Any,
 ) -> None:  # fmt: skip
     """Time every candidate at every batch size; `results` gets the rows as they come.
 
@@ -186,7 +190,7 @@ def bench_network(
     timer = timer or timer_for(network.device)
     for size in batches:
         log.info("bench: %s, batch %d, %d candidates", network.name, size, len(candidates))
-        subject = network.subject(size, results.head["engine"])
+        subject = network.subject(size, results.head["engine"], memory)
         head = {"model": network.name, "batch": size, "scales": network.scales}
         with _many_compiled():
             wanted = _float32(network, subject.inputs)

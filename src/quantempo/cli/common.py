@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import typer
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Packed", "Run", "Scheduler"),
-    *("call_arguments", "next_command", "show", "show_summary", "table", "with_call"),
-    *("with_loading", "with_model"),
+    *("MOST", "BatchSize", "Device", "EngineName", "Force", "Json", "Memory", "Packed", "Run"),
+    *("Scheduler", "call_arguments", "next_command", "show", "show_summary", "table"),
+    *("with_call", "with_loading", "with_model"),
 ]
 
 # Of images, steps and the like; beyond it a list of them alone fills the memory.
@@ -31,6 +30,9 @@ EngineName = Annotated[
 ]
 Packed = Annotated[str, typer.Option("--packed", help="4-bit weights: keep, unpack or auto.")]
 Device = Annotated[str, typer.Option("--device", help="Torch device, cpu or cuda.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="12GB of the GPU: blocks beyond it are copied in.")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Images a call.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -143,21 +145,15 @@ def _model_arguments(
     loading: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of `pipeline.stages.load`."""
+    from quantempo.core.machine import parse_bytes
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
-        "memory": memory and _bytes(memory), "minutes": minutes, "lora": lora,
+        "memory": memory and parse_bytes(memory), "minutes": minutes, "lora": lora,
     }  # fmt: skip
-
-
-def _bytes(text: str) -> int:
-    """Return the bytes of "12GB"; QuantempoError for anything else."""
-    if not (match := re.fullmatch(r"(\d+(\.\d+)?) ?([MGT])i?B?", text, re.IGNORECASE)):
-        raise QuantempoError(f"got --memory {text}; expected a number of bytes like 12GB or 500MB")
-    return int(float(match[1]) * 1000 ** (2 + "MGT".index(match[3].upper())))
 
 
 with_model = _with("model", inspect.signature(_model_arguments).parameters, _model_arguments)

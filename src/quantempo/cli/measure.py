@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from quantempo.cli.common import MOST, Device, Force, Json, Run, show, table
+from quantempo.cli.common import MOST, Device, Force, Json, Memory, Run, show, table
 
 __all__ = ["bench", "sensitivity"]
 
@@ -26,6 +26,7 @@ def bench(
     steps: int | None = typer.Option(
         None, "--sample-steps", min=1, help="Images a second too, DDIM of so many steps."
     ),
+    memory: Memory = None,
     budget: float | None = typer.Option(None, min=1, help="Seconds a candidate may compile."),
     out: Path | None = typer.Option(None, help="Write the results to this file."),
     as_json: Json = False,
@@ -40,6 +41,7 @@ def bench(
     record = library.bench(
         run, model, device=device, batches=batch, engines=engine or (), candidates=candidate or (),
         compiled=compiled, ops=ops, out=out, rounds=rounds, budget=budget, steps=steps,
+        memory=memory,
     )  # fmt: skip
     if as_json:
         show(record, as_json)

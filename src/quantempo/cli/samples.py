@@ -30,6 +30,7 @@ def sample(
     packed: use.Packed = "keep",
     scheduler: use.Scheduler = None,
     device: use.Device = "cpu",
+    memory: use.Memory = None,
     force: use.Force = False,
     as_json: use.Json = False,
     *,
@@ -49,6 +50,7 @@ def sample(
     from quantempo.pipeline.samples import engine_of
 
     loading |= {"engine": engine, "packed": packed, "scheduler": scheduler, "device": device}
+    loading["memory"] = memory
     pipe = quality.open_model(model, **loading)
     networks = denoisers_of(pipe).values()
     quality.sample(

@@ -2,13 +2,25 @@
 
 import os
 import platform
+import re
 from typing import Any
 
 import torch
 
-__all__ = ["machine"]
+from quantempo.errors import QuantempoError
+
+__all__ = ["machine", "parse_bytes"]
 
 _ISA = ("vnni", "bf16", "amx")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the bytes of "12GB"; QuantempoError for anything else."""
+    if isinstance(text, int):
+        return text
+    if not (match := re.fullmatch(r"(\d+(\.\d+)?) ?([MGT])i?B?", text, re.IGNORECASE)):
+        raise QuantempoError(f"got memory {text}; expected a number of bytes like 12GB or 500MB")
+    return int(float(match[1]) * 1000 ** (2 + "MGT".index(match[3].upper())))
 
 
 def machine() -> dict[str, Any]:

@@ -9,6 +9,7 @@ The integer sums of all backends are equal; only the float epilogue has a tolera
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,12 @@ from quantempo.quantized import QConv2d, QLayer, StepClock
 from quantempo.registry import Registry
 
 __all__ = [
-    "BACKENDS", "ActivationGrids", "Backend", "Kernel", "Prepared", "channel_dim", "last",
-    "rows_of", "run_per_bucket", "warn_once",
+    "BACKENDS", "TARGET", "ActivationGrids", "Backend", "Kernel", "Prepared", "channel_dim",
+    "last", "rows_of", "run_per_bucket", "warn_once",
 ]  # fmt: skip
 
+# Where constants that are made on a CPU will be used, if not there.
+TARGET: ContextVar[torch.device | None] = ContextVar("TARGET", default=None)
 # Terms (q_a - z) q_w that an int32 holds whatever they are.
 MAX_TERMS = ACTIVATION.exact_terms(WEIGHT)
 

@@ -76,11 +76,16 @@ class LayerwiseEngine(Engine):
                 left, len(layers), self.name,
             )  # fmt: skip
 
-    def detach(self, denoiser: nn.Module) -> None:
+    def forget(self, denoiser: nn.Module) -> None:
         """Remove kernels and fused blocks."""
         unfuse(denoiser)
         for _, layer in quantized_layers(denoiser):
-            layer.kernel = None
+            layer.kernel = layer._unpacked = None
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Remove them, and give weights their own layout back."""
+        self.forget(denoiser)
+        for _, layer in quantized_layers(denoiser):
             layer.release()
 
 

@@ -161,7 +161,8 @@ def _renew(pipe: Any) -> None:
         for module in _modules(pipe):
             root = own_forward(module)
             if getattr(root, "asked", None) and root.name:
-                attach(module, *root.asked)
+                engine, packed, memory = root.asked
+                attach(module, engine, packed, memory=memory)
     # A compiled network does not look at hooks.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

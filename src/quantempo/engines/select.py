@@ -5,6 +5,7 @@ An engine attaches to a quantized denoiser by setting attributes of that instanc
 and files never depend on it.
 """
 
+import gc
 import math
 import threading
 import time
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
+from quantempo.core.machine import parse_bytes
 from quantempo.engines import calls
-from quantempo.engines.base import warn_once
+from quantempo.engines.base import TARGET, warn_once
+from quantempo.engines.streaming import Lane, Streamed
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs, lists_of
 from quantempo.quantized import QLayer, find_clock, quantized_layers
@@ -67,6 +70,10 @@ class Engine:
         """Undo `attach`."""
         raise NotImplementedError
 
+    def forget(self, denoiser: nn.Module) -> None:
+        """Free what is held of a network that was moved; `attach` or `detach` follows."""
+        self.detach(denoiser)
+
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
         """Return the first part that is far from the exact integers in the first call, or None."""
         return None
@@ -101,8 +108,9 @@ def choose(device: str, but: str | None = None) -> Engine:
 
 
 def attach(
-    denoiser: nn.Module, engine: str = "auto", packed: str = "keep", call: Any = None
-) -> str:
+    denoiser: nn.Module, engine: str = "auto", packed: str = "keep", call: Any = None,
+    memory: int | str | None = None,
+) -> str:  # fmt: skip
     """Attach an engine to a quantized denoiser and return its name.
 
     It is attached again when a call finds the network changed: moved, loaded, other processors.
@@ -110,15 +118,18 @@ def attach(
     the first call of each shape where that depends on it (`ByShape`).
     packed: "keep" weights in groups packed where the engine can, "unpack" them to bytes, or "auto":
     bytes where the first call finds them faster; call: its (args, kwargs), where it is known.
+    memory: run it on the GPU in so many bytes ("12GB"), its calls included: blocks that do not fit
+    stay in the host's memory and are copied while others run (`streaming`). Detached, it is there.
 
     Raises QuantempoError: not quantized, unknown engine or `packed`, or it cannot run here.
     """
     check_known([packed], PACKED, "got packed")
-    if find_clock(denoiser) is None:
+    if (clock := find_clock(denoiser)) is None:
         raise QuantempoError(
             f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
         )
-    device = _device(denoiser)
+    lane = None if memory is None else _lane(denoiser, packed)
+    device = _device(denoiser) if lane is None else lane.device.type
     chosen = choose(device) if engine == "auto" else ENGINES.get(engine)
     reason = chosen.missing()
     if reason is None and device not in chosen.devices and "any" not in chosen.devices:
@@ -126,17 +137,42 @@ def attach(
     if reason is not None:
         raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
     calls.check_network(denoiser)
-    root = put_forward(denoiser, _Denoiser)
-    root.release()
-    _choose_forms(denoiser, chosen, packed, call)
-    chosen.attach(denoiser)
-    rival = _rival(denoiser, chosen, device) if engine == "auto" else chosen
+    root, budget = put_forward(denoiser, _Denoiser), parse_bytes(memory or 0)
+    if lane is None and _away(denoiser):
+        root.asked, root.watch = (engine, packed, memory), None
+        return chosen.name
+    again = root.parked and root.name == chosen.name
+    if not again:
+        root.release()
+    if lane is not None:
+        nn.Module.to(denoiser, "cpu")
+    token = TARGET.set(lane and lane.device)
+    try:
+        _choose_forms(denoiser, chosen, packed, call)
+        chosen.attach(denoiser)
+        if lane is not None:
+            set_forward(denoiser, Streamed(denoiser, lane, budget))
+    finally:
+        TARGET.reset(token)
+    rival = _rival(denoiser, chosen, device) if engine == "auto" and lane is None else chosen
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
     root.watch, root.timed = calls.Watch(denoiser, watched), call is not None
-    root.name, root.asked, root.proved = chosen.name, (engine, packed), False
+    root.name, root.proved = chosen.name, again and root.proved
+    root.asked, root.parked = (engine, packed, memory), False
+    clock.moved = root.park
     log.debug("engine: %s", chosen.name)
     return chosen.name
+
+
+def _lane(denoiser: nn.Module, packed: str) -> Lane:
+    """Return a way to the GPU on which a denoiser is to be streamed."""
+    if not torch.cuda.is_available():
+        raise QuantempoError("memory is that of a GPU, and torch finds none; leave it out")
+    if packed == "auto" or any(tensor.is_meta for tensor in denoiser.parameters()):
+        text = "neither with packed = 'auto' nor of a model that is offloaded in parts"
+        raise QuantempoError(f"memory can be given {text}; give packed = 'keep', take hooks off")
+    return Lane(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _choose_forms(denoiser: nn.Module, engine: Engine, packed: str, call: Any) -> None:
@@ -247,12 +283,17 @@ def run_instead(denoiser: nn.Module, wrong: str, layer: str, args: Any, kwargs: 
 
 def _device(denoiser: nn.Module) -> str:
     """Return the type of the device on which a denoiser runs, also while it is offloaded."""
-    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device.type
     hooks = (getattr(module, "_hf_hook", None) for module in denoiser.modules())
-    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if tensor.device.type != "meta" and places[0] is None:
+            return tensor.device.type
     return torch.device(next((place for place in places if place is not None), "cpu")).type
+
+
+def _away(denoiser: nn.Module) -> bool:
+    """Return whether a hook moves a denoiser to where it runs at its next call."""
+    return next(denoiser.parameters()).device.type not in ("meta", _device(denoiser))
 
 
 def attached(denoiser: nn.Module) -> str | None:
@@ -273,7 +314,7 @@ def detach(denoiser: nn.Module) -> None:
 class _Denoiser(Forward):
     """The `forward` of a denoiser with an engine, or with one that its next call attaches."""
 
-    __slots__ = ("asked", "name", "proved", "timed", "watch")
+    __slots__ = ("asked", "name", "parked", "proved", "timed", "watch")
 
     def __init__(self, module: nn.Module, before: Any = None, asked: Any = None) -> None:
         super().__init__(module, before)
@@ -281,14 +322,30 @@ class _Denoiser(Forward):
         self.asked, self.fixed, self.proved, self.timed = asked, True, False, False
         self.name: str | None = None
         self.watch: calls.Watch | None = None
+        # Whether the network was moved since, and the engine holds nothing.
+        self.parked = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self.before, self.asked)
 
     def release(self) -> None:
         if self.name is not None:
+            if isinstance(self.active, Streamed):
+                self.active.close()
+                nn.Module.to(self.module, "cpu")
             ENGINES.get(self.name).detach(self.module)
             self.name = self.active = None
+            self.parked = False
+
+    def park(self) -> None:
+        """Free what the engine holds where the network was; the next call attaches it again."""
+        if self.name is not None and not self.parked:
+            if isinstance(self.active, Streamed):
+                self.active.close()
+            ENGINES.get(self.name).forget(self.module)
+            self.parked, self.active, self.watch = True, None, None
+            # Copies that the engine was compared with are circles.
+            gc.collect()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -303,10 +360,13 @@ class _Denoiser(Forward):
         calls.check_call(self.module, given)
         empty = any(value.ndim and not len(value) for value in given)
         if self.asked is not None and self._stale(empty):
+            if _away(self.module):
+                self.module._hf_hook.pre_forward(self.module)
             with ATTACHING:
                 if self._stale(empty):
-                    engine, packed = self.asked
-                    attach(self.module, engine, packed, None if empty else (args, kwargs))
+                    engine, packed, memory = self.asked
+                    given_call = None if empty else (args, kwargs)
+                    attach(self.module, engine, packed, given_call, memory)
         with torch.no_grad():
             if empty:
                 args, kwargs = tree_map_only(Tensor, calls.one_row, (args, kwargs))
@@ -327,4 +387,4 @@ class _Denoiser(Forward):
 
 def attach_lazily(denoiser: nn.Module, engine: str = "auto") -> None:
     """Attach at the first call: only then is it known on which device the model ended up."""
-    put_forward(denoiser, _Denoiser).asked = engine, "keep"
+    put_forward(denoiser, _Denoiser).asked = engine, "keep", None

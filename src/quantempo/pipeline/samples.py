@@ -27,21 +27,28 @@ _HASH = "sha256"
 
 def open_model(
     path: str | Path, *, engine: str = "auto", packed: str = "keep", scheduler: str | None = None,
-    device: str = "cpu", **loading: Any,
+    device: str = "cpu", memory: int | str | None = None, **loading: Any,
 ) -> Any:  # fmt: skip
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
-    `loading`, errors: see `load_pipeline` and `attach`; also an engine asked of a float model.
+    `loading`, `memory`, errors: see `load_pipeline` and `attach`; also an engine asked of a float
+    model.
     """
     check_device(device)
+    if memory is not None and not device.startswith("cuda"):
+        raise QuantempoError(f"memory is that of a GPU, and the device is {device}; give cuda")
     pipe = load_pipeline(path, **loading)
     pipe = swap_scheduler(pipe, scheduler) if scheduler else pipe
-    pipe.to(device)
     networks = [part for part in denoisers_of(pipe).values() if find_clock(part) is not None]
-    if not networks and (engine, packed) != ("auto", "keep"):
-        raise QuantempoError(f"'{path}' is a float model; leave out --engine and --packed")
+    if not networks and (engine, packed, memory) != ("auto", "keep", None):
+        raise QuantempoError(f"'{path}' is a float model; leave out --engine, --packed, --memory")
+    if memory is None:
+        pipe.to(device)
     for part in networks:
-        attach(part, engine, packed)
+        attach(part, engine, packed, memory=memory)
+    if memory is not None:
+        # The rest: what is streamed stays.
+        pipe.to(device)
     return pipe
 
 

@@ -4,11 +4,11 @@ Scales are keyed by the time the network receives, never by a call counter, so o
 serves every scheduler and step count of that model, and a batch may mix times.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -122,8 +122,21 @@ class StepClock(FixedTypes):
         self.register_buffer("bucket_of", bucket_of.to(torch.int64))
         # Of the call that a thread is in: the bucket, and what `engines` found of its rows.
         keep(self, "call", PerThread(bucket=torch.zeros((), dtype=torch.int64), rows=None))
+        # Called when the network was moved to another device.
+        self.moved: Callable[[], None] | None = None
         # The bucket of a compiled call, in which a compiler loses what is set for a thread.
         self.traced: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.bucket_of.device
+        found = super()._apply(fn, recurse)
+        if self.moved is not None and self.bucket_of.device != before:
+            self.moved()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what an engine set."""
+        return {**self.__dict__, "moved": None}
 
     @property
     def bucket(self) -> Tensor:

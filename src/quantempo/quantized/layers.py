@@ -127,8 +127,10 @@ class QLayer(FixedTypes):
         self.aside = True
 
     def _apply(self, fn: Kernel, recurse: bool = True) -> Self:
-        """Leave what is set aside where it is, unless the scales change their device."""
-        stays = self.aside and fn(self.weight_scale).device == self.weight_scale.device
+        """Leave what is set aside where it is, on the host, unless that is where the scales go."""
+        device = fn(self.weight_scale).device
+        moves = device.type in ("cpu", "meta") and device != self.weight_scale.device
+        stays = self.aside and not moves
         aside = (self.weight_int, self.weight_group) if stays else ()
         return super()._apply(lambda x: x if any(x is y for y in aside) else fn(x), recurse)
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quantempo.core.instance import own_forward
 from quantempo.engines.cuda import dit, joint, layer, transformer, unet
 from quantempo.engines.fusion import fused_modules
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.select import ENGINES
-from quantempo.errors import log
+from quantempo.engines.streaming import Streamed
+from quantempo.errors import QuantempoError, log
 from quantempo.kernels import ops
 from quantempo.models.layers import hooked
 from quantempo.quantized import CLOCK_NAME, find_clock, quantized_layers, weight_only_layers
@@ -22,6 +24,15 @@ __all__ = ["dit", "joint", "layer", "transformer", "unet"]
 
 class _TritonEngine(LayerwiseEngine):
     def attach(self, denoiser: nn.Module) -> None:
+        for module in denoiser.modules():
+            hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+            by_layer = getattr(getattr(module, "_hf_hook", None), "offload", False)
+            if by_layer or "group_offloading" in " ".join(hooks):
+                raise QuantempoError(
+                    f"{type(denoiser).__name__} is offloaded in parts, but engine triton has its "
+                    "own form of the weights; take the hooks off and attach(denoiser, memory="
+                    "'8GB'), which streams it, or use enable_model_cpu_offload"
+                )
         for linear in weight_only_layers(denoiser):
             linear.kernel = ops.weight_only_linear
         for known in marked_attention(denoiser).values():
@@ -42,7 +53,8 @@ class _TritonEngine(LayerwiseEngine):
         layers, clock = dict(quantized_layers(denoiser)), find_clock(denoiser)
         assert clock is not None
         # Offloaded, each layer is there for its own call only.
-        if any(tensor.is_meta for tensor in denoiser.parameters()):
+        streamed = isinstance(own_forward(denoiser).active, Streamed)
+        if streamed or any(tensor.is_meta for tensor in denoiser.parameters()):
             log.warning("engine triton is not compared with simulated: the model is offloaded")
             return None
         given = args, kwargs

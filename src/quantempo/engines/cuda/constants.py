@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantempo.core import GroupFormat, activation_format, token_scale
-from quantempo.engines.base import last, rows_of
+from quantempo.engines.base import TARGET, last, rows_of
 from quantempo.engines.cuda.adapters import Adapters
 from quantempo.engines.fusion import LORA
 from quantempo.errors import QuantempoError
@@ -137,7 +137,8 @@ def _packed(layer: QLayer, widths: tuple[int, ...]) -> list[Tensor]:
     far = getattr(layer, "stride", (1, 1)) != (1, 1)
     if not isinstance(spec, GroupFormat) or far or any(w % spec.group for w in widths[:-1]):
         return []
-    if layer.unpack or (codes.device.type != "cpu" and choose_path(codes.device) != "hopper"):
+    device = TARGET.get() or codes.device
+    if layer.unpack or (device.type != "cpu" and choose_path(device) != "hopper"):
         return []
     q = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : sum(widths)]
     sizes = [-(-width // spec.group) for width in widths]

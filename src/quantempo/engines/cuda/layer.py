@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantempo.engines.base import BACKENDS, Backend, Kernel, channel_dim, warn_once
+from quantempo.engines.base import BACKENDS, TARGET, Backend, Kernel, channel_dim, warn_once
 from quantempo.engines.cuda.constants import (
     ALIGNED,
     FLOATS,
@@ -49,7 +49,7 @@ class _Kernel(Kernel):
                 f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
                 "move the model"
             )
-        if device.type == "cpu":
+        if device.type == "cpu" and TARGET.get() is None:
             warn_once(_SLOW)
         self.constants = LayerConstants(self.layer)
 
