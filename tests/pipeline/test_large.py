@@ -1,6 +1,7 @@
 """A network that stays in its files is quantized to the same bytes as one in memory."""
 
 import filecmp
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import quantempo
 from quantempo.checkpoint import write
 from quantempo.core import paged
 from quantempo.core.paged import Paged
+from quantempo.models import large
+from quantempo.models.call import call_pipeline
 from quantempo.models.large import room
 from quantempo.models.layers import DENOISERS, Block, denoiser_of
-from quantempo.models.load import load_pipeline
-from quantempo.pipeline.stages import Session, finish, load, reopen
+from quantempo.models.load import load_pipeline, model_digest
+from quantempo.pipeline.stages import Session, finish, load, reopen, trace
 from quantempo.recipe import Recipe
 from quantempo.rounding.reconstruct import _Job
 from tests.tiny import tiny_dit, tiny_text
@@ -76,6 +81,9 @@ def test_the_same_bytes_also_after_a_kill_in_a_block(
     assert not any(isinstance(p, Paged) for p in whole.denoiser.parameters())
     assert "read from its files" not in caplog.text
     paged, before = opened("paged", 1), _Job.round
+    networks = [part for part in paged.pipe.components.values() if isinstance(part, nn.Module)]
+    weights = [p for part in networks for p in part.parameters() if p.numel() >= 200]
+    assert all(isinstance(p, Paged) for p in weights)
     assert "more than --memory 0.0: read from its files, slower" in caplog.text
     assert any(isinstance(p, Paged) for p in paged.denoiser.parameters())
 
@@ -143,3 +151,42 @@ def test_a_network_is_written_as_diffusers_does(
         write.save_network(network, tmp_path / size / "ours")
         network.save_pretrained(tmp_path / size / "theirs", max_shard_size=size)
         same(tmp_path / size / "ours", tmp_path / size / "theirs")
+
+
+@pytest.mark.parametrize("source", ["unet"], indirect=True)
+def test_what_only_the_trace_runs_is_freed_and_read_when_asked(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, call = source
+    for worth, kinds in ((2**28, {False}), (0, {True})):
+        monkeypatch.setattr(large, "_WORTH", worth)
+        session = load(folder, tmp_path / str(worth), NEAREST, call=call)
+        before = call_pipeline(session.pipe, [0, 1], steps=2, **call)
+        trace(session)
+        parts = session.pipe.vae, session.pipe.text_encoder
+        weights = [p for part in parts for p in part.parameters() if p.numel() >= 200]
+        assert {isinstance(p, Paged) for p in weights} == kinds
+        assert not any(isinstance(p, Paged) for p in session.denoiser.parameters())
+        assert (call_pipeline(session.pipe, [0, 1], steps=2, **call) == before).all()
+        finish(session)
+    same(tmp_path / str(2**28), tmp_path / "0")
+
+
+@torch.no_grad()
+def test_a_text_encoder_of_tied_and_prefixed_names_is_paged(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    t5, clip = T5EncoderModel(T5Config(vocab_size=40, **size)), tiny_text().text_encoder
+    ids, file = torch.arange(8)[None], tmp_path / "text_encoder/model.safetensors"
+    for made, prefix in ((t5, ""), (clip, "text_model.")):
+        made.save_pretrained(file.parent)
+        save_file({prefix + k: v.bfloat16() for k, v in load_file(file).items()}, file)
+        index = {"text_encoder": ["transformers", type(made).__name__]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        how = tmp_path, {"text_encoder": [file]}, torch.float32
+        found = large.paged_networks(*how, 1)["text_encoder"]
+        assert not found.training and not large.paged_networks(*how, 2**30)
+        exact = type(made).from_pretrained(file.parent, dtype=torch.float32)
+        assert model_digest(found) == model_digest(exact)
+        assert torch.equal(found(ids)[0], exact(ids)[0])

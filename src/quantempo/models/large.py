@@ -1,6 +1,7 @@
 """Open networks larger than the memory: their tensors stay in the files of the checkpoint."""
 
 import ctypes
+import importlib
 import json
 import os
 from contextlib import ExitStack, suppress
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 
 from quantempo.core.instance import put_buffer
-from quantempo.core.paged import paged_tensors, small
+from quantempo.core.paged import Paged, paged_tensors, small
 from quantempo.errors import log
-from quantempo.models.layers import DENOISERS
 
-__all__ = ["paged_denoisers", "room"]
+__all__ = ["page_back", "paged_networks", "room"]
 
 # M_MMAP_THRESHOLD of malloc.h (glibc).
 _MMAP_THRESHOLD = -3
+# Bytes from which a network that is done with is worth freeing.
+_WORTH = 2**28
 
 
 def room(device: str, root: Path = Path("/sys/fs/cgroup")) -> int:
@@ -32,21 +34,21 @@ def room(device: str, root: Path = Path("/sys/fs/cgroup")) -> int:
     return memory // 3
 
 
-def paged_denoisers(
+def paged_networks(
     folder: Path, files: dict[str, list[Path]], dtype: torch.dtype, memory: int
 ) -> dict[str, nn.Module]:
-    """Return the float denoisers of a folder that take more than `memory`, of paged tensors.
+    """Return the float networks of a folder that take more than `memory`, of paged tensors.
 
     files: of each component; a network whose files have other names than its class is left out.
     """
     found: dict[str, nn.Module] = {}
     for name, entry in json.loads((folder / "model_index.json").read_text()).items():
-        if name not in DENOISERS or entry[0] != "diffusers" or not files.get(name):
+        if not files.get(name) or entry[0] not in ("diffusers", "transformers"):
             continue
-        tensors = {k: v for file in files[name] for k, v in paged_tensors(file).items()}
+        tensors = _tensors(files[name])
         size = sum(value.numel() for value in tensors.values()) * dtype.itemsize
         if size > memory:
-            network = _empty(folder / name, entry[1], dtype)
+            network = _empty(folder / name, entry[0], entry[1], dtype)
             if network is not None and _fill(network, tensors, dtype):
                 found[name] = network
                 text = "%s takes %.1f GB, more than --memory %.1f: read from its files, slower"
@@ -59,27 +61,65 @@ def paged_denoisers(
     return found
 
 
-def _empty(folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    import diffusers
+@torch.no_grad()
+def page_back(network: nn.Module, files: list[Path]) -> None:
+    """Free the tensors of a large network that are those of its files, and read them from there."""
+    state = network.state_dict()
+    if sum(value.nbytes for value in state.values()) >= _WORTH:
+        for name, place in _places(network, _tensors(files)).items():
+            value = state.pop(name)
+            paged = place.like(value.dtype, value.device)
+            if not (small(value) or isinstance(value, Paged)) and torch.equal(value, paged):
+                put_buffer(network, name, paged)
+        state, value = {}, torch.empty(0)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tensors(files: list[Path]) -> dict[str, Paged]:
+    return {name: value for file in files for name, value in paged_tensors(file).items()}
+
+
+def _empty(folder: Path, library: str, kind: str, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    config = getattr(diffusers, kind).load_config(folder)
-    if "quantization_config" in config:
+    made = getattr(importlib.import_module(library), kind)
+    diffusers = library == "diffusers"
+    config = made.load_config(folder) if diffusers else made.config_class.from_pretrained(folder)
+    if "quantization_config" in (config if diffusers else config.to_dict()):
         return None
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.enter_context(init_empty_weights())
         torch.set_default_dtype(dtype)
-        return getattr(diffusers, kind).from_config(config).eval()
+        network = made.from_config(config) if diffusers else made(config)
+    getattr(network, "tie_weights", int)()
+    return network.eval()
 
 
-def _fill(network: Any, tensors: dict[str, Any], dtype: torch.dtype) -> bool:
+def _fill(network: Any, tensors: dict[str, Paged], dtype: torch.dtype) -> bool:
     """Put tensors of files into an empty network; return whether they are those it has."""
-    exact = {*(network._keep_in_fp32_modules or ())}
-    for name, empty in network.state_dict().items():
-        if name not in tensors or tensors[name].shape != empty.shape:
-            return False
-        value, kept = tensors[name], torch.float32 if exact & {*name.split(".")} else dtype
+    strict = dtype == torch.bfloat16 and hasattr(network, "_keep_in_fp32_modules_strict")
+    exact = getattr(network, "_keep_in_fp32_modules" + "_strict" * strict, None) or ()
+    found = _places(network, tensors)
+    for name, value in found.items():
+        kept = torch.float32 if {*exact} & {*name.split(".")} else dtype
         value = value.like(kept) if value.is_floating_point() else value
         put_buffer(network, name, value.load() if small(value) else value)
-    return True
+    return found.keys() == network.state_dict().keys()
+
+
+def _places(network: nn.Module, tensors: dict[str, Paged]) -> dict[str, Paged]:
+    """Return the tensors of files that are called as those of a network, or as ones tied to them.
+
+    But for a prefix, which transformers takes off or puts before.
+    """
+    found = dict[str, Paged]()
+    every = dict(network.named_parameters(remove_duplicate=False))
+    for name, value in network.state_dict().items():
+        for own in [name, *(n for n, p in every.items() if p is every.get(name))]:
+            ends = [n for n in tensors if f".{n}".endswith(f".{own}") or own.endswith(f".{n}")]
+            ends = [own] if own in tensors else ends
+            if len(ends) == 1 and tensors[ends[0]].shape == value.shape:
+                found.setdefault(name, tensors[ends[0]])
+    return found

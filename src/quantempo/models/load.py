@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantempo.errors import QuantempoError, log
-from quantempo.models.large import paged_denoisers
-from quantempo.models.layers import denoisers_of
+from quantempo.models.large import page_back, paged_networks
+from quantempo.models.layers import DENOISERS, denoisers_of
 from quantempo.models.lora import merge_lora
 from quantempo.registry import check_known
 
 __all__ = [
     "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of", "fetched",
-    "load_pipeline", "model_digest", "named_lora",
+    "load_pipeline", "model_digest", "named_lora", "release_others",
 ]  # fmt: skip
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
@@ -50,7 +50,7 @@ def load_pipeline(
 
     Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the
     components that have it; None: the plain ones, or the only variant of a component that has no
-    plain ones. `revision` is of a hub name. A denoiser of a folder that takes more than `memory`
+    plain ones. `revision` is of a hub name. A network of a folder that takes more than `memory`
     bytes stays in its files, see `core.paged`. lora: files to merge, see `named_lora`.
 
     Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
@@ -70,7 +70,7 @@ def load_pipeline(
         how: dict[str, Any] = {"variant": variant, "use_safetensors": True}
         if memory is not None:
             files = {part.name: _used(part, variant) for part in folder.iterdir()}
-            paged = paged_denoisers(folder, files, dtype, memory)
+            paged = paged_networks(folder, files, dtype, memory)
         pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **paged, **how)
     except QuantempoError:
         raise
@@ -90,6 +90,14 @@ def load_pipeline(
     for entry in map(named_lora, lora):
         merge_lora(pipe, entry["file"], entry["scale"])
     return pipe
+
+
+def release_others(pipe: Any, folder: Path, variant: str | None) -> None:
+    """Leave networks of a pipeline that do not denoise, text encoders, to their files."""
+    variant = _check_folder(folder, variant)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in DENOISERS and (folder / name).is_dir():
+            page_back(part, _used(folder / name, variant))
 
 
 def fetched(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:

@@ -23,6 +23,7 @@ from quantempo.models.load import (
     load_pipeline,
     model_digest,
     named_lora,
+    release_others,
 )
 from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
@@ -97,6 +98,12 @@ class Session(Cache):
         copies = {} if lora else component_copies(here, variant)
         save_pipeline(pipe, networks, copies, folder)
         write_settings(folder, self.call)
+
+    def release(self) -> None:
+        """Leave the networks that only the trace runs to the files they were loaded from."""
+        variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
+        if not lora and self.source != str(self.run / "source"):
+            release_others(self.original, fetched(self.source, variant, revision), variant)
 
     @cached_property
     def model(self) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def trace(session: Session) -> TraceSet:
         found.append(_traced(part, part is session.parts[-1] and not any(map(len, found))))
         if not len(found[-1]):
             log.warning("%s stays in float: the pipeline never calls it", part.component)
+    session.release()
     return found[0]
 
 
