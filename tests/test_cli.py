@@ -238,10 +238,8 @@ def test_run_folders_of_others_stay_as_they_are(cli: Any, model: Path, tmp_path:
     home.mkdir()
     (home / "thesis.tex").write_text("precious")
     refused(cli("quantize", model, "--run", home, "--recipe", small), "not empty and no run folder")
-    refused(
-        cli("quantize", model, "--run", home, "--recipe", small, "--force"),
-        "not empty and no run folder",
-    )
+    done = cli("quantize", model, "--run", home, "--recipe", small, "--force")
+    refused(done, "not empty and no run folder")
     assert tree(home) == {"thesis.tex": b"precious"}
 
 
@@ -257,10 +255,8 @@ def test_sampling_mistakes(cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "images"
     refused(cli("sample", float_model, "--out", out, "--engine", "onednn"), "is a float model")
     refused(cli("sample", model, "--out", out, "--engine", "onednm"), "onednm", "onednn")
-    refused(
-        cli("sample", model, "--out", out, "--packed", "byte"),
-        "packed 'byte' (expected one of: keep,",
-    )
+    done = cli("sample", model, "--out", out, "--packed", "byte")
+    refused(done, "packed 'byte' (expected one of: keep,")
     refused(cli("sample", float_model, "--out", out, "--packed", "auto"), "is a float model")
     refused(cli("sample", tmp_path / "none", "--out", out), "no folder")
     refused(cli("sample", model, "--out", out, "--scheduler", "eulr"), "eulr", "euler")

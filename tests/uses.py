@@ -20,11 +20,8 @@ from tests.tiny import noise
 
 __all__ = ["ENGINES_HERE", "T", "Use", "call", "in_threads", "pair", "small", "sqnr_db"]
 
-ENGINES_HERE = [
-    name
-    for name in ENGINES.names()
-    if {"cpu", "any"} & set(ENGINES.get(name).devices) and ENGINES.get(name).missing() is None
-]
+_ON_CPUS = [name for name in ENGINES.names() if {"cpu", "any"} & {*ENGINES.get(name).devices}]
+ENGINES_HERE = [name for name in _ON_CPUS if ENGINES.get(name).missing() is None]
 T = torch.tensor(450)
 
 

@@ -144,11 +144,7 @@ LAYERS = {
 
 
 def packed(
-    denoiser: nn.Module,
-    buckets: int = 1,
-    int8: bool = True,
-    bits: tuple[int, int] = (8, 8),
-    **given: Any,
+    denoiser: nn.Module, buckets: int = 1, int8: bool = True, bits: Any = (8, 8), **given: Any
 ) -> nn.Module:
     """Quantize a copy of a denoiser from the ranges it shows on random inputs (or none of it)."""
     net = copy.deepcopy(denoiser)
@@ -158,9 +154,7 @@ def packed(
     for site in found:
         axis = 1 if isinstance(site.layer, nn.Conv2d) else -1
 
-        def observe(
-            _: nn.Module, args: tuple[Tensor], name: str = site.name, dim: int = axis
-        ) -> None:
+        def observe(_: Any, args: Any, name: str = site.name, dim: int = axis) -> None:
             channels = args[0].detach().transpose(dim, 0).flatten(1)
             ends = torch.stack([channels.amin(1), channels.amax(1)])
             observed.setdefault(name, []).append(ends)

@@ -287,10 +287,8 @@ def test_other_calls_of_a_block_of_one_stream_take_the_path_of_the_class(kind):
 @torch.no_grad()
 def test_masks_and_two_times_take_the_path_of_the_class_of_qwen():
     network = use.fused("qwen")
-    block, x, text, temb = (
-        network.transformer_blocks[0],
-        *(noise(2, n, 32) for n in (9, use.TEXT, 1)),
-    )
+    block = network.transformer_blocks[0]
+    x, text, temb = (noise(2, n, 32) for n in (9, use.TEXT, 1))
     temb, rotary = temb[:, 0], network.pos_embed([(1, 3, 3)], max_txt_seq_len=use.TEXT)
     index, mask = torch.zeros(2, 9).long(), torch.ones(2, use.TEXT, dtype=torch.bool).tril(1)
     given = block.forward.parts.given

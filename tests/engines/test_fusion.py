@@ -21,11 +21,8 @@ from tests.tiny import noise, tiny_dit, tiny_unet
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
-LAYERWISE = {
-    name: engine
-    for name in ENGINES.names()
-    if isinstance(engine := ENGINES.get(name), LayerwiseEngine)
-}
+EVERY = {name: ENGINES.get(name) for name in ENGINES.names()}
+LAYERWISE = {name: one for name, one in EVERY.items() if isinstance(one, LayerwiseEngine)}
 FUSING = [name for name, engine in LAYERWISE.items() if engine.blocks is not None]
 
 

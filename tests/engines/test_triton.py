@@ -139,12 +139,8 @@ def test_the_engine_is_for_gpus(backend):
 
 @torch.no_grad()
 def test_weights_are_kept_once(backend):
-    layers = {
-        "conv": make_conv(32, 16),
-        "pointwise": make_conv(32, 16, **ONE),
-        "linear": make_linear(32, 16),
-        "w4": make_conv(32, 16, bits=(4, 8)),
-    }
+    layers = {"conv": make_conv(32, 16), "pointwise": make_conv(32, 16, **ONE)}
+    layers |= {"linear": make_linear(32, 16), "w4": make_conv(32, 16, bits=(4, 8))}
     for name, layer in layers.items():
         before, saved = layer.weight_codes.clone(), layer.weight_int.clone()
         kernel = backend.lower(layer)
@@ -343,9 +339,7 @@ def test_a_kernel_that_is_wrong_is_named_and_not_used(on_a_cpu, packed_unet, mon
 
 
 @torch.no_grad()
-def test_a_comparison_that_fails_is_said_and_ends_no_call(
-    on_a_cpu, packed_unet, monkeypatch, caplog
-) -> None:
+def test_a_comparison_that_fails_is_said_alone(on_a_cpu, packed_unet, monkeypatch, caplog):
     def no_memory(_):
         raise torch.OutOfMemoryError("no memory")
 

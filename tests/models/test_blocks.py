@@ -5,7 +5,7 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from quantempo.models.layers import blocks, sites
-from tests.tiny import tiny_dit, tiny_text, tiny_unet
+from tests.tiny import DENOISERS, tiny_text, tiny_unet
 
 
 def _pixart() -> nn.Module:
@@ -24,13 +24,7 @@ def _sd3() -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS = {
-    "unet": tiny_unet,
-    "text": lambda: tiny_text().unet,
-    "dit": lambda: tiny_dit().transformer,
-    "pixart": _pixart,
-    "sd3": _sd3,
-}
+NETWORKS = {**DENOISERS, "pixart": _pixart, "sd3": _sd3}
 
 
 @pytest.mark.parametrize("kind", list(NETWORKS))

@@ -111,13 +111,8 @@ def test_entries_of_images_go_round() -> None:
 
 def test_batches_are_handed_out_as_they_come() -> None:
     seen: list[tuple[int, np.ndarray]] = []
-    images = run_pipeline(
-        tiny_unconditional(),
-        SEEDS,
-        steps=1,
-        batch_size=2,
-        on_batch=lambda first, batch: seen.append((first, batch)),
-    )
+    see = lambda first, batch: seen.append((first, batch))  # noqa: E731
+    images = run_pipeline(tiny_unconditional(), SEEDS, steps=1, batch_size=2, on_batch=see)
     assert [first for first, _ in seen] == [0, 2, 4]
     assert np.array_equal(np.concatenate([batch for _, batch in seen]), images)
 

@@ -118,10 +118,8 @@ def reload(source: Path, packed: Path, folder: Path, call: dict[str, Any]) -> di
         if isinstance(part, torch.nn.Module) and find_clock(part) is not None
     }
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
-    hooks = [
-        getattr(whole, name).register_forward_hook(_keep(name, calls), with_kwargs=True)
-        for name in parts
-    ]
+    hang = {name: getattr(whole, name).register_forward_hook for name in parts}
+    hooks = [add(_keep(name, calls), with_kwargs=True) for name, add in hang.items()]
     options: dict[str, Any] = {"steps": STEPS, "call": call}
     quantempo.sample(whole, folder / "samples-float", SEEDS, **options)
     for hook in hooks:

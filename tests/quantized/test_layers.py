@@ -116,10 +116,8 @@ def test_codes_of_every_width_are_kept_in_few_bytes(bits: int, layer: nn.Module)
 def test_twins_are_made_on_the_device_of_the_layer() -> None:
     with torch.device("meta"):
         layers = (nn.Conv2d(6, 4, 1), nn.Linear(6, 4))
-    copies = (
-        quantized.QConv2d.like(layers[0], CLOCK, (), 1),
-        quantized.QLinear.like(layers[1], CLOCK, (), 1),
-    )
+    kinds = (quantized.QConv2d, quantized.QLinear)
+    copies = [kind.like(one, CLOCK, (), 1) for kind, one in zip(kinds, layers, strict=True)]
     stored = (quantized.Float16Linear(layers[1]), quantized.WeightOnlyLinear(layers[1]))
     for copied in (*copies, *stored):
         assert all(value.is_meta for value in copied.state_dict().values())

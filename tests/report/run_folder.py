@@ -13,9 +13,8 @@ from quantempo.run_folder import RunFolder
 STEPS, CHAINS, PICKS, T, BINS, TIME_BINS = 20, 8, 8, 1000, 256, 16
 BUCKETS = 4
 # Not the default in any section that is checked, so that a section left out is seen.
-RECIPE = (
-    Recipe(name="demo").override("activations", buckets=BUCKETS + 3).override("trace", steps=STEPS)
-)
+RECIPE = Recipe(name="demo").override("activations", buckets=BUCKETS + 3)
+RECIPE = RECIPE.override("trace", steps=STEPS)
 EXTRACTOR = {"extractor": "lite0", "weights_sha256": "57" * 32, "note": "not FID", "std": None}
 
 

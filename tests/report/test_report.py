@@ -106,12 +106,10 @@ def test_pictures_are_enlarged_without_smoothing_and_differences_amplified(folde
 
     text = (folder / "report.html").read_text()
     cells = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
-    images = {
-        label: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, label in cells
-    }
-    first, second = (
-        np.asarray(Image.open(folder / f"samples/{kind}/103.png")) for kind in ("float", "int8")
-    )
+    files = {label: io.BytesIO(base64.b64decode(data)) for data, label in cells}
+    images = {label: np.asarray(Image.open(file)) for label, file in files.items()}
+    both = (folder / f"samples/{kind}/103.png" for kind in ("float", "int8"))
+    first, second = (np.asarray(Image.open(file)) for file in both)
     assert (images["float, seed 103"] == first.repeat(4, axis=0).repeat(4, axis=1)).all()
     label = next(key for key in images if key.startswith("difference") and key.endswith("103"))
     gain = int(re.search(r"× (\d+)", label).group(1))

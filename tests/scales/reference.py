@@ -64,13 +64,7 @@ def levels(x: np.ndarray, scale: float, zero_point: int, qmin: int, qmax: int) -
 
 
 def candidates(
-    lo: float,
-    hi: float,
-    bits: int,
-    symmetric: bool,
-    steps: int,
-    floor: float,
-    shrink: tuple[float, ...],
+    lo: float, hi: float, bits: int, symmetric: bool, steps: int, floor: float, shrink: tuple
 ) -> list[tuple[float, int]]:
     """Return the (scale, zero point) pairs that `Candidates` describes, for unsigned codes."""
     lo, hi, top = min(lo, 0.0), max(hi, 0.0), 2**bits - 1

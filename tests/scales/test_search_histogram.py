@@ -50,11 +50,7 @@ def test_batches_may_be_split_and_ordered_in_any_way(seed: int, cuts: list[int])
             assert ranges.range[0, k, 1] == x[time_bin == k].max()
 
 
-@given(
-    lo=st.floats(-1e4, 1e4, width=32),
-    span=st.floats(0, 1e4, width=32),
-    bins=st.sampled_from([1, 7, 2048]),
-)
+@given(st.floats(-1e4, 1e4, width=32), st.floats(0, 1e4, width=32), st.sampled_from([1, 7, 2048]))
 @settings(max_examples=100, deadline=None)
 def test_a_value_is_within_half_a_bin_of_its_centre(lo: float, span: float, bins: int) -> None:
     edges = torch.tensor([[lo, lo + span]])

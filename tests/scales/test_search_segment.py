@@ -43,12 +43,7 @@ def _total(tables: list[CostTable], cut: list[int], smooth: float) -> float:
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.3])
-@given(
-    seed=st.integers(0, 2**31),
-    rows=st.integers(1, 7),
-    layers=st.integers(1, 3),
-    buckets=st.integers(1, 7),
-)
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 3), st.integers(1, 7))
 @settings(max_examples=40, deadline=None)
 def test_equals_exhaustive_search(smooth, seed, rows, layers, buckets):
     tables = [_table(seed + i, rows) for i in range(layers)]

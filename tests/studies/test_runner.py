@@ -23,12 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def cells(plan: Plan = PLAN) -> list[Cell]:
-    return [
-        cell
-        for name in STUDIES.names()
-        for row in STUDIES.get(name).rows(plan)
-        for cell in row.cells(plan.seeds)
-    ]
+    rows = [row for name in STUDIES.names() for row in STUDIES.get(name).rows(plan)]
+    return [cell for row in rows for cell in row.cells(plan.seeds)]
 
 
 def test_every_item_of_the_paper_is_there() -> None:

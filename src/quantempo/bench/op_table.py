@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantempo.bench.forwards import clear
 from quantempo.bench.op_cases import CASES, PRODUCTS, Case, gemm
-from quantempo.bench.results import Results
+from quantempo.bench.results import Results, Row
 from quantempo.bench.turns import Call, Timer, reason_of, take_turns, timer_for
 from quantempo.engines.cuda.graphs import capture
 from quantempo.errors import QuantempoError, log
@@ -99,15 +99,13 @@ def _rotated(
     return lambda _kept=several: graph.replay(), copies
 
 
-def time_op(
-    case: Case, device: torch.device, timer: Timer, limits: Limits, **turns: Any
-) -> dict[str, Any]:
+def time_op(case: Case, device: torch.device, timer: Timer, limits: Limits, **turns: Any) -> Row:
     """Return the row of one case: ours is "ours"; one that fails its check is not timed.
     {"kind", "op", "shape", "copies", "ms": name -> median, "failed": name -> reason} and, where
     ours ran, "tflops", "tbytes", "roofline_fraction", "checked": True, and
     "speedup_vs_NAME" over each rival. `turns` are of `take_turns`.
     """
-    row: dict[str, Any] = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
+    row: Row = {"kind": "op", "op": case.op, "shape": case.name, "failed": {}}
 
     def ours(device: torch.device) -> Call:
         given = case.make(device)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Results", "best", "speedups", "text_table"]
+__all__ = ["Results", "Row", "best", "speedups", "text_table"]
 
 Row = dict[str, Any]
 

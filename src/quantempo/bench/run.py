@@ -12,7 +12,7 @@ from quantempo.bench.candidates import Candidate, cast_inputs, select
 from quantempo.bench.forwards import clear, compare, images_per_second
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
-from quantempo.bench.results import Results
+from quantempo.bench.results import Results, Row
 from quantempo.bench.turns import Timer, reason_of, timer_for
 from quantempo.core.machine import machine, parse_bytes
 from quantempo.engines.forms import time_forms
@@ -121,14 +121,12 @@ def _machine() -> dict[str, Any]:
     return found
 
 
-def _writer(
-    session: Session | None, kind: str, out: str | Path | None
-) -> Callable[[dict[str, Any]], None]:
+def _writer(session: Session | None, kind: str, out: str | Path | None) -> Callable[[Row], None]:
     before: dict[str, Any] = {}
     if session is not None and session.run.has("bench.json"):
         before = session.run.read_json("bench.json")
 
-    def write(record: dict[str, Any]) -> None:
+    def write(record: Row) -> None:
         if session is not None:
             # What was timed on other devices stays.
             session.run.write_json("bench.json", {**before, kind: record})

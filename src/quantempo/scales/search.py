@@ -104,9 +104,7 @@ def search_scales(
         ]
         columns = max(len(part.scale) for part in parts)
         tensors[f"{name}.act_scale"] = torch.stack([p.scale.expand(columns) for p in parts])
-        tensors[f"{name}.act_zero_point"] = torch.tensor(
-            [part.zero_point for part in parts], dtype=torch.int32
-        )
+        tensors[f"{name}.act_zero_point"] = torch.tensor([part.zero_point for part in parts]).int()
         if settings.granularity == "time" or f"{name}.token_error" not in stats:
             continue
         mass = stats[f"{name}.hist"].sum((1, 2)).double()
