@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantempo.core import ranks
 from quantempo.core.paged import paged_tensors, save_tensors
 from quantempo.errors import QuantempoError, log
 
@@ -218,7 +219,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder, made if need be; wait for another process that does."""
+        """Hold the folder, made if need be; wait for another process that does, not one of us."""
+        if ranks.rank():
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -249,11 +253,12 @@ class RunFolder:
             raise _explain(error, self.path / name) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write `value` as indented JSON; refuses NaN (JSON has none)."""
+        """Write `value` as indented JSON, the first rank alone; refuses NaN (JSON has none)."""
         sealed = {**value, _SEAL: hash_of(value)} if name in _SEALED else value
         text = json.dumps(sealed, indent=1, allow_nan=False) + "\n"
-        with atomic_path(self.path / name) as temporary:
-            temporary.write_text(text)
+        if not ranks.rank():
+            with atomic_path(self.path / name) as temporary:
+                temporary.write_text(text)
 
     def read_json(self, name: str) -> Any:
         """Return the JSON artefact `name`; QuantempoError where it is missing or damaged."""
@@ -283,11 +288,13 @@ class RunFolder:
                     )
 
     def write_safetensors(
-        self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-    ) -> None:
-        """Write tensors (any device; made contiguous) and string metadata."""
-        with atomic_path(self.path / name) as temporary:
-            save_tensors(temporary, tensors, metadata)
+        self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *,
+        everyone: bool = False,
+    ) -> None:  # fmt: skip
+        """Write tensors (any device; made contiguous) and metadata; but for `everyone`, rank 0."""
+        if everyone or not ranks.rank():
+            with atomic_path(self.path / name) as temporary:
+                save_tensors(temporary, tensors, metadata)
 
     def read_safetensors(self, name: str, *, paged: bool = False) -> dict[str, Tensor]:
         """Return the tensors of artefact `name`, `Paged` or not; see `read_tensors` for errors."""
@@ -327,10 +334,15 @@ class Kept:
                     return json.loads(about["note"]), tensors
         return None, {}
 
+    def every(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of what all ranks wrote last, `name`-0, `name`-1 and so on."""
+        files = () if self.folder is None else sorted(self.folder.path.glob(f"{name}-*"))
+        return {key: value for f in files for key, value in self.read(f.name)[1].items()}
+
     def write(self, name: str, note: Any, tensors: dict[str, Tensor], last: bool = True) -> None:
         """Keep how far a loop is, in JSON types, and its tensors; not `last`: if it is due."""
         if self.folder is not None and (last or time.monotonic() > self.due):
             start, text = time.monotonic(), json.dumps(note)
             about = {"note": text, "key": hash_of([self.key, text, tensors])}
-            self.folder.write_safetensors(name, tensors, about)
+            self.folder.write_safetensors(name, tensors, about, everyone=True)
             self.due = time.monotonic() + _PAUSE * (time.monotonic() - start)

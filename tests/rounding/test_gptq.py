@@ -186,7 +186,7 @@ class _Block:
     """Layers and what each receives."""
 
     def __init__(self, copies: dict[str, QLayer], inputs: dict[str, Tensor]) -> None:
-        self.copies, self.inputs = copies, inputs
+        self.copies, self.inputs, self.steps = copies, inputs, [list(copies)]
 
     def layer_inputs(self, name: str) -> Iterator[Tensor]:
         yield self.inputs[name]

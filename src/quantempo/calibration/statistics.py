@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import count, islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
 from quantempo.calibration.rows import mapped, measure
+from quantempo.core import ranks
 from quantempo.errors import QuantempoError
 from quantempo.models.fusion import attending
 from quantempo.models.layers import LAYERS, hooked, input_of
@@ -76,9 +78,12 @@ def attention_errors(denoiser: nn.Module, data: CalibrationData) -> dict[str, li
     order = data.times.noisiest(torch.as_tensor(data.timesteps)).argsort()
     index = order[torch.linspace(0, len(order) - 1, min(_TIMES, len(order))).long()]
     with measured_attention(denoiser) as errors:
-        for rows in data.calls(index, 1):
+        for rows in ranks.mine(data.calls(index, 1)):
             data.replay(denoiser, data.rows(rows))
-    return errors
+    found: dict[str, list[float]] = {}
+    for name, most in (item for part in ranks.everyone(errors) for item in part.items()):
+        found[name] = [*map(max, found.get(name, most), most)]
+    return found
 
 
 @torch.no_grad()
@@ -89,13 +94,19 @@ def _feed(
 ) -> None:  # fmt: skip
     """Run the denoiser on all rows and give the sinks of each layer its inputs."""
     every = {f"{i}.{name}": sinks[i][name] for i in range(len(sinks)) for name in sinks[i]}
-    parts = ((f"{name}.{k}", v) for name, sink in every.items() for k, v in vars(sink).items())
-    state = {name: value for name, value in parts if isinstance(value, Tensor)}
+
+    def state() -> dict[str, Tensor]:
+        parts = ((f"{name}.{k}", v) for name, sink in every.items() for k, v in vars(sink).items())
+        return {name: value for name, value in parts if isinstance(value, Tensor)}
+
     # On a GPU few large batches: every layer waits for the device once a batch.
     size = 32 if next(denoiser.parameters()).device.type == "cpu" else 256
-    done, found = kept.read(f"{stage}-{size}")
-    for name, value in found.items():
-        state[name].copy_(value)
+    mine: Any = ranks.part(range(sum(math.ceil(rows / size) for _, rows in data.pieces)))
+    file = f"{stage}-{size}-{mine.start}-{mine.stop}"
+    done, found = kept.read(file)
+    for key, value in found.items():
+        owner, _, attribute = key.rpartition(".")
+        setattr(every[owner], attribute, value)
     edges, time_bin = time_bin_edges(data.times, bins), torch.zeros(0, dtype=torch.int64)
 
     def see(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
@@ -114,14 +125,27 @@ def _feed(
                 raise QuantempoError(f"layer '{name}': {error}") from error
 
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
-        total = math.ceil(len(data) / size)
-        batches = tqdm(data.batches(size), stage, total, disable=None, leave=False)
-        for number, batch in islice(enumerate(batches, 1), done, None):
+        batches = islice(data.batches(size), mine.start + (done or 0), mine.stop)
+        bar = tqdm(batches, stage, len(mine), disable=None, leave=False, initial=done or 0)
+        for number, batch in enumerate(bar, 1 + (done or 0)):
             place = data.times.place(batch.t).clamp(0, float(edges[-1]) - 1e-6)
             # An edge belongs to the bin above it.
             time_bin = torch.bucketize(place, edges[1:-1].double(), right=True)
             data.replay(denoiser, batch)
-            kept.write(f"{stage}-{size}", number, state, last=number == total)
+            kept.write(file, number, state(), last=number == len(mine))
+    parts = ranks.everyone(state())
+    for key in parts[0]:
+        owner, _, attribute = key.rpartition(".")
+        setattr(every[owner], attribute, _JOIN[attribute]([some[key] for some in parts]))
+
+
+def _widest(ranges: list[Tensor]) -> Tensor:
+    lows, highs = torch.stack(ranges).unbind(-1)
+    return torch.stack([lows.amin(0), highs.amax(0)], -1)
+
+
+# What several ranks saw, as one of them would have.
+_JOIN: dict[str, Any] = {"range": _widest, "edges": itemgetter(0), "counts": sum, "seen": torch.cat}
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from quantempo.calibration.recorder import NeverCalledError, Recorder, answered,
 from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
+from quantempo.core import ranks
 from quantempo.errors import QuantempoError, log
 from quantempo.models.latents import latents_of, schedule_of
 from quantempo.models.layers import hooked
@@ -83,7 +84,9 @@ def trace(
     targets = deal_targets(time_sampler, chains, picks, steps, seed)
     run = _Run(pipe, denoiser, settings, call, images)
     files = _fill(run, RunFolder(folder), targets, force, needed)
-    _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
+    if not ranks.rank():
+        _finish(RunFolder(folder), files, settings, targets, time_sampler.density(steps))
+    ranks.told(None)
     return TraceSet(folder)
 
 
@@ -114,6 +117,8 @@ def _fill(run: _Run, store: RunFolder, targets: Tensor, force: bool, needed: boo
     if missing:
         # From here on the index would promise more than the folder holds.
         index_of(store.path).unlink(missing_ok=True)
+    # Nobody writes before all have looked.
+    if missing := ranks.told(missing):
         try:
             try:
                 law, calls = _probe(run, [0])
@@ -128,9 +133,10 @@ def _fill(run: _Run, store: RunFolder, targets: Tensor, force: bool, needed: boo
         times = Times.of(calls, settings["num_train_timesteps"])
         found = torch.stack([times.noisiest(t)[0] for t in calls]).unique()
         targets = found[(2 * targets + 1) * len(found) // (2 * steps)]
-    calls_left = steps * len(missing)
+    mine = ranks.mine(missing)
+    calls_left = steps * len(mine)
     with tqdm(total=calls_left, desc="trace", unit="call", disable=None, leave=False) as bar:
-        for name in missing:
+        for name in mine:
             first = files[name]
             batch = targets[first : first + size]
             try:
@@ -139,8 +145,8 @@ def _fill(run: _Run, store: RunFolder, targets: Tensor, force: bool, needed: boo
                 # What the first image alone has not, a mask of captions of other lengths, say.
                 own = law | _probe(run, range(first, first + len(batch)))[0]
                 tensors, details = _record(run, own, times, batch, first, bar)
-            store.write_safetensors(name, tensors, details)
-    return list(files)
+            store.write_safetensors(name, tensors, details, everyone=True)
+    return ranks.told(list(files))
 
 
 def _probe(run: _Run, places: Sequence[int]) -> tuple[Law, list[Tensor]]:
@@ -206,7 +212,8 @@ def affordable(
     fit = (one for one in some if one[0] * each <= 30 * minutes)
     _, chains, steps = max(fit, default=min(some, default=(0, settings.chains, settings.steps)))
     log.info("%.2g s a call, %g minutes: %d chains of %d steps", each, minutes, chains, steps)
-    return {"chains": chains, "steps": steps}
+    # Of one clock.
+    return ranks.told({"chains": chains, "steps": steps})
 
 
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:

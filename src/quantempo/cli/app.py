@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import typer
@@ -69,6 +71,20 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return max(1, math.ceil(int(quota) / int(period)))
 
 
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Work with the other processes of a `torchrun`, if any; the first of them alone prints."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from quantempo.core import ranks
+
+        ranks.start()
+        if ranks.rank():
+            with open(os.devnull, "w") as no, redirect_stdout(no), redirect_stderr(no):
+                yield
+            return
+    yield
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     # Of the program, but people give it after the verb.
@@ -80,14 +96,20 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     try:
         try:
-            app()
+            with _joined():
+                app()
         finally:
             # A full disk or a closed pipe is met here, not when the interpreter ends.
             sys.stdout.flush()
     except MISTAKES as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"error: {sentence(error)}\n")
+        text = sentence(error)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from quantempo.core import ranks
+
+            text = ranks.last_words(text)
+        sys.stderr.write(f"error: {text}\n" if text else "")
         if isinstance(error, OSError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(2)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantempo.core import ranks
 from quantempo.errors import QuantempoError
 from quantempo.registry import Registry
 from quantempo.run_folder import file_sha256
@@ -100,10 +101,11 @@ def extract(
     """Return the features, float32, of images (`check_images`), in their order, on `device`."""
     check_images(images, "images")
     parts = []
-    for start in range(0, len(images), batch):
+    for start in ranks.part(range(0, len(images), batch)):
         # One layout, so that equal images have equal features however they lie in memory.
         chunk = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).contiguous()
         parts.append(extractor.network(chunk.to(device).expand(-1, 3, -1, -1)))
+    parts = ranks.joined(parts)
     pooled, logits = (torch.cat([getattr(p, key) for p in parts]) for key in ("pooled", "logits"))
     spatial = [part.spatial for part in parts if part.spatial is not None]
     return Features(pooled, logits, torch.cat(spatial) if spatial else None)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantempo.core import ranks
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import check_images
 from quantempo.evaluation.scores import import_torchmetrics
@@ -71,10 +72,11 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     library = import_torchmetrics("torchmetrics.functional.image")
     compare = library.structural_similarity_index_measure
     rows = []
-    for some in zip(*(torch.from_numpy(x).split(batch) for x in (first, second)), strict=True):
+    whole = zip(*(torch.from_numpy(x).split(batch) for x in (first, second)), strict=True)
+    for some in ranks.part(list(whole)):
         pair = (images.to(device).permute(0, 3, 1, 2).double() for images in some)
         rows.append(compare(*pair, sigma=1.5, data_range=255.0, reduction="none").reshape(-1))
-    return torch.cat(rows).cpu().numpy()
+    return torch.cat(ranks.joined(rows)).cpu().numpy()
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from quantempo.core import ranks
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
 from quantempo.registry import check_known
@@ -103,7 +104,7 @@ def run_pipeline(
         seeds: of x_T and the noise of the scheduler.
         batch_size: images in one call of the pipeline, of `steps` steps.
         places: of the images in the whole set; None: 0, 1, ...
-        on_batch: called with (index of the first image, what was made) after every call.
+        on_batch: called with (index of the first image, what was made) after every call of a rank.
         call: further arguments of the pipeline, those of an image (`PER_IMAGE`) with entry i modulo
             their length for image i.
 
@@ -121,11 +122,11 @@ def run_pipeline(
     batch_size = images_a_call(pipe, call, batch_size)
     # None: unless stderr is a terminal.
     with tqdm(total=len(seeds), desc="sample", unit="image", disable=None, leave=False) as bar:
-        for first in range(0, len(seeds), batch_size):
+        for first in ranks.part(range(0, len(seeds), batch_size)):
             part = slice(first, first + batch_size)
             how: dict[str, Any] = {"steps": steps, "places": places[part], "output_type": "uint8"}
             batches.append(call_pipeline(pipe, seeds[part], **how, **call))
             if on_batch is not None:
                 on_batch(first, batches[-1])
             bar.update(len(batches[-1]))
-    return np.concatenate(batches)
+    return np.concatenate(ranks.joined(batches))

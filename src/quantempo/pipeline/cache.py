@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantempo import __version__
+from quantempo.core import ranks
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError, log
 from quantempo.recipe import Recipe
@@ -128,14 +129,19 @@ class Cache:
                 del stages[name]
                 manifest = self.run.read_json("manifest.json")
                 self.run.write_json("manifest.json", manifest | {"stages": stages})
+            # No rank begins before all have looked.
+            ranks.told(None, name)
             start = time.perf_counter()
-            yield True
-            seconds = round(time.perf_counter() - start, 3)
-            hashes = {file.name: file_sha256(file) for file in files if file.is_file()}
-            entry = {"key": self.key(name), "seconds": seconds, "sha256": hashes}
-            self.run.update_manifest(stages={name: entry}, **self.surroundings)
-            shutil.rmtree(self.run / _KEPT, ignore_errors=True)
-            log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
+            # One packs, what it writes is one folder.
+            yield name != "pack" or not ranks.rank()
+            if not ranks.rank():
+                seconds = round(time.perf_counter() - start, 3)
+                hashes = {file.name: file_sha256(file) for file in files if file.is_file()}
+                entry = {"key": self.key(name), "seconds": seconds, "sha256": hashes}
+                self.run.update_manifest(stages={name: entry}, **self.surroundings)
+                shutil.rmtree(self.run / _KEPT, ignore_errors=True)
+                log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
+            ranks.told(None)
 
     def check_before(self, name: str) -> None:
         """Refuse to build a stage on one that is not done, or was done with other settings."""

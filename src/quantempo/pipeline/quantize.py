@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.statistics import attention_errors, collect_statistics, measure_roles
-from quantempo.core import Paged, loaded, page_out, spilled, weight_format
+from quantempo.core import Paged, loaded, merged, mine, page_out, rank, spilled, weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import check_roles, sites
@@ -223,11 +223,12 @@ def error_shares(
 
     whole, errors = error(copied).clamp_min(1e-30), {}
     clock.set(batch.t)
-    for name in names:
+    for name in mine(names):
         layer = denoiser.get_submodule(name)
         # Not a hook: those of others on the layer act as before, once.
         with patch.object(layer, "forward", copied.get_submodule(name).forward):
             errors[name] = float((error(denoiser) / whole).mean())
+    errors = merged(errors)
     macs = count_macs(denoiser, lambda: data.replay(denoiser, batch), len(batch.x_t))
     work = sum(macs.values()) - macs[ATTENTION_MATMULS]
     return {name: (errors[name], max(macs.get(name, 0), 1) / work) for name in names}
@@ -293,6 +294,9 @@ def round_weights(
     """
     settings, plans = recipe.rounding, _settled(plans, scales, recipe)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
+    if rank() and alone and not settings.bias and not settings.refine:
+        # The first rank, which writes them, is as fast alone.
+        return {}
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest", scratch)
     if not codes or (alone and not settings.bias and not settings.refine):
         return codes

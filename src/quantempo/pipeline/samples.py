@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from quantempo.core import ranks
 from quantempo.engines.select import attach, attached
 from quantempo.errors import QuantempoError, log
 from quantempo.models.call import check_arguments, sample_rate, unusual_settings
@@ -77,23 +78,30 @@ def sample(
     made: dict[int, Any] = {seed: ours and _read(_file(out, seed)) for seed in seeds}
     todo = [seed for seed, image in made.items() if not isinstance(image, np.ndarray)]
 
-    def write(first: int, images: np.ndarray) -> None:
-        if first == 0 and not ours:
-            # Not earlier: a call that fails leaves the folder as it was.
+    def begin() -> None:
+        if not (ours or ranks.rank()):
             for kind in ("png", "gif", "wav", "npy"):
                 for old in out.path.glob(f"*.{kind}"):
                     old.unlink()
             out.write_json("settings.json", settings)
+        ranks.told(None, "sample")
+
+    def write(first: int, images: np.ndarray) -> None:
+        if first == 0 and ranks.alone():
+            # Not earlier: a call that fails leaves the folder as it was.
+            begin()
         for seed, image in zip(todo[first : first + len(images)], images, strict=True):
-            made[seed] = image
             _write(out, seed, image, sample_rate(pipe))
 
     if todo:
+        if not ranks.alone():
+            begin()
         # Prompts and labels go by position in the whole list, whatever is left to do.
         places = [list(seeds).index(seed) for seed in todo]
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "places": places}
-        run_pipeline(pipe, todo, on_batch=write, **how, **call)
-    return np.stack([made[seed] for seed in seeds])
+        made |= zip(todo, run_pipeline(pipe, todo, on_batch=write, **how, **call), strict=True)
+    # Of one layout, which the last digits of scores follow.
+    return np.ascontiguousarray(np.stack([made[seed] for seed in seeds]))
 
 
 def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

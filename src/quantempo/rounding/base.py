@@ -6,7 +6,7 @@ inputs of a block the network is stopped there: it costs what comes before and n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from quantempo.models.layers import hooked, input_of
 from quantempo.quantized import QLayer, StepClock
 from quantempo.recipe import RoundingSettings
 from quantempo.registry import Registry, check_known
-from quantempo.rounding.chain import Link
+from quantempo.rounding.chain import Link, steps
 
 __all__ = [
     "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "check_start",
@@ -351,6 +351,12 @@ class BlockRun:
             run_until({name: layer}, partial(self.run, index, exact=exact), see)
             yield seen.pop()
 
+    @cached_property
+    def steps(self) -> list[list[str]]:
+        """The layers in steps, see `chain.steps`, of one row of the float block."""
+        index = next(self.batches())[:1]
+        return steps(self.floats, partial(self.run, index, exact=True), self.device)
+
     def assign(self, name: str, codes: Tensor) -> None:
         """Give one quantized layer its integers, and the simulated kernel that reads them."""
         layer = self.copies[name]
@@ -360,10 +366,9 @@ class BlockRun:
     @torch.no_grad()
     def powers(self) -> list[Tensor]:
         """Return (N,) for each output: mean square of the float block's at the row's time-step."""
-        rows: list[list[Tensor]] = []
         place = torch.cat(list(self.batches())).argsort()
-        for index in self.batches():
-            rows.append([y.square().mean(1) for y in self.run(index, exact=True)])
+        runs = (self.run(index, exact=True) for index in self.batches())
+        rows = [[y.square().mean(1) for y in outputs] for outputs in runs]
         _, group = self.times.unique(dim=0, return_inverse=True)
         result = []
         for parts in zip(*rows, strict=True):

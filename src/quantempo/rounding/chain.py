@@ -1,4 +1,4 @@
-"""Tell how a block is called from what the block before it got and returned."""
+"""Tell how blocks are called from what the one before got and returned, and layers in a block."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from quantempo.models.layers import hooked
+from quantempo.models.layers import hooked, input_of
 
-__all__ = ["Link", "links"]
+__all__ = ["Link", "links", "steps"]
 
 
 class Link(NamedTuple):
@@ -73,3 +73,34 @@ def _same(path: Any, old: Any, version: Any, place: Any, leaf: Any) -> bool:
         steps = leaf.stride()
         return old is leaf and version == leaf._version and [*steps] == sorted(steps)[::-1]
     return path == place and type(old) is type(leaf) and old == leaf
+
+
+@torch.no_grad()
+def steps(
+    layers: Mapping[str, nn.Module], call: Callable[[], Any], device: torch.device
+) -> list[list[str]]:
+    """Return the layers in steps: what those of one receive does not depend on each other.
+
+    It stays as it is in a call in which the outputs of this step and all later ones are noise.
+    """
+    chance, result, left = torch.Generator(device).manual_seed(0), list[list[str]](), dict(layers)
+
+    def inputs(noisy: Mapping[str, nn.Module]) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+
+        def see(name: str, _: nn.Module, *call: Any) -> None:
+            x = input_of(*call).double()
+            found.setdefault(name, [float(x.sum()), float(x.norm())])
+
+        noise = hooked(noisy, lambda *seen: seen[4].normal_(generator=chance))
+        with hooked(layers, see, before=True), noise:
+            call()
+        return found
+
+    exact = inputs({})
+    while left:
+        seen = inputs(left)
+        # The first receives what none of them made.
+        result.append([n for n in left if seen.get(n) == exact.get(n)] or [*left][:1])
+        left = {name: layer for name, layer in left.items() if name not in result[-1]}
+    return result

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.core import Format, Grid, GroupFormat
+from quantempo.core import Format, Grid, GroupFormat, ranks
 from quantempo.errors import QuantempoError, log
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
@@ -197,19 +197,26 @@ def input_moments(
 
 
 def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
-    """Round the layers of a block in order of execution, each on the inputs it will really get.
+    """Round the layers of a block step by step, each on the inputs it will really get.
 
-    Those come from the block whose earlier layers are rounded already; its layers hold the codes
-    afterwards. Scales of weights in groups are searched again for what is rounded here, the error
-    of column j counting 1 / (H^-1)_jj; others stay, so that a correction may lead beyond the codes:
-    counted, and logged.
+    Those come from the block whose earlier steps are rounded already; its layers hold the codes
+    afterwards. Each layer of a step is of one rank. Scales of weights in groups are searched again
+    for what is rounded here, the error of column j counting 1 / (H^-1)_jj; others stay, so that a
+    correction may lead beyond the codes: counted, and logged.
 
     Memory: 5 K^2 float32 while H is factored, K = weight[0].numel(); 4 without `correct`.
     """
-    codes, cut = {}, 0
-    for name in unit.weights:
-        codes[name], more = _round_layer(unit, name)
-        cut += more
+    codes, cut, groups = {}, 0, unit.groups or {}
+    for step in unit.block.steps:
+        mine = ranks.mine(step, [unit.weights[name][0].numel() for name in step])
+        found = {n: (_round_layer(unit, n), unit.scales[n], groups.get(n)) for n in mine}
+        for name, ((value, more), scale, group) in ranks.merged(found).items():
+            unit.scales[name].copy_(scale)
+            if group is not None:
+                groups[name].copy_(group)
+            codes[name] = value.to(unit.weights[name].device)
+            unit.block.assign(name, codes[name])
+            cut += more
     if cut:
         most, name = sum(weight.numel() for weight in unit.weights.values()), unit.block.name
         log.info("%s: `correct` leads %d of %d weights beyond their codes", name, cut, most)
@@ -244,9 +251,7 @@ def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
             zip(parts, inverses, scale.split(rows), strict=True)
         )
     ]
-    codes = torch.cat(done).reshape(layer.weight_shape)
-    unit.block.assign(name, codes)
-    return codes, cut
+    return torch.cat(done).reshape(layer.weight_shape), cut
 
 
 ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.rows import Law, UnmeasuredError, laws
-from quantempo.core import Paged, held
+from quantempo.core import Paged, held, ranks
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.simulated import once
 from quantempo.errors import QuantempoError, log
@@ -76,14 +76,16 @@ def round_denoiser(
     for number, block in enumerate(tqdm(job.blocks, desc="round", disable=None, leave=False)):
         digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
         name = f"{number:04d}.safetensors"
-        found = None if kept is None else _read(kept, name, digest)
+        found = None if kept is None else ranks.told(_read(kept, name, digest))
         with job.at_hand(block):
-            if found is None:
+            if known := found is not None:
+                log.debug("%s: rounded before", block.name)
+            else:
                 found = job.round(block)
                 if kept is not None:
                     kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
-            else:
-                log.debug("%s: rounded before", block.name)
+                found = ranks.told(found)
+            if known or ranks.rank():
                 apply_rounding(copied, found)
                 for layer in map(copied.get_submodule, block.layers):
                     layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
@@ -326,15 +328,18 @@ def correct_bias(block: BlockRun) -> dict[str, Tensor]:
     A layer without a bias is left alone and logged. Error: float64 means of float32 outputs.
     """
     wanted = _float_means(block)
-    result = {}
-    for name, layer in block.copies.items():
-        if layer.bias is None:
-            log.debug("bias: %s has none, its mean output stays as it is", name)
-            continue
-        got = _mean([_sums(layer, layer(x)) for x in block.layer_inputs(name)])
-        layer.bias += (wanted[name] - got).float()
-        result[name] = layer.bias.clone()
-    return result
+    biases: dict[str, Any] = {n: v.bias for n, v in block.copies.items() if v.bias is not None}
+    if without := block.copies.keys() - biases:
+        log.debug("bias: without one their mean outputs stay: %s", ", ".join(sorted(without)))
+    for step in block.steps:
+        found = {}
+        for name in ranks.mine(name for name in step if name in biases):
+            layer = block.copies[name]
+            got = _mean([_sums(layer, layer(x)) for x in block.layer_inputs(name)])
+            found[name] = (wanted[name] - got).float()
+        for name, more in ranks.merged(found).items():
+            biases[name] += more.to(biases[name].device)
+    return {name: bias.clone() for name, bias in biases.items()}
 
 
 def _float_means(block: BlockRun) -> dict[str, Tensor]:

@@ -145,8 +145,16 @@ class TokenError:
     """
 
     def __init__(self, segments: int, metric: Metric) -> None:
-        self.error, self.metric = torch.zeros(segments, len(ACT_BITS), dtype=torch.float64), metric
-        self.tokens = torch.zeros(segments, dtype=torch.int64)
+        self.metric, self.segments = metric, segments
+        # Of each batch: its segment, how many tokens, the sums over them.
+        self.seen = torch.zeros(0, 2 + len(ACT_BITS), dtype=torch.float64)
+
+    @property
+    def error(self) -> Tensor:
+        """The means, of sums in the order of batches."""
+        sums = self.seen.new_zeros(self.segments, 1 + len(ACT_BITS))
+        sums.index_add_(0, self.seen[:, 0].long(), self.seen[:, 1:])
+        return sums[:, 1:] / sums[:, :1].clamp_min(1)
 
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
@@ -156,9 +164,8 @@ class TokenError:
             return
         pieces = rows.split(max(1, DEVICE_PIECE // rows.shape[1]))
         total = torch.stack([self._sums(piece.float()) for piece in pieces]).sum(0).cpu()
-        self.tokens[segment] += len(rows)
-        share = len(rows) / int(self.tokens[segment])
-        self.error[segment] += share * (total / len(rows) - self.error[segment])
+        row = torch.cat([total.new_tensor([segment, len(rows)]), total])
+        self.seen = torch.cat([self.seen, row[None]])
 
     def _sums(self, rows: Tensor) -> Tensor:
         """Return the metric of all rows (M, K) together at each width, (7,)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, weight_format
+from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, ranks, weight_format
 from quantempo.core.paged import loaded
 from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
@@ -29,6 +29,8 @@ __all__ = [
 ]  # fmt: skip
 
 BINS = 2048
+# Of the scales of an input, in elements of a weight.
+_INPUT_COST = 2**20
 # Price of leaving a layer's common scale; keeps buckets with few samples from chasing noise.
 _SMOOTH = 0.01
 # About 600 (scale, zero point) pairs, 6 % apart: three times faster than the default, and its
@@ -83,14 +85,16 @@ def search_scales(
         for name in weights
         if f"{name}.hist" in stats
     }
-    done, before = kept.read("scales")
-    of_bin = _cut_time(stats, settings, specs) if done is None else before.pop("of_bin", None)
+    before = ranks.told(kept.every("scales"))
+    if (of_bin := before.pop("of_bin", None)) is None:
+        of_bin = _cut_time(stats, settings, specs)
     cut = {} if of_bin is None else {"of_bin": of_bin}
     how: dict[str, Any] = {"min_gain": settings.min_gain, "smooth": _SMOOTH, **_metric(settings)}
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin), **before}
-    layers = enumerate(tqdm(weights, desc="search", disable=None, leave=False))
-    for number, name in itertools.islice(layers, done, None):
-        kept.write("scales", number, tensors | cut, last=False)
+    todo = [name for name in weights if f"{name}.weight_scale" not in before]
+    mine = ranks.mine(todo, [_INPUT_COST + weights[name].numel() for name in todo])
+    for name in tqdm(mine, desc="search", disable=None, leave=False):
+        kept.write(f"scales-{ranks.rank()}", None, tensors | cut, last=False)
         keys = (f"{name}.weight_scale", f"{name}.weight_group")
         found = {key: known[key] for key in keys if key in known} if known else {}
         here = bits.get(name, common)[0]
@@ -114,8 +118,8 @@ def search_scales(
         if settings.granularity == "token" or errors[1] < (1 - settings.min_gain) * errors[0]:
             tensors[f"{name}.act_scale"] = torch.empty(len(parts), 0)
             tensors[f"{name}.act_zero_point"].fill_(specs[name].symmetric_zero_point)
-    kept.write("scales", len(weights), tensors | cut)
-    return tensors
+    kept.write(f"scales-{ranks.rank()}", None, tensors | cut)
+    return ranks.merged(tensors)
 
 
 def _metric(settings: ActivationSettings) -> dict[str, Any]:
@@ -128,10 +132,14 @@ def _cut_time(
     """Return (K,) the bucket of each fine time bin, best for all layers together, or None."""
     if settings.buckets == 1 or not specs:
         return None
-    tables, how = [], _metric(settings)
-    for name, spec in tqdm(specs.items(), desc="buckets", disable=None, leave=False):
-        for hist, edges in zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True):
-            tables.append(activation.cost_table(hist, edges, spec, **how).at_best_zero_point())
+    found: dict[str, list[activation.CostTable]] = {}
+    how = _metric(settings)
+    for name in tqdm(ranks.mine(specs), desc="buckets", disable=None, leave=False):
+        both = zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
+        costs = (activation.cost_table(*h, specs[name], **how) for h in both)
+        found[name] = [table.at_best_zero_point() for table in costs]
+    found = ranks.merged(found)
+    tables = [table for name in specs for table in found[name]]
     return bucket_of_bin(segment_time(tables, settings.buckets, _SMOOTH))
 
 
