@@ -64,7 +64,9 @@ class Paged(Tensor):
     def load(self) -> Tensor:
         """Return the values; QuantempoError: the file was cut or is gone."""
         file, start, dtype = self.place
-        found, done = torch.empty(tuple(self.shape), dtype=dtype), 0
+        # On its way to a GPU while the next one is read.
+        gpu, done = self.device.type == "cuda", 0
+        found = torch.empty(tuple(self.shape), dtype=dtype, pin_memory=gpu)
         with suppress(OSError), file.open("rb", buffering=0) as stream:
             stream.seek(start)
             # Beyond 2 GB a call reads a part.
@@ -72,7 +74,7 @@ class Paged(Tensor):
                 done += count
         if done != found.nbytes:
             raise QuantempoError(f"cannot read {file} any more, was it changed? Restore it")
-        return found.to(self.device, self.dtype)
+        return found.to(self.device, non_blocking=gpu).to(self.dtype)
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Be shared by copies: nothing writes to it."""

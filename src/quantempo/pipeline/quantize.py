@@ -301,7 +301,8 @@ def round_weights(
     if not codes or (alone and not settings.bias and not settings.refine):
         return codes
     start = Quantized.of(recipe, plans, scales, codes, data.times)
-    copied = start.install(denoiser, copy=True, folder=scratch and scratch / "copy")
+    # A layer takes the place of its codes on disk, which are as large.
+    copied = start.install(denoiser, copy=True, folder=scratch)
     return round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
 
 
