@@ -150,7 +150,9 @@ def _put(layer: nn.Module, parts: dict[str, Part]) -> None:
     for key in [key for key, hook in layer._forward_hooks.items() if hook is old]:
         del layer._forward_hooks[key]
     if parts:
-        held = [t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
+        state = (t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta)
+        # Integers may be set aside.
+        held = [t for t in state if t.is_floating_point()]
         layer.add_module(LORA, branch := _Branch(parts).to(held[0].device if held else "cpu"))
         layer.register_forward_hook(branch)
 

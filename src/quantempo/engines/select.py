@@ -293,7 +293,9 @@ def _device(denoiser: nn.Module) -> str:
 
 def _away(denoiser: nn.Module) -> bool:
     """Return whether a hook moves a denoiser to where it runs at its next call."""
-    return next(denoiser.parameters()).device.type not in ("meta", _device(denoiser))
+    place = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
+    here = next((tensor.device.type for tensor in denoiser.parameters()), "meta")
+    return place is not None and here not in ("meta", torch.device(place).type)
 
 
 def attached(denoiser: nn.Module) -> str | None:

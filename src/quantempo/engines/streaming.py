@@ -64,8 +64,7 @@ class _Unit:
 
     def __init__(self) -> None:
         self.parts, self.host = list[tuple[Tensor, int, int]](), torch.empty(0)
-        self.size = self.slot = 0
-        self.streamed = True
+        self.size, self.slot, self.streamed = 0, 0, False
 
 
 def _ends(tensor: Tensor) -> tuple[int, int]:
@@ -143,7 +142,7 @@ class Streamed:
 
     def _move(self, others: list[tuple[None, Any]]) -> None:
         """Move to pinned memory what one block alone reads, to the GPU what else is read."""
-        device = self.lane.device
+        device, pin = self.lane.device, self.lane.device.type == "cuda"
         aside = [t for _, q in self.layers for t in (q.weight_int, q.weight_group, q._unpacked)]
         # Who reads a tensor: units, None for all else, or nobody: the engine has its own.
         known = {id(t): (t, set[Any]()) for t in aside if t is not None}
@@ -174,7 +173,6 @@ class Streamed:
                 self.bytes += size
                 _take(torch.empty(size, dtype=torch.uint8, device=device), 0, group)
         for unit, every in mine.items():
-            pin = device.type == "cuda"
             unit.host = torch.empty(unit.size, dtype=torch.uint8, pin_memory=pin)
             for at, group in every:
                 unit.parts += _take(unit.host, at, group, aside=True)
@@ -183,19 +181,17 @@ class Streamed:
 
     def _place(self, memory: float = 0.0) -> None:
         """Keep so many bytes of blocks on the GPU, evenly spread; the others share two buffers."""
-        units = list(dict.fromkeys((*self.order, *self.units)))
-        sizes = [unit.size for unit in units]
-        beyond, debt = sum(sizes) - memory, 0.0
-        # Without buffers, if that is enough.
-        none = not sizes or beyond <= 2 * max(sizes)
-        share = 0.0 if none else min(1.0, (beyond + max(sizes)) / sum(sizes))
+        units, device = list(dict.fromkeys((*self.order, *self.units))), self.lane.device
+        total, largest = (f([0, *(unit.size for unit in units)]) for f in (sum, max))
+        share, debt = (total - memory + largest) / total if total > memory else 0.0, 0.0
         for unit in units:
-            debt += share * unit.size
-            unit.streamed = not none and debt >= unit.size
+            debt += min(share, 1.0) * unit.size
+            unit.streamed = debt >= unit.size
             debt -= unit.size * unit.streamed
-        moving, device = [unit for unit in units if unit.streamed], self.lane.device
-        size = max((unit.size for unit in moving), default=0)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in moving[:2]]
+        moving = [unit for unit in units if unit.streamed]
+        if bool(moving) != bool(self.slots):
+            new = (torch.empty(largest, dtype=torch.uint8, device=device) for _ in moving and "ab")
+            self.slots = list(new)
         for i, unit in enumerate(moving):
             unit.slot = i % 2
         for unit in units:
@@ -219,7 +215,7 @@ class Streamed:
         """Have the weights of a block there, and those of the next one on their way."""
         if unit.size:
             self.order[unit] = None
-        if not (unit.size and unit.streamed):
+        if not unit.streamed:
             return
         self._load(unit)
         if self.copied[unit.slot] is not None:
@@ -243,13 +239,10 @@ class Streamed:
             output, taken = self.lane.measured(partial(self._forward, args, kwargs))
             taken, self.elements = taken + self.bytes + sum(map(len, self.slots)), elements
             self._place(self.memory - taken)
-        left = [unit.size for unit in self.units if unit.streamed]
-        log.log(
-            logging.WARNING if taken > self.memory else logging.INFO,
-            "%d of %d blocks (%.2f GB) are copied to the GPU in each call; a call takes %.2f GB "
-            "without the others, %.2f are given",
-            len(left), len(self.units), sum(left) / 1e9, taken / 1e9, self.memory / 1e9,
-        )  # fmt: skip
+        text = "%d of %d blocks are copied in each call, which takes %.2f GB without the others"
+        left = sum(unit.streamed for unit in self.units), len(self.units), taken / 1e9
+        level = logging.WARNING if taken > self.memory else logging.INFO
+        log.log(level, f"{text}; %.2f GB are given", *left, self.memory / 1e9)
         return output
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
