@@ -89,15 +89,12 @@ class CostTable:
 class ActivationScale(NamedTuple):
     """Hold the grids of one activation: G scales, one zero point.
 
-    scale: (G,) float32; cost: mean metric over buckets by mass; min_max_cost: of one min-max scale,
-    never smaller; gain: `bucket_gain`, before a layer fell back to one scale.
+    scale: (G,) float32; cost: mean metric over buckets by mass.
     """
 
     scale: Tensor
     zero_point: int
     cost: float
-    min_max_cost: float
-    gain: float
 
 
 def _candidates(lo: float, hi: float, spec: Format, tried: Candidates) -> list[tuple[float, int]]:
@@ -220,18 +217,14 @@ def search_activation(
     """
     merged = _merge_rows(hist, buckets)
     table = cost_table(merged, edges, spec, **how)
-    gain = bucket_gain(table, smooth)
-    if len(merged) > 1 and gain < min_gain:
-        return search_activation(hist, edges, spec, **how)._replace(gain=gain)
+    if len(merged) > 1 and bucket_gain(table, smooth) < min_gain:
+        return search_activation(hist, edges, spec, **how)
     index = _choose(table.weighted(smooth if len(merged) > 1 else 0.0), table.zero_point)
-    contribution = table.weighted()
     filled = table.mass.nonzero()[:, 0]
     away = (torch.arange(len(merged))[:, None] - filled).abs()
     source = filled[away.argmin(1)]
     return ActivationScale(
         scale=table.scale[index[source]].to(torch.float32),
         zero_point=int(table.zero_point[index[0]]),
-        cost=float(contribution.gather(1, index[:, None]).sum()),
-        min_max_cost=float(contribution[:, 0].sum()),
-        gain=gain,
+        cost=float(table.weighted().gather(1, index[:, None]).sum()),
     )

@@ -59,10 +59,7 @@ def constant(value: Any, dtype: Any = np.float32) -> ov.Node:
 
 
 def build_graph(
-    denoiser: nn.Module,
-    run: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor],
-    inner: bool = False,
+    denoiser: nn.Module, run: Callable[..., Any], inputs: Sequence[Tensor], inner: bool = False
 ) -> tuple[ov.Model, list[_LayerCall]]:
     """Trace `run(copy, *inputs[1:])` on a copy of the denoiser; return its graph, integer layers.
 
