@@ -24,14 +24,7 @@ __all__ = ["Int8Conv2d", "Int8Linear", "has", "missing", "native_bfloat16", "qua
 
 log = logging.getLogger("quantempo")
 
-_CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")
-_OTHERS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
-
-
-def _operator(*names: str) -> Any:
-    """Return the first of these oneDNN operators that this torch has, or None."""
-    found = (getattr(torch.ops.onednn, name, None) for name in names)
-    return next((operator for operator in found if operator is not None), None)
+_OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tensor:
@@ -74,7 +67,6 @@ class Int8Conv2d:
         self._zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
         # With the shape it is for, exchanged together: other threads may have other shapes.
         self._packed: tuple[Any, Any] = ((), None)
-        self._run = _operator(*_CONVOLUTIONS)
 
     def __call__(
         self, x: Tensor, scale: float, zero_point: int, bias: Tensor | None,
@@ -93,7 +85,7 @@ class Int8Conv2d:
             packed = _prepacked(self.weight, lambda w: torch.ops.onednn.qconv_prepack(w, *how))
             self._packed = x.shape[2:], packed
         packed = packed if isinstance(packed, Tensor) else packed()
-        return self._run(
+        return torch.ops.onednn.qconv_pointwise(
             x, scale, zero_point, packed, self.weight_scale, self._zeros, bias,
             *self._geometry, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
@@ -150,7 +142,7 @@ def missing() -> str | None:
     """
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
-    if _operator(*_CONVOLUTIONS) is None or any(_operator(name) is None for name in _OTHERS):
+    if not all(hasattr(torch.ops.onednn, name) for name in _OPERATORS):
         return f"torch {torch.__version__} no longer has the int8 oneDNN operators it relies on"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"its int8 kernels are made for x86-64, this is {platform.machine()}"
