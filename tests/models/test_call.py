@@ -22,7 +22,15 @@ from PIL import Image
 from quantempo.errors import QuantempoError
 from quantempo.models.call import call_pipeline, images_a_call, kind_of
 from quantempo.models.sampling import run_pipeline
-from tests.tiny import noise, tiny_dit, tiny_embeds, tiny_text, tiny_unconditional, tiny_unet
+from tests.tiny import (
+    noise,
+    tiny_dit,
+    tiny_embeds,
+    tiny_flux,
+    tiny_text,
+    tiny_unconditional,
+    tiny_unet,
+)
 
 WORDS = {"prompt": ["a", "b"]}
 PICTURES = [Image.new("RGB", (16, 16), (level, 0, 90)) for level in (0, 250)]
@@ -207,3 +215,17 @@ def test_a_bug_below_the_pipeline_stays_a_bug(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pipe.unet, "forward", namespace["forward"])
     with pytest.raises(TypeError, match="a bug"):
         call_pipeline(pipe, [1], steps=1, prompt="a")
+
+
+def test_tensors_that_are_given_go_where_the_pipeline_runs(monkeypatch) -> None:
+    (pipe, call), seen = tiny_flux(7), []
+
+    def encode(**given: Any) -> None:
+        seen.extend(given[name].device.type for name in call if "embeds" in name)
+        raise RuntimeError
+
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    monkeypatch.setattr(pipe, "encode_prompt", encode)
+    with pytest.raises(QuantempoError, match="failed with the arguments"):
+        call_pipeline(pipe, [0], steps=1, **call)
+    assert seen == ["meta", "meta"]

@@ -4,12 +4,14 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from traceback import walk_tb
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
@@ -93,6 +95,9 @@ def call_pipeline(
         if isinstance(value, list) and "tuple[" in wanted and "list[" not in wanted:
             # TOML has no tuples, and pipelines add them to others.
             arguments[key] = tuple(value)
+    # Pipelines leave tensors that are given where they are.
+    here = partial(Tensor.to, device=getattr(pipe, "_execution_device", None))
+    arguments = pytree.tree_map_only(Tensor, here, arguments)
     if "batch_size" in known:
         arguments["batch_size"] = len(seeds)
     form = "latent" if output_type == "latent" and _LATENT.search(_source(pipe)) else "np"
