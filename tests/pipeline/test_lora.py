@@ -145,9 +145,12 @@ def test_a_branch_on_every_engine(engine, pipe, float_pipe, tmp_path):
     moved = 1.5 * far(before, exact(0.0, 0.0)) + 1e-5
     assert far(eps(pipe), exact(0.8, 0.5)) < moved
     assert far(eps(pipe), before) > 5 * moved
+    kernel = pipe.unet.get_submodule(ATTENTION).kernel
     quantempo.set_lora(pipe, {"one": -2.0, "b": 0.0})
     assert far(eps(pipe), exact(-2.0, 0.0)) < moved
     quantempo.load_lora(pipe, two, 1.0, name="b")
+    eps(pipe)
+    assert pipe.unet.get_submodule(ATTENTION).kernel is kernel
     quantempo.unload_lora(pipe, "one")
     assert far(eps(pipe), exact(0.0, 1.0)) < moved
     quantempo.unload_lora(pipe)

@@ -97,7 +97,7 @@ def load_lora(pipe: Any, file: str | Path, scale: float = 1.0, name: str | None 
     for layer, new in given.items():
         if loaded:
             for value, other in zip(known[layer].parts[name], new, strict=True):
-                value.copy_(other)
+                value.data.copy_(other)
         else:
             _put(layer, {**(known[layer].parts if layer in known else {}), name: new})
     try:
@@ -116,7 +116,8 @@ def set_lora(pipe: Any, scales: Mapping[str, float]) -> None:
     for name, scale in scales.items():
         for branch in branches:
             if name in branch.ranks:
-                branch.parts[name][2].fill_(scale)
+                # Not to be seen as a change of the network.
+                branch.parts[name][2].data.fill_(scale)
     for made in {made for branch in branches for made in branch.users.get(branch, ())}:
         made.fill()
 
