@@ -1,17 +1,22 @@
 """LoRA: merged before quantizing, or beside the layers of a packed pipeline on every engine."""
 
 import copy
+import itertools
 import json
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import quantempo
+from quantempo.cli import app
 from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.fusion import report
@@ -19,6 +24,7 @@ from quantempo.engines.layerwise import execution
 from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline, named_lora
 from quantempo.models.lora import read_lora
+from quantempo.models.sampling import run_pipeline
 from quantempo.pipeline import stages
 from quantempo.quantized import QLayer, quantized_layers
 from tests.engines.one_by_one import (
@@ -261,8 +267,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, float_pipe, tmp_
     with pytest.raises(QuantempoError, match="cannot read the LoRA"):
         quantempo.load_lora(pipe, file)
     write(file, found)
-    with pytest.raises(QuantempoError, match=r"quantempo.load_lora\(pipe"):
-        pipe.unet.load_lora_adapter({})
+    for name in ("load_lora_adapter", "unload_lora", "fuse_lora", "set_adapters", "disable_lora"):
+        with pytest.raises(QuantempoError, match=r"quantempo.load_lora\(pipe"):
+            getattr(pipe.unet, name)({})
     with pytest.raises(QuantempoError, match="which is packed"):
         load_pipeline(packed("text").folder, lora=[str(file)])
     if ENGINES.get("openvino").missing() is None:
@@ -274,3 +281,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, float_pipe, tmp_
     quantempo.load_lora(pipe, file)
     with pytest.raises(QuantempoError, match="unload_lora"):
         pipe.unet.save_pretrained(tmp_path / "saved")
+
+
+def test_samples_of_a_packed_folder(pipe, float_pipe, tmp_path):
+    files = [write(tmp_path / f"{n}.safetensors", adapters(float_pipe, seed=n)) for n in (1, 2)]
+    inner = {"lora_A.weight": noise(2, TEXT_WIDTH, seed=3), "lora_B.weight": noise(TEXT_WIDTH, 2)}
+    text = str(tmp_path / "text.safetensors")
+    save_file({f"{TEXT}.{part}": value for part, value in inner.items()}, text)
+    (prompts := tmp_path / "prompts.txt").write_text("a b\nc d\n")
+    base = ["sample", str(packed("text").folder), "--images=1", "--steps=2", f"--prompts={prompts}"]
+
+    def image(*loras):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        more = ["--engine", "simulated", "--out", str(out), *[f"--lora={lora}" for lora in loras]]
+        result = CliRunner().invoke(app, base + more)
+        assert result.exit_code == 0, result.output
+        return np.asarray(Image.open(out / "0.png")).tolist()
+
+    attach(pipe.unet, "simulated")
+    for file, scale in zip(files, (0.8, -2.0), strict=True):
+        quantempo.load_lora(pipe, file, scale)
+    (made,) = run_pipeline(pipe, [0], steps=2, **CALLS["text"])
+    images = [image(), image(files[0]), image(text), image(f"{files[0]}:0.8", f"{files[1]}:-2")]
+    assert images[-1] == made.tolist()
+    assert all(a != b for a, b in itertools.combinations(images, 2))

@@ -28,6 +28,7 @@ def sample(
     batch_size: use.BatchSize = 16,
     engine: use.EngineName = "auto",
     packed: use.Packed = "keep",
+    lora: list[str] = typer.Option([], help="FILE:0.8, beside the layers; can be repeated."),
     scheduler: use.Scheduler = None,
     device: use.Device = "cpu",
     memory: use.Memory = None,
@@ -45,17 +46,17 @@ def sample(
     Example: quantempo sample runs/cifar/packed --out images --images 16
     """
     from quantempo.models.layers import denoisers_of
-    from quantempo.models.load import model_digest
+    from quantempo.models.load import model_digest, named_lora
     from quantempo.pipeline import quality
     from quantempo.pipeline.samples import engine_of
 
     loading |= {"engine": engine, "packed": packed, "scheduler": scheduler, "device": device}
-    loading["memory"] = memory
+    loading |= {"memory": memory, "lora": lora}
     pipe = quality.open_model(model, **loading)
-    networks = denoisers_of(pipe).values()
+    digests = [*map(model_digest, denoisers_of(pipe).values()), *map(str, map(named_lora, lora))]
     quality.sample(
         pipe, out, range(seed, seed + images), steps=steps, batch_size=batch_size, call=call,
-        identity=" ".join(map(model_digest, networks)), force=force,
+        identity=" ".join(digests), force=force,
     )  # fmt: skip
     made = {"images": images, "folder": str(out), "engine": engine_of(pipe)}
     use.show(made, as_json)

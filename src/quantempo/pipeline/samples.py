@@ -3,6 +3,7 @@
 import hashlib
 import wave
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from quantempo.core import ranks
+from quantempo.engines.lora import load_lora
 from quantempo.engines.select import attach, attached
 from quantempo.errors import QuantempoError, log
 from quantempo.models.call import check_arguments, sample_rate, unusual_settings
 from quantempo.models.layers import denoisers_of
-from quantempo.models.load import check_device, configs_of, load_pipeline
+from quantempo.models.load import check_device, configs_of, load_pipeline, named_lora
+from quantempo.models.lora import merge_lora
 from quantempo.models.sampling import run_pipeline, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_settings
 from quantempo.quantized import find_clock
@@ -28,12 +31,12 @@ _HASH = "sha256"
 
 def open_model(
     path: str | Path, *, engine: str = "auto", packed: str = "keep", scheduler: str | None = None,
-    device: str = "cpu", memory: int | str | None = None, **loading: Any,
+    device: str = "cpu", memory: int | str | None = None, lora: Sequence[str] = (), **loading: Any,
 ) -> Any:  # fmt: skip
     """Load a float or packed pipeline, ready to sample; a packed one with an engine attached.
 
-    `loading`, `memory`, errors: see `load_pipeline` and `attach`; also an engine asked of a float
-    model.
+    lora: "FILE:0.8", beside the layers of a packed one. `loading`, `memory`, errors: see
+    `load_pipeline` and `attach`; also an engine asked of a float model.
     """
     check_device(device)
     if memory is not None and not device.startswith("cuda"):
@@ -50,6 +53,9 @@ def open_model(
     if memory is not None:
         # The rest: what is streamed stays.
         pipe.to(device)
+    for i, entry in enumerate(map(named_lora, lora)):
+        load: Any = partial(load_lora, name=str(i)) if networks else merge_lora
+        load(pipe, entry["file"], entry["scale"])
     return pipe
 
 

@@ -26,6 +26,17 @@ __all__ = [
 
 # Attribute of a denoiser: what `odd_padding` was when it was quantized.
 PADDED = "_quantempo_padded"
+# What peft has of a denoiser; without it diffusers itself refuses these.
+_PEFT = [
+    "load_lora_adapter",
+    "add_adapter",
+    "set_adapters",
+    "delete_adapters",
+    "enable_lora",
+    "disable_lora",
+    "fuse_lora",
+    "unload_lora",
+]
 _REASONS = {
     "input": "input layer: reads x_t itself, a fraction of a percent of the work",
     "output": "output layer: its error goes straight into the image",
@@ -122,13 +133,15 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = 
     denoiser.add_module(CLOCK_NAME, clock)
     set_clock = functools.partial(_set_clock, timestep_place(denoiser))
     denoiser.register_forward_pre_hook(set_clock, with_kwargs=True)
-    keep(denoiser, "load_lora_adapter", _refuse_peft)
+    for name in _PEFT:
+        keep(denoiser, name, _refuse_peft)
     return clock
 
 
 def _refuse_peft(*args: Any, **kwargs: Any) -> None:
     raise QuantempoError(
-        "this network is quantized, which peft cannot follow; call quantempo.load_lora(pipe, FILE)"
+        "this network is quantized, which peft cannot follow; call quantempo.load_lora(pipe, FILE),"
+        " set_lora or unload_lora"
     )
 
 
