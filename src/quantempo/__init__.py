@@ -26,7 +26,11 @@ _PUBLIC = {
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
-_DIFFUSERS = "diffusers.quantizers.auto"
+# Modules with a list of quantizers -> our plug-in.
+_LISTS = {
+    "diffusers.quantizers.auto": "quantempo.checkpoint.diffusers_plugin",
+    "transformers.quantizers.auto": "quantempo.checkpoint.weights",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -35,18 +39,22 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
-def _register() -> None:
-    # The plug-in registers itself; it may be what imports diffusers just now.
-    importlib.import_module("quantempo.checkpoint.diffusers_plugin")
+def _register(name: str) -> None:
+    # A plug-in may be what imports diffusers just now.
+    importlib.import_module("quantempo.checkpoint.weights").register(name.partition(".")[0])
+    importlib.import_module(_LISTS[name])
 
 
 class _Registrar(importlib.abc.MetaPathFinder):
-    """Register with diffusers at the moment it is imported: importing it here costs seconds."""
+    """Register with a library at the moment it is imported: importing it here costs seconds."""
+
+    def __init__(self) -> None:
+        self.left = {*_LISTS}
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != _DIFFUSERS:
+        if fullname not in self.left:
             return None
-        sys.meta_path.remove(self)
+        self.left.remove(fullname)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
@@ -54,13 +62,13 @@ class _Registrar(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            _register()
+            _register(fullname)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-if _DIFFUSERS in sys.modules:
-    _register()
-elif not any(isinstance(finder, _Registrar) for finder in sys.meta_path):
+if not any(isinstance(finder, _Registrar) for finder in sys.meta_path):
     sys.meta_path.insert(0, _Registrar())
+    for _name in sys.modules.keys() & _LISTS:
+        _register(_name)

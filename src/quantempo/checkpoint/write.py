@@ -1,7 +1,7 @@
 """Write a quantized network and its pipeline to disk, one tensor in memory at a time."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from quantempo.checkpoint.weights import save_weights
 from quantempo.core.paged import save_tensors
 from quantempo.errors import QuantempoError
 
@@ -42,10 +43,15 @@ def save_network(network: Any, to: str | Path) -> None:
 
 
 def save_pipeline(
-    pipe: Any, networks: Mapping[str, Any], copies: Mapping[str, Callable[[str], None]], to: Path
-) -> None:
-    """Write a pipeline with other, quantized networks; `copies` write those of its components."""
+    pipe: Any, networks: Mapping[str, Any], copies: Mapping[str, Callable[[str], None]], to: Path,
+    also: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write a pipeline with other, quantized networks; `copies` write those of its components.
+
+    also: components of which the weights are to be int8.
+    """
     savers = {**copies, **{name: partial(save_network, part) for name, part in networks.items()}}
+    savers |= {name: partial(save_weights, getattr(pipe, name)) for name in also}
     with ExitStack() as stack:
         for name, network in networks.items():
             stack.enter_context(patch.object(pipe, name, network))

@@ -134,6 +134,7 @@ def _model_arguments(
     memory: str | None = typer.Option(
         None, help="12GB: a network larger than this stays in its files; a third of it all."
     ),
+    also: str = typer.Option("", help="text_encoder,vae: their weights in int8 too."),
     minutes: float | None = typer.Option(
         None, min=0, help="Budget: as many chains and steps to trace as it allows, printed."
     ),
@@ -152,7 +153,7 @@ def _model_arguments(
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
-        "memory": memory and parse_bytes(memory), "minutes": minutes, "lora": lora,
+        "memory": memory and parse_bytes(memory), "minutes": minutes, "lora": lora, "also": also,
     }  # fmt: skip
 
 

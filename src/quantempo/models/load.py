@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from traceback import walk_tb
@@ -23,7 +23,8 @@ from quantempo.registry import check_known
 
 __all__ = [
     "check_device", "check_finite", "check_pipeline", "component_copies", "configs_of", "fetched",
-    "load_pipeline", "model_digest", "named_lora", "release_others",
+    "load_pipeline", "model_digest", "named_lora", "other_networks",
+    "release_others",
 ]  # fmt: skip
 
 # What diffusers raises for a checkpoint that is broken or needs a package that is not there.
@@ -98,6 +99,14 @@ def release_others(pipe: Any, folder: Path, variant: str | None) -> None:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in DENOISERS and (folder / name).is_dir():
             page_back(part, _used(folder / name, variant))
+
+
+def other_networks(pipe: Any, given: str | Sequence[str]) -> list[str]:
+    """Return some names of networks that do not denoise; QuantempoError for others."""
+    names = given.split(",") * bool(given) if isinstance(given, str) else list(given)
+    parts = {name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    check_known(names, sorted(parts - {*denoisers_of(pipe)}), "also names")
+    return names
 
 
 def fetched(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.engines.fusion import report
@@ -16,7 +17,7 @@ from quantempo.engines.select import ENGINES, attach
 from quantempo.engines.simulated import once
 from quantempo.errors import QuantempoError
 from quantempo.evaluation.fidelity import sqnr_db
-from quantempo.models.layers import Site, denoisers_of, hooked, input_of, sites
+from quantempo.models.layers import LAYERS, Site, denoisers_of, hooked, input_of, sites
 from quantempo.models.load import check_device, load_pipeline
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
 from quantempo.quantized import LayerPlan, QLayer, find_clock, quantized_layers
@@ -24,6 +25,7 @@ from quantempo.quantized.attention import marked_attention
 
 __all__ = [
     "describe", "int8_share", "layer_rows", "layer_sqnr", "mean_weight_bits", "measured_rows",
+    "weight_rows",
 ]  # fmt: skip
 
 
@@ -147,6 +149,17 @@ def layer_sqnr(
     return result
 
 
+def weight_rows(component: str, part: nn.Module) -> list[dict[str, Any]]:
+    """Return a row for each layer of a component whose weights alone are int8."""
+    rows, found = [], {"bits_weight": 8, "reason": "weight alone is int8, input is float"}
+    for name, layer in part.named_modules():
+        if isinstance(layer, LAYERS):
+            kind = type(layer).__name__.removeprefix("Parametrized")
+            row = _row(f"{component}.{name}", kind, "linear", 0) | found
+            rows.append(row | {"weight_shape": [*layer.weight.shape], "backend": "float"})
+    return rows
+
+
 def describe(
     packed: str | Path, device: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -157,7 +170,8 @@ def describe(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    found = denoisers_of(load_pipeline(packed)).items()
+    pipe = load_pipeline(packed)
+    found = denoisers_of(pipe).items()
     parts = [(name, part.to(device)) for name, part in found if find_clock(part) is not None]
     if not parts:
         raise QuantempoError(f"'{packed}' is a float model; expected a packed one (RUN/packed)")
@@ -168,6 +182,9 @@ def describe(
         more, unfused = _described(part)
         rows += [row | {"name": start + row["name"]} for row in more]
         reasons |= {start + block: reason for block, reason in unfused.items()}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and any(map(is_parametrized, part.modules())):
+            rows += weight_rows(name, part)
     return rows, reasons
 
 

@@ -102,12 +102,14 @@ def summary(session: Session) -> dict[str, Any]:
     run = session.run
     rows, parts = run.read_json("layers.json"), session.parts
     seconds = sum(second for part in parts for second in part.seconds().values())
-    files = [f for p in parts for f in (run / "packed" / p.component).glob("*.safetensors")]
+    names = [*(part.component for part in parts), *session.also]
+    files = [f for name in names for f in (run / "packed" / name).glob("*.safetensors")]
+    more = (p.numel() for name in session.also for p in getattr(session.pipe, name).parameters())
     with reading(run / "layers.json"):
         return {
             **int8_share(rows),
             "weight_bits_mean": mean_weight_bits(rows),
-            "bytes_float32": 4 * sum(part.model["parameters"] for part in parts),
+            "bytes_float32": 4 * (sum(part.model["parameters"] for part in parts) + sum(more)),
             "bytes_packed": sum(file.stat().st_size for file in files),
             "calibration_seconds": round(seconds, 2),
             "float_layers": [

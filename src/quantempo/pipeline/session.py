@@ -1,6 +1,6 @@
 """A run folder with the float pipeline it belongs to: `load` starts one, `reopen` continues it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from quantempo.models.load import (
     load_pipeline,
     model_digest,
     named_lora,
+    other_networks,
     release_others,
 )
 from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
@@ -49,6 +50,7 @@ class Session(Cache):
     memory: int | None = None
     # A budget, and the chains and steps that it was found to be enough for.
     minutes: tuple[float, dict[str, int]] | None = None
+    also: list[str] = field(default_factory=list)
 
     @cached_property
     def original(self) -> Any:
@@ -86,6 +88,11 @@ class Session(Cache):
         """What each layer becomes; to be asked when the trace is there."""
         return plan(self.denoiser, self.recipe, TraceSet(self.run / "trace"))
 
+    def key(self, stage: str) -> str:
+        """Return a hash of everything that decides the artefact of a stage."""
+        found = super().key(stage)
+        return hash_of([found, sorted(self.also)]) if self.also and stage == "pack" else found
+
     def save(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
         """Write the pipeline with other networks, and with the scheduler it was traced with."""
         pipe = self.pipe
@@ -96,7 +103,7 @@ class Session(Cache):
         variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
         here = fetched(self.source, variant, revision)
         copies = {} if lora else component_copies(here, variant)
-        save_pipeline(pipe, networks, copies, folder)
+        save_pipeline(pipe, networks, copies, folder, self.also)
         write_settings(folder, self.call)
 
     def release(self) -> None:
@@ -143,7 +150,8 @@ def load(
     source: Any, run: str | Path, recipe: str | Recipe = "w8a8", *,
     call: dict[str, Any] | None = None, scheduler: str | None = None, force: bool = False,
     device: str = "cpu", data: str | Path | None = None, only: str | None = None,
-    memory: int | None = None, minutes: float | None = None, **loading: Any,
+    memory: int | None = None, minutes: float | None = None,
+    also: str | Sequence[str] = (), **loading: Any,
 ) -> Session:  # fmt: skip
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
 
@@ -159,8 +167,8 @@ def load(
         only: the one network to quantize of a pipeline with several denoisers, None for all.
         memory: bytes beyond which a denoiser stays in its files; None: a third of the device's.
         minutes: budget for which chains and steps are chosen, once for a run; see `affordable`.
-        loading: dtype ("bfloat16"), variant ("fp16"), revision, as of `load_pipeline`; lora: files
-            to merge, ["FILE:0.8"].
+        also: components whose weights are to be int8 too: "text_encoder,vae".
+        loading: dtype, variant and revision of `load_pipeline`; lora: files to merge ["FILE:0.8"].
 
     Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the
     recipe that nothing has; the run folder belongs to another model.
@@ -183,6 +191,7 @@ def load(
         session.original = check_pipeline(source).to(device)
     if only and only not in (known := denoisers_of(session.pipe)):
         raise QuantempoError(f"got only '{only}'; this pipeline denoises with: {', '.join(known)}")
+    session.also = other_networks(session.pipe, also)
     if minutes is not None:
         session.recipe = recipe = _afforded(session, minutes)
     for part in session.parts:
@@ -222,12 +231,13 @@ def _write_manifest(session: Session) -> None:
         "data": session.data,
         "only": session.only,
         "memory": session.memory,
+        "also": session.also,
         "minutes": session.minutes and list(session.minutes),
         "loading": session.loading,
         "seeds": {"trace": recipe.trace.seed},
     }
     # What runs of before know nothing of.
-    known = dict.fromkeys(("only", "memory", "minutes"))
+    known = dict.fromkeys(("only", "memory", "minutes")) | {"also": []}
     known |= run.read_json("manifest.json") if run.has("manifest.json") else {}
     model = run.read_json("model.json") if run.has("model.json") else None
     if known == {**known, **manifest} and model == session.model:
@@ -267,6 +277,7 @@ def reopen(
     with reading(folder / "manifest.json"):
         source = str(folder / "source" if folder.has("source") else model["path"])
         options = {k: manifest.get(k) for k in ("scheduler", "data", "only")}
+        options["also"] = manifest.get("also", [])
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
         options["memory"] = (memory := manifest.get("memory")) and int(memory)
         options["minutes"] = (minutes := manifest.get("minutes")) and float(minutes[0])

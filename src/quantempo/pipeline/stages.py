@@ -22,7 +22,7 @@ from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantize
 from quantempo.evaluation import load_images
 from quantempo.models.call import images_a_call, own_guidance
 from quantempo.pipeline import quantize as core
-from quantempo.pipeline.layer_table import measured_rows
+from quantempo.pipeline.layer_table import measured_rows, weight_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
 from quantempo.run_folder import atomic_path, private_folder
@@ -146,6 +146,8 @@ def _write_packed(session: Session, scratch: Path) -> None:
             networks[part.component] = network
         start = "" if part is session else f"{part.component}."
         rows += [row | {"name": start + row["name"]} for row in found]
+    for name in session.also:
+        rows += weight_rows(name, getattr(session.pipe, name))
     session.run.write_json("layers.json", rows)
     with atomic_path(session.run / "packed") as temporary:
         session.save(networks, temporary)
