@@ -20,7 +20,7 @@ __all__ = ["page_back", "paged_networks", "room"]
 # M_MMAP_THRESHOLD of malloc.h (glibc).
 _MMAP_THRESHOLD = -3
 # Bytes from which a network that is done with is worth freeing.
-_WORTH = 2**28
+_WORTH = 2**30
 
 
 def room(device: str, root: Path = Path("/sys/fs/cgroup")) -> int:
