@@ -83,8 +83,10 @@ def _tensors(files: list[Path]) -> dict[str, Paged]:
 def _empty(folder: Path, library: str, kind: str, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    made = getattr(importlib.import_module(library), kind)
-    diffusers = library == "diffusers"
+    made, diffusers = getattr(importlib.import_module(library), kind), library == "diffusers"
+    if not (diffusers or getattr(made, "config_class", None)):
+        # One of those that choose another class.
+        return None
     config = made.load_config(folder) if diffusers else made.config_class.from_pretrained(folder)
     if "quantization_config" in (config if diffusers else config.to_dict()):
         return None

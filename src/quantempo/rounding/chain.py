@@ -55,7 +55,7 @@ def _links(modules: Mapping[str, nn.Module], call: Callable[[], Any]) -> dict[st
             leaves, tree = pytree.tree_flatten_with_path(call)
             same = ([i for i, old in enumerate(known) if _same(*old, *leaf)] for leaf in leaves)
             places = [i for (i, *_) in filter(None, same)]
-            if before and len(places) == len(leaves):
+            if before and leaves and len(places) == len(leaves):
                 found[name] = Link(seen[-1], before, tuple(places), tree)
             seen.append(name)
             known, before = note(leaves), None
