@@ -67,3 +67,13 @@ def test_a_module_is_paged_out_but_for_small_tensors(tmp_path, monkeypatch):
     page_out(layer, tmp_path / "sub/a.safetensors")
     assert isinstance(layer.weight, Paged) and not isinstance(layer.bias, Paged)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.cuda
+def test_tensors_read_one_after_the_other_reach_the_gpu(tmp_path: Path) -> None:
+    values = {str(seed): noise(2**20, seed=seed).bfloat16() for seed in range(20)}
+    save_file(values, tmp_path / "a")
+    found = {
+        k: v.like(torch.float32, "cuda").load() for k, v in paged_tensors(tmp_path / "a").items()
+    }
+    assert all(torch.equal(found[name].cpu(), value.float()) for name, value in values.items())
