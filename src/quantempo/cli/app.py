@@ -17,10 +17,8 @@ from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["app", "cpu_quota", "main"]
 
-_HELP = "Quantize diffusion models to integers, time-step by time-step.\n\nStart by: quantempo demo"
-app = typer.Typer(
-    name="quantempo", help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False
-)
+_DOC = "Quantize diffusion models to integers, time-step by time-step.\n\nStart by: quantempo demo"
+app = typer.Typer(name="quantempo", help=_DOC, no_args_is_help=True, pretty_exceptions_enable=False)
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
     status.inspect, status.status, status.engines, measure.sensitivity, measure.bench, stages.demo,

@@ -223,19 +223,16 @@ def _flux_double(block: Any) -> tuple[Any, ...] | str:
 
 
 @matches(JointBlockParts, JointTransformerBlock)
-def _joint(block: Any) -> tuple[Any, ...] | str:
-    own = (block.attn2,) if block.use_dual_attention else ()
+def _joint(b: Any) -> tuple[Any, ...] | str:
+    own = (b.attn2,) if b.use_dual_attention else ()
     plain = (
-        all(map(_is_sd3, (block.attn, *own)))
-        and block.attn.added_kv_proj_dim is not None
-        and block.attn.context_pre_only is block.context_pre_only
+        all(map(_is_sd3, (b.attn, *own)))
+        and b.attn.added_kv_proj_dim is not None
+        and b.attn.context_pre_only is b.context_pre_only
         and all(a.added_kv_proj_dim is None for a in own)
     )
-    reason = no(
-        (plain, _OTHER),
-        (block._chunk_size is None, "its feed-forward layer runs in chunks"),
-    )
-    return reason or _double(block, *own)
+    reason = no((plain, _OTHER), (b._chunk_size is None, "its feed-forward layer runs in chunks"))
+    return reason or _double(b, *own)
 
 
 @matches(FluxSingleParts, flux.FluxSingleTransformerBlock)

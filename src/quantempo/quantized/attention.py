@@ -91,9 +91,7 @@ def attentions(denoiser: nn.Module, see: Callable[..., Tensor]) -> Iterator[None
     running: list[str] = []
 
     class Mode(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             y = func(*args, **(kwargs or {}))
             if func is F.scaled_dot_product_attention and running:
                 given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
