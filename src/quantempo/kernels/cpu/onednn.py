@@ -41,7 +41,8 @@ def _prepacked(
         return prepack(weight)
     made = prepack(weight.dense())
     again = weight.again(made)
-    if again is None and log.isEnabledFor(logging.WARNING):
+    # Said once, but not while what this thread says is left out.
+    if again is None and log.filter(logging.makeLogRecord({})):
         _say_unpacked()
     return again or made
 
