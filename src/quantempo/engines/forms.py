@@ -3,8 +3,8 @@
 import copy
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -81,18 +81,8 @@ def time_forms(backend: str, denoiser: nn.Module, args: Any, kwargs: Any) -> lis
         layer.kernel = partial(see, layer, name)
     network.get_submodule(CLOCK_NAME).call.bucket = torch.zeros((), dtype=torch.long, device=device)
     here: Any = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    mine = threading.get_ident()
-
-    def of_others(record: Any) -> bool:
-        return bool(record.thread != mine)
-
-    # What is said of random weights is not said of the network.
-    log.addFilter(of_others)
-    try:
-        with here:
-            type(network).forward(network, *args, **kwargs)
-    finally:
-        log.removeFilter(of_others)
+    with here, _silent():
+        type(network).forward(network, *args, **kwargs)
     return [row for row, _ in rows.values()]
 
 
@@ -101,6 +91,21 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Leave out what this thread says: what is true of random weights is not of the network."""
+    mine = threading.get_ident()
+
+    def of_others(record: Any) -> bool:
+        return bool(record.thread != mine)
+
+    log.addFilter(of_others)
+    try:
+        yield
+    finally:
+        log.removeFilter(of_others)
 
 
 def _grouped(layer: QLayer, unpack: bool) -> QLayer:
