@@ -3,7 +3,7 @@
     y = layer(x) + up (scale * (down x))
 
 of all adapters of a layer in one product. A branch is a hook, around which engines run a block
-layer by layer.
+layer by layer, unless their kernels add it.
 """
 
 import math

@@ -27,16 +27,10 @@ __all__ = [
 # Attribute of a denoiser: what `odd_padding` was when it was quantized.
 PADDED = "_quantempo_padded"
 # What peft has of a denoiser; without it diffusers itself refuses these.
-_PEFT = [
-    "load_lora_adapter",
-    "add_adapter",
-    "set_adapters",
-    "delete_adapters",
-    "enable_lora",
-    "disable_lora",
-    "fuse_lora",
-    "unload_lora",
-]
+_PEFT = (
+    "load_lora_adapter", "add_adapter", "set_adapters", "delete_adapters", "enable_lora",
+    "disable_lora", "fuse_lora", "unload_lora",
+)  # fmt: skip
 _REASONS = {
     "input": "input layer: reads x_t itself, a fraction of a percent of the work",
     "output": "output layer: its error goes straight into the image",
@@ -140,8 +134,7 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = 
 
 def _refuse_peft(*args: Any, **kwargs: Any) -> None:
     raise QuantempoError(
-        "this network is quantized, which peft cannot follow; call quantempo.load_lora(pipe, FILE),"
-        " set_lora or unload_lora"
+        "peft cannot follow quantized layers; call quantempo.load_lora(pipe, FILE) or unload_lora"
     )
 
 

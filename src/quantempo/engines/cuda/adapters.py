@@ -14,8 +14,6 @@ from quantempo.quantized import QLayer
 
 __all__ = ["Adapters"]
 
-_LEAST = torch.finfo(torch.float32).tiny
-
 
 class Adapters:
     """The branches of layers that read the same codes and are one product, as one.
@@ -34,19 +32,19 @@ class Adapters:
             branch.users.setdefault(branch, WeakSet()).add(self)
 
     def _made(self) -> tuple[Any, Tensor]:
-        every = self.branches
-        down, scale = (torch.cat([getattr(b, k) for b in every if b]) for k in ("down", "scale"))
-        pairs = zip(self.layers, every, strict=True)
+        every = [branch for branch in self.branches if branch]
+        down, scale = torch.cat([b.down for b in every]), torch.cat([b.scale for b in every])
+        pairs = zip(self.layers, self.branches, strict=True)
         ups = [b.up if b else down.new_empty(layer.weight_shape[0], 0) for layer, b in pairs]
         down, up = down.float(), torch.block_diag(*ups).float()
         # No value of up is above 1: those of h are as large as what they add.
         size, step = up.abs().amax(0), down.flatten(1).abs().amax(1) / 127
-        codes = down / step.clamp(min=_LEAST).view(-1, *[1] * (down.ndim - 1))
+        codes = down / step.clamp(min=2**-126).view(-1, *[1] * (down.ndim - 1))
         low = copy.copy(self.layers[0])
         low._modules, low.weight_shape, low.weight_format = {}, tuple(down.shape), weight_format(8)
         own = {"weight_int": codes.round().to(torch.int8), "weight_scale": step * size * scale}
         low._buffers = low._buffers | own | {"weight_group": None, "bias": None}
-        return self.make(low), (up / size.clamp(min=_LEAST)).half()
+        return self.make(low), (up / size.clamp(min=2**-126)).half()
 
     @torch.no_grad()
     def fill(self) -> None:

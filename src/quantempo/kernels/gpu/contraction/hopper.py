@@ -43,10 +43,7 @@ def _sum(acc, buffers, stage, phase, count, PER: gl.constexpr, BLOCK: gl.constex
 
 @gluon.jit
 def _add_half(v, buffers, stage, phase, count, BLOCK: gl.constexpr, num_warps: gl.constexpr):
-    """Return v and what `count` steps of a float16 segment add, and the stage and phase after it.
-
-    Its stages hold bytes like any others; the sums stay in their registers.
-    """
+    """Return v and what `count` steps of a float16 segment add, and the stage and phase after."""
     smem_x, smem_w, ready, free = buffers
     x_shape: gl.constexpr = [BLOCK.PIXELS, BLOCK.CHANNELS // 2]
     w_shape: gl.constexpr = [BLOCK.OUTS, BLOCK.CHANNELS // 2]
