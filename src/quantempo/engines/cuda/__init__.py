@@ -53,7 +53,7 @@ class _TritonEngine(LayerwiseEngine):
         layers, clock = dict(quantized_layers(denoiser)), find_clock(denoiser)
         assert clock is not None
         # Offloaded, each layer is there for its own call only.
-        streamed = isinstance(own_forward(denoiser).active, Streamed)
+        streamed = isinstance(getattr(own_forward(denoiser), "active", None), Streamed)
         if streamed or any(tensor.is_meta for tensor in denoiser.parameters()):
             log.warning("engine triton is not compared with simulated: the model is offloaded")
             return None
