@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import types
 from functools import partial
 from typing import Any
 
@@ -163,6 +164,11 @@ def test_what_cannot_be_streamed_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(QuantempoError, match="neither with packed = 'auto'"):
         attach(net, packed="auto", memory="12GB")
+    monkeypatch.undo()
+    net._hf_hook = types.SimpleNamespace(execution_device="meta")
+    with pytest.raises(QuantempoError, match="attach, then enable_model_cpu_offload"):
+        attach(net)
+    del net._hf_hook
     cpu, how = torch.device("cpu"), {"offload_type": "block_level", "num_blocks_per_group": 1}
     group = partial(apply_group_offloading, onload_device=cpu, **how)
     ways = [partial(cpu_offload, execution_device=cpu), group]

@@ -137,11 +137,14 @@ def attach(
     if reason is not None:
         raise QuantempoError(f"engine '{chosen.name}' cannot run this model here: {reason}")
     calls.check_network(denoiser)
+    if (away := lane is None and _away(denoiser)) and own_forward(denoiser) is None:
+        raise QuantempoError("the model is offloaded; attach, then enable_model_cpu_offload()")
     root, budget = put_forward(denoiser, _Denoiser), parse_bytes(memory or 0)
-    if lane is None and _away(denoiser):
+    if away:
+        # Attached where it will be.
         root.asked, root.watch = (engine, packed, memory), None
         return chosen.name
-    again = root.parked and root.name == chosen.name
+    again = root.parked and root.name == chosen.name and root.asked[2] == memory
     if not again:
         root.release()
     if lane is not None:
@@ -158,9 +161,9 @@ def attach(
     convolutions = (m for m in denoiser.modules() if isinstance(m, nn.Conv2d))
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
     root.watch, root.timed = calls.Watch(denoiser, watched), call is not None
-    root.name, root.proved = chosen.name, again and root.proved
-    root.asked, root.parked = (engine, packed, memory), False
-    clock.moved = root.park
+    root.name, root.asked = chosen.name, (engine, packed, memory)
+    root.proved = again and root.proved
+    clock.moved, root.parked = root.park, False
     log.debug("engine: %s", chosen.name)
     return chosen.name
 
@@ -362,8 +365,6 @@ class _Denoiser(Forward):
         calls.check_call(self.module, given)
         empty = any(value.ndim and not len(value) for value in given)
         if self.asked is not None and self._stale(empty):
-            if _away(self.module):
-                self.module._hf_hook.pre_forward(self.module)
             with ATTACHING:
                 if self._stale(empty):
                     engine, packed, memory = self.asked

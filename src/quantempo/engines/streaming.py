@@ -229,8 +229,11 @@ class Streamed:
         if torch.compiler.is_compiling():
             text = "streamed weights cannot be compiled; attach without memory, or record the calls"
             raise QuantempoError(f"{text} (quantempo.graphed)")
-        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        elements = sum(x.numel() for x in tensors)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        elements, device = sum(x.numel() for x in tensors), self.lane.device
+        if tensors[0].device.type != device.type:
+            text = f"got an input on {tensors[0].device} for weights that are streamed to {device}"
+            raise QuantempoError(f"{text}; move it, or attach without memory")
         recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         with self.lock:
             if elements <= self.elements or recording:

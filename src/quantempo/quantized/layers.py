@@ -107,7 +107,7 @@ class QLayer(FixedTypes):
         """Return the integer weight, int8 (O, ...); of a packed one a new tensor at each access."""
         stored, known = self.weight_int, self._unpacked
         if not self.weight_format.packed:
-            return stored
+            return stored.to(self.weight_scale.device)
         if known is not None and known.device == stored.device:
             return known
         codes, group = self.stored.values()
@@ -128,9 +128,10 @@ class QLayer(FixedTypes):
 
     def _apply(self, fn: Kernel, recurse: bool = True) -> Self:
         """Leave what is set aside where it is, on the host, unless that is where the scales go."""
-        device = fn(self.weight_scale).device
-        moves = device.type in ("cpu", "meta") and device != self.weight_scale.device
-        stays = self.aside and not moves
+        device = fn(self.weight_scale).device if self.aside else torch.device("cpu")
+        stays = self.aside and (
+            device == self.weight_scale.device or device.type not in ("cpu", "meta")
+        )
         aside = (self.weight_int, self.weight_group) if stays else ()
         return super()._apply(lambda x: x if any(x is y for y in aside) else fn(x), recurse)
 
