@@ -59,11 +59,10 @@ def lane(monkeypatch) -> Lane:
     monkeypatch.setattr(streaming, "LEAST", 0)
     take = streaming._take
 
-    def poison(memory: Tensor, at: int, group: list[Any], aside: bool = False) -> Any:
+    def poison(memory: Tensor, at: int, group: list[Any]) -> Any:
         old = group[0][2].untyped_storage()
-        found = take(memory, at, group, aside)
-        if aside or all(users for *_, users in group):
-            torch.empty(0, dtype=torch.uint8).set_(old).fill_(0x55)
+        found = take(memory, at, group)
+        torch.empty(0, dtype=torch.uint8).set_(old).fill_(0x55)
         return found
 
     monkeypatch.setattr(streaming, "_take", poison)

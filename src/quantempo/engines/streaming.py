@@ -67,11 +67,6 @@ class _Unit:
         self.size, self.slot, self.streamed = 0, 0, False
 
 
-def _ends(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
 def _put(memory: Tensor, tensor: Tensor, begin: int, end: int) -> None:
     """Let a tensor be what it is in these bytes of other memory, in a storage of its own."""
     how = tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -79,17 +74,15 @@ def _put(memory: Tensor, tensor: Tensor, begin: int, end: int) -> None:
     tensor.data = empty.set_(memory.untyped_storage()[begin:end], *how)  # type: ignore[call-overload]
 
 
-def _take(memory: Tensor, at: int, group: list[Any], aside: bool = False) -> list[Any]:
-    """Copy the memory of tensors, and let them (aside: also those nobody reads) be there."""
+def _take(memory: Tensor, at: int, group: list[Any]) -> list[tuple[Tensor, int, int]]:
+    """Move tensors, of which the first has the memory of all; return those that are read."""
     start, stop, first, _ = group[0]
     whole = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())
     memory[at : at + stop - start] = whole
-    found = []
-    for begin, end, tensor, users in group:
-        if users or aside:
-            _put(memory, tensor, at + begin - start, at + end - start)
-            found += [(tensor, at + begin - start, at + end - start)] if users else []
-    return found
+    shift = at - start
+    for begin, end, tensor, _ in group:
+        _put(memory, tensor, begin + shift, end + shift)
+    return [(tensor, begin + shift, end + shift) for begin, end, tensor, users in group if users]
 
 
 def _tensors(value: Any, unit: Any, device: torch.device, seen: set[int]) -> Iterator[Any]:
@@ -152,9 +145,13 @@ class Streamed:
         for unit, owner in (*self.blocks, *kernels, *others):
             for tensor, user in _tensors(owner, unit, device, set()):
                 known.setdefault(id(tensor), (tensor, set()))[1].add(user)
-        # Tensors whose memory overlaps, the first holds that of all.
+        # Tensors whose memory overlaps.
         groups, last = list[list[Any]](), 0
-        spans = [(*_ends(tensor), tensor, users) for tensor, users in known.values()]
+        spans = (
+            (memory.data_ptr(), memory.data_ptr() + memory.nbytes(), tensor, users)
+            for tensor, users in known.values()
+            for memory in (tensor.untyped_storage(),)
+        )
         for span in sorted(spans, key=lambda span: (span[0], -span[1])):
             if span[0] == span[1]:
                 span[2].data = span[2].data.to(device)
@@ -175,7 +172,7 @@ class Streamed:
         for unit, every in mine.items():
             unit.host = torch.empty(unit.size, dtype=torch.uint8, pin_memory=pin)
             for at, group in every:
-                unit.parts += _take(unit.host, at, group, aside=True)
+                unit.parts += _take(unit.host, at, group)
         for _, layer in self.layers:
             layer.aside = True
 
