@@ -101,12 +101,8 @@ def mine(items: Iterable[V], costs: Iterable[float] | None = None) -> list[V]:
     """Return the units of work that fall to this rank, about as much as to any other."""
     every = list(items)
     weights = [1.0] * len(every) if costs is None else list(costs)
-    load, found = [0.0] * _job.size, set[int]()
-    for i in sorted(range(len(every)), key=lambda i: -weights[i]):
-        owner = load.index(min(load))
-        load[owner] += weights[i]
-        found |= {i} if owner == _job.rank else set()
-    return [every[i] for i in sorted(found)]
+    falling = sorted(range(len(every)), key=lambda i: -weights[i])
+    return [every[i] for i in sorted(falling[_job.rank :: _job.size])]
 
 
 def part(items: Sequence[V]) -> Sequence[V]:

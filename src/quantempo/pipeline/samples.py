@@ -103,7 +103,8 @@ def sample(
         if not ranks.alone():
             begin()
         # Prompts and labels go by position in the whole list, whatever is left to do.
-        places = [list(seeds).index(seed) for seed in todo]
+        where = {seed: place for place, seed in reversed([*enumerate(seeds)])}
+        places = [where[seed] for seed in todo]
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "places": places}
         made |= zip(todo, run_pipeline(pipe, todo, on_batch=write, **how, **call), strict=True)
     # Of one layout, which the last digits of scores follow.

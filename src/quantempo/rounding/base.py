@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantempo.calibration.rows import Law, by_row, join, kind_of, take
-from quantempo.core import Format, Grid, loaded, spilled
+from quantempo.core import Format, Grid, loaded, spilled, told
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import hooked, input_of
@@ -355,7 +355,7 @@ class BlockRun:
     def steps(self) -> list[list[str]]:
         """The layers in steps, see `chain.steps`, of one row of the float block."""
         index = next(self.batches())[:1]
-        return steps(self.floats, partial(self.run, index, exact=True), self.device)
+        return told(steps(self.floats, partial(self.run, index, exact=True), self.device))
 
     def assign(self, name: str, codes: Tensor) -> None:
         """Give one quantized layer its integers, and the simulated kernel that reads them."""

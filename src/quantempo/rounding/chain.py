@@ -86,16 +86,17 @@ def steps(
     chance, result, left = torch.Generator(device).manual_seed(0), list[list[str]](), dict(layers)
 
     def inputs(noisy: Mapping[str, nn.Module]) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
+        found: dict[str, Tensor] = {}
 
         def see(name: str, _: nn.Module, *call: Any) -> None:
             x = input_of(*call).double()
-            found.setdefault(name, [float(x.sum()), float(x.norm())])
+            found.setdefault(name, torch.stack([x.sum(), x.norm()]))
 
         noise = hooked(noisy, lambda *seen: seen[4].normal_(generator=chance))
         with hooked(layers, see, before=True), noise:
             call()
-        return found
+        # One wait for the device.
+        return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
 
     exact = inputs({})
     while left:
