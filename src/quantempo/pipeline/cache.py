@@ -67,6 +67,10 @@ class Cache:
                 settings["tokens"] = [how.metric, how.p]
         return hash_of(settings)
 
+    def wait(self) -> None:
+        """Wait until all ranks have looked at the run folder as it was."""
+        ranks.told(None)
+
     def done(self) -> dict[str, Any]:
         """Return stage -> what the manifest says of it, see `RunFolder.stages`."""
         return self.run.stages()

@@ -85,12 +85,14 @@ def sample(
     todo = [seed for seed, image in made.items() if not isinstance(image, np.ndarray)]
 
     def begin() -> None:
+        # All have looked.
+        ranks.told(None, "sample")
         if not (ours or ranks.rank()):
             for kind in ("png", "gif", "wav", "npy"):
                 for old in out.path.glob(f"*.{kind}"):
                     old.unlink()
             out.write_json("settings.json", settings)
-        ranks.told(None, "sample")
+        ranks.told(None)
 
     def write(first: int, images: np.ndarray) -> None:
         if first == 0 and ranks.alone():

@@ -200,6 +200,7 @@ def load(
     check_arguments(session.pipe, call)
     for part in session.parts:
         _check_owner(part)
+    session.wait()
     if given and not (store.has("source") and session.done() and not force):
         with atomic_path(store / "source") as temporary:
             source.save_pretrained(temporary)
