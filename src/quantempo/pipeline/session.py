@@ -200,7 +200,6 @@ def load(
     check_arguments(session.pipe, call)
     for part in session.parts:
         _check_owner(part)
-    session.wait()
     if given and not (store.has("source") and session.done() and not force):
         with atomic_path(store / "source") as temporary:
             source.save_pretrained(temporary)
@@ -222,6 +221,7 @@ def _afforded(session: Session, minutes: float) -> Recipe:
 
 def _write_manifest(session: Session) -> None:
     """Write `model.json` and `manifest.json` if they say something new: a run may be read-only."""
+    session.wait()
     run, recipe = session.run, session.recipe
     manifest = {
         "recipe": recipe.to_dict(),
