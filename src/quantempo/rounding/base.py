@@ -326,7 +326,7 @@ class BlockRun:
     def follow(self, link: Link, sizes: Sequence[int], into: Inputs, *, exact: bool) -> bool:
         """Add the next block's inputs to `into`, in calls of these sizes; False: unknown."""
         inputs, module = (self.exact, self.module) if exact else (self.quantized, self.copied)
-        for number, index in enumerate(torch.arange(len(self)).split([*sizes])):
+        for number, index in enumerate(torch.arange(inputs.rows).split([*sizes])):
             self.clock.set(self.times[index.to(self.device)])
             given = inputs.call(number, index, self.device)
             after = given and link.follow(module(*given[0], **given[1]), given)

@@ -157,6 +157,7 @@ class _Job:
         modules = {block.name: block.module for block in self.blocks}
         again = [partial(self.data.replay, self.denoiser, self.data.rows(rows)) for rows in kinds]
         self.links = links(modules, again)
+        self.after = {link.last: name for name, link in self.links.items()}
         self.kept = 0
         # Inputs of the float blocks, from one run for all of them if they fit the budget, and of
         # the quantized ones; of those that follow from the block before, of the next at most.
@@ -251,11 +252,11 @@ class _Job:
                 result[f"{name}.act_scale"] = layer.act_scale.clone()
         if settings.bias:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
-        self._follow(run)
         self.kept += any(START_KEPT in note for note in unit.notes)
         notes = "".join(f"; {note}" for note in unit.notes)
         if watched:
             log.debug("%s: error %.3e -> %.3e%s", block.name, before, run.loss(powers), notes)
+        self._follow(run)
         return result
 
     def _record(self, block: Block, floats: Mapping[str, nn.Module]) -> BlockRun:
@@ -290,24 +291,22 @@ class _Job:
         names = (block.name, block.module, copied, floats, layers)
         return BlockRun(*names, exact, quantized, times, self.clock, self.settings.batch)
 
-    def _after(self, name: str) -> str:
-        """Return the block that follows from another one, "" if there is none."""
-        return next((after for after, link in self.links.items() if link.last == name), "")
-
     def _place(self, exact: bool, name: str) -> Path | None:
         """Return where calls of a block are kept for the next one."""
-        return self.folder / name / str(exact) if self.folder and self._after(name) else None
+        return self.folder / name / str(exact) if self.folder and name in self.after else None
 
     def _follow(self, run: BlockRun) -> None:
         """Keep the inputs of the next block if they follow from this one, rounded now."""
-        if after := self._after(run.name):
+        if (after := self.after.get(run.name)) is not None:
             sizes, laws = [len(batch.t) for batch in self.batches], self.laws[after]
             for known, exact in ((self.exact, True), (self.quantized, False)):
-                found = Inputs(len(run), self.budget, *laws, folder=self._place(exact, after))
+                found = Inputs(sum(sizes), self.budget, *laws, folder=self._place(exact, after))
                 # What was not measured is recorded from the start.
                 with suppress(UnmeasuredError):
                     if run.follow(self.links[after], sizes, found, exact=exact):
                         known[after] = found  # type: ignore[index]
+                # Done with: not in memory beside those of the next block.
+                setattr(run, "exact" if exact else "quantized", None)
             if self.folder:
                 shutil.rmtree(self.folder / run.name, ignore_errors=True)
 
