@@ -18,7 +18,7 @@ ALSO = ("text_encoder", "vae")
 
 def test_weights_of_components_are_int8_on_disk_and_loaded_in_any_type(tmp_path: Path) -> None:
     how: dict[str, Any] = {"recipe": recipe(), "call": CALLS["text"]}
-    packed = stages.quantize(saved("text"), tmp_path / "run", also=",".join(ALSO), **how)
+    packed = stages.quantize(saved("text"), tmp_path / "run", also="text_encoder, vae,vae", **how)
     source, found = load_pipeline(saved("text")), load_pipeline(packed)
     half = DiffusionPipeline.from_pretrained(packed, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "again")
@@ -34,6 +34,9 @@ def test_weights_of_components_are_int8_on_disk_and_loaded_in_any_type(tmp_path:
             in_half = getattr(half, name).get_submodule(place).weight
             assert torch.equal(in_half, layer.weight.bfloat16())
             assert torch.equal(getattr(again, name).get_submodule(place).weight, layer.weight)
+    # No byte is left to chance.
+    state = [*found.vae.state_dict().items(), *found.text_encoder.state_dict().items()]
+    assert not any(bool(value.any()) for name, value in state if name.endswith(".like"))
     rows = [row for row in describe(packed)[0] if row["name"].startswith(ALSO)]
     assert len(rows) == count == 42 and {row["bits_weight"] for row in rows} == {8}
     session = stages.reopen(tmp_path / "run")

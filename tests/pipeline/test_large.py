@@ -17,6 +17,7 @@ from quantempo.checkpoint import write
 from quantempo.core import paged
 from quantempo.core.paged import Paged
 from quantempo.models import large
+from quantempo.models import load as load_module
 from quantempo.models.call import call_pipeline
 from quantempo.models.large import room
 from quantempo.models.layers import DENOISERS, Block, denoiser_of
@@ -127,6 +128,32 @@ def test_components_are_copied_and_variants_get_plain_names(
             copy = packed / file.parent.name / file.name.replace(".fp16", "")
             assert copy.read_bytes() == file.read_bytes()
     assert load_pipeline(packed).vae.dtype == torch.float32
+
+
+def test_a_lora_beside_components_that_stay_in_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, layer = tiny_text(), "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    pipe.save_pretrained(tmp_path / "float")
+    width = pipe.unet.get_submodule(layer).weight.shape
+    names, sizes = (
+        ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+        ((2, width[1]), (width[0], 2)),
+    )
+    pairs = {n.format(layer): torch.ones(size) for n, size in zip(names, sizes, strict=True)}
+    save_file(pairs, tmp_path / "lora.safetensors")
+    before = large.paged_networks
+
+    def others(*given: Any) -> dict[str, nn.Module]:
+        return {name: part for name, part in before(*given).items() if name != "unet"}
+
+    monkeypatch.setattr(load_module, "paged_networks", others)
+    how: Any = {"call": {"prompt": ["a", "b"]}, "lora": [str(tmp_path / "lora.safetensors")]}
+    session = load(tmp_path / "float", tmp_path / "run", NEAREST, memory="0.000001MB", **how)
+    assert reopen(tmp_path / "run").memory == "0.000001MB" and finish(session)
+    file = "text_encoder/model.safetensors"
+    one, two = ((tmp_path / folder / file).read_bytes() for folder in ("float", "run/packed"))
+    assert one == two
 
 
 def test_room_is_what_the_control_group_grants(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from accelerate import dispatch_model
 
 from quantempo.calibration import trace
+from quantempo.errors import QuantempoError
 from quantempo.pipeline import session, stages
 from tests.packed import CALLS, recipe, saved
 from tests.tiny import tiny_text
@@ -50,3 +51,14 @@ def test_a_budget_is_kept_and_chosen_once(
     monkeypatch.setattr(session, "affordable", None)
     again = stages.load(saved("unconditional"), tmp_path / "run", minutes=10, **how)
     assert again.recipe.trace == stages.reopen(tmp_path / "run").recipe.trace == found
+    # Also by force.
+    assert stages.reopen(tmp_path / "run", force=True).recipe.trace == found
+    # What was asked otherwise is measured anew; few steps count as well.
+    monkeypatch.setattr(session, "affordable", trace.affordable)
+    how["recipe"] = how["recipe"].override("trace", steps=3)
+    few = stages.load(saved("unconditional"), tmp_path / "run", minutes=10, **how).recipe.trace
+    assert few.steps == 3 and 150 < few.chains * (3 + 8 * 3) <= 300
+    for minutes in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(QuantempoError, match="minutes; expected"):
+            stages.load(saved("unconditional"), tmp_path / "wrong", minutes=minutes, **how)
+    assert not (tmp_path / "wrong").exists()

@@ -146,14 +146,13 @@ def _model_arguments(
     loading: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of `pipeline.stages.load`."""
-    from quantempo.core.machine import parse_bytes
     from quantempo.recipe import Recipe
 
     resolved = Recipe.load(recipe).override("trace", steps=steps)
     return {
         "source": source, "run": run, "recipe": resolved, "data": data, "only": only,
         "scheduler": scheduler, "device": device, "force": force, "call": call, **loading,
-        "memory": memory and parse_bytes(memory), "minutes": minutes, "lora": lora, "also": also,
+        "memory": memory, "minutes": minutes, "lora": lora, "also": also,
     }  # fmt: skip
 
 

@@ -16,11 +16,11 @@ _ISA = ("vnni", "bf16", "amx")
 
 def parse_bytes(text: str | int) -> int:
     """Return the bytes of "12GB"; QuantempoError for anything else."""
-    if isinstance(text, int):
-        return text
-    if not (match := re.fullmatch(r"(\d+(\.\d+)?) ?([MGT])i?B?", text, re.IGNORECASE)):
+    match = re.fullmatch(r"(\d+(\.\d+)?) ?([MGT])i?B?", str(text), re.IGNORECASE)
+    size = float(match[1]) * 1000 ** (2 + "MGT".index(match[3].upper())) if match else text
+    if not (isinstance(size, int | float) and 0 <= size < 2**63):
         raise QuantempoError(f"got memory {text}; expected a number of bytes like 12GB or 500MB")
-    return int(float(match[1]) * 1000 ** (2 + "MGT".index(match[3].upper())))
+    return int(size)
 
 
 def machine() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "Paged", "held", "loaded", "page_out", "paged_tensors", "save_tensors", "small", "spilled",
+    "Paged", "held", "is_paged", "loaded", "page_out", "paged_tensors", "save_tensors", "small",
+    "spilled",
 ]  # fmt: skip
 
 _aten = torch.ops.aten
@@ -100,6 +101,11 @@ class Paged(Tensor):
 def small(tensor: Tensor) -> bool:
     """Return whether a tensor is better kept in memory."""
     return tensor.numel() < _SMALL
+
+
+def is_paged(module: nn.Module) -> bool:
+    """Return whether any parameter of a module lies in a file."""
+    return any(isinstance(parameter, Paged) for parameter in module.parameters())
 
 
 def loaded(tensor: Tensor) -> Tensor:

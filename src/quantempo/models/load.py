@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from quantempo.core import is_paged
+from quantempo.core.machine import parse_bytes
 from quantempo.errors import QuantempoError, log
 from quantempo.models.large import page_back, paged_networks
 from quantempo.models.layers import DENOISERS, denoisers_of
@@ -45,7 +47,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def load_pipeline(
     source: str | Path, dtype: torch.dtype | str = torch.float32, *, variant: str | None = None,
-    revision: str | None = None, memory: int | None = None, lora: Any = (),
+    revision: str | None = None, memory: int | str | None = None, lora: Any = (),
 ) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
@@ -71,7 +73,7 @@ def load_pipeline(
         how: dict[str, Any] = {"variant": variant, "use_safetensors": True}
         if memory is not None:
             files = {part.name: _used(part, variant) for part in folder.iterdir()}
-            paged = paged_networks(folder, files, dtype, memory)
+            paged = paged_networks(folder, files, dtype, parse_bytes(memory))
         pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **paged, **how)
     except QuantempoError:
         raise
@@ -103,7 +105,8 @@ def release_others(pipe: Any, folder: Path, variant: str | None) -> None:
 
 def other_networks(pipe: Any, given: str | Sequence[str]) -> list[str]:
     """Return some names of networks that do not denoise; QuantempoError for others."""
-    names = given.split(",") * bool(given) if isinstance(given, str) else list(given)
+    names = given.split(",") * bool(given) if isinstance(given, str) else given
+    names = list(dict.fromkeys(map(str.strip, names)))
     parts = {name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     check_known(names, sorted(parts - {*denoisers_of(pipe)}), "also names")
     return names
@@ -223,13 +226,21 @@ def _used(component: Path, variant: str | None) -> list[Path]:
     return files.get(variant) or files.get(None, [])
 
 
-def component_copies(folder: Path, variant: str | None) -> dict[str, Callable[[str], None]]:
+def component_copies(
+    folder: Path, variant: str | None, merged: Any = None
+) -> dict[str, Callable[[str], None]]:
     """Return what copies each component of a pipeline's folder to another one, byte for byte.
 
-    Files of the variant that `load_pipeline` reads get the names of plain ones.
+    Files of the variant that `load_pipeline` reads get the names of plain ones. merged: the
+    pipeline, if networks of it may hold a LoRA: those that are in memory are left out.
     """
-    variant = _check_folder(folder, variant)
-    return {p.name: partial(_copy, p, variant) for p in folder.iterdir() if p.is_dir()}
+    variant, parts = _check_folder(folder, variant), getattr(merged, "components", {})
+    own = {n for n, p in parts.items() if isinstance(p, nn.Module) and not is_paged(p)}
+    return {
+        p.name: partial(_copy, p, variant)
+        for p in folder.iterdir()
+        if p.is_dir() and p.name not in own
+    }
 
 
 def _copy(component: Path, variant: str | None, to: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from quantempo.core import Paged
+from quantempo.core import is_paged
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import LAYERS, denoisers_of
 
@@ -95,7 +95,7 @@ def merge_lora(pipe: Any, file: str | Path, scale: float) -> None:
     """Add scale * up @ down to the weights of a float pipeline; QuantempoError for a packed one."""
     for (component, name), (down, up) in read_lora(pipe, file).items():
         layer = pipe.components[component].get_submodule(name)
-        if not isinstance(layer, LAYERS) or isinstance(layer.weight, Paged):
+        if not isinstance(layer, LAYERS) or is_paged(pipe.components[component]):
             raise QuantempoError(
                 f"cannot merge a LoRA into '{name}', which is packed or stays in its file; "
                 "load it on the packed pipeline (quantempo.load_lora), or give more --memory"

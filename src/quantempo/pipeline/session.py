@@ -47,15 +47,15 @@ class Session(Cache):
     data: str | None = None
     loading: dict[str, Any] = field(default_factory=dict)
     only: str | None = None
-    memory: int | None = None
-    # A budget, and the chains and steps that it was found to be enough for.
-    minutes: tuple[float, dict[str, int]] | None = None
+    memory: int | str | None = None
+    # A budget, the chains and steps that it was found to be enough for, and those asked for.
+    minutes: tuple[Any, ...] | None = None
     also: list[str] = field(default_factory=list)
 
     @cached_property
     def original(self) -> Any:
         """The float pipeline as it was loaded; its networks are those of `pipe`."""
-        memory = self.memory or room(self.device)
+        memory = room(self.device) if self.memory is None else self.memory
         return load_pipeline(self.source, memory=memory, **self.loading).to(self.device)
 
     @cached_property
@@ -102,7 +102,7 @@ class Session(Cache):
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
         variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
         here = fetched(self.source, variant, revision)
-        copies = {} if lora else component_copies(here, variant)
+        copies = component_copies(here, variant, self.original if lora else None)
         save_pipeline(pipe, networks, copies, folder, self.also)
         write_settings(folder, self.call)
 
@@ -150,7 +150,7 @@ def load(
     source: Any, run: str | Path, recipe: str | Recipe = "w8a8", *,
     call: dict[str, Any] | None = None, scheduler: str | None = None, force: bool = False,
     device: str = "cpu", data: str | Path | None = None, only: str | None = None,
-    memory: int | None = None, minutes: float | None = None,
+    memory: int | str | None = None, minutes: float | None = None,
     also: str | Sequence[str] = (), **loading: Any,
 ) -> Session:  # fmt: skip
     """Open a float pipeline and start (or continue) a run folder with it; writes `model.json`.
@@ -165,7 +165,7 @@ def load(
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
         only: the one network to quantize of a pipeline with several denoisers, None for all.
-        memory: bytes beyond which a denoiser stays in its files; None: a third of the device's.
+        memory: bytes ("12GB") beyond which networks stay in their files; None: a third of them all.
         minutes: budget for which chains and steps are chosen, once for a run; see `affordable`.
         also: components whose weights are to be int8 too: "text_encoder,vae".
         loading: dtype, variant and revision of `load_pipeline`; lora: files to merge ["FILE:0.8"].
@@ -211,10 +211,16 @@ def load(
 def _afforded(session: Session, minutes: float) -> Recipe:
     """Return the recipe with chains and steps for a budget; the same ones for the same budget."""
     run, recipe = session.run, session.recipe
-    known = run.read_json("manifest.json").get("minutes") if run.has("manifest.json") else None
-    if session.force or not known or known[0] != minutes:
+    if not 0 <= minutes < float("inf"):
+        raise QuantempoError(f"got {minutes} minutes; expected a number, 0 or more")
+    asked = {name: getattr(recipe.trace, name) for name in ("chains", "steps")}
+    before = run.read_json("manifest.json") if run.has("manifest.json") else {}
+    known: Any = before.get("minutes")
+    ours = known and run.read_json("model.json")["sha256"] == session.model["sha256"]
+    # Whoever goes on with a run asks for what was found.
+    if not ours or known[0] != minutes or asked not in known[1:]:
         given = session.pipe, session.denoiser, recipe.trace, session.call
-        known = minutes, affordable(*given, minutes)
+        known = minutes, affordable(*given, minutes), asked
     session.minutes = known
     return recipe.override("trace", **known[1])
 
@@ -277,10 +283,9 @@ def reopen(
     manifest, model = folder.read_json("manifest.json"), folder.read_json("model.json")
     with reading(folder / "manifest.json"):
         source = str(folder / "source" if folder.has("source") else model["path"])
-        options = {k: manifest.get(k) for k in ("scheduler", "data", "only")}
+        options = {k: manifest.get(k) for k in ("scheduler", "data", "only", "memory")}
         options["also"] = manifest.get("also", [])
         options |= {"call": read_call(folder, manifest["call"]), "force": force, "device": device}
-        options["memory"] = (memory := manifest.get("memory")) and int(memory)
         options["minutes"] = (minutes := manifest.get("minutes")) and float(minutes[0])
         options |= manifest.get("loading", {})
         recipe = recipe or Recipe.from_dict(manifest["recipe"])

@@ -27,7 +27,7 @@ class _Dequantized(nn.Module):
         super().__init__()
         # As integers, which no change of a network's type rounds; its type is that of `like`.
         self.register_buffer("scale", scale.view(torch.int32))
-        self.register_buffer("like", weight.new_empty(1))
+        self.register_buffer("like", weight.new_zeros(1))
 
     def forward(self, codes: Tensor) -> Tensor:
         scale: Any = self.scale.view(torch.float32).view(-1, *[1] * (codes.ndim - 1))
