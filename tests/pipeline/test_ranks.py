@@ -133,3 +133,25 @@ def test_a_rank_that_dies_is_named_and_another_number_goes_on(
     assert together(3, lambda: made(run, source, "w8a8")) == [0] * 3
     assert taken(run) == alone["w8a8"][1]
     same(alone["w8a8"][0], run)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sample"])
+def test_a_folder_that_another_process_begins_just_now(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    def work() -> None:
+        if verb == "quantize":
+            load(source, tmp_path / "out", RECIPES["w8a8"], call=CALL)
+        else:
+            quality.sample(quality.open_model(source), tmp_path / "out", [0], steps=1, call=CALL)
+
+    before = RunFolder.foreign
+
+    def foreign(out: RunFolder) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "foreign", before)
+            work()
+        return before(out)
+
+    monkeypatch.setattr(RunFolder, "foreign", foreign)
+    work()

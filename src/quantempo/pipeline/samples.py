@@ -144,6 +144,8 @@ def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dic
 
 def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
     """Return whether the folder holds images of these settings; refuse one with something else."""
+    # First: another process may begin just now.
+    other = out.path.is_file() or out.foreign()
     if out.has("settings.json"):
         if out.read_json("settings.json") == settings:
             return True
@@ -152,7 +154,7 @@ def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
                 f"{out.path} holds images of another model or other settings; choose another "
                 "folder, or --force to replace them"
             )
-    elif out.path.is_file() or out.foreign():
+    elif other:
         raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
     return False
 

@@ -259,6 +259,8 @@ def _write_manifest(session: Session) -> None:
 def _check_owner(session: Session) -> None:
     """Raise QuantempoError for a folder of another run (without `force`), or of other files."""
     folder = session.run
+    # First: another process may begin the run just now.
+    other = folder.path.is_file() or folder.foreign()
     if folder.is_run:
         if session.force:
             return
@@ -271,7 +273,7 @@ def _check_owner(session: Session) -> None:
                 "folder, or --force to start it over"
             )
         session.refuse_stale()
-    elif folder.path.is_file() or folder.foreign():
+    elif other:
         raise QuantempoError(f"{folder.path} is not empty and no run folder; choose another --run")
 
 
