@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceBatch
 from quantempo.calibration.rows import LISTED, Law, alike, dump, join, measure, take
@@ -113,7 +112,7 @@ class Recorder:
     """
 
     def __init__(
-        self, law: Law, times: Times, targets: Tensor, first: int, seed: int, bar: tqdm
+        self, law: Law, times: Times, targets: Tensor, first: int, seed: int, bar: Any
     ) -> None:
         self.law, self.times, self.targets = law, times, targets
         self.first, self.bar, self.calls = first, bar, 0

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData, TraceBatch
 from quantempo.calibration.rows import mapped, measure
 from quantempo.core import ranks
+from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError
 from quantempo.models.fusion import attending
 from quantempo.models.layers import LAYERS, hooked, input_of
@@ -126,7 +126,7 @@ def _feed(
 
     with hooked({name: denoiser.get_submodule(name) for name in inputs}, see, before=True):
         batches = islice(data.batches(size), mine.start + (done or 0), mine.stop)
-        bar = tqdm(batches, stage, len(mine), disable=None, leave=False, initial=done or 0)
+        bar = Progress(batches, desc=stage, total=len(mine), initial=done or 0)
         for number, batch in enumerate(bar, 1 + (done or 0)):
             place = data.times.place(batch.t).clamp(0, float(edges[-1]) - 1e-6)
             # An edge belongs to the bin above it.

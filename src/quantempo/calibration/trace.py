@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from quantempo.calibration.dataset import TraceSet, index_of
 from quantempo.calibration.recorder import NeverCalledError, Recorder, answered, probe
@@ -34,6 +33,7 @@ from quantempo.calibration.rows import Law, UnmeasuredError
 from quantempo.calibration.sources import SOURCES, check_source, image_digest, replace_rows
 from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_time_sampler
 from quantempo.core import ranks
+from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError, log
 from quantempo.models.latents import latents_of, schedule_of
 from quantempo.models.layers import hooked
@@ -135,7 +135,7 @@ def _fill(run: _Run, store: RunFolder, targets: Tensor, force: bool, needed: boo
         targets = found[(2 * targets + 1) * len(found) // (2 * steps)]
     mine = ranks.mine(missing)
     calls_left = steps * len(mine)
-    with tqdm(total=calls_left, desc="trace", unit="call", disable=None, leave=False) as bar:
+    with Progress(total=calls_left, desc="trace", unit="call") as bar:
         for name in mine:
             first = files[name]
             batch = targets[first : first + size]
@@ -155,7 +155,7 @@ def _probe(run: _Run, places: Sequence[int]) -> tuple[Law, list[Tensor]]:
 
 
 def _record(
-    run: _Run, law: Law, times: Times, targets: Tensor, first: int, bar: tqdm
+    run: _Run, law: Law, times: Times, targets: Tensor, first: int, bar: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Run one batch of chains; return the chunk's tensors and metadata."""
     pipe, settings = run.pipe, run.settings

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from quantempo.core import ranks
+from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError
 from quantempo.models.call import PIXEL_PIPELINES, call_pipeline, check_arguments, images_a_call
 from quantempo.registry import check_known
@@ -121,7 +121,7 @@ def run_pipeline(
     batches, places = [], range(len(seeds)) if places is None else places
     batch_size = images_a_call(pipe, call, batch_size)
     # None: unless stderr is a terminal.
-    with tqdm(total=len(seeds), desc="sample", unit="image", disable=None, leave=False) as bar:
+    with Progress(total=len(seeds), desc="sample", unit="image") as bar:
         for first in ranks.part(range(0, len(seeds), batch_size)):
             part = slice(first, first + batch_size)
             how: dict[str, Any] = {"steps": steps, "places": places[part], "output_type": "uint8"}

@@ -2,6 +2,7 @@
 
 import copy as copies
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.statistics import attention_errors, collect_statistics, measure_roles
-from quantempo.core import Paged, loaded, merged, mine, page_out, rank, spilled, weight_format
+from quantempo.core import (
+    Paged,
+    loaded,
+    merged,
+    mine,
+    page_out,
+    rank,
+    spilled,
+    weight_format,
+    whole,
+)
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import check_roles, sites
@@ -37,8 +48,8 @@ from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_d
 from quantempo.scales import MEAN_METRICS, LayerScales, make_metric, search_scales
 
 __all__ = [
-    "LayerPlan", "Quantized", "calibrate", "check_recipe", "error_shares", "keep_costly", "plan",
-    "quantize", "round_weights", "search",
+    "LayerPlan", "Quantized", "bar_of", "calibrate", "check_recipe", "error_shares", "keep_costly",
+    "plan", "quantize", "round_weights", "search",
 ]  # fmt: skip
 
 # Times its share of the work that a layer's share of the error has to be, to stay in float.
@@ -140,6 +151,15 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module, *others: nn.Module) -> Non
         check_start(recipe.rounding)
     check_roles(recipe.layers.float_roles)
     check_bits([site for part in (denoiser, *others) for site in sites(part)], recipe)
+
+
+def bar_of(denoiser: nn.Module, recipe: Recipe, networks: int) -> AbstractContextManager[None]:
+    """Show one bar for all stages, by what each costs in calls of the network for one image."""
+    how, layers = recipe.trace, len(sites(denoiser))
+    rows, learned = how.chains * how.picks, ROUNDINGS.get(recipe.rounding.name).needs != "weights"
+    costs = {"trace": how.chains * how.steps, "ranges": 1.5 * rows, "histograms": 3.0 * rows}
+    costs |= {"buckets": 2.0 * layers * (recipe.activations.buckets > 1), "search": 2.0 * layers}
+    return whole(costs | {"round": 8.0 * min(recipe.rounding.samples, rows) * learned}, networks)
 
 
 def plan(

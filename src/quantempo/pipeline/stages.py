@@ -182,6 +182,7 @@ def quantize(source: Any, run: str | Path, recipe: str | Recipe = "w8a8", **opti
 
 def finish(session: Session) -> Path:
     """Run every stage that is not done yet, trace to pack, and return the packed folder."""
-    for stage in (trace, calibrate, search, round_weights):
-        stage(session)
+    with core.bar_of(session.denoiser, session.recipe, len(session.parts)):
+        for stage in (trace, calibrate, search, round_weights):
+            stage(session)
     return pack(session)

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.rows import Law, UnmeasuredError, laws
 from quantempo.core import Paged, held, ranks
+from quantempo.core.progress import Progress
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.simulated import once
 from quantempo.errors import QuantempoError, log
@@ -73,7 +73,7 @@ def round_denoiser(
     kept = None if folder is None else RunFolder(folder)
     result: dict[str, Tensor] = {}
     digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
-    for number, block in enumerate(tqdm(job.blocks, desc="round", disable=None, leave=False)):
+    for number, block in enumerate(Progress(job.blocks, desc="round")):
         digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
         name = f"{number:04d}.safetensors"
         found = None if kept is None else ranks.told(_read(kept, name, digest))

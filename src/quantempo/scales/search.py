@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, ranks, weight_format
 from quantempo.core.paged import loaded
+from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
 from quantempo.run_folder import Kept
@@ -93,7 +93,7 @@ def search_scales(
     tensors = {"bucket_of": _bucket_table(stats["time_bin_edges"], of_bin), **before}
     todo = [name for name in weights if f"{name}.weight_scale" not in before]
     mine = ranks.mine(todo, [_INPUT_COST + weights[name].numel() for name in todo])
-    for name in tqdm(mine, desc="search", disable=None, leave=False):
+    for name in Progress(mine, desc="search"):
         kept.write(f"scales-{ranks.rank()}", None, tensors | cut, last=False)
         keys = (f"{name}.weight_scale", f"{name}.weight_group")
         found = {key: known[key] for key in keys if key in known} if known else {}
@@ -134,7 +134,7 @@ def _cut_time(
         return None
     found: dict[str, list[activation.CostTable]] = {}
     how = _metric(settings)
-    for name in tqdm(ranks.mine(specs), desc="buckets", disable=None, leave=False):
+    for name in Progress(ranks.mine(specs), desc="buckets"):
         both = zip(stats[f"{name}.hist"], stats[f"{name}.edges"], strict=True)
         costs = (activation.cost_table(*h, specs[name], **how) for h in both)
         found[name] = [table.at_best_zero_point() for table in costs]
