@@ -77,7 +77,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(pipe: Any, tmp_path
 
 def test_a_float_model_takes_no_engine() -> None:
     for how in ({"engine": "onednn"}, {"packed": "unpack"}):
-        with pytest.raises(QuantempoError, match="float model; leave out --engine and --packed"):
+        with pytest.raises(QuantempoError, match="float model; leave out --engine, --packed"):
             quality.open_model(saved("unconditional"), **how)
     with pytest.raises(QuantempoError, match=r"onedn.*onednn"):
         quality.open_model(packed("unconditional").folder, engine="onedn")

@@ -121,8 +121,10 @@ def run_pipeline(
     batches, places = [], range(len(seeds)) if places is None else places
     batch_size = images_a_call(pipe, call, batch_size)
     # None: unless stderr is a terminal.
-    with Progress(total=len(seeds), desc="sample", unit="image") as bar:
-        for first in ranks.part(range(0, len(seeds), batch_size)):
+    mine = ranks.part(range(0, len(seeds), batch_size))
+    count = sum(len(seeds[first : first + batch_size]) for first in mine)
+    with Progress(total=count, desc="sample", unit="image") as bar:
+        for first in mine:
             part = slice(first, first + batch_size)
             how: dict[str, Any] = {"steps": steps, "places": places[part], "output_type": "uint8"}
             batches.append(call_pipeline(pipe, seeds[part], **how, **call))
