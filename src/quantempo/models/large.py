@@ -94,7 +94,8 @@ def _empty(folder: Path, library: str, kind: str, dtype: torch.dtype) -> Any:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.enter_context(init_empty_weights())
         torch.set_default_dtype(dtype)
-        network = made.from_config(config) if diffusers else made(config)
+        # transformers notes the type in the settings, which a run is known by.
+        network = made.from_config(config) if diffusers else made._from_config(config, dtype=dtype)
     getattr(network, "tie_weights", int)()
     return network.eval()
 
