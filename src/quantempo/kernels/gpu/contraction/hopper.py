@@ -65,17 +65,19 @@ def _add_half(v, buffers, stage, phase, count, BLOCK: gl.constexpr, num_warps: g
 @gluon.jit
 def _scaled(
     acc, place, scales, weight_scale, table, bucket, s, BUCKETS: gl.constexpr,
-    MIXED: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr,
-    mma: gl.constexpr,
+    FORM: gl.constexpr, WINDOW: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Return s[b] s_w[o] (acc - table[o]), float32, in the layout of the sums."""
-    o = place.o + gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, mma))
+    here = gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, mma))
+    o = epilogue.channels_of(here, place, s.outs, FORM, BLOCK)
     acc -= gl.expand_dims(gl.load(table + o, mask=o < s.outs, other=0), 1)
     factor = gl.expand_dims(gl.load(weight_scale + o, mask=o < s.outs, other=0.0), 1)
     p = gl.arange(0, BLOCK.PIXELS, gl.SliceLayout(0, mma))
     n, h, w = pixel(p, place, s, WINDOW, BLOCK)
     row = row_of(n, h, w, s)[0]
-    scale = epilogue.scale_of(scales, bucket, row, s.rows_per_bucket, BUCKETS, MIXED, ROWS)
+    scale = epilogue.scale_of(
+        scales, bucket, row, s.rows_per_bucket, BUCKETS, FORM.MIXED, FORM.ROWS
+    )
     return acc.to(gl.float32) * (factor * scale)
 
 
@@ -150,7 +152,7 @@ def _compute(
         elif SIDES > 0:
             v = _scaled(
                 acc, place, terms.act_scale, terms.weight_scale, terms.table, terms.bucket, s,
-                FORM.BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
+                FORM.BUCKETS, FORM, WINDOW, BLOCK, mma,
             )  # fmt: skip
             for side in gl.static_range(SIDES - FORM.HALF):
                 acc, stage, phase = _sum(
@@ -160,7 +162,7 @@ def _compute(
                 v += _scaled(
                     acc, place, epilogue.side_scales_of(side, terms, s, FORM),
                     terms.side_weight_scale, terms.side_table + side * s.outs, terms.bucket, s,
-                    FORM.SIDE_BUCKETS, FORM.MIXED, FORM.ROWS, WINDOW, BLOCK, mma,
+                    FORM.SIDE_BUCKETS, FORM, WINDOW, BLOCK, mma,
                 )  # fmt: skip
             if FORM.HALF:
                 v, stage, phase = _add_half(

@@ -6,7 +6,8 @@ from triton.experimental.gluon import language as gl
 from quantempo.kernels.gpu.contraction.records import border_row, pixel, row_of
 
 __all__ = [
-    "prefetch_residual", "read_channel_terms", "scale_of", "side_scales_of", "write_tile",
+    "channels_of", "prefetch_residual", "read_channel_terms", "scale_of", "side_scales_of",
+    "write_tile",
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def _store_layout(OUTS, num_warps, GATED):
 
 
 @gluon.jit
-def _channels(here, place, outs, FORM: gl.constexpr, BLOCK: gl.constexpr):
+def channels_of(here, place, outs, FORM: gl.constexpr, BLOCK: gl.constexpr):
     """Return the channels of rows `here` of a tile, whose second half may be gates."""
     if FORM.GATED:
         # All gates follow all values.
@@ -101,7 +102,7 @@ def read_channel_terms(
     # Loaded before the sums are made, so that nothing waits for them after.
     rows: gl.constexpr = _store_layout(BLOCK.OUTS, num_warps, FORM.GATED)
     here = gl.arange(0, BLOCK.OUTS, gl.SliceLayout(1, rows))
-    o = _channels(here, place, s.outs, FORM, BLOCK)
+    o = channels_of(here, place, s.outs, FORM, BLOCK)
     known = o < s.outs
     factor = gl.load(terms.weight_scale + o, mask=known, other=0.0)
     inner = gl.load(terms.table + o, mask=known, other=0)
@@ -135,7 +136,7 @@ def write_tile(
     SLOTS: gl.constexpr = SPLITS + FORM.SIDES
     rows: gl.constexpr = _store_layout(OUTS, num_warps, FORM.GATED)
     here = gl.expand_dims(gl.arange(0, OUTS, gl.SliceLayout(1, rows)), 1)
-    mask_o = _channels(here, place, s.outs, FORM, BLOCK) < s.outs
+    mask_o = channels_of(here, place, s.outs, FORM, BLOCK) < s.outs
     factor, inner, bias_o, shift_o = vectors
     add = gl.full([OUTS], 0.0, gl.float32, gl.SliceLayout(1, rows))
     if terms.bias is not None:
