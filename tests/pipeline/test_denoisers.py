@@ -43,6 +43,7 @@ def test_both_experts_are_packed_reported_and_run(experts, tmp_path: Path) -> No
     run = tmp_path / "run"
     packed = quantempo.quantize(source, run, SHORT, call=call)
     assert packed == run / "packed" and packed_parts(packed) == list(EXPERTS)
+    assert not [*run.rglob("unfinished")]
     rows = json.loads((run / "layers.json").read_text())
     second = [row for row in rows if row["name"].startswith("transformer_2.")]
     assert len(second) * 2 == len(rows)

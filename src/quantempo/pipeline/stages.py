@@ -25,7 +25,7 @@ from quantempo.pipeline import quantize as core
 from quantempo.pipeline.layer_table import measured_rows, weight_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
-from quantempo.run_folder import atomic_path, private_folder
+from quantempo.run_folder import Kept, atomic_path, private_folder
 
 __all__ = [
     "Session", "calibrate", "finish", "load", "pack", "quantize", "reopen", "round_weights",
@@ -141,7 +141,7 @@ def pack(session: Session) -> Path:
 def _write_packed(session: Session, scratch: Path) -> None:
     rows, networks = [], {}
     for part in session.parts:
-        network, found = _packed(part, scratch / part.component)
+        network, found = _packed(part, scratch / part.component, session.kept("pack"))
         if len(_trace_of(part)):
             networks[part.component] = network
         start = "" if part is session else f"{part.component}."
@@ -154,16 +154,16 @@ def _write_packed(session: Session, scratch: Path) -> None:
         seal(temporary, next(iter(networks)))
 
 
-def _packed(session: Session, scratch: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
+def _packed(session: Session, scratch: Path, kept: Kept) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Return the quantized denoiser, marked for saving, and its rows of the layer table."""
     run, data = session.run, _trace_of(session)
     scales = run.read_safetensors("scales.safetensors")
     codes = run.read_safetensors("rounding.safetensors", paged=True)
     found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
     packed = found.install(session.denoiser, copy=True, folder=scratch)
-    kept = session.kept("pack")
-    rows = kept.read("rows")[0] or measured_rows(session.denoiser, packed, found.plans, data)
-    kept.write("rows", rows, {})
+    name = f"rows-{session.component}"
+    rows = kept.read(name)[0] or measured_rows(session.denoiser, packed, found.plans, data)
+    kept.write(name, rows, {})
     about = {"times": data.times, "source_sha256": session.model["sha256"]}
     config = QuantempoConfig.of(found.recipe, found.plans, **about)
     config.attention_errors = found.attention  # type: ignore[attr-defined]
