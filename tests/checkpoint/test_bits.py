@@ -18,7 +18,7 @@ from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.layer_table import describe, mean_weight_bits
-from quantempo.quantized import quantized_layers
+from quantempo.quantized import quantized_layers, weight_only_layers
 from quantempo.run_folder import RunFolder
 from tests.packed import CALLS, recipe, saved
 
@@ -153,3 +153,18 @@ def test_a_loaded_model_of_mixed_bits_runs_on_every_engine(engine: str) -> None:
         errors.append(float((net(x, 500).sample - wanted).norm() / wanted.norm()))
     # Engines move codes of 4 bits now and then: another draw of the same error.
     assert errors[0] < 0.5 and abs(errors[1] / errors[0] - 1) < 0.35, errors
+
+
+def test_a_folder_holds_packed_modulations_and_loads_as_it_was(tmp_path: Path) -> None:
+    settings = recipe(symmetric=False).override("weights", bits=4, group=16)
+    settings = settings.override("rounding", name="gptq")
+    packed = pipeline.quantize(saved("dit"), tmp_path / "run", settings, call=CALLS["dit"])
+    folder, file = packed / "transformer", WEIGHTS
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    names, network = config["weight_only"], denoiser_of(load_pipeline(packed))[1]
+    assert names and all(config["bits"][name] == [4, 32, 16] for name in names)
+    assert len(weight_only_layers(network)) == len(names)
+    network.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
+    rows = [row for row in describe(packed, "cpu")[0] if row["name"] in names]
+    assert {(r["bits_weight"], r["group"], r["bits_activation"]) for r in rows} == {(4, 16, 32)}

@@ -16,6 +16,7 @@ from quantempo.engines.cuda.unet import BLOCKS
 from quantempo.engines.fusion import fuse, report, unfuse
 from quantempo.models.layers import hooked
 from quantempo.quantized import QLinear, quantized_layers
+from quantempo.recipe import WeightSettings
 from tests.engines.quantized import quantize_network
 from tests.engines.truth import relative
 from tests.tiny import noise
@@ -40,6 +41,8 @@ QWEN = {**HEADS, "in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope":
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "flux": lambda: diffusers.FluxTransformer2DModel(**FLUX, guidance_embeds=True),
     "schnell": lambda: diffusers.FluxTransformer2DModel(**FLUX),
+    # Modulations in groups.
+    "packed": lambda: diffusers.FluxTransformer2DModel(**FLUX),
     "sd3": lambda: diffusers.SD3Transformer2DModel(**SD3),
     # The first block attends to the image alone as well.
     "sd35": lambda: diffusers.SD3Transformer2DModel(
@@ -54,7 +57,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "wan": lambda: diffusers.WanTransformer3DModel(**WAN, num_layers=2, cross_attn_norm=True),
 }
 # What quantization alone does to the output; without norms of q and k some softmaxes are steep.
-LEVELS = {"flux": 0.02, "schnell": 0.02, "qwen": 0.03, "sd3": 0.15, "sd35": 0.03}
+PACKED = {"bits": {"*norm*.linear": "w4a8"}, "weights": WeightSettings(group=16)}
+LEVELS = {"flux": 0.02, "schnell": 0.02, "packed": 0.12, "qwen": 0.03, "sd3": 0.15, "sd35": 0.03}
 LEVELS |= {"dit": 0.05, "pixart": 0.05, "latte": 0.1, "sana": 0.1, "wan": 0.05}
 
 
@@ -102,7 +106,8 @@ def quantized(kind: str, exclude: tuple[str, ...] = ()) -> nn.Module:
         bound.apply_defaults()
         inputs.append(bound.args)
     # Names do not say that these of Wan read the time.
-    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"))
+    how: Any = PACKED if kind == "packed" else {}
+    return quantize_network(network, inputs, exclude=(*exclude, "condition_embedder.*"), **how)
 
 
 def fused(kind: str, *exclude: str) -> nn.Module:

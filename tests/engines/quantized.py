@@ -17,7 +17,7 @@ from quantempo.quantized import (
     plan_layers,
     swap_layers,
 )
-from quantempo.recipe import LayerSettings, Recipe, WeightSettings
+from quantempo.recipe import LayerSettings, Recipe, RoundingSettings, WeightSettings
 from quantempo.rounding import nearest
 from quantempo.scales import search_groups
 from tests.tiny import noise, tiny_unet
@@ -110,10 +110,10 @@ def quantize_network(
 ) -> nn.Module:
     """Return an integer copy; scales from the layers' inputs, a few percent apart by bucket."""
     found, settings = sites(network), LayerSettings(exclude=exclude, bits=bits or {})
-    how = weights or WeightSettings()
+    how, rounding = weights or WeightSettings(), RoundingSettings(name="gptq")
     plans = [
         replace(plan, buckets=buckets if plan.kind == "int8" else 1)
-        for plan in plan_layers(found, Recipe(layers=settings, weights=how))
+        for plan in plan_layers(found, Recipe(layers=settings, weights=how, rounding=rounding))
     ]
     ranges: dict[tuple[str, int], tuple[float, float]] = {}
     hooks = []

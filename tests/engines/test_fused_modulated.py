@@ -36,7 +36,8 @@ def test_each_block_equals_its_layers(kind, batch):
     assert use.reasons(network) == {None}
     found = use.errors(network, **use.call(kind, batch))
     # The last block of SD3 ends the text.
-    counts = {"flux": 8, "schnell": 8, "sd3": 5, "sd35": 5, "latte": 4, "dit": 3, "qwen": 4}
+    counts = {"sd3": 5, "sd35": 5, "latte": 4, "dit": 3, "qwen": 4}
+    counts |= dict.fromkeys(("flux", "schnell", "packed"), 8)
     assert len(found) == counts.get(kind, 2)
     use.check_errors(found)
 
@@ -48,10 +49,13 @@ def test_layers_with_a_scale_for_every_token_are_fused(kind, every):
     use.check_errors(use.errors(network, **use.call(kind, 3)))
 
 
-def int8_bytes() -> int:
-    """Return the bytes of all int8 tensors there are, each once."""
+CODES = (torch.int8, torch.uint8)
+
+
+def code_bytes() -> int:
+    """Return the bytes of all tensors of codes there are, each once."""
     gc.collect()
-    found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.int8]
+    found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype in CODES]
     total, end, stored = 0, 0, map(Tensor.untyped_storage, found)
     for first, size in sorted((s.data_ptr(), s.nbytes()) for s in stored):
         total += max(0, first + size - max(first, end))
@@ -60,13 +64,13 @@ def int8_bytes() -> int:
 
 
 def test_codes_are_in_memory_once(kind):
-    given, others = use.quantized(kind), int8_bytes()
+    given, others = use.quantized(kind), code_bytes()
     network = copy.deepcopy(given)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     use.ENGINE.attach(network)
-    alone = sum(value.nbytes for value in before.values() if value.dtype == torch.int8)
+    alone = sum(value.nbytes for value in before.values() if value.dtype in CODES)
     # Those of `before` are there too.
-    assert int8_bytes() - others == 2 * alone > 0
+    assert code_bytes() - others == 2 * alone > 0
     layers = weight_only_layers(network)
     assert all(layer.kernel is ops.weight_only_linear for layer in layers)
     # Saved, copied or cut into shards each is its own bytes.
@@ -74,6 +78,7 @@ def test_codes_are_in_memory_once(kind):
         assert value.untyped_storage().nbytes() == value.nbytes
     integers = [*layers, *dict(quantized_layers(network)).values()]
     held = [layer.weight_int.detach() for layer in integers]
+    held += [layer.weight_group.detach() for layer in layers if layer.weight_group is not None]
     for _ in range(2):
         after = network.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -81,6 +86,7 @@ def test_codes_are_in_memory_once(kind):
     # Nothing keeps the others alive, nor a product of an engine that is gone.
     assert all(layer.kernel is None for layer in layers)
     after = [layer.weight_int.data_ptr() for layer in integers]
+    after += [layer.weight_group.data_ptr() for layer in layers if kind == "packed"]
     assert after and not {value.data_ptr() for value in held} & {*after}
 
 

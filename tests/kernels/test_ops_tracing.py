@@ -98,6 +98,11 @@ def few() -> dict[str, object]:
     return given | {"weight_scale": torch.rand(40), "bias": floats(40).float()}
 
 
+def few_packed(groups: int = 2) -> dict[str, object]:
+    one = {"weight": int8(40, 1, 12), "groups": int8(40, 1, groups)}
+    return few() | {name: value.view(torch.uint8) for name, value in one.items()}
+
+
 RAW = {"raw_scales": torch.rand(2, 3), "raw_zero_points": [3, 4], "raw_qmax": 15}
 ONES = torch.ones(32)
 AFFINE = {"gamma": ONES, "beta": ONES}
@@ -123,6 +128,7 @@ CALLS = [
     (ops.attention8, attended(130, 5)),
     (ops.weight_only_linear, few()),
     (ops.weight_only_linear, few() | {"x": floats(1, 24), "bias": None}),
+    (ops.weight_only_linear, few_packed()),
     (ops.gn_act_quant, norm()),
     (ops.gn_act_quant, norm() | {"scale": None, "silu": True}),
     (ops.gn_act_quant, norm(2, (1, 1)) | {"gamma": None, "beta": None}),
@@ -272,6 +278,8 @@ REFUSED = [
     (ops.qgemm, gemm() | {"weight": int8(16, 40)[:, :32]}, "rows a multiple of 16 apart"),
     (ops.weight_only_linear, few() | {"weight": int8(40, 16)}, r"weight: .* \(40, 24\)"),
     (ops.weight_only_linear, few() | {"x": floats(24, 3).t()}, "x: got strides"),
+    (ops.weight_only_linear, few_packed(3), r"groups: .* ceil\(24 / G\)"),
+    (ops.weight_only_linear, few_packed() | {"weight": int8(40, 24)}, r"uint8 \(40, 1, 12\)"),
     (ops.join_heads, heads(q=[]), r"got \(0, 2, 2, 4, 4, 0\); expected n, n, n or 0, 2 n"),
     (ops.join_heads, heads(heads=5), "heads: got 5; expected H of H D = 48"),
     (ops.join_heads, heads(heads=16, rotary=[floats(9, 3)] * 2), "D even with rotary"),

@@ -221,6 +221,22 @@ def test_weights_alone_are_codes_with_a_scale_a_channel() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("width", "group"), [(64, 16), (75, 32)])
+def test_weights_alone_in_groups_are_the_same_codes(width, group) -> None:
+    layer, x = nn.Linear(width, 33), noise(3, width)
+    made = quantized.WeightOnlyLinear(layer, 4, group).fill(layer)
+    plain = quantized.WeightOnlyLinear(layer).fill(layer, made.weight_codes, made.weight_scale)
+    assert list(made.state_dict()) == ["bias", "weight_int", "weight_group", "weight_scale"]
+    # On normal weights 0.07 to 0.09.
+    assert float((made.weight - layer.weight).norm() / layer.weight.norm()) < 0.1
+    for kernel in (None, ops.weight_only_linear):
+        made.kernel = plain.kernel = kernel
+        assert torch.equal(made(x), plain(x))
+    made.unpack()
+    assert made.weight_int.dtype == torch.int8 and torch.equal(made.weight, plain.weight)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_nothing_but_outputs_as_those_of_a_float_layer(dtype) -> None:
     floating, x = nn.Linear(64, 48), noise(3, 64)

@@ -150,6 +150,17 @@ def test_modulations_of_blocks_are_wide_layers_of_the_time(kind: str) -> None:
     assert all(p.role == "time" for p in plans if p.kind in ("weight_only", "float16"))
 
 
+@pytest.mark.parametrize("name, few", [("w4a8", 1), ("w4a8-adaround", 1), ("w8a8", 0)])
+def test_modulations_are_in_groups_where_a_rounding_looks_at_inputs(name: str, few: bool) -> None:
+    recipe = Recipe.load(name)
+    others = recipe.override("rounding", name="nearest"), recipe.override("weights", group=0)
+    others += (recipe.override("layers", bits={"*norm*.linear": "w8a8"}),)
+    for one, packed in ((recipe, few), *((other, False) for other in others)):
+        plans = [p for p in plan_layers(sites(tiny("flux")), one) if p.kind == "weight_only"]
+        found = {(p.weight_bits, p.act_bits, p.group) for p in plans}
+        assert found == {(4, 32, 16) if packed else (8, 8, 0)}
+
+
 def test_what_the_default_recipe_keeps_in_float() -> None:
     plans = {p.name: p for p in plan_layers(sites(tiny_unet()), Recipe(layers=LayerSettings()))}
     assert plans["conv_in"].kind == plans["conv_out"].kind == "float"

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantempo.calibration.dataset import MemorySet
+from quantempo.errors import QuantempoError
+from quantempo.models.layers import hooked, input_of
 from quantempo.pipeline.quantize import Quantized, plan
-from quantempo.quantized import QConv2d, QLayer, StepClock, quantized_layers
-from quantempo.recipe import RoundingSettings
-from quantempo.rounding import round_denoiser
+from quantempo.quantized import QConv2d, QLayer, StepClock, WeightOnlyLinear, quantized_layers
+from quantempo.recipe import Recipe, RoundingSettings
+from quantempo.rounding import round_alone, round_denoiser
 from quantempo.rounding.base import dequantized_input
 from quantempo.rounding.gptq import Inverse, moments
+from tests.engines import one_by_one as use
 from tests.engines.quantized import make_clock, make_conv, make_linear
 from tests.packed import KINDS
 from tests.rounding.networks import Case, case
@@ -142,3 +146,29 @@ def test_its_matrices_are_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     _rounded(made, replace(GPTQ, correct=1.0))
     # And one that is being made.
     assert alive == {"moments": 2, "cholesky_inverse": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, times", [("schnell", 7), ("dit", 6)])
+def test_codes_are_better_on_their_inputs_than_the_nearest(kind: str, times: int) -> None:
+    recipe = Recipe.load("w4a8").override("rounding", samples=7, batch=4)
+    network, errors = use.tiny(kind), dict[str, list[float]]()
+    data = MemorySet.of_calls(network, [use.call(kind, n, seed=n) for n in (3, 4)])
+    plans = [p for p in plan(network, recipe, data) if p.kind == "weight_only"]
+    layers, calls = {p.name: network.get_submodule(p.name) for p in plans}, list[str]()
+    with hooked(layers, lambda name, *_: calls.append(name), before=True):
+        found = round_alone(network, data, plans, recipe.rounding)
+    # The second call ends at the last of the first layers of equal inputs.
+    assert len(calls) == times
+
+    def see(name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        x, codes = input_of(args, kwargs), [found[k] for k in found if k.startswith(name)]
+        both = (WeightOnlyLinear(layer, 4, 16).fill(layer, *some) for some in (codes, ()))
+        errors[name] = [float((other(x) - layer.forward(x)).norm()) for other in both]
+
+    with hooked(layers, see, before=True):
+        data.replay(network, data.rows(torch.arange(4)))
+    assert len(errors) == len(plans) and all(a < 0.5 * b for a, b in errors.values())
+    none = Quantized.of(recipe, plans, {"bucket_of": torch.zeros(1, dtype=torch.int64)}, {})
+    with pytest.raises(QuantempoError, match=r"no scales or codes for .*norm"):
+        none.install(network, copy=True)

@@ -35,7 +35,7 @@ __all__ = [
 
 # 2: weights of at most 4 bits two to a byte, activations below 8 bits. 3: the time embedding in
 # float16 instead of 12 bits; no deltas, no attention products. 4: places in time, of any unit.
-# 5: weights of at most 4 bits in groups; modulations of blocks in int8.
+# 5: weights of at most 4 bits in groups; modulations of blocks in int8 or in groups.
 FORMAT_VERSION = 5
 # The dictionaries of a configuration, empty where a file has none.
 _TABLES = (
@@ -69,13 +69,13 @@ class QuantempoConfig(QuantizationConfigMixin):
     Args:
         recipe: the resolved recipe.
         float16: name -> reason of float layers whose weights are stored in float16.
-        weight_only: name -> reason of layers of float inputs whose weights are int8.
+        weight_only: name -> reason of layers of float inputs whose weights are integers.
         float_layers: name -> reason of layers left in float.
         segments: name -> input channels of each segment, where there is more than one.
         buckets: name -> number of time buckets, where it is not 1; 0: a scale for every token.
         reasons: name -> why an integer layer has the scales it has, where it was measured.
         bits: name -> [weight bits, activation bits], where they are not [8, 8]; and the input
-            channels that share a scale, of weights in groups.
+            channels that share a scale, of weights in groups (32 activation bits: float inputs).
         roles: name -> role, as measured.
         attention_errors: module -> [largest error of its attention in 8 bits, most tokens].
         times: fields of `Times`, the places in time of the clock's table.
@@ -149,7 +149,8 @@ class QuantempoConfig(QuantizationConfigMixin):
             table: {p.name: p.reason or "" for p in plans if p.kind == kind}
             for kind, table in _KINDS.items()
         }
-        bits = {p.name: [p.weight_bits, p.act_bits, *([p.group] * (p.group > 0))] for p in int8}
+        some = [p for p in plans if p.kind == "int8" or p.group]
+        bits = {p.name: [p.weight_bits, p.act_bits, *([p.group] * (p.group > 0))] for p in some}
         return cls(
             recipe=recipe.to_dict(),
             **why,
@@ -181,11 +182,12 @@ class QuantempoConfig(QuantizationConfigMixin):
         for site in sites(denoiser):
             every = ((kind, getattr(self, table)) for kind, table in _KINDS.items())
             known = [(kind, table[site.name]) for kind, table in every if site.name in table]
+            bits = self.bits.get(site.name, (8, 8))
             if known:
-                plans.append(quantized.LayerPlan(site.name, known[0][0], reason=known[0][1]))
+                plans.append(quantized.LayerPlan(site.name, known[0][0], (), 1, known[0][1], *bits))
             else:
                 segments = tuple(self.segments.get(site.name, ()))
-                buckets, bits = self.buckets.get(site.name, 1), self.bits.get(site.name, (8, 8))
+                buckets = self.buckets.get(site.name, 1)
                 why = self.reasons.get(site.name)
                 plans.append(quantized.LayerPlan(site.name, "int8", segments, buckets, why, *bits))
             # Folders of format 3 from before roles were measured have none.

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantempo.core import WEIGHT
 from quantempo.errors import QuantempoError
-from quantempo.quantized import LayerPlan, Times, WeightOnlyLinear, find_clock, quantized_layers
+from quantempo.quantized import LayerPlan, QLayer, Times, WeightOnlyLinear, find_clock
 
 __all__ = ["check_layers", "check_plans", "check_tensor", "check_times"]
 
@@ -68,30 +67,30 @@ def check_layers(denoiser: nn.Module) -> None:
     """Raise QuantempoError unless every scale, zero point and time bucket can be used."""
     clock = find_clock(denoiser)
     assert clock is not None
-    tables = [("time buckets", clock.bucket_of, 0, len(clock.bucket_of) - 1)]
-    scales = []
+    _inside("time buckets", clock.bucket_of, 0, len(clock.bucket_of) - 1)
     for name, module in denoiser.named_modules():
-        if isinstance(module, WeightOnlyLinear):
-            tables.append((f"codes of {name}", module.weight_int, WEIGHT.qmin, WEIGHT.qmax))
-            scales.append((f"weight_scale of {name}", module.weight_scale))
-    for name, layer in quantized_layers(denoiser):
-        if (columns := layer.act_scale.shape[1]) > 1:
-            tables.append((f"time buckets of {name}", clock.bucket_of, 0, columns - 1))
-        zero, codes = layer.act_zero_point, layer.weight_format
-        given = (layer.weight_int, layer.weight_shape, layer.weight_group, torch.int16)
-        tables.append((f"codes of {name}", codes.decode(*given), codes.qmin, codes.qmax))
-        ends = layer.act_format.qmin, layer.act_qmax
-        if layer.dynamic:
-            ends = (layer.act_format.symmetric_zero_point,) * 2
-        tables.append((f"zero points of {name}", zero, *ends))
-        scales += [(f"{k} of {name}", getattr(layer, k)) for k in ("act_scale", "weight_scale")]
-    for what, scale in scales:
-        positive = bool(((scale > 0) & scale.isfinite()).all())
-        _expect(positive, f"a bad value in {what}", "positive and finite ones")
-    for what, values, low, high in tables:
-        least, largest = int(values.min()), int(values.max())
-        inside = low <= least and largest <= high
-        _expect(inside, f"{what} from {least} to {largest}", f"{low} to {high}")
+        if not isinstance(module, QLayer | WeightOnlyLinear):
+            continue
+        codes = module.weight_format
+        given = (module.weight_int, module.weight_shape, module.weight_group, torch.int16)
+        _inside(f"codes of {name}", codes.decode(*given), codes.qmin, codes.qmax)
+        if isinstance(module, QLayer):
+            if (columns := module.act_scale.shape[1]) > 1:
+                _inside(f"time buckets of {name}", clock.bucket_of, 0, columns - 1)
+            ends = module.act_format.qmin, module.act_qmax
+            if module.dynamic:
+                ends = (module.act_format.symmetric_zero_point,) * 2
+            _inside(f"zero points of {name}", module.act_zero_point, *ends)
+        for scale in ("act_scale", "weight_scale"):
+            value = getattr(module, scale, module.weight_scale)
+            positive = bool(((value > 0) & value.isfinite()).all())
+            _expect(positive, f"a bad value in {scale} of {name}", "positive and finite ones")
+
+
+def _inside(what: str, values: Tensor, low: int, high: int) -> None:
+    least, largest = int(values.min()), int(values.max())
+    inside = low <= least and largest <= high
+    _expect(inside, f"{what} from {least} to {largest}", f"{low} to {high}")
 
 
 def _expect(good: bool, got: str, want: str) -> None:

@@ -59,10 +59,12 @@ def layer_rows(
         row = _row(site.name, type(site.layer).__name__, plan.role, macs.get(site.name, 0))
         row |= {
             "weight_shape": list(site.layer.weight.shape),
-            "bits_weight": {"float16": 16, "weight_only": 8}.get(plan.kind, 32),
+            "bits_weight": {"float16": 16, "weight_only": plan.weight_bits}.get(plan.kind, 32),
             "reason": plan.reason,
             "sqnr_db": sqnr_db.get(site.name),
         }
+        if plan.group:
+            row["group"] = plan.group
         if isinstance(layer, QLayer):
             row |= {
                 "bits_weight": layer.weight_bits,
@@ -199,7 +201,7 @@ def _described(denoiser: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
         known = runs.get(row["name"], "float")
         # An engine that compiles the whole network has no kernels of layers.
         row["backend"] = known = engine if known == "none" else known
-        if row.get("group"):
+        if row.get("group") and row["bits_activation"] <= 8:
             holds = ENGINES.get(known.partition(",")[0]).holds
             row["backend"] += f", {holds(denoiser.get_submodule(row['name']))}"
     return rows, {row.name: row.reason for row in report(denoiser) if row.reason is not None}

@@ -44,7 +44,7 @@ from quantempo.quantized import (
 )
 from quantempo.quantized.attention import mark_attention
 from quantempo.recipe import Recipe
-from quantempo.rounding import ROUNDINGS, check_start, round_by_weights, round_denoiser
+from quantempo.rounding import ROUNDINGS, check_start, round_alone, round_by_weights, round_denoiser
 from quantempo.scales import MEAN_METRICS, LayerScales, make_metric, search_scales
 
 __all__ = [
@@ -63,7 +63,8 @@ class Quantized:
 
     recipe: it was made by; plans: one for each Conv2d and Linear; scales: of each int8 layer;
     codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each place
-    of `times`; biases: (O,) float32 of layers whose bias the rounding changed; attention: errors.
+    of `times`; biases: (O,) float32 of layers whose bias the rounding changed; attention: errors;
+    weight_only: codes, scales and groups of layers of float inputs whose weights are in groups.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class Quantized:
     times: Times | None = None
     biases: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    weight_only: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -94,7 +96,10 @@ class Quantized:
             for p in _settled(plans, scales, recipe)
         ]
         errors = {k.removesuffix(_COST): v.tolist() for k, v in scales.items() if k.endswith(_COST)}
-        return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors)
+        parts = ("", ".weight_scale", ".weight_group")
+        names = [p.name for p in plans if p.kind == "weight_only" and p.name in rounding]
+        alone = {name: [rounding[f"{name}{part}"] for part in parts] for name in names}
+        return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors, alone)
 
     @torch.no_grad()
     def install(
@@ -125,11 +130,13 @@ class Quantized:
 
     def _fill(self, name: str, layer: nn.Module, old: Any) -> None:
         """Fill the layer that took the place of an old one."""
-        if not isinstance(layer, QLayer):
-            layer.fill(old)  # type: ignore[operator]
-            return
-        if name not in self.scales or name not in self.codes:
+        alone = self.weight_only.get(name, [])
+        needed = isinstance(layer, QLayer) or getattr(layer, "weight_group", None) is not None
+        if needed and not alone and not (name in self.scales and name in self.codes):
             raise QuantempoError(f"no scales or codes for '{name}'; rerun search and round")
+        if not isinstance(layer, QLayer):
+            layer.fill(old, *alone)  # type: ignore[operator]
+            return
         chosen, bias = self.scales[name], self.biases.get(name, old.bias)
         scales = (chosen.weight_scale, bias, chosen.act_scale, chosen.act_zero_point)
         fill(layer, self.codes[name], *scales, chosen.weight_group)
@@ -209,6 +216,8 @@ def keep_costly(
     if not left or not names:
         return result
     codes = _round(denoiser, plans, scales, "nearest")
+    # Modulations in int8 do: they have no codes yet.
+    plans = [p if p.kind == "int8" else replace(p, weight_bits=8, group=0) for p in plans]
     copied = Quantized.of(recipe, plans, scales, codes, data.times).install(denoiser, copy=True)
     shares = error_shares(denoiser, copied, data, names)
     for name, (error, work) in sorted(shares.items(), key=lambda item: -item[1][0] / item[1][1]):
@@ -313,17 +322,18 @@ def round_weights(
     scratch: where integers of paged weights are kept, None: in memory.
     """
     settings, plans = recipe.rounding, _settled(plans, scales, recipe)
+    own = round_alone(denoiser, data, plans, settings, scratch and scratch / "alone")
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     if rank() and alone and not settings.bias and not settings.refine:
         # The first rank, which writes them, is as fast alone.
         return {}
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest", scratch)
     if not codes or (alone and not settings.bias and not settings.refine):
-        return codes
-    start = Quantized.of(recipe, plans, scales, codes, data.times)
+        return own | codes
+    start = Quantized.of(recipe, plans, scales, own | codes, data.times)
     # A layer takes the place of its codes on disk, which are as large.
     copied = start.install(denoiser, copy=True, folder=scratch)
-    return round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
+    return own | round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
 
 
 def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:

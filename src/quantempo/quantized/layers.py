@@ -312,14 +312,14 @@ class StoredLinear(FixedTypes):
         bias = None if layer.bias is None else torch.empty_like(layer.bias, dtype=torch.float32)
         self.register_buffer("bias", bias)
 
-    def fill(self, layer: nn.Linear) -> Self:
-        """Round the weight of a float layer, copy its bias."""
-        self._round(loaded(layer.weight.detach()).float())
+    def fill(self, layer: nn.Linear, *codes: Tensor) -> Self:
+        """Round the weight of a float layer, or hold its codes, scale and groups; copy its bias."""
+        self._round(layer.weight.detach(), *codes)
         if layer.bias is not None:
             self.bias = layer.bias.detach().float()
         return self
 
-    def _round(self, weight: Tensor) -> None:
+    def _round(self, weight: Tensor, *codes: Tensor) -> None:
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -347,8 +347,9 @@ class Float16Linear(StoredLinear, nn.Linear):
         weight = torch.empty_like(layer.weight, dtype=torch.float32)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def _round(self, weight: Tensor) -> None:
-        self.weight = nn.Parameter(weight.half().float(), requires_grad=False)
+    def _round(self, weight: Tensor, *_: Tensor) -> None:
+        half = loaded(weight).float().half()
+        self.weight = nn.Parameter(half.float(), requires_grad=False)
         if not bool(self.weight.isfinite().all()):
             raise QuantempoError(
                 "a weight of the time embedding is beyond 65504, the largest float16; keep the "

@@ -36,6 +36,7 @@ _REASONS = {
     "output": "output layer: its error goes straight into the image",
     "time": "time embedding: one row a step, error would reach every block",
     "modulation": "modulation of a block: one row a step, its weight alone is int8",
+    "packed": "modulation of a block: one row a step, its weight alone is in groups, by GPTQ",
 }
 # Of linear layers that read the time.
 _STORED: dict[str, Any] = {"float16": Float16Linear, "weight_only": WeightOnlyLinear}
@@ -46,9 +47,9 @@ class LayerPlan:
     """What one layer becomes.
 
     kind: "int8" (QConv2d or QLinear, whatever its bits), "float16" (Float16Linear), "weight_only"
-    (WeightOnlyLinear) or "float" (left alone); buckets: columns of its scale table, 0 for a scale
-    for every token; reason: why it is not int8, or has such scales; group: input channels with a
-    scale of their own, 0: all; role: a key of ROLES.
+    (WeightOnlyLinear; act_bits 32 in groups) or "float" (left alone); buckets: columns of its scale
+    table, 0 for a scale for every token; reason: why it is not int8, or has such scales; group:
+    input channels with a scale of their own, 0: all; role: a key of ROLES.
     """
 
     name: str
@@ -72,7 +73,7 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
 
     Kept in float, in this order of reasons: what no integer kernel takes; names that match
     `exclude`; roles in `float_roles`. Linear layers of the time embedding are stored in float16,
-    but modulations of blocks in int8. Raises QuantempoError: unknown role.
+    modulations of blocks in int8 or in groups. Raises QuantempoError: unknown role.
     """
     settings = recipe.layers
     check_roles(settings.float_roles)
@@ -85,10 +86,13 @@ def plan_layers(sites: list[Site], recipe: Recipe) -> list[LayerPlan]:
             plans.append(LayerPlan(site.name, "float", reason=f"excluded by '{pattern}'"))
         elif site.role in settings.float_roles:
             stored = site.role == "time" and isinstance(site.layer, nn.Linear)
-            kind = ("weight_only" if site.modulates else "float16") if stored else "float"
-            what = "modulation" if kind == "weight_only" else site.role
+            kind, what, bits = "float16" if stored else "float", site.role, (8, 8, 0)
+            if stored and site.modulates:
+                kind, what, few = "weight_only", "modulation", _bits(site, recipe)
+                if few[2] and recipe.rounding.name != "nearest":
+                    what, bits = "packed", (few[0], 32, few[2])
             reason = _REASONS.get(what, f"role '{site.role}' is kept in float by the recipe")
-            plans.append(LayerPlan(site.name, kind, reason=reason))
+            plans.append(LayerPlan(site.name, kind, (), 1, reason, *bits))
         else:
             segments = site.segments if settings.split_skips else ()
             plans.append(LayerPlan(site.name, "int8", segments, 1, None, *_bits(site, recipe)))
@@ -182,7 +186,8 @@ def swap_layers(
             lost.append(plan.name)
         empty: nn.Module
         if plan.kind in _STORED and isinstance(layer, nn.Linear):
-            empty = _STORED[plan.kind](layer)
+            packed = (plan.weight_bits, plan.group) if plan.group else ()
+            empty = _STORED[plan.kind](layer, *packed)
         else:
             kinds = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
             kind = next((q for old, q in kinds.items() if isinstance(layer, old)), QPatches)

@@ -1,4 +1,4 @@
-"""Layers of float inputs whose weights are int8: linear ones of blocks, and any of a component."""
+"""Layers of float inputs, weights integers: linear ones of blocks, and any of a component."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from quantempo.core import WEIGHT
-from quantempo.core.paged import loaded
+from quantempo.core import WEIGHT, GroupFormat, loaded, weight_format
 from quantempo.quantized.layers import StoredLinear
+from quantempo.scales import search_groups
 
 __all__ = ["WeightOnlyLinear", "store_int8"]
 
@@ -48,34 +48,59 @@ class WeightOnlyLinear(StoredLinear):
     """Linear layer whose weight is int8 codes, with a scale an output channel, in memory too.
 
     For the modulations of blocks: wide layers of one row a step, which cost what their weights
-    weigh. An engine may set `kernel`, see `ops.weight_only_linear`.
+    weigh. With `group` the codes are packed, two a byte, see `GroupFormat`; buffers have the names
+    of those of `QLayer`. An engine may set `kernel`, see `ops.weight_only_linear`.
 
-    Error: |W - W_hat| <= scale[o] / 2, scale[o] = max_k |W[o, k]| / 127.
+    Error: |W - W_hat| <= scale[o] / 2, scale[o] = max_k |W[o, k]| / 127, without groups.
     """
 
     weight_int: Tensor
+    weight_group: Tensor | None
     weight_scale: Tensor
     kernel: Callable[..., Tensor] | None = None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, weight_bits: int = 8, group: int = 0) -> None:
         super().__init__(layer)
-        codes = torch.empty_like(layer.weight, dtype=WEIGHT.storage, requires_grad=False)
+        self.weight_format = spec = weight_format(weight_bits, group)
+        self.weight_shape = shape = (self.out_features, self.in_features)
+        scale = torch.empty(shape[0], dtype=torch.float32, device=layer.weight.device)
+        groups = spec.group_shape(shape)
+        codes = scale.new_empty(spec.stored_shape(shape), dtype=spec.storage)
         self.register_buffer("weight_int", codes)
-        self.register_buffer("weight_scale", torch.empty_like(codes[:, 0], dtype=torch.float32))
+        self.register_buffer("weight_group", groups and scale.new_empty(groups, dtype=torch.uint8))
+        self.register_buffer("weight_scale", scale)
+
+    @property
+    def weight_codes(self) -> Tensor:
+        """Return the integer weight, int8 (O, K); of a packed one a new tensor at each access."""
+        return self.weight_format.decode(self.weight_int, self.weight_shape, self.weight_group)
 
     @property
     def weight(self) -> Tensor:
         """Return the dequantized weight, float32 (made anew at each access)."""
-        return self.weight_int.float().mul_(self.weight_scale[:, None])
+        return self.weight_codes.float().mul_(self.weight_scale[:, None])
 
-    def _round(self, weight: Tensor) -> None:
-        self.weight_int, self.weight_scale = _codes(weight)
+    def unpack(self) -> None:
+        """Hold the same codes a byte each."""
+        self.weight_int, self.weight_group = self.weight_codes, None
+        self.weight_format = WEIGHT
+
+    def _round(self, weight: Tensor, *codes: Tensor) -> None:
+        spec = self.weight_format
+        if not codes and isinstance(spec, GroupFormat):
+            weight = loaded(weight).float()
+            scale, groups = search_groups(weight, spec)
+            codes = spec.grid(weight.shape, groups).round(weight / scale[:, None]), scale, groups
+        codes = codes or _codes(loaded(weight).float())
+        stored, self.weight_scale, *more = (loaded(v).to(self.weight_int.device) for v in codes)
+        self.weight_group = more[0] if more else None
+        self.weight_int = spec.encode(stored.int(), self.weight_group)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             return super()._run(x)
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = self.kernel(rows, self.weight_int, self.weight_scale, self.bias)
+        y = self.kernel(rows, self.weight_int, self.weight_scale, self.bias, self.weight_group)
         return y.view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:

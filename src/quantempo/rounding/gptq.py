@@ -13,20 +13,33 @@ Li et al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos", for targets of the flo
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantempo.core import Format, Grid, GroupFormat, ranks
+from quantempo.calibration.dataset import CalibrationData
+from quantempo.core import Format, Grid, GroupFormat, Paged, loaded, ranks, spilled
 from quantempo.errors import QuantempoError, log
-from quantempo.quantized import QConv2d, QLayer
-from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, dequantized_input
+from quantempo.models.layers import input_of
+from quantempo.quantized import LayerPlan, QConv2d, QLayer
+from quantempo.recipe import RoundingSettings
+from quantempo.rounding.base import (
+    ROUNDINGS,
+    BlockRun,
+    Rounding,
+    Unit,
+    dequantized_input,
+    run_until,
+)
 from quantempo.scales import search_groups
 
-__all__ = ["Inverse", "gptq", "input_moments", "moments"]
+__all__ = ["Inverse", "gptq", "input_moments", "moments", "round_alone"]
 
 # Factors on the damping that are tried in float64, one after the other.
 _HARDER = (1.0, 10.0, 100.0)
@@ -252,6 +265,52 @@ def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
         )
     ]
     return torch.cat(done).reshape(layer.weight_shape), cut
+
+
+@torch.no_grad()
+def round_alone(
+    denoiser: nn.Module, data: CalibrationData, plans: Sequence[LayerPlan],
+    settings: RoundingSettings, folder: Path | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return NAME int8 (O, K), NAME.weight_scale and NAME.weight_group of layers of float inputs.
+
+    H = X X^T of their inputs in the float network, of `settings.samples` rows from all over the
+    set: layers of equal ones share it. folder: where codes of paged weights are kept, or None.
+    """
+    some = [p for p in plans if p.kind == "weight_only" and p.group]
+    layers: dict[str, Any] = {p.name: denoiser.get_submodule(p.name) for p in some}
+    # By the first of the layers of equal inputs, where later calls end.
+    found = dict[str, tuple[Tensor, list[str], Tensor]]()
+
+    def see(name: str, args: Any, kwargs: Any) -> None:
+        x = input_of(args, kwargs).float().flatten(0, -2)
+        if name not in found:
+            same = (names for y, names, _ in found.values() if torch.equal(x, y))
+            if (names := next(same, None)) is not None:
+                names.append(name)
+                return
+            found[name] = x, [name], x.new_zeros(x.shape[1], x.shape[1])
+        found[name][2].addmm_(x.t(), x)
+
+    index = torch.linspace(0, len(data) - 1, min(settings.samples, len(data))).long()
+    for rows in data.calls(index, settings.batch) if layers else []:
+        waiting = {name: layers[name] for name in found or layers}
+        run_until(waiting, partial(data.replay, denoiser, data.rows(rows)), see)
+    result = dict[str, Tensor]()
+    for _, names, hessian in found.values():
+        # The first rank is as fast alone.
+        inverse = None if ranks.rank() else Inverse.of(hessian)
+        for p in (p for p in some if p.name in names):
+            made, old = dict[str, Tensor](), layers[p.name].weight.detach()
+            if inverse:
+                weight, spec = loaded(old).float(), GroupFormat(p.weight_bits, group=p.group)
+                scale, groups = search_groups(weight, spec, 1 / inverse.diagonal())
+                codes = gptq(weight, inverse, scale, spec.grid(weight.shape, groups))
+                both = {f"{p.name}.weight_scale": scale, f"{p.name}.weight_group": groups}
+                made = {k: v.cpu() for k, v in {p.name: codes, **both}.items()}
+            made = ranks.told(made)
+            result |= spilled(made, folder / p.name) if folder and isinstance(old, Paged) else made
+    return result
 
 
 ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))

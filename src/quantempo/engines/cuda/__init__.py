@@ -44,7 +44,9 @@ class _TritonEngine(LayerwiseEngine):
         for linear in weight_only_layers(denoiser):
             linear.kernel = None
             # Not a part of what all blocks had in common.
-            linear.weight_int.data = linear.weight_int.clone()
+            for codes in (linear.weight_int, linear.weight_group):
+                if codes is not None:
+                    codes.data = codes.clone()
 
     def first_wrong(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> str | None:
         # Here: engines are registered in the order of preference.

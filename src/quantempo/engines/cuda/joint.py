@@ -43,7 +43,8 @@ class SharedModulations(Prepared, TimeShifts):
     def __init__(self, layers: list[Any]) -> None:
         # Others are computed by each block.
         codes = [i for i in layers if isinstance(i, WeightOnlyLinear) and not hasattr(i, LORA)]
-        super().__init__([layer for layer in codes if layer.bias is not None])
+        codes = [i for i in codes if i.bias is not None]
+        super().__init__([i for i in codes if i.weight_format == codes[0].weight_format])
 
     @classmethod
     def of(cls, network: Network) -> "SharedModulations":
@@ -51,12 +52,15 @@ class SharedModulations(Prepared, TimeShifts):
         return cls([layer for parts in network.of(JointParts) for layer in parts.modulations])
 
     def _prepare(self, device: torch.device) -> None:
-        names = ("weight_int", "weight_scale", "bias")
-        parts = [[getattr(layer, name) for layer in self.layers] for name in names]
-        self.joined = [constant(torch.cat(each)) for each in parts]
-        for layer, part in zip(self.layers, self.joined[0].split(self._sizes), strict=True):
-            # One copy in memory serves both.
-            layer.weight_int.data = alone(part)
+        self.joined = list[Tensor | None]()
+        for name in ("weight_int", "weight_scale", "bias", "weight_group"):
+            parts = [getattr(layer, name) for layer in self.layers]
+            joined = None if parts[0] is None else constant(torch.cat(parts))
+            self.joined.append(joined)
+            if joined is not None and not joined.is_floating_point():
+                for part, rows in zip(parts, joined.split(self._sizes), strict=True):
+                    # One copy in memory serves both.
+                    part.data = alone(rows)
 
     def make(self, given: Tensor) -> Tensor:
         """Return (B, sum C_i) of temb (B, E)."""

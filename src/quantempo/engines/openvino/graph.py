@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from quantempo.core.instance import keep
 from quantempo.engines.simulated import float32_copy
-from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers
+from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers, weight_only_layers
 
 __all__ = ["build_graph", "constant", "wrong_sums"]
 
@@ -73,6 +73,8 @@ def build_graph(
         program = _Program(float32_copy(denoiser), run)
         for name, layer in list(quantized_layers(program.denoiser)):
             program.denoiser.set_submodule(name, _Recorder(name, layer, calls))
+        for alone in weight_only_layers(program.denoiser):
+            alone.unpack()
         with warnings.catch_warnings():
             # Values that the network turns into Python numbers are constants for fixed shapes.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
