@@ -130,6 +130,12 @@ def test_a_block_is_copied_while_the_one_before_it_runs(lane):
         net(*args, **{**kwargs, "encoder_hidden_states": None})
     stream._load(list(stream.order)[-1])
     assert torch.equal(net(*args, **kwargs)[0], y)
+    # One tensor there is enough, be it not the first.
+    stream._forward = lambda args, kwargs: kwargs
+    away = kwargs["timestep"].to("meta")
+    assert stream(timestep=away, x=y)["x"] is y
+    with pytest.raises(QuantempoError, match="got an input on meta for weights that are streamed"):
+        stream(timestep=away)
 
 
 @torch.no_grad()

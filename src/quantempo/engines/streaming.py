@@ -228,7 +228,8 @@ class Streamed:
             raise QuantempoError(f"{text} (quantempo.graphed)")
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         elements, device = sum(x.numel() for x in tensors), self.lane.device
-        if tensors[0].device.type != device.type:
+        # A time-step may be on the host.
+        if tensors and all(x.device != device for x in tensors):
             text = f"got an input on {tensors[0].device} for weights that are streamed to {device}"
             raise QuantempoError(f"{text}; move it, or attach without memory")
         recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
