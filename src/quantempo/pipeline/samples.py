@@ -3,11 +3,13 @@
 import hashlib
 import wave
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -48,8 +50,10 @@ def open_model(
         raise QuantempoError(f"'{path}' is a float model; leave out --engine, --packed, --memory")
     if memory is None:
         pipe.to(device)
-    for part in networks:
-        attach(part, engine, packed, memory=memory)
+    # What is streamed goes to torch's current GPU.
+    with nullcontext() if memory is None else torch.cuda.device(device):
+        for part in networks:
+            attach(part, engine, packed, memory=memory)
     if memory is not None:
         # The rest: what is streamed stays.
         pipe.to(device)
