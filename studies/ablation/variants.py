@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantempo import quantized as package
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.engines.base import BACKENDS, channel_dim
 from quantempo.models.layers import hooked, input_of
@@ -57,7 +58,7 @@ def _let(layer: Any, axis: int, by: Tensor) -> None:
 @contextmanager
 def _kept() -> Iterator[None]:
     """Let quantized layers have the transforms of float ones for a while."""
-    swap_layers, run_until = core.swap_layers, base.run_until
+    swap_layers, run_until = package.swap_layers, base.run_until
 
     def swap(denoiser: nn.Module, plans: Any, *rest: Any) -> None:
         old = {p.name: denoiser.get_submodule(p.name) for p in plans if p.kind != "float"}
@@ -76,7 +77,7 @@ def _kept() -> Iterator[None]:
 
         run_until(modules, call, seen)
 
-    with patch.object(core, "swap_layers", swap), patch.object(base, "run_until", run):
+    with patch.object(package, "swap_layers", swap), patch.object(base, "run_until", run):
         yield
 
 

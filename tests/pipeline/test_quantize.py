@@ -191,7 +191,7 @@ def test_the_denoiser_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         loaded.append(source)
         return load_pipeline(source, **options)
 
-    monkeypatch.setattr("quantempo.pipeline.session.load_pipeline", counted)
+    monkeypatch.setattr("quantempo.models.load.load_pipeline", counted)
     session = stages.load(saved("unconditional"), tmp_path / "run", SMALL)
     stages.finish(session)
     assert len(loaded) == 1

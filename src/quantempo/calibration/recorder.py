@@ -30,9 +30,7 @@ class NeverCalledError(QuantempoError):
 
 
 @contextmanager
-def answered(
-    denoiser: nn.Module, see: Callable[[Any], None] = lambda inputs: None
-) -> Iterator[None]:
+def answered(denoiser: nn.Module, see: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
     """Run the network at its first call of so many rows only; others get that output again."""
     outputs, forward = dict[int, Any](), denoiser.forward
 
@@ -120,9 +118,7 @@ class Recorder:
         self.argument_names = ("", "")
         self.chance = Generator().manual_seed(seed ^ 0x71E5)
 
-    def see(
-        self, _: str, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def see(self, _: str, denoiser: nn.Module, args: Any, kwargs: Any) -> None:
         """Keep what one call has for the targets; a hook before the denoiser."""
         inputs = bind_inputs(denoiser, args, kwargs)
         rows, chains = inputs.sample.shape[0], len(self.slots)

@@ -35,9 +35,9 @@ _AUTOENCODERS = ("vqvae", "movq")
 class Source(NamedTuple):
     """Say how x_t is made.
 
-    make: (x_0 (n, ...), eps (n, ...), signal (n, 1, ...), noise (n, 1, ...)) -> x_t (n, ...), all
-    float32, or None to keep what was received; needs_images: reads x_0; needs_schedule: reads the
-    factors of signal and noise.
+    make: (x_0 (n, ...), eps (n, ...), a (n, 1, ...), b (n, 1, ...)) -> x_t (n, ...), all float32, a
+    and b factors of signal and noise, or None to keep what was received; needs_images: reads x_0;
+    needs_schedule: reads a and b.
     """
 
     make: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
@@ -46,11 +46,9 @@ class Source(NamedTuple):
 
 
 SOURCES.register("trajectory")(Source(None))
-SOURCES.register("mimic")(
-    Source(lambda x_0, eps, signal, noise: signal * x_0 + noise * eps, True, True)
-)
-SOURCES.register("raw")(Source(lambda x_0, eps, signal, noise: x_0, needs_images=True))
-SOURCES.register("noise")(Source(lambda x_0, eps, signal, noise: eps))
+SOURCES.register("mimic")(Source(lambda x_0, eps, a, b: a * x_0 + b * eps, True, True))
+SOURCES.register("raw")(Source(lambda x_0, eps, a, b: x_0, needs_images=True))
+SOURCES.register("noise")(Source(lambda x_0, eps, a, b: eps))
 
 
 def check_source(source: str, pipe: Any, images: np.ndarray | None) -> None:

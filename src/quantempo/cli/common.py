@@ -91,12 +91,9 @@ def _with(
 
 
 def call_arguments(
-    prompts: Path | None = None,
-    class_labels: str | None = None,
-    call_file: Path | None = None,
-    settings: list[str] | None = None,
-    **values: Any,
-) -> dict[str, Any]:
+    prompts: Path | None = None, class_labels: str | None = None, call_file: Path | None = None,
+    settings: list[str] | None = None, **values: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Return the extra arguments of the pipeline's call: of the file, then --set, then options."""
     from quantempo.pipeline.arguments import read_arguments, read_text
 

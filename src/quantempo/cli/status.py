@@ -10,10 +10,7 @@ from quantempo.cli.common import Json, Run, next_command, show, table
 __all__ = ["engines", "inspect", "report", "status"]
 
 
-def status(
-    run: Path = typer.Argument(..., help="Run folder."),
-    as_json: Json = False,
-) -> None:
+def status(run: Path = typer.Argument(..., help="Run folder."), as_json: Json = False) -> None:
     """Print what a run folder holds: stages with their time, quality, and the next command.
 
     Example: quantempo status runs/cifar

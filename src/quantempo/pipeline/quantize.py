@@ -11,37 +11,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from quantempo import quantized
 from quantempo.calibration.dataset import CalibrationData
 from quantempo.calibration.statistics import attention_errors, collect_statistics, measure_roles
-from quantempo.core import (
-    Paged,
-    loaded,
-    merged,
-    mine,
-    page_out,
-    rank,
-    spilled,
-    weight_format,
-    whole,
-)
+from quantempo.core import Paged, merged, mine, page_out, rank, spilled, weight_format, whole
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import check_roles, sites
 from quantempo.models.macs import ATTENTION_MATMULS, count_macs
-from quantempo.quantized import (
-    LayerPlan,
-    QLayer,
-    Times,
-    bits_of,
-    check_bits,
-    fill,
-    find_clock,
-    install_clock,
-    named_bits,
-    plan_layers,
-    quantized_layers,
-    swap_layers,
-)
 from quantempo.quantized.attention import mark_attention
 from quantempo.recipe import Recipe
 from quantempo.rounding import ROUNDINGS, check_start, round_alone, round_by_weights, round_denoiser
@@ -52,6 +29,7 @@ __all__ = [
     "plan", "quantize", "round_weights", "search",
 ]  # fmt: skip
 
+LayerPlan = quantized.LayerPlan
 # Times its share of the work that a layer's share of the error has to be, to stay in float.
 WORTH = 3
 _COST = ".attention_error"
@@ -72,7 +50,7 @@ class Quantized:
     scales: dict[str, LayerScales]
     codes: dict[str, Tensor]
     bucket_of: Tensor
-    times: Times | None = None
+    times: quantized.Times | None = None
     biases: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
     weight_only: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -80,7 +58,7 @@ class Quantized:
     @classmethod
     def of(
         cls, recipe: Recipe, plans: list[LayerPlan], scales: Mapping[str, Tensor],
-        rounding: Mapping[str, Tensor], times: Times | None = None,
+        rounding: Mapping[str, Tensor], times: quantized.Times | None = None,
     ) -> "Quantized":  # fmt: skip
         """Join the tensors of `search_scales` and of `round_weights`."""
         found = {}
@@ -93,7 +71,7 @@ class Quantized:
         # The search decides which layers have several buckets.
         plans = [
             replace(p, buckets=found[p.name].act_scale.shape[1]) if p.name in found else p
-            for p in _settled(plans, scales, recipe)
+            for p in _final(plans, scales, recipe)
         ]
         errors = {k.removesuffix(_COST): v.tolist() for k, v in scales.items() if k.endswith(_COST)}
         parts = ("", ".weight_scale", ".weight_group")
@@ -116,14 +94,14 @@ class Quantized:
             state = [*denoiser.parameters(), *denoiser.buffers()]
             denoiser = copies.deepcopy(denoiser, {id(tensor): tensor for tensor in state})
         device = next(denoiser.parameters()).device
-        clock = install_clock(denoiser, self.bucket_of.to(device), self.times)
+        clock = quantized.install_clock(denoiser, self.bucket_of.to(device), self.times)
 
         def fill_layer(name: str, layer: nn.Module, old: Any) -> None:
             self._fill(name, layer, old)
             if folder is not None and isinstance(old.weight, Paged):
                 page_out(layer, folder / f"{name}.safetensors")
 
-        swap_layers(denoiser, self.plans, clock, fill_layer)
+        quantized.swap_layers(denoiser, self.plans, clock, fill_layer)
         if self.attention:
             mark_attention(denoiser, self.attention, self.recipe.attention.max_error)
         return denoiser
@@ -131,20 +109,21 @@ class Quantized:
     def _fill(self, name: str, layer: nn.Module, old: Any) -> None:
         """Fill the layer that took the place of an old one."""
         alone = self.weight_only.get(name, [])
-        needed = isinstance(layer, QLayer) or getattr(layer, "weight_group", None) is not None
+        group = getattr(layer, "weight_group", None)
+        needed = isinstance(layer, quantized.QLayer) or group is not None
         if needed and not alone and not (name in self.scales and name in self.codes):
             raise QuantempoError(f"no scales or codes for '{name}'; rerun search and round")
-        if not isinstance(layer, QLayer):
+        if not isinstance(layer, quantized.QLayer):
             layer.fill(old, *alone)  # type: ignore[operator]
             return
         chosen, bias = self.scales[name], self.biases.get(name, old.bias)
         scales = (chosen.weight_scale, bias, chosen.act_scale, chosen.act_zero_point)
-        fill(layer, self.codes[name], *scales, chosen.weight_group)
+        quantized.fill(layer, self.codes[name], *scales, chosen.weight_group)
 
 
 def check_recipe(recipe: Recipe, denoiser: nn.Module, *others: nn.Module) -> None:
     """Raise QuantempoError for a quantized denoiser, and for names that it and others lack."""
-    if find_clock(denoiser) is not None:
+    if quantized.find_clock(denoiser) is not None:
         raise QuantempoError("this denoiser is quantized already; start from the float model")
     make_metric(recipe.activations.metric, recipe.activations.p)
     make_metric(recipe.weights.metric, recipe.weights.p)
@@ -157,7 +136,7 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module, *others: nn.Module) -> Non
     if ROUNDINGS.get(recipe.rounding.name).needs == "block":
         check_start(recipe.rounding)
     check_roles(recipe.layers.float_roles)
-    check_bits([site for part in (denoiser, *others) for site in sites(part)], recipe)
+    quantized.check_bits([site for part in (denoiser, *others) for site in sites(part)], recipe)
 
 
 def bar_of(denoiser: nn.Module, recipe: Recipe, networks: int) -> AbstractContextManager[None]:
@@ -174,7 +153,7 @@ def plan(
 ) -> list[LayerPlan]:
     """Return what each layer becomes, see `plan_layers`; without data, roles are guessed."""
     measured = None if data is None else measure_roles(denoiser, data)
-    return plan_layers(sites(denoiser, measured), recipe)
+    return quantized.plan_layers(sites(denoiser, measured), recipe)
 
 
 def calibrate(
@@ -195,7 +174,7 @@ def search(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the scales of all integer layers, see `search_scales`, and errors of attentions."""
     weights = _weights(denoiser, plans)
-    scales = search_scales(stats, weights, recipe, bits=bits_of(plans), **more)
+    scales = search_scales(stats, weights, recipe, bits=quantized.bits_of(plans), **more)
     return scales | {k: v for k, v in stats.items() if k.endswith(_COST)}
 
 
@@ -211,8 +190,8 @@ def keep_costly(
     around them. One whose bits the recipe names (`layers.bits`) is an integer.
     """
     left, result = recipe.layers.float_macs, dict(scales)
-    found = (s for s in sites(denoiser) if s.role == "shortcut" and not named_bits(s, recipe))
-    names = [site.name for site in found if f"{site.name}.act_scale" in scales]
+    found = [s for s in sites(denoiser) if s.role == "shortcut" and f"{s.name}.act_scale" in scales]
+    names = [site.name for site in found if not quantized.named_bits(site, recipe)]
     if not left or not names:
         return result
     codes = _round(denoiser, plans, scales, "nearest")
@@ -240,9 +219,9 @@ def error_shares(
     of them (it gets simulated kernels): to first order the shares of all layers add up to 1. Each
     of 16 rows counts the same: a late step has most of the error and least of the image.
     """
-    clock = find_clock(copied.to(next(denoiser.parameters()).device))
+    clock = quantized.find_clock(copied.to(next(denoiser.parameters()).device))
     assert clock is not None
-    for _, layer in quantized_layers(copied):
+    for _, layer in quantized.quantized_layers(copied):
         layer.kernel = BACKENDS.get("simulated").lower(layer)
     batch = data.rows(data.spread(16))
     exact = data.replay(denoiser, batch)
@@ -263,9 +242,7 @@ def error_shares(
     return {name: (errors[name], max(macs.get(name, 0), 1) / work) for name in names}
 
 
-def _settled(
-    plans: list[LayerPlan], scales: Mapping[str, Tensor], recipe: Recipe
-) -> list[LayerPlan]:
+def _final(plans: list[LayerPlan], scales: Mapping[str, Tensor], recipe: Recipe) -> list[LayerPlan]:
     """Return the plans with what was measured: layers left in float by `keep_costly`, scales."""
     result = []
     for plan in plans:
@@ -283,17 +260,14 @@ def _settled(
 
 def _weights(denoiser: nn.Module, plans: list[LayerPlan]) -> dict[str, Tensor]:
     """Return the float weight (O, ...) of each integer layer."""
-    layers: dict[str, Any] = {name: denoiser.get_submodule(name) for name in bits_of(plans)}
+    layers: dict[str, Any] = {n: denoiser.get_submodule(n) for n in quantized.bits_of(plans)}
     return {name: layer.weight.detach() for name, layer in layers.items()}
 
 
 def _round(
-    denoiser: nn.Module,
-    plans: list[LayerPlan],
-    scales: Mapping[str, Tensor],
-    name: str,
+    denoiser: nn.Module, plans: list[LayerPlan], scales: Mapping[str, Tensor], name: str,
     folder: Path | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the codes of all integer layers by a rounding that looks at weights alone.
 
     folder: where those of paged weights are kept, None: in memory.
@@ -305,7 +279,7 @@ def _round(
     groups = {n: v for n, v in cut.items() if v is not None}
     codes: dict[str, Tensor] = {}
     for layer, weight in weights.items():
-        (found,) = round_by_weights(name, {layer: loaded(weight)}, steps, specs, groups).values()
+        (found,) = round_by_weights(name, {layer: weight}, steps, specs, groups).values()
         codes[layer] = found.cpu()
         if folder is not None and isinstance(weight, Paged):
             codes |= spilled({layer: codes[layer]}, folder / f"{layer}.safetensors")
@@ -321,7 +295,7 @@ def round_weights(
 
     scratch: where integers of paged weights are kept, None: in memory.
     """
-    settings, plans = recipe.rounding, _settled(plans, scales, recipe)
+    settings, plans = recipe.rounding, _final(plans, scales, recipe)
     own = round_alone(denoiser, data, plans, settings, scratch and scratch / "alone")
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     if rank() and alone and not settings.bias and not settings.refine:

@@ -11,21 +11,9 @@ from torch import nn
 from quantempo.calibration.trace import SOURCES, TraceSet, affordable, check_settings
 from quantempo.checkpoint.write import save_pipeline
 from quantempo.errors import QuantempoError, log
+from quantempo.models import load as models
 from quantempo.models.large import room
 from quantempo.models.layers import denoisers_of
-from quantempo.models.load import (
-    check_device,
-    check_finite,
-    check_pipeline,
-    component_copies,
-    configs_of,
-    fetched,
-    load_pipeline,
-    model_digest,
-    named_lora,
-    other_networks,
-    release_others,
-)
 from quantempo.models.sampling import check_arguments, scheduler_settings, swap_scheduler
 from quantempo.pipeline.arguments import kept_arguments, read_call, write_call, write_settings
 from quantempo.pipeline.cache import Cache
@@ -56,7 +44,7 @@ class Session(Cache):
     def original(self) -> Any:
         """The float pipeline as it was loaded; its networks are those of `pipe`."""
         memory = room(self.device) if self.memory is None else self.memory
-        return load_pipeline(self.source, memory=memory, **self.loading).to(self.device)
+        return models.load_pipeline(self.source, memory=memory, **self.loading).to(self.device)
 
     @cached_property
     def pipe(self) -> Any:
@@ -101,8 +89,8 @@ class Session(Cache):
             pipe = self.original
             log.warning("packed/ keeps its own scheduler; pass --scheduler to sample as traced")
         variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
-        here = fetched(self.source, variant, revision)
-        copies = component_copies(here, variant, self.original if lora else None)
+        here = models.fetched(self.source, variant, revision)
+        copies = models.component_copies(here, variant, self.original if lora else None)
         save_pipeline(pipe, networks, copies, folder, self.also)
         write_settings(folder, self.call)
 
@@ -110,7 +98,8 @@ class Session(Cache):
         """Leave the networks that only the trace runs to the files they were loaded from."""
         variant, revision, lora = (self.loading.get(k) for k in ("variant", "revision", "lora"))
         if not lora and self.source != str(self.run / "source"):
-            release_others(self.original, fetched(self.source, variant, revision), variant)
+            here = models.fetched(self.source, variant, revision)
+            models.release_others(self.original, here, variant)
 
     @cached_property
     def model(self) -> dict[str, Any]:
@@ -123,14 +112,14 @@ class Session(Cache):
             "class": type(self.denoiser).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,
             "parameters": sum(p.numel() for p in self.denoiser.parameters()),
-            "sha256": model_digest(self.denoiser),
+            "sha256": models.model_digest(self.denoiser),
         }
 
     @cached_property
     def identity(self) -> dict[str, Any]:  # type: ignore[override]
         """What decides all artefacts besides the recipe: the networks, the sampler, the call."""
         others = {
-            name: model_digest(part)
+            name: models.model_digest(part)
             for name, part in self.pipe.components.items()
             if isinstance(part, nn.Module) and part is not self.denoiser
         }
@@ -138,7 +127,7 @@ class Session(Cache):
         return {
             "model": self.model["sha256"],
             "others": others,
-            "configs": configs_of(self.pipe),
+            "configs": models.configs_of(self.pipe),
             "scheduler": scheduler_settings(self.pipe.scheduler),
             "call": self.call,
             "data": images and str(Path(images).resolve()),
@@ -177,10 +166,10 @@ def load(
     call = kept_arguments(call or {})
     folder = None if data is None else str(data)
     check_settings(recipe.trace, folder)
-    check_device(device)
+    models.check_device(device)
     store, given = RunFolder(run), not isinstance(source, str | Path)
     path = str(store / "source" if given else source)
-    loras = [named_lora(entry) for entry in loading.pop("lora", None) or ()]
+    loras = [models.named_lora(entry) for entry in loading.pop("lora", None) or ()]
     loading = {k: str(v).removeprefix("torch.") for k, v in loading.items() if v is not None}
     loading |= {"lora": loras} if loras else {}
     if given and loading:
@@ -188,15 +177,15 @@ def load(
     how = (store, recipe, force, path, call, scheduler, device, folder, loading, only, memory)
     session = Session(*how)
     if given:
-        session.original = check_pipeline(source).to(device)
+        session.original = models.check_pipeline(source).to(device)
     if only and only not in (known := denoisers_of(session.pipe)):
         raise QuantempoError(f"got only '{only}'; this pipeline denoises with: {', '.join(known)}")
-    session.also = other_networks(session.pipe, also)
+    session.also = models.other_networks(session.pipe, also)
     if minutes is not None:
         session.recipe = recipe = _afforded(session, minutes)
     for part in session.parts:
         check_recipe(recipe, part.denoiser, *denoisers_of(session.pipe).values())
-        check_finite(part.denoiser)
+        models.check_finite(part.denoiser)
     check_arguments(session.pipe, call)
     for part in session.parts:
         _check_owner(part)

@@ -33,11 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("quantempo")
-
-
 Stage = Callable[[Session], None]
-
-
 Make = Callable[[Session, Path], dict[str, Tensor]]
 
 

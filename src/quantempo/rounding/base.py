@@ -85,9 +85,9 @@ def round_by_weights(
     rounding = ROUNDINGS.get(name)
     usable = [n for n in ROUNDINGS.names() if ROUNDINGS.get(n).needs == "weights"]
     check_known([name], usable, "the network's inputs, not at hand here, are needed by rounding")
-    both, here = (scales, groups or {}), {name: w.device for name, w in weights.items()}
-    near, cut = ({n: v[n].to(here[n]) for n in here if n in v} for v in both)
-    return rounding.codes(Unit(weights, near, specs, RoundingSettings(name=name), groups=cut))
+    both, own = (scales, groups or {}), {name: loaded(w) for name, w in weights.items()}
+    near, cut = ({n: v[n].to(w.device) for n, w in own.items() if n in v} for v in both)
+    return rounding.codes(Unit(own, near, specs, RoundingSettings(name=name), groups=cut))
 
 
 class _Round(torch.autograd.Function):

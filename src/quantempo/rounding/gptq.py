@@ -29,14 +29,7 @@ from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import input_of
 from quantempo.quantized import LayerPlan, QConv2d, QLayer
 from quantempo.recipe import RoundingSettings
-from quantempo.rounding.base import (
-    ROUNDINGS,
-    BlockRun,
-    Rounding,
-    Unit,
-    dequantized_input,
-    run_until,
-)
+from quantempo.rounding import base
 from quantempo.scales import search_groups
 
 __all__ = ["Inverse", "gptq", "input_moments", "moments", "round_alone"]
@@ -185,7 +178,7 @@ def moments(layer: QLayer, x: Tensor, other: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def input_moments(
-    block: BlockRun, name: str, *, cross: bool = False
+    block: base.BlockRun, name: str, *, cross: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return X X^T of one layer's quantized input X and, if `cross`, (X_f - X) X^T, or None.
 
@@ -196,7 +189,7 @@ def input_moments(
     total: list[Tensor] = []
     exact = block.layer_inputs(name, exact=True) if cross else repeat(None)
     for x, wanted in zip(block.layer_inputs(name), exact, strict=False):
-        x_hat = dequantized_input(layer, layer.operand(x))
+        x_hat = base.dequantized_input(layer, layer.operand(x))
         others = [None, *([] if wanted is None else [layer.operand(wanted).float() - x_hat])]
         for i, other in enumerate(others):
             if count:
@@ -209,7 +202,7 @@ def input_moments(
     return hessian, rest[0] if rest else None
 
 
-def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
+def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
     """Round the layers of a block step by step, each on the inputs it will really get.
 
     Those come from the block whose earlier steps are rounded already; its layers hold the codes
@@ -236,7 +229,7 @@ def _gptq_codes(unit: Unit) -> dict[str, Tensor]:
     return codes
 
 
-def _round_layer(unit: Unit, name: str) -> tuple[Tensor, int]:
+def _round_layer(unit: base.Unit, name: str) -> tuple[Tensor, int]:
     """Return the codes of a layer, groups of a convolution apart, and how many more are cut off."""
     weight, layer, share = unit.weights[name], unit.block.copies[name], unit.settings.correct
     hessian, cross = input_moments(unit.block, name, cross=share > 0)
@@ -295,7 +288,7 @@ def round_alone(
     index = torch.linspace(0, len(data) - 1, min(settings.samples, len(data))).long()
     for rows in data.calls(index, settings.batch) if layers else []:
         waiting = {name: layers[name] for name in found or layers}
-        run_until(waiting, partial(data.replay, denoiser, data.rows(rows)), see)
+        base.run_until(waiting, partial(data.replay, denoiser, data.rows(rows)), see)
     result = dict[str, Tensor]()
     for _, names, hessian in found.values():
         # The first rank is as fast alone.
@@ -313,4 +306,4 @@ def round_alone(
     return result
 
 
-ROUNDINGS.register("gptq")(Rounding("hessian", _gptq_codes))
+base.ROUNDINGS.register("gptq")(base.Rounding("hessian", _gptq_codes))

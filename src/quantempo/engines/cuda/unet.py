@@ -13,18 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.engines.base import Prepared, last, rows_of
-from quantempo.engines.cuda.constants import (
-    ALIGNED,
-    FLOATS,
-    FloatSides,
-    LayerConstants,
-    Norm,
-    Sides,
-    constant,
-    constants_of,
-    quantize,
-    quantize_rows,
-)
+from quantempo.engines.cuda import constants
 from quantempo.engines.cuda.per_forward import SharedShifts
 from quantempo.engines.fusion import Blocks, FusedBlock, FusedUpBlock, Network, same
 from quantempo.models import fusion_unet
@@ -53,7 +42,7 @@ class GpuBlock(Prepared, FusedBlock):
 
     def takes(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Return whether `run` can be given these."""
-        return x.dtype in FLOATS and x.ndim == 4
+        return x.dtype in constants.FLOATS and x.ndim == 4
 
 
 @BLOCKS.build(fusion_unet.ResnetParts)
@@ -66,7 +55,7 @@ class FusedResnet(GpuBlock):
         self.index = self.shifts.index(parts.time)
         self.clock = parts.conv1.clock
         # Of a shortcut: channels of each input -> its operands; those that have own scales.
-        self.sides: dict[tuple[int, ...], Sides | FloatSides] = {}
+        self.sides: dict[tuple[int, ...], constants.Sides | constants.FloatSides] = {}
         self.widths: set[tuple[int, ...]] = set()
         shortcut: Any = parts.shortcut
         if shortcut is not None:
@@ -74,24 +63,24 @@ class FusedResnet(GpuBlock):
             self.widths.add(self.segments)
             # Two inputs of these channels, as an up block will hand them over.
             halves = network.halves.get(f"{parts.name}.conv_shortcut", ())
-            aligned = all(width % ALIGNED == 0 for width in halves)
+            aligned = all(width % constants.ALIGNED == 0 for width in halves)
             if halves and aligned and len(self.segments) == 1:
                 self.widths.add(halves)
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm1, self.norm2 = Norm(parts.norm1), Norm(parts.norm2)
-        self.conv1 = constants_of(parts.conv1, device)
-        self.conv2 = constants_of(parts.conv2, device)
+        self.norm1, self.norm2 = constants.Norm(parts.norm1), constants.Norm(parts.norm2)
+        self.conv1 = constants.constants_of(parts.conv1, device)
+        self.conv2 = constants.constants_of(parts.conv2, device)
         if self.index is not None and self.shifts.device != device:
             self.shifts.prepare(device)
         shortcut: Any = parts.shortcut
         self.bias = self.conv2.bias
-        kind = Sides if isinstance(shortcut, QLayer) else FloatSides
+        kind = constants.Sides if isinstance(shortcut, QLayer) else constants.FloatSides
         self.sides = {widths: kind(shortcut, widths) for widths in self.widths}
         if shortcut is not None and shortcut.bias is not None:
             bias = shortcut.bias.float()
-            self.bias = constant(bias if self.bias is None else self.bias + bias)
+            self.bias = constants.constant(bias if self.bias is None else self.bias + bias)
 
     def run(self, x: Tensor, temb: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """Run the block on torch.cat([x, skip], 1), without making it."""
@@ -102,11 +91,11 @@ class FusedResnet(GpuBlock):
         how: dict[str, Any] = {"bucket": bucket, "silu": True}
         values = x.numel() + (0 if skip is None else skip.numel())
         large = values * dtype.itemsize > _LARGE
-        first = sides if isinstance(sides, Sides) and not large else None
+        first = sides if isinstance(sides, constants.Sides) and not large else None
         codes, raws = self.norm1(x, skip, grid=conv1.grids[0], sides=first, **how)
         hidden = conv1.conv(codes, dtype, bias=conv1.bias, shift=shift)
         codes, _ = self.norm2(hidden, grid=conv2.grids[0], **how)
-        if isinstance(sides, Sides):
+        if isinstance(sides, constants.Sides):
             added = sides.arguments(raws or sides.codes_of(x, skip, bucket))
         else:
             added = {"residual": x if sides is None else sides(x, skip)}
@@ -114,7 +103,7 @@ class FusedResnet(GpuBlock):
 
     def _inputs(
         self, x: Tensor, skip: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Sides | FloatSides | None]:
+    ) -> tuple[Tensor, Tensor | None, constants.Sides | constants.FloatSides | None]:
         """Return the one or two images to read, and the shortcut that takes them."""
         if self.parts.shortcut is None:
             return last(x if skip is None else torch.cat([x, skip], 1)), None, None
@@ -146,9 +135,9 @@ class _Attention(GpuBlock):
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        self.norm, self.out = Norm(parts.norm), constants_of(parts.out, device)
-        layers = [constants_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
-        self.projections = LayerConstants.together(layers)
+        self.norm, self.out = constants.Norm(parts.norm), constants.constants_of(parts.out, device)
+        layers = [constants.constants_of(layer, device) for layer in (parts.q, parts.k, parts.v)]
+        self.projections = constants.LayerConstants.together(layers)
 
     def run(self, x: Tensor) -> Tensor:
         self.here(x.device)
@@ -159,7 +148,7 @@ class _Attention(GpuBlock):
         every = [part for y in self._project(x) for part in y.view(parts).unbind(2)]
         q, k, v = (y.transpose(1, 2) for y in every)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        codes = quantize_rows(y, self.out.grids[0])
+        codes = constants.quantize_rows(y, self.out.grids[0])
         rows = self.out.gemm(codes, x.dtype, bias=self.out.bias, residual=rows_of(x))
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
@@ -176,11 +165,11 @@ class _Sampler(GpuBlock):
     """Quantize, then one convolution that reads another grid of pixels than it writes."""
 
     def _prepare(self, device: torch.device) -> None:
-        self.conv = constants_of(self.parts.conv, device)
+        self.conv = constants.constants_of(self.parts.conv, device)
 
     def _convolve(self, x: Tensor, **how: Any) -> Tensor:
         self.here(x.device)
-        codes = quantize(x, self.conv.grids[0])
+        codes = constants.quantize(x, self.conv.grids[0])
         return self.conv.conv(codes, x.dtype, bias=self.conv.bias, **how)
 
 
@@ -212,7 +201,7 @@ class _End(Prepared):
         conv, dtype = self.conv, self.dtype or self.conv.weight.dtype
         self.weight = last(conv.weight.detach().to(dtype))
         torch._dynamo.mark_static_address(self.weight)
-        self.bias = None if conv.bias is None else constant(conv.bias.to(dtype))
+        self.bias = None if conv.bias is None else constants.constant(conv.bias.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         self.here(x.device)
@@ -229,7 +218,7 @@ class _Head(Prepared):
         self.parts, self.clock = parts, clock
 
     def _prepare(self, device: torch.device) -> None:
-        self.norm = Norm(self.parts.norm)
+        self.norm = constants.Norm(self.parts.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         self.here(x.device)
