@@ -253,8 +253,6 @@ def _coerce(value: Any, default: Any, path: str) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise QuantempoError(
-            f"recipe key '{path}' got {value!r}; expected {type(default).__name__}, "
-            f"for example {default!r}"
-        )
+        text = f"recipe key '{path}' got {value!r}"
+        raise QuantempoError(f"{text}; expected {type(default).__name__}, for example {default!r}")
     return value

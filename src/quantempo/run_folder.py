@@ -52,9 +52,8 @@ def reading(what: object) -> Iterator[None]:
         raise
     except (*_DAMAGE, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise QuantempoError(
-            f"{what} is damaged ({reason}); delete it and rerun what writes it, or fetch it again"
-        ) from error
+        text = f"{what} is damaged ({reason}); delete it and rerun what writes it"
+        raise QuantempoError(f"{text}, or fetch it again") from error
 
 
 @contextmanager
@@ -265,9 +264,8 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             verb = _WRITTEN_BY.get(name, "quantize MODEL")
-            raise QuantempoError(
-                f"no {name} in {self.path}; run quantempo {verb} --run {self.path} first"
-            )
+            text = f"no {name} in {self.path}"
+            raise QuantempoError(f"{text}; run quantempo {verb} --run {self.path} first")
         if name != "manifest.json":
             self._compare(name)
         with reading(path):
@@ -282,10 +280,8 @@ class RunFolder:
         with reading(self / "manifest.json"):
             for stage, entry in self.stages().items():
                 if entry.get("sha256", {}).get(name) not in (None, file_sha256(self / name)):
-                    raise QuantempoError(
-                        f"{self / name} is not what {stage} wrote, it was damaged or edited; "
-                        f"delete it and rerun {stage}"
-                    )
+                    text = f"{self / name} is not what {stage} wrote, it was damaged or edited"
+                    raise QuantempoError(f"{text}; delete it and rerun {stage}")
 
     def write_safetensors(
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *,

@@ -110,10 +110,8 @@ def _judge(candidate: Candidate, output: Tensor, wanted: Tensor) -> float:
         raise QuantempoError("its output holds NaN or infinity")
     quality, floor = sqnr_db(wanted, output), _MIN_SQNR[candidate.kind]
     if quality < floor:
-        raise QuantempoError(
-            f"its output is {quality:.1f} dB from float32, expected {floor:g} or more: it computes "
-            "something else"
-        )
+        text = f"its output is {quality:.1f} dB from float32"
+        raise QuantempoError(f"{text}, expected {floor:g} or more: it computes something else")
     return quality
 
 

@@ -202,9 +202,8 @@ class TraceSet(CalibrationData):
             self.pieces = [(group["key"], group["rows"]) for _, _, group in self._groups]
         for file in self._unseen:
             if not self.folder.has(file):
-                raise QuantempoError(
-                    f"the trace in {self.folder.path} lacks {file}; delete {index} and rerun it"
-                )
+                text = f"the trace in {self.folder.path} lacks {file}"
+                raise QuantempoError(f"{text}; delete {index} and rerun it")
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -218,10 +217,8 @@ class TraceSet(CalibrationData):
     def _read(self, file: str) -> dict[str, Tensor]:
         tensors = read_tensors(self.folder / file)[0]
         if self._unseen.get(file) not in (None, tensors_sha256(tensors)):
-            raise QuantempoError(
-                f"{self.folder / file} is not what was traced; delete {index_of(self.folder.path)} "
-                "and rerun the trace"
-            )
+            text = f"{self.folder / file} is not what was traced"
+            raise QuantempoError(f"{text}; delete {index_of(self.folder.path)} and rerun the trace")
         # Once is enough.
         self._unseen[file] = None
         return tensors

@@ -70,9 +70,8 @@ def check_source(source: str, pipe: Any, images: np.ndarray | None) -> None:
     if images is None:
         raise QuantempoError(f"source '{source}' needs images; pass a folder of them (--data)")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise QuantempoError(
-            f"got images {images.dtype} of shape {images.shape}; expected uint8 (n, H, W, C)"
-        )
+        text = f"got images {images.dtype} of shape {images.shape}"
+        raise QuantempoError(f"{text}; expected uint8 (n, H, W, C)")
 
 
 def image_digest(source: str, images: np.ndarray | None) -> str | None:

@@ -266,10 +266,8 @@ def _is_whole(store: RunFolder, name: str, settings: dict[str, Any], force: bool
     differing = {key: texts for key, texts in both.items() if texts[0] != texts[1]}
     if differing and not force:
         short = (f"{k} {was[:40]}, now {now[:40]}" for k, (was, now) in differing.items())
-        raise QuantempoError(
-            f"{store.path} holds a trace with other settings ({'; '.join(short)}); "
-            "choose another folder, delete this one, or force"
-        )
+        text = f"{store.path} holds a trace with other settings ({'; '.join(short)})"
+        raise QuantempoError(f"{text}; choose another folder, delete this one, or force")
     return not differing and known == tensors_sha256(tensors)
 
 

@@ -114,9 +114,8 @@ class QuantempoConfig(QuantizationConfigMixin):
                     "float model again, or install the version that wrote it"
                 )
         if given:
-            raise QuantempoError(
-                f"quantization_config has unknown keys {sorted(given)}; fetch it again"
-            )
+            text = f"quantization_config has unknown keys {sorted(given)}"
+            raise QuantempoError(f"{text}; fetch it again")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Self:
@@ -274,10 +273,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         wanted = set(model.state_dict())
         for what, names in ("lacks", wanted - self._found), ("has unknown", self._found - wanted):
             if names:
-                raise QuantempoError(
-                    f"the checkpoint {what} {len(names)} tensors, the first is '{min(names)}'; "
-                    "it is damaged: save or fetch it again"
-                )
+                text = f"the checkpoint {what} {len(names)} tensors, the first is '{min(names)}'"
+                raise QuantempoError(f"{text}; it is damaged: save or fetch it again")
         device = next(p.device for p in model.parameters() if p.device.type != "meta")
         for name, tensor in self._exact.items():
             # A copy, so that the file is not kept mapped and may be overwritten.

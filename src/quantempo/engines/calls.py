@@ -40,15 +40,11 @@ def check_network(denoiser: nn.Module) -> None:
 def check_call(denoiser: nn.Module, given: list[Tensor]) -> None:
     """Raise QuantempoError for a call that asks what integer layers do not do."""
     if torch.is_grad_enabled() and any(value.requires_grad for value in given):
-        raise QuantempoError(
-            "got an input that requires a gradient, which integer layers do not have; call the "
-            "float model, or this one under torch.no_grad()"
-        )
+        text = "got an input that requires a gradient, which integer layers do not have"
+        raise QuantempoError(f"{text}; call the float model, or this one under torch.no_grad()")
     if denoiser.training and drops(denoiser):
-        raise QuantempoError(
-            "the quantized model is in training mode and has dropout, which integer layers leave "
-            "out; call .eval()"
-        )
+        text = "the quantized model is in training mode and has dropout"
+        raise QuantempoError(f"{text}, which integer layers leave out; call .eval()")
 
 
 def tensors_of(args: Any, kwargs: dict[str, Any], lists: list[list[Tensor]]) -> list[Tensor]:

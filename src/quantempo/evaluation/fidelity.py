@@ -35,10 +35,8 @@ def check_pairs(first: np.ndarray, second: np.ndarray) -> None:
     check_images(first, "the first image set")
     check_images(second, "the second image set")
     if first.shape != second.shape:
-        raise QuantempoError(
-            f"cannot pair image sets of shapes {first.shape} and {second.shape}; generate both "
-            "from the same seeds at the same size"
-        )
+        text = f"cannot pair image sets of shapes {first.shape} and {second.shape}"
+        raise QuantempoError(f"{text}; generate both from the same seeds at the same size")
 
 
 def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -65,10 +63,8 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
     """
     check_pairs(first, second)
     if min(first.shape[1:3]) < SSIM_MIN_SIDE:
-        raise QuantempoError(
-            f"SSIM needs images of at least {SSIM_MIN_SIDE} x {SSIM_MIN_SIDE} pixels; "
-            f"got {first.shape[1]} x {first.shape[2]}"
-        )
+        text = f"SSIM needs images of at least {SSIM_MIN_SIDE} x {SSIM_MIN_SIDE} pixels"
+        raise QuantempoError(f"{text}; got {first.shape[1]} x {first.shape[2]}")
     library = import_torchmetrics("torchmetrics.functional.image")
     compare = library.structural_similarity_index_measure
     rows = []
@@ -128,9 +124,8 @@ def _powers(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def _keys(timestep: Tensor | float, rows: int, bins: Sequence[float] | None) -> list[float]:
     values = torch.as_tensor(timestep).detach().double().cpu().reshape(-1)
     if values.numel() not in (1, rows):
-        raise QuantempoError(
-            f"got {values.numel()} times for {rows} rows; give one, or one per row"
-        )
+        text = f"got {values.numel()} times for {rows} rows"
+        raise QuantempoError(f"{text}; give one, or one per row")
     values = values.expand(rows) if values.numel() == 1 else values
     if bins is None:
         return values.tolist()
@@ -168,9 +163,8 @@ def eps_sqnr(
         keys = _keys(timestep, exact.shape[0], bins)
         for key, both in zip(keys, torch.stack(powers, 1).cpu(), strict=True):
             if not both.isfinite().all():
-                raise QuantempoError(
-                    f"got NaN or infinity at t = {key:g}; check the denoiser's scales"
-                )
+                text = f"got NaN or infinity at t = {key:g}"
+                raise QuantempoError(f"{text}; check the denoiser's scales")
             found[key] = found.get(key, 0) + both
     if not found:
         raise QuantempoError("got no batches to compare denoisers on; trace some inputs first")

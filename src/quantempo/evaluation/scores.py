@@ -32,9 +32,8 @@ def import_torchmetrics(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise QuantempoError(
-            f"image scores need torchmetrics ({error}); pip install 'quantempo[eval]'"
-        ) from error
+        text = f"image scores need torchmetrics ({error})"
+        raise QuantempoError(f"{text}; pip install 'quantempo[eval]'") from error
     except (ImportError, RuntimeError) as error:
         raise QuantempoError(
             f"torchmetrics does not import here ({error}); uninstall torchvision and "
@@ -59,15 +58,11 @@ def _metric(module: str, name: str, features: Tensor, **settings: Any) -> Any:
 def _check_sets(first: Tensor, second: Tensor) -> None:
     """Raise QuantempoError unless these are features (n, D) and (m, D), n and m at least 2."""
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise QuantempoError(
-            f"got feature sets of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected "
-            "(n, D) and (m, D) from one extractor"
-        )
+        text = f"got feature sets of shapes {tuple(first.shape)} and {tuple(second.shape)}"
+        raise QuantempoError(f"{text}; expected (n, D) and (m, D) from one extractor")
     if min(len(first), len(second)) < 2:
-        raise QuantempoError(
-            f"a distance of image sets needs at least 2 images in each; got {len(first)} and "
-            f"{len(second)}"
-        )
+        text = "a distance of image sets needs at least 2 images in each"
+        raise QuantempoError(f"{text}; got {len(first)} and {len(second)}")
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -183,9 +178,8 @@ def spread_over_parts(
     Raises QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
     """
     if parts < 3 or len(features) // parts < 2:
-        raise QuantempoError(
-            f"cannot split {len(features)} images into {parts} parts; need at least 3 parts of 2"
-        )
+        text = f"cannot split {len(features)} images into {parts} parts"
+        raise QuantempoError(f"{text}; need at least 3 parts of 2")
     values = [score(features[slice(part, None, parts)]) for part in range(parts)]
     if not np.isfinite(values).all():
         raise QuantempoError(f"got scores {values} of parts of a set; a spread needs finite ones")

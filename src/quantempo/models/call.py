@@ -115,10 +115,8 @@ def call_pipeline(
         return made
     if not np.isfinite(made).all():
         bad = [seed for seed, one in zip(seeds, made, strict=True) if not np.isfinite(one).all()]
-        raise QuantempoError(
-            f"{type(pipe).__name__} produced NaN for seeds {bad}; use a wider dtype, or "
-            "keep more layers in float"
-        )
+        text = f"{type(pipe).__name__} produced NaN for seeds {bad}"
+        raise QuantempoError(f"{text}; use a wider dtype, or keep more layers in float")
     return (made * 255).round().astype(np.uint8) if name in _PICTURES else made
 
 

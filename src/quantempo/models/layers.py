@@ -88,10 +88,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     parts = {name: getattr(pipe, name, None) for name in DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found:
-        raise QuantempoError(
-            f"{type(pipe).__name__} has no denoiser; expected a component called one of: "
-            f"{', '.join(DENOISERS)}"
-        )
+        text = f"{type(pipe).__name__} has no denoiser"
+        raise QuantempoError(f"{text}; expected a component called one of: {', '.join(DENOISERS)}")
     return found
 
 
@@ -248,9 +246,8 @@ def clock_time(denoiser: nn.Module, args: Any, kwargs: Any, place: tuple[str, in
     if isinstance(t, Tensor) and any(len({row.shape for row in rows}) > 1 for rows in lists):
         # A layer may see one entry after the other: how many of its rows are whose it cannot know.
         if bool((t != t.flatten()[:1]).any()):
-            raise QuantempoError(
-                "got entries of unequal shapes at unequal time-steps; call once for each time-step"
-            )
+            text = "got entries of unequal shapes at unequal time-steps"
+            raise QuantempoError(f"{text}; call once for each time-step")
         return t.flatten()[:1]
     return t
 
@@ -274,10 +271,8 @@ def _rows(timestep: Any, sample: Tensor) -> Tensor:
     if not t.is_floating_point():
         t = t.to(torch.int64)
     if t.numel() != 1 and t.shape[:1] != sample.shape[:1]:
-        raise QuantempoError(
-            f"got a time-step of shape {tuple(t.shape)} for x_t of shape {tuple(sample.shape)}; "
-            "expected (), (1,), (B,) or (B, ...)"
-        )
+        text = f"got a time-step of shape {tuple(t.shape)} for x_t of shape {tuple(sample.shape)}"
+        raise QuantempoError(f"{text}; expected (), (1,), (B,) or (B, ...)")
     return t if t.numel() > len(sample) else t.reshape(-1).expand(len(sample))
 
 

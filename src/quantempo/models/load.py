@@ -147,9 +147,8 @@ def named_lora(given: Any) -> dict[str, Any]:
 def check_pipeline(pipe: Any) -> Any:
     """Return a pipeline in memory; refuse what is none, holds a LoRA, or is not float32."""
     if not hasattr(pipe, "components") or not hasattr(pipe, "save_pretrained"):
-        raise QuantempoError(
-            f"got a {type(pipe).__name__} as source; expected a diffusers pipeline or its folder"
-        )
+        text = f"got a {type(pipe).__name__} as source"
+        raise QuantempoError(f"{text}; expected a diffusers pipeline or its folder")
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _refuse_lora(f"the {name} of this {type(pipe).__name__}", part.state_dict())
@@ -205,10 +204,8 @@ def _check_complete(folder: Path, variant: str | None, component: str, denoiser:
     state = denoiser.state_dict()
     missing = max(len(state) - len(names), sum(value.is_meta for value in state.values()))
     if names and missing > 0:
-        raise QuantempoError(
-            f"{folder / component} lacks {missing} of the network's tensors; the checkpoint is "
-            "incomplete: fetch it again"
-        )
+        text = f"{folder / component} lacks {missing} of the network's tensors"
+        raise QuantempoError(f"{text}; the checkpoint is incomplete: fetch it again")
 
 
 def _weights(component: Path) -> dict[str | None, list[Path]]:
@@ -294,10 +291,8 @@ def _check_folder(folder: Path, variant: str | None) -> str | None:
         return variant
     if len(common := set.intersection(*options)) == 1:
         return _check_folder(folder, common.pop())
-    raise QuantempoError(
-        f"'{folder}' has weights of the variants {', '.join(sorted(set.union(*options)))} only; "
-        "choose one: --variant NAME"
-    )
+    text = f"'{folder}' has weights of the variants {', '.join(sorted(set.union(*options)))} only"
+    raise QuantempoError(f"{text}; choose one: --variant NAME")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -323,9 +318,8 @@ def _check_packed(file: Path) -> None:
     config = _read_json(file) if file.is_file() else {}
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
-        raise QuantempoError(
-            f"{file} has no quantization_config, its network is packed; fetch or save it again"
-        )
+        text = f"{file} has no quantization_config, its network is packed"
+        raise QuantempoError(f"{text}; fetch or save it again")
     known: Any = AUTO_QUANTIZATION_CONFIG_MAPPING["quantempo"]
     found = known.from_dict(settings)
     found.check_network(config)

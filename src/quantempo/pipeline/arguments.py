@@ -123,10 +123,8 @@ def _tensor(key: str, path: Path, name: str) -> Tensor:
     tensors = read_tensors(path)[0]
     name = name or (key if key in tensors or len(tensors) != 1 else next(iter(tensors)))
     if name not in tensors:
-        raise QuantempoError(
-            f"{path} holds no '{name}' but {', '.join(sorted(tensors))}; name one: "
-            f"{key}={path.name}:NAME"
-        )
+        text = f"{path} holds no '{name}' but {', '.join(sorted(tensors))}"
+        raise QuantempoError(f"{text}; name one: {key}={path.name}:NAME")
     return tensors[name]
 
 
@@ -147,9 +145,8 @@ def kept_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
             ) from error
         leaves = pytree.tree_leaves(found[name])
         if len(sizes := {leaf.size for leaf in leaves if isinstance(leaf, Image.Image)}) > 1:
-            raise QuantempoError(
-                f"the pictures of '{name}' have several sizes, {sorted(sizes)}; resize them to one"
-            )
+            text = f"the pictures of '{name}' have several sizes, {sorted(sizes)}"
+            raise QuantempoError(f"{text}; resize them to one")
     return found
 
 

@@ -84,10 +84,8 @@ class Cache:
         """Raise QuantempoError if the run folder holds an artefact (of any stage) not as set."""
         for stage in stages or ARTEFACTS:
             if self.run.has(ARTEFACTS[stage]) and self.stale(stage):
-                raise QuantempoError(
-                    f"{self.run / ARTEFACTS[stage]} was made with other settings; use another "
-                    "--run folder, or --force to redo it"
-                )
+                text = f"{self.run / ARTEFACTS[stage]} was made with other settings"
+                raise QuantempoError(f"{text}; use another --run folder, or --force to redo it")
 
     def seconds(self) -> dict[str, float]:
         """Return stage -> seconds of those that made what is packed."""
@@ -154,11 +152,8 @@ class Cache:
             if stage == name:
                 return
             if stage not in done or not self.run.has(artefact):
-                raise QuantempoError(
-                    f"{stage} is not done in {self.run.path}; run quantempo {stage} before {name}"
-                )
+                text = f"{stage} is not done in {self.run.path}"
+                raise QuantempoError(f"{text}; run quantempo {stage} before {name}")
             if self.stale(stage):
-                raise QuantempoError(
-                    f"{self.run / artefact} was made with other settings; run quantempo {stage} "
-                    f"--force before {name}"
-                )
+                text = f"{self.run / artefact} was made with other settings"
+                raise QuantempoError(f"{text}; run quantempo {stage} --force before {name}")

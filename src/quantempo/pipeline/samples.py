@@ -154,10 +154,8 @@ def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
         if out.read_json("settings.json") == settings:
             return True
         if not force:
-            raise QuantempoError(
-                f"{out.path} holds images of another model or other settings; choose another "
-                "folder, or --force to replace them"
-            )
+            text = f"{out.path} holds images of another model or other settings"
+            raise QuantempoError(f"{text}; choose another folder, or --force to replace them")
     elif other:
         raise QuantempoError(f"{out.path} is not empty; choose another folder for the images")
     return False

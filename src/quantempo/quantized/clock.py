@@ -213,8 +213,6 @@ class StepClock(FixedTypes):
         """Return how many of these rows of a layer's input there are for each time-step."""
         repeat, rest = divmod(rows, self.bucket.shape[0])
         if rest:
-            raise QuantempoError(
-                f"got {len(self.bucket)} time-steps for a layer input of {rows} rows; "
-                "expected a multiple"
-            )
+            text = f"got {len(self.bucket)} time-steps for a layer input of {rows} rows"
+            raise QuantempoError(f"{text}; expected a multiple")
         return repeat

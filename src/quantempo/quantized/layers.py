@@ -261,10 +261,8 @@ class QConv2d(QLayer):
     @padding_mode.setter
     def padding_mode(self, mode: str) -> None:
         if mode != "zeros":
-            raise QuantempoError(
-                f"got padding_mode '{mode}' for an integer convolution, which pads zeros; set it "
-                "on the float model and quantize that"
-            )
+            text = f"got padding_mode '{mode}' for an integer convolution, which pads zeros"
+            raise QuantempoError(f"{text}; set it on the float model and quantize that")
 
 
 class QLinear(QLayer):
@@ -351,10 +349,8 @@ class Float16Linear(StoredLinear, nn.Linear):
         half = loaded(weight).float().half()
         self.weight = nn.Parameter(half.float(), requires_grad=False)
         if not bool(self.weight.isfinite().all()):
-            raise QuantempoError(
-                "a weight of the time embedding is beyond 65504, the largest float16; keep the "
-                "layer in float32 (layers.exclude)"
-            )
+            text = "a weight of the time embedding is beyond 65504, the largest float16"
+            raise QuantempoError(f"{text}; keep the layer in float32 (layers.exclude)")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

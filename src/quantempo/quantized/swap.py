@@ -137,9 +137,8 @@ def install_clock(denoiser: nn.Module, bucket_of: Tensor, times: Times | None = 
 
 
 def _refuse_peft(*args: Any, **kwargs: Any) -> None:
-    raise QuantempoError(
-        "peft cannot follow quantized layers; call quantempo.load_lora(pipe, FILE) or unload_lora"
-    )
+    text = "peft cannot follow quantized layers"
+    raise QuantempoError(f"{text}; call quantempo.load_lora(pipe, FILE) or unload_lora")
 
 
 def _set_clock(place: Any, denoiser: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -136,10 +136,8 @@ def cost_table(
     Error: a value stands for its bin, see `Histogram`. Temporaries: below 10 MB.
     """
     if hist.ndim != 2 or edges.shape != (2,) or not bool(edges.isfinite().all()):
-        raise QuantempoError(
-            f"got hist {tuple(hist.shape)} and edges {edges.tolist()}; "
-            "expected (R, N) and two finite numbers"
-        )
+        text = f"got hist {tuple(hist.shape)} and edges {edges.tolist()}"
+        raise QuantempoError(f"{text}; expected (R, N) and two finite numbers")
     counts = hist.to(torch.float64)
     mass = counts.sum(1)
     if not bool((counts >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
@@ -186,10 +184,8 @@ def _merge_rows(hist: Tensor, buckets: Tensor | None) -> Tensor:
     if buckets is None:
         return hist.sum(0, keepdim=True)
     if buckets.shape != hist.shape[:1] or buckets.is_floating_point() or int(buckets.min()) < 0:
-        raise QuantempoError(
-            f"got buckets {buckets.tolist()} for {len(hist)} time bins; "
-            "expected one index >= 0 for each"
-        )
+        text = f"got buckets {buckets.tolist()} for {len(hist)} time bins"
+        raise QuantempoError(f"{text}; expected one index >= 0 for each")
     # Before any arithmetic in float, so that one bucket is the static search bit for bit.
     return torch.stack([hist[buckets == g].sum(0) for g in range(int(buckets.max()) + 1)])
 

@@ -42,9 +42,8 @@ def _numbers(x: Tensor, time_bin: int | Tensor, time_bins: int) -> list[int]:
     """Return the time bin of every sample, or one for all."""
     if isinstance(time_bin, Tensor) and time_bin.ndim == 1 and len(time_bin) > 1:
         if len(time_bin) != len(x):
-            raise QuantempoError(
-                f"got {len(time_bin)} time bins for a batch of {len(x)}; expected one a sample"
-            )
+            text = f"got {len(time_bin)} time bins for a batch of {len(x)}"
+            raise QuantempoError(f"{text}; expected one a sample")
         each = [int(k) for k in time_bin]
     else:
         each = [int(time_bin)]
@@ -217,10 +216,8 @@ def _count(
         least, most = (float(v) for v in piece.aminmax())
         # Written so that NaN is refused as well.
         if not (least >= lo - slack and most <= hi + slack):
-            raise QuantempoError(
-                f"got values in [{least:g}, {most:g}] for a histogram over [{lo:g}, {hi:g}]; "
-                "run the min-max pass over the same data first"
-            )
+            text = f"got values in [{least:g}, {most:g}] for a histogram over [{lo:g}, {hi:g}]"
+            raise QuantempoError(f"{text}; run the min-max pass over the same data first")
         place = piece.to(dtype).sub(lo).mul_(factor).clamp_(0, bins - 1)
         # int32: the narrowest type that holds any number of bins; int64 is slower to count.
         index = place.to(torch.int32)

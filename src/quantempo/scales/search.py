@@ -166,10 +166,8 @@ def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
     Raises QuantempoError: candidates of several zero points; the layer can use only one.
     """
     if len(table.zero_point.unique()) > 1:
-        raise QuantempoError(
-            "got a table over several zero points, but all buckets of a layer share one; "
-            "use its at_best_zero_point()"
-        )
+        text = "got a table over several zero points, but all buckets of a layer share one"
+        raise QuantempoError(f"{text}; use its at_best_zero_point()")
     contribution = table.weighted(smooth)
     sums = torch.nn.functional.pad(contribution.cumsum(0), (0, 0, 1, 0))
     cost = torch.full((len(contribution), len(sums)), torch.inf, dtype=torch.float64)

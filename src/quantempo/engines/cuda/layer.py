@@ -45,10 +45,8 @@ class _Kernel(Kernel):
 
     def _prepare(self, device: torch.device) -> None:
         if self.layer.weight_scale.device != device:
-            raise QuantempoError(
-                f"got an input on {device} for a layer on {self.layer.weight_scale.device}; "
-                "move the model"
-            )
+            text = f"got an input on {device} for a layer on {self.layer.weight_scale.device}"
+            raise QuantempoError(f"{text}; move the model")
         if device.type == "cpu" and TARGET.get() is None:
             warn_once(_SLOW)
         self.constants = LayerConstants(self.layer)

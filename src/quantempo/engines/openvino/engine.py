@@ -94,9 +94,8 @@ class OpenVinoEngine(Engine):
                 raise QuantempoError(f"engine 'openvino' cannot take {name}: {reason}")
         reason = _left_out(denoiser)
         if reason is not None:
-            raise QuantempoError(
-                f"engine 'openvino' would leave out {reason}; use engine 'onednn' or 'simulated'"
-            )
+            text = f"engine 'openvino' would leave out {reason}"
+            raise QuantempoError(f"{text}; use engine 'onednn' or 'simulated'")
         set_forward(denoiser, _Runner(denoiser, self))
 
     def detach(self, denoiser: nn.Module) -> None:
