@@ -106,7 +106,7 @@ def _command(verb: str, text: str) -> Callable[..., None]:
 
         session = pipeline.reopen(run, recipe, force=force, device=device)
         getattr(pipeline, "round_weights" if verb == "round" else verb)(session)
-        use.show({name: entry["seconds"] for name, entry in session.done().items()}, as_json)
+        use.show({name: entry["seconds"] for name, entry in session.run.stages().items()}, as_json)
 
     command.__name__ = verb
     command.__doc__ = f"{text}\n\n    Example: quantempo {verb} --run runs/cifar\n    "

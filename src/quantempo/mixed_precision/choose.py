@@ -71,9 +71,7 @@ def choose_bits(
     return choice
 
 
-def _choice(
-    table: dict[str, Any], budgets: dict[str, int], options: Sequence[str]
-) -> dict[str, Any]:
+def _choice(table: Any, budgets: dict[str, int], options: Sequence[str]) -> dict[str, Any]:
     """Return the best choice of a whole table within budgets, and what it spends."""
     rows, costs = table["layers"], _costs(table, options)
     losses = np.array([[row["losses"][option] for option in options] for row in rows])

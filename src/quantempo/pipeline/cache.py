@@ -71,13 +71,9 @@ class Cache:
         """Wait until all ranks have looked at the run folder as it was."""
         ranks.told(None)
 
-    def done(self) -> dict[str, Any]:
-        """Return stage -> what the manifest says of it, see `RunFolder.stages`."""
-        return self.run.stages()
-
     def stale(self, stage: str) -> bool:
         """Return whether the run folder holds this stage's artefact of other settings."""
-        entry = self.done().get(stage)
+        entry = self.run.stages().get(stage)
         return entry is not None and entry.get("key") != self.key(stage)
 
     def refuse_stale(self, *stages: str) -> None:
@@ -92,14 +88,14 @@ class Cache:
         with reading(self.run / "manifest.json"):
             return {
                 name: float(entry["seconds"])
-                for name, entry in self.done().items()
+                for name, entry in self.run.stages().items()
                 if name in ARTEFACTS and not self.stale(name)
             }
 
     def require_packed(self) -> Path:
         """Return the packed folder, else (none, or of other settings) QuantempoError."""
         packed = self.run / "packed"
-        if not packed.is_dir() or "pack" not in self.done():
+        if not packed.is_dir() or "pack" not in self.run.stages():
             raise QuantempoError(f"nothing is packed in {self.run.path} yet; run quantempo pack")
         self.refuse_stale("pack")
         return packed
@@ -118,7 +114,7 @@ class Cache:
         label = f"{list(ARTEFACTS).index(name) + 1}/{len(ARTEFACTS)} {name:<10}"
         files = [self.run / file for file in (artefact, *BESIDE[name])]
         with self.run.lock():
-            if name in self.done() and all(file.exists() for file in files):
+            if name in self.run.stages() and all(file.exists() for file in files):
                 if not self.stale(name):
                     log.info("%s     done before  %s", label, self.run / artefact)
                     yield False
@@ -127,7 +123,7 @@ class Cache:
                     self.refuse_stale(name)
             self.check_before(name)
             # Not after it: killed on the way, the new artefact would pass for the old one.
-            if name in (stages := self.done()):
+            if name in (stages := self.run.stages()):
                 del stages[name]
                 manifest = self.run.read_json("manifest.json")
                 self.run.write_json("manifest.json", manifest | {"stages": stages})
@@ -147,7 +143,7 @@ class Cache:
 
     def check_before(self, name: str) -> None:
         """Refuse to build a stage on one that is not done, or was done with other settings."""
-        done = self.done()
+        done = self.run.stages()
         for stage, artefact in ARTEFACTS.items():
             if stage == name:
                 return

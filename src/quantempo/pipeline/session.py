@@ -189,7 +189,7 @@ def load(
     check_arguments(session.pipe, call)
     for part in session.parts:
         _check_owner(part)
-    if given and not (store.has("source") and session.done() and not force):
+    if given and not (store.has("source") and store.stages() and not force):
         with atomic_path(store / "source") as temporary:
             source.save_pretrained(temporary)
     for part in session.parts:
@@ -241,7 +241,7 @@ def _write_manifest(session: Session) -> None:
     with run.lock():
         # First, so that whoever is killed here leaves a run folder.
         run.write_json("model.json", session.model)
-        manifest |= {"call": write_call(run, session.call), "stages": session.done()}
+        manifest |= {"call": write_call(run, session.call), "stages": run.stages()}
         run.write_json("manifest.json", manifest | session.surroundings)
 
 

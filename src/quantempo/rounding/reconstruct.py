@@ -37,7 +37,7 @@ from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT, refine_scales
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
 from quantempo.rounding.chain import links
-from quantempo.run_folder import RunFolder, read_tensors, tensors_sha256
+from quantempo.run_folder import Kept, RunFolder
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
 
@@ -70,27 +70,26 @@ def round_denoiser(
     if folder is not None and not key:
         raise QuantempoError("got a folder for finished blocks without a key; pass key=")
     job = _Job(denoiser, copied, data, settings, budget)
-    kept = None if folder is None else RunFolder(folder)
-    result: dict[str, Tensor] = {}
+    run, result = folder and RunFolder(folder), dict[str, Tensor]()
     digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
     for number, block in enumerate(Progress(job.blocks, desc="round")):
         digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
-        name = f"{number:04d}.safetensors"
-        found = None if kept is None else ranks.told(_read(kept, name, digest))
+        name, kept = f"{number:04d}.safetensors", Kept(run or None, digest)
+        known, found = ranks.told(kept.read(name))
         with job.at_hand(block):
-            if known := found is not None:
+            if known:
                 log.debug("%s: rounded before", block.name)
             else:
                 found = job.round(block)
-                if kept is not None:
-                    kept.write_safetensors(name, found, {"key": digest + tensors_sha256(found)})
+                if not ranks.rank():
+                    kept.write(name, True, found)
                 found = ranks.told(found)
             if known or ranks.rank():
                 apply_rounding(copied, found)
                 for layer in map(copied.get_submodule, block.layers):
                     layer.kernel.prepare(job.device)  # type: ignore[operator, union-attr]
-        if kept is not None and job.folder:
-            found = kept.read_safetensors(name, paged=True)
+        if run and job.folder:
+            found = run.read_safetensors(name, paged=True)
         result |= {k: v.cpu() for k, v in found.items()}
     if job.rounding.needs == "block":
         log.debug("%d of %d blocks keep their start", job.kept, len(job.blocks))
@@ -111,13 +110,6 @@ def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 getattr(layer, part).copy_(value)
         if name in tensors:
             layer.set_codes(tensors[name])
-
-
-def _read(folder: RunFolder, name: str, digest: str) -> dict[str, Tensor] | None:
-    if not folder.has(name):
-        return None
-    tensors, metadata = read_tensors(folder / name)
-    return tensors if metadata.get("key") == digest + tensors_sha256(tensors) else None
 
 
 @dataclass

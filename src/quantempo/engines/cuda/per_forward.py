@@ -59,9 +59,7 @@ class SharedContext(Prepared, PerForward):
                     break
             else:
                 groups.append([i])
-        self.groups = [
-            (LayerConstants.joined([layers[i] for i in group]), group) for group in groups
-        ]
+        self.groups = [(LayerConstants.joined([layers[i] for i in own]), own) for own in groups]
 
     def make(self, given: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Return keys and values of a context (B, S, C') by the place of their layer."""
