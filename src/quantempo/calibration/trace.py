@@ -208,11 +208,9 @@ def affordable(
     # 0: the pipeline never calls it.
     each = max((b - a for a, b in zip(times[::2], times[1::2], strict=True)), default=0.0)
 
-    few, least = min(2, settings.chains), min(4, settings.steps)
+    few, least, picks = min(2, settings.chains), min(4, settings.steps), settings.picks
     halves = ((settings.chains >> i, settings.steps >> j) for i in range(20) for j in range(20))
-    some = [
-        (c * (s + 8 * min(settings.picks, s)), c, s) for c, s in halves if c >= few and s >= least
-    ]
+    some = [(c * (s + 8 * min(picks, s)), c, s) for c, s in halves if c >= few and s >= least]
     fit = (one for one in some if one[0] * each <= 30 * minutes)
     _, chains, steps = max(fit, default=min(some))
     log.info("%.2g s a call, %g minutes: %d chains of %d steps", each, minutes, chains, steps)

@@ -182,9 +182,8 @@ def _choose_forms(denoiser: nn.Module, engine: Engine, packed: str, call: Any) -
     layers = {name: q for name, q in quantized_layers(denoiser) if q.weight_group is not None}
     if not layers or not engine.copies:
         if packed != "keep":
-            warn_once(
-                f"packed '{packed}' changes nothing: {engine.name} has no weights of two forms"
-            )
+            text = f"packed '{packed}' changes nothing: {engine.name} has no weights of two forms"
+            warn_once(text)
         return
     for layer in layers.values():
         layer.unpack = packed == "unpack"

@@ -250,13 +250,9 @@ def _round_layer(unit: base.Unit, name: str) -> tuple[Tensor, int]:
         ratios = (w / scale[:, None] for w in (torch.cat(parts), weight.flatten(1)))
         far, near = ((spec.grid(()).round(r) - r).abs() > 0.5 for r in ratios)
         cut = int((far & ~near).sum())
-    grid = unit.grid(name)
-    done = [
-        gptq(part, inverse, some, grid[i * rows : (i + 1) * rows])
-        for i, (part, inverse, some) in enumerate(
-            zip(parts, inverses, scale.split(rows), strict=True)
-        )
-    ]
+    grid, starts = unit.grid(name), range(0, len(weight), rows)
+    every = zip(parts, inverses, scale.split(rows), starts, strict=True)
+    done = [gptq(part, inverse, some, grid[i : i + rows]) for part, inverse, some, i in every]
     return torch.cat(done).reshape(layer.weight_shape), cut
 
 

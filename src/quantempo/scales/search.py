@@ -177,9 +177,7 @@ def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
     return cost / whole if whole > 0 else torch.where(cost.isinf(), cost, 0)
 
 
-def segment_time(
-    tables: Sequence[activation.CostTable], buckets: int, smooth: float = 0.0
-) -> Tensor:
+def segment_time(tables: Sequence[activation.CostTable], buckets: int, smooth: float = 0) -> Tensor:
     """Cut K fine bins into contiguous buckets that suit all layers best.
 
     Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
