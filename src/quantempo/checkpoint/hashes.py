@@ -28,10 +28,8 @@ def check_files(folder: Path, end: str = "") -> None:
         known = {name: text for name, text in listed.items() if name.endswith(end)}
         for name, digest in known.items():
             if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-                raise QuantempoError(
-                    f"{folder / name} is not what was packed; fetch it again, and change a "
-                    "loaded pipeline rather than its files"
-                )
+                text = f"{folder / name} is not what was packed; fetch it again"
+                raise QuantempoError(f"{text}, and change a loaded pipeline rather than its files")
 
 
 def seal(folder: Path, component: str) -> None:

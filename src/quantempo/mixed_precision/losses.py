@@ -94,10 +94,8 @@ def outline(
         if known == key:
             return table
         if not session.force:
-            raise QuantempoError(
-                f"{session.run / ARTEFACT} was made with other settings; use another --run "
-                "folder, or --force to redo it"
-            )
+            what = f"{session.run / ARTEFACT} was made with other settings"
+            raise QuantempoError(f"{what}; use another --run folder, or --force to redo it")
     plans = [p for p in session.plans if p.kind == "int8"]
     if not plans:
         raise QuantempoError("the recipe keeps every layer in float; nothing to measure")

@@ -172,15 +172,11 @@ def swap_layers(
         try:
             layer: Any = denoiser.get_submodule(plan.name)
         except AttributeError as error:
-            raise QuantempoError(
-                f"the checkpoint names a layer '{plan.name}' that this model does not have; "
-                "it belongs to another model"
-            ) from error
+            text = f"the checkpoint names a layer '{plan.name}' that this model does not have"
+            raise QuantempoError(f"{text}; it belongs to another model") from error
         if not isinstance(layer, LAYERS):
-            raise QuantempoError(
-                f"cannot quantize '{plan.name}' ({type(layer).__name__}); expected a convolution "
-                "or Linear"
-            )
+            text = f"cannot quantize '{plan.name}' ({type(layer).__name__})"
+            raise QuantempoError(f"{text}; expected a convolution or Linear")
         if touched(layer):
             lost.append(plan.name)
         empty: nn.Module
