@@ -211,9 +211,9 @@ class RunFolder:
         return self.has("model.json") or self.has("manifest.json")
 
     def foreign(self) -> bool:
-        """Return whether the folder holds anything but what a killed write left."""
-        if not self.path.is_dir():
-            return False
+        """Return whether the path holds anything but what a killed write left, or is a file."""
+        if not (self.has("") and self.path.is_dir()):
+            return self.has("")
         return any(not re.fullmatch(r"\..*\.(tmp|old)", p.name) for p in self.path.iterdir())
 
     @contextmanager

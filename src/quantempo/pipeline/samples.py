@@ -149,7 +149,7 @@ def _settings(pipe: Any, identity: str, steps: int, call: dict[str, Any]) -> dic
 def _is_ours(out: RunFolder, settings: dict[str, Any], force: bool) -> bool:
     """Return whether the folder holds images of these settings; refuse one with something else."""
     # First: another process may begin just now.
-    other = out.path.is_file() or out.foreign()
+    other = out.foreign()
     if out.has("settings.json"):
         if out.read_json("settings.json") == settings:
             return True

@@ -249,7 +249,7 @@ def _check_owner(session: Session) -> None:
     """Raise QuantempoError for a folder of another run (without `force`), or of other files."""
     folder = session.run
     # First: another process may begin the run just now.
-    other = folder.path.is_file() or folder.foreign()
+    other = folder.foreign()
     if folder.is_run:
         if session.force:
             return
