@@ -355,7 +355,7 @@ class BlockRun:
     def steps(self) -> list[list[str]]:
         """The layers in steps, see `chain.steps`, of one row of the float block."""
         index = next(self.batches())[:1]
-        return told(steps(self.floats, partial(self.run, index, exact=True), self.device))
+        return told(steps(self.floats, partial(self.run, index, exact=True)))
 
     def assign(self, name: str, codes: Tensor) -> None:
         """Give one quantized layer its integers, and the simulated kernel that reads them."""

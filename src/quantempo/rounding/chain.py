@@ -76,14 +76,12 @@ def _same(path: Any, old: Any, version: Any, place: Any, leaf: Any) -> bool:
 
 
 @torch.no_grad()
-def steps(
-    layers: Mapping[str, nn.Module], call: Callable[[], Any], device: torch.device
-) -> list[list[str]]:
+def steps(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> list[list[str]]:
     """Return the layers in steps: what those of one receive does not depend on each other.
 
     It stays as it is in a call in which the outputs of this step and all later ones are noise.
     """
-    chance, result, left = torch.Generator(device).manual_seed(0), list[list[str]](), dict(layers)
+    chance, result, left = torch.Generator().manual_seed(0), list[list[str]](), dict(layers)
 
     def inputs(noisy: Mapping[str, nn.Module]) -> dict[str, list[float]]:
         found: dict[str, Tensor] = {}
@@ -92,7 +90,10 @@ def steps(
             x = input_of(*call).double()
             found.setdefault(name, torch.stack([x.sum(), x.norm()]))
 
-        noise = hooked(noisy, lambda *seen: seen[4].normal_(generator=chance))
+        def disturb(*seen: Any) -> None:
+            seen[4].copy_(torch.randn(seen[4].shape, generator=chance))
+
+        noise = hooked(noisy, disturb)
         with hooked(layers, see, before=True), noise:
             call()
         # One wait for the device.
