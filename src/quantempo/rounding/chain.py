@@ -97,7 +97,7 @@ def steps(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> list[list
         with hooked(layers, see, before=True), noise:
             call()
         # One wait for the device.
-        return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+        return dict(zip(found, torch.stack([*found.values()]).cpu().tolist(), strict=True))
 
     exact = inputs({})
     while left:
