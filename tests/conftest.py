@@ -5,6 +5,7 @@ only that is: under `--no-skips`, which `.ci/run` asks for, a skip for another r
 """
 
 import gc
+import logging
 import os
 import re
 import sys
@@ -112,6 +113,14 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def _level_of_the_log() -> Iterator[None]:
+    """Take back what --quiet or --verbose of a test left, so that later ones hear warnings."""
+    log, level = logging.getLogger("quantempo"), logging.getLogger("quantempo").level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture

@@ -75,7 +75,6 @@ def test_training_mode_is_kept() -> None:
 
 
 def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("WARNING", "quantempo")
     unet = tiny_unet()
     quantized.swap_layers(copy.deepcopy(unet), PLANS, quantized.StepClock(TABLE))
     assert not caplog.records
