@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
+from diffusers.models import modeling_utils
 from torch import nn
 
 from quantempo.engines import ENGINES, attach
@@ -232,3 +233,18 @@ def test_free_u_is_respected(engine, network):
     unfuse(network)
     assert relative(fused, plain) > 1e-2
     assert relative(fused, network(x, t).sample) <= (0.03 if engine.name == "onednn" else 0.04)
+
+
+def test_a_call_asks_no_module_for_the_dtype(packed_unet, monkeypatch):
+    network, walks = copy.deepcopy(packed_unet), []
+    attach(network, "onednn" if onednn.missing() is None else "simulated")
+    x, t = noise(1, 3, 16, 16), torch.tensor(500)
+    expected = network(x, t).sample
+    counted = modeling_utils.get_parameter_dtype
+    monkeypatch.setattr(
+        modeling_utils, "get_parameter_dtype", lambda m: walks.append(m) or counted(m)
+    )
+    assert torch.equal(network(x, t).sample, expected) and not walks
+    network.to(torch.bfloat16)
+    assert network(x.bfloat16(), t).sample.dtype == network.dtype == torch.bfloat16
+    assert torch.isfinite(copy.deepcopy(network)(x.bfloat16(), t).sample).all()

@@ -4,8 +4,9 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -37,6 +38,22 @@ class PerThread(threading.local):
         return functools.partial(PerThread, **self.first), ()
 
 
+class _Seen:
+    """A module as its own `forward` sees it, with attributes that are slow to ask for (`dtype`)."""
+
+    def __init__(self, module: nn.Module, **known: Any) -> None:
+        self.__dict__.update(known, module=module)
+
+    # For `isinstance` and `super`.
+    __class__ = property(lambda self: type(self.module))  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.module, name, value)
+
+
 class Forward:
     """The `forward` of one module: `active`, or without one what the module had before.
 
@@ -45,20 +62,27 @@ class Forward:
     """
 
     # No dictionary: who wraps a function takes over what is in its dictionary.
-    __slots__ = ("active", "before", "fixed", "module")
+    __slots__ = ("active", "before", "fixed", "module", "seen")
 
     def __init__(self, module: nn.Module, before: Any = None) -> None:
-        self.module, self.before = module, before
+        self.module, self.before, self.seen = module, before, cast(Any, module)
         self.active: Callable[..., Any] | None = None
         # Whether it stays when nothing is active.
         self.fixed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what is there to run."""
-        run = self.active or self.before
-        if run is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return run(*args, **kwargs)
+        return (self.active or self.before or self.plain)(*args, **kwargs)
+
+    def know(self, name: str) -> None:
+        """Ask the module for an attribute now, and not in each call."""
+        if hasattr(self.module, name):
+            self.seen = _Seen(self.module, **{name: getattr(self.module, name)})
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the `forward` of the class."""
+        seen = self.module if torch.compiler.is_compiling() else self.seen
+        return type(self.module).forward(seen, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in Forward.__slots__:

@@ -161,6 +161,7 @@ def attach(
     watched = (*chosen.watched(denoiser), *rival.watched(denoiser), *convolutions)
     root.watch, root.timed = calls.Watch(denoiser, watched), call is not None
     root.name, root.asked = chosen.name, (engine, packed, memory)
+    root.know("dtype")
     root.proved = again and root.proved
     clock.moved, root.parked = root.park, False
     log.debug("engine: %s", chosen.name)
@@ -245,7 +246,7 @@ class ByShape:
 
     def _on(self, name: str, args: Any, kwargs: Any) -> Any:
         if name == self.base:
-            return type(self.denoiser).forward(self.denoiser, *args, **kwargs)
+            return own_forward(self.denoiser).plain(*args, **kwargs)
         return self.run(*args, **kwargs)
 
     def _choose(self, rows: int, args: Any, kwargs: Any) -> tuple[str, str]:
