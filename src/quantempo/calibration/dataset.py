@@ -14,6 +14,7 @@ from quantempo.calibration.rows import LISTED, Law, Place, alike, join, load, me
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import Times
+from quantempo.quantized.layers import StoredLinear
 from quantempo.run_folder import RunFolder, read_tensors, reading, tensors_sha256
 
 __all__ = ["CalibrationData", "MemorySet", "TraceBatch", "TraceSet", "index_of"]
@@ -107,8 +108,12 @@ class CalibrationData:
 
     def replay(self, denoiser: nn.Module, batch: TraceBatch) -> Tensor:
         """Call `denoiser` as it was called, on the device and in the dtype it has; its output."""
+        # A layer that stores its weight is float32 in any network.
+        own = (m for m in denoiser.modules() if not isinstance(m, StoredLinear))
+        mine = (x for m in own for x in m.parameters(recurse=False))
         floats = (x for x in denoiser.buffers() if x.is_floating_point())
-        output = denoiser(**self.arguments(batch, next(chain(denoiser.parameters(), floats))))
+        like = next(chain(mine, denoiser.parameters(), floats))
+        output = denoiser(**self.arguments(batch, like))
         whole = isinstance(output, Tensor) or (LISTED in self.law and isinstance(output, list))
         made = output if whole else output[0]
         return torch.stack(made) if isinstance(made, list) else made
