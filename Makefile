@@ -2,11 +2,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo study-small test test-fast test-gpu lint bench clean
+.PHONY: help install demo study-small test test-fast test-gpu lint docs bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := openvino,eval,report,dev
+EXTRAS := openvino,eval,report,dev,docs
 # Give PYTHON=... for another interpreter, TORCH_ARGS=... for pip options of the torch install
 # alone (an index of CPU builds, say), ARGS=... for options of demo, study-small, test and bench.
 PYTHON ?=
@@ -42,6 +42,9 @@ lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.installed ## the pages as a site in build/site, any warning an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.installed ## time the int8 engines against float32 and bfloat16
 	@[ -d runs/demo/packed ] || $(BIN)/quantempo demo

@@ -60,6 +60,7 @@ LANES = {
         "rounding/test_reconstruct.py",
         "test_architecture.py::test_heavy",
         "test_cli.py::test_json_is_one",
+        "test_docs.py::test_snippets",
         "test_repository.py::test_wheel",
         "test_uses.py::test_a_network_that_was_changed",
         "test_uses.py::test_use[openvino",
