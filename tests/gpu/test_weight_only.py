@@ -44,19 +44,28 @@ def test_kernel_agrees_with_float64(rows: int, inputs: int, outs: int, dtype, de
 @pytest.mark.parametrize("group", [16, 32, 64])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rows", "inputs", "outs", "dtype"), CASES, ids=str)
-def test_packed_codes_give_the_sums_of_int8_ones(rows, inputs, outs, dtype, device, group) -> None:
+def test_packed_codes_are_multiplied_like_int8_ones(
+    rows, inputs, outs, dtype, device, group
+) -> None:
     g, spec, shape = torch.Generator(), GroupFormat(4, group=group), (outs, inputs)
     groups = torch.randint(0, 256, spec.group_shape(shape), generator=g, dtype=torch.uint8)
     weight = torch.randint(-127, 128, shape, generator=g).float()
     codes = spec.grid(shape, groups).round(weight).to(torch.int8)
     given = [torch.randn(rows, inputs, generator=g).to(dtype), codes, *weight[:, :1].t(), None]
-    given[2] = given[2].contiguous()
+    given[2] = given[2].contiguous() / 127
     eight = FloatRows(*(v if v is None else v.to(device) for v in given))
     packed = eight._replace(weight=spec.encode(codes, groups).to(device), groups=groups.to(device))
     packed.check(strides=True)
     module = harness.interpreted("weight_only_linear") if device == "cpu" else kernel
-    for launch in (FloatRows.exact, module.launch):
-        assert torch.equal(launch(packed), launch(eight))
+    assert torch.equal(packed.exact(), eight.exact())
+    # As machine code they add up in another order.
+    exact = eight._replace(x=eight.x.double()).exact()
+    sums = (
+        eight.x.double().abs() @ eight.weight.double().abs().t() * eight.weight_scale.double().abs()
+    )
+    room = torch.finfo(dtype).eps / 2 * exact.abs() + 2**-20 * sums
+    for call in (packed, eight):
+        assert ((module.launch(call).double() - exact).abs() <= room).all()
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])

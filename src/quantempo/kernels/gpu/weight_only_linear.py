@@ -70,7 +70,7 @@ def launch(call: FloatRows) -> Tensor:
     """Return the result of a call, which was checked."""
     y, (rows, width), group = call.empty(), call.x.shape, call.group
     tile, out, step = (1, 32, 256) if rows == 1 else (16 if rows <= 16 else 32, 128, 64)
-    # Of half the bytes twice the channels: sums are those of int8 codes, in their order.
+    # Of half the bytes twice the channels.
     how = {"ROWS": tile, "OUTS": 2 * out if group and rows == 1 else out, "WIDTH": step}
     sizes = (rows, y.shape[1], width, call.weight.shape[-1], -(-width // group) if group else 0)
     if y.numel():

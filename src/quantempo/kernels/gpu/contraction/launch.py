@@ -178,9 +178,7 @@ def run(
     half, gated, stride = is_half(side_codes), epilogue.gated, window.STRIDE
     form = epilogue.form(count, half)
     odd = stride == 2 and not _parity(size, side_codes)
-    # Wrong on an H200 before `hopper._scaled` knew where gates are, and not run there since.
-    usual = "pointers" if half and gated else choose_path(codes.device)
-    path = "pointers" if odd else path or usual
+    path = "pointers" if odd else path or choose_path(codes.device)
     across = (in_h, in_w) if window.UPSAMPLE else (out_h, out_w)
     if half and path == "hopper":
         # Loaded as bytes, like any other operand.
