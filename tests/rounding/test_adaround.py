@@ -113,7 +113,7 @@ def test_soft_codes_in_groups_are_between_neighbours_of_their_grid() -> None:
 def test_kernels_with_fixed_codes_compute_what_the_integers_give() -> None:
     unit = _unit()
     for name, layer in unit.block.copies.items():
-        x = next(unit.block.layer_inputs(name))
+        x = next(unit.block.layer_inputs([name]))[name]
         expected = layer.kernel(x)
         y = ScaleKernel(layer)(x).detach()
         # Float32 sums of up to 54 terms against exact integers.
@@ -188,13 +188,13 @@ def test_refined_scales_are_better_or_not_kept(monkeypatch) -> None:
     monkeypatch.setattr(adaround, "SCALE_RATE", 5.0)
     unit = _unit(replace(SETTINGS, refine=1))
     before = {n: layer.act_scale.clone() for n, layer in unit.block.copies.items()}
-    inputs = {n: next(unit.block.layer_inputs(n)) for n in before}
+    inputs = next(unit.block.layer_inputs(list(before)))
     outputs = {n: layer.kernel(inputs[n]) for n, layer in unit.block.copies.items()}
     with torch.no_grad():
         assert not refine_scales(unit.block, unit)
     for name, layer in unit.block.copies.items():
         assert torch.equal(layer.act_scale, before[name])
-        assert torch.equal(next(unit.block.layer_inputs(name)), inputs[name])
+        assert torch.equal(next(unit.block.layer_inputs([name]))[name], inputs[name])
         assert torch.equal(layer.kernel(inputs[name]), outputs[name])
 
 
@@ -267,7 +267,7 @@ def test_gptq_of_a_block_uses_the_inputs_behind_its_rounded_layers() -> None:
         before = unit.block.loss(powers)
         codes = ROUNDINGS.get("gptq").codes(unit)
         assert unit.block.loss(powers) < before
-    x = next(unit.block.layer_inputs("linear"))
+    x = next(unit.block.layer_inputs(["linear"]))["linear"]
     layer = unit.block.copies["linear"]
     flat = dequantized_input(layer, x).flatten(0, -2)
     error = unit.weights["linear"].detach() - layer.weight_scale[:, None] * codes["linear"]

@@ -1,8 +1,9 @@
 """GPTQ: identities, a slow float64 reference, and an error below that of the nearest codes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from quantempo.quantized import QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, gptq, nearest
 from quantempo.rounding.base import Unit, dequantized_input
-from quantempo.rounding.gptq import moments
+from quantempo.rounding.gptq import input_moments, moments
 from quantempo.scales import search_groups
 from tests.engines.quantized import make_clock, make_conv, make_linear
 
@@ -188,8 +189,8 @@ class _Block:
     def __init__(self, copies: dict[str, QLayer], inputs: dict[str, Tensor]) -> None:
         self.copies, self.inputs, self.steps = copies, inputs, [list(copies)]
 
-    def layer_inputs(self, name: str) -> Iterator[Tensor]:
-        yield self.inputs[name]
+    def layer_inputs(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        yield {name: self.inputs[name] for name in names}
 
     def assign(self, name: str, codes: Tensor) -> None:
         self.copies[name].set_codes(codes)
@@ -228,3 +229,34 @@ def test_every_layer_and_group_is_rounded_on_its_own_inputs() -> None:
     # What another layer, or the other group, receives gives others.
     assert not torch.equal(codes["second"], rounded("second", own["first"]))
     assert not torch.equal(codes["conv"], rounded("conv", own["conv"].flip(0)))
+
+
+def test_layers_of_equal_inputs_share_their_moments() -> None:
+    """Until they differ: another grid, another window, another input in a later batch."""
+    g, clock = torch.Generator().manual_seed(0), make_clock()
+    copies: dict[str, QLayer] = {n: make_linear(12, 5, clock=clock) for n in ("q", "k", "v", "out")}
+    copies["v"].act_scale.mul_(2)
+    wide, point = (make_conv(4, 3, (k, k), padding=(k // 2, k // 2), clock=clock) for k in (3, 1))
+    copies |= {"conv": wide, "shortcut": point}
+    tokens = [torch.randn(8, 12, generator=g) for _ in range(3)]
+    image = torch.randn(8, 4, 5, 5, generator=g)
+    first = dict.fromkeys(("q", "k", "v", "out"), tokens[0])
+    batches = [first, {**first, "q": tokens[1], "k": tokens[1], "v": tokens[1], "out": tokens[2]}]
+    rows = [batch | {"conv": image, "shortcut": image} for batch in batches]
+
+    class Batches(_Block):
+        def layer_inputs(self, names: Sequence[str], exact: bool = False) -> Iterator[Any]:
+            shift = 0.5 if exact else 0.0
+            yield from ({n: row[n] + shift for n in names} for row in rows)
+
+    found = input_moments(Batches(copies, {}), [*copies], cross=True)
+    assert [names for names, *_ in found] == [["q", "k"], ["out"], ["v"], ["conv"], ["shortcut"]]
+    for names, hessian, cross in found:
+        for name in names:
+            layer, seen = copies[name], [row[name] for row in rows]
+            hats = [dequantized_input(layer, x) for x in seen]
+            own = sum(moments(layer, x) for x in hats) / 16
+            assert torch.allclose(hessian, own, rtol=1e-6, atol=1e-6)
+            pairs = zip(hats, seen, strict=True)
+            more = sum(moments(layer, x, y + 0.5 - x) for x, y in pairs) / 16
+            assert torch.allclose(cross, more, rtol=1e-5, atol=1e-5)

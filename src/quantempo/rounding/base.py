@@ -336,20 +336,20 @@ class BlockRun:
         into.close()
         return True
 
-    def layer_inputs(self, name: str, *, exact: bool = False) -> Iterator[Tensor]:
-        """Yield the input of one layer, quantized or float, for all rows, a batch at a time.
+    def layer_inputs(self, names: Sequence[str], exact: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of some layers, quantized or float, for all rows, a batch at a time.
 
         The block's integers are as they are; the clock stands at the times of what was yielded.
         """
-        seen: list[Tensor] = []
-        layer = self.floats[name] if exact else self.copies[name]
+        layers: Mapping[str, nn.Module] = self.floats if exact else self.copies
+        for index in self.batches() if names else []:
+            seen = dict[str, Tensor]()
 
-        def see(_: str, *call: Any) -> None:
-            seen.append(input_of(*call))
+            def see(name: str, *call: Any, seen: dict[str, Tensor] = seen) -> None:
+                seen[name] = input_of(*call)
 
-        for index in self.batches():
-            run_until({name: layer}, partial(self.run, index, exact=exact), see)
-            yield seen.pop()
+            run_until({n: layers[n] for n in names}, partial(self.run, index, exact=exact), see)
+            yield seen
 
     @cached_property
     def steps(self) -> list[list[str]]:

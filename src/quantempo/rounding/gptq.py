@@ -12,8 +12,10 @@ Source: Frantar et al. 2022, "GPTQ", algorithm 1, with columns in the order of d
 Li et al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos", for targets of the float network's inputs.
 """
 
+import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -91,21 +93,38 @@ def gptq(
     # Columns as rows: each step reads and writes whole contiguous rows.
     rest = weight.float()[:, order].t().contiguous()
     step, grid = scale.float(), Grid.of(spec)[:, order]
-    codes = torch.empty_like(rest)
+    codes, columns = torch.empty_like(rest), _columns(rest.device.type)
     for first in range(0, width, block):
         last = min(first + block, width)
-        here = factor[first:last, first:last]
+        here, part = factor[first:last, first:last], grid[:, first:last]
         errors = torch.empty_like(rest[first:last])
-        for j in range(last - first):
-            column = rest[first + j]
-            code = grid[:, first + j].round(column / step)
-            codes[first + j] = code
-            errors[j] = (column - code * step) / here[j, j]
-            rest[first + j + 1 : last] -= torch.outer(here[j, j + 1 :], errors[j])
+        every = (rest[first:last], codes[first:last], errors, here, step)
+        columns(*every, (part.step, part.low, part.high))
         rest[last:] -= factor[first:last, last:].t() @ errors
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().to(torch.int8).contiguous()
+
+
+@functools.cache
+def _columns(device: str) -> Callable[..., None]:
+    """Return what rounds a block of columns on a type of device, see `kernels.gpu.gptq`."""
+    if device == "cuda":
+        try:
+            return importlib.import_module("quantempo.kernels.gpu.gptq").launch  # type: ignore[no-any-return]
+        except ImportError as error:
+            log.warning("gptq: column by column, many times slower: no kernel here (%s)", error)
+    return _one_by_one
+
+
+def _one_by_one(
+    rest: Tensor, codes: Tensor, errors: Tensor, factor: Tensor, scale: Tensor, grid: Any
+) -> None:
+    every = Grid(*grid)
+    for j, column in enumerate(rest):
+        codes[j] = code = every[:, j].round(column / scale)
+        errors[j] = (column - code * scale) / factor[j, j]
+        rest[j + 1 :] -= torch.outer(factor[j, j + 1 :], errors[j])
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -178,28 +197,57 @@ def moments(layer: QLayer, x: Tensor, other: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def input_moments(
-    block: base.BlockRun, name: str, *, cross: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return X X^T of one layer's quantized input X and, if `cross`, (X_f - X) X^T, or None.
+    block: base.BlockRun, names: Sequence[str], *, cross: bool = False
+) -> list[tuple[list[str], Tensor, Tensor | None]]:
+    """Return X X^T of the quantized inputs X of layers and, if `cross`, (X_f - X) X^T, or None.
 
-    (groups, K, K) each, means over all recorded rows, a batch at a time. The block runs with its
-    integers as they are now, up to that layer; X_f is what the layer of the float network gets.
+    (groups, K, K) each, means over all recorded rows, a batch at a time; layers that multiply the
+    same X are named together. The block runs with its integers as they are now, up to the last of
+    the layers; X_f is what a layer of the float network gets.
     """
-    layer, count = block.copies[name], 0
-    total: list[Tensor] = []
-    exact = block.layer_inputs(name, exact=True) if cross else repeat(None)
-    for x, wanted in zip(block.layer_inputs(name), exact, strict=False):
-        x_hat = base.dequantized_input(layer, layer.operand(x))
-        others = [None, *([] if wanted is None else [layer.operand(wanted).float() - x_hat])]
-        for i, other in enumerate(others):
-            if count:
-                total[i] += moments(layer, x_hat, other)
-            else:
-                total.append(moments(layer, x_hat, other))
-        count += x.shape[0]
+    found, count = [(list(names), list[Tensor]())], 0
+    exact = block.layer_inputs(names, exact=True) if cross else repeat({})
+    for xs, wanted in zip(block.layer_inputs(names), exact, strict=False):
+        before, found = found, []
+        for together, totals in before:
+            parts = _alike(block, together, xs, wanted)
+            for same, layer, (x, *others) in parts:
+                # Those that differ from here on have had the same sums.
+                own = totals if same is parts[-1][0] else [t.clone() for t in totals]
+                kinds = (None, *others)
+                if own:
+                    pairs = zip(own, kinds, strict=True)
+                    own = [t.add_(moments(layer, x, other)) for t, other in pairs]
+                found.append((same, own or [moments(layer, x, other) for other in kinds]))
+        count += len(next(iter(xs.values())))
     # Means, so that the numbers do not grow with the set.
-    hessian, *rest = (t.div_(count) for t in total)
-    return hessian, rest[0] if rest else None
+    every = ((same, *(t.div_(count) for t in totals)) for same, totals in found)
+    return [(same, hessian, rest[0] if rest else None) for same, hessian, *rest in every]
+
+
+def _alike(
+    block: base.BlockRun, names: Sequence[str], xs: Mapping[str, Tensor], exact: Mapping[str, Any]
+) -> list[tuple[list[str], QLayer, list[Tensor]]]:
+    """Return X, and X_f - X if known, of layers, with the names of all that multiply the same."""
+    found: list[tuple[list[str], QLayer, list[Tensor]]] = []
+    for name in names:
+        layer, wanted = block.copies[name], exact.get(name)
+        seen = [base.dequantized_input(layer, layer.operand(xs[name]))]
+        if wanted is not None:
+            seen.append(layer.operand(wanted).float() - seen[0])
+        for same, other, values in found:
+            if _window(layer) == _window(other) and all(map(torch.equal, seen, values)):
+                same.append(name)
+                break
+        else:
+            found.append(([name], layer, seen))
+    return found
+
+
+def _window(layer: QLayer) -> tuple[Any, ...]:
+    """Return all of a layer on which `moments` depends."""
+    fields = ("kernel_size", "stride", "padding", "dilation", "groups")
+    return (layer.weight_shape[1:], *(getattr(layer, field, None) for field in fields))
 
 
 def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
@@ -210,12 +258,18 @@ def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
     for what is rounded here, the error of column j counting 1 / (H^-1)_jj; others stay, so that a
     correction may lead beyond the codes: counted, and logged.
 
-    Memory: 5 K^2 float32 while H is factored, K = weight[0].numel(); 4 without `correct`.
+    Memory: 5 K^2 float32 while H is factored, K = weight[0].numel(); 4 without `correct`; 2 or 1
+    for each other input of the step.
     """
-    codes, cut, groups = {}, 0, unit.groups or {}
+    codes, cut, groups, share = {}, 0, unit.groups or {}, unit.settings.correct
     for step in unit.block.steps:
         mine = ranks.mine(step, [unit.weights[name][0].numel() for name in step])
-        found = {n: (_round_layer(unit, n), unit.scales[n], groups.get(n)) for n in mine}
+        found = dict[str, Any]()
+        # Layers of equal inputs share what is factored.
+        for names, hessian, cross in input_moments(unit.block, mine, cross=share > 0):
+            inverses = [Inverse.of(h) for h in hessian]
+            for n in names:
+                found[n] = _round_layer(unit, n, inverses, cross), unit.scales[n], groups.get(n)
         for name, ((value, more), scale, group) in ranks.merged(found).items():
             unit.scales[name].copy_(scale)
             if group is not None:
@@ -229,11 +283,11 @@ def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
     return codes
 
 
-def _round_layer(unit: base.Unit, name: str) -> tuple[Tensor, int]:
+def _round_layer(
+    unit: base.Unit, name: str, inverses: Sequence[Inverse], cross: Tensor | None
+) -> tuple[Tensor, int]:
     """Return the codes of a layer, groups of a convolution apart, and how many more are cut off."""
     weight, layer, share = unit.weights[name], unit.block.copies[name], unit.settings.correct
-    hessian, cross = input_moments(unit.block, name, cross=share > 0)
-    inverses = [Inverse.of(h) for h in hessian]
     rows, cut = len(weight) // len(inverses), 0
     parts = list(weight.detach().float().flatten(1).split(rows))
     if cross is not None:

@@ -323,11 +323,12 @@ def correct_bias(block: BlockRun) -> dict[str, Tensor]:
     if without := block.copies.keys() - biases:
         log.debug("bias: without one their mean outputs stay: %s", ", ".join(sorted(without)))
     for step in block.steps:
-        found = {}
-        for name in ranks.mine(name for name in step if name in biases):
-            layer = block.copies[name]
-            got = _mean([_sums(layer, layer(x)) for x in block.layer_inputs(name)])
-            found[name] = (wanted[name] - got).float()
+        layers = {n: block.copies[n] for n in ranks.mine(n for n in step if n in biases)}
+        sums: dict[str, list[Any]] = {name: [] for name in layers}
+        for inputs in block.layer_inputs([*layers]):
+            for name, x in inputs.items():
+                sums[name].append(_sums(layers[name], layers[name](x)))
+        found = {name: (wanted[name] - _mean(some)).float() for name, some in sums.items()}
         for name, more in ranks.merged(found).items():
             biases[name] += more.to(biases[name].device)
     return {name: bias.clone() for name, bias in biases.items()}
