@@ -52,7 +52,7 @@ def plain() -> Recipe:
     Rounded to nearest, float biases as they are: what a packed layer holds and
     computes can be said from its float layer alone.
     """
-    chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
+    chosen = Recipe.load("w8a8").override("rounding", name="nearest", bias=False)
     return chosen.override("layers", float_macs=0.0)
 
 

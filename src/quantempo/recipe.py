@@ -121,18 +121,16 @@ class RoundingSettings:
     """How integer weights are chosen.
 
     name: a registered rounding; start: the rounding that "adaround" starts from; samples: inputs
-    of the trace it looks at; iterations: of each block; refine: further iterations on activation
-    scales; batch: inputs an iteration; drop: share of a block's input taken from the float model
-    while learning (QDrop); correct: share of the error in a layer's inputs that "gptq" makes up for
-    in its weights (asymmetric calibration); bias: afterwards make every layer's mean output that
-    of the float layer; seed: of every draw.
+    of the trace it looks at; iterations: of each block; batch: inputs an iteration; drop: share of
+    a block's input taken from the float model while learning (QDrop); correct: share of the error
+    in a layer's inputs that "gptq" makes up for in its weights (asymmetric calibration); bias:
+    afterwards make every layer's mean output that of the float layer; seed: of every draw.
     """
 
     name: str = "nearest"
     start: str = "gptq"
     samples: int = number(256, 1, 1_000_000)
     iterations: int = number(2000, 0, 1_000_000)
-    refine: int = number(0, 0, 1_000_000)
     batch: int = number(32, 1, 100_000)
     drop: float = number(0.5, 0, 1)
     correct: float = number(0.0, 0, 1)

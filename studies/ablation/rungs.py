@@ -108,7 +108,7 @@ def _towards(now: Recipe, final: Recipe, name: str, family: str, add: Any) -> No
     step("scales", "what else differs in its scales", replace(scales, weights=final.weights))
     chosen = final.rounding
     if chosen.name == "gptq":
-        start = replace(chosen, name="gptq", correct=0.0, bias=False, refine=0)
+        start = replace(chosen, name="gptq", correct=0.0, bias=False)
         step("gptq", "GPTQ, most read columns first", replace(last(), rounding=start))
         start = replace(start, correct=chosen.correct)
         step("correct", "errors of inputs made up for", replace(last(), rounding=start))

@@ -47,7 +47,7 @@ def case(rng: Random, place: Path) -> str:
     (place / "recipe.toml").write_text(text)
     found = Recipe.load(place / "recipe.toml")
     large = found.trace.steps * found.trace.chains * found.trace.picks > 200
-    large |= found.rounding.iterations + found.rounding.refine + found.rounding.samples > 400
+    large |= found.rounding.iterations + found.rounding.samples > 400
     if large or found.activations.buckets > 8:
         return "valid, too large to run"
     folder = stages.quantize(saved("unconditional"), place / "run", found)

@@ -34,8 +34,8 @@ def short(recipe_name: str, **rounding: Any) -> Recipe:
 
 
 NEAREST = short("w8a8", name="nearest", bias=False)
-RECIPES = {"nearest": NEAREST, "gptq": short("w8a8"), "adaround": short(
-    "w4a8-adaround", iterations=2, refine=1)}  # fmt: skip
+LEARNED = short("w4a8-adaround", iterations=2)
+RECIPES = {"nearest": NEAREST, "gptq": short("w8a8"), "adaround": LEARNED}
 BESIDE = ("README.md", "vocab.json", "merges.txt", "spiece.model", "more.d/notes.txt")
 CASES = [("unet", "gptq"), *(("transformer", name) for name in RECIPES)]
 

@@ -48,7 +48,7 @@ def everything() -> Recipe:
 def tiny(name: str) -> Recipe:
     """Return a shipped recipe with few layers and small sizes, otherwise as it is."""
     chosen = Recipe.load(name).override("trace", steps=4, chains=2, picks=2)
-    chosen = chosen.override("rounding", samples=4, iterations=2, refine=0, batch=4)
+    chosen = chosen.override("rounding", samples=4, iterations=2, batch=4)
     return chosen.override("layers", exclude=FEW)
 
 

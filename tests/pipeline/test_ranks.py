@@ -31,7 +31,7 @@ RECIPES = {
     .override("layers", exclude=["down_blocks.*", "mid_block.*", "up_blocks.1.*"])
     .override("activations", buckets=2)
     .override("rounding", samples=8, **more)
-    for name, more in {"w8a8": {}, "w4a8-adaround": {"iterations": 2, "refine": 1}}.items()
+    for name, more in {"w8a8": {}, "w4a8-adaround": {"iterations": 2}}.items()
 }  # fmt: skip
 
 

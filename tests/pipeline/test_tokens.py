@@ -122,7 +122,7 @@ def test_auto_takes_the_lower_error_as_layers_measure_it(metric: str) -> None:
 @pytest.mark.parametrize("granularity", ["auto", "token"])
 def test_roundings_and_bits_of_layers(rounding: str, granularity: str) -> None:
     how = chosen(granularity).override("layers", bits={"outliers": "w8a5"})
-    how = how.override("rounding", name=rounding, refine=4, bias=True, samples=16)
+    how = how.override("rounding", name=rounding, bias=True, samples=16)
     net = quantize(Net(), data(), how).install(Net(), copy=True)
     assert net.outliers.dynamic and net.outliers.act_zero_point.tolist() == [16]
     attach(net, "simulated")

@@ -169,6 +169,6 @@ def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> n
 
 def quick_recipe() -> Recipe:
     """Return the layers and bits of w8a8, one bucket, rounded to nearest."""
-    recipe = Recipe.load("w8a8").override("rounding", name="nearest", bias=False, refine=0)
+    recipe = Recipe.load("w8a8").override("rounding", name="nearest", bias=False)
     # Random weights have no shortcuts that cost more than others.
     return recipe.override("activations", buckets=1).override("layers", float_macs=0.0)

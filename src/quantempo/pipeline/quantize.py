@@ -63,8 +63,7 @@ class Quantized:
         """Join the tensors of `search_scales` and of `round_weights`."""
         found = {}
         for name, layer in LayerScales.read(scales).items():
-            parts = ("act_scale", "weight_scale", "weight_group")
-            better = {part: rounding.get(f"{name}.{part}") for part in parts}
+            better = {k: rounding.get(f"{name}.{k}") for k in ("weight_scale", "weight_group")}
             found[name] = replace(layer, **{k: v for k, v in better.items() if v is not None})
         codes = {name: rounding[name] for name in found}
         biases = {n: rounding[f"{n}.bias"] for n in found if f"{n}.bias" in rounding}
@@ -298,11 +297,11 @@ def round_weights(
     settings, plans = recipe.rounding, _final(plans, scales, recipe)
     own = round_alone(denoiser, data, plans, settings, scratch and scratch / "alone")
     alone = ROUNDINGS.get(settings.name).needs == "weights"
-    if rank() and alone and not settings.bias and not settings.refine:
+    if rank() and alone and not settings.bias:
         # The first rank, which writes them, is as fast alone.
         return {}
     codes = _round(denoiser, plans, scales, settings.name if alone else "nearest", scratch)
-    if not codes or (alone and not settings.bias and not settings.refine):
+    if not codes or (alone and not settings.bias):
         return own | codes
     start = Quantized.of(recipe, plans, scales, own | codes, data.times)
     # A layer takes the place of its codes on disk, which are as large.

@@ -4,10 +4,9 @@ from quantempo.rounding.base import ROUNDINGS, check_start, nearest, round_by_we
 
 # Registered by import, nearest first: it is the default.
 from quantempo.rounding.gptq import gptq, round_alone  # isort: skip
-from quantempo.rounding.adaround import refine_scales  # isort: skip
 from quantempo.rounding.reconstruct import round_denoiser  # isort: skip
 
 __all__ = [
-    "ROUNDINGS", "check_start", "gptq", "nearest", "refine_scales", "round_alone",
-    "round_by_weights", "round_denoiser",
+    "ROUNDINGS", "check_start", "gptq", "nearest", "round_alone", "round_by_weights",
+    "round_denoiser",
 ]  # fmt: skip

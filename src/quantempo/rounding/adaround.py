@@ -5,16 +5,14 @@
 Source: Nagel et al. 2020 (AdaRound, eq. 21-24) on the blocks of Li et al. 2021 (BRECQ).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from quantempo.rounding.base import ROUNDINGS, BlockRun, Rounding, Unit, check_start
+from quantempo.rounding.base import ROUNDINGS, Rounding, Unit, check_start
 from quantempo.rounding.learn import errors, learn
-from quantempo.rounding.soft import ScaleKernel, SoftKernel
+from quantempo.rounding.soft import SoftKernel
 
-__all__ = ["START_KEPT", "refine_scales"]
+__all__ = ["START_KEPT"]
 
 # What is noted of a block whose start was better.
 START_KEPT = "the start was better and is kept"
@@ -35,8 +33,6 @@ TRAVEL, LEAST_RATE, MOST_RATE = 30.0, 1e-3, 0.1
 # the bundled model, 4 bits, 100 iterations: error 2.5e-3 from a gptq start of 2.3e-5).
 SPREAD = {"nearest": 1.0}
 SPREAD_ELSE = 0.2
-# Of the logarithm of activation scales.
-SCALE_RATE = 1e-3
 
 
 def _adaround_codes(unit: Unit) -> dict[str, Tensor]:
@@ -95,36 +91,6 @@ def _learn_codes(unit: Unit, start: dict[str, Tensor], powers: list[Tensor]) -> 
     parameters = [kernel.v for kernel in kernels.values()]
     learn(block, parameters, settings, powers=powers, start=at_start, rate=rate, penalty=penalty)
     return {name: kernel.codes() for name, kernel in kernels.items()}
-
-
-def refine_scales(block: BlockRun, unit: Unit) -> bool:
-    """Learn the activation scales of all time buckets, the codes fixed; say if they were kept.
-
-    s = exp(log s), Adam on log s for `settings.refine` iterations; kept if the block's error falls.
-    """
-    settings, powers = unit.settings, block.powers()
-    if all(layer.dynamic for layer in block.copies.values()):
-        return False
-    before = block.loss(powers)
-    old = {name: layer.act_scale.clone() for name, layer in block.copies.items()}
-    at_start = errors(block, powers)
-    kernels = {name: ScaleKernel(layer) for name, layer in block.copies.items()}
-    for name, kernel in kernels.items():
-        block.copies[name].kernel = kernel
-    parameters = [k.log_scale for k in kernels.values() if not k.layer.dynamic]
-    how = replace(settings, iterations=settings.refine, seed=settings.seed + 1)
-    learn(block, parameters, how, powers=powers, start=at_start, rate=SCALE_RATE)
-    for name, layer in block.copies.items():
-        layer.act_scale.copy_(kernels[name].log_scale.detach().exp())
-        block.assign(name, layer.weight_codes.clone())
-    after = block.loss(powers)
-    kept = "kept" if after < before else "the searched ones are kept"
-    unit.notes.append(f"activation scales {before:.3e} -> {after:.3e}, {kept}")
-    if after < before:
-        return True
-    for name, layer in block.copies.items():
-        layer.act_scale.copy_(old[name])
-    return False
 
 
 ROUNDINGS.register("adaround")(Rounding("block", _adaround_codes))

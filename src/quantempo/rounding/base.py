@@ -100,17 +100,14 @@ class _Round(torch.autograd.Function):
         return grads[0]
 
 
-def dequantized_input(
-    layer: QLayer, x: Tensor, scale_at: Callable[[int, Tensor], Tensor] | None = None
-) -> Tensor:
+def dequantized_input(layer: QLayer, x: Tensor) -> Tensor:
     """Return x_hat = s (clamp(round(x / s) + z, 0, qmax) - z), float32, a grid for each segment.
 
-    scale_at: (segment, x) -> s; by default of the clock. The gradient of round is 1 (straight
-    through).
+    The gradient of round is 1 (straight through).
     """
     axis, zero, parts = channel_dim(layer), layer.act_zero_point, []
     for i, part in enumerate(x.float().split(layer.segments, axis)):
-        scale = (scale_at or layer.scale_now)(i, part)
+        scale = layer.scale_now(i, part)
         codes = (_Round.apply(part / scale) + zero[i]).clamp(0, layer.act_qmax) - zero[i]
         parts.append(codes * scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

@@ -39,7 +39,7 @@ def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 def learn(
     block: BlockRun, parameters: list[Tensor], settings: RoundingSettings, *, powers: list[Tensor],
-    start: tuple[Tensor, Tensor], rate: float, penalty: Callable[[int], Tensor] | None = None,
+    start: tuple[Tensor, Tensor], rate: float, penalty: Callable[[int], Tensor],
 ) -> None:  # fmt: skip
     """Minimise the loss over `parameters` by Adam, in place; nothing waits for the device.
 
@@ -64,9 +64,7 @@ def learn(
                 got = block.call(index, mixed, exact=False)
                 whole = block.error(got, wanted, powers, index)
                 layers = _layer_error(quantized, exact)
-                loss = whole / start[0] + LAYER_SHARE * layers / start[1]
-                if penalty is not None:
-                    loss = loss + penalty(iteration)
+                loss = whole / start[0] + LAYER_SHARE * layers / start[1] + penalty(iteration)
                 # Not backward(): norms between the layers need no gradients.
                 gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -34,7 +34,7 @@ from quantempo.models.layers import Block, blocks, hooked
 from quantempo.quantized import QConv2d, QLayer, find_clock, quantized_layers
 from quantempo.quantized.layers import QPatches
 from quantempo.recipe import RoundingSettings
-from quantempo.rounding.adaround import START_KEPT, refine_scales
+from quantempo.rounding.adaround import START_KEPT
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
 from quantempo.rounding.chain import links
 from quantempo.run_folder import Kept, RunFolder
@@ -54,8 +54,8 @@ def round_denoiser(
     """Choose the integers of every quantized layer; return the tensors of `rounding.safetensors`.
 
     For each layer NAME (codes, int8, the shape of the weight); NAME.bias (O,) float32 if
-    `settings.bias`; NAME.act_scale (S, G) float32 if `settings.refine` > 0 found better ones;
-    NAME.weight_scale, NAME.weight_group of weights in groups, which roundings may choose again.
+    `settings.bias`; NAME.weight_scale, NAME.weight_group of weights in groups, which roundings may
+    choose again.
 
     Args:
         copied: quantized copy of `denoiser`, on the same device; it ends with what is returned, and
@@ -105,7 +105,7 @@ def apply_rounding(packed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     An engine has to be attached again. Not for a denoiser to be saved: its hash is that of packing.
     """
     for name, layer in quantized_layers(packed):
-        for part in ("act_scale", "weight_scale", "weight_group", "bias"):
+        for part in ("weight_scale", "weight_group", "bias"):
             if (value := tensors.get(f"{name}.{part}")) is not None:
                 getattr(layer, part).copy_(value)
         if name in tensors:
@@ -239,9 +239,6 @@ class _Job:
         for name, group in groups.items():
             result |= {f"{name}.weight_scale": scales[name].clone()}
             result |= {f"{name}.weight_group": group.clone()}
-        if settings.refine > 0 and refine_scales(run, unit):
-            for name, layer in run.copies.items():
-                result[f"{name}.act_scale"] = layer.act_scale.clone()
         if settings.bias:
             result |= {f"{name}.bias": bias for name, bias in correct_bias(run).items()}
         self.kept += any(START_KEPT in note for note in unit.notes)

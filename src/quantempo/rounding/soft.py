@@ -1,8 +1,6 @@
-"""Differentiable stand-ins for the kernel of a quantized layer.
+"""A differentiable stand-in for the kernel of a quantized layer.
 
-    y = conv(x_hat, w_hat) + bias        x_hat: `dequantized_input`
-
-Source of the gradient of s_a: Esser et al. 2020 (LSQ).
+y = conv(x_hat, w_hat) + bias        x_hat: `dequantized_input`
 """
 
 import torch
@@ -13,34 +11,13 @@ from quantempo.core import Format, Grid
 from quantempo.quantized import QConv2d, QLayer
 from quantempo.rounding.base import dequantized_input
 
-__all__ = ["ScaleKernel", "SoftKernel"]
+__all__ = ["SoftKernel"]
 
 # Of the rectified sigmoid: h reaches 0 and 1 at finite v. Louizos et al. 2018.
 _STRETCH, _SHIFT = 1.2, -0.1
 
 
-class _Kernel:
-    """Run a layer in float arithmetic on fake-quantized input."""
-
-    def __init__(self, layer: QLayer) -> None:
-        self.layer = layer
-
-    def weight(self) -> Tensor:
-        raise NotImplementedError
-
-    def scale(self, segment: int, x: Tensor) -> Tensor:
-        return self.layer.scale_now(segment, x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer, weight = self.layer, self.weight()
-        quantized = dequantized_input(layer, x, self.scale)
-        if isinstance(layer, QConv2d):
-            how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            return F.conv2d(quantized, weight, layer.bias, *how).to(x.dtype)
-        return F.linear(quantized, weight, layer.bias).to(x.dtype)
-
-
-class SoftKernel(_Kernel):
+class SoftKernel:
     """A layer whose codes are floor + h(v), between two neighbours each; v is learned.
 
     It starts from given codes c: floor is c or c - 1, so that the float weight lies between or, if
@@ -52,11 +29,10 @@ class SoftKernel(_Kernel):
     def __init__(
         self, layer: QLayer, weight: Tensor, codes: Tensor, spec: Format | Grid, spread: float = 1.0
     ) -> None:
-        super().__init__(layer)
-        self.grid = grid = Grid.of(spec)
+        self.layer, self.grid = layer, Grid.of(spec)
         # Of one step: s scale in groups.
-        self.rows = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1)) * grid.step
-        ratio, start = weight.detach().float() / self.rows, codes.float() / grid.step
+        self.rows = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1)) * self.grid.step
+        ratio, start = weight.detach().float() / self.rows, codes.float() / self.grid.step
         upper = start > ratio
         self.floor = start - upper.float()
         h = (ratio - self.floor).clamp(0, 1)
@@ -65,6 +41,14 @@ class SoftKernel(_Kernel):
         # Off the ends, where the gradient of the clamp is zero.
         h = h.clamp(0.01, 0.99)
         self.v = torch.logit((h - _SHIFT) / _STRETCH).requires_grad_()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output on fake-quantized input, in float arithmetic."""
+        layer, weight, quantized = self.layer, self.weight(), dequantized_input(self.layer, x)
+        if isinstance(layer, QConv2d):
+            how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            return F.conv2d(quantized, weight, layer.bias, *how).to(x.dtype)
+        return F.linear(quantized, weight, layer.bias).to(x.dtype)
 
     def h(self) -> Tensor:
         """Return the soft part of the codes, clamp(1.2 sigmoid(v) - 0.1, 0, 1)."""
@@ -79,22 +63,3 @@ class SoftKernel(_Kernel):
         """Return the codes with h rounded, int8."""
         hard = self.floor + (self.h() >= 0.5).float()
         return (hard.clamp(self.grid.low, self.grid.high) * self.grid.step).to(torch.int8)  # type: ignore[arg-type]
-
-
-class ScaleKernel(_Kernel):
-    """A layer with fixed codes whose activation scales are learned, as logarithms (S, G)."""
-
-    def __init__(self, layer: QLayer) -> None:
-        super().__init__(layer)
-        self.fixed = layer.weight
-        self.log_scale = layer.act_scale.detach().log().requires_grad_()
-
-    def weight(self) -> Tensor:
-        """Return the dequantized weight, float32."""
-        return self.fixed
-
-    def scale(self, segment: int, x: Tensor) -> Tensor:
-        """Return the scale of the current time bucket, or of each token, which is not learned."""
-        if self.layer.dynamic:
-            return self.layer.scale_now(segment, x)
-        return self.layer.clock.rows(self.log_scale[segment].exp(), x)
