@@ -312,6 +312,7 @@ def test_every_verb_is_there() -> None:
         *(
             "sample",
             "evaluate",
+            "push",
             "report",
             "inspect",
             "bench",

@@ -21,7 +21,8 @@ _DOC = "Quantize diffusion models to integers, time-step by time-step.\n\nStart 
 app = typer.Typer(name="quantempo", help=_DOC, no_args_is_help=True, pretty_exceptions_enable=False)
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
-    status.inspect, status.status, status.engines, measure.sensitivity, measure.bench, stages.demo,
+    status.inspect, status.status, status.engines, status.push, measure.sensitivity, measure.bench,
+    stages.demo,
 ):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]

@@ -1,4 +1,4 @@
-"""The verbs that look: quantempo status, report, inspect, and engines, what can run models here."""
+"""The verbs that look: quantempo status, report, inspect, engines (what runs here); and push."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import typer
 
 from quantempo.cli.common import Json, Run, next_command, show, table
 
-__all__ = ["engines", "inspect", "report", "status"]
+__all__ = ["engines", "inspect", "push", "report", "status"]
 
 
 def status(run: Path = typer.Argument(..., help="Run folder."), as_json: Json = False) -> None:
@@ -73,6 +73,21 @@ def report(run: Run, as_json: Json = False) -> None:
     from quantempo.report import render
 
     show({"report": str(render(run))}, as_json)
+
+
+def push(
+    run: Path = typer.Argument(..., help="Run folder."),
+    name: str = typer.Argument(..., help="Repository on the hub, OWNER/NAME."),
+    private: bool = typer.Option(False, "--private", help="Where it is new: for you alone."),
+    as_json: Json = False,
+) -> None:
+    """Upload RUN/packed to the Hugging Face hub, with its model card, by the hub's own client.
+
+    Example: quantempo push runs/cifar me/ddpm-cifar10-int8
+    """
+    from quantempo.report.card import push as upload
+
+    show({"pushed": upload(run, name, private=private)}, as_json)
 
 
 def inspect(

@@ -17,6 +17,7 @@ from quantempo.pipeline.arguments import merged
 from quantempo.pipeline.layer_table import int8_share, mean_weight_bits
 from quantempo.pipeline.samples import engine_of, open_model, sample
 from quantempo.pipeline.session import Session
+from quantempo.report.card import write_card
 from quantempo.run_folder import RunFolder, reading
 
 __all__ = ["SPEED_KEYS", "evaluate", "open_model", "sample"]
@@ -63,11 +64,12 @@ def evaluate(
     metrics |= _by_time(session, pipe, quantized)
     about: dict[str, Any] = {"engine": used, "steps": steps, "seeds": seeds}
     about |= {"batch_size": batch_size, "sampler": type(pipe.scheduler).__name__}
-    metrics |= summary(session) | about | {"machine": machine()}
+    metrics |= summary(session) | about | {"machine": machine(), "packed_key": session.key("pack")}
     before = run.read_json("metrics.json") if run.has("metrics.json") else {}
     metrics = {key: before[key] for key in SPEED_KEYS if key in before} | metrics
     if keep:
         run.write_json("metrics.json", metrics)
+        write_card(run, run / "packed")
     log.info("scores %s %s", "written to" if keep else "not kept in read-only", run.path)
     log.info("evaluate   %8.1f s     %d pairs of images", time.perf_counter() - start, images)
     return metrics

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from quantempo.calibration.dataset import TraceSet
-from quantempo.calibration.sources import SOURCES
 from quantempo.calibration.timesteps import make_time_sampler
-from quantempo.calibration.trace import picture_size
+from quantempo.calibration.trace import SOURCES, TraceSet, picture_size
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
 from quantempo.evaluation import load_images
@@ -25,6 +23,7 @@ from quantempo.pipeline import quantize as core
 from quantempo.pipeline.layer_table import measured_rows, weight_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
+from quantempo.report.card import write_card
 from quantempo.run_folder import Kept, atomic_path, private_folder
 
 __all__ = [
@@ -148,6 +147,8 @@ def _write_packed(session: Session, scratch: Path) -> None:
     with atomic_path(session.run / "packed") as temporary:
         session.save(networks, temporary)
         seal(temporary, next(iter(networks)))
+        # Not sealed: the figures follow.
+        write_card(session.run, temporary)
 
 
 def _packed(session: Session, scratch: Path, kept: Kept) -> tuple[nn.Module, list[dict[str, Any]]]:

@@ -3,11 +3,13 @@
 `sections`: what is shown; `*.html.j2`: how it looks, everything inlined, no script.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from quantempo.errors import QuantempoError
 from quantempo.report.bits import bits_cell
+from quantempo.report.card import write_card
 from quantempo.report.pictures import seeds_of, write_pairs
 from quantempo.report.sections import SECTIONS, NotRunError
 from quantempo.run_folder import RunFolder, atomic_path, reading
@@ -64,4 +66,6 @@ def render(run_path: str | Path) -> Path:
     if seeds_of(*samples):
         with atomic_path(run / "pairs.png") as temporary:
             write_pairs(*samples, temporary)
+    if "pack" in run.stages() and os.access(run / "packed", os.W_OK):
+        write_card(run, run / "packed")
     return target
