@@ -32,6 +32,7 @@ LANES = {
         "bench/test_run.py",
         "checkpoint/test_fresh_process.py",
         "checkpoint/test_plugin.py::test_the_bundled_model",
+        "checkpoint/test_upstream.py",
         "engines/test_fused_modulated.py::test_a_network_compiles",
         "engines/test_fused_gpu.py::test_a_network_compiles",
         "engines/test_fused_transformer.py::test_a_network_compiles",

@@ -177,7 +177,7 @@ def test_snippets(page: Path, folder: Path, cli: Any) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_where_they_are_tested(page: Path) -> None:
     for _, kind, text in snippets(page):
-        assert kind in ("", "python", "bash", "toml", "json", "text"), kind
+        assert kind in ("", "python", "bash", "toml", "json", "text", "diff"), kind
         assert kind or not COMMAND.search(text), f"a command in a block that is no bash: {text}"
     for words in map(shlex.split, re.findall(r"`quantempo ([^`\n]+)`", page.read_text())):
         verb = next((word for word in words if word in VERBS), None)
