@@ -320,6 +320,7 @@ def test_every_verb_is_there() -> None:
             "sensitivity",
             "status",
             "engines",
+            "compare",
         ),
     }
 

@@ -22,7 +22,7 @@ app = typer.Typer(name="quantempo", help=_DOC, no_args_is_help=True, pretty_exce
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
     status.inspect, status.status, status.engines, status.push, measure.sensitivity, measure.bench,
-    stages.demo,
+    measure.compare, stages.demo,
 ):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]

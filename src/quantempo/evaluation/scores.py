@@ -24,7 +24,7 @@ KERNEL_SUBSET = 1000
 KERNEL_SUBSETS = 50
 IMAGES_PER_SPLIT = 1000
 # Fewer images than this in each of four parts say nothing about spread.
-_PARTS, IMAGES_PER_PART = 4, 8
+PARTS, IMAGES_PER_PART = 4, 8
 
 
 def import_torchmetrics(module: str) -> Any:
@@ -191,10 +191,10 @@ def reference_tie(
 ) -> dict[str, Any]:
     """Return the spread of the Frechet distance to the reference over parts, and the verdict."""
     key = f"{extractor.score_names['frechet']}_reference"
-    if len(sets["float"]) < _PARTS * IMAGES_PER_PART:
+    if len(sets["float"]) < PARTS * IMAGES_PER_PART:
         return {f"{key}_tie": None}
     found = {
-        name: spread_over_parts(lambda p: frechet_distance(p.pooled, real.pooled), features, _PARTS)
+        name: spread_over_parts(lambda p: frechet_distance(p.pooled, real.pooled), features, PARTS)
         for name, features in sets.items()
     }
     result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
