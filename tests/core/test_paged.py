@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantempo.core import paged
-from quantempo.core.paged import Paged, page_out, paged_tensors, save_tensors
+from quantempo.core.paged import Paged, held, page_out, paged_tensors, save_tensors
 from quantempo.errors import QuantempoError
 from tests.tiny import noise
 
@@ -67,6 +67,12 @@ def test_a_module_is_paged_out_but_for_small_tensors(tmp_path, monkeypatch):
     page_out(layer, tmp_path / "sub/a.safetensors")
     assert isinstance(layer.weight, Paged) and not isinstance(layer.bias, Paged)
     assert torch.equal(layer(x), expected)
+    # Also where what is done in it fails.
+    for write in (False, True):
+        with pytest.raises(OSError, match="full"), held(layer, write=write):
+            assert not isinstance(layer.weight, Paged)
+            raise OSError("full")
+        assert isinstance(layer.weight, Paged) and torch.equal(layer(x), expected)
 
 
 @pytest.mark.cuda

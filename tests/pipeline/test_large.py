@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quantempo
+from quantempo import run_folder
 from quantempo.checkpoint import write
 from quantempo.core import paged
 from quantempo.core.paged import Paged
@@ -22,6 +23,7 @@ from quantempo.models.call import call_pipeline
 from quantempo.models.large import room
 from quantempo.models.layers import DENOISERS, Block, denoiser_of
 from quantempo.models.load import load_pipeline, model_digest
+from quantempo.pipeline.quantize import Quantized
 from quantempo.pipeline.stages import Session, finish, load, reopen, trace
 from quantempo.recipe import Recipe
 from quantempo.rounding.reconstruct import _Job
@@ -68,6 +70,23 @@ def same(one: Path, two: Path) -> None:
     assert filecmp.cmpfiles(one, two, names, shallow=False)[1:] == ([], [])
 
 
+def counted(
+    patch: pytest.MonkeyPatch, owner: Any, name: str, kill: int = 0, error: Any = KeyboardInterrupt
+) -> list[int]:
+    """Return a list that grows by each call of a function; call number `kill` raises."""
+    calls, known = list[int](), getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if calls[-1] == kill:
+            raise error
+        return known(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+    patch.setattr(run_folder, "_PAUSE", 0)
+    return calls
+
+
 @pytest.mark.parametrize("source, name", CASES, indirect=["source"])
 def test_the_same_bytes_also_after_a_kill_in_a_block(
     source: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch,
@@ -100,7 +119,15 @@ def test_the_same_bytes_also_after_a_kill_in_a_block(
             patch.setattr(_Job, "round", killed)
             finish(paged)
         paged = opened("paged", 1)
-    finish(paged)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, write.Shards, "write", 10)
+        finish(paged)
+    with monkeypatch.context() as patch:
+        calls = counted(patch, Quantized, "_fill")
+        finish(opened("paged", 1))
+    # Nine layers lay where they will be.
+    rows = json.loads((tmp_path / "whole/layers.json").read_text())
+    assert len(calls) == sum((row["bits_weight"] or 32) < 32 for row in rows) - 9 > 0
     same(tmp_path / "whole", tmp_path / "paged")
     # The limit is kept for whoever continues, and another one makes nothing stale.
     again = reopen(tmp_path / "paged")
@@ -219,3 +246,14 @@ def test_a_text_encoder_of_tied_and_prefixed_names_is_paged(tmp_path: Path) -> N
         exact = type(made).from_pretrained(file.parent, dtype=torch.float32)
         assert model_digest(found) == model_digest(exact)
         assert torch.equal(found(ids)[0], exact(ids)[0])
+
+
+def test_names_have_one_prefix_or_none() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"a": nn.Linear(2, 2)})})
+    names, shapes = list(network.state_dict()), [v.shape for v in network.state_dict().values()]
+    for start in ("", "model."):
+        whole = {start + n: torch.empty(s) for n, s in zip(names, shapes, strict=True)}
+        assert [*large._places(network, whole)] == names  # type: ignore[arg-type]
+        # Another one of the same end and shape is none.
+        del whole[f"{start}a.weight"]
+        assert [*large._places(network, whole)] == names[1:]  # type: ignore[arg-type]

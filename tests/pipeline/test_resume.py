@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from quantempo import run_folder
 from quantempo.calibration import statistics
 from quantempo.checkpoint import write
 from quantempo.errors import QuantempoError
 from quantempo.pipeline import stages
+from quantempo.pipeline.quantize import Quantized
 from quantempo.recipe import Recipe
 from quantempo.scales import search
-from tests.pipeline.test_large import same
+from tests.pipeline.test_large import counted, same
 from tests.tiny import tiny_dit
 
 # Chunks of 32 rows, so that each pass over the data has three batches.
@@ -27,26 +27,10 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "ranges": (statistics.MinMax, "update", 3),
     "histograms": (statistics.Histogram, "update", 3),
     "search": (search, "search_weights", 10**9),
+    "layers": (Quantized, "_fill", 10**9),
     "rows": (stages, "measured_rows", 10**9),
     "disk": (os, "fsync", 1),
 }
-
-
-def counted(
-    patch: pytest.MonkeyPatch, owner: Any, name: str, kill: int = 0, error: Any = KeyboardInterrupt
-) -> list[int]:
-    """Return a list that grows by each call of a function; call number `kill` raises."""
-    calls, known = list[int](), getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls) + 1)
-        if calls[-1] == kill:
-            raise error
-        return known(*args, **kwargs)
-
-    patch.setattr(owner, name, call)
-    patch.setattr(run_folder, "_PAUSE", 0)
-    return calls
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +52,7 @@ def test_a_killed_stage_goes_on(
     kill, kind = random.Random(place).randint(1, counts[place]), (KeyboardInterrupt, QuantempoError)
     with monkeypatch.context() as patch, pytest.raises(kind) as raised:
         if place == "rows":
-            kill = len(counted(patch, write, "save_tensors", 1))
+            kill = len(counted(patch, write, "save_network", 1))
         calls = counted(patch, owner, name, kill, error)
         stages.quantize(source, tmp_path / "run", RECIPE, call=CALL)
     assert place != "disk" or "the disk is full while writing" in str(raised.value)

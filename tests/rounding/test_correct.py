@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -172,3 +173,31 @@ def test_codes_are_better_on_their_inputs_than_the_nearest(kind: str, times: int
     none = Quantized.of(recipe, plans, {"bucket_of": torch.zeros(1, dtype=torch.int64)}, {})
     with pytest.raises(QuantempoError, match=r"no scales or codes for .*norm"):
         none.install(network, copy=True)
+
+
+@pytest.mark.parametrize("folder", [None, "blocks"])
+def test_one_that_no_call_reaches_is_nearest_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, folder: str | None
+) -> None:
+    recipe = Recipe.load("w4a8").override("rounding", samples=7, batch=4)
+    network, module = use.tiny("dit"), importlib.import_module("quantempo.rounding.gptq")
+    data = MemorySet.of_calls(network, [use.call("dit", n, seed=n) for n in (3, 4)])
+    network.idle = nn.Linear(24, 8)
+    plans = [p for p in plan(network, recipe, data) if p.kind == "weight_only"]
+    plans.append(replace(plans[0], name="idle"))
+    given = network, data, plans, recipe.rounding, folder and tmp_path / folder, "key"
+    before, alone = round_alone(*given), module._alone
+    assert "never run by the trace, rounded to nearest: idle" in caplog.text
+    near = WeightOnlyLinear(network.idle, 4, plans[0].group).fill(network.idle)
+    codes = [before[f"idle{part}"] for part in ("", ".weight_scale", ".weight_group")]
+    wanted = near.weight_codes, near.weight_scale, near.weight_group
+    assert all(torch.equal(a, b) for a, b in zip(codes, wanted, strict=True))
+    for left in (sorted(tmp_path.rglob("*.safetensors"))[:1], []):
+        for file in left:
+            file.unlink()
+        rounded = Mock(side_effect=alone)
+        monkeypatch.setattr(module, "_alone", rounded)
+        after = round_alone(*given)
+        assert rounded.call_count == (len(left) if folder else len(plans))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)

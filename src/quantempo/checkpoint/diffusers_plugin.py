@@ -208,6 +208,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self._digests: dict[str, str] = {}
         self._found: set[str] = set()
         self._int12: dict[str, dict[str, Tensor]] = {}
+        # The files that a network is written to while it is made, see `write.Shards`.
+        self.shards: Any = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -335,7 +337,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 f"cannot save '{name}': layers were added, fused or offloaded since the network "
                 "was quantized; undo it first (unfuse_qkv_projections, unload_lora, remove hooks)"
             )
-        config.hashes["tensors"] = joined({n: digest(value) for n, value in state.items()})
+        known = self.shards.digests if self.shards else {}
+        known = {n: known.get(n) or digest(value) for n, value in state.items()}
+        config.hashes["tensors"] = joined(known)
         config.hashes["settings"] = settings_digest(config.to_dict())
         model.register_to_config(quantization_config=config.to_dict())
         return True

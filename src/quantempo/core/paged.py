@@ -5,7 +5,7 @@ What networks larger than the memory are made of while they are quantized.
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,8 +17,8 @@ from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError
 
 __all__ = [
-    "Paged", "held", "is_paged", "loaded", "page_out", "paged_tensors", "save_tensors", "small",
-    "spilled",
+    "Paged", "held", "is_paged", "laid_out", "loaded", "page_out", "paged_tensors",
+    "save_tensors", "small", "spilled",
 ]  # fmt: skip
 
 _aten = torch.ops.aten
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
 
 
 class Paged(Tensor):
-    """A tensor of a file; every operation on it reads the file, none writes to it.
+    """A tensor of a file; every operation on it reads the file, none but `put` writes to it.
 
     Its dtype is that of computation, the file may hold another one. Shape, dtype, device and
     `detach` read nothing, and it stays paged on another device.
@@ -76,6 +76,12 @@ class Paged(Tensor):
         if done != found.nbytes:
             raise QuantempoError(f"cannot read {file} any more, was it changed? Restore it")
         return found.to(self.device, non_blocking=gpu).to(self.dtype)
+
+    def put(self, value: Tensor) -> None:
+        """Write what this is the place of, of the type in the file."""
+        with self.place.file.open("r+b") as stream:
+            stream.seek(self.place.start)
+            stream.write(_bytes(loaded(value).detach().cpu().contiguous()))
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Be shared by copies: nothing writes to it."""
@@ -131,10 +137,13 @@ def paged_tensors(file: Path) -> dict[str, Paged]:
     return found
 
 
-def save_tensors(
+def laid_out(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write the bytes that `save_file` of safetensors does, with one tensor in memory at a time."""
+) -> dict[str, Paged]:
+    """Write the header that `save_file` of safetensors does, and return where the tensors go.
+
+    What lies there already stays.
+    """
     order, header, end = [*_NAMES], dict[str, Any](), 0
     if metadata:
         header["__metadata__"] = dict(metadata)
@@ -146,10 +155,19 @@ def save_tensors(
         header[name] = shape | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    file.touch()
+    with file.open("r+b") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            stream.write(_bytes(loaded(tensors[name]).detach().cpu().contiguous()))
+        stream.truncate(stream.tell() + end)
+    return paged_tensors(file)
+
+
+def save_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the bytes that `save_file` of safetensors does, with one tensor in memory at a time."""
+    for name, place in laid_out(file, tensors, metadata).items():
+        place.put(tensors[name])
 
 
 def spilled(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -175,17 +193,16 @@ def page_out(module: nn.Module, file: Path) -> None:
 @contextmanager
 def held(module: nn.Module, *, write: bool = False) -> Iterator[None]:
     """Keep the paged tensors of a module in memory; write: and then what became of them on disk."""
-    found = []
-    for part in module.modules():
-        every = {**part._parameters, **part._buffers}
-        paged = {name: value for name, value in every.items() if isinstance(value, Paged)}
-        found += [(part, paged)] if paged else []
-        for name, value in paged.items():
-            put_buffer(part, name, value.load())
-    yield
-    for part, paged in found:
+    with ExitStack() as stack:
+        files = dict[nn.Module, Path]()
+        for part in module.modules():
+            for name, value in {**part._parameters, **part._buffers}.items():
+                if isinstance(value, Paged):
+                    files[part] = value.place.file
+                    stack.callback(put_buffer, part, name, value)
+                    put_buffer(part, name, value.load())
+        yield
+        for part, file in files.items() if write else ():
+            page_out(part, file)
         if write:
-            page_out(part, next(iter(paged.values())).place.file)
-        else:
-            for name, value in paged.items():
-                put_buffer(part, name, value)
+            stack.pop_all()

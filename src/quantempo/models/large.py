@@ -115,14 +115,15 @@ def _fill(network: Any, tensors: dict[str, Paged], dtype: torch.dtype) -> bool:
 def _places(network: nn.Module, tensors: dict[str, Paged]) -> dict[str, Paged]:
     """Return the tensors of files that are called as those of a network, or as ones tied to them.
 
-    But for a prefix, which transformers takes off or puts before.
+    But for a prefix, one for all, which transformers takes off or puts before.
     """
-    found = dict[str, Paged]()
+    # By how much longer a name in the files is, and that of the network.
+    found = dict[tuple[str, str], dict[str, Paged]]()
     every = dict(network.named_parameters(remove_duplicate=False))
     for name, value in network.state_dict().items():
         for own in [name, *(n for n, p in every.items() if p is every.get(name))]:
-            ends = [n for n in tensors if f".{n}".endswith(f".{own}") or own.endswith(f".{n}")]
-            ends = [own] if own in tensors else ends
-            if len(ends) == 1 and tensors[ends[0]].shape == value.shape:
-                found.setdefault(name, tensors[ends[0]])
-    return found
+            for n, place in tensors.items():
+                key = n[: max(0, len(n) - len(own))], own[: max(0, len(own) - len(n))]
+                if key[0] + own == key[1] + n and place.shape == value.shape:
+                    found.setdefault(key, {}).setdefault(name, place)
+    return max(found.values(), key=len, default={})

@@ -1,9 +1,10 @@
 """Quantize a denoiser in memory: layers -> statistics -> scales -> integers."""
 
 import copy as copies
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -78,14 +79,24 @@ class Quantized:
         alone = {name: [rounding[f"{name}{part}"] for part in parts] for name in names}
         return cls(recipe, plans, found, codes, scales["bucket_of"], times, biases, errors, alone)
 
+    def saved(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        """Return what the quantized denoiser will have to save, on the meta device."""
+        state = [*denoiser.parameters(), *denoiser.buffers()]
+        empty = {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in state}
+        network = copies.deepcopy(denoiser, empty)
+        clock = quantized.install_clock(network, self.bucket_of, self.times)
+        quantized.swap_layers(network, self.plans, clock)
+        return network.state_dict()
+
     @torch.no_grad()
     def install(
-        self, denoiser: nn.Module, *, copy: bool = False, folder: Path | None = None
-    ) -> nn.Module:
+        self, denoiser: nn.Module, *, copy: bool = False, folder: Path | None = None,
+        store: Callable[..., None] | None = None,
+    ) -> nn.Module:  # fmt: skip
         """Replace the planned layers of a float denoiser by integer ones, in place; names stay.
 
         copy: return a quantized copy instead, which shares all parameters that stay float; folder:
-        where integers of layers that are paged are kept, None: in memory.
+        where integers of layers that are paged are kept, None: in memory; store: see `Shards`.
 
         Raises QuantempoError: the denoiser is quantized already, or is another network.
         """
@@ -96,7 +107,8 @@ class Quantized:
         clock = quantized.install_clock(denoiser, self.bucket_of.to(device), self.times)
 
         def fill_layer(name: str, layer: nn.Module, old: Any) -> None:
-            self._fill(name, layer, old)
+            fill = partial(self._fill, name, layer, old)
+            fill() if store is None else store(name, layer, old, fill)
             if folder is not None and isinstance(old.weight, Paged):
                 page_out(layer, folder / f"{name}.safetensors")
 
@@ -295,7 +307,7 @@ def round_weights(
     scratch: where integers of paged weights are kept, None: in memory.
     """
     settings, plans = recipe.rounding, _final(plans, scales, recipe)
-    own = round_alone(denoiser, data, plans, settings, scratch and scratch / "alone")
+    own = round_alone(denoiser, data, plans, settings, folder, key)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     if rank() and alone and not settings.bias:
         # The first rank, which writes them, is as fast alone.

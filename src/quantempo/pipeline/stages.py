@@ -17,6 +17,7 @@ from quantempo.calibration.timesteps import make_time_sampler
 from quantempo.calibration.trace import SOURCES, TraceSet, picture_size
 from quantempo.calibration.trace import trace as trace_pipeline
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig, mark_quantized, seal
+from quantempo.checkpoint.write import Shards
 from quantempo.evaluation import load_images
 from quantempo.models.call import images_a_call, own_guidance
 from quantempo.pipeline import quantize as core
@@ -128,15 +129,15 @@ def pack(session: Session) -> Path:
         part.check_before("pack")
     with session.stage("pack") as needed:
         if needed:
-            with private_folder(run / "paged") as scratch:
-                _write_packed(session, scratch)
+            with atomic_path(run / "packed") as temporary:
+                _write_packed(session, temporary)
     return run / "packed"
 
 
-def _write_packed(session: Session, scratch: Path) -> None:
+def _write_packed(session: Session, to: Path) -> None:
     rows, networks = [], {}
     for part in session.parts:
-        network, found = _packed(part, scratch / part.component, session.kept("pack"))
+        network, found = _packed(part, session.kept("pack"))
         if len(_trace_of(part)):
             networks[part.component] = network
         start = "" if part is session else f"{part.component}."
@@ -144,27 +145,30 @@ def _write_packed(session: Session, scratch: Path) -> None:
     for name in session.also:
         rows += weight_rows(name, getattr(session.pipe, name))
     session.run.write_json("layers.json", rows)
-    with atomic_path(session.run / "packed") as temporary:
-        session.save(networks, temporary)
-        seal(temporary, next(iter(networks)))
-        # Not sealed: the figures follow.
-        write_card(session.run, temporary)
+    session.save(networks, to)
+    seal(to, next(iter(networks)))
+    # Not sealed: the figures follow.
+    write_card(session.run, to)
 
 
-def _packed(session: Session, scratch: Path, kept: Kept) -> tuple[nn.Module, list[dict[str, Any]]]:
+def _packed(session: Session, kept: Kept) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Return the quantized denoiser, marked for saving, and its rows of the layer table."""
     run, data = session.run, _trace_of(session)
     scales = run.read_safetensors("scales.safetensors")
     codes = run.read_safetensors("rounding.safetensors", paged=True)
     found = core.Quantized.of(session.recipe, session.plans, scales, codes, data.times)
-    packed = found.install(session.denoiser, copy=True, folder=scratch)
-    name = f"rows-{session.component}"
+    folder: Any = kept.folder
+    name, state = session.component, found.saved(session.denoiser)
+    shards = Shards(folder / name, state, kept, f"layers-{name}")
+    packed = found.install(session.denoiser, copy=True, store=shards.store)
+    name = f"rows-{name}"
     rows = kept.read(name)[0] or measured_rows(session.denoiser, packed, found.plans, data)
     kept.write(name, rows, {})
     about = {"times": data.times, "source_sha256": session.model["sha256"]}
     config = QuantempoConfig.of(found.recipe, found.plans, **about)
     config.attention_errors = found.attention  # type: ignore[attr-defined]
     mark_quantized(packed, config)
+    packed.hf_quantizer.shards = shards
     return packed, rows
 
 

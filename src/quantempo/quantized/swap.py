@@ -191,7 +191,7 @@ def swap_layers(
         denoiser.set_submodule(plan.name, empty.train(layer.training))
         if fill is not None:
             fill(plan.name, empty, layer)
-    if lost:
+    if lost and fill is not None:
         text = "%d layers lose hooks or forwards that others have set on them, the first is '%s'"
         log.warning(f"{text}; set them on the quantized network", len(lost), lost[0])
     keep(denoiser, PADDED, odd_padding(denoiser))

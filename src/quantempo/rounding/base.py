@@ -5,6 +5,7 @@ inputs of a block the network is stopped there: it costs what comes before and n
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from quantempo.registry import Registry, check_known
 from quantempo.rounding.chain import Link, steps
 
 __all__ = [
-    "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "check_start",
+    "ROUNDINGS", "BlockRun", "Inputs", "Rounding", "Unit", "UnreachedError", "check_start",
     "dequantized_input", "nearest", "record", "round_by_weights", "run_until",
 ]  # fmt: skip
 
@@ -134,6 +135,10 @@ def _nearest_codes(unit: Unit) -> dict[str, Tensor]:
 ROUNDINGS.register("nearest")(Rounding("weights", _nearest_codes))
 
 
+class UnreachedError(QuantempoError):
+    """A module that the network's forward did not run."""
+
+
 class _StopError(Exception):
     """Raised by a hook to end a forward early."""
 
@@ -151,12 +156,9 @@ def run_until(
         if not waiting:
             raise _StopError
 
-    with hooked(modules, stop, before=True):
-        try:
-            call()
-        except _StopError:
-            return
-    raise QuantempoError("a block was not reached by the network's forward; exclude its layers")
+    with hooked(modules, stop, before=True), suppress(_StopError):
+        call()
+        raise UnreachedError("a block was not reached by the network's forward; exclude its layers")
 
 
 class Inputs:

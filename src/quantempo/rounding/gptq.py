@@ -16,6 +16,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.core import Format, Grid, GroupFormat, Paged, loaded, ranks, spilled
+from quantempo.core import Format, Grid, GroupFormat, Paged, loaded, ranks
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import input_of
 from quantempo.quantized import LayerPlan, QConv2d, QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import base
+from quantempo.run_folder import Kept, RunFolder
 from quantempo.scales import search_groups
 
 __all__ = ["Inverse", "gptq", "input_moments", "moments", "round_alone"]
@@ -313,15 +315,18 @@ def _round_layer(
 @torch.no_grad()
 def round_alone(
     denoiser: nn.Module, data: CalibrationData, plans: Sequence[LayerPlan],
-    settings: RoundingSettings, folder: Path | None = None,
+    settings: RoundingSettings, folder: str | Path | None = None, key: str = "",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return NAME int8 (O, K), NAME.weight_scale and NAME.weight_group of layers of float inputs.
 
     H = X X^T of their inputs in the float network, of `settings.samples` rows from all over the
-    set: layers of equal ones share it. folder: where codes of paged weights are kept, or None.
+    set: layers of equal ones share it. folder, key: see `round_denoiser`.
     """
-    some = [p for p in plans if p.kind == "weight_only" and p.group]
-    layers: dict[str, Any] = {p.name: denoiser.get_submodule(p.name) for p in some}
+    kept = Kept(RunFolder(folder) if folder else None, f"{key} {settings}")
+    some = {f"{p.name}.safetensors": p for p in plans if p.kind == "weight_only" and p.group}
+    done = ranks.told([file for file in some if kept.read(file)[0]])
+    every: dict[str, Any] = {p.name: denoiser.get_submodule(p.name) for p in some.values()}
+    layers = {p.name: every[p.name] for file, p in some.items() if file not in done}
     # By the first of the layers of equal inputs, where later calls end.
     found = dict[str, tuple[Tensor, list[str], Tensor]]()
 
@@ -337,23 +342,38 @@ def round_alone(
 
     index = torch.linspace(0, len(data) - 1, min(settings.samples, len(data))).long()
     for rows in data.calls(index, settings.batch) if layers else []:
-        waiting = {name: layers[name] for name in found or layers}
-        base.run_until(waiting, partial(data.replay, denoiser, data.rows(rows)), see)
+        again = {name for _, names, _ in found.values() for name in names[1:]}
+        waiting = {name: layer for name, layer in layers.items() if name not in again}
+        with suppress(base.UnreachedError):
+            base.run_until(waiting, partial(data.replay, denoiser, data.rows(rows)), see)
+    shared: list[Any] = [(names, hessian) for _, names, hessian in found.values()]
+    if idle := sorted(layers.keys() - {name for names, _ in shared for name in names}):
+        log.warning("never run by the trace, rounded to nearest: %s", ", ".join(idle))
+        shared.append((idle, None))
     result = dict[str, Tensor]()
-    for _, names, hessian in found.values():
-        # The first rank is as fast alone.
-        inverse = None if ranks.rank() else Inverse.of(hessian)
-        for p in (p for p in some if p.name in names):
-            made, old = dict[str, Tensor](), layers[p.name].weight.detach()
-            if inverse:
-                weight, spec = loaded(old).float(), GroupFormat(p.weight_bits, group=p.group)
-                scale, groups = search_groups(weight, spec, 1 / inverse.diagonal())
-                codes = gptq(weight, inverse, scale, spec.grid(weight.shape, groups))
-                both = {f"{p.name}.weight_scale": scale, f"{p.name}.weight_group": groups}
-                made = {k: v.cpu() for k, v in {p.name: codes, **both}.items()}
-            made = ranks.told(made)
-            result |= spilled(made, folder / p.name) if folder and isinstance(old, Paged) else made
+    # The first rank is as fast alone.
+    for names, hessian in [] if ranks.rank() else shared:
+        inverse = None if hessian is None else Inverse.of(hessian)
+        for file, p in some.items():
+            if p.name in names:
+                made = _alone(p, loaded(layers[p.name].weight.detach()).float(), inverse)
+                kept.write(file, True, made)
+                result |= {} if kept.folder else made
+    result = ranks.told(result)
+    for file, p in some.items() if kept.folder else ():
+        paged = isinstance(every[p.name].weight, Paged)
+        result |= kept.folder.read_safetensors(file, paged=paged)  # type: ignore[union-attr]
     return result
+
+
+def _alone(plan: LayerPlan, weight: Tensor, inverse: Inverse | None) -> dict[str, Tensor]:
+    """Return the tensors of one layer, to nearest where nothing is known of its inputs."""
+    spec = GroupFormat(plan.weight_bits, group=plan.group)
+    scale, groups = search_groups(weight, spec, inverse and 1 / inverse.diagonal())
+    grid = spec.grid(weight.shape, groups)
+    codes = gptq(weight, inverse, scale, grid) if inverse else base.nearest(weight, scale, grid)
+    found = {"": codes, ".weight_scale": scale, ".weight_group": groups}
+    return {f"{plan.name}{part}": value.cpu() for part, value in found.items()}
 
 
 base.ROUNDINGS.register("gptq")(base.Rounding("hessian", _gptq_codes))
