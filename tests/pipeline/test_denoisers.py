@@ -1,6 +1,7 @@
 """Pipelines that denoise with two networks: both are quantized, written and counted, or one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import quantempo
 from quantempo.bench.networks import run_network
 from quantempo.calibration.dataset import TraceSet
+from quantempo.calibration.trace import affordable
 from quantempo.errors import QuantempoError
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline.layer_table import describe, int8_share
@@ -80,6 +82,9 @@ def test_an_expert_that_is_never_called_stays_in_float(
     pipe = load_pipeline(experts[0])
     pipe.register_to_config(boundary_ratio=boundary)
     idle, runs = EXPERTS if boundary else EXPERTS[::-1]
+    # A budget is measured of the one that is called.
+    few = replace(SHORT.trace, steps=4, chains=2**19)
+    assert affordable(pipe, few, experts[1], 0.0)["chains"] == 2
     packed = quantempo.quantize(pipe, tmp_path / "run", SHORT, call=experts[1])
     assert packed_parts(packed) == [runs] and f"{idle} stays in float" in caplog.text
     rows = json.loads((tmp_path / "run" / "layers.json").read_text())

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from quantempo.cli.app import _joined
 from quantempo.core import ranks
+from quantempo.errors import QuantempoError
 from quantempo.pipeline import quality
 from quantempo.pipeline.stages import finish, load
 from quantempo.recipe import Recipe
@@ -155,3 +157,56 @@ def test_a_folder_that_another_process_begins_just_now(
 
     monkeypatch.setattr(RunFolder, "foreign", foreign)
     work()
+
+
+def test_images_stay_until_others_can_be_made(source: Path, tmp_path: Path) -> None:
+    def work(fails: int | None, seeds: int = 1, **how: Any) -> None:
+        pipe = quality.open_model(source)
+        if ranks.rank() == fails:
+            pipe.unet.register_forward_pre_hook(lambda *_: 1 / 0)
+        quality.sample(pipe, tmp_path, range(seeds), steps=1, call=CALL, **how)
+
+    work(None)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    more: Any = {"identity": "other", "force": True, "batch_size": 1}
+    for fails in (0, 2):
+        assert any(together(3, lambda fails=fails: work(fails, 3, **more)))
+        assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    # One of them has none to make.
+    assert together(3, lambda: work(None, 2, **more)) == [0] * 3
+    assert len([*tmp_path.glob("*.png")]) == 2
+    assert "other" in (tmp_path / "settings.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "said, kind, match",
+    [
+        ("[gloo/pair.cc:1] Connection closed by peer", QuantempoError, "ended, or the job was"),
+        ("[gloo/buffer.cc:8] Timed out waiting 9ms", QuantempoError, "silent for 1:00:00 during"),
+        ("CUDA error: out of memory", RuntimeError, "out of memory"),
+    ],
+)
+def test_what_went_wrong_is_named(
+    monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception], match: str
+) -> None:
+    def gather(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr(ranks._job, "size", 2)
+    monkeypatch.setattr(ranks.signal, "signal", lambda *_: None)
+    with pytest.raises(kind, match=match) as raised:
+        ranks.everyone(1)
+    assert type(raised.value) is kind
+
+
+def test_a_wrong_option_is_said_before_any_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(ranks, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(ranks, "told", lambda _: calls.append("told"))
+    for code, met in ((2, ["start", "told"]), (0, ["start"])):
+        with pytest.raises(SystemExit), _joined():
+            sys.exit(code)
+        assert calls == met
+        calls.clear()

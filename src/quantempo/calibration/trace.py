@@ -16,7 +16,7 @@ stages of Heun) one is chosen with equal chances. Memory holds the kept rows onl
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from quantempo.core import ranks
 from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError, log
 from quantempo.models.latents import latents_of, schedule_of
-from quantempo.models.layers import hooked
+from quantempo.models.layers import denoisers_of, hooked
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import call_pipeline, scheduler_settings
 from quantempo.quantized import Times
@@ -185,15 +185,13 @@ def picture_size(pipe: Any, denoiser: nn.Module, steps: int, call: Any) -> Any:
         return call_pipeline(pipe, [0], steps=steps, **call).shape[-3:-1]
 
 
-def affordable(
-    pipe: Any, denoiser: nn.Module, settings: TraceSettings, call: Any, minutes: float
-) -> dict[str, int]:
+def affordable(pipe: Any, settings: TraceSettings, call: Any, minutes: float) -> dict[str, int]:
     """Return the chains and steps for a budget of time, at most those of the settings.
 
-    A call of the network for one image is measured. Each step of a chain takes one, each row that
+    A call of its networks for one image is measured. Each step of a chain takes one, each row that
     is kept about eight more, for statistics and rounding; half of the budget is for these.
     """
-    times: list[float] = []
+    times, networks = list[float](), denoisers_of(pipe)
 
     def note(*_: Any) -> None:
         if torch.cuda.is_available():
@@ -203,9 +201,10 @@ def affordable(
     # Twice: the first call of all loads and compiles.
     for _ in range(2):
         times.clear()
-        with hooked({"": denoiser}, note, before=True), hooked({"": denoiser}, note):
-            picture_size(pipe, denoiser, settings.steps, call)
-    # 0: the pipeline never calls it.
+        with ExitStack() as stack, hooked(networks, note, before=True), hooked(networks, note):
+            for network in networks.values():
+                stack.enter_context(answered(network))
+            call_pipeline(pipe, [0], steps=settings.steps, **call)
     each = max((b - a for a, b in zip(times[::2], times[1::2], strict=True)), default=0.0)
 
     few, least, picks = min(2, settings.chains), min(4, settings.steps), settings.picks

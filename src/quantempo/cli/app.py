@@ -73,15 +73,22 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 @contextmanager
 def _joined() -> Iterator[None]:
     """Work with the other processes of a `torchrun`, if any; the first of them alone prints."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from quantempo.core import ranks
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    from quantempo.core import ranks
 
-        ranks.start()
-        if ranks.rank():
-            with open(os.devnull, "w") as no, redirect_stdout(no), redirect_stderr(no):
+    ranks.start()
+    with open(os.devnull, "w") as no:
+        out, err = (no, no) if ranks.rank() else (sys.stdout, sys.stderr)
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
                 yield
-            return
-    yield
+        except SystemExit as error:
+            if error.code == 2:
+                # None ends before the first one has said which option is wrong.
+                ranks.told(None)
+            raise
 
 
 def main() -> None:

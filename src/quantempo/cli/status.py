@@ -102,9 +102,10 @@ def inspect(
     from quantempo.pipeline.layer_table import describe
     from quantempo.report.bits import bits_cell, bits_facts
 
-    rows, unfused = describe(model / "packed" if (model / "packed").is_dir() else model, device)
+    folder = model / "packed" if (model / "packed").is_dir() else model
+    rows, unfused, notes = describe(folder, device)
     if as_json:
-        show({"layers": rows, "unfused": unfused}, as_json)
+        show({"layers": rows, "unfused": unfused, "notes": notes}, as_json)
         return
     lines = [("layer", "role", "weight", "bits", "scale over time (buckets)", "backend")]
     for row in rows:
@@ -116,7 +117,7 @@ def inspect(
         bits = bits_cell(row).replace(" / ", "/")
         lines.append((row["name"], row["role"], shape, bits, scales, backend))
     table(lines)
-    for name, text in bits_facts(rows, None):
+    for name, text in (*bits_facts(rows, None), *notes.items()):
         typer.echo(f"{name}: {text}")
     for name, reason in unfused.items():
         typer.echo(f"not fused: {name}: {reason}")

@@ -118,10 +118,15 @@ def everyone(value: V) -> list[V]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * _job.size
+    here = pytree.tree_map_only(Tensor, lambda v: v.detach().cpu(), value)
     try:
-        here = pytree.tree_map_only(Tensor, lambda v: v.detach().cpu(), value)
         dist.all_gather_object(found, here)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "imed out" in str(error):
+            text = f"another process has been silent for {_PATIENCE} during {_job.doing}"
+            raise QuantempoError(f"{text}; {_AGAIN}") from error
+        if "gloo" not in str(error):
+            raise
         _stopped()
     return found
 

@@ -104,7 +104,8 @@ def run_pipeline(
         seeds: of x_T and the noise of the scheduler.
         batch_size: images in one call of the pipeline, of `steps` steps.
         places: of the images in the whole set; None: 0, 1, ...
-        on_batch: called with (index of the first image, what was made) after every call of a rank.
+        on_batch: called with (index of the first image, what was made) after every call of a rank,
+            and once with nothing by a rank that has none.
         call: further arguments of the pipeline, those of an image (`PER_IMAGE`) with entry i modulo
             their length for image i.
 
@@ -131,4 +132,6 @@ def run_pipeline(
             if on_batch is not None:
                 on_batch(first, batches[-1])
             bar.update(len(batches[-1]))
+    if on_batch is not None and not mine:
+        on_batch(0, np.empty(0))
     return np.concatenate(ranks.joined(batches))

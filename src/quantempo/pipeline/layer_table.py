@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.engines.fusion import report
+from quantempo.engines.fusion import gated, report
 from quantempo.engines.layerwise import execution
 from quantempo.engines.select import ENGINES, attach
 from quantempo.engines.simulated import once
@@ -164,11 +164,12 @@ def weight_rows(component: str, part: nn.Module) -> list[dict[str, Any]]:
 
 def describe(
     packed: str | Path, device: str | None = None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the layer table of a packed folder, with what runs each layer, and unfused blocks.
+) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, str]]:
+    """Return the layer table of a packed folder, with what runs each layer; unfused blocks; notes.
 
     The default engine of the device (None: a GPU if there is one) is attached, so "backend" is what
     runs there: "onednn, fused", "onednn", "simulated", "float". Unfused: name of a block -> why.
+    Notes: what --memory does there; where a LoRA is slower.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -187,7 +188,11 @@ def describe(
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and any(map(is_parametrized, part.modules())):
             rows += weight_rows(name, part)
-    return rows, reasons
+    gpu = torch.device(device).type == "cuda"
+    notes = {"--memory": "blocks beyond it are copied in by each call" if gpu else "for a GPU only"}
+    if count := sum(gated(part) for _, part in parts):
+        notes["LoRA"] = f"beside {count} products of values and gates slower on Hopper"
+    return rows, reasons, notes
 
 
 def _described(denoiser: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:

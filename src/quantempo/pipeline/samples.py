@@ -4,7 +4,7 @@ import hashlib
 import wave
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def sample(
     made: dict[int, Any] = {seed: ours and _read(_file(out, seed)) for seed in seeds}
     todo = [seed for seed, image in made.items() if not isinstance(image, np.ndarray)]
 
+    @cache
     def begin() -> None:
-        # All have looked.
+        # All have looked, and what they were asked for can be made: else the folder stays.
         ranks.told(None, "sample")
         if not (ours or ranks.rank()):
             for kind in ("png", "gif", "wav", "npy"):
@@ -99,15 +100,11 @@ def sample(
         ranks.told(None)
 
     def write(first: int, images: np.ndarray) -> None:
-        if first == 0 and ranks.alone():
-            # Not earlier: a call that fails leaves the folder as it was.
-            begin()
+        begin()
         for seed, image in zip(todo[first : first + len(images)], images, strict=True):
             _write(out, seed, image, sample_rate(pipe))
 
     if todo:
-        if not ranks.alone():
-            begin()
         # Prompts and labels go by position in the whole list, whatever is left to do.
         where = {seed: place for place, seed in reversed([*enumerate(seeds)])}
         places = [where[seed] for seed in todo]

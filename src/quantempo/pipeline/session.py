@@ -208,8 +208,7 @@ def _afforded(session: Session, minutes: float) -> Recipe:
     ours = known and run.read_json("model.json")["sha256"] == session.model["sha256"]
     # Whoever goes on with a run asks for what was found.
     if not ours or known[0] != minutes or asked not in known[1:]:
-        given = session.pipe, session.denoiser, recipe.trace, session.call
-        known = minutes, affordable(*given, minutes), asked
+        known = minutes, affordable(session.pipe, recipe.trace, session.call, minutes), asked
     session.minutes = known
     return recipe.override("trace", **known[1])
 
