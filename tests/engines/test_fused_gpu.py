@@ -16,8 +16,7 @@ from quantempo.engines import ENGINES, attach
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda import unet as fused_gpu
 from quantempo.engines.cuda.constants import Sides
-from quantempo.engines.cuda.per_forward import SharedShifts
-from quantempo.engines.cuda.unet import FusedDownsample, FusedResnet
+from quantempo.engines.cuda.unet import FusedDownsample, FusedResnet, SharedShifts
 from quantempo.engines.fusion import unfuse
 from quantempo.engines.layerwise import execution
 from quantempo.models.fusion import find_parts

@@ -9,7 +9,7 @@ from diffusers.models import modeling_utils
 from torch import nn
 
 from quantempo.engines import ENGINES, attach
-from quantempo.engines.cuda.per_forward import SharedShifts
+from quantempo.engines.cuda.unet import SharedShifts
 from quantempo.engines.fusion import FusedUpBlock, fuse, fused_modules, report, unfuse
 from quantempo.engines.layerwise import LayerwiseEngine, execution
 from quantempo.kernels.cpu import onednn

@@ -10,7 +10,7 @@ from torch import nn
 from quantempo import quantized
 from quantempo.engines.base import BACKENDS
 from quantempo.engines.cuda.joint import SharedModulations, modulated
-from quantempo.engines.cuda.per_forward import SharedShifts
+from quantempo.engines.cuda.unet import SharedShifts
 from quantempo.engines.onednn.blocks import FloatTimeShifts
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops

@@ -44,13 +44,17 @@ class Prepared:
     traceable = False
 
     def prepare(self, device: torch.device) -> None:
-        """Make the constants (again)."""
+        """Make the constants (again), after those of the parts that are attributes."""
         with torch.inference_mode(False), torch.no_grad():
+            for value in vars(self).values():
+                for part in value if isinstance(value, list) else [value]:
+                    if isinstance(part, Prepared):
+                        part.here(device)
             self._prepare(device)
         self.device = device
 
     def _prepare(self, device: torch.device) -> None:
-        raise NotImplementedError
+        """Make those of this one alone."""
 
     def here(self, device: torch.device) -> None:
         """Make the constants if they are not on this device."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from quantempo.engines.base import Prepared, last
 from quantempo.engines.cuda.constants import FLOATS, constants_of
 from quantempo.engines.cuda.joint import SharedModulations, Stream, add, attended, encode, modulated
-from quantempo.engines.cuda.per_forward import SharedContext
+from quantempo.engines.cuda.transformer import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
 from quantempo.engines.per_forward import PerForward
@@ -32,7 +32,6 @@ class _Cross(Prepared):
 
     def _prepare(self, device: torch.device) -> None:
         self.q, self.out = (constants_of(p, device) for p in (self.parts.q, self.parts.out))
-        self.contexts.here(device)
 
     def heads(self, x: Tensor, context: Tensor) -> list[Tensor]:
         """Return q, k and v (B, T, heads, dim) of x (B, T, C) and its context."""
@@ -52,7 +51,7 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(whole, whole.shape[2:], weight, norm.eps).view(x.shape)
 
 
-class _Embedding(PerForward):
+class _Embedding(Prepared, PerForward):
     """Modulations of blocks with equal embeddings of time and class, which is computed once."""
 
     def __init__(self, network: Network) -> None:
@@ -87,12 +86,6 @@ class FusedModulatedBlock(GpuBlock):
         zero = not hasattr(parts.module, "scale_shift_table")
         self.time = network.once(_Embedding) if zero else None
         self.index = self.time.shared.index(parts.module.norm1.linear) if self.time else None
-
-    def _prepare(self, device: torch.device) -> None:
-        for part in (self.stream, *self.attentions):
-            part.prepare(device)
-        if self.time is not None and self.index is not None:
-            self.time.shared.here(device)
 
     def takes(self, x: Tensor, context: Any, mask: Any, rotary: Any, *time: Any) -> bool:
         """Return whether `run` can be given these."""
@@ -147,7 +140,6 @@ class FusedSanaBlock(FusedModulatedBlock):
     """The same, whose feed-forward layer runs diffusers' convolution between its two products."""
 
     def _prepare(self, device: torch.device) -> None:
-        super()._prepare(device)
         layers = (self.parts.up, self.parts.down)
         self.up, self.down = (constants_of(layer, device).pixelwise() for layer in layers)
 

@@ -52,6 +52,8 @@ class SharedModulations(Prepared, TimeShifts):
         return cls([layer for parts in network.of(JointParts) for layer in parts.modulations])
 
     def _prepare(self, device: torch.device) -> None:
+        if not self.layers:
+            return
         self.joined = list[Tensor | None]()
         for name in ("weight_int", "weight_scale", "bias", "weight_group"):
             parts = [getattr(layer, name) for layer in self.layers]
@@ -76,7 +78,7 @@ def modulated(layer: Any, temb: Tensor) -> Any:
         return layer(F.silu(temb.float()))
 
 
-class _Modulation:
+class _Modulation(Prepared):
     """Shifts, scales and gates of one layer."""
 
     def __init__(self, layer: nn.Module, network: Network) -> None:
@@ -175,11 +177,6 @@ class _Joint(GpuBlock):
         super().__init__(parts, network)
         self.modulations = [_Modulation(layer, network) for layer in parts.modulations]
 
-    def _prepare(self, device: torch.device) -> None:
-        for modulation in self.modulations:
-            if modulation.index is not None:
-                modulation.shared.here(device)
-
     def takes(self, x: Tensor, text: Any, temb: Any, rotary: Any) -> bool:
         """Return whether `run` can be given these."""
         if not isinstance(text, Tensor) or not isinstance(temb, Tensor) or x.dtype not in FLOATS:
@@ -203,8 +200,6 @@ class Stream(Prepared):
 
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
-        for projections in self.projections:
-            projections.prepare(device)
         layers = [*(attention.out for attention in parts.attentions), parts.up, parts.down]
         found: list[Any] = [layer and constants_of(layer, device) for layer in layers]
         *self.outs, self.up, self.down = found
@@ -240,11 +235,6 @@ class FusedDouble(_Joint):
         super().__init__(parts, network)
         self.streams = [Stream(stream) for stream in parts.streams]
 
-    def _prepare(self, device: torch.device) -> None:
-        super()._prepare(device)
-        for stream in self.streams:
-            stream.prepare(device)
-
     def run(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Any, ...]:
         """Return (text, tokens of the image), None for a text that ends."""
         self.here(x.device)
@@ -274,9 +264,7 @@ class FusedFluxSingle(_Joint):
         self.projections = _Projections(parts.projections[0])
 
     def _prepare(self, device: torch.device) -> None:
-        super()._prepare(device)
         parts = self.parts
-        self.projections.prepare(device)
         self.up, self.out = constants_of(parts.up, device), constants_of(parts.out, device)
         self.together = self.up.reads_the_same(self.projections.layers[-1])
 

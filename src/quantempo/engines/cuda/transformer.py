@@ -21,13 +21,67 @@ from quantempo.engines.cuda.constants import (
     quantize_rows,
 )
 from quantempo.engines.cuda.joint import add
-from quantempo.engines.cuda.per_forward import SharedContext
 from quantempo.engines.cuda.unet import BLOCKS, GpuBlock
 from quantempo.engines.fusion import Network
+from quantempo.engines.per_forward import PerForward
 from quantempo.kernels.ops.epilogue import GATED
 from quantempo.models import fusion_transformer
 
-__all__ = ["FusedFeedForward", "FusedTransformer", "FusedTransformerBlock"]
+__all__ = ["FusedFeedForward", "FusedTransformer", "FusedTransformerBlock", "SharedContext"]
+
+
+class SharedContext(Prepared, PerForward):
+    """Keys and values of the context, of all attention layers that read it: one product a grid."""
+
+    def __init__(self, attentions: list[fusion_transformer.TokenAttentionParts]) -> None:
+        super().__init__(len(attentions))
+        self.attentions = attentions
+
+    @classmethod
+    def of(cls, network: Network) -> "SharedContext":
+        """Return that of all attention layers that read a context."""
+        found = (a for parts in network.parts for a in getattr(parts, "attentions", ()))
+        kind = fusion_transformer.TokenAttentionParts
+        return cls([a for a in found if isinstance(a, kind) and a.cross])
+
+    def _prepare(self, device: torch.device) -> None:
+        layers = [constants_of(layer, device) for a in self.attentions for layer in (a.k, a.v)]
+        self.sizes = [len(layer.weight_scale) for layer in layers]
+        groups: list[list[int]] = []
+        for i, layer in enumerate(layers):
+            for group in groups:
+                # Branches of a product are zero outside their layers.
+                few = layer.adapters is None or len(group) < 32
+                if few and layers[group[0]].reads_the_same(layer):
+                    group.append(i)
+                    break
+            else:
+                groups.append([i])
+        self.groups = [(LayerConstants.joined([layers[i] for i in own]), own) for own in groups]
+
+    def make(self, given: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Return keys and values of a context (B, S, C') by the place of their layer."""
+        self.here(given.device)
+        batch, tokens, width = given.shape
+        found: dict[int, Tensor] = {}
+        for layer, group in self.groups:
+            # Layers of another width read another context.
+            if layer.layer.weight_shape[1] == width:
+                y = layer.gemm(dtype=dtype, bias=layer.bias, **layer.read(given))
+                y = y.view(batch, tokens, -1)
+                parts = y.split([self.sizes[i] for i in group], 2)
+                found |= dict(zip(group, parts, strict=True))
+        return found
+
+    def __call__(self, index: int, context: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return k (B, S, C) and v of the attention `index`, in `dtype`; context (B, S, C')."""
+        found = self.read(index, context, self.attentions[index].k.clock.bucket, dtype)
+        if 2 * index not in found:
+            raise ValueError(
+                f"got a context of {context.shape[2]} channels; expected "
+                f"{self.attentions[index].k.weight_shape[1]}"
+            )
+        return found[2 * index].to(dtype), found[2 * index + 1].to(dtype)
 
 
 class _LayerNorm:
@@ -59,8 +113,6 @@ class _TokenAttention(Prepared):
         self.norm, self.out = _LayerNorm(parts.norm), constants_of(parts.out, device)
         q, k, v = (constants_of(layer, device) for layer in (parts.q, parts.k, parts.v))
         self.of_tokens = [q] if parts.cross else LayerConstants.together([q, k, v])
-        if self.contexts is not None and self.contexts.device != device:
-            self.contexts.prepare(device)
 
     def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return (B, T, C); x alike, context (B, S, C') where the layer reads one."""
@@ -86,8 +138,6 @@ class FusedTransformerBlock(GpuBlock):
         self.cross = any(attention.cross for attention in parts.attentions)
 
     def _prepare(self, device: torch.device) -> None:
-        for attention in self.attentions:
-            attention.prepare(device)
         self.norm = _LayerNorm(self.parts.norm)
         self.up, self.down = (constants_of(p, device) for p in (self.parts.up, self.parts.down))
 
@@ -123,7 +173,10 @@ class FusedFeedForward(GpuBlock):
     def _prepare(self, device: torch.device) -> None:
         parts = self.parts
         layers = [constants_of(p, device) for p in (parts.up, parts.gate) if p is not None]
-        self.ups, self.down = LayerConstants.together(layers), constants_of(parts.down, device)
+        self.ups, self.down = (
+            LayerConstants.together(layers),
+            constants_of(parts.down, device),
+        )
 
     def takes(self, x: Tensor) -> bool:
         """Return whether `run` can be given x."""
