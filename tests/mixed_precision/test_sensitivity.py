@@ -5,9 +5,12 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +19,12 @@ from quantempo import mixed_precision as sensitivity
 from quantempo.core import weight_format
 from quantempo.engines.select import attach
 from quantempo.errors import QuantempoError
+from quantempo.evaluation import psnr_db
+from quantempo.mixed_precision import choose
 from quantempo.mixed_precision import losses as losses_module
 from quantempo.models.layers import denoiser_of, sites
 from quantempo.models.load import load_pipeline
-from quantempo.models.sampling import call_pipeline, swap_scheduler
+from quantempo.models.sampling import call_pipeline, run_pipeline, swap_scheduler
 from quantempo.pipeline import stages as pipeline
 from quantempo.pipeline.session import Session
 from quantempo.quantized import QLayer, find_clock
@@ -30,6 +35,7 @@ from tests.tiny import tiny_unconditional
 # Eight layers, those of the middle.
 SMALL = recipe(exclude=("down_blocks.*", "up_blocks.*")).override("weights", group=16)
 OPTIONS = ("w3a8", "w8a3", "w8a8")
+STEPS = SMALL.trace.steps
 SHORT: dict[str, Any] = {"chains": 2, "steps": 3}
 
 
@@ -299,6 +305,40 @@ def test_quantize_with_a_budget_resumes_and_refuses_another(cli: Any, tmp_path: 
     for args in (("--budget-bytes", budget + 10**6), ()):
         code, _, err = cli(*command, *args)
         assert code == 2 and "made with other settings" in err
+
+
+def test_a_loss_in_db_is_kept_end_to_end_and_a_killed_run_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated = partial(choose.open_model, engine="simulated")
+    counted = Mock(side_effect=[simulated, RuntimeError("killed")])
+    monkeypatch.setattr(choose, "open_model", lambda *a, **k: counted()(*a, **k))
+    with pytest.raises(RuntimeError, match="killed"):
+        sensitivity.limit_loss(load(run), 1.0)
+    monkeypatch.setattr(choose, "open_model", simulated)
+    recalled = sensitivity.recall(run, SMALL, max_loss_db=1.0)
+    session = load(run, recalled)
+    found = sensitivity.limit_loss(session, 1.0)
+    trials = table(run)["trials"][found["request"]]
+    whole, kept = (np.array(trials[str(count)]) for count in (8, found["kept"]))
+    assert 0 < found["kept"] < 8 and len(trials) <= 5
+    assert found["loss_db"] == (whole - kept).mean() <= 1.0
+    # One layer fewer was tried, and loses more.
+    assert (whole - trials[str(found["kept"] - 1)]).mean() > 1.0
+    pair = [run_pipeline(pipe, range(losses_module.SEED, losses_module.SEED + 16), steps=STEPS)
+            for pipe in (session.pipe, simulated(session.require_packed()))]  # fmt: skip
+    assert psnr_db(*pair) == pytest.approx(kept)
+    packed = load_pipeline(run / "packed").unet
+    bits = [layer.weight_bits for layer in packed.modules() if isinstance(layer, QLayer)]
+    assert sorted(bits) == [4] * (8 - found["kept"]) + [8] * found["kept"]
+    monkeypatch.setattr(choose, "open_model", Mock(side_effect=AssertionError("sampled again")))
+    again = sensitivity.limit_loss(load(run, sensitivity.recall(run, SMALL, max_loss_db=1.0)), 1.0)
+    assert again == found
+    for loss, words in ((-1.0, "got a loss of -1.0 dB"), (math.nan, "got a loss of nan dB")):
+        with pytest.raises(QuantempoError, match=words):
+            sensitivity.limit_loss(load(run, recalled, force=True), loss)
+    with pytest.raises(QuantempoError, match="give one of them"):
+        sensitivity.recall(run, SMALL, max_loss_db=1.0, budget_bytes=9)
 
 
 def test_a_choice_that_is_refused_leaves_the_run_as_it_was(run: Path) -> None:

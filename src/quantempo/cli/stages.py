@@ -28,6 +28,9 @@ def quantize(
     budget_bops: int | None = typer.Option(
         None, min=1, help="Choose bits a layer: MACs x weight bits x activation bits at most."
     ),
+    max_loss_db: float | None = typer.Option(
+        None, min=0, help="Weights in 4 bits where images lose so much PSNR at most against 8."
+    ),
     as_json: use.Json = False,
     *,
     model: dict[str, Any],
@@ -45,11 +48,14 @@ def quantize(
     from quantempo.pipeline import quality
     from quantempo.pipeline import stages as pipeline
 
-    budgets: dict[str, Any] = {"budget_bytes": budget_bytes, "budget_bops": budget_bops}
-    if limited := any(budgets.values()):
+    given = {"budget_bytes": budget_bytes, "budget_bops": budget_bops, "max_loss_db": max_loss_db}
+    budgets: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if budgets:
         model["recipe"] = sensitivity.recall(model["run"], model["recipe"], **budgets)
     session = pipeline.load(**model)
-    if limited:
+    if max_loss_db is not None:
+        sensitivity.limit_loss(session, max_loss_db)
+    elif budgets:
         sensitivity.choose_bits(session, **budgets)
     packed = pipeline.finish(session)
     summary = quality.summary(session)
