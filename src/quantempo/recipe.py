@@ -81,8 +81,7 @@ class ActivationSettings:
 class WeightSettings:
     """How weights are quantized: per output channel, symmetric, narrow.
 
-    group: input channels with a scale and a zero point of their own where weights have up to 4
-    bits, see `core.GroupFormat`: 16, 32, 64 or 0 (none).
+    group: 16, 32, 64 input channels of up to 4 bits with a scale (`core.GroupFormat`), or 0.
     """
 
     bits: int = number(8, 2, 8)

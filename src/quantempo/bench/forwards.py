@@ -71,7 +71,6 @@ def prepare(
     """Build a candidate and call it, before and after recording it.
 
     `wanted` is the float32 output; `budget` the seconds this may take, None for no limit.
-
     Raises QuantempoError: an output that is not finite or not near the wanted one. TimeoutError:
     out of budget. Whatever the candidate itself raises.
     """
@@ -183,10 +182,9 @@ def images_per_second(
     ready: dict[str, Ready], subject: Subject, scheduler: Any, steps: int, timer: Timer,
     results: Results, head: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Put a row for the best bfloat16 and the best of ours: images a second of DDIM.
+    """Put images a second of DDIM without guidance for the best bfloat16 and the best of ours.
 
-    "from_forwards": what the forwards allow; "measured": one whole run, after a short one. Guidance
-    is off: one row is one image. A decoder of latents is not included. Arguments as of `compare`.
+    "from_forwards": what the forwards allow; "measured": one run, decoder apart. See `compare`.
     """
     rows = [row for row in results.record()["rows"] if head.items() <= row.items()]
     for kind in ("bf16", "ours"):

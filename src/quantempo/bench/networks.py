@@ -65,10 +65,7 @@ def _float_type(device: torch.device) -> torch.dtype:
 
 
 def run_network(session: Session) -> Network:
-    """Return the float and the packed network of a run folder, on the session's device, or raise.
-
-    Inputs are recorded rows, repeated to the batch size, all at one time-step as in sampling.
-    """
+    """Return the float and the packed network of a run folder, on the session's device."""
     part = next(part for part in session.parts if len(TraceSet(part.run / "trace")))
     data, floating = TraceSet(part.run / "trace"), part.denoiser
     like = next(floating.parameters())
@@ -125,11 +122,7 @@ def quick_network(
 
 @torch.no_grad()
 def _packed_by_layer(floating: nn.Module, calls: list[Any], recipe: Recipe) -> nn.Module:
-    """Return a quantized copy of a transformer, which shares all that stays in float.
-
-    One layer at a time is in float32. Scales: the largest weight of a channel, the ends of the
-    inputs; one bucket.
-    """
+    """Return a quantized copy by scales of largest values; one layer at a time is in float32."""
     ends: dict[str, list[Tensor]] = {}
     data = MemorySet.of_calls(floating, calls)
     plans = {layer.name: layer for layer in plan(floating, recipe, data)}

@@ -12,10 +12,7 @@ _IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape", "name")
 
 
 class Results:
-    """Rows of one bench and what they share, {"device", "engine", "machine", ...}.
-
-    `write` takes the record after every change: a bench that is killed leaves what it had.
-    """
+    """Rows of one bench and what they share, `head`; `write` gets the record at every change."""
 
     def __init__(self, head: Row, write: Callable[[Row], None] = lambda record: None) -> None:
         self.head, self.write = head, write

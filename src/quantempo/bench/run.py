@@ -77,7 +77,6 @@ def bench(
         candidates: shell patterns of their names, all by default; compiled: with torch.compile in
             baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
         memory: of a GPU, to time ours in it too, see `attach`.
-
     Returns the record, see `Results.record`. Raises QuantempoError: a request that names nothing,
     too much, or what does not exist; nothing packed yet.
     """
@@ -159,11 +158,7 @@ def _into_metrics(session: Session, results: Results, size: int) -> None:
 
 @contextmanager
 def _many_compiled() -> Iterator[None]:
-    """Let one process hold the compiled forms of one class that are timed against each other.
-
-    Beyond torch's usual limit the next one would silently run uncompiled. cuDNN tries its
-    algorithms at the first call of every shape: rivals get their best.
-    """
+    """Compile more forms of one class than torch allows before it silently compiles no more."""
     import torch._dynamo.config as dynamo
 
     before = torch.backends.cudnn.benchmark
@@ -179,11 +174,9 @@ def bench_network(
     network: Network, batches: Sequence[int], candidates: Sequence[Candidate], results: Results, *,
     steps: int | None = None, timer: Timer | None = None, memory: Any = None, **settings: Any,
 ) -> None:  # fmt: skip
-    """Time every candidate at every batch size; `results` gets the rows as they come.
+    """Time every candidate at every batch size into `results`, then the shapes of layers.
 
-    results: whose "engine" runs the quantized network where a candidate names none; steps: of DDIM,
-    to measure images a second as well; settings: rounds, seconds, budget of `compare`.
-    Last come the shapes of layers, with int8 weights and packed ones of 4 bits (`time_forms`).
+    steps: of DDIM, to measure images a second too; settings: rounds, seconds, budget of `compare`.
     """
     timer = timer or timer_for(network.device)
     for size in batches:

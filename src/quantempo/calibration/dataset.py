@@ -26,11 +26,7 @@ def index_of(folder: str | Path) -> Path:
 
 
 class TraceBatch(NamedTuple):
-    """Rows of a calibration set.
-
-    x_t: (b, ...) float32; t: (b,) or (b, tokens), int64 or float32, the time-step received with
-    it; cond: the network's other arguments by name, as received.
-    """
+    """Rows of a calibration set: x_t (b, ...), t (b,) or (b, tokens), other arguments by name."""
 
     x_t: Tensor
     t: Tensor
@@ -122,8 +118,7 @@ class CalibrationData:
 class MemorySet(CalibrationData):
     """A calibration set in memory, of a denoiser called with sample and timestep; see `of_calls`.
 
-    x_t: (N, ...) float32; t: (N,), of `num_train_timesteps`, or None: the times are those of the
-    rows.
+    x_t: (N, ...); t: (N,), of `num_train_timesteps`, or None: of those of the rows.
     """
 
     def __init__(self, x_t: Tensor, t: Tensor, *, num_train_timesteps: int | None = None) -> None:
@@ -158,7 +153,6 @@ class MemorySet(CalibrationData):
 
         Their numbers of rows must differ, which tells what has an entry a row from what is shared;
         without further tensors they need not. Several entries of one row lie side by side.
-
         Raises QuantempoError: no calls, of as many rows each, or arguments that change in other
         ways.
         """

@@ -54,7 +54,6 @@ def probe(
 
     The pipeline runs for the images at `places`, and for one more that has the prompt of the first,
     so that no length that follows the longest caption changes; the network, at the first call only.
-
     Raises QuantempoError: the denoiser is called in a way that cannot be recorded, or not at all.
     """
     runs, times = [], list[Tensor]()
@@ -104,9 +103,8 @@ class _Slot:
 class Recorder:
     """Keep, for every target of a batch of chains, the denoiser call nearest to it in time.
 
-    Memory holds the kept rows only, never a trajectory. law: from `probe`; times: places of the
-    run's times; targets: (b, k) places, those of each chain; seed: decides between calls at the
-    same time. `calls`: how often the denoiser was called.
+    law: from `probe`; targets: (b, k) places among `times`; seed: decides between equally near
+    calls.
     """
 
     def __init__(

@@ -84,8 +84,6 @@ def _sizes(value: Any) -> list[int]:
 def measure(small: Any, large: Any, index: Tensor, rows: int, path: str = "") -> Law:
     """Return where the rows are, from a call of `rows` rows and one of `index` (n,) of them.
 
-    Nothing but the number of rows may change a shape.
-
     Raises QuantempoError: a value that changes otherwise than by whole rows.
     """
     few, many = _sizes(small), _sizes(large)

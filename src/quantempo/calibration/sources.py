@@ -96,7 +96,6 @@ def replace_rows(
     rows: recorded `x_t` (n, ...), `t`, `chain`, `pick` and `half` (n,), in the order of these;
     alphas_cumprod: (T,) abar of each training time-step, which t is; None: t is sigma, of a flow;
     images: (m, H, W, C) uint8; encode: (1, C, H, W) in [-1, 1] -> (1, ...) latents.
-
     Raises QuantempoError: images of another shape than x_t.
     """
     chosen, x_t = SOURCES.get(source), rows["x_t"]

@@ -46,11 +46,10 @@ def collect_statistics(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `stats.safetensors`, by two passes: ranges, histograms over these.
 
-    `time_bin_edges` (K + 1,), K = bins; for each named layer, by segment and fine time bin,
-    `NAME.range` (S, K, 2), `NAME.hist` (S, K, N) int64 and `NAME.edges` (S, 2) of the histograms;
-    with `tokens`, a metric, `NAME.token_error` (S, 7) of each linear layer, see `TokenError`.
-    inputs: layer name -> input channels of its segments, () for one; kept: of a killed call.
-
+    `time_bin_edges` (K + 1,), K = bins; for each layer, by segment and time bin, `NAME.range` (S,
+    K, 2), `NAME.hist` (S, K, N) int64, `NAME.edges` (S, 2); with `tokens`, a metric,
+    `NAME.token_error` (S, 7), see `TokenError`. inputs: layer name -> input channels of its
+    segments, () for one.
     Raises QuantempoError: NaN in an activation, or a layer that no row reaches.
     """
     ranges = {name: MinMax(max(1, len(parts)), bins) for name, parts in inputs.items()}
@@ -152,10 +151,7 @@ _JOIN: dict[str, Any] = {"range": _widest, "edges": itemgetter(0), "counts": sum
 def _timed(
     denoiser: nn.Module, inputs: Mapping[str, tuple[int, ...]], data: CalibrationData
 ) -> Collection[str]:
-    """Return the layers whose input has the rows of a sample side by side, as the clock reads it.
-
-    The rows of others (shared by all samples, tiles of the batch) are of no time: one scale.
-    """
+    """Return the layers whose input has a sample's rows side by side; others are of no time."""
     if not inputs:
         return ()
     index = data.spread(_ROWS)

@@ -59,10 +59,8 @@ class _Law:
 class TruncatedNormal(_Law):
     """Draw a normal time conditioned on lying inside the trajectory, then floor it.
 
-    t ~ N(mean T, (std T)^2) given 0 <= t < T, i = floor(t), by rejection: no pile-up at the ends.
-
-    Source: NDTC of Shang et al. (PTQ4DM), CVPR 2023, eq. 15, with the width of their released
-    program and a truncation in place of the clamp.
+    t ~ N(mean T, (std T)^2) given 0 <= t < T, i = floor(t), by rejection.
+    Source: NDTC of PTQ4DM, CVPR 2023, eq. 15, by truncation in place of the clamp.
     """
 
     mean: float = number(0.4, 0, 1)
@@ -84,10 +82,8 @@ class TruncatedNormal(_Law):
 class PaperNormal(_Law):
     """Draw as printed: i = clamp(floor(N(mean T, T / 2)), 0, T - 1), std sqrt(T / 2).
 
-    Relative to T the width shrinks as 1 / sqrt(2 T): 10 % at 50 steps, 4.5 % at 250. The printed
-    clamp is at T, which is no index; it is T - 1 here. The paper asks for mean <= 1/2 and prints
-    no value; 0.4 is that of its released program.
-
+    The printed clamp is at T, which is no index. The paper asks for mean <= 1/2 and prints no
+    value; 0.4 is that of its program.
     Source: Shang et al., CVPR 2023, eq. 15 and Algorithm 1.
     """
 
@@ -106,8 +102,7 @@ class PaperNormal(_Law):
 class RepoNormal(_Law):
     """Draw as the released program does: i = clamp(floor(N(mean T, (std T)^2)), 0, T - 1).
 
-    At the defaults and 250 steps the clamp puts 16.1 % of the draws on index 0 and 6.8 % on T - 1.
-
+    At 250 steps the clamp puts 16.1 % of the draws on index 0 and 6.8 % on T - 1.
     Source: the released code of Shang et al. at its last commit (2023-03-31), as observed.
     """
 
@@ -130,7 +125,6 @@ class SkewNormal(_Law):
     t / T has density (2 / omega) phi(z) Phi(alpha z), z = (t / T - xi) / omega. Drawn as
     xi + omega (delta |u| + sqrt(1 - delta^2) v), delta = alpha / sqrt(1 + alpha^2), u, v ~ N(0, 1),
     outside draws rejected. alpha > 0 leans towards the image (small indices) with a tail to noise.
-
     Source: Azzalini, "A class of distributions which includes the normal ones", 1985.
     """
 

@@ -56,23 +56,17 @@ def trace(
     images: np.ndarray | None = None, model_hash: str | None = None, force: bool = False,
     needed: bool = True,
 ) -> TraceSet:  # fmt: skip
-    """Record a calibration set into `folder`, one chunk file for each call of the pipeline.
+    """Record a calibration set into `folder`, a chunk for each call; its index lies beside it.
 
-    Their index is the JSON file of the folder's name beside it. A rerun with the same settings
-    keeps the files that are whole and gives the same bits as an uninterrupted run.
+    A rerun with the same settings keeps the files that are whole and gives the same bits.
 
     Args:
-        pipe, denoiser: a diffusers pipeline, its scheduler is traced; the network whose inputs are
-            kept.
         chains, picks, source: see `recipe.TraceSettings`; a pick is one row, or one a half of
             guidance.
-        time_sampler: timestep distribution of the kept steps (`make_time_sampler`).
         seed: of the draw of the steps, and of the first chain; chain c starts from seed + c.
         call: further arguments of the pipeline, as for `models.sampling.run_pipeline`.
-        images: (n, H, W, C) uint8 for the sources that need them.
-        model_hash: of the denoiser, hashed here if None; force: replace a trace of other settings.
-        needed: refuse a denoiser that is never called; else its set is empty.
-
+        images: (n, H, W, C) uint8 for the sources that need them; force: replace another trace.
+        model_hash: of the denoiser, hashed here if None; needed: refuse one that is never called.
     Raises QuantempoError: a trace of other settings or model is there, the denoiser is called in a
     way that cannot be recorded, or the source does not fit the pipeline or the images.
     """
@@ -218,10 +212,9 @@ def affordable(pipe: Any, settings: TraceSettings, call: Any, minutes: float) ->
 
 
 def deal_targets(sampler: TimeSampler, chains: int, picks: int, steps: int, seed: int) -> Tensor:
-    """Draw chains * picks step indices; return (chains, picks) int64, ascending along picks.
+    """Draw step indices, dealt like cards; return (chains, picks) int64, ascending along picks.
 
-    Sorted and dealt like cards: each chain gets times from all over, and an index twice only where
-    more than `chains` draws fell on it.
+    Each chain gets times from all over, one twice only where over `chains` draws fell on it.
     """
     # Not the generator of chain 0, whose numbers become its noise.
     generator = Generator().manual_seed(seed ^ 0x5EED_7157)

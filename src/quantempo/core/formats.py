@@ -61,10 +61,8 @@ class Format:
     """Describe integers of `bits`, 2 to 8.
 
     signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1; unsigned: qmin = 0, qmax = 2^b - 1; symmetric: the
-    zero point is fixed: 0 if signed, 2^(b-1) if unsigned; narrow: drop the most negative code, so
-    that the range is symmetric about 0 (signed only). A weight is stored row by row, one row an
-    output channel: up to 4 bits two codes a byte, else one.
-
+    zero point is fixed: 0 if signed, else 2^(b-1); narrow: drop the most negative code (signed
+    only). Weights are stored one row an output channel: up to 4 bits two codes a byte, else one.
     Raises QuantempoError: bits out of range, or narrow without signed.
     """
 
@@ -290,7 +288,6 @@ def token_scale(x: Tensor, spec: Format) -> Tensor:
     """Return max_k |x_k| / (qmax - z), float32 (..., 1), of x (..., K); z: symmetric zero point.
 
     At least the smallest normal number, of rows of zeros; NaN of rows that hold NaN.
-
     Error: |x - x_hat| <= scale / 2, no value is clipped.
     """
     peak = x.abs().amax(-1, keepdim=True).float()

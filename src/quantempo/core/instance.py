@@ -57,8 +57,7 @@ class _Seen:
 class Forward:
     """The `forward` of one module: `active`, or without one what the module had before.
 
-    It stays where it is when others wrap it. A copy and a pickle of the module have none active.
-    Other attributes are those of `active`.
+    It stays when others wrap it; copies and pickles have none active. Attributes: of `active`.
     """
 
     # No dictionary: who wraps a function takes over what is in its dictionary.

@@ -81,8 +81,7 @@ class Kernel(Prepared):
 class Backend:
     """Lower layers to kernels of one class.
 
-    missing: returns why it cannot run here (one clause), or None; refuses: why it cannot take a
-    layer, besides too many terms.
+    missing: returns why it cannot run here, or None; refuses: why it cannot take a layer.
     """
 
     name: str

@@ -50,10 +50,9 @@ class BlockRow:
 class Blocks:
     """The fused blocks of one engine: kind of parts -> builder.
 
-    backend: of the integer layers that they are built on; missing: returns why they cannot be had
-    here, or None; norm: returns why a GroupNorm cannot be run, or None; eager: constants are made
-    when the engine is attached, by `prepare` of kernels and forwards, not by the first call;
-    carries: returns whether fused parts do not leave out a LoRA beside a layer in them.
+    backend: of the integer layers in them; missing, norm: why they, or a GroupNorm, cannot be run
+    here, or None; eager: constants are made when the engine is attached, not by the first call;
+    carries: whether fused parts do not leave out a LoRA beside a layer in them.
     """
 
     backend: str

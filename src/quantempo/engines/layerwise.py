@@ -21,8 +21,7 @@ __all__ = ["LayerwiseEngine", "execution"]
 class LayerwiseEngine(Engine):
     """Run every integer layer with the backend `name`, and the blocks around them fused.
 
-    devices: torch device types, or ("any",); slow: why it is slower than it should be wherever it
-    runs, or None; holds, copies: see `Engine`.
+    slow: why it is slower than it should be wherever it runs, or None; others: see `Engine`.
     """
 
     def __init__(

@@ -20,10 +20,9 @@ class _Traced:
 class PerForward:
     """A value made of one input, of which each of `readers` reads its part.
 
-    It is kept for the inputs (the same tensors, unchanged since), as the clock's bucket is another
-    tensor in each forward. A reader may read again, a block alone or a forward that was broken off
-    leave a value that is used for that input only. Inside a compiled network, and of inference
-    tensors, changes cannot be seen: there a second read of one reader makes the value anew.
+    It is kept for the inputs (the same tensors, unchanged since); the clock's bucket is another
+    tensor in each forward. Inside a compiled network, and of inference tensors, changes cannot be
+    seen: there a second read of one reader makes the value anew.
     """
 
     def __init__(self, readers: int) -> None:

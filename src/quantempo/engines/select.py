@@ -114,13 +114,11 @@ def attach(
     """Attach an engine to a quantized denoiser and return its name.
 
     It is attached again when a call finds the network changed: moved, loaded, other processors.
-    engine: a registered name, or "auto" for the fastest that is installed for its device, chosen at
-    the first call of each shape where that depends on it (`ByShape`).
-    packed: "keep" weights in groups packed where the engine can, "unpack" them to bytes, or "auto":
-    bytes where the first call finds them faster; call: its (args, kwargs), where it is known.
-    memory: run it on the GPU in so many bytes ("12GB"), its calls included: blocks that do not fit
-    stay in the host's memory and are copied while others run (`streaming`). Detached, it is there.
-
+    engine: a registered name, or "auto": the fastest, see `ByShape`, installed for its device.
+    packed: "keep" weights in groups packed where the engine can, "unpack" them, or "auto": bytes
+    where the first call finds them faster; call: its (args, kwargs), where it is known.
+    memory: of the GPU, "12GB", calls included: blocks beyond it are copied from the host while
+    others run (`streaming`). Detached, it is there.
     Raises QuantempoError: not quantized, unknown engine or `packed`, or it cannot run here.
     """
     check_known([packed], PACKED, "got packed")
@@ -220,8 +218,8 @@ def _rival(denoiser: nn.Module, chosen: Engine, device: str) -> Engine:
 class ByShape:
     """The forward of a denoiser that chooses at the first call of each shape of its inputs.
 
-    last: name of the engine that ran last; base: of the one that is attached to its layers; rival,
-    run: the other one and its forward, the faster up to `few` rows; with more, both are timed.
+    base: attached to its layers; rival, run: the other one, faster up to `few` rows; last: ran
+    last.
     """
 
     def __init__(

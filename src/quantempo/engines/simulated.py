@@ -32,10 +32,9 @@ def sum_bound(weight_int: Tensor) -> int:
 
 
 def exact_parts(weight_int: Tensor, groups: int = 1) -> Iterator[tuple[slice, torch.dtype]]:
-    """Yield runs of input channels with the float type in which their sums are exact.
+    """Yield runs of input channels of (O, C / groups, ...) with the float type of exact sums.
 
-    Float32 for runs whose `sum_bound` is below 2^24, found by halving; float64 where a run cannot
-    be halved or is of a grouped convolution; weight_int int8 (O, C / groups, ...).
+    Float32 where `sum_bound` is below 2^24, by halving; float64 where a run cannot be halved.
     """
 
     def cut(first: int, last: int) -> Iterator[tuple[slice, torch.dtype]]:
@@ -133,10 +132,9 @@ def float32_copy(denoiser: nn.Module, dtype: torch.dtype | None = torch.float32)
 def reference(
     denoiser: nn.Module, bucket: Tensor, arguments: dict[str, Any], rounded: bool = True
 ) -> tuple[Any, list[Tensor]]:
-    """Return the output of a denoiser in float32, its integer layers run by `simulated`.
+    """Return the output of a denoiser in float32, and those of its integer layers, in their order.
 
-    And the outputs of these layers, in the order in which they are called. The float weights of one
-    layer at a time are made; `rounded` false: their inputs stay as they are.
+    One layer at a time has float weights; `rounded` false: inputs of layers stay as they are.
     """
     exact, seen = float32_copy(denoiser), list[Tensor]()
 
@@ -159,8 +157,7 @@ def once(layer: QLayer, rounded: bool, x: Tensor) -> Tensor:
 def too_far(found: list[Tensor], expected: list[Tensor], free: list[Tensor] | None = None) -> bool:
     """Return whether outputs are further from the expected ones than moved codes make them.
 
-    free: those of the network without rounding of activations, which may be in half precision;
-    None: of one block.
+    free: those without rounding of activations, maybe in half precision; None: of one block.
     """
     signal = noise = rounding = 0.0
     for a, b, c in zip(found, expected, free or expected, strict=True):

@@ -42,13 +42,11 @@ def evaluate_pairs(
 
     reference: a folder of real images, against which both sets are then also scored; extractor,
     weights: of `load_extractor`; "lite0" works offline, "inception" gives FID and needs weights.
-
     Returns a dict for JSON. Paired: see `paired`. Scores under the names of the extractor, X
     standing for lite0: fed_X, sfed_X, kid_X (quantized against float samples), is_X_float,
     is_X_int8; with a reference also fed_X_reference_float, fed_X_reference_int8, the same for sfed
     and kid, and fed_X_reference_tie (see `reference_tie`). images, extractor, extractor_note, and
     `scores`: one dict per score with its whole provenance.
-
     Raises QuantempoError: images not in pairs, fewer than 2, see `load_extractor`, `load_images`.
     """
     check_pairs(float_images, other_images)

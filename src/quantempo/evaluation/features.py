@@ -75,7 +75,6 @@ def load_extractor(
 
     `weights`: its file, None for that which ships with it; `sha256`: expected, at least 8 digits of
     it.
-
     Raises QuantempoError: unknown name, a package or the file is missing, the hash differs.
     """
     found = EXTRACTORS.get(name)(None if weights is None else Path(weights), sha256)
@@ -127,7 +126,6 @@ class Lite0(nn.Module):
     Batch norms are folded into the convolutions when the weights (`state`, as published) are
     loaded. Input (B, 3, H, W) uint8, any size: resized bilinearly to 224 x 224, or to 128 x 128
     when no side exceeds 64 pixels, then (x - 127) / 128.
-
     Error: folding changes features by float32 rounding only (relative 1e-5).
     Source: Tan and Le, EfficientNet, 2019, https://arxiv.org/abs/1905.11946, table 1; "lite"
     variant: tensorflow/tpu, models/official/efficientnet/lite.

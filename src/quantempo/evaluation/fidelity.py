@@ -57,7 +57,6 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
 
     Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, data range 255, mean over pixels and
     channels, in float64, `batch` pairs at a time.
-
     Raises QuantempoError: see `check_pairs`; images too small for the window; no torchmetrics.
     Source: Wang et al., Image quality assessment, 2004, https://doi.org/10.1109/TIP.2003.819861
     """
@@ -149,7 +148,6 @@ def eps_sqnr(
     batches: (args, kwargs, t), t a number, () or (B,) tensor of training time-steps, read once;
     bins: increasing edges of time intervals, whose centres are then the t; None: distinct t.
     Returns {"t": ascending, "sqnr_db": one value per t}, plain floats.
-
     Raises QuantempoError: no batch, outputs of different shapes, not finite, or all zero in float.
     Error: sums in float64; relative error of each power below 1e-12.
     """

@@ -38,7 +38,6 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of (n,) independent values, n at least 4.
 
     Percentiles of 2,000 resampled means, widened about the mean by t / z sqrt(n / (n - 1)).
-
     Error: leaves out the true mean of normal values in 4 to 7 % of cases, from n = 4 on; of very
         skewed ones (log-normal) in up to 17 % at n = 4 and 10 % at n = 64.
     Source: Hesterberg, What teachers should know about the bootstrap, 2015, section 5.3.
@@ -75,7 +74,6 @@ def judge(
     interval `low` to `high` and all `values`; their tail as NAME_p05, or _p95 where less is better;
     distances to the first set, and to `data` as NAME_data. verdicts: of each two sets with a score
     (`verdict`), by images, or by PARTS of sets that have enough, seeds against equal seeds.
-
     Raises QuantempoError: images that are not in pairs, or too few.
     """
     (name, first), *others = sets.items()

@@ -102,7 +102,6 @@ def load_tools(weights: Sequence[str], prompts: bool) -> Tools:
     """Load the scores that need nothing, and those of NAME=FILE or NAME=FILE@SHA256.
 
     prompts: whether images have them, which "clip" needs. "inception" gives FID and KID.
-
     Raises QuantempoError: an unknown name, or a file that is none, has another hash or fails.
     """
     given, missing = dict[str, tuple[Path, str | None]](), dict[str, str]()

@@ -72,7 +72,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     Sets are (n, D) and (m, D), any float dtype. Those with n + m < D are first rotated into their
     common span: rotations do not change d, and the eigenvalue problem shrinks from D to n + m.
-
     Error: float64; about 1e-6 of the trace for singular covariances (n <= D). The value itself is
         biased upwards for small n; compare only equal n and m.
     Source: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, equation 6.
@@ -97,7 +96,6 @@ def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float
 
     k(x, y) = (x.y / D + 1)^3; (mean, standard deviation) over 50 subsets of 1000 images, which
     `seed` draws, or (the one value of all, 0) when both sets have the same size of at most 1000.
-
     Source: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
     """
     _check_sets(first, second)
@@ -117,7 +115,6 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None,
 
     They are split at random into one part per 1000 images, at most 10, as published scores do;
     small sets stay whole. Returns (mean, std over the splits or None for one, their number).
-
     Source: Salimans et al., 2016, https://arxiv.org/abs/1606.03498
     """
     if logits.ndim != 2 or len(logits) == 0:
@@ -174,7 +171,6 @@ def spread_over_parts(
 
     Image i goes to part i mod `parts`, so equal seeds of two models meet in equal parts. Scores of
     n / parts images are more biased and more scattered than those of n: compare parts with parts.
-
     Raises QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
     """
     if parts < 3 or len(features) // parts < 2:
@@ -218,7 +214,6 @@ def load_images(
 
     Those of another `size` (H, W) are cropped centrally to its aspect, resized (bicubic,
     antialiased) and counted; None: all must have one size. `limit`: that many, evenly spread.
-
     Raises QuantempoError: no such folder, no images in it, one that cannot be read, several sizes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError

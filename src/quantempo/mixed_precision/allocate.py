@@ -38,7 +38,6 @@ def allocate(
     first that does not fit, those that still do fill the rest. For several, the cost is a mixture
     of costs / budgets, the best of 65. Finite losses (L, O), costs >= 0, (L, O) or (M, L, O), M <=
     2.
-
     Raises QuantempoError: shapes or values without sense, budgets below the least possible or that
     no mixture meets together.
     Error: with one budget the loss is above the least possible by less than the largest step of one

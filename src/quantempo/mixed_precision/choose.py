@@ -53,7 +53,6 @@ def choose_bits(
         options: bits to choose from; all of OPTIONS, or 4- and 8-bit weights with the recipe's
             activations if bytes are the only budget.
         rollout: of `measure`; by default those of `sensitivity.json` where there is one.
-
     Raises QuantempoError: no budget, one that cannot be met (before anything is measured), later
     stages of other bits without `force`, or see `measure`.
     """

@@ -50,7 +50,6 @@ def measure(session: Session, options: Sequence[str] = OPTIONS, **rollout: int) 
     Trace and calibrate are run if they are not done. Losses measured before with the same settings
     are kept, so a killed run resumes and further options can be added. The recipe's bits do not
     matter, few are in groups (`grouped`); `rollout`: chains, steps and seed of `outline`.
-
     Raises QuantempoError: an option that is none, no integer layer, a file of other settings
     without `force`, or a loss that is not finite.
     Error: the loss is exact for these chains; its spread over chains is not estimated.

@@ -24,7 +24,6 @@ def last_latent(pipe: Any, seeds: Sequence[int], steps: int, call: dict[str, Any
     """Return the last sample that the scheduler of a pipeline made, float64 on the CPU.
 
     (B, C, H, W), before any decoder; 2 B where the halves of guidance stay together to the end.
-
     Raises QuantempoError: see `call_pipeline`; the pipeline did not step its scheduler.
     """
     last = list[Any]()

@@ -73,10 +73,9 @@ def call_pipeline(
 ) -> np.ndarray:  # fmt: skip
     """Call a pipeline once for a batch of images, with per-image noise and no progress bar.
 
-    Arguments and errors as of `sampling.run_pipeline`; the places of the images in the whole set
-    (None: `first` and on) pick their entries. `output_type` "latent" spares a decoder where the
-    pipeline can; "np" gives pictures (b, H, W, C) or films (b, F, H, W, C) in [0, 1], "uint8" the
-    same rounded, both any other output as it is.
+    Arguments as of `sampling.run_pipeline`; `places` in the whole set (None: `first` and on) pick
+    entries. output_type: "latent" spares a decoder where possible; "np": pictures (b, H, W, C) or
+    films (b, F, H, W, C) in [0, 1]; "uint8": the same rounded; both any other output as it is.
     """
     known = inspect.signature(pipe.__call__).parameters
     check_arguments(pipe, call)

@@ -16,10 +16,9 @@ __all__ = ["Conv", "Need", "Parts", "attending", "drops", "find_parts", "matches
 
 @dataclass(frozen=True)
 class Conv:
-    """An integer convolution, not dilated, one group.
+    """An integer convolution (`floating`: or a float one), not dilated, one group; None: any.
 
-    kernel, stride: None for any; padded: by half of the kernel on each side; operands: most
-    segments of its input; floating: it may be in float as well.
+    padded: by half of the kernel on each side; operands: most segments of its input.
     """
 
     kernel: tuple[int, int] | None = (3, 3)

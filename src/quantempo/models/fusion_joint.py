@@ -117,10 +117,7 @@ class QwenParts(FluxDoubleParts):
 
 @dataclass(frozen=True)
 class FluxSingleParts(FluxParts):
-    """x + gate out([attention(y), gelu_tanh(up(y))]), y = norm(x) (1 + scale) + shift.
-
-    Its modulation is shift, scale, gate.
-    """
+    """x + gate out([attention(y), gelu_tanh(up(y))]), y = norm(x) (1 + scale) + shift."""
 
     projections: tuple[AttentionParts, ...]
     norm: nn.LayerNorm

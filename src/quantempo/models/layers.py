@@ -208,7 +208,6 @@ def bind_inputs(denoiser: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> De
 
     The time-step, a number or a tensor (), (1,), (B,) or (B, ...), is repeated to (B, ...) with its
     value unchanged: integers become int64, Python floats float32.
-
     Raises QuantempoError: the denoiser takes no time-step, got none, or got one of another shape.
     """
     # A compiled module hides the signature; an engine may have replaced `forward` on the instance.

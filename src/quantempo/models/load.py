@@ -51,11 +51,9 @@ def load_pipeline(
 ) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a folder (or a hub name), without progress bars.
 
-    Weights are read from safetensors files alone. `variant` names those ("fp16", "ema") of the
-    components that have it; None: the plain ones, or the only variant of a component that has no
-    plain ones. `revision` is of a hub name. A network of a folder that takes more than `memory`
-    bytes stays in its files, see `core.paged`. lora: files to merge, see `named_lora`.
-
+    Weights are read from safetensors files alone. variant: ("fp16", "ema") of components that have
+    it; None: the plain one, or the only one. memory: bytes beyond which a network of a folder stays
+    in its files, see `core.paged`. lora: files to merge, see `named_lora`.
     Raises QuantempoError: no such folder, not a diffusers pipeline, a damaged file, a checkpoint
     that does not fit its config, layers of a LoRA among its weights.
     """

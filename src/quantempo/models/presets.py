@@ -68,7 +68,6 @@ def random_inputs(
 
     denoiser: one of diffusers, on its device; time: the training time-step of all rows, of 1000;
     seed: of the values, float32, which do not depend on the device.
-
     Raises QuantempoError: a class whose arguments are not known here, or one that needs more.
     """
     kind = type(denoiser).__name__

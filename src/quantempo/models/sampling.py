@@ -48,7 +48,6 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     The noise law is kept unless an override, a setting like timestep_spacing="trailing", names it;
     `pipe` itself is not changed. DDIMPipeline and DDPMPipeline, which work with their own
     schedulers only, give an UnconditionalPipeline.
-
     Raises QuantempoError: unknown name or setting, or a model of another kind (flow matching).
     """
     import diffusers
@@ -101,21 +100,16 @@ def run_pipeline(
     """Make one image for each seed; image i depends on seeds[i] (and its prompt) only.
 
     Args:
-        seeds: of x_T and the noise of the scheduler.
         batch_size: images in one call of the pipeline, of `steps` steps.
         places: of the images in the whole set; None: 0, 1, ...
         on_batch: called with (index of the first image, what was made) after every call of a rank,
             and once with nothing by a rank that has none.
-        call: further arguments of the pipeline, those of an image (`PER_IMAGE`) with entry i modulo
-            their length for image i.
+        call: further arguments, those of an image (`PER_IMAGE`) with entry i modulo their length.
 
-    Returns pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, round(255 x); other outputs
-    (n, ...) float32.
-
+    Returns pictures (n, H, W, C) and films (n, F, H, W, C) as uint8, others (n, ...) float32.
     Raises QuantempoError: an argument is missing or unknown, the call fails or does not fit the
     scheduler, or its images hold NaN.
-    Error: the batch size changes the order of float sums, so a pixel may differ by one level; the
-    noise is the same bit for bit.
+    Error: float sums in the order of a batch: a pixel may differ by one level, the noise not.
     """
     if not len(seeds):
         raise QuantempoError("got no seeds; give at least one")

@@ -31,10 +31,9 @@ class UnconditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 50, eta: float = 0.0, output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
-        """Sample images.
+        """Sample images; eta: DDIM's noise share in [0, 1], which others ignore.
 
-        generator: one for all images, or one an image; eta: DDIM's noise share in [0, 1], which
-        others ignore; output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
+        output_type: "pil", "np" (B, H, W, C float32 in [0, 1]) or "pt" (B, C, H, W).
         """
         config = self.unet.config
         size = config.sample_size

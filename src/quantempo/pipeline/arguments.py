@@ -44,7 +44,6 @@ def read_arguments(file: Path | None, settings: Iterable[str]) -> dict[str, Any]
 
     A value is a literal of TOML or Python, None or none, a picture or several ("folder/*.png"), a
     tensor ("file.safetensors"), else text. Files are looked for beside the TOML file, then here.
-
     Raises QuantempoError: not TOML, not key=value, or a file that is not there or not readable.
     """
     table: dict[str, Any] = {}

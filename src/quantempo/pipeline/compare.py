@@ -43,9 +43,7 @@ def compare(
             distance of each model is added.
         call: over the arguments that the first of them was traced with, for all.
         engine, loading: of `open_model`; the engine is that of models packed here.
-
     Returns what is written: see `judge`, and `models`, `missing` (score -> what it needs), `gate`.
-
     Raises QuantempoError: a gate that cannot be read; models of other inputs or sizes than the
     first; see `load_tools`, `open_model`, `sample` and `judge`.
     """

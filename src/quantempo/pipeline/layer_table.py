@@ -49,9 +49,9 @@ def layer_rows(
     found: list[Site], plans: list[LayerPlan], denoiser: nn.Module, macs: Mapping[str, int],
     sqnr_db: Mapping[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return one row for each site of the float denoiser, and one for the attention matmuls.
+    """Return a row for each site, in the order of `plans`, and one for the attention matmuls.
 
-    plans: in the order of the sites; denoiser: the packed one; macs: per sample, see `count_macs`.
+    denoiser: the packed one; macs: per sample, see `count_macs`.
     """
     rows = []
     for site, plan in zip(found, plans, strict=True):
@@ -126,10 +126,7 @@ def mean_weight_bits(rows: list[dict[str, Any]]) -> float | None:
 def layer_sqnr(
     float_denoiser: nn.Module, packed: nn.Module, timestep: Tensor, call: Callable[[], Any]
 ) -> dict[str, float]:
-    """Return the SQNR of each integer layer's output on the float model's input.
-
-    packed: gives the integer layers, executed by `simulated`; call: one float forward.
-    """
+    """Return the SQNR of each integer layer of `packed`, simulated, on inputs of a float `call`."""
     clock = find_clock(packed)
     assert clock is not None
     # Both on one device; the packed model may have been built on another.

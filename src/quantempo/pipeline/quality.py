@@ -37,7 +37,6 @@ def evaluate(
     The pairs have seeds `seed`, `seed + 1`, ...; `call` goes over the arguments the run was traced
     with; `data`: a folder of real images to score against; `inception`: weights for FID and its
     like.
-
     Raises QuantempoError: nothing packed yet, or see `sample` and `evaluate_outputs`.
     """
     start = time.perf_counter()

@@ -40,10 +40,10 @@ _COST = ".attention_error"
 class Quantized:
     """A quantized denoiser as plain data.
 
-    recipe: it was made by; plans: one for each Conv2d and Linear; scales: of each int8 layer;
-    codes: integer weight (O, ...) int8 of each; bucket_of: (T,) int64 time bucket of each place
-    of `times`; biases: (O,) float32 of layers whose bias the rounding changed; attention: errors;
-    weight_only: codes, scales and groups of layers of float inputs whose weights are in groups.
+    plans: one for each Conv2d and Linear; scales, codes: int8 (O, ...), of integer layers;
+    bucket_of: (T,) int64 time bucket of each place of `times`; biases: (O,) float32 that the
+    rounding changed; attention: errors; weight_only: codes, scales and groups of layers of float
+    inputs.
     """
 
     recipe: Recipe
@@ -97,7 +97,6 @@ class Quantized:
 
         copy: return a quantized copy instead, which shares all parameters that stay float; folder:
         where integers of layers that are paged are kept, None: in memory; store: see `Shards`.
-
         Raises QuantempoError: the denoiser is quantized already, or is another network.
         """
         if copy:
@@ -279,10 +278,7 @@ def _round(
     denoiser: nn.Module, plans: list[LayerPlan], scales: Mapping[str, Tensor], name: str,
     folder: Path | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return the codes of all integer layers by a rounding that looks at weights alone.
-
-    folder: where those of paged weights are kept, None: in memory.
-    """
+    """Return the codes of all integer layers by weights alone; folder: for those of paged ones."""
     weights = _weights(denoiser, plans)
     specs = {p.name: weight_format(p.weight_bits, p.group) for p in plans if p.name in weights}
     steps = {name: scales[f"{name}.weight_scale"] for name in weights}
@@ -302,10 +298,7 @@ def round_weights(
     scales: Mapping[str, Tensor], *, folder: str | Path | None = None, key: str = "",
     scratch: Path | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Choose the integers; return codes, biases and scales as `round_denoiser` does, see there.
-
-    scratch: where integers of paged weights are kept, None: in memory.
-    """
+    """Choose the integers as `round_denoiser` does; scratch: for integers of paged weights."""
     settings, plans = recipe.rounding, _final(plans, scales, recipe)
     own = round_alone(denoiser, data, plans, settings, folder, key)
     alone = ROUNDINGS.get(settings.name).needs == "weights"

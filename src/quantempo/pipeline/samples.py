@@ -78,7 +78,6 @@ def sample(
     What the same model and settings (`settings.json`) made is kept: a killed run resumes. An engine
     compiles for `batch_size`; `identity`: what else decides the images (hash of the model); `force`
     throws away those of other settings.
-
     Raises QuantempoError: the folder holds something else, or see `run_pipeline`.
     """
     out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))

@@ -148,8 +148,7 @@ def load(
         source: a diffusers folder or hub name, or a pipeline in memory, which is saved in the run
             folder (`source/`) and stays as it is but for its device.
         recipe: a `Recipe`, the name of a shipped one or a TOML file.
-        call: extra arguments of the pipeline's call: numbers, text, tensors, arrays, pictures,
-            lists.
+        call: arguments of the pipeline's call: numbers, text, tensors, arrays, pictures, lists.
         scheduler: to trace and sample with, None for the pipeline's own.
         force: let a run folder be taken over by another model or other settings.
         data: folder of images, needed by the sources "raw" and "mimic" of `recipe.trace`.
@@ -158,7 +157,6 @@ def load(
         minutes: budget for which chains and steps are chosen, once for a run; see `affordable`.
         also: components whose weights are to be int8 too: "text_encoder,vae".
         loading: dtype, variant and revision of `load_pipeline`; lora: files to merge ["FILE:0.8"].
-
     Raises QuantempoError: the source is no float diffusers pipeline or holds NaN; a name in the
     recipe that nothing has; the run folder belongs to another model.
     """

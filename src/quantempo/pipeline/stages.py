@@ -38,10 +38,7 @@ Make = Callable[[Session, Path], dict[str, Tensor]]
 
 
 def _stage(name: str, file: str) -> Callable[[Make], Stage]:
-    """Write what a function makes as the artefact of a stage, for every denoiser of a session.
-
-    It gets a folder for what is larger than the memory.
-    """
+    """Make a stage, for every denoiser, of what writes its artefact, given a scratch folder."""
 
     def decorate(make: Make) -> Stage:
         @wraps(make)

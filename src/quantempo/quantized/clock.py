@@ -93,8 +93,8 @@ class Times:
 def token_rows(of: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a layer input with its tokens as rows, and the bucket (or bin) of each row.
 
-    of: (B, N), or (B,), which stays as it is; x: (B', N', C), multiples of these, or (rows, C). An
-    input that has not these tokens stays whole, at its noisiest.
+    of: (B, N), or (B,), as it is; x: (B', N', C), multiples of these, (rows, C), or whole, at its
+    noisiest.
     """
     if of.ndim < 2:
         return x, of
@@ -109,8 +109,7 @@ def token_rows(of: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 class StepClock(FixedTypes):
     """Map the time-step the denoiser receives to a bucket: bucket_of[times.index(t)].
 
-    bucket_of: (T,) int64, the bucket of each place in time; starts at 0 and does not fall; times:
-    the T places, None: those of t = 0 .. T - 1.
+    bucket_of: (T,) int64, from 0, not falling; times: the T places, None: those of t = 0 .. T - 1.
     """
 
     bucket_of: Tensor

@@ -42,13 +42,11 @@ class QLayer(FixedTypes):
 
     Buffers: weight_int as `core.formats` stores it, int8 (O, ...) or packed; weight_group uint8,
     see `GroupFormat`, or None; weight_scale float32 (O,); bias float32 (O,) or None; act_scale
-    float32 (S, G), one row for each input segment, one column for each time bucket; act_zero_point
+    float32 (S, G), a row for each input segment, a column for each time bucket; act_zero_point
     int32 (S,). `weight_codes` is the weight as int8 (O, ...), unpacked anew at each access.
 
-    Args:
-        segments: input channels of each segment with a scale of its own; sums to C_in.
-        buckets: G, 1 for one scale at all times, 0 for a scale for every token (`dynamic`).
-        device: where the (uninitialised) buffers are made.
+    segments: input channels of each segment, which sum to C_in; buckets: G, 0 for a scale for every
+    token (`dynamic`); device: of the (uninitialised) buffers.
     """
 
     weight_int: Tensor
@@ -333,10 +331,9 @@ class StoredLinear(FixedTypes):
 class Float16Linear(StoredLinear, nn.Linear):
     """Linear layer computed in float32 whose weight is stored in float16, in files.
 
-    For the layers of the time embedding, which act on t alone. Weight and bias are float32: a
-    network loaded in another dtype computes t as exactly. The weight is a parameter, for who asks
-    `next(part.parameters()).dtype`. `state_dict` has it in float16 where that loses nothing.
-
+    Of the time embedding, on t alone: a network loaded in another dtype computes t as exactly. The
+    weight is a parameter, for who asks `next(part.parameters()).dtype`; `state_dict` has it in
+    float16 where that loses nothing.
     Error: |W - W_hat| <= 2^-11 |W| for |W| >= 2^-14, else 2^-25.
     """
 

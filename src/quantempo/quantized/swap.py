@@ -162,7 +162,6 @@ def swap_layers(
 
     fill: called with the name, the new and the old layer before the next one is made. Hooks and
     forwards that others have set on a layer go with it, which is said.
-
     Raises QuantempoError: a plan names a layer the model does not have, or one of another type.
     """
     lost = []

@@ -47,10 +47,8 @@ def store_int8(layer: nn.Module) -> None:
 class WeightOnlyLinear(StoredLinear):
     """Linear layer whose weight is int8 codes, with a scale an output channel, in memory too.
 
-    For the modulations of blocks: wide layers of one row a step, which cost what their weights
-    weigh. With `group` the codes are packed, two a byte, see `GroupFormat`; buffers have the names
-    of those of `QLayer`. An engine may set `kernel`, see `ops.weight_only_linear`.
-
+    For modulations of blocks: wide layers of one row a step. With `group` the codes are packed, see
+    `GroupFormat`; buffers are named as those of `QLayer`; `kernel`: see `ops.weight_only_linear`.
     Error: |W - W_hat| <= scale[o] / 2, scale[o] = max_k |W[o, k]| / 127, without groups.
     """
 

@@ -118,7 +118,6 @@ def nearest(weight: Tensor, scale: Tensor, spec: Format | Grid) -> Tensor:
     """Return clamp(round(w / scale[o]), qmin, qmax) as int8, the shape of the weight.
 
     weight: (O, ...) floating; scale: (O,) float32, > 0; spec: of at most 8 bits, signed, or a grid.
-
     Raises QuantempoError: NaN in the weight, or a scale that is not positive and finite.
     Error: |w - scale q| <= scale / 2 inside the range, in groups s scale / 2.
     """

@@ -81,7 +81,6 @@ def gptq(
 
     weight, scale: (O, K) floating and (O,) float32, > 0; hessian: (K, K) = X X^T up to a factor, or
     what `Inverse` made of it; block: columns updated together; changes the order of sums only.
-
     Raises QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
     """
     out, width = weight.shape
@@ -171,7 +170,6 @@ def moments(layer: QLayer, x: Tensor, other: Tensor | None = None) -> Tensor:
 
     x: (B, C, H, W), or (..., C) for a linear layer; already on the layer's grid; other: Y of the
     same shape, for Y X^T instead.
-
     Memory: patches of a convolution are made for a few images at a time, 256 MB of each.
     """
     y = x if other is None else other
@@ -259,7 +257,6 @@ def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
     afterwards. Each layer of a step is of one rank. Scales of weights in groups are searched again
     for what is rounded here, the error of column j counting 1 / (H^-1)_jj; others stay, so that a
     correction may lead beyond the codes: counted, and logged.
-
     Memory: 5 K^2 float32 while H is factored, K = weight[0].numel(); 4 without `correct`; 2 or 1
     for each other input of the step.
     """

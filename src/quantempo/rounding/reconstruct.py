@@ -64,7 +64,6 @@ def round_denoiser(
         folder, key: where finished blocks are kept and found again; hash of all else that decides
             the result (model, trace, scales).
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
-
     Raises QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
     """
     if folder is not None and not key:

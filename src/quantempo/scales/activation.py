@@ -87,10 +87,7 @@ class CostTable:
 
 
 class ActivationScale(NamedTuple):
-    """Hold the grids of one activation: G scales, one zero point.
-
-    scale: (G,) float32; cost: mean metric over buckets by mass.
-    """
+    """Hold G scales, float32, and the zero point of an activation; cost: mean metric by mass."""
 
     scale: Tensor
     zero_point: int
@@ -131,7 +128,6 @@ def cost_table(
     """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
 
     hist: (R, N) counts in equal bins over edges (2,) = [lo, hi]; metric, p: see `make_metric`.
-
     Raises QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
     Error: a value stands for its bin, see `Histogram`. Temporaries: below 10 MB.
     """
@@ -168,10 +164,7 @@ def _choose(contribution: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def bucket_gain(table: CostTable, smooth: float = 0.0) -> float:
-    """Return 1 - (error with a scale for each row) / (error with one), in [0, 1].
-
-    Both at their best, with one zero point; the errors are sums of mass_r cost_rp.
-    """
+    """Return 1 - (best error with a scale for each row) / (best error with one), in [0, 1]."""
     contribution = table.weighted(smooth)
     one = float(table.weighted().sum(0).min())
     index = _choose(contribution, table.zero_point)
@@ -202,11 +195,9 @@ def search_activation(
 
     Args:
         hist, edges: (K, N) counts of K fine time bins; see `cost_table`; zero may lie outside.
-        spec: the format of the codes; symmetric fixes the zero point.
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
         how: metric, p and candidates of `cost_table`.
-
     Raises QuantempoError: see `cost_table`; buckets that do not fit.
     Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
     Source: Shang et al., CVPR 2023, eq. 11-13, over the whole set instead of means of batches.

@@ -45,7 +45,6 @@ def search_groups(
 
     importance: c >= 0, how often the error of a weight counts; broadcasts over the weight (diag(H)
     of the layer's inputs, say); None: 1.
-
     Error: float32. The search is no exhaustive one; each candidate is compared on the weights.
     """
     shape, flat = weight.shape, channels_last(weight.detach())

@@ -60,10 +60,7 @@ class MinMax:
 
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
-        """Take in a batch.
-
-        x: (B, ...) floating: the part of the activation that belongs to `segment`, 0 to S - 1;
-        time_bin: of the batch, or (B,) int64 when it mixes time-steps.
+        """Take in a batch (B, ...) of segment `segment`, at one time bin or (B,) int64 of them.
 
         Raises QuantempoError: NaN or infinity in x, a time bin out of range, or a wrong number.
         """
@@ -97,11 +94,10 @@ class MinMax:
 class Histogram:
     """Count the values of every segment and time bin in equal bins over a fixed range.
 
-    All time bins of a segment share the range, so their rows add up to the histogram of the whole
-    set. Standing for a value by the centre of its bin moves it by at most w/2, w = (hi-lo)/bins
-    (and a rounding of float32). The distance to the nearest level is 1-Lipschitz, so the L_p norm
-    of the quantization error, mse^(1/2) and lp^(1/p) among them, is off by at most w/2 too, for
-    every scale; the scale that is best for the histogram is within w of the best for the data.
+    All time bins of a segment share the range, so their rows add up to the histogram of the set.
+    The centre of its bin is at most w/2, w = (hi-lo)/bins, from a value, and the distance to the
+    nearest level 1-Lipschitz: the L_p norm of the quantization error is off by at most w/2 for
+    every scale, and the best scale of the histogram within w of the best of the data.
 
     edges: (S, 2) float32 [lo, hi], `MinMax.edges` of the same data; counts: (S, K, N) int64.
     """
@@ -117,10 +113,7 @@ class Histogram:
 
     @torch.no_grad()
     def update(self, x: Tensor, time_bin: int | Tensor = 0, segment: int = 0) -> None:
-        """Count a batch; arguments as for `MinMax.update`.
-
-        Values less than a bin outside the range (last digits follow the batch size) count in the
-        end bin.
+        """Count a batch, see `MinMax.update`; values less than a bin outside count in the end bin.
 
         Raises QuantempoError: NaN, values further outside, a time bin out of range.
         """

@@ -95,11 +95,10 @@ def linf(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
 def cosine(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return 1 - E[x x_hat] / sqrt(E[x^2] E[x_hat^2]); 1 if exactly one of the two is zero.
 
-    With a, b the root mean squares and d = x - x_hat it is computed as (E[d^2] - (a - b)^2) / (2 a
-    b), a - b = E[d (x + x_hat)] / (a + b).
-
-    Error: no cancellation against 1, so values near 1e-5 keep their digits in float32 too. A common
-    factor of x_hat costs nothing: no scale is fixed for tensors that few levels can hold exactly.
+    With a, b the root mean squares and d = x - x_hat: (E[d^2] - (a - b)^2) / (2 a b), a - b = E[d
+    (x + x_hat)] / (a + b).
+    Error: no cancellation against 1: values near 1e-5 keep their digits in float32. A common factor
+    of x_hat costs nothing: no scale is fixed for tensors that few levels can hold exactly.
     """
     difference = x - x_hat
     a, b = (_mean(v * v, weight).sqrt() for v in (x, x_hat))
@@ -127,7 +126,6 @@ def kl(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
 
     x, x_hat, weight: broadcastable, of a histogram with all its bins, which show the levels; on raw
     samples (all x distinct) nothing but the clipping is seen.
-
     Source: the entropy calibration of TensorRT (Migacz, GTC 2017), which moves the clipped mass
     into P's last bin instead; then P depends on the clip, and a range of one bin can score 0.
     """

@@ -42,10 +42,7 @@ _CANDIDATES = activation.Candidates(
 
 @dataclass(frozen=True)
 class LayerScales:
-    """Hold the scales of one layer.
-
-    act_scale: (S, G) float32; act_zero_point: (S,) int32; weight_scale: (O,) float32; weight_group.
-    """
+    """Hold a layer's act_scale (S, G), act_zero_point int32 (S,), weight_scale (O,), groups."""
 
     act_scale: Tensor
     act_zero_point: Tensor
@@ -162,7 +159,6 @@ def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
     cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
     the best scale for all bins (so 0 to 1); infinite for j <= i; 0 for a layer without error.
     table: `cost_table(...).at_best_zero_point()`, rows the K fine bins in order of time.
-
     Raises QuantempoError: candidates of several zero points; the layer can use only one.
     """
     if len(table.zero_point.unique()) > 1:
@@ -178,14 +174,12 @@ def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
 
 
 def segment_time(tables: Sequence[activation.CostTable], buckets: int, smooth: float = 0) -> Tensor:
-    """Cut K fine bins into contiguous buckets that suit all layers best.
+    """Cut K fine bins into contiguous buckets that suit all layers best; return boundaries int64.
 
-    Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best
-    scale in every bucket, and counts relative to its error with one scale. Exact, in
-    O(layers K^2 P + B K^2). Takes a table for each layer, rows the K fine bins, one zero point
-    each. Returns (B + 1,) int64 boundaries [0, ..., K], as in `bucket_of_bin`, fewer if fewer bins
-    hold data: every bucket has some.
-
+    Minimises sum over layers and buckets of `segment_costs`: every layer takes its own best scale
+    in every bucket, and counts relative to its error with one scale. Exact, in O(layers K^2 P + B
+    K^2). tables: of each layer, rows the K bins, one zero point each. Boundaries (B + 1,) as in
+    `bucket_of_bin`, fewer if fewer bins hold data.
     Raises QuantempoError: no tables, tables over different bins, buckets < 1.
     Source: optimal partition of a sequence, Bellman 1961; scales by time bucket, Q-Diffusion's
     successors (TDQ, So et al. 2023; APQ-DM, Wang et al. 2024).
@@ -237,7 +231,6 @@ def search_weight(
 
     weight: (O, ...) floating; spec: a signed symmetric grid; metric, p: see `make_metric`.
     Returns (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
-
     Raises QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
     Error: float32; of candidates whose metrics agree to about 1e-6 either may win.
     """

@@ -33,10 +33,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def constant(value: Tensor, apart: bool = False) -> Tensor:
-    """Return a tensor that compiled code may take to stay where it is, detached.
-
-    apart: a matrix, whose rows need not follow each other; else it is contiguous.
-    """
+    """Return a tensor, detached, that compiled code may take to stay; contiguous unless `apart`."""
     value = value.detach() if apart else value.detach().contiguous()
     # Else each replay of a graph that a compiler recorded would copy it, as it copies inputs.
     torch._dynamo.mark_static_address(value)
@@ -65,10 +62,9 @@ class ActivationGrid:
 
 
 def quantize(x: Tensor, grid: ActivationGrid) -> Tensor:
-    """Return int8 codes (B, C, H, W), channels_last; x floating, any layout.
+    """Return int8 codes (B, C, H, W), channels_last: clamp(rne(x (1 / s)) + z, 0, qmax) - 128.
 
-    clamp(rne(x (1 / s)) + z, 0, qmax) - 128, whether traced or not; on a GPU both may differ, by 1,
-    where the quotient is next to a tie.
+    x: any layout; traced, on a GPU, they may differ by 1 where the quotient is next to a tie.
     """
     if torch.compiler.is_compiling():
         return last(grid.traced(x))
@@ -294,10 +290,7 @@ class LayerConstants:
         return [cls.joined(layers)] if alike else layers
 
     def pixelwise(self) -> "LayerConstants":
-        """Return the linear layer that does what this layer does to each pixel or token.
-
-        The layer is linear, or a 1x1 convolution of one segment, stride 1; nothing is copied.
-        """
+        """Return a layer, linear or 1x1 of one segment, as the linear one of a pixel; no copy."""
         if not isinstance(self.layer, QConv2d):
             return self
         rows = copy.copy(self)

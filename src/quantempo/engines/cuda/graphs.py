@@ -66,13 +66,11 @@ class Graphed(nn.Module):
     """Replay a denoiser's calls on a GPU; on other devices, or with gradients, call it.
 
     The first call of a signature (`signature` of the arguments) runs eagerly, then is recorded;
-    later ones copy their inputs in, replay, and copy the outputs out. Weights are read where they
-    are: after moving the model or attaching an engine, recordings are dropped by themselves; after
-    any other change call `clear`. Attributes are those of the denoiser. Replays of all networks of
-    a process follow each other, on one stream: they share memory.
+    later ones copy their inputs in, replay, and copy the outputs out. Recordings are dropped when
+    the model is moved or an engine attached; after any other change call `clear`. Those of all
+    networks of a process share memory: their replays follow each other, on one stream.
 
-    denoiser: with its engine attached, compiled or not, or any function that waits for no value of
-    its tensors; warmup: eager calls before each recording, at least 1.
+    denoiser: any function that waits for no value of its tensors; warmup: eager calls before each.
     """
 
     def __init__(self, denoiser: Callable[..., Any], warmup: int = _WARMUP) -> None:

@@ -189,10 +189,7 @@ class _Joint(GpuBlock):
 
 
 class Stream(Prepared):
-    """What a block does to one stream, before and after the attention.
-
-    given: its modulation, (B, C) each, in the order of `StreamParts`.
-    """
+    """What a block does to one stream; given: its modulation, (B, C) each, as in `StreamParts`."""
 
     def __init__(self, parts: StreamParts) -> None:
         self.parts = parts
@@ -285,10 +282,7 @@ class FusedFluxSingle(_Joint):
 
 
 def joined(text: Tensor, x: Tensor) -> Tensor:
-    """Return torch.cat([text, x], 1), without a copy if a single block has returned them.
-
-    A compiler sees by itself that a split tensor is put together again.
-    """
+    """Return torch.cat([text, x], 1), without a copy if a single block has returned them."""
     if not torch.compiler.is_compiling():
         (batch, tokens, width), shape = text.shape, (len(x), text.shape[1] + x.shape[1], x.shape[2])
         steps = (shape[1] * width, width, 1)

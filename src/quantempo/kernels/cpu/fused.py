@@ -157,7 +157,6 @@ class Library:
         (scale, zero_point, qmax) of the codes; None for floats. shift: float32 (B, C), rows
         contiguous, added to every pixel before the norm; or None. edge: float32 (16, C), added to x
         itself before all else, see `add`; or None.
-
         Returns uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
         bit-equal with `quantize`. Error: at most 1 from the codes of torch's own float32 passes.
         """

@@ -39,12 +39,11 @@ def launch(call: Normalization, *, plan: Plan | SharedPlan | None = None) -> Res
     """Return the results of a call, which was checked; ValueError: a map of 2^31 values.
 
     plan: tiles other than those of the faster kernels, by measured rules.
-
-    Error: with e = 2^-24, a differs from its exact value by at most about
-    16 e (|x a_c| + |b_c|) + 8 e |a|, a_c and b_c the affine map of a channel; a code differs from
-    the exact one, by 1, only where the exact quotient is that near a tie.
-    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Updating formulae and a pairwise algorithm for
-    computing sample variances, 1979.
+    Error: with e = 2^-24, a differs from its exact value by about 16 e (|x a_c| + |b_c|) + 8 e |a|
+    at most, a_c and b_c the affine map of a channel; a code, by 1, where the quotient is that near
+    a tie.
+    Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
+    variances, 1979.
     """
     _, _, height, width = call.x.shape
     if call.channels * height * width >= 2**31:

@@ -102,14 +102,11 @@ def attention8(q: Tensor, k: Tensor, v: Tensor) -> Attention:
         q: (B, T, H, D) float; on a GPU float16 or bfloat16, D = 8 i from 40 to 128.
         k, v: (B, S, H, D) of that type; like q contiguous along D, heads, tokens and images at
             multiples of 8 elements (columns of a product, or heads before tokens, say).
-
     Returns y, contiguous (B, T, H, D) of the type of q; ValueError too on a GPU for which
     `supported` is false.
-
     Values: a query that is not finite makes its own y NaN, a key that is not finite every y of its
         head. A value that is NaN makes its d NaN for every query of the head, an infinite one makes
         it infinite or NaN.
-
     Error: a GPU rounds the weights of a softmax to the type of v: 0.3 % of |y| for random values.
         Its weights are relative to the maximum of the first block read; where they exceed the type
         all is computed again, with running maxima.

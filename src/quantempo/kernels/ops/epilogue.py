@@ -114,8 +114,8 @@ class Epilogue(NamedTuple):
     ) -> None:
         """Check all but the sides, with `strides` memory and devices too.
 
-        shape: of y, (N, O, H', W') or (M, O); table: of the zero-point table, ending with the
-        channels of the sums.
+        shape: of y, (N, O, H', W') or (M, O); table: its shape, which ends with channels of the
+        sums.
         """
         t, features = self.terms, table[-1]
         checks.bucket(t.bucket, shape[0])

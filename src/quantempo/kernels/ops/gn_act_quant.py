@@ -27,9 +27,7 @@ class Normalization:
         scale: (G,) float32; None: no quantization, the first result has the dtype of x.
         raw_scales: (S, G) float32 to get the codes of x itself (row 0) and of `skip` itself (last
             row), with `raw_zero_points` (S of them) and `raw_qmax`; None for neither.
-
     Returns codes (N, C1 + C2, H, W), codes of x, codes of `skip`; channels_last, or empty (0,).
-
     Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's; so do
     those of x and `skip` themselves, where a quotient is next to a tie. Squares fit for all float16
     values; others have to be within 2^63 / sqrt(n) of 0, n the values of a group: beyond, v = beta.

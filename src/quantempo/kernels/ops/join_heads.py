@@ -24,9 +24,7 @@ class Heads(NamedTuple):
         weights, eps: for q and k of the first stream, then of the second; (D,) any float or None.
         rotary: cos and sin (T, D) float32, T = sum of T_i in the order of the streams, or nothing.
         heads: H; loads are of 16 bytes, and a head lies in one warp, for D = 8 i up to 256.
-
     Returns q, k and v, contiguous (B, T, H, D) of the type of q; v (0,) without one.
-
     Error: a GPU is within 2^-20 of what it rounds, so n may be its neighbour, and y as far off as
     neighbours n make it, and a rounding. A head whose squares exceed float32 is NaN there.
     """

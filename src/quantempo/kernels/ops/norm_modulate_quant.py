@@ -34,10 +34,8 @@ class Tokens:
         scale, shift: (B, C) any float, rows may lie apart: chunks of one modulation product.
         act_scale: (G,) float32, with `zero_point` and `qmax`; None: a scale for each token, for
             `qgemm` with the zero point 128.
-
     Returns codes (B T, C) int8 and row_scale (B T,) float32, or (0,) with an act_scale. A token
     with a NaN or an infinity has the row_scale NaN and codes 0, whose products are NaN.
-
     Error: statistics are float32 on a GPU, so codes there differ by at most 1 from the CPU's, and
     what has squares beyond float32 is as an infinity is.
     """

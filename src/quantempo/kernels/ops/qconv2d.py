@@ -152,10 +152,8 @@ def qconv2d(
         upsample: repeat every pixel 2x2 first; the larger image is never made.
         out_dtype: float16, bfloat16, float32, or int32 for the integer sums alone.
         out_scale: to get codes of y, with `out_zero` and `out_qmax`, instead.
-
     Returns (N, O, H', W'), channels_last; H' = (H + top + bottom - kernel) // stride + 1, with 2 H
     for H if `upsample`.
-
     Error: the integer sums are exact; the epilogue is float32 on a GPU and is rounded once to the
     type of the result.
     """

@@ -96,7 +96,6 @@ def qgemm(
             of the first half times gelu or silu of columns O / 2 + j, no residual, gate or sides, O
             a multiple of 32.
         out_dtype, out_scale, out_zero, out_qmax: as in `qconv2d`.
-
     Returns (M, O), (M, O / 2) of "geglu" and "swiglu". Error: as `qconv2d`.
     """
     terms = Terms(

@@ -20,7 +20,6 @@ class FloatRows(NamedTuple):
     a multiple of 16, or with groups q, uint8 (O, 1, ceil(K / 2)), two a byte, the even one low, of
     codes (q - z) s; groups: (s - 1) << 4 | z, uint8 (O, 1, ceil(K / G)), G = 16, 32 or 64;
     weight_scale, bias: float32 (O,); bias and groups may be None.
-
     Error: a GPU adds up in float32; of several rows each x is 22 bits, within 2^-21 |x|.
     """
 

@@ -167,8 +167,7 @@ def run(
 ) -> Tensor:  # fmt: skip
     """Contract images into y and return it; operands and window as in `ops.qconv2d`.
 
-    size: (N, C, H, W) of the codes, channels_last; out_size: (N, O, H', W') of y, of which gates
-    leave half the channels; tile, path: chosen by measured rules unless given.
+    size: (N, C, H, W) of the codes; out_size: of y, of which gates leave half the channels.
     """
     if y.numel() == 0:
         return y

@@ -91,9 +91,8 @@ def tile_pixels(
     """Return (images, rows, columns), powers of two whose product is `pixels`.
 
     Of all such boxes the one that covers (images, height, width) with the fewest pixels; of equals
-    the widest, whose rows are contiguous in memory. taps: of one image, 8 columns at least, so that
-    each row begins where the pattern of shared memory does, and 32 at most, so that few rows are
-    brought that are not of the tile.
+    the widest, whose rows are contiguous. taps: of one image, 8 columns at least, where the pattern
+    of shared memory begins, and 32 at most, so that few rows are brought that are not of the tile.
     """
     powers = [1 << i for i in range(pixels.bit_length())]
     boxes = [

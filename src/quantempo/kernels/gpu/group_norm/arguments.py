@@ -16,10 +16,9 @@ Numbers = namedtuple("Numbers", "C1 C2 per_entry zero_point qmax raw_zero_x raw_
 
 
 class Form(NamedTuple):
-    """What kernels are compiled for.
+    """What kernels are compiled for; RAW: codes of x and skip too; MANY, RAW_MANY: by bucket.
 
-    SOURCE: 0 there is no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both; RAW:
-    codes of x and skip themselves; MANY, RAW_MANY: scales by bucket.
+    SOURCE: 0 no skip, 1 every slab lies in x or in skip, 2 a slab may lie in both.
     """
 
     SOURCE: int

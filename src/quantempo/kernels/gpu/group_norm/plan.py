@@ -49,12 +49,11 @@ _BOX_ROWS, _BOXES = 256, 16
 class Plan:
     """The tiles of a call.
 
-    one_launch: a program sees all pixels of its slab; otherwise moments are written first, and put
-    together, and then applied. width: channels of a slab (whole groups with one launch). block_p:
-    pixels of a tile, a power of two. block_c: `width` rounded up to one. stages, unroll: of the
-    loops over tiles, where a slab is more than one: tiles under way at once (1: loads are not moved
-    ahead), and tiles an iteration. stat_p, stat_c, stat_warps: tile of the launch that writes
-    moments. group_c: channels, whole groups, of a program that puts moments together.
+    one_launch: a program sees all pixels of its slab; otherwise moments are written, put together,
+    applied. width: channels of a slab (whole groups with one launch); block_p, block_c: pixels of a
+    tile and `width`, powers of two; stages, unroll: of the loops over tiles (1: loads are not moved
+    ahead); stat_p, stat_c, stat_warps: tile of the launch that writes moments; group_c: channels,
+    whole groups, of a program that puts moments together.
     """
 
     one_launch: bool
@@ -133,7 +132,6 @@ def make_plan(
 
     channels: C, x and skip together; groups: of the norm, a divisor of C, 0 for none; itemsize:
     bytes of an element of x; one_launch: which way, None for the one expected to be faster.
-
     Raises ValueError: a group of more channels than a program takes.
     """
     if groups == 0:
@@ -203,10 +201,9 @@ def _pointwise(images: int, pixels: int, channels: int) -> Plan:
 def make_shared_plan(
     images: int, pixels: int, channels: int, groups: int, always: bool = False
 ) -> SharedPlan | None:
-    """Return the tiles for N images of P pixels and C channels of two bytes, in shared memory.
+    """Return the tiles for N images, P pixels, C channels of two bytes, in shared memory, or None.
 
-    None where no slab of whole groups fits, or none is worth it; `always`: also where another way
-    is expected to be faster.
+    None where no slab of whole groups fits or, unless `always`, where another way is faster.
     """
     group = channels // groups
     best: tuple[tuple[bool, float, float], SharedPlan] | None = None
