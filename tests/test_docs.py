@@ -50,7 +50,7 @@ MODELS = {
     "path/to/flux": lambda: TRANSFORMERS["Flux schnell"]()[0],
     "path/to/inpaint": lambda: UNETS["Stable Diffusion, inpainting"]()[0],
 }
-KINDS = {"path/to/model": "unconditional", "path/to/sd": "text"}
+KINDS = {"path/to/model": "unconditional", "path/to/sd": "text", "path/to/dit": "dit"}
 
 
 def snippets(page: Path) -> list[tuple[str, str, str]]:

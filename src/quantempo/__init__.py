@@ -20,7 +20,9 @@ _PUBLIC = {
     **dict.fromkeys(("evaluate", "open_model", "sample"), "quantempo.pipeline.quality"),
     **dict.fromkeys(("quantize", "reopen"), "quantempo.pipeline.stages"),
     **dict.fromkeys(("load_lora", "set_lora", "unload_lora"), "quantempo.engines.lora"),
+    "QuantempoConfig": "quantempo.checkpoint.diffusers_plugin",
     "graphed": "quantempo.engines.cuda.graphs",
+    "quantize_": "quantempo.checkpoint.without_data",
     "render": "quantempo.report",
 }
 

@@ -137,7 +137,7 @@ def test_a_network_that_was_cast_keeps_what_is_quantized_and_loads_again(kind, w
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_tensors_and_text_is_saved(kind: str) -> None:
     files = [file for file in packed(kind).folder.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
+    assert {file.suffix for file in files} <= {".json", ".md", ".safetensors", ".txt"}
     for file in files:
         if file.suffix != ".safetensors":
             file.read_text()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from quantempo import __version__, quantized
 from quantempo.checkpoint.hashes import check_files, digest, joined, seal, settings_digest
 from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_times
+from quantempo.checkpoint.without_data import has_time, install, plans_of, resolved
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError, log
@@ -66,8 +67,11 @@ class _Method(str, Enum):  # noqa: UP042
 class QuantempoConfig(QuantizationConfigMixin):
     """What `quantization_config` in config.json holds; JSON types only.
 
+    Given to `from_pretrained` with a recipe alone it quantizes a float model without data, see
+    `quantize_`: `QuantempoConfig(recipe="w8a8")`.
+
     Args:
-        recipe: the resolved recipe.
+        recipe: the resolved recipe; to quantize with, also the name of one, a file or a `Recipe`.
         float16: name -> reason of float layers whose weights are stored in float16.
         weight_only: name -> reason of layers of float inputs whose weights are integers.
         float_layers: name -> reason of layers left in float.
@@ -86,6 +90,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         version: of the library that wrote it.
     """
 
+    recipe: Any
+
     def __init__(
         self, times: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION,
         version: str = "", **given: Any,
@@ -99,6 +105,8 @@ class QuantempoConfig(QuantizationConfigMixin):
         given.pop("quant_method", None)
         for name in _TABLES:
             setattr(self, name, given.pop(name, None) or {})
+        if self.recipe and not isinstance(self.recipe, dict):
+            self.recipe = resolved(self.recipe).to_dict()
         # Up to format 2 the layers of the time embedding had 12 bits; they are unpacked at load.
         self.float16 |= given.pop("int12", {})
         # Up to format 3 all places were evenly spaced, the first at 0.
@@ -197,8 +205,9 @@ class QuantempoConfig(QuantizationConfigMixin):
 class QuantempoQuantizer(DiffusersQuantizer):
     """Rebuild the quantized modules of a saved denoiser while diffusers loads it."""
 
-    requires_calibration = is_compileable = True
+    is_compileable = True
     is_trainable = False
+    quantization_config: Any
 
     def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -213,6 +222,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        if not self.pre_quantized:
+            return
         if "settings" not in config.hashes:
             log.info("an older checkpoint, without a hash of its settings: they are not verified")
         with reading("quantization_config in config.json"):
@@ -233,6 +244,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep our tensors of one file (a shard or the whole) as they are on disk."""
+        if not self.pre_quantized:
+            return state_dict
         # Loading in bfloat16 or half would round the scales; keep them as they are on disk.
         self._digests |= {name: digest(tensor) for name, tensor in state_dict.items()}
         state_dict = self._unpacked(state_dict)
@@ -246,6 +259,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         """Return the names that tensors have once 12-bit weights (format 2) are unpacked."""
+        if not self.pre_quantized:
+            return loaded_keys
         self.quantization_config.check_files(Path(checkpoint_files[0]).parent.parent)
         return list(dict.fromkeys(self._part(key)[0] for key in loaded_keys))
 
@@ -271,6 +286,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
         return result
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            self.quantization_config = quantize_without_data(model, self.quantization_config)
+            return self._ready(model)
         # Left alone, diffusers fills what is missing with random numbers and logs a warning.
         wanted = set(model.state_dict())
         for what, names in ("lacks", wanted - self._found), ("has unknown", self._found - wanted):
@@ -298,6 +316,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
                     layer.regroup(_OLD_GROUP)
                     both = layer.weight_bits, layer.act_bits
                     self.quantization_config.bits[name] = [*both, _OLD_GROUP]
+        return self._ready(model)
+
+    def _ready(self, model: nn.Module) -> nn.Module:
         self.saves(model)
         # Not above: this module is imported while diffusers itself is, and engines know its models.
         from quantempo.engines.select import attach_lazily
@@ -343,6 +364,19 @@ class QuantempoQuantizer(DiffusersQuantizer):
         config.hashes["settings"] = settings_digest(config.to_dict())
         model.register_to_config(quantization_config=config.to_dict())
         return True
+
+
+def quantize_without_data(denoiser: nn.Module, config: Any) -> QuantempoConfig:
+    """Quantize a denoiser in place by the recipe of a configuration; return what it is now."""
+    recipe = resolved(config)
+    if not has_time(denoiser):
+        text = f"{type(denoiser).__name__} has no time-step; expected a denoiser"
+        raise QuantempoError(f"{text}; quantempo.quantize_(module) takes any other")
+    plans, times = plans_of(denoiser, recipe), quantized.Times(1)
+    device = next(denoiser.parameters()).device
+    table = torch.zeros(1, dtype=torch.int64, device=device)
+    install(denoiser, plans, quantized.install_clock(denoiser, table, times), recipe)
+    return QuantempoConfig.of(recipe, plans, times=times, source_sha256="")
 
 
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:

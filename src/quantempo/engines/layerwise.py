@@ -53,6 +53,12 @@ class LayerwiseEngine(Engine):
         if self.blocks.eager:
             _prepare(denoiser)
 
+    def attach_layers(self, module: nn.Module) -> None:
+        """Give integer layers of any module their kernels, ready to be compiled."""
+        self._lower(module)
+        if self.blocks is not None and self.blocks.eager:
+            _prepare(module)
+
     def watched(self, denoiser: nn.Module) -> Iterator[nn.Module]:
         """Yield the integer layers and all modules of fused blocks."""
         yield from super().watched(denoiser)

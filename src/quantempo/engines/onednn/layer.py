@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,10 +69,15 @@ def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list
     return [Packed(*given, *part, functools.partial(dense, *part)) for part in parts]
 
 
-def _eager(operator: Any) -> Any:
-    """Return an operator as it is, or as a call that a compiler leaves alone: weights come anew."""
-    packed = isinstance(operator.weight, Packed)
-    return torch.compiler.disable(operator.__call__) if packed else operator
+def _alone(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep a compiler out of a call: it takes these operators of constant weights alone."""
+    outside = torch.compiler.disable(call)
+
+    @functools.wraps(call)
+    def run(*args: Any, **how: Any) -> Tensor:
+        return (outside if torch.compiler.is_compiling() else call)(*args, **how)
+
+    return run
 
 
 class _Kernel(Kernel):
@@ -81,6 +87,7 @@ class _Kernel(Kernel):
     grids: ActivationGrids
     parts: list[Any]
 
+    @_alone
     def __call__(self, x: Tensor) -> Tensor:
         self.here(x.device)
         if self.layer.dynamic:
@@ -98,9 +105,9 @@ class _Kernel(Kernel):
     def _pack(self, weight: Tensor | Packed) -> Any:
         layer = self.layer
         if not isinstance(layer, QConv2d):
-            return _eager(onednn.Int8Linear(weight, layer.weight_scale))
+            return onednn.Int8Linear(weight, layer.weight_scale)
         how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return _eager(onednn.Int8Conv2d(weight, layer.weight_scale, *how))
+        return onednn.Int8Conv2d(weight, layer.weight_scale, *how)
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         convolution, bias = isinstance(self.layer, QConv2d), self.layer.bias
@@ -172,6 +179,7 @@ class FoldedLayer:
         """Return the layer's output for one operand; see Int8Conv2d and Int8Linear."""
         return self.part(0, codes, bucket, dtype, **kwargs)
 
+    @_alone
     def part(self, part: int, codes: Tensor, bucket: int, dtype: torch.dtype, **how: Any) -> Tensor:
         """Return what operand `part` adds to the output; the bias goes with the first."""
         if not self._parts:
@@ -201,7 +209,7 @@ class FoldedLayer:
             padding = (0, 0) if self.bordered else layer.padding
             made = functools.partial(onednn.Int8Conv2d, stride=layer.stride, padding=padding)
         weights = _weights(layer, self.widths, flat=not image)
-        return [_eager(made(weight, weight_scale)) for weight in weights]
+        return [made(weight, weight_scale) for weight in weights]
 
     def _fold(self) -> list[list[Tensor]]:
         layer = self.layer

@@ -1,0 +1,115 @@
+"""Quantize a network that is in memory from its weights alone, in place.
+
+Linear layers measure the scale of each token as it comes, so they need no calibration; convolutions
+would, and stay in float.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantempo import quantized
+from quantempo.errors import QuantempoError, log
+from quantempo.models.layers import sites, timestep_place
+from quantempo.recipe import Recipe
+from quantempo.registry import check_known
+from quantempo.scales import search_weights
+
+__all__ = ["has_time", "install", "plans_of", "quantize_", "resolved"]
+
+_CONVOLUTION = "without data: a convolution needs scales that were found on inputs"
+
+
+def resolved(recipe: Any) -> Recipe:
+    """Return the recipe of a name, a file, a dictionary, or a configuration that has one."""
+    found = getattr(recipe, "recipe", recipe)
+    recipe = found if isinstance(found, Recipe) else None
+    if recipe is None:
+        recipe = Recipe.from_dict(found) if isinstance(found, dict) else Recipe.load(found)
+    return recipe.override("rounding", name="nearest").override("activations", granularity="token")
+
+
+def has_time(module: nn.Module) -> bool:
+    """Return whether a module is called with a time-step, as a denoiser is."""
+    return timestep_place(module)[0] in inspect.signature(type(module).forward).parameters
+
+
+def plans_of(module: nn.Module, recipe: Recipe) -> list[quantized.LayerPlan]:
+    """Return what each layer becomes; QuantempoError where none would be an integer one."""
+    found = sites(module)
+    quantized.check_bits(found, recipe)
+    plans = []
+    for site, plan in zip(found, quantized.plan_layers(found, recipe), strict=True):
+        if plan.kind == "int8" and isinstance(site.layer, nn.Linear):
+            plan = replace(plan, buckets=0)
+        elif plan.kind == "int8":
+            plan = replace(plan, kind="float", segments=(), reason=_CONVOLUTION)
+        plans.append(plan)
+    left = sum(plan.reason == _CONVOLUTION for plan in plans)
+    if not any(plan.kind == "int8" for plan in plans):
+        text = f"{type(module).__name__} has no linear layer to quantize without data"
+        raise QuantempoError(
+            f"{text} ({left} convolutions); call quantempo.quantize(pipeline, run)"
+        )
+    if left:
+        log.warning("%d convolutions stay in float; quantempo.quantize finds their scales", left)
+    return plans
+
+
+@torch.no_grad()
+def install(
+    module: nn.Module, plans: list[quantized.LayerPlan], clock: Any, recipe: Recipe
+) -> None:
+    """Put filled layers in the place of the planned ones."""
+
+    def fill(name: str, layer: Any, old: Any) -> None:
+        if not isinstance(layer, quantized.QLayer):
+            layer.fill(old)
+            return
+        weight, spec = old.weight.detach().float(), layer.weight_format
+        found = search_weights(name, weight, recipe.weights, layer.weight_bits)
+        scale, group = found[f"{name}.weight_scale"], found.get(f"{name}.weight_group")
+        codes = spec.grid(weight.shape, group).round(weight / scale[:, None]).to(torch.int8)
+        zero = torch.full_like(layer.act_zero_point, layer.act_format.symmetric_zero_point)
+        quantized.fill(layer, codes, scale, old.bias, layer.act_scale, zero, group)
+
+    quantized.swap_layers(module, plans, clock, fill)
+
+
+def quantize_(module: nn.Module, config: Any = "w8a8", *, engine: str = "auto") -> nn.Module:
+    """Make the linear layers of a module integers, in place, without data; return the module.
+
+    It may be compiled at once: `torch.compile(quantize_(module))`. A denoiser of diffusers can be
+    saved by `save_pretrained` too; any other runs layer by layer, on the device where it is now.
+
+    Args:
+        module: any float module; a denoiser of diffusers gets all that an engine fuses.
+        config: a recipe (its bits, and which layers), its name or file, or a `QuantempoConfig`.
+        engine: what is to run it, see `attach`.
+
+    Raises QuantempoError: quantized already, no linear layer, an engine that cannot run here.
+    """
+    from quantempo.checkpoint import diffusers_plugin as plugin
+    from quantempo.engines import ENGINES, attach
+    from quantempo.engines.base import BACKENDS
+
+    if quantized.find_clock(module) is not None or any(quantized.quantized_layers(module)):
+        raise QuantempoError("this module is quantized already; start from the float one")
+    if engine != "auto" and (reason := ENGINES.get(engine).missing()):
+        raise QuantempoError(f"engine '{engine}' cannot run here: {reason}")
+    if has_time(module) and hasattr(module, "register_to_config"):
+        plugin.mark_quantized(module, plugin.quantize_without_data(module, config))
+        attach(module, engine)
+        return module
+    device = next(module.parameters()).device
+    names = [name for name in BACKENDS.names() if ENGINES.get(name).missing() is None]
+    able = [n for n in names if {device.type, "any"} & {*ENGINES.get(n).devices}]
+    check_known([able[0] if engine == "auto" else engine], able, "layer by layer, got engine")
+    recipe, table = resolved(config), torch.zeros(1, dtype=torch.int64, device=device)
+    install(module, plans_of(module, recipe), quantized.StepClock(table), recipe)
+    chosen: Any = ENGINES.get(able[0] if engine == "auto" else engine)
+    chosen.attach_layers(module)
+    return module
