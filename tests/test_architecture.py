@@ -58,7 +58,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 28_869, "studies": 4_850, "tests": 28_324}
+BUDGETS = {"src": 28_802, "studies": 4_850, "tests": 28_326}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400
@@ -362,7 +362,7 @@ def test_scheduler_step_is_wrapped_in_one_place() -> None:
             targets = [to for to in targets if isinstance(to, ast.Attribute) and to.attr == "step"]
             if targets or "'step'" in named:
                 found.add(path.relative_to(PACKAGE).as_posix())
-    assert found == {"models/scheduler_step.py"}
+    assert found == {"models/call.py"}
 
 
 def diagram() -> str:

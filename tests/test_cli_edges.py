@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantempo.errors import QuantempoError
-from quantempo.models.scheduler_step import generators
+from quantempo.models.call import generators
 from quantempo.recipe import Recipe
 from tests.packed import packed
 

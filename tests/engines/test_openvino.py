@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantempo.engines.openvino import engine
 from quantempo.engines.openvino.engine import OpenVinoEngine
 from quantempo.models.layers import sites
 from quantempo.quantized import install_clock, quantized_layers
@@ -65,11 +66,12 @@ def test_a_layer_that_is_not_int8_is_shown(unet, monkeypatch, caplog):
 
 
 @torch.no_grad()
-def test_the_float_parts_equal_torch(unet: nn.Module) -> None:
+def test_the_float_parts_equal_torch(unet: nn.Module, monkeypatch) -> None:
     """With no integer layer at all the graph is the float network: every rewrite is an identity."""
     net = nets.packed(unet, int8=False)
     assert not list(quantized_layers(net))
-    OpenVinoEngine(attention="float32").attach(net)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda: False)
+    OpenVinoEngine().attach(net)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     truth = copy.deepcopy(unet).double()(x.double(), 321).sample
     # Two float32 programs of some 100 operations: torch itself is at 120 dB or better here.
@@ -78,17 +80,18 @@ def test_the_float_parts_equal_torch(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_attention_loses_little(unet: nn.Module) -> None:
+def test_bfloat16_attention_loses_little(unet: nn.Module, monkeypatch) -> None:
     net = nets.packed(unet, int8=False)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    OpenVinoEngine(attention="bfloat16").attach(net)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda: True)
+    OpenVinoEngine().attach(net)
     # One rounding to 8 bits is 2^-9 / sqrt(3), 59 dB; attention adds to a residual stream.
     assert 59 < nets.sqnr_db(unet(x, 321).sample, net(x, 321).sample) < 110
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])
-def test_bfloat16_attention_is_right_for_every_number_of_tokens(heads: int) -> None:
+def test_bfloat16_attention_is_right_for_every_number_of_tokens(heads: int, monkeypatch) -> None:
     """OpenVINO's own is wrong (5 to 20 dB) with as many queries as heads."""
 
     def attend(x: Tensor) -> Tensor:
@@ -97,7 +100,8 @@ def test_bfloat16_attention_is_right_for_every_number_of_tokens(heads: int) -> N
 
     net = nets.OneLayer(nn.Identity(), attend).eval()
     install_clock(net, torch.zeros(nets.STEPS, dtype=torch.int64))
-    OpenVinoEngine(attention="bfloat16").attach(net)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda: True)
+    OpenVinoEngine().attach(net)
     for tokens in (1, 2, 3, 8, 9):
         x = noise(2, tokens, 3 * heads * 8, seed=tokens)
         # q, k, v and the probabilities have 8 bits.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from quantempo.errors import QuantempoError
+from quantempo.models.call import generators
 from quantempo.models.layers import bind_inputs
 from quantempo.models.sampling import SCHEDULERS, run_pipeline, swap_scheduler
-from quantempo.models.scheduler_step import generators
 from quantempo.models.unconditional import UnconditionalPipeline
 from tests.tiny import tiny_dit, tiny_embeds, tiny_text, tiny_unconditional, tiny_unet
 

@@ -88,10 +88,8 @@ def select(patterns: Iterable[str] = (), device: str = "cuda") -> list[Candidate
     names = [candidate.name for candidate in here]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise QuantempoError(
-                f"no candidate on {device} matches '{pattern}'{nearest(pattern, names)} "
-                f"(expected one of: {', '.join(names)})"
-            )
+            text = f"no candidate on {device} matches '{pattern}'{nearest(pattern, names)}"
+            raise QuantempoError(f"{text} (expected one of: {', '.join(names)})")
     return [c for c in here if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from quantempo.errors import QuantempoError
-from quantempo.models.latents import is_flow
+from quantempo.models.sampling import is_flow
 from quantempo.registry import Registry
 
 __all__ = ["SOURCES", "Source", "check_source", "image_digest", "replace_rows"]
@@ -56,10 +56,8 @@ def check_source(source: str, pipe: Any, images: np.ndarray | None) -> None:
     chosen = SOURCES.get(source)
     known = getattr(pipe.scheduler, "alphas_cumprod", None) is not None
     if chosen.needs_schedule and not (known or is_flow(pipe.scheduler)):
-        raise QuantempoError(
-            f"source '{source}' needs abar_t, which {type(pipe.scheduler).__name__} does not "
-            "have; expected a model with a DDPM schedule, or a flow"
-        )
+        text = f"source '{source}' needs abar_t, which {type(pipe.scheduler).__name__} does not"
+        raise QuantempoError(f"{text} have; expected a model with a DDPM schedule, or a flow")
     if not chosen.needs_images:
         return
     if any(getattr(pipe, name, None) is not None for name in _AUTOENCODERS):

@@ -35,10 +35,10 @@ from quantempo.calibration.timesteps import TIME_SAMPLERS, TimeSampler, make_tim
 from quantempo.core import ranks
 from quantempo.core.progress import Progress
 from quantempo.errors import QuantempoError, log
-from quantempo.models.latents import latents_of, schedule_of
+from quantempo.models.call import call_pipeline
 from quantempo.models.layers import denoisers_of, hooked
 from quantempo.models.load import model_digest
-from quantempo.models.sampling import call_pipeline, scheduler_settings
+from quantempo.models.sampling import latents_of, schedule_of, scheduler_settings
 from quantempo.quantized import Times
 from quantempo.recipe import TraceSettings
 from quantempo.run_folder import RunFolder, canonical, read_tensors, reading, tensors_sha256

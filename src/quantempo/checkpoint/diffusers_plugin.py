@@ -305,10 +305,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         self._exact.clear()
         self._ours.clear()
         if self.quantization_config.hashes.get("tensors") != joined(self._digests):
-            raise QuantempoError(
-                "the tensors do not match the hash in config.json; the checkpoint is damaged or "
-                "was edited: save or fetch it again"
-            )
+            text = "the tensors do not match the hash in config.json; the checkpoint is damaged or"
+            raise QuantempoError(f"{text} was edited: save or fetch it again")
         check_layers(model)
         if self.quantization_config.format_version < 5:
             for name, layer in quantized.quantized_layers(model):

@@ -170,10 +170,8 @@ class GroupFormat(Format):
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 4 or self.group not in GROUPS or type(self.group) is not int:
-            raise QuantempoError(
-                f"got {self.bits} bits in groups of {self.group}; expected 2 to 4 bits in groups "
-                f"of {', '.join(map(str, GROUPS))}, or no groups"
-            )
+            text = f"got {self.bits} bits in groups of {self.group}; expected 2 to 4 bits in groups"
+            raise QuantempoError(f"{text} of {', '.join(map(str, GROUPS))}, or no groups")
 
     @property
     def qmin(self) -> int:
@@ -214,10 +212,8 @@ class GroupFormat(Format):
         flat = flat.view(*groups.shape, self.group)
         q = flat.div(step, rounding_mode="floor") + zero
         if not bool((((q - zero) * step == flat) & (q >= 0) & (q < 2**self.bits)).all()):
-            raise QuantempoError(
-                "got codes off the grids of their groups; expected (q - z) s with q from 0 to "
-                f"{2**self.bits - 1}: round with `grid`"
-            )
+            text = "got codes off the grids of their groups; expected (q - z) s with q from 0 to"
+            raise QuantempoError(f"{text} {2**self.bits - 1}: round with `grid`")
         return _pack(q.flatten(2)[..., : codes.shape[1]])
 
     def decode(

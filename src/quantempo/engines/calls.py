@@ -22,10 +22,8 @@ _version = attrgetter("_version")
 def check_network(denoiser: nn.Module) -> None:
     """Raise QuantempoError for a change that integer layers cannot follow."""
     for name in sorted(odd_padding(denoiser) - getattr(denoiser, PADDED, set())):
-        raise QuantempoError(
-            f"the padding of '{name}' was changed, which the integer convolutions around it "
-            "cannot follow; set it on the float model and quantize that"
-        )
+        text = f"the padding of '{name}' was changed, which the integer convolutions around it"
+        raise QuantempoError(f"{text} cannot follow; set it on the float model and quantize that")
     found = dict(denoiser.named_parameters())
     for owner, module in denoiser.named_modules():
         if isinstance(module, QLayer | StoredLinear):

@@ -352,10 +352,8 @@ class _Denoiser(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             if self.name is None:
-                raise QuantempoError(
-                    "the engine is attached by the first call, which a compiler cannot follow; "
-                    "call quantempo.attach(denoiser) before torch.compile"
-                )
+                text = "the engine is attached by the first call, which a compiler cannot follow;"
+                raise QuantempoError(f"{text} call quantempo.attach(denoiser) before torch.compile")
             return super().__call__(*args, **kwargs)
         lists = lists_of(self.module, args, kwargs)
         given = calls.tensors_of(args, kwargs, lists)

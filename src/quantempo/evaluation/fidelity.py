@@ -100,19 +100,15 @@ def prediction(output: Any) -> Tensor:
         return prediction(parts[0])
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
-    raise QuantempoError(
-        f"a denoiser returned {type(output).__name__}; expected a tensor, a tuple that starts with "
-        "one, or an object with a tensor `.sample`"
-    )
+    text = f"a denoiser returned {type(output).__name__}; expected a tensor, a tuple that starts"
+    raise QuantempoError(f"{text} with one, or an object with a tensor `.sample`")
 
 
 def _powers(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return per row sum(reference^2) and sum((reference - other)^2), float64."""
     if reference.shape != other.shape:
-        raise QuantempoError(
-            f"got outputs of shapes {tuple(reference.shape)} and {tuple(other.shape)} "
-            "for the same inputs; compare two versions of one model"
-        )
+        text = f"got outputs of shapes {tuple(reference.shape)} and {tuple(other.shape)} for the"
+        raise QuantempoError(f"{text} same inputs; compare two versions of one model")
     rows = reference.shape[0]
     # float64 before the difference: at 60 dB and above float32 sums lose the noise.
     exact = reference.detach().double().reshape(rows, -1)

@@ -139,7 +139,5 @@ def _check(losses: np.ndarray, costs: np.ndarray, limits: np.ndarray, names: Seq
     least = costs.min(-1).sum(-1)
     for text, limit, low in zip(_named(names, limits), limits, least, strict=True):
         if not limit > 0 or limit < low:
-            raise QuantempoError(
-                f"got {text}; the options need at least {low:,.0f}: raise the budget, or add "
-                "options with fewer bits"
-            )
+            text = f"got {text}; the options need at least {low:,.0f}: raise the budget"
+            raise QuantempoError(f"{text}, or add options with fewer bits")

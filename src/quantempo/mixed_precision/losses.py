@@ -136,10 +136,8 @@ def _measure(
                 with patch.object(session.pipe, session.component, layer.at(*bits[option])):
                     loss = float((rollout() - target).square().mean())
                 if not math.isfinite(loss):
-                    raise QuantempoError(
-                        f"the image is not finite with '{name}' at {option}; leave the option "
-                        "out, or keep the layer in float (layers.exclude)"
-                    )
+                    text = f"the image is not finite with '{name}' at {option}; leave the option"
+                    raise QuantempoError(f"{text} out, or keep the layer in float (layers.exclude)")
                 row["losses"][option] = loss
                 bar.update()
             seconds = time.perf_counter() - start

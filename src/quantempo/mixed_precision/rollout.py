@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from quantempo.core import weight_format
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
+from quantempo.models.call import wrapped_step
 from quantempo.models.sampling import call_pipeline
-from quantempo.models.scheduler_step import wrapped_step
 from quantempo.pipeline.quantize import Quantized
 from quantempo.quantized import LayerPlan, Times
 from quantempo.recipe import Recipe

@@ -1,26 +1,32 @@
 """Call a diffusers pipeline once: its arguments, what it hands back, its errors in a sentence."""
 
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from traceback import walk_tb
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
-from quantempo.models.scheduler_step import generators, scheduler_noise
 from quantempo.registry import check_known
 
 __all__ = [
-    *("PIXEL_PIPELINES", "call_pipeline", "check_arguments", "images_a_call", "kind_of"),
-    *("own_guidance", "sample_rate", "unusual_settings"),
+    *("PIXEL_PIPELINES", "call_pipeline", "check_arguments", "generators", "images_a_call"),
+    *(
+        "kind_of",
+        "own_guidance",
+        "sample_rate",
+        "scheduler_noise",
+        "unusual_settings",
+        "wrapped_step",
+    ),
 ]
 
 # Schedulers the stock pixel pipelines run correctly, their own first (the one they give all
@@ -95,7 +101,7 @@ def call_pipeline(
             # TOML has no tuples, and pipelines add them to others.
             arguments[key] = tuple(value)
     # Pipelines leave tensors that are given where they are.
-    here = partial(Tensor.to, device=getattr(pipe, "_execution_device", None))
+    here = functools.partial(Tensor.to, device=getattr(pipe, "_execution_device", None))
     arguments = pytree.tree_map_only(Tensor, here, arguments)
     if "batch_size" in known:
         arguments["batch_size"] = len(seeds)
@@ -288,4 +294,49 @@ def _quiet(pipe: Any) -> Iterator[None]:
         for part in (pipe, *parts):
             quiet = {**vars(part).get("_progress_bar_config", {}), "disable": True}
             stack.enter_context(patch.object(part, "_progress_bar_config", quiet, create=True))
+        yield
+
+
+def generators(seeds: Sequence[int]) -> list[Generator]:
+    """Return one generator for each seed below 2^63: a batch's split never changes an image.
+
+    Source: EDM's StackedRandomGenerator (Karras et al. 2022, released code), the idea.
+    """
+    if beyond := [seed for seed in seeds if abs(seed) >= 2**63]:
+        raise QuantempoError(f"got seed {beyond[0]}; expected one below 2**63")
+    return [Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+@contextmanager
+def wrapped_step(scheduler: Any, around: Callable[..., Any]) -> Iterator[None]:
+    """Let `scheduler.step(...)` call `around(step, ...)` for a while."""
+    step = scheduler.step
+
+    # `wraps` keeps the signature, which pipelines inspect.
+    @functools.wraps(step)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(step, *args, **kwargs)
+
+    with patch.object(scheduler, "step", wrapped):
+        yield
+
+
+@contextmanager
+def scheduler_noise(scheduler: Any, noise: Sequence[Generator]) -> Iterator[None]:
+    """Hand the generators, one a row, to `scheduler.step` where a pipeline (DiT's) does not."""
+    if (
+        not hasattr(scheduler, "step")
+        or "generator" not in (signature := inspect.signature(scheduler.step)).parameters
+    ):
+        yield
+        return
+
+    def seeded(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments.get("generator") is None:
+            rows = bound.arguments["sample"].shape[0]
+            bound.arguments["generator"] = [noise[i % len(noise)] for i in range(rows)]
+        return step(*bound.args, **bound.kwargs)
+
+    with wrapped_step(scheduler, seeded):
         yield

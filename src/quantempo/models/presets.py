@@ -72,10 +72,8 @@ def random_inputs(
     """
     kind = type(denoiser).__name__
     if kind not in _INPUTS:
-        raise QuantempoError(
-            f"cannot make inputs for a {kind}; bench a run folder of it (--run), whose trace has "
-            f"them (expected one of: {', '.join(_INPUTS)})"
-        )
+        text = f"cannot make inputs for a {kind}; bench a run folder of it (--run), whose trace has"
+        raise QuantempoError(f"{text} them (expected one of: {', '.join(_INPUTS)})")
     device, noise = next(denoiser.parameters()).device, Generator().manual_seed(seed)
     config: Any = getattr(denoiser, "config", {})
 

@@ -1,4 +1,4 @@
-"""Run a diffusers pipeline from one seed an image, with any scheduler."""
+"""Run a diffusers pipeline from one seed an image, with any scheduler; its latents and times."""
 
 import copy
 import inspect
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from quantempo.core import ranks
 from quantempo.core.progress import Progress
@@ -16,8 +17,8 @@ from quantempo.registry import check_known
 from quantempo.run_folder import canonical
 
 __all__ = [
-    "SCHEDULERS", "call_pipeline", "check_arguments", "run_pipeline", "scheduler_settings",
-    "swap_scheduler",
+    "SCHEDULERS", "call_pipeline", "check_arguments", "is_flow", "latents_of", "run_pipeline",
+    "schedule_of", "scheduler_settings", "swap_scheduler",
 ]  # fmt: skip
 
 # Name in a recipe or on the command line -> (diffusers class, settings that make the name true).
@@ -69,10 +70,8 @@ def swap_scheduler(pipe: Any, name: str, **overrides: Any) -> Any:
     # move a last value of 0 to 2^-24.
     same = torch.allclose(scheduler.alphas_cumprod, old.alphas_cumprod, rtol=0, atol=1e-6)
     if not same and not set(overrides) & set(_NOISE_LAW):
-        raise QuantempoError(
-            f"{class_name} cannot follow the noise law this model was trained with "
-            f"({type(old).__name__}: {law}); choose another scheduler"
-        )
+        text = f"{class_name} cannot follow the noise law this model was trained with"
+        raise QuantempoError(f"{text} ({type(old).__name__}: {law}); choose another scheduler")
     if class_name != PIXEL_PIPELINES.get(type(pipe).__name__, (class_name,))[0]:
         from quantempo.models.unconditional import UnconditionalPipeline
 
@@ -129,3 +128,45 @@ def run_pipeline(
     if on_batch is not None and not mine:
         on_batch(0, np.empty(0))
     return np.concatenate(ranks.joined(batches))
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether x_t = (1 - sigma) x_0 + sigma eps."""
+    set_so = getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False)
+    return bool(set_so) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def schedule_of(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return (t, abar of all t), of a flow (sigma, None), for t or t / T of a scheduler's last run.
+
+    Raises QuantempoError: a network that receives something else.
+    """
+    steps, known = scheduler.config.num_train_timesteps, torch.as_tensor(scheduler.timesteps).cpu()
+    digits = 2 * torch.finfo(t.dtype).eps if t.is_floating_point() else 0
+    for found in (t.double(), t.double() * steps) if t.ndim == 1 else ():
+        if bool(((found[:, None] - known).abs().amin(1) <= digits * found).all()):
+            known = None if is_flow(scheduler) else scheduler.alphas_cumprod
+            return (found / steps if known is None else found), known
+    raise QuantempoError("trace.source 'mimic' needs the scheduler's t; take 'trajectory'")
+
+
+@torch.no_grad()
+def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
+    """Return x_0 (n, ...) on the host, as trained on, of pictures (n, 3, H, W) in [-1, 1].
+
+    Raises QuantempoError: a VAE that takes no pictures.
+    """
+    vae, config = pipe.vae, pipe.vae.config
+    try:
+        made = vae.encode(pictures.to(vae.device, vae.dtype))
+        found = (made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent).float()
+        for name, act in (("latents_mean", torch.sub), ("latents_std", torch.div)):
+            if (value := getattr(config, name, None)) is not None:
+                found = act(found, found.new_tensor(value).view(1, -1, 1, 1))
+        found = found - (getattr(config, "shift_factor", None) or 0)
+        found = found * (getattr(config, "scaling_factor", None) or 1)
+        pack = getattr(pipe, "_pack_latents", None)
+        return (found if pack is None else pack(found, *found.shape)).cpu()
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        text = f"the {type(vae).__name__} of {type(pipe).__name__} encodes no pictures ({error})"
+        raise QuantempoError(f"{text}; take trace.source 'trajectory'") from error

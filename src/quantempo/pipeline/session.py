@@ -254,10 +254,8 @@ def _check_owner(session: Session) -> None:
         with reading(folder / "model.json"):
             digest, path = before["sha256"], before["path"]
         if digest != session.model["sha256"]:
-            raise QuantempoError(
-                f"run folder {folder.path} belongs to another model ({path}); choose another --run "
-                "folder, or --force to start it over"
-            )
+            text = f"run folder {folder.path} belongs to another model ({path}); choose another"
+            raise QuantempoError(f"{text} --run folder, or --force to start it over")
         session.refuse_stale()
     elif other:
         raise QuantempoError(f"{folder.path} is not empty and no run folder; choose another --run")

@@ -199,7 +199,5 @@ def _half_step(x: Tensor, x_hat: Tensor) -> Tensor:
 def check_weight(weight: Tensor) -> None:
     """Raise QuantempoError unless a weight is (O, I, ...), floating and finite."""
     if weight.ndim < 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
-        raise QuantempoError(
-            f"got a weight {tuple(weight.shape)} {weight.dtype}; expected a finite floating tensor "
-            "(O, ...); check the checkpoint"
-        )
+        text = f"got a weight {tuple(weight.shape)} {weight.dtype}; expected a finite floating"
+        raise QuantempoError(f"{text} tensor (O, ...); check the checkpoint")

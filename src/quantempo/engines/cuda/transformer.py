@@ -77,10 +77,8 @@ class SharedContext(Prepared, PerForward):
         """Return k (B, S, C) and v of the attention `index`, in `dtype`; context (B, S, C')."""
         found = self.read(index, context, self.attentions[index].k.clock.bucket, dtype)
         if 2 * index not in found:
-            raise ValueError(
-                f"got a context of {context.shape[2]} channels; expected "
-                f"{self.attentions[index].k.weight_shape[1]}"
-            )
+            text = f"got a context of {context.shape[2]} channels"
+            raise ValueError(f"{text}; expected {self.attentions[index].k.weight_shape[1]}")
         return found[2 * index].to(dtype), found[2 * index + 1].to(dtype)
 
 

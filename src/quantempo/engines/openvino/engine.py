@@ -57,21 +57,13 @@ class KernelRow:
 class OpenVinoEngine(Engine):
     """Run the denoiser as one compiled graph.
 
-    precision: of what is not int8. "bfloat16" is 10-15 % faster and costs 5-6 dB of PSNR on a
-    CIFAR-10 DDPM whose int8 layers leave 41 dB: the residual stream then has 8 bits too.
-    attention: of softmax(q k^T) v, "float32", "bfloat16", or "auto": bfloat16 where the CPU has it
-    (no difference in PSNR beyond its spread there).
+    What is not int8 is in float32 (in bfloat16 10-15 % faster, for 5-6 dB of PSNR of a CIFAR-10
+    DDPM whose int8 layers leave 41 dB), but for softmax(q k^T) v where the CPU has bfloat16.
     """
 
     name = "openvino"
     devices: tuple[str, ...] = ("cpu",)
     few = 2
-
-    def __init__(self, precision: str = "float32", attention: str = "auto") -> None:
-        for value, known in ((precision, _PRECISIONS), (attention, (*_PRECISIONS, "auto"))):
-            if value not in known:
-                raise QuantempoError(f"got '{value}'; expected one of: {', '.join(known)}")
-        self.precision, self.attention = precision, attention
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -96,7 +88,7 @@ class OpenVinoEngine(Engine):
         if reason is not None:
             text = f"engine 'openvino' would leave out {reason}"
             raise QuantempoError(f"{text}; use engine 'onednn' or 'simulated'")
-        set_forward(denoiser, _Runner(denoiser, self))
+        set_forward(denoiser, _Runner(denoiser))
 
     def detach(self, denoiser: nn.Module) -> None:
         """Give the denoiser its own `forward` back and free the graphs."""
@@ -107,14 +99,18 @@ class OpenVinoEngine(Engine):
         return (module for module in denoiser.modules() if module is not denoiser)
 
 
-_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+def has_bfloat16() -> bool:
+    """Return whether OpenVINO computes in bfloat16 on this CPU without emulation."""
+    import openvino as ov
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class _Runner:
     """The `forward`: finds or compiles the graph of a call."""
 
-    def __init__(self, denoiser: nn.Module, engine: OpenVinoEngine) -> None:
-        self.denoiser, self.engine = denoiser, engine
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
         self.__signature__ = inspect.signature(type(denoiser).forward.__get__(denoiser))
         self.graphs: OrderedDict[Any, _Graph] = OrderedDict()
 
@@ -136,7 +132,7 @@ class _Runner:
         graph = found[0][0]
         wrong = next((graph.wrong for graph, _ in found if graph.wrong), None)
         if wrong is not None:
-            return run_instead(self.denoiser, self.engine.name, wrong, args, kwargs)
+            return run_instead(self.denoiser, OpenVinoEngine.name, wrong, args, kwargs)
         parts = [graph(chunk) for graph, chunk in found]
         outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         return graph.layout.fill(y.to(dtype) if y.is_floating_point() else y for y in outputs)
@@ -175,7 +171,7 @@ class _Runner:
         from quantempo.engines.openvino.graph import build_graph
         from quantempo.engines.openvino.rewrite import rewrite
 
-        engine, answer = self.engine, list[_Layout]()
+        answer = list[_Layout]()
 
         def run(denoiser: nn.Module, *tensors: Tensor) -> list[Tensor]:
             # Not denoiser(...): its pre-hook works on real time-steps. Under autocast the graph
@@ -187,19 +183,16 @@ class _Runner:
             return found
 
         log.info("compiling the denoiser for inputs %s", [tuple(x.shape) for x in values[1:]])
-        core = ov.Core()
-        has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        fast = engine.attention == "bfloat16" or (engine.attention == "auto" and has_bfloat16)
         how = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[engine.precision],
+            "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         try:
             graph, calls = build_graph(self.denoiser, run, values, inner)
-            rewrite(graph, bfloat16_attention=fast)
-            return _Graph(core.compile_model(graph, "CPU", how), calls, answer[0])
+            rewrite(graph, bfloat16_attention=has_bfloat16())
+            return _Graph(ov.Core().compile_model(graph, "CPU", how), calls, answer[0])
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason"]
             raise QuantempoError(

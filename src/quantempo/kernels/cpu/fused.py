@@ -234,10 +234,8 @@ def _floats(name: str, value: Tensor | None, shape: tuple[int, ...]) -> int | No
         return None
     dense = value.is_contiguous() and value.is_cpu
     if value.dtype != torch.float32 or not dense or value.shape != shape:
-        raise ValueError(
-            f"got {name} {value.dtype} {tuple(value.shape)} on {value.device}; expected dense "
-            f"float32 {shape} on the CPU"
-        )
+        text = f"got {name} {value.dtype} {tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{text}; expected dense float32 {shape} on the CPU")
     return value.data_ptr()
 
 

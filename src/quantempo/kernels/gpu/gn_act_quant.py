@@ -18,7 +18,6 @@ from torch import Tensor
 from quantempo.kernels.gpu.dependent_launch import early
 from quantempo.kernels.gpu.group_norm import plan as plans
 from quantempo.kernels.gpu.group_norm import portable
-from quantempo.kernels.gpu.group_norm.arguments import Results, shared_arguments
 from quantempo.kernels.gpu.group_norm.plan import Plan, SharedPlan, power_of_two
 from quantempo.kernels.ops.gn_act_quant import Normalization
 
@@ -35,7 +34,7 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def launch(call: Normalization, *, plan: Plan | SharedPlan | None = None) -> Results:
+def launch(call: Normalization, *, plan: Plan | SharedPlan | None = None) -> portable.Results:
     """Return the results of a call, which was checked; ValueError: a map of 2^31 values.
 
     plan: tiles other than those of the faster kernels, by measured rules.
@@ -74,14 +73,14 @@ def _choose(images: tuple[Tensor, ...], groups: int) -> Plan | SharedPlan:
     return shared or plans.make_plan(*size, x.element_size())
 
 
-def _run(call: Normalization, results: Results, plan: Plan) -> None:
+def _run(call: Normalization, results: portable.Results, plan: Plan) -> None:
     """Launch what `plan` says, into `results`."""
     x, skip, silu = call.x, call.skip, call.silu
     batch, _, height, width = x.shape
     channels, pixels = call.channels, height * width
     groups = call.groups if call.gamma is not None else 0
     slabs = -(-channels // plan.width)
-    norm, tensors, numbers, form = shared_arguments(call, results, plan.width)
+    norm, tensors, numbers, form = portable.shared_arguments(call, results, plan.width)
     meta = {
         "WIDTH": plan.width, "BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c,
         "EVEN": pixels % plan.block_p == 0, "FORM": form, "num_warps": plan.warps,
@@ -100,7 +99,7 @@ def _run(call: Normalization, results: Results, plan: Plan) -> None:
         stat_chunks, stat_slabs = -(-pixels // plan.stat_p), -(-channels // plan.stat_c)
         size = (batch, stat_chunks, 2, channels)
         moments = torch.empty(size, dtype=torch.float32, device=x.device)
-        source = shared_arguments(call, results, plan.stat_c)[3].SOURCE
+        source = portable.shared_arguments(call, results, plan.stat_c)[3].SOURCE
         portable.channel_moments[(batch * stat_chunks * stat_slabs,)](
             x, skip, moments, stat_slabs, stat_chunks, pixels, *numbers[:2], BLOCK_P=plan.stat_p,
             BLOCK_C=plan.stat_c, SOURCE=source, num_warps=plan.stat_warps, **placed,

@@ -75,10 +75,8 @@ def bucket(tensor: Tensor, count: int) -> None:
 def sixteen(channels: int, features: int) -> None:
     """Expect multiples of 16: the least that a tensor-core copy moves."""
     if channels % 16 != 0 or features % 16 != 0:
-        raise ValueError(
-            f"got {channels} inputs and {features} outputs; expected multiples of 16, "
-            "leave this layer in float"
-        )
+        text = f"got {channels} inputs and {features} outputs"
+        raise ValueError(f"{text}; expected multiples of 16, leave this layer in float")
 
 
 def grid(name: str, zero: int, qmax: int) -> None:

@@ -255,15 +255,11 @@ def _check_hopper(
 ) -> None:  # fmt: skip
     """Raise ValueError for what the kernel of Hopper cannot index."""
     if window.STRIDE == 2 and size[1] % tile.channels:
-        raise ValueError(
-            f"got a tile of {tile.channels} channels for {size[1]} with stride 2; expected a "
-            "divisor: a box must not reach the next pixel of a pair"
-        )
+        text = f"got a tile of {tile.channels} channels for {size[1]} with stride 2; expected a"
+        raise ValueError(f"{text} divisor: a box must not reach the next pixel of a pair")
     _, outs, out_h, out_w = out_size
     apart = 2 if window.UPSAMPLE else 1
     reach = (box[0] - 1) * out_h + (box[1] - 1) * apart
     if (reach * out_w + (box[2] - 1) * apart + 1) * outs >= 2**31:
-        raise ValueError(
-            f"got a tile of {box[0]} images of {out_h} x {out_w} x {outs}; expected fewer than "
-            "2^31 values from its first to its last"
-        )
+        text = f"got a tile of {box[0]} images of {out_h} x {out_w} x {outs}"
+        raise ValueError(f"{text}; expected fewer than 2^31 values from its first to its last")

@@ -13,9 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantempo.kernels.gpu.dependent_launch import early, wait_for_predecessor
-from quantempo.kernels.gpu.group_norm.arguments import Numbers, Results, shared_arguments
+from quantempo.kernels.gpu.group_norm import portable
 from quantempo.kernels.gpu.group_norm.plan import SharedPlan
-from quantempo.kernels.gpu.group_norm.portable import inverse_of, raw_grid
+from quantempo.kernels.gpu.group_norm.portable import Numbers, Results, inverse_of, raw_grid
 from quantempo.kernels.ops.gn_act_quant import Normalization
 
 __all__ = ["normalize_slab", "run"]
@@ -265,7 +265,7 @@ def run(call: Normalization, results: Results, plan: SharedPlan) -> None:
     x, channels = call.x, call.channels
     batch, _, height, width = x.shape
     pixels, slabs, soon = height * width, -(-channels // plan.width), early(x.device)
-    norm, tensors, numbers, form = shared_arguments(call, results, plan.width)
+    norm, tensors, numbers, form = portable.shared_arguments(call, results, plan.width)
     box = [plan.rows, plan.cols]
     kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(box, kind)
