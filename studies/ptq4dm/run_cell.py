@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quantempo.evaluation import compare_sets, eps_sqnr, psnr_db, ssim
+from quantempo.evaluation import eps_sqnr, psnr_db, ssim
 from quantempo.evaluation.features import Features
 from quantempo.evaluation.fidelity import SQNR_CAP_DB
-from quantempo.evaluation.scores import frechet_distance, score_set
+from quantempo.evaluation.scores import distances, frechet_distance, inception_score
 from quantempo.models.layers import denoiser_of
 from quantempo.quantized import plan_layers
 from quantempo.run_folder import atomic_path, read_tensors
@@ -105,9 +105,9 @@ def _scores(tools: Tools, cell: Cell, features: Features) -> dict[str, Any]:
     label = tools.extractor.score_names
     short = {"frechet": "fed_data", "spatial": "sfed_data", "kernel": "kid_data"}
     names = {label[kind]: name for kind, name in short.items()}
-    for row in compare_sets(tools.extractor, features, tools.data_features, ("cell", "data")):
-        result[names[row["name"]]] = row["value"]
-    result["is"] = score_set(tools.extractor, features, "cell")["value"]
+    found = distances(tools.extractor, features, tools.data_features)
+    result |= {names[name]: value for name, value in found.items()}
+    result["is"] = inception_score(features.logits)[0]
     return result
 
 

@@ -13,13 +13,11 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation import scores
 from quantempo.evaluation.features import Extractor, Features
 from quantempo.evaluation.scores import (
-    compare_sets,
+    distances,
     frechet_distance,
     inception_score,
     kernel_distance,
     load_images,
-    score_set,
-    spread_over_parts,
 )
 
 
@@ -162,37 +160,14 @@ def _extractor() -> Extractor:
     return Extractor("x", "ab" * 32, "a note", lambda images: Features(images, images), names)
 
 
-def test_score_dicts_name_where_they_come_from() -> None:
+def test_distances_have_the_names_of_the_extractor() -> None:
     a = Features(_normal(6, 3, 0), _normal(6, 4, 1), _normal(6, 5, 2))
     b = Features(_normal(8, 3, 3), _normal(8, 4, 4), _normal(8, 5, 5))
-    rows = compare_sets(_extractor(), a, b, ("int8", "photos"))
-    assert [row["name"] for row in rows] == ["fed_x", "sfed_x", "kid_x"]
-    for row in [*rows, score_set(_extractor(), a, "int8")]:
-        assert {"value", "std", "extractor", "weights_sha256", "note", "set"} <= set(row)
-        assert row["images"] == 6 and row["set"] == "int8" and row["weights_sha256"] == "ab" * 32
-    assert {row["reference_images"] for row in rows} == {8}
-    assert rows[0]["value"] == frechet_distance(a.pooled, b.pooled)
-    assert rows[1]["value"] == frechet_distance(a.spatial, b.spatial)
-    flat = Features(a.pooled, a.logits)
-    assert len(compare_sets(_extractor(), flat, b, ("int8", "photos"))) == 2
-
-
-def test_parts_are_disjoint_and_complete() -> None:
-    values = torch.arange(10, dtype=torch.float64)[:, None]
-    seen: list[float] = []
-
-    def total(part: Features) -> float:
-        seen.extend(part.pooled.flatten().tolist())
-        return float(part.pooled.sum())
-
-    found = spread_over_parts(total, Features(values, values), parts=3)
-    assert sorted(seen) == list(range(10))
-    # Parts 0 3 6 9, 1 4 7 and 2 5 8; n - 1 in the denominator.
-    assert found == pytest.approx((15.0, 3.0))
-    with pytest.raises(QuantempoError, match="finite"):
-        spread_over_parts(lambda part: math.nan, Features(values, values))
-    with pytest.raises(QuantempoError, match="cannot split"):
-        spread_over_parts(total, Features(values[:5], values[:5]), parts=3)
+    found = distances(_extractor(), a, b)
+    assert list(found) == ["fed_x", "sfed_x", "kid_x"]
+    assert found["fed_x"] == frechet_distance(a.pooled, b.pooled)
+    assert found["sfed_x"] == frechet_distance(a.spatial, b.spatial)
+    assert len(distances(_extractor(), Features(a.pooled, a.logits), b)) == 2
 
 
 def _save(path: Path, size: tuple[int, int], colour: tuple[int, int, int] = (9, 9, 9)) -> None:

@@ -92,6 +92,7 @@ def test_models_that_are_no_pairs_are_refused(models: list[str], tmp_path: Path)
     tiny_unconditional(size=8).save_pretrained(tmp_path / "small")
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         (models[:1], {}, "got 1 models"),
+        (models[:2], {"images": 7}, "got 7 images; intervals need at least 8"),
         ([models[0], models[0]], {}, "'float' is taken"),
         ([models[0], str(tmp_path / "small")], {}, r"small: size \[8, 8\], but .* has \[16, 16\]"),
         ([models[0], str(saved("dit"))], {"class_labels": [1]}, "takes no argument 'class_labels'"),
@@ -100,7 +101,8 @@ def test_models_that_are_no_pairs_are_refused(models: list[str], tmp_path: Path)
     ]
     for number, (some, call, words) in enumerate(cases):
         with pytest.raises(QuantempoError, match=words):
-            compare(some, tmp_path / str(number), call=call, **HOW)
+            how = {**HOW, "images": call.pop("images", 8), "call": call}
+            compare(some, tmp_path / str(number), **how)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/precious").touch()
     with pytest.raises(QuantempoError, match="is not empty"):

@@ -5,14 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from quantempo.evaluation.features import extract, load_extractor
-from quantempo.evaluation.fidelity import check_pairs, eps_sqnr, paired, psnr_db, sqnr_pairs, ssim
-from quantempo.evaluation.scores import compare_sets, load_images, reference_tie, score_set
+from quantempo.evaluation.features import load_extractor
+from quantempo.evaluation.fidelity import (
+    PSNR_CAP_DB,
+    check_pairs,
+    eps_sqnr,
+    psnr_db,
+    sqnr_pairs,
+    ssim,
+)
+from quantempo.evaluation.judge import judge
+from quantempo.evaluation.learned import PAIRED, Tools
+from quantempo.evaluation.scores import load_images
 
-__all__ = [
-    "compare_sets", "eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "psnr_db",
-    "ssim",
-]  # fmt: skip
+__all__ = ["eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "psnr_db", "ssim"]
 
 
 def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[str, Any]:
@@ -42,35 +48,42 @@ def evaluate_pairs(
 
     reference: a folder of real images, against which both sets are then also scored; extractor,
     weights: of `load_extractor`; "lite0" works offline, "inception" gives FID and needs weights.
-    Returns a dict for JSON. Paired: see `paired`. Scores under the names of the extractor, X
-    standing for lite0: fed_X, sfed_X, kid_X (quantized against float samples), is_X_float,
-    is_X_int8; with a reference also fed_X_reference_float, fed_X_reference_int8, the same for sfed
-    and kid, and fed_X_reference_tie (see `reference_tie`). images, extractor, extractor_note, and
-    `scores`: one dict per score with its whole provenance.
+    Returns a dict for JSON. Paired: psnr_db_mean, psnr_db_p05, psnr_db of each (at most
+    psnr_db_cap), psnr_db_interval (95 %, from 8 images on), psnr_identical, ssim_mean, ssim_p05.
+    Scores under the names of the extractor, X standing for lite0: fed_X, sfed_X, kid_X (quantized
+    against float samples), is_X_float, is_X_int8; with a reference also fed_X_reference_float,
+    fed_X_reference_int8, the same for sfed and kid, and fed_X_reference_tie (the verdict of
+    `judge`, None of too few images). images, extractor, extractor_note, and `scores`: one dict per
+    score with what it is of.
     Raises QuantempoError: images not in pairs, fewer than 2, see `load_extractor`, `load_images`.
     """
     check_pairs(float_images, other_images)
-    network = load_extractor(extractor, weights)
-    result = paired(float_images, other_images) | {
-        "images": len(float_images),
-        "extractor": network.name,
-        "extractor_note": network.note,
-    }
-    sets = {"float": extract(network, float_images), "int8": extract(network, other_images)}
-    scores = compare_sets(network, sets["int8"], sets["float"], ("int8", "float samples"))
-    result |= {row["name"]: row["value"] for row in scores}
-    for name, features in sets.items():
-        row = score_set(network, features, name)
-        result[f"{row['name']}_{name}"] = row["value"]
-        scores.append(row)
-    if reference is not None:
-        images = load_images(reference, (float_images.shape[1], float_images.shape[2]))
-        real = extract(network, images.images)
-        for name, features in sets.items():
-            rows = compare_sets(network, features, real, (name, images.source))
-            for row in rows:
-                row["reference_resized"] = images.resized
-                result[f"{row['name']}_reference_{name}"] = row["value"]
-            scores += rows
-        result |= reference_tie(network, sets, real)
-    return result | {"scores": scores}
+    network, size = load_extractor(extractor, weights), float_images.shape[1:3]
+    real = None if reference is None else load_images(reference, size)
+    sets, data = {"float": float_images, "int8": other_images}, real and real.images
+    found = judge(sets, Tools(PAIRED, [network], {}), data=data)
+    scores, same = found["scores"], (float_images == other_images).reshape(len(other_images), -1)
+    psnr, count = scores["psnr"]["int8"], len(float_images)
+    result: dict[str, Any] = {"psnr_db": psnr["values"], "psnr_db_cap": PSNR_CAP_DB}
+    for name, key in (("psnr", "psnr_db"), ("ssim", "ssim")):
+        result |= {f"{key}_mean": scores[name]["int8"]["value"]}
+        result |= {f"{key}_p05": scores[f"{name}_p05"]["int8"]["value"]}
+    result |= {"psnr_identical": int(same.all(axis=1).sum()), "images": count}
+    result |= {"psnr_db_interval": [psnr["low"], psnr["high"]]} if "low" in psnr else {}
+    result |= {"extractor": network.name, "extractor_note": network.note, "scores": []}
+    about = {"extractor": network.name, "weights_sha256": network.sha256, "images": count}
+    for score, rows in list(scores.items())[4:]:
+        name, end = score.removesuffix("_data"), "_reference" * score.endswith("_data")
+        to: tuple[str | None, int] = ("float samples", count) if "float" not in rows else (None, 0)
+        if end and real is not None:
+            to = real.source, len(real.images)
+        for of, row in rows.items():
+            result[f"{name}{end}_{of}" if "float" in rows else name] = row["value"]
+            row = {"name": name, "set": of, "value": row["value"], **about, "note": network.note}
+            result["scores"].append(row | {"reference": to[0], "reference_images": to[1]})
+    if real is not None:
+        score = f"{network.score_names['frechet']}_data"
+        words = [row["verdict"] for row in found["verdicts"] if row["score"] == score]
+        tie = words[0] == "tie" if words else None
+        result[f"{network.score_names['frechet']}_reference_tie"] = tie
+    return result

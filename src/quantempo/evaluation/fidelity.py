@@ -15,7 +15,7 @@ from quantempo.evaluation.features import check_images
 from quantempo.evaluation.scores import import_torchmetrics
 
 __all__ = [
-    *("PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "paired", "sqnr_pairs"),
+    *("PSNR_CAP_DB", "SQNR_CAP_DB", "check_pairs", "eps_sqnr", "sqnr_pairs"),
     *("prediction", "psnr_db", "sqnr_db", "ssim"),
 ]
 
@@ -72,21 +72,6 @@ def ssim(first: np.ndarray, second: np.ndarray, batch: int = 64, device: str = "
         pair = (images.to(device).permute(0, 3, 1, 2).double() for images in some)
         rows.append(compare(*pair, sigma=1.5, data_range=255.0, reduction="none").reshape(-1))
     return torch.cat(ranks.joined(rows)).cpu().numpy()
-
-
-def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """Return PSNR and SSIM of pairs of images, as in `evaluation.evaluate_pairs`."""
-    psnr, similarity = psnr_db(first, second), ssim(first, second)
-    identical = (first == second).reshape(len(first), -1).all(axis=1)
-    return {
-        "psnr_db_mean": float(psnr.mean()),
-        "psnr_db_p05": float(np.percentile(psnr, 5)),
-        "psnr_db": psnr.tolist(),
-        "psnr_db_cap": PSNR_CAP_DB,
-        "psnr_identical": int(identical.sum()),
-        "ssim_mean": float(similarity.mean()),
-        "ssim_p05": float(np.percentile(similarity, 5)),
-    }
 
 
 def prediction(output: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import NormalDist
 from typing import Any
@@ -10,28 +10,21 @@ from typing import Any
 import numpy as np
 
 from quantempo.errors import QuantempoError
-from quantempo.evaluation.features import Features, extract
+from quantempo.evaluation.features import extract
 from quantempo.evaluation.fidelity import check_pairs
 from quantempo.evaluation.learned import Tools
-from quantempo.evaluation.scores import (
-    IMAGES_PER_PART,
-    PARTS,
-    frechet_distance,
-    kernel_distance,
-)
+from quantempo.evaluation.scores import distances, inception_score
 from quantempo.registry import check_known
 
-__all__ = ["interval", "judge", "parse_gate", "passed", "verdict"]
+__all__ = ["ENOUGH", "interval", "judge", "parse_gate", "passed", "verdict"]
 
 Rule = tuple[str, str, float]
 
 _DRAWS, _LEVEL = 2000, 0.95
 _RULE = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)\s*")
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_DISTANCES: dict[str, Callable[[Features, Features], float]] = {
-    "frechet": lambda a, b: frechet_distance(a.pooled, b.pooled),
-    "kernel": lambda a, b: kernel_distance(a.pooled, b.pooled)[0],
-}
+# Fewer images, or in each of four parts, say nothing about spread.
+_PARTS, ENOUGH = 4, 8
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -70,61 +63,67 @@ def judge(
 ) -> dict[str, Any]:  # fmt: skip
     """Score sets of pictures, (n, H, W, C) uint8 of equal seeds, by the first of them.
 
-    Returns a dict for JSON. scores: name -> set -> value, and of measures (means over images) the
-    interval `low` to `high` and all `values`; their tail as NAME_p05, or _p95 where less is better;
-    distances to the first set, and to `data` as NAME_data. verdicts: of each two sets with a score
-    (`verdict`), by images, or by PARTS of sets that have enough, seeds against equal seeds.
-    Raises QuantempoError: images that are not in pairs, or too few.
+    Returns a dict for JSON. scores: name -> set -> value, and of measures (means over images) all
+    `values` and, of ENOUGH, the interval `low` to `high`; their tail as NAME_p05, or _p95 where
+    less is better; distances to the first set, and to `data` as NAME_data; the inception score.
+    verdicts (`verdict`): of each two sets with a score that has an interval, or that four parts of
+    sets of ENOUGH have, seeds against equal seeds.
+    Raises QuantempoError: images that are not in pairs, fewer than 2.
     """
     (name, first), *others = sets.items()
     for _, images in others:
         check_pairs(first, images)
-    if len(first) < IMAGES_PER_PART:
-        raise QuantempoError(f"got {len(first)} images of each; expected {IMAGES_PER_PART} or more")
     scores, verdicts = dict[str, dict[str, Any]](), list[dict[str, Any]]()
 
-    def compared(score: str, values: Mapping[str, np.ndarray], higher: bool) -> None:
+    def compared(score: str, values: Mapping[str, Any], higher: bool) -> None:
         for a, b in combinations(values, 2):
             row = {"score": score, "of": b, "against": a}
-            verdicts.append(row | verdict(values[b], values[a], higher))
+            verdicts.append(row | verdict(np.array(values[b]), np.array(values[a]), higher))
 
     for score, measure in tools.measures.items():
         judged = sets if measure.alone else dict(others)
         found = {n: measure.values(first, x, list(prompts)) for n, x in judged.items()}
-        scores[score], tail = {}, 5 if measure.higher else 95
+        tail, ends = 5 if measure.higher else 95, ("low", "high")
+        scores[score], scores[f"{score}_p{tail:02}"] = {}, {}
         for n, values in found.items():
-            low, high = interval(values)
-            row = {"value": float(values.mean()), "low": low, "high": high}
-            scores[score][n] = {**row, "values": values.tolist()}
-        ends = {n: {"value": float(np.percentile(values, tail))} for n, values in found.items()}
-        scores[f"{score}_p{tail:02}"] = ends
-        compared(score, found, measure.higher)
-    parts = [slice(part, None, PARTS) for part in range(PARTS)]
+            row = dict(zip(ends, interval(values), strict=True)) if len(first) >= ENOUGH else {}
+            mean = {"value": float(values.mean())}
+            scores[score][n] = {**mean, **row, "values": values.tolist()}
+            scores[f"{score}_p{tail:02}"][n] = {"value": float(np.percentile(values, tail))}
+        if len(first) >= ENOUGH:
+            compared(score, found, measure.higher)
+    parts = [slice(part, None, _PARTS) for part in range(_PARTS)]
     for network in tools.extractors:
         features = {n: extract(network, images) for n, images in sets.items()}
         real = {} if data is None else {"_data": extract(network, data)}
-        for kind, distance in _DISTANCES.items():
-            for end, to in {"": features[name], **real}.items():
-                score = f"{network.score_names[kind]}{end}"
-                scored = {n: features[n] for n in features if end or n != name}
-                scores[score] = {n: {"value": distance(f, to)} for n, f in scored.items()}
-                if len(first) >= PARTS * IMAGES_PER_PART:
-                    whole = {
-                        n: np.array([distance(f[p], to if end else to[p]) for p in parts])
-                        for n, f in scored.items()
-                    }
-                    compared(score, whole, higher=False)
+        for end, to in {"": features[name], **real}.items():
+            pieces: dict[str, dict[str, list[float]]] = {}
+            for n, f in features.items():
+                if not end and n == name:
+                    continue
+                for score, value in distances(network, f, to).items():
+                    scores.setdefault(score + end, {})[n] = {"value": value}
+                for part in parts if len(first) >= _PARTS * ENOUGH else ():
+                    for score, value in distances(
+                        network, f[part], to if end else to[part]
+                    ).items():
+                        pieces.setdefault(score + end, {}).setdefault(n, []).append(value)
+            for score, rows in pieces.items():
+                compared(score, rows, higher=False)
+        label = network.score_names["inception"]
+        scores[label] = {n: {"value": inception_score(f.logits)[0]} for n, f in features.items()}
     return {"scores": scores, "verdicts": verdicts}
 
 
 def parse_gate(text: str, tools: Tools, data: bool = False) -> list[Rule]:
     """Return score, sign and limit of each part of "psnr>=40, lpips<=0.05"; data: is it given.
-
     Raises QuantempoError: not of this form, or a score that is none or that nothing computes.
     """
     tails = [f"{n}_p{5 if m.higher else 95:02}" for n, m in tools.measures.items()]
-    kinds = [e.score_names[kind] for e in tools.extractors for kind in _DISTANCES]
-    known, rules = [*tools.measures, *tails, *kinds, *(f"{n}_data" for n in kinds if data)], []
+    names = [e.score_names for e in tools.extractors]
+    kinds = [name[kind] for name in names for kind in ("frechet", "spatial", "kernel")]
+    known, rules = [*tools.measures, *tails, *kinds, *(n["inception"] for n in names)], []
+    known += [f"{kind}_data" for kind in kinds if data]
     for part in text.split(",") if text.strip() else ():
         match = _RULE.fullmatch(part)
         if match is None:

@@ -1,9 +1,7 @@
 """Scores of image sets: Frechet and kernel distances, inception score, and their spread."""
 
 import importlib
-import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +13,14 @@ from quantempo.errors import QuantempoError
 from quantempo.evaluation.features import Extractor, Features
 
 __all__ = [
-    "ImageSet", "compare_sets", "frechet_distance", "import_torchmetrics", "inception_score",
-    "kernel_distance", "load_images", "reference_tie", "score_set", "spread_over_parts",
+    "ImageSet", "distances", "frechet_distance", "import_torchmetrics", "inception_score",
+    "kernel_distance", "load_images",
 ]  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 KERNEL_SUBSET = 1000
 KERNEL_SUBSETS = 50
 IMAGES_PER_SPLIT = 1000
-# Fewer images than this in each of four parts say nothing about spread.
-PARTS, IMAGES_PER_PART = 4, 8
 
 
 def import_torchmetrics(module: str) -> Any:
@@ -130,73 +126,13 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None,
     return float(mean), None if splits == 1 else float(std), splits
 
 
-def _provenance(
-    extractor: Extractor, images: int, name: str, reference: str | None, reference_images: int
-) -> dict[str, Any]:
-    return {
-        "extractor": extractor.name, "weights_sha256": extractor.sha256, "images": images,
-        "note": extractor.note, "set": name, "reference": reference,
-        "reference_images": reference_images,
-    }  # fmt: skip
-
-
-def compare_sets(
-    extractor: Extractor, samples: Features, other: Features, names: tuple[str, str]
-) -> list[dict[str, Any]]:
-    """Return {name, value, std, `_provenance`} of each distance of samples to a reference set."""
-    common = _provenance(extractor, len(samples), *names, len(other))
-    label = extractor.score_names
-    kernel, kernel_std = kernel_distance(samples.pooled, other.pooled)
-    rows: list[tuple[str, float, float | None]] = [
-        (label["frechet"], frechet_distance(samples.pooled, other.pooled), None)
-    ]
-    if samples.spatial is not None and other.spatial is not None:
-        rows.append((label["spatial"], frechet_distance(samples.spatial, other.spatial), None))
-    rows.append((label["kernel"], kernel, kernel_std))
-    return [{"name": name, "value": value, "std": std} | common for name, value, std in rows]
-
-
-def score_set(extractor: Extractor, samples: Features, name: str) -> dict[str, Any]:
-    """Return the inception score of a set: as of `compare_sets`, with `splits`, no reference."""
-    mean, std, splits = inception_score(samples.logits)
-    label = extractor.score_names["inception"]
-    score = {"name": label, "value": mean, "std": std, "splits": splits}
-    return score | _provenance(extractor, len(samples), name, None, 0)
-
-
-def spread_over_parts(
-    score: Callable[[Features], float], features: Features, parts: int = 4
-) -> tuple[float, float]:
-    """Return mean and standard deviation (with n - 1) of a score over disjoint parts of a set.
-
-    Image i goes to part i mod `parts`, so equal seeds of two models meet in equal parts. Scores of
-    n / parts images are more biased and more scattered than those of n: compare parts with parts.
-    Raises QuantempoError: fewer than 3 parts or 2 images in a part, or a score that is not finite.
-    """
-    if parts < 3 or len(features) // parts < 2:
-        text = f"cannot split {len(features)} images into {parts} parts"
-        raise QuantempoError(f"{text}; need at least 3 parts of 2")
-    values = [score(features[slice(part, None, parts)]) for part in range(parts)]
-    if not np.isfinite(values).all():
-        raise QuantempoError(f"got scores {values} of parts of a set; a spread needs finite ones")
-    return float(np.mean(values)), float(np.std(values, ddof=1))
-
-
-def reference_tie(
-    extractor: Extractor, sets: dict[str, Features], real: Features
-) -> dict[str, Any]:
-    """Return the spread of the Frechet distance to the reference over parts, and the verdict."""
-    key = f"{extractor.score_names['frechet']}_reference"
-    if len(sets["float"]) < PARTS * IMAGES_PER_PART:
-        return {f"{key}_tie": None}
-    found = {
-        name: spread_over_parts(lambda p: frechet_distance(p.pooled, real.pooled), features, PARTS)
-        for name, features in sets.items()
-    }
-    result: dict[str, Any] = {f"{key}_{name}_std": std for name, (_, std) in found.items()}
-    apart = abs(found["float"][0] - found["int8"][0])
-    # A tie: no further apart than the spread of the difference.
-    return result | {f"{key}_tie": apart <= math.hypot(*(std for _, std in found.values()))}
+def distances(extractor: Extractor, samples: Features, other: Features) -> dict[str, float]:
+    """Return each distance of samples to another set under its name with this extractor."""
+    label, a, b = extractor.score_names, samples, other
+    found = {label["frechet"]: frechet_distance(a.pooled, b.pooled)}
+    if a.spatial is not None and b.spatial is not None:
+        found[label["spatial"]] = frechet_distance(a.spatial, b.spatial)
+    return found | {label["kernel"]: kernel_distance(a.pooled, b.pooled)[0]}
 
 
 class ImageSet(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from quantempo.calibration.trace import picture_size
 from quantempo.core.machine import machine
 from quantempo.errors import QuantempoError, log
-from quantempo.evaluation.judge import judge, parse_gate, passed
+from quantempo.evaluation.judge import ENOUGH, judge, parse_gate, passed
 from quantempo.evaluation.learned import load_tools
 from quantempo.evaluation.scores import load_images
 from quantempo.models.layers import denoiser_of
@@ -48,6 +48,8 @@ def compare(
     first; see `load_tools`, `open_model`, `sample` and `judge`.
     """
     folders, store = _folders(models), RunFolder(out)
+    if images < ENOUGH:
+        raise QuantempoError(f"got {images} images; intervals need at least {ENOUGH}")
     call = _common_call(folders.values(), call)
     tools = load_tools(weights, bool(call.get("prompt")))
     rules, late = parse_gate(gate, tools, data is not None), _register(store, gate, folders)
