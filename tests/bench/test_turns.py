@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from quantempo.bench.turns import _cuda_ms, reason_of, take_turns, time_limit, timer_for, wall_ms
+from quantempo.bench.forwards import _cuda_ms, reason_of, take_turns, time_limit, timer_for, wall_ms
 
 
 class Scripted:
@@ -72,7 +72,7 @@ def test_a_call_that_fails_is_named_and_the_others_go_on(at: int) -> None:
 
 LIMITED = """
 import signal
-from quantempo.bench.turns import time_limit
+from quantempo.bench.forwards import time_limit
 try:
     with time_limit(0.01):
         signal.pause()

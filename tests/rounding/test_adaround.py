@@ -12,9 +12,8 @@ from quantempo.core import WEIGHT
 from quantempo.quantized import LayerPlan, QLayer, fill, install_clock, swap_layers
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import ROUNDINGS, adaround, nearest
-from quantempo.rounding import learn as learning
+from quantempo.rounding.adaround import SoftKernel
 from quantempo.rounding.base import BlockRun, Inputs, Unit, dequantized_input
-from quantempo.rounding.soft import SoftKernel
 from tests.engines.quantized import make_clock, make_linear
 
 SPEC = replace(WEIGHT, bits=3)
@@ -191,7 +190,7 @@ def test_each_part_of_the_loss_is_at_work(change: str, monkeypatch: pytest.Monke
 
     whole = codes(0.0)
     if change == "layers":
-        monkeypatch.setattr(learning, "LAYER_SHARE", 0.0)
+        monkeypatch.setattr(adaround, "LAYER_SHARE", 0.0)
     other = codes(1.0 if change == "drop" else 0.0)
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
@@ -199,10 +198,10 @@ def test_each_part_of_the_loss_is_at_work(change: str, monkeypatch: pytest.Monke
 def test_elements_are_the_float_ones_with_the_probability_asked_for() -> None:
     quantized, exact = (torch.zeros(100, 100), {"a": 1}), (torch.ones(100, 100), {"a": 1})
     generator = torch.Generator().manual_seed(0)
-    mixed, rest = learning._mix(quantized, exact, 0.2, generator)
+    mixed, rest = adaround._mix(quantized, exact, 0.2, generator)
     # 10,000 draws: 5 standard deviations are 0.02.
     assert float(mixed.mean()) == pytest.approx(0.2, abs=0.02) and rest == {"a": 1}
-    assert torch.equal(learning._mix(quantized, exact, 0.0, generator)[0], quantized[0])
+    assert torch.equal(adaround._mix(quantized, exact, 0.0, generator)[0], quantized[0])
 
 
 def test_each_time_step_has_its_own_power() -> None:

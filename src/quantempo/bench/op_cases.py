@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantempo.bench.turns import Call
+from quantempo.bench.forwards import Call
 from quantempo.engines.base import last
 from quantempo.kernels import layout, ops
 from quantempo.kernels.ops.attention import exact as exact_attention

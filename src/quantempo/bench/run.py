@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from quantempo.bench.candidates import Candidate, cast_inputs, select
-from quantempo.bench.forwards import clear, compare, images_per_second
+from quantempo.bench.forwards import Timer, clear, compare, images_per_second, reason_of, timer_for
 from quantempo.bench.networks import Network, model_network, run_network
 from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results, Row
-from quantempo.bench.turns import Timer, reason_of, timer_for
 from quantempo.core.machine import machine, parse_bytes
 from quantempo.engines.forms import time_forms
 from quantempo.engines.select import ENGINES, choose
