@@ -20,6 +20,8 @@ _PUBLIC = {
     **dict.fromkeys(("evaluate", "open_model", "sample"), "quantempo.pipeline.quality"),
     **dict.fromkeys(("quantize", "reopen"), "quantempo.pipeline.stages"),
     **dict.fromkeys(("load_lora", "set_lora", "unload_lora"), "quantempo.engines.lora"),
+    "compare": "quantempo.pipeline.compare",
+    "listening": "quantempo.core.progress",
     "QuantempoConfig": "quantempo.checkpoint.diffusers_plugin",
     "graphed": "quantempo.engines.cuda.graphs",
     "quantize_": "quantempo.checkpoint.without_data",

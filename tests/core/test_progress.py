@@ -2,11 +2,12 @@
 
 import io
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from quantempo.core import progress as module
-from quantempo.core.progress import Progress, whole
+from quantempo.core.progress import Progress, listening, tell, whole
 
 
 def test_the_time_left_follows_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +29,16 @@ def test_the_time_left_follows_from_what_was_measured(monkeypatch: pytest.Monkey
     assert text.startswith("search  40%|") and text.endswith("01:50, 02:45 left")
     with Progress(total=2, desc="search", disable=False, file=io.StringIO()) as alone:
         assert alone.run is None and alone.format_dict["total"] == 2
+
+
+def test_listeners_hear_every_step_where_no_bar_is_shown_and_none_after_the_block() -> None:
+    heard: list[dict[str, Any]] = []
+    with listening(heard.append):
+        assert list(Progress("abc", desc="search", initial=1, total=4, disable=True)) == [*"abc"]
+        with Progress(total=8, desc="sample", disable=True) as bar:
+            bar.update(8)
+        tell("stage", name="search", seconds=1.5)
+    list(Progress("abc", desc="search", disable=True))
+    steps = [(row["loop"], row["done"], row["total"]) for row in heard[:-1]]
+    assert steps == [("search", 2, 4), ("search", 3, 4), ("search", 4, 4), ("sample", 8, 8)]
+    assert heard[-1] == {"event": "stage", "name": "search", "seconds": 1.5}

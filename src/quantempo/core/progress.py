@@ -2,15 +2,36 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "whole"]
+__all__ = ["Progress", "listening", "tell", "whole"]
 
 _RUNS: list["_Run"] = []
+_LISTENERS: list[Callable[[dict[str, Any]], object]] = []
+
+
+@contextmanager
+def listening(listener: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Call a function with each event, a dict for JSON, while the block runs: for trackers.
+
+    {"event": "progress", "loop", "done", "total"} of every step of a loop, {"event": "stage",
+    "name", "seconds"} of one that ends, {"event": "metrics", ...} of `evaluate` and `compare`.
+    """
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
+
+
+def tell(event: str, **values: Any) -> None:
+    """Tell listeners of an event."""
+    for listener in _LISTENERS:
+        listener({"event": event, **values})
 
 
 class _Run:
@@ -37,7 +58,23 @@ class Progress(tqdm):  # type: ignore[type-arg]
         self.run = next((run for run in _RUNS if self.loop in run.costs), None)
         form = {"bar_format": "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"}
         kwargs |= form if self.run else {}
+        self.done = kwargs.get("initial", 0)
         super().__init__(*args, **{"disable": None, "leave": False, **kwargs})
+
+    def __iter__(self) -> Iterator[Any]:
+        # tqdm's own does not count where no bar is shown.
+        try:
+            for item in self.iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count steps, show them on a terminal and tell listeners."""
+        self.done += n or 0
+        tell("progress", loop=self.loop, done=self.done, total=self.total)
+        return super().update(n)
 
     @property
     def format_dict(self) -> dict[str, Any]:

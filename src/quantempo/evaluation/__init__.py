@@ -15,10 +15,13 @@ from quantempo.evaluation.fidelity import (
     ssim,
 )
 from quantempo.evaluation.judge import judge
-from quantempo.evaluation.learned import PAIRED, Tools
+from quantempo.evaluation.learned import PAIRED, Tools, load_tools
 from quantempo.evaluation.scores import load_images
 
-__all__ = ["eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "psnr_db", "ssim"]
+__all__ = [
+    "eps_sqnr", "evaluate_outputs", "evaluate_pairs", "load_images", "load_tools", "psnr_db",
+    "ssim",
+]  # fmt: skip
 
 
 def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from quantempo import __version__
 from quantempo.core import ranks
 from quantempo.core.machine import machine
+from quantempo.core.progress import tell
 from quantempo.errors import QuantempoError, log
 from quantempo.recipe import Recipe
 from quantempo.run_folder import Kept, RunFolder, file_sha256, hash_of, reading
@@ -139,6 +140,7 @@ class Cache:
                 self.run.update_manifest(stages={name: entry}, **self.surroundings)
                 shutil.rmtree(self.run / _KEPT, ignore_errors=True)
                 log.info("%s %8.1f s     %s", label, seconds, self.run / artefact)
+                tell("stage", name=name, seconds=seconds)
             ranks.told(None)
 
     def check_before(self, name: str) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from quantempo.calibration.trace import picture_size
 from quantempo.core.machine import machine
+from quantempo.core.progress import tell
 from quantempo.errors import QuantempoError, log
+from quantempo.evaluation import load_images, load_tools
 from quantempo.evaluation.judge import ENOUGH, judge, parse_gate, passed
-from quantempo.evaluation.learned import load_tools
-from quantempo.evaluation.scores import load_images
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import model_digest
 from quantempo.models.sampling import scheduler_settings
@@ -79,6 +79,7 @@ def compare(
         "passed": all(row["passed"] for rows in met.values() for row in rows),
     }  # fmt: skip
     store.write_json(_RESULT, result)
+    tell("metrics", **result)
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
+from quantempo.core.progress import tell
 from quantempo.errors import log
 from quantempo.evaluation import eps_sqnr, evaluate_outputs
 from quantempo.pipeline.arguments import merged
@@ -70,6 +71,7 @@ def evaluate(
         run.write_json("metrics.json", metrics)
         write_card(run, run / "packed")
     log.info("scores %s %s", "written to" if keep else "not kept in read-only", run.path)
+    tell("metrics", **metrics)
     log.info("evaluate   %8.1f s     %d pairs of images", time.perf_counter() - start, images)
     return metrics
 
