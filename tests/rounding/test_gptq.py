@@ -144,8 +144,6 @@ def test_a_near_singular_hessian_is_damped_harder_and_said(caplog) -> None:
         gptq(weight, -hessian, scale, WEIGHT)
     with pytest.raises(QuantempoError, match="not finite"):
         gptq(weight, hessian * torch.nan, scale, WEIGHT)
-    with pytest.raises(QuantempoError, match=r"expected \(40, 40\)"):
-        gptq(weight, hessian[:3, :3], scale, WEIGHT)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from quantempo.errors import QuantempoError
 from quantempo.scales import CostTable, bucket_of_bin, segment_costs, segment_time
 
 
@@ -102,16 +100,3 @@ def test_costs_of_segments() -> None:
     whole = contribution.sum(0).min()
     assert float(cost[1, 4]) == pytest.approx(float(contribution[1:4].sum(0).min() / whole))
     assert all(float(cost[i, j]) == float("inf") for i in range(5) for j in range(i + 1))
-
-
-@pytest.mark.parametrize("tables", [[], [_table(0, 3), _table(0, 4)]])
-def test_tables_over_different_bins_are_refused(tables: list[CostTable]) -> None:
-    with pytest.raises(QuantempoError, match="same number of bins"):
-        segment_time(tables, 2)
-
-
-def test_several_zero_points_are_refused() -> None:
-    table = _table(0, 3)
-    zero: Tensor = torch.arange(5)
-    with pytest.raises(QuantempoError, match="at_best_zero_point"):
-        segment_time([CostTable(table.scale, zero, table.cost, table.mass)], 2)

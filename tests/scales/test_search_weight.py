@@ -128,8 +128,6 @@ def test_half_weights_are_searched_in_float32() -> None:
         (torch.ones(3), {}, r"\(O, ...\)"),
         (torch.ones(3, 2).int(), {}, "floating"),
         (torch.tensor([[1.0, float("nan")]]), {}, "check the checkpoint"),
-        (torch.ones(3, 2), {"spec": Format(8)}, "signed, symmetric"),
-        (torch.ones(3, 2), {"steps": 0}, "steps >= 1"),
     ],
 )
 def test_mistakes_are_named(weight: Tensor, options: dict[str, int], message: str) -> None:

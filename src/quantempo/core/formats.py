@@ -63,19 +63,12 @@ class Format:
     signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1; unsigned: qmin = 0, qmax = 2^b - 1; symmetric: the
     zero point is fixed: 0 if signed, else 2^(b-1); narrow: drop the most negative code (signed
     only). Weights are stored one row an output channel: up to 4 bits two codes a byte, else one.
-    Raises QuantempoError: bits out of range, or narrow without signed.
     """
 
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
     narrow: bool = False
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise QuantempoError(f"got bits={self.bits}; expected 2 to 8")
-        if self.narrow and not self.signed:
-            raise QuantempoError("got narrow=True for unsigned codes; only signed ones have it")
 
     @property
     def name(self) -> str:

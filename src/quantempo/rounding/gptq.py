@@ -81,15 +81,9 @@ def gptq(
 
     weight, scale: (O, K) floating and (O,) float32, > 0; hessian: (K, K) = X X^T up to a factor, or
     what `Inverse` made of it; block: columns updated together; changes the order of sums only.
-    Raises QuantempoError: shapes that do not fit, or H is not finite or not positive semi-definite.
+    Raises QuantempoError: H is not finite or not positive semi-definite.
     """
-    out, width = weight.shape
-    square = hessian.upper if isinstance(hessian, Inverse) else hessian
-    if square.shape != (width, width) or scale.shape != (out,):
-        raise QuantempoError(
-            f"got a hessian {tuple(square.shape)} and scales {tuple(scale.shape)} for a weight "
-            f"{tuple(weight.shape)}; expected ({width}, {width}) and ({out},)"
-        )
+    width = weight.shape[1]
     order, factor = hessian if isinstance(hessian, Inverse) else Inverse.of(hessian, damping)
     # Columns as rows: each step reads and writes whole contiguous rows.
     rest = weight.float()[:, order].t().contiguous()

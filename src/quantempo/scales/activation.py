@@ -31,8 +31,7 @@ SHRINK = (*(round(1 - 0.05 * i, 2) for i in range(15)), 0.2, 0.14, 0.1, 0.07, 0.
 CHUNK, CHUNK_GPU = (1 << 15) - 1, 1 << 26
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
     """Say which (scale, zero point) an activation search tries.
 
     Each zero point gets `steps` scales in equal ratios, from the one whose range just covers the
@@ -43,10 +42,6 @@ class Candidates:
     steps: int = 80
     floor: float = 1 / 64
     shrink: tuple[float, ...] = SHRINK
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.floor <= 1 or not all(0 < f <= 1 for f in self.shrink):
-            raise QuantempoError(f"got {self}; expected steps >= 1, floor and shrink in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -128,12 +123,9 @@ def cost_table(
     """Evaluate a metric for all candidates of a grid, min-max first, on every row of a histogram.
 
     hist: (R, N) counts in equal bins over edges (2,) = [lo, hi]; metric, p: see `make_metric`.
-    Raises QuantempoError: shapes that do not fit, no data, negative or non-finite numbers.
+    Raises QuantempoError: no data, or negative counts.
     Error: a value stands for its bin, see `Histogram`. Temporaries: below 10 MB.
     """
-    if hist.ndim != 2 or edges.shape != (2,) or not bool(edges.isfinite().all()):
-        text = f"got hist {tuple(hist.shape)} and edges {edges.tolist()}"
-        raise QuantempoError(f"{text}; expected (R, N) and two finite numbers")
     counts = hist.to(torch.float64)
     mass = counts.sum(1)
     if not bool((counts >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
@@ -176,9 +168,6 @@ def _merge_rows(hist: Tensor, buckets: Tensor | None) -> Tensor:
     """Add the (K, N) fine rows of each bucket: (G, N)."""
     if buckets is None:
         return hist.sum(0, keepdim=True)
-    if buckets.shape != hist.shape[:1] or buckets.is_floating_point() or int(buckets.min()) < 0:
-        text = f"got buckets {buckets.tolist()} for {len(hist)} time bins"
-        raise QuantempoError(f"{text}; expected one index >= 0 for each")
     # Before any arithmetic in float, so that one bucket is the static search bit for bit.
     return torch.stack([hist[buckets == g].sum(0) for g in range(int(buckets.max()) + 1)])
 
@@ -198,7 +187,7 @@ def search_activation(
         buckets: (K,) integers, the bucket of each fine bin; None for one bucket.
         min_gain: a layer whose `bucket_gain` is smaller keeps one scale (G = 1).
         how: metric, p and candidates of `cost_table`.
-    Raises QuantempoError: see `cost_table`; buckets that do not fit.
+    Raises QuantempoError: see `cost_table`.
     Error: on the data the L_p norm of the error is within (hi - lo)/N of the grid's best one.
     Source: Shang et al., CVPR 2023, eq. 11-13, over the whole set instead of means of batches.
     """

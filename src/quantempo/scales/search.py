@@ -15,7 +15,6 @@ from torch import Tensor
 from quantempo.core import ACTIVATION, WEIGHT, Format, GroupFormat, ranks, weight_format
 from quantempo.core.paged import loaded
 from quantempo.core.progress import Progress
-from quantempo.errors import QuantempoError
 from quantempo.recipe import ActivationSettings, Recipe, WeightSettings
 from quantempo.run_folder import Kept
 from quantempo.scales import activation
@@ -159,11 +158,7 @@ def segment_costs(table: activation.CostTable, smooth: float = 0.0) -> Tensor:
     cost[i, j] = min over candidates of sum_{i <= k < j} mass_k cost_kp, relative to the error of
     the best scale for all bins (so 0 to 1); infinite for j <= i; 0 for a layer without error.
     table: `cost_table(...).at_best_zero_point()`, rows the K fine bins in order of time.
-    Raises QuantempoError: candidates of several zero points; the layer can use only one.
     """
-    if len(table.zero_point.unique()) > 1:
-        text = "got a table over several zero points, but all buckets of a layer share one"
-        raise QuantempoError(f"{text}; use its at_best_zero_point()")
     contribution = table.weighted(smooth)
     sums = torch.nn.functional.pad(contribution.cumsum(0), (0, 0, 1, 0))
     cost = torch.full((len(contribution), len(sums)), torch.inf, dtype=torch.float64)
@@ -180,15 +175,9 @@ def segment_time(tables: Sequence[activation.CostTable], buckets: int, smooth: f
     in every bucket, and counts relative to its error with one scale. Exact, in O(layers K^2 P + B
     K^2). tables: of each layer, rows the K bins, one zero point each. Boundaries (B + 1,) as in
     `bucket_of_bin`, fewer if fewer bins hold data.
-    Raises QuantempoError: no tables, tables over different bins, buckets < 1.
     Source: optimal partition of a sequence, Bellman 1961; scales by time bucket, Q-Diffusion's
     successors (TDQ, So et al. 2023; APQ-DM, Wang et al. 2024).
     """
-    if not tables or len({len(table.mass) for table in tables}) != 1 or buckets < 1:
-        raise QuantempoError(
-            f"got tables over {[len(table.mass) for table in tables]} bins and {buckets} buckets; "
-            "expected the same number of bins for every layer and at least one bucket"
-        )
     # Bins without data join the bin before them, so that no bucket is empty.
     filled = torch.stack([table.mass for table in tables]).sum(0).nonzero()[:, 0]
     starts = [0, *filled[1:].tolist(), len(tables[0].mass)]
@@ -231,12 +220,10 @@ def search_weight(
 
     weight: (O, ...) floating; spec: a signed symmetric grid; metric, p: see `make_metric`.
     Returns (O,) float32, > 0, on the device of the weight; 2^-30 for a channel of zeros.
-    Raises QuantempoError: fewer than two axes, NaN or infinity, a grid that is not symmetric.
+    Raises QuantempoError: fewer than two axes, NaN or infinity.
     Error: float32; of candidates whose metrics agree to about 1e-6 either may win.
     """
     check_weight(weight)
-    if not (spec.signed and spec.symmetric) or steps < 1:
-        raise QuantempoError(f"got {spec}, steps={steps}; expected signed, symmetric, steps >= 1")
     rows = weight.detach().flatten(1).float()
     peak = rows.abs().amax(1)
     safe = torch.where(peak > 0, peak, 1)
