@@ -23,6 +23,7 @@ from quantempo.recipe import Recipe, RoundingSettings
 from quantempo.rounding import round_alone, round_denoiser
 from quantempo.rounding.base import dequantized_input
 from quantempo.rounding.gptq import Inverse, moments
+from quantempo.run_folder import Kept, RunFolder
 from tests.engines import one_by_one as use
 from tests.engines.quantized import make_clock, make_conv, make_linear
 from tests.packed import KINDS
@@ -98,10 +99,11 @@ def test_the_network_comes_nearer_to_the_float_one(kind: str) -> None:
 
 def test_scales_in_groups_are_found_again_kept_and_packed(tmp_path: Path) -> None:
     made, settings = case("dit", group=16), replace(GPTQ, correct=1.0)
+    kept = Kept(RunFolder(tmp_path), "k")
     without = _rounded(made, replace(GPTQ, correct=0.0))[0]
-    error, copied, result = _rounded(made, settings, folder=tmp_path, key="k")
+    error, copied, result = _rounded(made, settings, kept=kept)
     assert error < 0.7 * without
-    again = _rounded(made, settings, folder=tmp_path, key="k")[1]
+    again = _rounded(made, settings, kept=kept)[1]
     plans = plan(made.denoiser, made.session.recipe)
     scales = made.session.run.read_safetensors("scales.safetensors")
     packed = Quantized.of(made.session.recipe, plans, scales, result)
@@ -185,7 +187,8 @@ def test_one_that_no_call_reaches_is_nearest_and_what_is_finished_is_kept(
     network.idle = nn.Linear(24, 8)
     plans = [p for p in plan(network, recipe, data) if p.kind == "weight_only"]
     plans.append(replace(plans[0], name="idle"))
-    given = network, data, plans, recipe.rounding, folder and tmp_path / folder, "key"
+    kept = folder and Kept(RunFolder(tmp_path / folder), "key")
+    given = network, data, plans, recipe.rounding, kept
     before, alone = round_alone(*given), module._alone
     assert "never run by the trace, rounded to nearest: idle" in caplog.text
     near = WeightOnlyLinear(network.idle, 4, plans[0].group).fill(network.idle)

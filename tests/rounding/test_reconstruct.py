@@ -17,6 +17,7 @@ from quantempo.recipe import RoundingSettings
 from quantempo.rounding import nearest, reconstruct, round_denoiser
 from quantempo.rounding.base import BlockRun
 from quantempo.rounding.reconstruct import apply_rounding
+from quantempo.run_folder import Kept, RunFolder
 from tests.packed import KINDS
 from tests.rounding.networks import Case, case
 
@@ -158,7 +159,8 @@ def test_blocks_are_rounded_as_a_run_meets_them() -> None:
 def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
     made = case("dit")
     settings = replace(QUICK, name="adaround", iterations=2, bias=True)
-    first, _ = _round(made, settings, folder=tmp_path, key="k")
+    kept = Kept(RunFolder(tmp_path), "k")
+    first, _ = _round(made, settings, kept=kept)
     calls = []
     plain = reconstruct._Job.round
 
@@ -167,7 +169,7 @@ def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
         return plain(job, block)
 
     monkeypatch.setattr(reconstruct._Job, "round", counted)
-    again, copied = _round(made, settings, folder=tmp_path, key="k")
+    again, copied = _round(made, settings, kept=kept)
     assert not calls
     assert first.keys() == again.keys()
     assert all(torch.equal(first[k], again[k]) for k in first)
@@ -181,16 +183,14 @@ def test_finished_blocks_are_read_back(tmp_path: Path, monkeypatch) -> None:
     # A killed run: the last block is missing. It and no other is done again, to the same bits.
     last = max(tmp_path.glob("*.safetensors"))
     last.unlink()
-    third, _ = _round(made, settings, folder=tmp_path, key="k")
+    third, _ = _round(made, settings, kept=kept)
     assert len(calls) == 1
     assert all(torch.equal(first[k], third[k]) for k in first)
     last.write_bytes(last.read_bytes()[:64])
-    _round(made, settings, folder=tmp_path, key="k")
+    _round(made, settings, kept=kept)
     assert calls == [calls[0]] * 2
-    _round(made, replace(settings, iterations=0), folder=tmp_path, key="k")
+    _round(made, replace(settings, iterations=0), kept=kept)
     assert len(calls) == 2 + len(list(tmp_path.glob("*.safetensors")))
-    with pytest.raises(QuantempoError, match="without a key"):
-        _round(made, settings, folder=tmp_path)
 
 
 def test_inputs_beyond_the_budget_are_kept_in_half_precision() -> None:

@@ -295,12 +295,11 @@ def _round(
 
 def round_weights(
     denoiser: nn.Module, data: CalibrationData, recipe: Recipe, plans: list[LayerPlan],
-    scales: Mapping[str, Tensor], *, folder: str | Path | None = None, key: str = "",
-    scratch: Path | None = None,
+    scales: Mapping[str, Tensor], *, scratch: Path | None = None, **kept: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Choose the integers as `round_denoiser` does; scratch: for integers of paged weights."""
     settings, plans = recipe.rounding, _final(plans, scales, recipe)
-    own = round_alone(denoiser, data, plans, settings, folder, key)
+    own = round_alone(denoiser, data, plans, settings, **kept)
     alone = ROUNDINGS.get(settings.name).needs == "weights"
     if rank() and alone and not settings.bias:
         # The first rank, which writes them, is as fast alone.
@@ -311,7 +310,7 @@ def round_weights(
     start = Quantized.of(recipe, plans, scales, own | codes, data.times)
     # A layer takes the place of its codes on disk, which are as large.
     copied = start.install(denoiser, copy=True, folder=scratch)
-    return own | round_denoiser(denoiser, copied, data, settings, folder=folder, key=key)
+    return own | round_denoiser(denoiser, copied, data, settings, **kept)
 
 
 def quantize(denoiser: nn.Module, data: CalibrationData, recipe: Recipe) -> Quantized:

@@ -25,7 +25,7 @@ from quantempo.pipeline.layer_table import measured_rows, weight_rows
 from quantempo.pipeline.session import Session, load, reopen
 from quantempo.recipe import Recipe
 from quantempo.report.card import write_card
-from quantempo.run_folder import Kept, atomic_path, private_folder
+from quantempo.run_folder import Kept, RunFolder, atomic_path, private_folder
 
 __all__ = [
     "Session", "calibrate", "finish", "load", "pack", "quantize", "reopen", "round_weights",
@@ -115,8 +115,8 @@ def round_weights(session: Session, scratch: Path) -> dict[str, Tensor]:
     """Choose the integer weights; writes `rounding.safetensors`."""
     scales = session.run.read_safetensors("scales.safetensors")
     given = session.denoiser, _trace_of(session), session.recipe, session.plans, scales
-    kept: dict[str, Any] = {"folder": session.run / "blocks", "key": session.key("round")}
-    return core.round_weights(*given, **kept, scratch=scratch)
+    kept = Kept(RunFolder(session.run / "blocks"), session.key("round"))
+    return core.round_weights(*given, kept=kept, scratch=scratch)
 
 
 def pack(session: Session) -> Path:

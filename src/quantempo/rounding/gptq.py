@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from quantempo.models.layers import input_of
 from quantempo.quantized import LayerPlan, QConv2d, QLayer
 from quantempo.recipe import RoundingSettings
 from quantempo.rounding import base
-from quantempo.run_folder import Kept, RunFolder
+from quantempo.run_folder import Kept
 from quantempo.scales import search_groups
 
 __all__ = ["Inverse", "gptq", "input_moments", "moments", "round_alone"]
@@ -306,14 +305,14 @@ def _round_layer(
 @torch.no_grad()
 def round_alone(
     denoiser: nn.Module, data: CalibrationData, plans: Sequence[LayerPlan],
-    settings: RoundingSettings, folder: str | Path | None = None, key: str = "",
+    settings: RoundingSettings, kept: Kept | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return NAME int8 (O, K), NAME.weight_scale and NAME.weight_group of layers of float inputs.
 
     H = X X^T of their inputs in the float network, of `settings.samples` rows from all over the
-    set: layers of equal ones share it. folder, key: see `round_denoiser`.
+    set: layers of equal ones share it. kept: see `round_denoiser`.
     """
-    kept = Kept(RunFolder(folder) if folder else None, f"{key} {settings}")
+    kept = Kept(kept.folder, f"{kept.key} {settings}") if kept else Kept()
     some = {f"{p.name}.safetensors": p for p in plans if p.kind == "weight_only" and p.group}
     done = ranks.told([file for file in some if kept.read(file)[0]])
     every: dict[str, Any] = {p.name: denoiser.get_submodule(p.name) for p in some.values()}

@@ -9,8 +9,6 @@ mean output of every layer can be made that of the float layer:
 Source: Nagel et al. 2019, "Data-free quantization", section 4.2 in its empirical form.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,7 +35,7 @@ from quantempo.recipe import RoundingSettings
 from quantempo.rounding.adaround import START_KEPT
 from quantempo.rounding.base import ROUNDINGS, BlockRun, Inputs, Unit, check_start, record
 from quantempo.rounding.chain import links
-from quantempo.run_folder import Kept, RunFolder
+from quantempo.run_folder import Kept, hash_of
 
 __all__ = ["BUDGET", "apply_rounding", "correct_bias", "round_denoiser"]
 
@@ -49,7 +47,7 @@ _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | QConv2d | QPatches
 
 def round_denoiser(
     denoiser: nn.Module, copied: nn.Module, data: CalibrationData, settings: RoundingSettings, *,
-    folder: str | Path | None = None, key: str = "", budget: int = BUDGET,
+    kept: Kept | None = None, budget: int = BUDGET,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Choose the integers of every quantized layer; return the tensors of `rounding.safetensors`.
 
@@ -61,19 +59,15 @@ def round_denoiser(
         copied: quantized copy of `denoiser`, on the same device; it ends with what is returned, and
             with simulated kernels.
         data: the calibration set; `settings.samples` rows of it are drawn by `settings.seed`.
-        folder, key: where finished blocks are kept and found again; hash of all else that decides
-            the result (model, trace, scales).
+        kept: finished blocks, by all else that decides the result (model, trace, scales).
         budget: bytes of a block's inputs kept on the device, see `Inputs`.
-    Raises QuantempoError: unknown rounding; `copied` is not quantized; a folder without a key.
+    Raises QuantempoError: unknown rounding; `copied` is not quantized.
     """
-    if folder is not None and not key:
-        raise QuantempoError("got a folder for finished blocks without a key; pass key=")
-    job = _Job(denoiser, copied, data, settings, budget)
-    run, result = folder and RunFolder(folder), dict[str, Tensor]()
-    digest = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()
+    job, kept = _Job(denoiser, copied, data, settings, budget), kept or Kept()
+    run, digest, result = kept.folder, hash_of([kept.key, asdict(settings)]), dict[str, Tensor]()
     for number, block in enumerate(Progress(job.blocks, desc="round")):
-        digest = hashlib.sha256(f"{digest} {block.name} {block.layers}".encode()).hexdigest()
-        name, kept = f"{number:04d}.safetensors", Kept(run or None, digest)
+        digest = hash_of([digest, block.name, block.layers])
+        name, kept = f"{number:04d}.safetensors", Kept(run, digest)
         known, found = ranks.told(kept.read(name))
         with job.at_hand(block):
             if known:
