@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -167,3 +168,9 @@ def test_wheel_carries_data_beside_the_code(tmp_path: Path) -> None:
     }
     assert names == expected
     assert {Path(name).suffix for name in names} >= {".py", ".toml", ".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=str)
+def test_scripts_of_figures_start(script: Path) -> None:
+    """A module that was renamed is missed nowhere else: they are run once in months."""
+    assert callable(runpy.run_path(str(script))["main"])

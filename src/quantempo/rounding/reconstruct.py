@@ -291,6 +291,9 @@ class _Job:
                 setattr(run, "exact" if exact else "quantized", None)
             if self.folder:
                 shutil.rmtree(self.folder / run.name, ignore_errors=True)
+        if self.folder and run.device.type == "cuda":
+            # What one block left in the allocator's pools rarely fits the next one.
+            torch.cuda.empty_cache()
 
 
 def _draw(data: CalibrationData, settings: RoundingSettings) -> list[Tensor]:
