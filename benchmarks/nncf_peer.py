@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantempo.bench.turns import take_turns, wall_ms
+from quantempo.bench.forwards import take_turns, wall_ms
 from quantempo.calibration.dataset import TraceSet
 from quantempo.core.machine import machine
 from quantempo.engines.select import attach

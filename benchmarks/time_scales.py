@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from quantempo.bench.turns import take_turns, wall_ms
 from torch import nn
 
 from quantempo import __version__
+from quantempo.bench.forwards import take_turns, wall_ms
 from quantempo.core.machine import machine
 from quantempo.engines.select import attach, detach
 from quantempo.models.layers import denoiser_of
