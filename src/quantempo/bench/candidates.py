@@ -28,9 +28,7 @@ Forward = Callable[..., Any]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What others set for diffusion networks besides the mode (1x1 convolutions as matrix products).
 _FLAGS = {"conv_1x1_as_mm": True, "coordinate_descent_check_all_directions": True}
-# What compiled code is recorded with by the compiler itself.
 _TREES: dict[str, Any] = {"triton.cudagraphs": True}
-# Calls before a recording.
 _WARM = 3
 
 
@@ -177,7 +175,6 @@ def _autotuned(subject: Subject, flags: bool = False) -> Forward:
 
     net, mode = _floating(subject), list_mode_options("max-autotune")
     if flags:
-        # Query, key and value in one product, where diffusers offers it.
         getattr(net, "fuse_qkv_projections", lambda: None)()
     return _compiled(net, **mode, **(_FLAGS if flags else {}))
 
@@ -263,15 +260,12 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate("bf16/channels_last", _floating, devices=_BOTH),
     Candidate("bf16/compile", _compile, devices=_BOTH, compiled=True),
     Candidate("bf16/compile+graph", _compile, record, compiled=True),
-    # As fast to compile as one block is.
     Candidate(
         "bf16/blocks+graph", lambda s: _blocks(_floating(s)), record,
         lambda s: None if "Transformer" in type(s.floating).__name__ else "it is no transformer",
         compiled=True,
     ),
-    # With CUDA graphs of its own.
     Candidate("bf16/max-autotune", _autotuned, compiled=True),
-    # And 1x1 convolutions as products and, where diffusers offers it, fused QKV.
     Candidate("bf16/max-autotune+flags", lambda s: _autotuned(s, flags=True), compiled=True),
     # In 8 bits on Linear, activations quantized as they come.
     _dynamic("int8", torch.int8),
@@ -283,10 +277,8 @@ CANDIDATES: tuple[Candidate, ...] = (
     ),
     _ours("eager"),
     _ours("graph", record),
-    # In less memory: see `attach`.
     _ours("streamed"),
     _ours("streamed+graph", record),
-    # As users get it.
     _ours("graphed", _graphed),
     _ours("compile+graph", record, compiled=True),
     _ours(

@@ -263,7 +263,6 @@ def take_turns(
     def sample(name: str, count: int) -> float | None:
         try:
             return timer(calls[name], count)
-        # Whatever it was belongs in the table, beside the candidates that ran.
         except Exception as error:
             if failed is None:
                 raise

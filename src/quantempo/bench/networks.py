@@ -86,7 +86,6 @@ def run_network(session: Session) -> Network:
 def model_network(source: str, device: torch.device | str) -> Network:
     """Return a preset ("sd15") or a diffusers folder's denoiser, quantized without data."""
     if source in PRESETS or not Path(source).exists():
-        # An unknown name is refused there, with the known ones.
         return quick_network(source, build_preset(source, device))
     pipe = load_pipeline(source)
     floating, scheduler = denoiser_of(pipe)[1], pipe.scheduler

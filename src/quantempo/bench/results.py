@@ -7,7 +7,6 @@ __all__ = ["Results", "Row", "best", "speedups", "text_table"]
 
 Row = dict[str, Any]
 
-# What tells one row from another.
 _IDENTITY = ("kind", "model", "batch", "candidate", "op", "shape", "name")
 
 

@@ -126,7 +126,6 @@ def _writer(session: Session | None, kind: str, out: str | Path | None) -> Calla
 
     def write(record: Row) -> None:
         if session is not None:
-            # What was timed on other devices stays.
             session.run.write_json("bench.json", {**before, kind: record})
         if out is not None:
             RunFolder(Path(out).parent).write_json(Path(out).name, record)
@@ -192,7 +191,6 @@ def bench_network(
             try:
                 rows = time_forms(subject.engine, subject.packed, (), given)
                 results.put(*({"kind": "layer", **head, "name": r["layers"][0], **r} for r in rows))
-            # What was timed before stays.
             except Exception as error:
                 log.warning("bench: no layers are timed: %s", reason_of(error))
         del ready, subject

@@ -48,7 +48,6 @@ class CalibrationData:
     names: tuple[str, str]
     # Key and number of rows of each piece; those of one key can be joined.
     pieces: list[tuple[str, int]]
-    # Where the rows are in a `TraceBatch`.
     law: Law
 
     def piece(self, number: int) -> TraceBatch:
@@ -218,7 +217,6 @@ class TraceSet(CalibrationData):
         if self._unseen.get(file) not in (None, tensors_sha256(tensors)):
             text = f"{self.folder / file} is not what was traced"
             raise QuantempoError(f"{text}; delete {index_of(self.folder.path)} and rerun the trace")
-        # Once is enough.
         self._unseen[file] = None
         return tensors
 

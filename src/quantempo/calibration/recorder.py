@@ -123,7 +123,6 @@ class Recorder:
         if rows % chains:
             raise QuantempoError(f"the denoiser got {rows} rows for {chains} images: no multiple")
         self.argument_names = (inputs.sample_name, inputs.timestep_name)
-        # (b, halves) rows of each chain
         image, rows_of = self.law["x_t"], torch.arange(rows)
         tiled = image is not None and image.tiled
         rows_of = rows_of.view(-1, chains).T if tiled else rows_of.view(chains, -1)

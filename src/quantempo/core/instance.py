@@ -44,7 +44,6 @@ class _Seen:
     def __init__(self, module: nn.Module, **known: Any) -> None:
         self.__dict__.update(known, module=module)
 
-    # For `isinstance` and `super`.
     __class__ = property(lambda self: type(self.module))  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:

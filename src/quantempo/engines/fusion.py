@@ -123,7 +123,6 @@ class Network:
         # Of all blocks that the engine can fuse, inner ones first.
         self.parts = parts
         self.halves: dict[str, tuple[int, int]] = dict(skip_segments(denoiser))
-        # Of the blocks built so far.
         self.forwards: dict[str, tuple[nn.Module, Any]] = {}
         self._names = {module: name for name, module in denoiser.named_modules()}
         self._shared: dict[Any, Any] = {}

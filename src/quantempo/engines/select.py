@@ -260,7 +260,6 @@ class ByShape:
             return self.rival, f"faster up to {self.few} rows"
         self._on(self.base, args, kwargs)
         best = {self.base: float("inf"), self.rival: float("inf")}
-        # In turns, each twice.
         for name in (*best, *best):
             start = time.perf_counter()
             self._on(name, args, kwargs)

@@ -65,7 +65,6 @@ class _Kernel(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         layer, axis = self.layer, channel_dim(self.layer)
         self.here(x.device)
-        # (O,) -> the shape that broadcasts over the output.
         rows = (-1, 1, 1) if isinstance(layer, QConv2d) else (-1,)
         y: Tensor | None = None
         for i, segment in enumerate(x.float().split(layer.segments, axis)):

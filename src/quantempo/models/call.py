@@ -52,7 +52,6 @@ PER_IMAGE = {
 }
 # How the command line gives them, where it has an option of its own.
 _OPTIONS = {"prompt": "--prompts FILE", "class_labels": "--class-labels"}
-# Decided here: what to do instead.
 _SEVERAL = "ask for more images (--images); prompts go round"
 _RESERVED = {
     "num_inference_steps": "give the number of steps (steps=, --steps)",

@@ -150,7 +150,6 @@ def _modulated(block: Any) -> tuple[Any, ...] | str | None:
         return None
     norm1, norm2 = (getattr(b.norm1, "norm", None), b.norm3) if zero else (b.norm1, b.norm2)
     own: Any = base.token_attention(None, b.attn1, cross=False)
-    # PixArt has no norm there.
     norm = b.norm2 if zero else None
     context = () if b.attn2 is None else (base.token_attention(norm, b.attn2, cross=True),)
     odd = (found for found in (own, *context) if isinstance(found, str))

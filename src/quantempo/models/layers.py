@@ -37,7 +37,6 @@ ROLES = {
 DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2", "prior_prior")
 _INPUT = {"conv_in", "pos_embed.proj", "x_embedder", "img_in", "proj_in"}
 _OUTPUT = {"conv_out", "proj_out", "proj_out_2", "final_layer.linear"}
-# Anywhere in the dotted name.
 _TIME = (
     *("time_embedding", "time_emb_proj", "timestep_embedder", "class_embedding", "class_embedder"),
     *("add_embedding", "adaln", "time_text_embed", "guidance_embedder", "_mod."),

@@ -17,11 +17,9 @@ from quantempo.registry import check_known
 
 __all__ = ["LARGE", "PRESETS", "build_preset", "check_preset", "ddim_loop", "random_inputs"]
 
-# Tokens of a text encoder's output.
 _TEXT_TOKENS = 77
 
 _DATA = json.loads((files("quantempo") / "data/presets.json").read_text())
-# Name -> (diffusers class, its configuration).
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (preset["class"], preset["config"]) for name, preset in _DATA["networks"].items()
 }

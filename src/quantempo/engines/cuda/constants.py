@@ -184,7 +184,6 @@ class FloatSides:
 
     def __init__(self, layer: nn.Conv2d, widths: tuple[int, ...]) -> None:
         parts = layer.weight.detach().flatten(1).split(widths, 1)
-        # By the type of the stream, which only a call knows.
         self.weights = {kind: [constant(part.to(kind)) for part in parts] for kind in FLOATS}
 
     def __call__(self, x: Tensor, skip: Tensor | None) -> Tensor:

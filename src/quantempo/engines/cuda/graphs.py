@@ -155,7 +155,6 @@ class Graphed(nn.Module):
                 call = functools.partial(self.denoiser, *args, **kwargs)
                 graph, output = capture(call, self.warmup, self._pool)
         except RuntimeError as error:
-            # Of several lines, the first says what it was.
             self._tell(f"it cannot be captured: {(str(error).splitlines() or ['no reason'])[0]}")
             return None
         return _Recording(graph, inputs, output)

@@ -41,7 +41,6 @@ class SharedModulations(Prepared, TimeShifts):
     """Shifts, scales and gates of all blocks, in float32."""
 
     def __init__(self, layers: list[Any]) -> None:
-        # Others are computed by each block.
         codes = [i for i in layers if isinstance(i, WeightOnlyLinear) and not hasattr(i, LORA)]
         codes = [i for i in codes if i.bias is not None]
         super().__init__([i for i in codes if i.weight_format == codes[0].weight_format])
