@@ -167,7 +167,8 @@ def test_wheel_carries_data_beside_the_code(tmp_path: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
     assert names == expected
-    assert {Path(name).suffix for name in names} >= {".py", ".toml", ".safetensors", ".json"}
+    kinds = {".py", ".toml", ".safetensors", ".json", ".j2"}
+    assert kinds <= {Path(name).suffix for name in names} and "quantempo/py.typed" in names
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=str)

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name -> module that has it; imported when first used, so that `import quantempo` is quick.
 _PUBLIC = {
