@@ -11,8 +11,7 @@ import torch
 from quantempo.engines import ENGINES, attach, base, forms, select
 from quantempo.engines.base import BACKENDS
 from quantempo.errors import QuantempoError
-from quantempo.kernels.cpu import onednn
-from quantempo.kernels.cpu import packed as packed_cpu
+from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.quantized import quantized_layers
 from quantempo.recipe import WeightSettings
 from tests.engines.quantized import INPUTS, quantized_unet
@@ -24,8 +23,8 @@ GROUPS = WeightSettings(bits=4, group=16)
 @pytest.mark.parametrize("engine", ["onednn", "triton"])
 @torch.no_grad()
 def test_the_form_is_the_one_asked_for_and_changes_no_bit(engine, monkeypatch, caplog):
-    if engine == "onednn" and packed_cpu.missing():
-        pytest.skip(packed_cpu.missing())
+    if engine == "onednn" and fused_cpu.missing():
+        pytest.skip(fused_cpu.missing())
     bits = {"up_blocks.*": "w8a8", "down_blocks.*": "w8a8"}
     network, calls = quantized_unet(weights=GROUPS, bits=bits), []
     grouped = {name for name, q in quantized_layers(network) if q.weight_group is not None}
@@ -112,13 +111,15 @@ def test_an_engine_that_replaces_a_wrong_one_is_asked_the_same(packed, on_a_cpu,
 
 @pytest.mark.usefixtures("on_a_cpu")
 def test_nothing_is_said_of_random_weights(monkeypatch, caplog):
-    def again(*_):
+    def missing():
         with ThreadPoolExecutor(1) as pool:
             pool.submit(forms.log.warning, "of another thread").result()
+        return "no compiler"
 
-    monkeypatch.setattr(packed_cpu.Packed, "again", again)
+    monkeypatch.setattr(fused_cpu, "missing", missing)
+    monkeypatch.setattr(fused_cpu, "load", lambda: None)
     monkeypatch.setattr(forms, "_ROUNDS", 1)
-    onednn._say_unpacked.cache_clear()
+    base.warn_once.cache_clear()
     forms.time_forms("onednn", quantized_unet(), *(INPUTS[0], {}))
     assert "held as bytes" not in caplog.text and "of another thread" in caplog.text
     # What is true of a network is said all the same.
@@ -126,7 +127,7 @@ def test_nothing_is_said_of_random_weights(monkeypatch, caplog):
     attach(network, "onednn")
     with torch.no_grad():
         network(*INPUTS[0])
-    assert "held as bytes" in caplog.text
+    assert "held as bytes: no compiler" in caplog.text
 
 
 @pytest.mark.usefixtures("on_a_cpu")

@@ -125,16 +125,6 @@ def test_add(dtype, channels, size, other):
         LIBRARY.add(torch.zeros(1, 4, 3, 3), None, None)
 
 
-@pytest.mark.parametrize("batch", [2, 3])
-def test_group_norm_completes_the_border_first(batch):
-    edge, norm = edge_rows(48) * 5, group_norm(48, 16)
-    x = image(batch, 48, 5, 4)
-    complete = expected_edge(x, edge).float().contiguous(memory_format=LAST)
-    expected, _ = LIBRARY.group_norm([Part(complete)], norm, silu=True, grid=(0.02, 9, 255))
-    codes, _ = LIBRARY.group_norm([Part(x)], norm, silu=True, grid=(0.02, 9, 255), edge=edge)
-    assert torch.equal(codes, expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("split", [1, 16, 30])
 def test_two_parts_are_one_tensor(dtype, split):

@@ -3,7 +3,7 @@
 from quantempo.engines.layerwise import LayerwiseEngine
 from quantempo.engines.onednn.blocks import BLOCKS
 from quantempo.engines.select import ENGINES
-from quantempo.kernels.cpu import packed
+from quantempo.kernels.cpu import fused
 
 __all__: list[str] = []
 
@@ -13,6 +13,6 @@ ENGINES.register("onednn")(
         ("cpu",),
         BLOCKS,
         copies=2,
-        holds=lambda layer: "as bytes" if layer.unpack or packed.missing() else "packed",
+        holds=lambda layer: "as bytes" if layer.unpack or fused.missing() else "packed",
     )
 )

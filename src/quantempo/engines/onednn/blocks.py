@@ -133,12 +133,9 @@ class _Resnet(_Block):
         codes, raws = library.group_norm(parts, self.norm1, silu=True, grid=grid)
         inner = torch.bfloat16 if onednn.native_bfloat16() else dtype
         hidden = [Part(self.conv1(codes, bucket, inner))]
-        edge, grid = self.conv1.edge(bucket), self.conv2.grid(bucket)
-        codes, _ = library.group_norm(
-            hidden, self.norm2, silu=True, grid=grid, shift=shift, edge=edge
-        )
-        y = self.conv2(codes, bucket, dtype)
-        library.add(y, x if shortcut is None else None, self.conv2.edge(bucket))
+        grid = self.conv2.grid(bucket)
+        codes, _ = library.group_norm(hidden, self.norm2, silu=True, grid=grid, shift=shift)
+        y = self.conv2(codes, bucket, dtype, add=x if shortcut is None else None)
         if shortcut is not None:
             into = rows_of(y)
             for i, part in enumerate(raws or inputs):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from quantempo.core import GroupFormat, token_scale
 from quantempo.engines import base
 from quantempo.engines.base import ActivationGrids, Kernel, channel_dim, run_per_bucket
+from quantempo.errors import log
 from quantempo.kernels import layout
 from quantempo.kernels.cpu import fused as fused_cpu
 from quantempo.kernels.cpu import onednn
 from quantempo.kernels.cpu.packed import Packed
+from quantempo.kernels.cpu.product import Product
 from quantempo.quantized import QConv2d, QLayer
 
 __all__ = ["FoldedLayer", "quantize_tokens"]
@@ -65,6 +68,12 @@ def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list
 
     if not isinstance(spec, GroupFormat) or groups is None or layer.unpack:
         return [dense(*part) for part in parts]
+    apart = "oneDNN runs grouped convolutions" if getattr(layer, "groups", 1) > 1 else None
+    if (reason := fused_cpu.missing() or apart) is not None:
+        # Said once, but not while what this thread says is left out.
+        if log.filter(logging.makeLogRecord({})):
+            base.warn_once(f"weights of 4 bits are held as bytes: {reason}")
+        return [dense(*part) for part in parts]
     given = (layer.weight_int, groups, spec.group)
     return [Packed(*given, *part, functools.partial(dense, *part)) for part in parts]
 
@@ -78,6 +87,19 @@ def _alone(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return (outside if torch.compiler.is_compiling() else call)(*args, **how)
 
     return run
+
+
+def _operator(
+    layer: QLayer, weight: Tensor | Packed, scale: Tensor, padding: Any, own: bool
+) -> Any:
+    """Return what multiplies codes by a weight, ours or oneDNN's; padding: of images, else None."""
+    if own or isinstance(weight, Packed):
+        how = () if padding is None else (layer.kernel_size, layer.stride, padding, layer.dilation)
+        return Product(weight, scale, *how)
+    if padding is None:
+        return onednn.Int8Linear(weight, scale)
+    how = (layer.stride, padding, layer.dilation, layer.groups)
+    return onednn.Int8Conv2d(weight, scale, *how)
 
 
 class _Kernel(Kernel):
@@ -97,17 +119,12 @@ class _Kernel(Kernel):
         return run_per_bucket(self.layer.clock, self._run, x)
 
     def _prepare(self, device: torch.device) -> None:
-        layer = self.layer
+        layer: Any = self.layer
         width = layer.segments if len(layer.segments) > 1 else (layer.weight_shape[1],)
-        self.parts = [self._pack(w) for w in _weights(layer, width)]
+        padding = layer.padding if isinstance(layer, QConv2d) else None
+        how = layer.weight_scale, padding, False
+        self.parts = [_operator(layer, weight, *how) for weight in _weights(layer, width)]
         self.grids = ActivationGrids(layer)
-
-    def _pack(self, weight: Tensor | Packed) -> Any:
-        layer = self.layer
-        if not isinstance(layer, QConv2d):
-            return onednn.Int8Linear(weight, layer.weight_scale)
-        how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return onednn.Int8Conv2d(weight, layer.weight_scale, *how)
 
     def _run(self, bucket: int, x: Tensor) -> Tensor:
         convolution, bias = isinstance(self.layer, QConv2d), self.layer.bias
@@ -153,7 +170,7 @@ class FoldedLayer:
         y = s s_w[o] sum_k q_a q_w + (bias[o] - s s_w[o] z sum_k q_w)
 
     oneDNN's own zero points are worked out again at every call, up to half of the time of a small
-    convolution. It then pads zeros instead of zero points: `edge` is what that leaves out.
+    convolution. It then pads zeros instead of zero points: `edge`, what that leaves out, is added.
 
     factor: multiplies the result; widths: input channels of each operand, None: the segments;
     bordered: the codes bring their border of zero points with them, nothing is padded.
@@ -165,6 +182,7 @@ class FoldedLayer:
     ) -> None:  # fmt: skip
         self.layer, self.factor = layer, factor
         self.widths, self.bordered = widths or layer.segments, bordered
+        self.image = isinstance(layer, QConv2d) and layer.kernel_size != (1, 1)
         self.grids = ActivationGrids(layer)
         self._parts: list[Any] = []
         # Of each column of scales.
@@ -187,7 +205,14 @@ class FoldedLayer:
             self._parts = self._pack()
         scale, *_ = self.grid(bucket, part)
         bias = self._biases[self.grids.column(bucket)][part]
-        return self._parts[part](codes, scale, 0, bias, dtype, **how)
+        operator, given = self._parts[part], (codes, scale, 0, bias, dtype)
+        if not self.image or self.bordered:
+            return operator(*given, **how)
+        if isinstance(operator, Product):
+            return operator(*given, edge=self.edge(bucket), **how)
+        library = fused_cpu.load()
+        assert library is not None
+        return library.add(operator(*given), how.get("add"), self.edge(bucket))
 
     def edge(self, bucket: int) -> Tensor:
         """Return s s_w[o] z sum_k q_w of a 3x3 kernel over the taps outside; see `Library.add`."""
@@ -202,14 +227,12 @@ class FoldedLayer:
         return self._edges[self.grids.column(bucket)]
 
     def _pack(self) -> list[Any]:
-        layer, weight_scale = self.layer, self.layer.weight_scale * self.factor
-        image = isinstance(layer, QConv2d) and layer.kernel_size != (1, 1)
-        made: Any = onednn.Int8Linear
-        if image:
-            padding = (0, 0) if self.bordered else layer.padding
-            made = functools.partial(onednn.Int8Conv2d, stride=layer.stride, padding=padding)
-        weights = _weights(layer, self.widths, flat=not image)
-        return [made(weight, weight_scale) for weight in weights]
+        layer: Any = self.layer
+        padding = None if not self.image else (0, 0) if self.bordered else layer.padding
+        # What multiplies tiles is faster than what is called faster.
+        how = layer.weight_scale * self.factor, padding, not onednn.has("amx_int8")
+        weights = _weights(layer, self.widths, flat=not self.image)
+        return [_operator(layer, weight, *how) for weight in weights]
 
     def _fold(self) -> list[list[Tensor]]:
         layer = self.layer

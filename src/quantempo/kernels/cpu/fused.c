@@ -19,6 +19,8 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 
 INLINE vf load_float(const void *p) { return _mm512_loadu_ps(p); }
+INLINE vi load_int(const void *p) { return (vi)_mm512_loadu_si512(p); }
+INLINE vf to_float(vi v) { return _mm512_cvtepi32_ps((__m512i)v); }
 INLINE vi load_half(const void *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE void put_float(void *p, vf v) { _mm512_storeu_ps(p, v); }
 /* The low half of each lane; the high half is zero. */
@@ -34,6 +36,8 @@ typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 
 INLINE vf load_float(const void *p) { return _mm256_loadu_ps(p); }
+INLINE vi load_int(const void *p) { return (vi)_mm256_loadu_si256(p); }
+INLINE vf to_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
 INLINE vi load_half(const void *p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE void put_float(void *p, vf v) { _mm256_storeu_ps(p, v); }
 /* Eight 16-bit values in the low half; the high bits of each lane are zero. */
@@ -107,7 +111,6 @@ typedef struct {
     float eps;
     float *out;         /* float output [n][pixels][channels], or NULL */
     uint8_t *codes;     /* [n][pixels][channels], or NULL */
-    const float *edge;  /* see `edge_pixels`, or NULL; for one part, whose x is then changed */
     float scale;
     int32_t zero, qmax;
 } norm_t;
@@ -269,14 +272,6 @@ static void edge_pixels(char *x, int64_t row, int64_t height, int64_t width, int
     }
 }
 
-static void edge_sample(const norm_t *k, int64_t sample) {
-    if (!k->edge) return;
-    const int64_t line = (k->bf16 ? 2 : 4) * k->width * k->part[0].channels;
-    char *x = (char *)k->part[0].x + sample * k->height * line;
-    for (int64_t i = 0; i < k->height; i++)
-        edge_pixels(x + i * line, i, k->height, k->width, k->part[0].channels, k->edge, k->bf16);
-}
-
 /* The first pixel of a sample as float, all parts one after the other. */
 static void first_pixel(const norm_t *k, int64_t sample, float *pivot) {
     const int64_t pixels = k->height * k->width;
@@ -324,15 +319,12 @@ void quantempo_norm(const norm_t *k, float *scratch, int64_t chunks, int threads
 #pragma omp for schedule(dynamic, 1)
             for (int64_t sample = 0; sample < k->n; sample++) {
                 float *partial = scratch + 2 * sample * channels;
-                edge_sample(k, sample);
                 first_pixel(k, sample, pivot);
                 sum_pixels(k, sample, channels, 0, pixels, pivot, partial);
                 affine(k, sample, channels, pivot, partial, 1, a, b);
                 write_pixels(k, sample, channels, 0, pixels, a, b);
             }
         } else {
-#pragma omp for schedule(static)
-            for (int64_t sample = 0; sample < k->n; sample++) edge_sample(k, sample);
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < items; item++) {
                 const int64_t sample = item / chunks, part = item % chunks;
@@ -519,6 +511,176 @@ void quantempo_unpack(const uint8_t *q, const uint8_t *groups, int8_t *out, int6
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t tap = 0; tap < taps; tap++)
             unpack_tap(&k, b * block, tap, (uint32_t *)out + (b * taps + tap) * depth / 4 * block);
+}
+
+/* Adds four products of a byte of `a` and a signed byte of `b` to each lane. */
+INLINE vi dot(vi sum, vi a, vi b) {
+#ifdef __AVX512VNNI__
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < 32; j += 8)
+            sum[i] += (a[i] >> j & 255) * (int8_t)(b[i] >> j);
+    return sum;
+#endif
+}
+
+/* A convolution, or a linear layer: the same for every call with images of one size. */
+typedef struct {
+    /* [tap][pixel]: which pixel of x is read, -1 for one outside; then the place of each pixel in
+     * the output, and its row of `edge`. NULL: row by row. In the order of what is outside. */
+    const int32_t *places;
+    const float *scale; /* [outs] */
+    int64_t size, pixels, taps, inputs, outs;
+} layer_t;
+
+/* y = x_scale scale[o] (start[o] + sum w x) + bias[o], + add, + edge. */
+typedef struct {
+    const layer_t *l;
+    const uint8_t *x;       /* [n][size][inputs] */
+    const int8_t *w;        /* [outs / BLOCK][tap][inputs / 4][BLOCK][4], zeros behind the last */
+    const uint8_t *outside; /* [inputs]; NULL: zeros */
+    const int32_t *start;
+    const float *bias, *edge;
+    const void *add; /* like out, maybe out itself; or NULL, as may be the three above */
+    void *out;
+    int64_t pixels;
+    float x_scale;
+    int32_t bf16;
+} product_t;
+
+#define BLOCK 64
+#define ROWS 6
+#define WIDE (LANES == 16 ? 4 : 2)
+static const uint8_t zeros[1 << 14];
+
+INLINE vf load_some(const void *p, int bf16, int64_t count) {
+    char in[4 * LANES] = {0};
+    memcpy(in, p, (size_t)((bf16 ? 2 : 4) * count));
+    return load(in, bf16);
+}
+
+/* The value that a store in bfloat16 leaves. */
+INLINE vf rounded(vf v, int bf16) {
+    char kept[4 * LANES];
+    if (!bf16) return v;
+    store(kept, 1, v);
+    return load(kept, 1);
+}
+
+/* Lanes of one pixel, in the order of roundings of a convolution and two sums, or of a linear. */
+INLINE void finish(const product_t *k, vi sum, int64_t pixel, int64_t mask, int64_t o) {
+    const int64_t left = k->l->outs - o, at = pixel * k->l->outs + o;
+    const int64_t count = left < LANES ? left : LANES, size = k->bf16 ? 2 : 4;
+    const int steps = k->bf16 && k->l->places;
+#define GET(p, half) (count == LANES ? load(p, half) : load_some(p, half, count))
+    if (k->start) sum += (vi)GET(k->start + o, 0);
+    vf y = to_float(sum) * k->x_scale * GET(k->l->scale + o, 0);
+    /* Rounded before the next sum. */
+    __asm__("" : "+v"(y));
+    if (k->bias) y += GET(k->bias + o, 0);
+    if (k->add) y = rounded(y, steps) + GET((const char *)k->add + size * at, k->bf16);
+    if (k->edge && mask)
+        y = rounded(y, steps) + GET(k->edge + mask * k->l->outs + o, 0);
+#undef GET
+    char *to = (char *)k->out + size * at;
+    if (count == LANES) store(to, k->bf16, y);
+    else {
+        char last[4 * LANES];
+        store(last, k->bf16, y);
+        memcpy(to, last, (size_t)(size * count));
+    }
+}
+
+INLINE void product_tile(const product_t *k, int64_t image, int64_t p0, int64_t out, const int rows,
+                         const int wide) {
+    const layer_t *l = k->l;
+    const int64_t whole = l->inputs / 4, depth = (l->inputs + 3) / 4, pixels = k->pixels;
+    const uint8_t *x = k->x + image * l->size * l->inputs;
+    const uint8_t *outside = k->outside ? k->outside : zeros;
+    const int8_t *w = k->w + out / BLOCK * l->taps * depth * 4 * BLOCK + out % BLOCK * 4;
+    const int32_t *places = l->places ? l->places + p0 : NULL;
+    vi sum[ROWS][WIDE] = {0};
+    for (int64_t tap = 0; tap < l->taps; tap++) {
+        const uint8_t *at[ROWS];
+        int inside = k->outside != NULL;
+#pragma GCC unroll 8
+        for (int p = 0; p < rows; p++) {
+            const int64_t place = places ? places[tap * pixels + p] : p0 + p;
+            at[p] = place < 0 ? outside : x + place * l->inputs;
+            inside |= place >= 0;
+        }
+        if (!inside) {
+            w += depth * 4 * BLOCK;
+            continue;
+        }
+#define STEP(bytes)                                                                     \
+    {                                                                                   \
+        vi b[WIDE];                                                                     \
+        _Pragma("GCC unroll 8") for (int v = 0; v < wide; v++) b[v] =                   \
+            load_int(w + 4 * LANES * v);                                                \
+        _Pragma("GCC unroll 8") for (int p = 0; p < rows; p++) {                        \
+            int32_t four = 0;                                                           \
+            memcpy(&four, at[p] + 4 * i, bytes);                                        \
+            const vi a = four - (vi){0};                                                \
+            _Pragma("GCC unroll 8") for (int v = 0; v < wide; v++) sum[p][v] =          \
+                dot(sum[p][v], a, b[v]);                                                \
+        }                                                                               \
+        w += 4 * BLOCK;                                                                 \
+    }
+        int64_t i = 0;
+        for (; i < whole; i++) STEP(4)
+        if (i < depth) STEP((size_t)(l->inputs % 4))
+#undef STEP
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < rows; p++) {
+        const int64_t pixel = places ? places[l->taps * pixels + p] : p0 + p;
+        const int64_t mask = places ? places[(l->taps + 1) * pixels + p] : 0;
+#pragma GCC unroll 8
+        for (int v = 0; v < wide; v++)
+            finish(k, sum[p][v], image * pixels + pixel, mask, out + LANES * v);
+    }
+}
+
+INLINE void product_rows(const product_t *k, int64_t image, int64_t p0, int64_t p1, int64_t out,
+                         const int wide) {
+    for (; p0 + ROWS <= p1; p0 += ROWS) product_tile(k, image, p0, out, ROWS, wide);
+    switch (p1 - p0) {
+    case 5: product_tile(k, image, p0, out, 5, wide); break;
+    case 4: product_tile(k, image, p0, out, 4, wide); break;
+    case 3: product_tile(k, image, p0, out, 3, wide); break;
+    case 2: product_tile(k, image, p0, out, 2, wide); break;
+    case 1: product_tile(k, image, p0, out, 1, wide); break;
+    }
+}
+
+/* The channels out to out + BLOCK of some pixels. */
+static void product_block(const product_t *k, int64_t image, int64_t p0, int64_t p1, int64_t out) {
+    const int64_t end = out + BLOCK < k->l->outs ? out + BLOCK : k->l->outs;
+    for (; out + WIDE * LANES <= end; out += WIDE * LANES) product_rows(k, image, p0, p1, out, WIDE);
+    for (; out < end; out += LANES) product_rows(k, image, p0, p1, out, 1);
+}
+
+#define PIECE 96
+
+/* Images with `places`, or one matrix of n rows without. */
+void quantempo_product(const layer_t *l, const uint8_t *x, const int8_t *w, int64_t n,
+                       const uint8_t *outside, const int32_t *start, const float *bias,
+                       const float *edge, const void *add, void *out, float x_scale, int bf16,
+                       int threads) {
+    const int64_t pixels = l->places ? l->pixels : n, images = l->places ? n : 1;
+    const int64_t pieces = (pixels + PIECE - 1) / PIECE, blocks = (l->outs + BLOCK - 1) / BLOCK;
+    const product_t k = {l, x, w, outside, start, bias, edge, add, out, pixels, x_scale, bf16};
+#pragma omp parallel for collapse(3) schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t image = 0; image < images; image++)
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t p0 = piece * PIECE, p1 = p0 + PIECE;
+                product_block(&k, image, p0, p1 < pixels ? p1 : pixels, block * BLOCK);
+            }
 }
 
 int quantempo_layout(void) { return (int)(sizeof(norm_t) * 1000 + sizeof(quantize_t)); }

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_CHANNELS", "Library", "Norm", "Part", "load", "missing"]
+__all__ = ["MAX_CHANNELS", "Library", "Norm", "Part", "fields", "floats", "load", "missing"]
 
 log = logging.getLogger("quantempo")
 
@@ -36,7 +36,7 @@ MAX_CHANNELS = 16384
 _PARALLEL_FROM = 16384
 
 
-def _fields(text: str, *first: Any) -> list[tuple[str, Any]]:
+def fields(text: str, *first: Any) -> list[tuple[str, Any]]:
     """Return the fields of a structure from lines of a type and names, as in `fused.c`."""
     lines = [line.split() for line in text.split(";")]
     each = ((name, getattr(ctypes, f"c_{kind}")) for kind, *names in lines for name in names)
@@ -44,21 +44,21 @@ def _fields(text: str, *first: Any) -> list[tuple[str, Any]]:
 
 
 class _PartStruct(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         "void_p x; int64 channels stride; void_p raw; float raw_scale; int32 raw_zero raw_qmax"
     )
 
 
 class _NormStruct(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         "int64 parts n height width groups; int32 bf16 silu; void_p gamma beta shift;"
-        "int64 shift_stride; float eps; void_p out codes edge; float scale; int32 zero qmax",
+        "int64 shift_stride; float eps; void_p out codes; float scale; int32 zero qmax",
         ("part", _PartStruct * 2),
     )
 
 
 class _QuantizeStruct(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         "void_p x; int64 n height width channels stride; int32 bf16 repeat;"
         "int64 top bottom left right; float scale; int32 zero qmax; void_p codes scales"
     )
@@ -87,7 +87,7 @@ class Norm:
 
     def __post_init__(self) -> None:
         for name in ("weight", "bias"):
-            _floats(name, getattr(self, name), (len(self.weight),))
+            floats(name, getattr(self, name), (len(self.weight),))
 
 
 class Library:
@@ -100,15 +100,19 @@ class Library:
         if handle.quantempo_layout() != self.layout:
             raise OSError(f"{path} was compiled from another version of its source")
         self._norm, self._quantize = handle.quantempo_norm, handle.quantempo_quantize
-        # On addresses, see `packed`.
-        self._add, self.unpack = handle.quantempo_add, handle.quantempo_unpack
-        self.unpack.restype = None
+        self._add = handle.quantempo_add
+        # On addresses, see `packed` and `product`.
+        self.unpack, self.product = handle.quantempo_unpack, handle.quantempo_product
+        self.unpack.restype = self.product.restype = None
         self._norm.restype = self._quantize.restype = self._add.restype = None
-        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        pointer: Any = ctypes.c_void_p
+        number, size, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
         self._add.argtypes = [pointer] * 3 + [size] * 4 + [number] * 2
         self._norm.argtypes = [pointer, pointer, size, number]
         self._quantize.argtypes = [pointer, number]
         self.unpack.argtypes = [pointer] * 3 + [size] * 9 + [number]
+        self.product.argtypes = [pointer] * 3 + [size] + [pointer] * 6
+        self.product.argtypes += [real, number, number]
 
     def quantize(
         self, x: Tensor, scale: float, zero_point: int, qmax: int = 255,
@@ -149,14 +153,13 @@ class Library:
 
     def group_norm(
         self, parts: list[Part], norm: Norm, *, silu: bool, grid: tuple[float, int, int] | None,
-        shift: Tensor | None = None, edge: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Normalise torch.cat(parts, 1) + shift, apply SiLU, and quantize.
 
         parts: one or two tensors of one dtype and size; no copy of their union is made. grid:
         (scale, zero_point, qmax) of the codes; None for floats. shift: float32 (B, C), rows
-        contiguous, added to every pixel before the norm; or None. edge: float32 (16, C), added to x
-        itself before all else, see `add`; or None.
+        contiguous, added to every pixel before the norm; or None.
         Returns uint8 or float32 (B, C, H, W); and the codes of each part whose `raw` asks for them,
         bit-equal with `quantize`. Error: at most 1 from the codes of torch's own float32 passes.
         """
@@ -171,7 +174,7 @@ class Library:
         call = _NormStruct(
             parts=len(parts), n=batch, height=height, width=width, groups=norm.groups,
             bf16=_bf16(x), silu=silu, gamma=norm.weight.data_ptr(), beta=norm.bias.data_ptr(),
-            eps=norm.eps, scale=1.0, edge=_floats("edge", edge, (16, x.shape[1])),
+            eps=norm.eps, scale=1.0,
         )  # fmt: skip
         if shift is not None:
             # A row may be any distance from the next.
@@ -213,7 +216,7 @@ class Library:
             alike = tensor.dtype == x.dtype and tensor.shape == x.shape
             if not alike or _pixel_stride(tensor) != channels:
                 raise ValueError(f"got {tensor.dtype} {tensor.shape}, strides {tensor.stride()}")
-        edges = _floats("edge", edge, (16, channels))
+        edges = floats("edge", edge, (16, channels))
         sizes = batch, height, width, channels, _bf16(x), _threads(x)
         self._add(x.data_ptr(), None if y is None else y.data_ptr(), edges, *sizes)
         return x
@@ -228,7 +231,7 @@ def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
-def _floats(name: str, value: Tensor | None, shape: tuple[int, ...]) -> int | None:
+def floats(name: str, value: Tensor | None, shape: tuple[int, ...]) -> int | None:
     """Return the address of float32 numbers for C; ValueError unless they are there, dense."""
     if value is None:
         return None

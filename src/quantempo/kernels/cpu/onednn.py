@@ -8,21 +8,14 @@ signed ones run a reference kernel thousands of times slower.
 """
 
 import functools
-import logging
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantempo.kernels.cpu import packed
-from quantempo.kernels.cpu.packed import Packed
-
 __all__ = ["Int8Conv2d", "Int8Linear", "has", "missing", "native_bfloat16", "quantize"]
-
-log = logging.getLogger("quantempo")
 
 _OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
@@ -33,34 +26,14 @@ def quantize(x: Tensor, scale: float, zero_point: int, qmax: int = 255) -> Tenso
     return codes.round_().add_(zero_point).clamp_(0, qmax).to(torch.uint8)
 
 
-def _prepacked(
-    weight: Tensor | Packed, prepack: Callable[[Tensor], Tensor]
-) -> Tensor | Callable[[], Tensor]:
-    """Return oneDNN's own tensor of a weight, or what makes it at every call."""
-    if isinstance(weight, Tensor):
-        return prepack(weight)
-    made = prepack(weight.dense())
-    again = weight.again(made)
-    # Said once, but not while what this thread says is left out.
-    if again is None and log.filter(logging.makeLogRecord({})):
-        _say_unpacked()
-    return again or made
-
-
-@functools.cache
-def _say_unpacked() -> None:
-    reason = packed.missing() or "oneDNN orders those of some layers as is not known"
-    log.warning("weights of 4 bits are held as bytes: %s", reason)
-
-
 class Int8Conv2d:
-    """A convolution; weight int8 (O, C / groups, kh, kw), or `Packed`; weight_scale float32 (O,).
+    """A convolution; weight int8 (O, C / groups, kh, kw); weight_scale float32 (O,).
 
     Calls raise RuntimeError for shapes that oneDNN cannot take.
     """
 
     def __init__(
-        self, weight: Tensor | Packed, weight_scale: Tensor, stride: tuple[int, int] = (1, 1),
+        self, weight: Tensor, weight_scale: Tensor, stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1,
     ) -> None:  # fmt: skip
         self.weight, self.weight_scale = weight, weight_scale.float()
@@ -83,9 +56,8 @@ class Int8Conv2d:
         if shape != x.shape[2:]:
             # Packed without the shape, some kernels re-order the weight at every call.
             how = (self.weight_scale, 1.0, zero_point, *self._geometry, list(x.shape))
-            packed = _prepacked(self.weight, lambda w: torch.ops.onednn.qconv_prepack(w, *how))
+            packed = torch.ops.onednn.qconv_prepack(self.weight, *how)
             self._packed = x.shape[2:], packed
-        packed = packed if isinstance(packed, Tensor) else packed()
         return torch.ops.onednn.qconv_pointwise(
             x, scale, zero_point, packed, self.weight_scale, self._zeros, bias,
             *self._geometry, 1.0, 0, dtype, "none", [], "",
@@ -93,12 +65,12 @@ class Int8Conv2d:
 
 
 class Int8Linear:
-    """A linear layer: weight (O, K) int8, or `Packed`; weight_scale (O,) float32."""
+    """A linear layer: weight (O, K) int8; weight_scale (O,) float32."""
 
-    def __init__(self, weight: Tensor | Packed, weight_scale: Tensor) -> None:
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
         self.weight, self.weight_scale = weight, weight_scale.float()
         self._zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
-        self._packed: Tensor | Callable[[], Tensor] | None = None
+        self._packed: Tensor | None = None
 
     def __call__(
         self, x: Tensor, scale: float, zero_point: int, bias: Tensor | None,
@@ -110,10 +82,8 @@ class Int8Linear:
         x: uint8 (R, K), contiguous; bias: float32 (O,); dtype: float32 or bfloat16.
         """
         if self._packed is None:
-            prepack = torch.ops.onednn.qlinear_prepack
-            self._packed = _prepacked(self.weight, lambda w: prepack(w, list(x.shape)))
-        packed = self._packed if isinstance(self._packed, Tensor) else self._packed()
-        fixed = (packed, self.weight_scale, self._zeros)
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight, list(x.shape))
+        fixed = (self._packed, self.weight_scale, self._zeros)
         if add is None and into is None:
             return torch.ops.onednn.qlinear_pointwise(
                 x, scale, zero_point, *fixed, bias, 1.0, 0, dtype, "none", [], ""
