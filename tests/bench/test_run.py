@@ -238,8 +238,7 @@ def test_a_killed_bench_keeps_what_it_has(tmp_path: Path) -> None:
         (("--model", "sd15", "--engine", "onednm"), "unknown engine 'onednm'"),
         (("--model", "sd15", "--candidate", "ours/graph"), "no candidate on cpu matches"),
         (("--model", "sd15", "--out", "."), "is a folder"),
-        (("--ops",), "add --device cuda"),
-        (("--device", "cudo", "--ops"), "cannot use --device cudo"),
+        (("--device", "cudo", "--model", "sd15"), "cannot use --device cudo"),
     ],
 )
 def test_mistakes_are_one_sentence(args, words, cli):

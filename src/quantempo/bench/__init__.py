@@ -1,4 +1,4 @@
-"""Time a denoiser in all its forms, and kernels one by one; the front door is `bench.run.bench`.
+"""Time a denoiser in all its forms; the front door is `bench.run.bench`.
 
 Nothing here prints, and every function that times takes the timer as an argument.
 """

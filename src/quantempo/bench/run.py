@@ -1,4 +1,4 @@
-"""Time a network, and the kernels under it, on a CPU or a GPU; `bench` is the front door."""
+"""Time a network on a CPU or a GPU; `bench` is the front door."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +11,6 @@ import torch
 from quantempo.bench.candidates import Candidate, cast_inputs, select
 from quantempo.bench.forwards import Timer, clear, compare, images_per_second, reason_of, timer_for
 from quantempo.bench.networks import Network, model_network, run_network
-from quantempo.bench.op_table import bench_ops
 from quantempo.bench.results import Results, Row
 from quantempo.core.machine import machine, parse_bytes
 from quantempo.engines.forms import time_forms
@@ -24,26 +23,24 @@ from quantempo.pipeline.quality import SPEED_KEYS
 from quantempo.pipeline.session import Session, reopen
 from quantempo.run_folder import RunFolder
 
-__all__ = ["bench", "bench_network"]
+__all__ = ["bench", "bench_network", "describe_machine"]
 
 _PACKAGES = ("quantempo", "torch", "triton", "diffusers")
 
 
 def _check_request(
-    run: bool, model: str | None, device: str, ops: bool, engines: Sequence[str],
-    out: str | Path | None, memory: int | str | None,
+    run: bool, model: str | None, device: str, engines: Sequence[str], out: str | Path | None,
+    memory: int | str | None,
 ) -> None:  # fmt: skip
     """Raise QuantempoError for a request that names nothing, too much, or what does not exist."""
     kind = device.partition(":")[0]
     if run and model is not None:
         raise QuantempoError("got both a run folder and a model; give one of --run and --model")
-    if not run and model is None and not ops:
-        raise QuantempoError("nothing to time: give --run RUN, --model NAME, or --ops")
+    if not run and model is None:
+        raise QuantempoError("nothing to time: give --run RUN or --model NAME")
     if model is not None and not Path(model).exists():
         check_preset(model)
     check_device(device)
-    if ops and kind == "cpu":
-        raise QuantempoError("--ops times the kernels of a GPU; add --device cuda")
     if kind != "cpu" and len(engines) > 1:
         raise QuantempoError(f"got {len(engines)} engines; on a GPU bench times one, give one")
     if memory is not None and (parse_bytes(memory) < 0 or kind == "cpu"):
@@ -60,10 +57,10 @@ def _check_request(
 def bench(
     run: Session | str | Path | None = None, model: str | None = None, *, device: str = "cpu",
     batches: Sequence[int] | None = None, engines: Sequence[str] = (),
-    candidates: Iterable[str] = (), compiled: bool = True, ops: bool = False,
-    out: str | Path | None = None, memory: int | str | None = None, **settings: Any,
+    candidates: Iterable[str] = (), compiled: bool = True, out: str | Path | None = None,
+    memory: int | str | None = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time a run folder's network, or a model quantized without data, or kernels, or several.
+    """Time a run folder's network, or a model quantized without data.
 
     Everything is written as it comes: to `out`, and for a run folder under the device's type in its
     `bench.json`; a CPU's first batch goes into its `metrics.json` at the end.
@@ -74,12 +71,12 @@ def bench(
         engines: that run the quantized network, the first one judged by; by default all that a CPU
             has, and the fastest one of a GPU.
         candidates: shell patterns of their names, all by default; compiled: with torch.compile in
-            baselines; ops: time the kernels too; out: JSON file; settings: of `bench_network`.
+            baselines; out: JSON file; settings: of `bench_network`.
         memory: of a GPU, to time ours in it too, see `attach`.
     Returns the record, see `Results.record`. Raises QuantempoError: a request that names nothing,
     too much, or what does not exist; nothing packed yet.
     """
-    _check_request(run is not None, model, device, ops, engines, out, memory)
+    _check_request(run is not None, model, device, engines, out, memory)
     kind = torch.device(device).type
     known = select(candidates, kind)
     session = reopen(run, device=device) if isinstance(run, str | Path) else run
@@ -91,22 +88,17 @@ def bench(
         and (not engines or one.engine is None or one.engine in engines)
         and (memory is not None or "streamed" not in one.name)
     ]
-    head = {"device": kind, "engine": engine, "machine": _machine()}
+    head = {"device": kind, "engine": engine, "machine": describe_machine()}
     results = Results(head, _writer(session, kind, out))
-    if session is not None or model is not None:
-        network = run_network(session) if session else model_network(str(model), device)
-        sizes = list(batches or _sizes(network))
-        bench_network(network, sizes, chosen, results, memory=memory, **settings)
-        if session is not None and kind == "cpu":
-            _into_metrics(session, results, sizes[0])
-        del network
-        clear(torch.device(device))
-    if ops:
-        bench_ops(results, device=device)
+    network = run_network(session) if session else model_network(str(model), device)
+    sizes = list(batches or _sizes(network))
+    bench_network(network, sizes, chosen, results, memory=memory, **settings)
+    if session is not None and kind == "cpu":
+        _into_metrics(session, results, sizes[0])
     return results.record()
 
 
-def _machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describe the machine and the versions that a figure was measured with."""
     found = machine()
     for package in _PACKAGES:

@@ -24,7 +24,6 @@ def bench(
         "diffusers folder, quantized without data.",
     ),
     candidate: list[str] | None = typer.Option(None, help="Pattern like 'ours/*'; repeatable."),
-    ops: bool = typer.Option(False, "--ops", help="GPU: time the kernels one by one."),
     steps: int | None = typer.Option(
         None, "--sample-steps", min=1, help="Images a second too, DDIM of so many steps."
     ),
@@ -42,7 +41,7 @@ def bench(
 
     record = library.bench(
         run, model, device=device, batches=batch, engines=engine or (), candidates=candidate or (),
-        compiled=compiled, ops=ops, out=out, rounds=rounds, budget=budget, steps=steps,
+        compiled=compiled, out=out, rounds=rounds, budget=budget, steps=steps,
         memory=memory,
     )  # fmt: skip
     if as_json:

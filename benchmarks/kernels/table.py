@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.cases import CASES, PRODUCTS, Case, gemm
 from quantempo.bench.forwards import Call, Timer, clear, reason_of, take_turns, timer_for
-from quantempo.bench.op_cases import CASES, PRODUCTS, Case, gemm
 from quantempo.bench.results import Results, Row
 from quantempo.engines.cuda.graphs import capture
 from quantempo.errors import QuantempoError, log

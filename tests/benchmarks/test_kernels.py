@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantempo.bench.op_cases import CASES, PRODUCTS, attention, conv, gemm, joint, norm, tokens
-from quantempo.bench.op_table import Limits, bench_ops, check, measure_limits, tera, time_op
+from benchmarks.kernels.cases import CASES, PRODUCTS, attention, conv, gemm, joint, norm, tokens
+from benchmarks.kernels.table import Limits, bench_ops, check, measure_limits, tera, time_op
 from quantempo.bench.results import Results, text_table
 from quantempo.errors import QuantempoError
 from quantempo.kernels import ops
