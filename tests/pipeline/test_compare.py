@@ -97,11 +97,14 @@ def test_models_that_are_no_pairs_are_refused(models: list[str], tmp_path: Path)
         ([models[0], str(saved("dit"))], {"class_labels": [1]}, "takes no argument 'class_labels'"),
         ([models[0], str(saved("text"))], {}, r"text: takes \['prompt'.*, but .* has \[\]"),
         ([models[0], str(tmp_path / "no")], {}, "no folder"),
+        ([models[0], str(tmp_path / "small")], {"engine": "onednn"}, "got --engine onednn, but"),
     ]
     for number, (some, call, words) in enumerate(cases):
         with pytest.raises(QuantempoError, match=words):
-            how = {**HOW, "images": call.pop("images", 8), "call": call}
-            compare(some, tmp_path / str(number), **how)
+            how = {**HOW, "engine": "auto"} | {
+                k: call.pop(k) for k in ("images", "engine") if k in call
+            }
+            compare(some, tmp_path / str(number), call=call, **how)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/precious").touch()
     with pytest.raises(QuantempoError, match="is not empty"):

@@ -51,13 +51,16 @@ def compare(
     if images < ENOUGH:
         raise QuantempoError(f"got {images} images; intervals need at least {ENOUGH}")
     call = _common_call(folders.values(), call)
+    files = {name: folder.glob("*/config.json") for name, folder in folders.items()}
+    ours = {n for n, each in files.items() if any('"quantempo"' in f.read_text() for f in each)}
+    if engine != "auto" and not ours:
+        raise QuantempoError(f"got --engine {engine}, but no model that was packed here")
     tools = load_tools(weights, bool(call.get("prompt")))
     rules, late = parse_gate(gate, tools, data is not None), _register(store, gate, folders)
     seeds, first = list(range(seed, seed + images)), next(iter(folders))
     sets, about, real = dict[str, np.ndarray](), dict[str, dict[str, Any]](), None
     for name, folder in folders.items():
-        ours = any('"quantempo"' in f.read_text("utf-8") for f in folder.glob("*/config.json"))
-        pipe = open_model(folder, **loading, **({"engine": engine} if ours else {}))
+        pipe = open_model(folder, **loading, **({"engine": engine} if name in ours else {}))
         about[name] = _about(pipe, folder, about.get(first), steps, call)
         if data is not None and real is None:
             real = load_images(data, about[first]["size"]).images
@@ -67,7 +70,7 @@ def compare(
         )  # fmt: skip
         about[name]["engine"] = engine_of(pipe)
         del pipe
-    prompts = np.resize(call.get("prompt") or [], images).tolist() if call.get("prompt") else []
+    prompts = np.resize(text, images).tolist() if (text := call.get("prompt")) else []
     found = judge(sets, tools, prompts=prompts, data=real)
     met = {n: [passed(r, found["scores"][r[0]][n]) for r in rules] for n in list(folders)[1:]}
     result = {
