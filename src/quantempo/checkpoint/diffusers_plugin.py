@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from quantempo import __version__, quantized
 from quantempo.checkpoint.hashes import check_files, digest, joined, seal, settings_digest
 from quantempo.checkpoint.values import check_layers, check_plans, check_tensor, check_times
-from quantempo.checkpoint.without_data import has_time, install, plans_of, resolved
+from quantempo.checkpoint.without_data import has_time, install, resolved
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
 from quantempo.errors import QuantempoError, log
@@ -366,15 +367,12 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
 def quantize_without_data(denoiser: nn.Module, config: Any) -> QuantempoConfig:
     """Quantize a denoiser in place by the recipe of a configuration; return what it is now."""
-    recipe = resolved(config)
     if not has_time(denoiser):
         text = f"{type(denoiser).__name__} has no time-step; expected a denoiser"
         raise QuantempoError(f"{text}; quantempo.quantize_(module) takes any other")
-    plans, times = plans_of(denoiser, recipe), quantized.Times(1)
-    device = next(denoiser.parameters()).device
-    table = torch.zeros(1, dtype=torch.int64, device=device)
-    install(denoiser, plans, quantized.install_clock(denoiser, table, times), recipe)
-    return QuantempoConfig.of(recipe, plans, times=times, source_sha256="")
+    times = quantized.Times(1)
+    clock = partial(quantized.install_clock, denoiser, times=times)
+    return QuantempoConfig.of(*install(denoiser, config, clock), times=times, source_sha256="")
 
 
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:

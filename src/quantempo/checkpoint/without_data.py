@@ -5,11 +5,12 @@ would, and stay in float.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantempo import quantized
 from quantempo.errors import QuantempoError, log
@@ -18,7 +19,7 @@ from quantempo.recipe import Recipe
 from quantempo.registry import check_known
 from quantempo.scales import search_weights
 
-__all__ = ["has_time", "install", "plans_of", "quantize_", "resolved"]
+__all__ = ["has_time", "install", "quantize_", "resolved"]
 
 _CONVOLUTION = "without data: a convolution needs scales that were found on inputs"
 
@@ -26,10 +27,9 @@ _CONVOLUTION = "without data: a convolution needs scales that were found on inpu
 def resolved(recipe: Any) -> Recipe:
     """Return the recipe of a name, a file, a dictionary, or a configuration that has one."""
     found = getattr(recipe, "recipe", recipe)
-    recipe = found if isinstance(found, Recipe) else None
-    if recipe is None:
-        recipe = Recipe.from_dict(found) if isinstance(found, dict) else Recipe.load(found)
-    return recipe.override("rounding", name="nearest").override("activations", granularity="token")
+    if not isinstance(found, Recipe):
+        found = Recipe.from_dict(found) if isinstance(found, dict) else Recipe.load(found)
+    return found.override("rounding", name="nearest").override("activations", granularity="token")
 
 
 def has_time(module: nn.Module) -> bool:
@@ -37,33 +37,27 @@ def has_time(module: nn.Module) -> bool:
     return timestep_place(module)[0] in inspect.signature(type(module).forward).parameters
 
 
-def plans_of(module: nn.Module, recipe: Recipe) -> list[quantized.LayerPlan]:
-    """Return what each layer becomes; QuantempoError where none would be an integer one."""
-    found = sites(module)
+@torch.no_grad()
+def install(
+    module: nn.Module, config: Any, clock: Callable[[Tensor], quantized.StepClock]
+) -> tuple[Recipe, list[quantized.LayerPlan]]:
+    """Replace layers in place by filled ones with a clock of this table; return what was done.
+
+    Raises QuantempoError, before anything is replaced, where no layer would be an integer one.
+    """
+    recipe, found, plans = resolved(config), sites(module), []
     quantized.check_bits(found, recipe)
-    plans = []
     for site, plan in zip(found, quantized.plan_layers(found, recipe), strict=True):
         if plan.kind == "int8" and isinstance(site.layer, nn.Linear):
             plan = replace(plan, buckets=0)
         elif plan.kind == "int8":
-            plan = replace(plan, kind="float", segments=(), reason=_CONVOLUTION)
+            plan = quantized.LayerPlan(plan.name, "float", reason=_CONVOLUTION, role=plan.role)
         plans.append(plan)
-    left = sum(plan.reason == _CONVOLUTION for plan in plans)
     if not any(plan.kind == "int8" for plan in plans):
         text = f"{type(module).__name__} has no linear layer to quantize without data"
-        raise QuantempoError(
-            f"{text} ({left} convolutions); call quantempo.quantize(pipeline, run)"
-        )
-    if left:
+        raise QuantempoError(f"{text}; call quantempo.quantize(pipeline, run)")
+    if left := sum(plan.reason == _CONVOLUTION for plan in plans):
         log.warning("%d convolutions stay in float; quantempo.quantize finds their scales", left)
-    return plans
-
-
-@torch.no_grad()
-def install(
-    module: nn.Module, plans: list[quantized.LayerPlan], clock: Any, recipe: Recipe
-) -> None:
-    """Put filled layers in the place of the planned ones."""
 
     def fill(name: str, layer: Any, old: Any) -> None:
         if not isinstance(layer, quantized.QLayer):
@@ -76,7 +70,9 @@ def install(
         zero = torch.full_like(layer.act_zero_point, layer.act_format.symmetric_zero_point)
         quantized.fill(layer, codes, scale, old.bias, layer.act_scale, zero, group)
 
-    quantized.swap_layers(module, plans, clock, fill)
+    table = torch.zeros(1, dtype=torch.int64, device=next(module.parameters()).device)
+    quantized.swap_layers(module, plans, clock(table), fill)
+    return recipe, plans
 
 
 def quantize_(module: nn.Module, config: Any = "w8a8", *, engine: str = "auto") -> nn.Module:
@@ -104,12 +100,11 @@ def quantize_(module: nn.Module, config: Any = "w8a8", *, engine: str = "auto") 
         plugin.mark_quantized(module, plugin.quantize_without_data(module, config))
         attach(module, engine)
         return module
-    device = next(module.parameters()).device
+    device = next(module.parameters()).device.type
     names = [name for name in BACKENDS.names() if ENGINES.get(name).missing() is None]
-    able = [n for n in names if {device.type, "any"} & {*ENGINES.get(n).devices}]
-    check_known([able[0] if engine == "auto" else engine], able, "layer by layer, got engine")
-    recipe, table = resolved(config), torch.zeros(1, dtype=torch.int64, device=device)
-    install(module, plans_of(module, recipe), quantized.StepClock(table), recipe)
-    chosen: Any = ENGINES.get(able[0] if engine == "auto" else engine)
-    chosen.attach_layers(module)
+    able = [name for name in names if {device, "any"} & {*ENGINES.get(name).devices}]
+    chosen = able[0] if engine == "auto" else engine
+    check_known([chosen], able, "layer by layer, got engine")
+    install(module, config, quantized.StepClock)
+    ENGINES.get(chosen).attach_layers(module)  # type: ignore[attr-defined]
     return module

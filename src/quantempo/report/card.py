@@ -14,10 +14,9 @@ from quantempo.run_folder import RunFolder, atomic_path, reading
 
 __all__ = ["push", "write_card"]
 
-# Where a card does not know its own name on the hub.
-_PLACE = "path/to/this/folder"
 _FRONT = re.compile(r"\A---\n.*?^---\n", re.S | re.M)
-_NAMES_SHOWN = 8
+# Names of layers for each reason.
+_SHOWN = 8
 _SCORES = (
     ("PSNR to the float images, mean", "psnr_db_mean", "{:.2f} dB"),
     ("PSNR, worst 5 % of images", "psnr_db_p05", "{:.2f} dB"),
@@ -27,7 +26,7 @@ _SCORES = (
 )
 
 
-def write_card(run: RunFolder, folder: Path, name: str = _PLACE) -> None:
+def write_card(run: RunFolder, folder: Path, name: str = "path/to/this/folder") -> None:
     """Write README.md into a packed folder; its front matter, once there, stays as it is.
 
     name: what `from_pretrained` is to be given. Results are those of what is packed now.
@@ -36,75 +35,77 @@ def write_card(run: RunFolder, folder: Path, name: str = _PLACE) -> None:
     with reading(f"a file of {run.path} for the model card"):
         model, manifest = run.read_json("model.json"), run.read_json("manifest.json")
         rows = run.read_json("layers.json")
-        about = _of_source(model)
-        front = _FRONT.search(card.read_text()) if card.is_file() else None
-        head = front[0] if front else _front(model, about, bits_label(rows))
-        metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
-        packed_by = run.stages().get("pack", {}).get("key")
-        if not packed_by or metrics.get("packed_key") != packed_by:
-            metrics = {}
-        parts = [
-            f"# {about['title']}, {bits_label(rows)}\n",
+        label = bits_label(rows)
+        title, base, front = _of_source(model, label)
+        if card.is_file() and (known := _FRONT.search(card.read_text())):
+            front = known[0]
+        lines = [
+            f"{front}\n# {title}, {label}\n",
             f"`{model['class']}` of {model['parameters']:,} parameters, quantized by quantempo "
             f"{manifest['versions']['quantempo']}, recipe `{manifest['recipe']['name']}`.\n"
-            f"Base model: {about['base'] or about['title']}; its licence holds here too.\n",
+            f"Base model: {base or title}; its licence holds here too.\n",
             "```python\nimport quantempo  # first: it tells diffusers of the format\n"
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{name}")\n```\n',
-            *_results(run, metrics, folder),
-            "## Layers\n", *(f"- {kind}: {text}" for kind, text in bits_facts(rows, None)), "",
-            *_in_float(rows),
-            f"## Recipe\n\n```toml\n{manifest['recipe_toml'].strip()}\n```",
-        ]  # fmt: skip
+            *("## Results\n", *_results(run, folder)),
+            *("\n## Layers\n", *(f"- {kind}: {text}" for kind, text in bits_facts(rows, None))),
+            *("\n## In float\n", *_in_float(rows)),
+            f"\n## Recipe\n\n```toml\n{manifest['recipe_toml'].strip()}\n```\n",
+        ]
     with atomic_path(card) as temporary:
-        temporary.write_text(head + "\n" + "\n".join(parts) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
-def _of_source(model: dict[str, Any]) -> dict[str, str]:
-    """Return title, hub name ("" for none) and lines on the licence of the float model."""
-    path, base, licence = Path(model["path"]), "", ""
-    if not path.is_dir():
-        base = model["path"]
+def _of_source(model: dict[str, Any], label: str) -> tuple[str, str, str]:
+    """Return title, name on the hub ("" for none) and front matter by the float model's folder."""
+    path, base, licence = Path(model["path"]), model["path"], list[str]()
     with suppress(OSError, ValueError, AttributeError):
-        base = base or json.loads((path / "model_index.json").read_text()).get("_name_or_path", "")
-    with suppress(OSError, ValueError):
-        front = _FRONT.search((path / "README.md").read_text())
-        licence = "\n".join(re.findall(r"^license.*:.*$", front[0], re.M)) if front else ""
+        base = json.loads((path / "model_index.json").read_text()).get("_name_or_path", "")
+    with suppress(OSError, ValueError, TypeError):
+        front: Any = _FRONT.search((path / "README.md").read_text())
+        licence = re.findall(r"^license.*:.*$", front[0], re.M)
     base = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
-    return {"title": base.rpartition("/")[2] or path.name, "base": base, "licence": licence}
-
-
-def _front(model: dict[str, Any], about: dict[str, str], label: str) -> str:
+    known = [f"base_model: {base}", "base_model_relation: quantized"] if base else []
     tags = ["quantempo", "quantized", label.lower(), f"diffusers:{model['pipeline']}"]
-    lines = ["library_name: diffusers", about["licence"]]
-    if about["base"]:
-        lines += [f"base_model: {about['base']}", "base_model_relation: quantized"]
-    lines += ["tags:", *(f"  - {tag}" for tag in tags)]
-    return "\n".join(["---", *filter(None, lines), "---", ""])
+    lines = [
+        "---",
+        "library_name: diffusers",
+        *licence,
+        *known,
+        "tags:",
+        *map("  - {}".format, tags),
+    ]
+    return base.rpartition("/")[2] or path.name, base, "\n".join([*lines, "---\n"])
 
 
-def _results(run: RunFolder, metrics: dict[str, Any], folder: Path) -> list[str]:
+def _results(run: RunFolder, folder: Path) -> list[str]:
     """Return the table with its conditions, and the pictures, which are written beside the card."""
-    if not metrics:
-        return ["## Results\n\nNot evaluated.\n"]
-    sizes = metrics["bytes_packed"], metrics["bytes_float32"]
-    rows = [("size, of float32", "{:.1f} of {:.1f} MB".format(*(size / 1e6 for size in sizes)))]
-    rows += [(text, form.format(metrics[k])) for text, k, form in _SCORES if k in metrics]
-    seeds, shown, here = metrics["seeds"], [], metrics["machine"]
+    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    if metrics.get("packed_key") != run.stages().get("pack", {}).get("key", ""):
+        return ["Not evaluated."]
+    seeds, here, folders = (
+        metrics["seeds"],
+        metrics["machine"],
+        (run / "samples/float", run / "samples/int8"),
+    )
     where = here.get("gpu") or f"{here['cpu']} (threads: {here['threads']})"
-    folders = run / "samples/float", run / "samples/int8"
+    sizes = (metrics[key] / 1e6 for key in ("bytes_packed", "bytes_float32"))
+    rows = [
+        "| measured | |",
+        "|---|---|",
+        "| size, of float32 | {:.1f} of {:.1f} MB |".format(*sizes),
+    ]
+    for text, key, form in _SCORES:
+        rows += [f"| {text} | {form.format(metrics[key])} |"] if key in metrics else []
+    rows.append(
+        f"\nSeeds {seeds[0]} to {seeds[-1]} for both models, {metrics['sampler']}, "
+        f"{metrics['steps']} steps, engine `{metrics['engine']}`, on {where}."
+    )
     if seeds_of(*folders):
         with atomic_path(folder / "pairs.png") as temporary:
             write_pairs(*folders, temporary)
-        shown = ["![float above, quantized below, same seeds](pairs.png)\n"]
-    return [
-        "## Results\n",
-        "| measured | |\n|---|---|",
-        *(f"| {text} | {value} |" for text, value in rows),
-        f"\nSeeds {seeds[0]} to {seeds[-1]} for both models, {metrics['sampler']}, "
-        f"{metrics['steps']} steps, engine `{metrics['engine']}`, on {where}.\n",
-        *shown,
-    ]
+        rows.append("\n![float above, quantized below, same seeds](pairs.png)")
+    return rows
 
 
 def _in_float(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,11 +114,11 @@ def _in_float(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["buckets"] is None:
             by_reason.setdefault(row["reason"] or "", []).append(f"`{row['name']}`")
-    lines = ["## In float\n", "| layers | why |", "|---|---|"]
+    lines = ["| layers | why |", "|---|---|"]
     for reason, names in by_reason.items():
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        lines.append(f"| {', '.join(names[:_NAMES_SHOWN])}{more} | {reason} |")
-    return [*lines, ""]
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(f"| {', '.join(names[:_SHOWN])}{more} | {reason} |")
+    return lines
 
 
 def push(run_path: str | Path, name: str, *, private: bool = False) -> str:
@@ -131,17 +132,13 @@ def push(run_path: str | Path, name: str, *, private: bool = False) -> str:
     run = RunFolder(run_path)
     if not run.has("packed") or "pack" not in run.stages():
         raise QuantempoError(f"nothing is packed in {run.path}; run quantempo quantize first")
-    hub = HfApi()
     try:
-        made = hub.create_repo(name, private=private, exist_ok=True)
+        made = HfApi().create_repo(name, private=private, exist_ok=True)
         write_card(run, run / "packed", made.repo_id)
-        hub.upload_folder(repo_id=made.repo_id, folder_path=run / "packed")
+        HfApi().upload_folder(repo_id=made.repo_id, folder_path=run / "packed")
     except QuantempoError:
         raise
     except (HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        text = f"cannot upload to '{name}' ({reason})"
-        raise QuantempoError(
-            f"{text}; check name and network, log in with hf auth login"
-        ) from error
+        text = f"cannot upload to '{name}' ({' '.join(str(error).split())[:300]}); check name"
+        raise QuantempoError(f"{text} and network, log in with hf auth login") from error
     return str(made)
