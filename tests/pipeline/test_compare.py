@@ -44,6 +44,7 @@ def test_scores_are_those_of_the_images_that_are_kept(compared: tuple[Path, Any]
     ]
     assert found["passed"] and [len(rules) for rules in found["gate"]["models"].values()] == [2, 2]
     assert set(found["missing"]) >= {"lpips", "dists", "clip", "fid"}
+    assert {"fed_lite0", "fed_resnet", "kid_resnet"} <= set(found["scores"])
 
 
 def test_a_run_resumes_and_a_later_gate_is_named(
@@ -77,6 +78,7 @@ def test_the_exit_code_of_a_gate_that_is_not_met_is_one(
         ("psnr=40", "got the gate 'psnr=40'; expected"),
         ("psnr>=40,", "got the gate ''"),
         ("pnsr>=40", "did you mean 'psnr'"),
+        ("sfed_resnet<1", "did you mean 'fed_resnet'"),
         ("fed_lite0_data<1", "got a gate on the score 'fed_lite0_data'"),
         ("lpips<=0.05", "the gate needs lpips: give --weights lpips=alexnet-owt-7be5be79.pth"),
     ],

@@ -57,7 +57,7 @@ class Extractor(NamedTuple):
     """Name a network and its weights beside the callable itself.
 
     network: (B, 3, H, W) uint8 -> Features; sha256: of the weights file; note: what a reader of a
-    score must know; score_names: how the four scores are called with this network.
+    score must know; score_names: what those of the four that it has are called.
     """
 
     name: str
@@ -251,8 +251,7 @@ def _resnet(weights: Path | None, sha256: str | None) -> Extractor:
         return Features(features, classes.log())
 
     note = "features of a thin ResNet-50 (open_nsfw): a Frechet distance on them is not FID"
-    names = {"frechet": "fed", "spatial": "sfed", "kernel": "kid", "inception": "is"}
-    scores = {kind: f"{name}_resnet" for kind, name in names.items()}
+    scores = {"frechet": "fed_resnet", "kernel": "kid_resnet"}
     return Extractor("resnet", digest, note, network, scores)
 
 

@@ -110,8 +110,10 @@ def judge(
                         pieces.setdefault(score + end, {}).setdefault(n, []).append(value)
             for score, rows in pieces.items():
                 compared(score, rows, higher=False)
-        label = network.score_names["inception"]
-        scores[label] = {n: {"value": inception_score(f.logits)[0]} for n, f in features.items()}
+        if label := network.score_names.get("inception"):
+            scores[label] = {
+                n: {"value": inception_score(f.logits)[0]} for n, f in features.items()
+            }
     return {"scores": scores, "verdicts": verdicts}
 
 
@@ -120,10 +122,9 @@ def parse_gate(text: str, tools: Tools, data: bool = False) -> list[Rule]:
     Raises QuantempoError: not of this form, or a score that is none or that nothing computes.
     """
     tails = [f"{n}_p{5 if m.higher else 95:02}" for n, m in tools.measures.items()]
-    names = [e.score_names for e in tools.extractors]
-    kinds = [name[kind] for name in names for kind in ("frechet", "spatial", "kernel")]
-    known, rules = [*tools.measures, *tails, *kinds, *(n["inception"] for n in names)], []
-    known += [f"{kind}_data" for kind in kinds if data]
+    kinds = [pair for e in tools.extractors for pair in e.score_names.items()]
+    known, rules = [*tools.measures, *tails, *(name for _, name in kinds)], []
+    known += [f"{name}_data" for kind, name in kinds if data and kind != "inception"]
     for part in text.split(",") if text.strip() else ():
         match = _RULE.fullmatch(part)
         if match is None:
