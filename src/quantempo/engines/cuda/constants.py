@@ -16,8 +16,8 @@ from quantempo.engines.cuda.adapters import Adapters
 from quantempo.engines.fusion import LORA
 from quantempo.errors import QuantempoError
 from quantempo.kernels import layout, ops
-from quantempo.kernels.ops import exact
 from quantempo.kernels.ops.norm_modulate_quant import MOST_CHANNELS
+from quantempo.kernels.ops.operator import to_codes
 from quantempo.quantized import QConv2d, QLayer, StepClock
 
 __all__ = [
@@ -93,7 +93,7 @@ def quantize_tokens(x: Tensor, grid: ActivationGrid) -> tuple[Tensor, Tensor]:
         bucket = grid.clock.now.reshape(-1)[0]
         return ops.norm_modulate_quant(rows[None], bucket=bucket, norm="none")
     scale = token_scale(rows, activation_format(grid.qmax.bit_length()))
-    return exact.quantize(rows, scale, grid.zero_point, grid.qmax), scale[:, 0]
+    return to_codes(rows, scale, grid.zero_point, grid.qmax), scale[:, 0]
 
 
 class Norm:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.exact import channels_last, entries, quantize
+from quantempo.kernels.ops.operator import channels_last, entries, to_codes
 
 __all__ = ["ACTIVATIONS", "GATED", "Epilogue", "Form", "Terms", "is_half"]
 
@@ -222,7 +222,7 @@ class Epilogue(NamedTuple):
         if t.out_scale is None:
             return _packed(y.to(self.out_dtype))
         scale = entries(t.out_scale, t.bucket, count).reshape(-1, 1, *rest)
-        return _packed(quantize(y, scale, self.out_zero, self.out_qmax))
+        return _packed(to_codes(y, scale, self.out_zero, self.out_qmax))
 
 
 def is_half(codes: Sequence[Tensor]) -> bool:

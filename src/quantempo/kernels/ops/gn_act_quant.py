@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.exact import channels_last, entries, quantize
-from quantempo.kernels.ops.operator import image, operator
+from quantempo.kernels.ops.operator import channels_last, entries, image, operator, to_codes
 
 __all__ = ["Normalization", "gn_act_quant"]
 
@@ -135,7 +134,7 @@ class Normalization:
 
     def _codes(self, value: Tensor, table: Tensor, zero: int, qmax: int) -> Tensor:
         scale = entries(table, self.bucket, len(value)).reshape(-1, 1, 1, 1)
-        return channels_last(quantize(value, scale, zero, qmax))
+        return channels_last(to_codes(value, scale, zero, qmax))
 
 
 gn_act_quant = operator(tuple[Tensor, Tensor, Tensor], "gn_act_quant")(Normalization)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from quantempo.kernels.ops import checks
-from quantempo.kernels.ops.exact import entries, quantize
-from quantempo.kernels.ops.operator import operator
+from quantempo.kernels.ops.operator import entries, operator, to_codes
 
 __all__ = ["MOST_CHANNELS", "SMALLEST_SCALE", "Tokens", "norm_modulate_quant"]
 
@@ -101,14 +100,14 @@ class Tokens:
         codes, row_scale = self.empty()
         if self.act_scale is not None:
             scale = entries(self.act_scale, self.bucket, len(v)).reshape(-1, 1, 1)
-            return quantize(v, scale, self.zero_point, self.qmax).reshape(codes.shape), row_scale
+            return to_codes(v, scale, self.zero_point, self.qmax).reshape(codes.shape), row_scale
         v = v.float().reshape(codes.shape)
         # Of float32 torch on a GPU multiplies by 1 / 127 instead.
         row_scale = (v.abs().amax(1).double() / 127).float().clamp(min=SMALLEST_SCALE)
         # A NaN is its row's largest value.
         finite = row_scale.isfinite()
         row_scale = row_scale.where(finite, torch.nan)
-        codes = quantize(v.where(finite[:, None], 0), row_scale.where(finite, 1)[:, None], 128, 255)
+        codes = to_codes(v.where(finite[:, None], 0), row_scale.where(finite, 1)[:, None], 128, 255)
         return codes, row_scale
 
 

@@ -2,6 +2,7 @@
 
 The record can check them, compute the result exactly on a CPU, and say what it looks like. Its
 signature, or that of the function, is the only one there is: the schema is inferred from it.
+Exact sums of integers, below 2^53, are exact in float64 in any order.
 """
 
 import functools
@@ -13,7 +14,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "image", "operator", "reserve"]
+from quantempo.kernels import layout
+
+__all__ = ["Call", "channels_last", "entries", "image", "operator", "reserve", "to_codes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +43,26 @@ class Call(Protocol):
 def image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised image (N, C, H, W), channels_last."""
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def entries(table: Tensor, bucket: Tensor, count: int) -> Tensor:
+    """Return table[bucket[n // (N / B)]] of N = `count` images or rows, table[0] if G = 1."""
+    if table.shape[0] == 1:
+        return table.expand(count)
+    return table[bucket.reshape(-1)].repeat_interleave(count // bucket.numel())
+
+
+def to_codes(x: Tensor, scale: Tensor, zero_point: int, qmax: int) -> Tensor:
+    """Return clamp(rne(x * (1 / scale)) + z, 0, qmax) - 128, int8; x, scale, 1 / scale float32."""
+    ratio = x.float() * scale.float().reciprocal()
+    # The clamp also ends overflow.
+    return ((ratio.round() + zero_point).clamp(0, qmax) - layout.OFFSET).to(torch.int8)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return a copy of x (N, C, H, W) with the strides that torch gives a new channels_last one."""
+    # `contiguous` keeps other strides where sizes of 1 make them equivalent; fake kernels cannot.
+    return image(x.shape, x.dtype, x.device).copy_(x)
 
 
 def operator(returns: type[R], module: str) -> Callable[[Callable[P, Call]], Callable[P, R]]:
