@@ -1,7 +1,7 @@
 """Every snippet of README and docs is run on tiny models, word for word but for its numbers.
 
 Above one that needs what is not here its page says `<!-- not run: WHY -->`: it is parsed alone, and
-so are programs other than ours and the verbs that take minutes.
+so are programs other than ours and the verbs that take minutes or a network.
 """
 
 import ast
@@ -35,7 +35,7 @@ PAGES += sorted((REPOSITORY / "docs").rglob("*.md"))
 FENCE = re.compile(r"^(?:<!-- not run: (.+) -->\n)?```(.*)\n((?s:.*?))^```$", re.M)
 COMMAND = re.compile(r"^(\.ci/run|[\w/.]*python|make|pip|quantempo|torchrun|uv) ", re.M)
 VERBS = typer.main.get_command(app).commands
-SLOW = ("bench", "demo", "sensitivity")
+SLOW = ("bench", "demo", "push", "sensitivity")
 # What a snippet asks for -> what is enough to see that it runs.
 SMALL = (
     (r"(--(?:images|steps|batch-size)) \d+", r"\1 2"),
