@@ -39,6 +39,8 @@ def evaluate_outputs(first: np.ndarray, other: np.ndarray, **how: Any) -> dict[s
         return evaluate_pairs(first, other, **how)
     result = evaluate_pairs(*(f.reshape(-1, *f.shape[2:]) for f in (first, other)), **how)
     by_frame = np.reshape(result["psnr_db"], first.shape[:2]).mean(axis=0).tolist()
+    # Frames of one film are not independent.
+    result.pop("psnr_db_interval", None)
     motion = sqnr_pairs(*(np.diff(films.astype(np.float32), axis=1) for films in (first, other)))
     return result | {"psnr_db_by_frame": by_frame, "motion_sqnr_db": float(motion.mean())}
 
@@ -68,25 +70,24 @@ def evaluate_pairs(
     scores, same = found["scores"], (float_images == other_images).reshape(len(other_images), -1)
     psnr, count = scores["psnr"]["int8"], len(float_images)
     result: dict[str, Any] = {"psnr_db": psnr["values"], "psnr_db_cap": PSNR_CAP_DB}
-    for name, key in (("psnr", "psnr_db"), ("ssim", "ssim")):
-        result |= {f"{key}_mean": scores[name]["int8"]["value"]}
-        result |= {f"{key}_p05": scores[f"{name}_p05"]["int8"]["value"]}
-    result |= {"psnr_identical": int(same.all(axis=1).sum()), "images": count}
+    for name, key in {"psnr": "psnr_db_mean", "psnr_p05": "psnr_db_p05", "ssim": "ssim_mean",
+                      "ssim_p05": "ssim_p05"}.items():  # fmt: skip
+        result[key] = scores[name]["int8"]["value"]
     result |= {"psnr_db_interval": [psnr["low"], psnr["high"]]} if "low" in psnr else {}
-    result |= {"extractor": network.name, "extractor_note": network.note, "scores": []}
+    result |= {"psnr_identical": int(same.all(axis=1).sum()), "images": count, "scores": []}
+    result |= {"extractor": network.name, "extractor_note": network.note}
     about = {"extractor": network.name, "weights_sha256": network.sha256, "images": count}
     for score, rows in list(scores.items())[4:]:
         name, end = score.removesuffix("_data"), "_reference" * score.endswith("_data")
-        to: tuple[str | None, int] = ("float samples", count) if "float" not in rows else (None, 0)
-        if end and real is not None:
-            to = real.source, len(real.images)
+        to: tuple[str | None, int] = (None, 0) if "float" in rows else ("float samples", count)
+        to = (real.source, len(real.images)) if end and real is not None else to
         for of, row in rows.items():
             result[f"{name}{end}_{of}" if "float" in rows else name] = row["value"]
             row = {"name": name, "set": of, "value": row["value"], **about, "note": network.note}
             result["scores"].append(row | {"reference": to[0], "reference_images": to[1]})
     if real is not None:
-        score = f"{network.score_names['frechet']}_data"
-        words = [row["verdict"] for row in found["verdicts"] if row["score"] == score]
-        tie = words[0] == "tie" if words else None
-        result[f"{network.score_names['frechet']}_reference_tie"] = tie
+        fed = network.score_names["frechet"]
+        words = {row["score"]: row["verdict"] for row in found["verdicts"]}
+        tie = words[f"{fed}_data"] == "tie" if f"{fed}_data" in words else None
+        result[f"{fed}_reference_tie"] = tie
     return result

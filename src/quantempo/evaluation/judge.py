@@ -81,39 +81,34 @@ def judge(
             verdicts.append(row | verdict(np.array(values[b]), np.array(values[a]), higher))
 
     for score, measure in tools.measures.items():
-        judged = sets if measure.alone else dict(others)
+        judged, tail = sets if measure.alone else dict(others), 5 if measure.higher else 95
         found = {n: measure.values(first, x, list(prompts)) for n, x in judged.items()}
-        tail, ends = 5 if measure.higher else 95, ("low", "high")
-        scores[score], scores[f"{score}_p{tail:02}"] = {}, {}
+        scores[score], ends = {}, scores.setdefault(f"{score}_p{tail:02}", {})
         for n, values in found.items():
-            row = dict(zip(ends, interval(values), strict=True)) if len(first) >= ENOUGH else {}
-            mean = {"value": float(values.mean())}
-            scores[score][n] = {**mean, **row, "values": values.tolist()}
-            scores[f"{score}_p{tail:02}"][n] = {"value": float(np.percentile(values, tail))}
+            scores[score][n] = {"value": float(values.mean()), "values": values.tolist()}
+            ends[n] = {"value": float(np.percentile(values, tail))}
+            if len(first) >= ENOUGH:
+                scores[score][n] |= zip(("low", "high"), interval(values), strict=True)
         if len(first) >= ENOUGH:
             compared(score, found, measure.higher)
-    parts = [slice(part, None, _PARTS) for part in range(_PARTS)]
+    count = _PARTS if len(first) >= _PARTS * ENOUGH else 0
     for network in tools.extractors:
         features = {n: extract(network, images) for n, images in sets.items()}
         real = {} if data is None else {"_data": extract(network, data)}
         for end, to in {"": features[name], **real}.items():
-            pieces: dict[str, dict[str, list[float]]] = {}
-            for n, f in features.items():
-                if not end and n == name:
-                    continue
-                for score, value in distances(network, f, to).items():
-                    scores.setdefault(score + end, {})[n] = {"value": value}
-                for part in parts if len(first) >= _PARTS * ENOUGH else ():
-                    for score, value in distances(
-                        network, f[part], to if end else to[part]
-                    ).items():
-                        pieces.setdefault(score + end, {}).setdefault(n, []).append(value)
-            for score, rows in pieces.items():
-                compared(score, rows, higher=False)
+            rows: dict[str, list[dict[str, float]]] = {}
+            for n, f in features.items() if end else list(features.items())[1:]:
+                parts = [slice(part, None, _PARTS) for part in range(count)]
+                pairs = [(f, to), *((f[part], to if end else to[part]) for part in parts)]
+                rows[n] = [distances(network, *pair) for pair in pairs]
+            for score in next(iter(rows.values()))[0]:
+                scores[score + end] = {n: {"value": row[0][score]} for n, row in rows.items()}
+                if count:
+                    pieces = {n: [part[score] for part in row[1:]] for n, row in rows.items()}
+                    compared(score + end, pieces, higher=False)
         if label := network.score_names.get("inception"):
-            scores[label] = {
-                n: {"value": inception_score(f.logits)[0]} for n, f in features.items()
-            }
+            made = {n: inception_score(f.logits)[0] for n, f in features.items()}
+            scores[label] = {n: {"value": value} for n, value in made.items()}
     return {"scores": scores, "verdicts": verdicts}
 
 

@@ -80,7 +80,7 @@ def _quality_rows(metrics: dict[str, Any], label: str) -> list[tuple[str, str]]:
         spread = f" ± {row['std']:.3g}" if row.get("std") else ""
         of = label if row["set"] == "int8" else row["set"]
         rows.append((f"{row['name']}, {of}{against}", f"{row['value']:.4g}{spread}"))
-    ties = {True: "a tie (inside the spread)", False: "differ (outside the spread)"}
+    ties = {True: "a tie (95 % interval of four parts)", False: "differ (95 %, four parts)"}
     for key, value in metrics.items():
         if key.endswith("_reference_tie") and value is not None:
             name = key.removesuffix("_reference_tie")
