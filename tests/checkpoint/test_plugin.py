@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from torch import Tensor
 
 from quantempo.checkpoint.diffusers_plugin import QuantempoConfig
 from quantempo.cli.run_demo import DEMO_MODEL
-from quantempo.engines import attach
+from quantempo.core import paged
+from quantempo.engines import ENGINES, attach, detach
 from quantempo.errors import QuantempoError
 from quantempo.models.layers import denoiser_of
 from quantempo.models.load import load_pipeline
 from quantempo.pipeline import stages as pipeline
-from quantempo.quantized import CLOCK_NAME, QLayer, StoredLinear
+from quantempo.quantized import CLOCK_NAME, QLayer, StoredLinear, quantized_layers
 from tests.packed import KINDS, packed, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -238,3 +241,48 @@ def test_the_bundled_model_packs_into_28_percent(tmp_path: Path) -> None:
     assert packed_bytes <= 0.28 * 4 * parameters
     # Nothing is lost to be so small: every parameter is there in some form.
     assert packed_bytes >= parameters
+
+
+@pytest.fixture
+def lying(copy: Path, monkeypatch: pytest.MonkeyPatch) -> UNet2DModel:
+    """A network whose integers, small ones too, lie in the files of `copy`."""
+    monkeypatch.setattr(paged, "_SMALL", 1)
+    return UNet2DModel.from_pretrained(copy / "unet")
+
+
+def lie(net: torch.nn.Module) -> set[bool]:
+    return {isinstance(q.weight_int, paged.Paged) for _, q in quantized_layers(net)}
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+@torch.no_grad()
+def test_integers_stay_in_the_file_and_are_those_of_a_whole_load(engine, lying, copy, tmp_path):
+    if ENGINES.get(engine).missing() or engine == "triton":
+        pytest.skip("it cannot run here")
+    whole = UNet2DModel.from_pretrained(packed("unconditional").folder / "unet")
+    whole.load_state_dict(lying.state_dict())
+    assert lie(lying) == {True} and lie(whole) == {False}
+    args, outputs = (torch.randn(2, 3, 16, 16), torch.tensor(5)), []
+    for net in (whole, lying, deepcopy(lying), pickle.loads(pickle.dumps(lying))):
+        attach(net, engine)
+        outputs.append(net(*args).sample)
+    detach(lying)
+    assert lie(lying) == {True}
+    attach(lying, engine)
+    outputs.append(lying(*args).sample)
+    # In the place of what it reads, too.
+    for folder in (tmp_path / "again", copy / "unet", copy / "unet"):
+        lying.save_pretrained(folder)
+        outputs.append(lying(*args).sample)
+        stored = load_file(packed("unconditional").folder / "unet" / WEIGHTS)
+        found = load_file(folder / WEIGHTS)
+        assert all(torch.equal(value, found.pop(name)) for name, value in stored.items())
+    assert all(torch.equal(outputs[0], y) for y in outputs[1:])
+
+
+def test_a_file_that_was_changed_under_a_network_is_refused(lying, copy):
+    file = copy / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(QuantempoError, match="was it changed"):
+        attach(lying, "simulated")
+        lying(torch.randn(1, 3, 16, 16), torch.tensor(5))

@@ -25,6 +25,7 @@ from quantempo.checkpoint.values import check_layers, check_plans, check_tensor,
 from quantempo.checkpoint.without_data import has_time, install, resolved
 from quantempo.core import unpack_int12
 from quantempo.core.instance import put_buffer
+from quantempo.core.paged import Paged, paged_tensors
 from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import sites
 from quantempo.quantized.attention import mark_attention
@@ -213,11 +214,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantempoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.model: Any = None
-        self._exact: dict[str, Tensor] = {}
-        self._ours: dict[str, Tensor] = {}
-        self._digests: dict[str, str] = {}
-        self._found: set[str] = set()
-        self._int12: dict[str, dict[str, Tensor]] = {}
+        self._exact, self._ours = dict[str, Tensor](), dict[str, Tensor]()
+        self._digests, self._lies = dict[str, str](), dict[str, Paged]()
+        self._found, self._int12 = set[str](), dict[str, dict[str, Tensor]]()
         # The files that a network is written to while it is made, see `write.Shards`.
         self.shards: Any = None
 
@@ -263,6 +262,8 @@ class QuantempoQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return loaded_keys
         self.quantization_config.check_files(Path(checkpoint_files[0]).parent.parent)
+        for file in checkpoint_files:
+            self._lies |= paged_tensors(Path(file), True)
         return list(dict.fromkeys(self._part(key)[0] for key in loaded_keys))
 
     def _part(self, key: str) -> tuple[str, str]:
@@ -297,14 +298,18 @@ class QuantempoQuantizer(DiffusersQuantizer):
                 text = f"the checkpoint {what} {len(names)} tensors, the first is '{min(names)}'"
                 raise QuantempoError(f"{text}; it is damaged: save or fetch it again")
         device = next(p.device for p in model.parameters() if p.device.type != "meta")
-        for name, tensor in self._exact.items():
-            # A copy, so that the file is not kept mapped and may be overwritten.
-            value = tensor.to(device).clone()
+        layers = {f"{k}.weight_int": q for k, q in quantized.quantized_layers(model)}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if (exact := self._exact.get(name)) is None:
+                # The file is not kept mapped.
+                tensor.data = tensor.data.clone()
+                continue
             # What is float16 in the file is computed in float32, see `Float16Linear`.
-            value = value.float() if value.dtype == torch.float16 else value
-            put_buffer(model, name, value)
-        self._exact.clear()
-        self._ours.clear()
+            kind = torch.float32 if exact.dtype == torch.float16 else exact.dtype
+            put_buffer(model, name, exact.to(device).to(kind, copy=True))
+            if name in layers and device.type == "cpu":
+                layers[name].leave(self._lies[name])
+        self._exact, self._ours = {}, {}
         if self.quantization_config.hashes.get("tensors") != joined(self._digests):
             text = "the tensors do not match the hash in config.json; the checkpoint is damaged or"
             raise QuantempoError(f"{text} was edited: save or fetch it again")
@@ -338,14 +343,15 @@ class QuantempoQuantizer(DiffusersQuantizer):
 
     def saves(self, model: nn.Module) -> None:
         """Be what saves this network, with the tensors that it has now."""
-        self.model, self.names = model, set(model.state_dict())
+        self.model, self.names = model, set(model.state_dict(keep_vars=True))
 
     @property
     def is_serializable(self) -> bool:
         """Saving keeps the integers. It asks first, which is when the hashes are taken."""
-        config, model = self.quantization_config, self.model
-        if model is None:
+        if (model := self.model) is None:
             return True
+        config = self.quantization_config
+        model.apply(lambda module: getattr(module, "hold", bool)())
         model.register_to_config(quantization_config=config)
         network = json.loads(model.to_json_string())
         config.network = {k: v for k, v in network.items() if k[0] != "_"}
@@ -353,10 +359,9 @@ class QuantempoQuantizer(DiffusersQuantizer):
         config.format_version = FORMAT_VERSION
         state = model.state_dict()
         for name in sorted(self.names ^ set(state)) + [n for n, t in state.items() if t.is_meta]:
-            raise QuantempoError(
-                f"cannot save '{name}': layers were added, fused or offloaded since the network "
-                "was quantized; undo it first (unfuse_qkv_projections, unload_lora, remove hooks)"
-            )
+            why = "layers were added, fused or offloaded since the network was quantized; undo it"
+            text = f"cannot save '{name}': {why} first"
+            raise QuantempoError(f"{text} (unfuse_qkv_projections, unload_lora, remove hooks)")
         known = self.shards.digests if self.shards else {}
         known = {n: known.get(n) or digest(value) for n, value in state.items()}
         config.hashes["tensors"] = joined(known)

@@ -1,5 +1,6 @@
 """Describe the machine a figure was measured on."""
 
+import ctypes
 import os
 import platform
 import re
@@ -9,7 +10,7 @@ import torch
 
 from quantempo.errors import QuantempoError
 
-__all__ = ["machine", "parse_bytes"]
+__all__ = ["machine", "parse_bytes", "trim"]
 
 _ISA = ("vnni", "bf16", "amx")
 
@@ -21,6 +22,12 @@ def parse_bytes(text: str | int) -> int:
     if not (isinstance(size, int | float) and 0 <= size < 2**63):
         raise QuantempoError(f"got memory {text}; expected a number of bytes like 12GB or 500MB")
     return int(size)
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine() -> dict[str, Any]:

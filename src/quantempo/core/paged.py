@@ -39,6 +39,8 @@ class _Place(NamedTuple):
     file: Path
     start: int
     dtype: torch.dtype
+    # Size and time of a file that nobody may change.
+    stamp: tuple[int, int] | None = None
 
 
 class Paged(Tensor):
@@ -64,14 +66,16 @@ class Paged(Tensor):
 
     def load(self) -> Tensor:
         """Return the values; QuantempoError: the file was cut or is gone."""
-        file, start, dtype = self.place
+        file, start, dtype, stamp = self.place
         # On its way to a GPU while the next one is read.
         gpu, done = self.device.type == "cuda", 0
         found = torch.empty(tuple(self.shape), dtype=dtype, pin_memory=gpu)
         with suppress(OSError), file.open("rb", buffering=0) as stream:
             stream.seek(start)
             # Beyond 2 GB a call reads a part.
-            while count := stream.readinto(_bytes(found)[done:]):  # type: ignore[attr-defined]
+            while stamp in (None, _stamp(file)) and (
+                count := stream.readinto(_bytes(found)[done:])
+            ):  # type: ignore[attr-defined]
                 done += count
         if done != found.nbytes:
             raise QuantempoError(f"cannot read {file} any more, was it changed? Restore it")
@@ -82,6 +86,10 @@ class Paged(Tensor):
         with self.place.file.open("r+b") as stream:
             stream.seek(self.place.start)
             stream.write(_bytes(loaded(value).detach().cpu().contiguous()))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be pickled with its values."""
+        return self.load().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Be shared by copies: nothing writes to it."""
@@ -119,20 +127,25 @@ def loaded(tensor: Tensor) -> Tensor:
     return tensor.load() if isinstance(tensor, Paged) else tensor
 
 
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def paged_tensors(file: Path) -> dict[str, Paged]:
-    """Return the tensors of a whole safetensors file, of which the header alone is read."""
+def paged_tensors(file: Path, fixed: bool = False) -> dict[str, Paged]:
+    """Return the tensors of a safetensors file, its header read; fixed: it must stay as it is."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
     header.pop("__metadata__", None)
-    found = {}
+    found, stamp = dict[str, Paged](), _stamp(file) if fixed else None
     for name, entry in header.items():
         dtype = _DTYPES[entry["dtype"]]
-        place = _Place(file, 8 + size + entry["data_offsets"][0], dtype)
+        place = _Place(file, 8 + size + entry["data_offsets"][0], dtype, stamp)
         found[name] = Paged(place, entry["shape"], dtype)
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantempo.core.instance import Forward, own_forward, put_forward, reset_forward, set_forward
-from quantempo.core.machine import parse_bytes
+from quantempo.core.machine import parse_bytes, trim
 from quantempo.engines import calls
 from quantempo.engines.base import TARGET, warn_once
 from quantempo.engines.streaming import Lane, Streamed
@@ -372,6 +372,7 @@ class _Denoiser(Forward):
             busy = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
             if self.name is not None and not self.proved and not busy:
                 self.proved = True
+                trim()
                 wrong = ENGINES.get(self.name).first_wrong(self.module, args, kwargs, output)
                 if wrong is not None:
                     return run_instead(self.module, self.name, wrong, args, kwargs)

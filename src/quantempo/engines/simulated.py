@@ -85,7 +85,7 @@ class _Kernel(Kernel):
         # Cuts that still hold are kept: a compiled network is compiled for its parts.
         # A tensor: layers that differ in bits alone are one compiled network.
         self.qmax = torch.tensor(float(layer.act_qmax), device=device)
-        width = layer.segments if len(layer.segments) > 1 else (layer.weight_codes.shape[1],)
+        width = layer.segments if len(layer.segments) > 1 else (layer.weight_shape[1],)
         groups = layer.groups if isinstance(layer, QConv2d) else 1
         parts = []
         for i, segment in enumerate(layer.weight_codes.split(width, 1)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quantempo.core import Grid, GroupFormat, activation_format, token_scale, weight_format
 from quantempo.core.instance import FixedTypes, keep
-from quantempo.core.paged import loaded
+from quantempo.core.paged import Paged, loaded, small
 from quantempo.errors import QuantempoError
 from quantempo.quantized.clock import StepClock, token_rows
 
@@ -105,7 +105,7 @@ class QLayer(FixedTypes):
         """Return the integer weight, int8 (O, ...); of a packed one a new tensor at each access."""
         stored, known = self.weight_int, self._unpacked
         if not self.weight_format.packed:
-            return stored.to(self.weight_scale.device)
+            return loaded(stored).to(self.weight_scale.device)
         if known is not None and known.device == stored.device:
             return known
         codes, group = self.stored.values()
@@ -116,7 +116,21 @@ class QLayer(FixedTypes):
         """Return `weight_int` and `weight_group` by name, where the scales are."""
         device, group = self.weight_scale.device, self.weight_group
         group = None if group is None else group.to(device)
-        return {"weight_int": self.weight_int.to(device), "weight_group": group}
+        return {"weight_int": loaded(self.weight_int).to(device), "weight_group": group}
+
+    @property
+    def _in_checkpoint(self) -> bool:
+        """Whether the integers lie in the checkpoint, to be read by each engine once."""
+        return isinstance(self.weight_int, Paged) and self.weight_int.place.stamp is not None
+
+    def leave(self, lies: Paged) -> None:
+        """Leave the integers where they lie, in the checkpoint, if they are many."""
+        self.weight_int = self.weight_int if small(lies) else lies
+
+    def hold(self) -> None:
+        """Read integers that lie in the checkpoint: they are to change, to move or to be saved."""
+        if self._in_checkpoint:
+            self.weight_int = loaded(self.weight_int)
 
     def set_aside(self) -> None:
         """Move the integers of groups to the host's memory: an engine has its own."""
@@ -126,7 +140,10 @@ class QLayer(FixedTypes):
 
     def _apply(self, fn: Kernel, recurse: bool = True) -> Self:
         """Leave what is set aside where it is, on the host, unless that is where the scales go."""
-        device = fn(self.weight_scale).device if self.aside else torch.device("cpu")
+        away = self.aside or self._in_checkpoint
+        device = fn(self.weight_scale).device if away else torch.device("cpu")
+        if device.type != "cpu":
+            self.hold()
         stays = self.aside and (
             device == self.weight_scale.device or device.type not in ("cpu", "meta")
         )
@@ -143,6 +160,7 @@ class QLayer(FixedTypes):
 
         Where it has groups, `weight_group` says which codes there are: fill it first.
         """
+        self.hold()
         codes = codes.to(self.weight_int.device).reshape(self.weight_shape)
         self.weight_int.copy_(self.weight_format.encode(codes, self.weight_group))
         self._unpacked = None
@@ -163,11 +181,18 @@ class QLayer(FixedTypes):
 
     def release(self) -> None:
         """Hold nothing of an engine's: a weight laid out for one is contiguous again."""
-        codes, self.weight_group = self.stored.values()
-        self.weight_int = codes.clone(memory_format=torch.contiguous_format)
+        if not self._in_checkpoint:
+            codes, self.weight_group = self.stored.values()
+            self.weight_int = codes.clone(memory_format=torch.contiguous_format)
         self._unpacked, self.aside = None, False
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._in_checkpoint and not keep_vars:
+            destination[f"{prefix}weight_int"] = loaded(self.weight_int)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.hold()
         super()._load_from_state_dict(*args, **kwargs)
         self._unpacked = None
 

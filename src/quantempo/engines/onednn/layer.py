@@ -74,7 +74,7 @@ def _weights(layer: QLayer, widths: tuple[int, ...], flat: bool = False) -> list
         if log.filter(logging.makeLogRecord({})):
             base.warn_once(f"weights of 4 bits are held as bytes: {reason}")
         return [dense(*part) for part in parts]
-    given = (layer.weight_int, groups, spec.group)
+    given = (layer.stored["weight_int"], groups, spec.group)
     return [Packed(*given, *part, functools.partial(dense, *part)) for part in parts]
 
 

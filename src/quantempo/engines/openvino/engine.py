@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quantempo.core.instance import own_forward, reset_forward, set_forward, touched
+from quantempo.core.machine import trim
 from quantempo.engines.base import too_many_terms
 from quantempo.engines.select import ATTACHING, Engine, run_instead
 from quantempo.engines.simulated import reference, too_far
@@ -147,6 +148,7 @@ class _Runner:
                 graph = self._compile(layout, values)
                 graph.wrong = self._first_wrong(graph, layout, values)
                 self.graphs[key] = graph
+                trim()
             self.graphs.move_to_end(key)
             return self.graphs[key]
 

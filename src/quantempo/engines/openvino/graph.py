@@ -162,7 +162,7 @@ class _Recorder(nn.Module):
 
 
 def _out_shape(layer: QLayer, x: Tensor) -> list[int]:
-    out = layer.weight_codes.shape[0]
+    out = layer.weight_shape[0]
     if not isinstance(layer, QConv2d):
         return [*map(int, x.shape[:-1]), out]
     sizes = (
