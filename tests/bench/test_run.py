@@ -20,7 +20,7 @@ from quantempo.bench.run import bench, bench_network
 from quantempo.engines import ENGINES
 from quantempo.errors import QuantempoError
 from quantempo.pipeline import stages as pipeline
-from quantempo.report.sections import _times
+from quantempo.report.answers import timed
 from quantempo.run_folder import RunFolder
 from tests.bench.timers import Steady
 from tests.packed import packed, saved
@@ -81,9 +81,7 @@ def test_a_run_folder_is_timed_and_keeps_its_other_results(tmp_path: Path) -> No
     run = tmp_path / "run"
     shutil.copytree(packed("unconditional").run, run)
     folder = RunFolder(run)
-    folder.write_json("bench.json", {"cuda": {"rows": [], "machine": "kept"}})
-    # Only a GPU was timed: the CPU table falls back to the scores.
-    assert _times(folder) == {}
+    folder.write_json("bench.json", {"cuda": {"rows": [], "machine": "kept", "engine": "x"}})
     folder.write_json("metrics.json", {"psnr_db_mean": 40.0})
     record = bench(
         pipeline.reopen(run), batches=[2], candidates=["*/eager", "ours/*"], engines=["simulated"],
@@ -102,7 +100,9 @@ def test_a_run_folder_is_timed_and_keeps_its_other_results(tmp_path: Path) -> No
         "speedup_vs_best_fp32": 4.0,
         "speedup_vs_best_bf16": 2.0,
     }
-    assert _times(folder) == {"2": expected}
+    (shown,) = timed(folder)
+    assert (shown.device, shown.batch) == ("cpu", 2) and shown.ours["ms_per_forward"] == 5.0
+    assert shown.floats == {"bfloat16": 10.0, "float32": 20.0}
     assert folder.read_json("metrics.json") == {"psnr_db_mean": 40.0, **expected}
 
 

@@ -44,10 +44,10 @@ def test_the_window_is_what_the_codes_stand_for() -> None:
 
 def test_density_and_bars_are_on_one_scale() -> None:
     drawn, law = np.array([0, 0, 1, 3]), np.array([0.5, 0.25, 0.0, 0.25])
-    svg = plots.timestep_distribution(drawn, law, None, 4, 1000)
+    svg = plots.timestep_distribution(drawn, law, 4)
     assert svg.startswith("<svg") and svg.endswith("</svg>\n")
     assert "density" in svg and "drawn" in svg
-    assert "density" not in plots.timestep_distribution(drawn, None, None, 4, 1000)
+    assert "density" not in plots.timestep_distribution(drawn, None, 4)
 
 
 def test_a_figure_of_its_own_has_colours_and_no_variables(tmp_path: Path) -> None:

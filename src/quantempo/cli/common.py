@@ -187,12 +187,10 @@ def next_command(run: Path, source: str, done: dict[str, Any], metrics: dict[str
     return f"quantempo {verb} --run {shlex.quote(str(run))}"
 
 
-# PSNR from which people tell 8-bit images apart not at all, side by side, or at a glance.
-_VISIBLE = ((40.0, "not visible"), (34.0, "hardly visible"), (28.0, "visible side by side"))
-
-
 def show_summary(values: dict[str, Any], where: Path, following: str) -> None:
     """Print what a quantized model is worth in words, its place, and the next command."""
+    from quantempo.report.answers import seen
+
     small, large = values["bytes_packed"] / 1e6, values["bytes_float32"] / 1e6
     words = [f"{small:.1f} MB, {large / small:.1f}x smaller"]
     lines = {"integers": f"{values['int8_mac_share']:.1%} of the work of layers"}
@@ -204,8 +202,7 @@ def show_summary(values: dict[str, Any], where: Path, following: str) -> None:
         )
     if "psnr_db_mean" in values:
         mean = values["psnr_db_mean"]
-        seen = next((text for least, text in _VISIBLE if mean >= least), "visible at a glance")
-        words.append(f"{seen}: {mean:.1f} dB")
+        words.append(f"{seen(mean)}: {mean:.1f} dB")
         lines["quality"] = (
             f"{mean:.1f} dB PSNR to the float images, {values['psnr_db_p05']:.1f} dB "
             f"for the worst 5 % ({len(values['seeds'])} pairs)"

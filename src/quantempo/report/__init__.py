@@ -1,13 +1,16 @@
 """Turn the files of a run folder, and nothing else, into one page to be read, printed and sent.
 
-`sections`: what is shown; `*.html.j2`: how it looks, everything inlined, no script.
+`answers`: the first screen; `sections`: the rest; `*.j2`: how it looks, everything inlined. Its
+script sorts tables; without it the page shows the same.
 """
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from quantempo.errors import QuantempoError
+from quantempo.report.answers import optional
 from quantempo.report.bits import bits_cell
 from quantempo.report.card import write_card
 from quantempo.report.pictures import seeds_of, write_pairs
@@ -56,9 +59,10 @@ def render(run_path: str | Path) -> Path:
                     raise LookupError(error) from error
             sections.append({"id": name, "title": title, "body": shown, "absent": ""})
         except NotRunError as reason:
-            sections.append({"id": name, "title": title, "body": "", "absent": str(reason)})
-    # Resolved, so that a run given as "." still has a name.
-    text = page.render(name=run.path.resolve().name, sections=sections)
+            sections.append({"id": name, "title": title, "body": "", "absent": reason.args})
+    with reading(f"a file of {run.path}"):
+        title, about = _head(run)
+    text = page.render(title=title, about=about, sections=sections)
     target = run / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -69,3 +73,17 @@ def render(run_path: str | Path) -> Path:
     if "pack" in run.stages() and os.access(run / "packed", os.W_OK):
         write_card(run, run / "packed")
     return target
+
+
+def _head(run: RunFolder) -> tuple[str, list[str]]:
+    """Return "model · recipe", and the folder with the date and machine of its last measurement."""
+    model, manifest = optional(run, "model.json"), optional(run, "manifest.json")
+    # Resolved, so that a run given as "." still has a name.
+    folder, named = run.path.resolve().name, manifest.get("recipe", {}).get("name")
+    title = " · ".join(filter(None, (model and Path(model["path"]).name, named))) or folder
+    written = [(run / f).stat().st_mtime for f in ("metrics.json", "manifest.json") if run.has(f)]
+    dates = [f"{datetime.fromtimestamp(time, UTC):%d %B %Y}" for time in sorted(written)[-1:]]
+    here = optional(run, "metrics.json").get("machine") or manifest.get("machine") or {}
+    keys = ("", "gpu"), ("", "cpu"), ("threads: ", "threads")
+    where = [f"{text}{here[key]}" for text, key in keys if here.get(key)]
+    return title, [f"run folder {folder}", *dates, *where]

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from quantempo.errors import QuantempoError
+from quantempo.run_folder import RunFolder
 
-__all__ = ["compare", "seeds_of", "write_pairs"]
+__all__ = ["compare", "ranked", "seeds_of", "write_pairs"]
 
-SEEDS_SHOWN = 16
 SMALLEST_SIDE, LARGEST_SIDE = 112, 256
 DIFFERENCE_GAINS = (32, 16, 8, 4, 2, 1)
 
@@ -23,25 +23,33 @@ def seeds_of(first: Path, second: Path) -> list[str]:
     return sorted(found, key=lambda seed: (len(seed), seed))
 
 
+def ranked(run: RunFolder) -> tuple[list[str], dict[str, float]]:
+    """Return the seeds of pairs, the worst PSNR first where it was measured, and PSNR by seed."""
+    metrics = run.read_json("metrics.json") if run.has("metrics.json") else {}
+    found = zip(metrics.get("seeds", ()), metrics.get("psnr_db", ()), strict=False)
+    psnr = {str(seed): value for seed, value in found}
+    seeds = seeds_of(run / "samples/float", run / "samples/int8")
+    return sorted(seeds, key=lambda seed: psnr.get(seed, np.inf)), psnr
+
+
 def compare(
     first: Path, second: Path, seeds: Sequence[str]
 ) -> tuple[list[tuple[str, str, str, str]], int, bool]:
     """Load pairs of pictures of the same seeds and show how they differ.
 
-    Folders hold a PNG file per seed; the first 16 seeds are taken. Returns (cells, gain, enlarged):
-    per seed its name and three data addresses, first, second and |first - second| times the gain,
-    which leaves 99 % of the differences unclipped; whether pictures were enlarged.
+    Folders hold a PNG file per seed. Returns (cells, gain, enlarged): per seed its name
+    and three data addresses, first, second and |first - second| times the gain, which leaves 99 %
+    of the differences unclipped; whether pictures were enlarged.
     """
-    seeds = seeds[:SEEDS_SHOWN]
     pairs = [(_pixels(first / f"{seed}.png"), _pixels(second / f"{seed}.png")) for seed in seeds]
     differences = [np.abs(a.astype(np.int32) - b.astype(np.int32)) for a, b in pairs]
-    peak = max(float(np.percentile(difference, 99)) for difference in differences)
+    peak = max((float(np.percentile(d, 99)) for d in differences), default=0.0)
     gain = next((g for g in DIFFERENCE_GAINS if g * peak <= 255), 1)
     cells = [
         (seed, _shown(a), _shown(b), _shown(np.clip(gain * d, 0, 255).astype(np.uint8)))
         for seed, (a, b), d in zip(seeds, pairs, differences, strict=True)
     ]
-    return cells, gain, max(pairs[0][0].shape[:2]) < SMALLEST_SIDE
+    return cells, gain, any(max(a.shape[:2]) < SMALLEST_SIDE for a, _ in pairs)
 
 
 def write_pairs(first: Path, second: Path, target: Path, columns: int = 12) -> None:

@@ -13,7 +13,7 @@ from quantempo.errors import QuantempoError
 
 __all__ = [
     "ACCENT", "FLOAT", "INDIGO", "INK", "INT8", "MUTED", "OCHRE", "RULE", "VARIABLES", "Activation",
-    "activation_boxes", "activation_densities", "bare", "bars", "layer_axis", "layer_bars",
+    "activation_boxes", "bare", "layer_axis",
     "legend_above", "new_figure", "quantiles", "scale_curves", "step_curve", "time_axis",
     "timestep_distribution", "trim",
 ]  # fmt: skip
@@ -73,9 +73,10 @@ def time_axis(axis: Any, last: float) -> None:
 
 
 def legend_above(axis: Any, columns: int) -> None:
-    """Put the legend above the axes, at the right end of the title's line."""
-    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.1,
+    """Put the legend between title and axes, at the left, where narrow screens begin."""
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.1,
                 columnspacing=1.4, handlelength=1.4)  # fmt: skip
+    axis.set_title(axis.get_title(loc="left"), pad=20)
 
 
 def layer_axis(axis: Any, count: int, title: str) -> None:
@@ -95,28 +96,21 @@ def bare(axis: Any, grid: str) -> None:
     axis.tick_params(length=0, pad=5)
 
 
-def timestep_distribution(
-    drawn: np.ndarray, density: np.ndarray | None, actual: np.ndarray | None, steps: int, last: int
-) -> str:
-    """Draw step indices (n,) against their density (steps,), and `actual` places, of `last`."""
-    with new_figure(1, 2, 2.6) as (figure, axes):
-        left, right = axes[0]
+def timestep_distribution(drawn: np.ndarray, density: np.ndarray | None, steps: int) -> str:
+    """Draw how often steps (n,) were drawn, and their density (steps,)."""
+    with new_figure(1, 1, 2.6) as (figure, axes):
+        axis = axes[0, 0]
         counts = np.bincount(drawn, minlength=steps) / max(1, len(drawn))
-        left.bar(np.arange(steps), counts, width=0.86, color=INT8, label="drawn")
+        axis.bar(np.arange(steps), counts, width=0.86, color=INT8, label="drawn")
         if density is not None:
-            left.step(np.arange(steps + 1) - 0.5, np.append(density, density[-1]), where="post",
+            axis.step(np.arange(steps + 1) - 0.5, np.append(density, density[-1]), where="post",
                       color=ACCENT, linewidth=1.4, label="density")  # fmt: skip
-        left.set_xlim(steps - 0.5, -0.5)
-        left.set_xlabel("step of the sampler   (noise → image)")
-        left.set_title("share of the calibration set at each step")
-        left.xaxis.get_major_locator().set_params(integer=True)
-        legend_above(left, 2)
-        if actual is not None:
-            right.hist(actual, bins=np.linspace(0, last, 51), color=FLOAT)
-        time_axis(right, last)
-        right.set_title("inputs recorded, by the time the network received")
-        for axis in (left, right):
-            bare(axis, "y")
+        axis.set_xlim(steps - 0.5, -0.5)
+        axis.set_xlabel("step of the sampler   (noise → image)")
+        axis.set_title("share of the calibration set at each step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        legend_above(axis, 2)
+        bare(axis, "y")
     return figure.svg
 
 
@@ -170,36 +164,6 @@ def activation_boxes(layers: Sequence[Activation]) -> str:
     return figure.svg
 
 
-def activation_densities(layers: Sequence[Activation]) -> str:
-    """Draw each layer's distribution as densities near the noise, half way, and near the image."""
-    with new_figure(-(-len(layers) // 2), 2, 2.1 * -(-len(layers) // 2)) as (figure, axes):
-        for axis, layer in zip(axes.flat, layers, strict=False):
-            bins = len(layer.hist[0])
-            merged = layer.hist.reshape(len(layer.hist), -1, max(1, bins // 128)).sum(axis=2)
-            grid = np.linspace(*layer.edges, merged.shape[1] + 1)
-            filled = np.flatnonzero(merged.sum(axis=1) > 0)
-            third = max(1, len(filled) // 3)
-            parts = (
-                (filled[-third:], FLOAT, "near the noise"),
-                (filled[third:-third], OCHRE, "half way"),
-                (filled[:third], INT8, "near the image"),
-            )
-            for rows, colour, name in parts:
-                counts = merged[rows].sum(axis=0)
-                if counts.sum() > 0:
-                    density = counts / (counts.sum() * np.diff(grid))
-                    density[density == 0] = np.nan
-                    axis.step(grid[:-1], density, where="post", color=colour, label=name)
-            axis.set_yscale("log")
-            axis.set_title(layer.label)
-            axis.minorticks_off()
-            bare(axis, "y")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=3)
-        trim(axes, len(layers))
-    return figure.svg
-
-
 def trim(axes: Any, used: int) -> None:
     """Remove the axes beyond the first `used`."""
     for axis in list(axes.flat)[used:]:
@@ -231,21 +195,6 @@ def scale_curves(scales: Sequence[tuple[str, np.ndarray]], bucket_of: np.ndarray
     return figure.svg
 
 
-def layer_bars(values: Sequence[float], roles: Sequence[str], marked: Sequence[int]) -> str:
-    """Draw one bar per layer in network order, coloured by role, the marked ones numbered."""
-    with new_figure(1, 1, 2.7) as (figure, axes):
-        axis, heights = axes[0, 0], np.asarray(values, dtype=float)
-        of_role = np.asarray(roles)
-        for role in dict.fromkeys(roles):
-            here = np.flatnonzero(of_role == role)
-            colour = ROLE_COLOURS.get(role, FLOAT)
-            axis.bar(here, heights[here], width=0.8, color=colour, label=role)
-        for number, i in enumerate(marked, 1):
-            axis.text(i, heights[i], str(number), ha="center", va="bottom", weight="bold")
-        layer_axis(axis, len(heights), "SQNR of the layer's output on the float model's input, dB")
-    return figure.svg
-
-
 def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str:
     """Draw the SQNR of the noise prediction over time."""
     with new_figure(1, 1, 2.5) as (figure, axes):
@@ -259,27 +208,4 @@ def step_curve(t: Sequence[float], sqnr_db: Sequence[float], last: float) -> str
         axis.set_title("SQNR of the predicted noise on the same inputs, dB")
         time_axis(axis, last)
         bare(axis, "y")
-    return figure.svg
-
-
-def bars(rows: Sequence[tuple[str, float, str, bool]], title: str) -> str:
-    """Draw horizontal bars of (label, value, text beside the bar, whether it is ours)."""
-    height = 0.34 + 0.26 * len(rows)
-    with new_figure(1, 1, height) as (figure, axes):
-        axis = axes[0, 0]
-        # A fixed frame: bars of several charts below each other start on one line.
-        figure.set_layout_engine("none")
-        axis.set_position((0.17, 0.0, 0.83, 1 - 0.3 / height))
-        figure.text(0.0, 1 - 0.02 / height, title, va="top")
-        values = [value for _, value, _, _ in rows]
-        colours = [INT8 if ours else FLOAT for _, _, _, ours in rows]
-        axis.barh(range(len(rows)), values, height=0.68, color=colours)
-        for i, (label, value, text, ours) in enumerate(rows):
-            weight = "bold" if ours else "normal"
-            options = {"textcoords": "offset points", "va": "center", "weight": weight}
-            axis.annotate(text, (value, i), xytext=(4, 0), **options)
-            axis.annotate(label, (0, i), xytext=(-6, 0), ha="right", **options)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_xlim(0, max([*values, 1e-9]) * 1.15)
-        axis.axis("off")
     return figure.svg
