@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := openvino,eval,report,dev,docs
+EXTRAS := openvino,onnx,eval,report,dev,docs
 # Give PYTHON=... for another interpreter, TORCH_ARGS=... for pip options of the torch install
 # alone (an index of CPU builds, say), ARGS=... for options of demo, study-small, test and bench.
 PYTHON ?=

@@ -23,7 +23,11 @@ PACKAGE = REPOSITORY / "src" / "quantempo"
 # which the diagram in CONTRIBUTING.md is generated (`python tests/test_architecture.py --write`).
 ROWS: tuple[dict[str, str], ...] = (
     {"cli": "parse, call one library function, print"},
-    {"bench": "time networks and kernels", "mixed_precision": "bits by layer"},
+    {
+        "bench": "time networks and kernels",
+        "export": "graphs for other runtimes",
+        "mixed_precision": "bits by layer",
+    },
     {"pipeline": "the main line, its stages and its cache"},
     {"rounding": "fit integer weights", "checkpoint": "write and load packed folders"},
     {
@@ -58,7 +62,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 28_284, "studies": 4_849, "tests": 28_429}
+BUDGETS = {"src": 28_611, "studies": 4_849, "tests": 28_596}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from quantempo import __version__
-from quantempo.cli import measure, samples, stages, status
+from quantempo.cli import export, measure, samples, stages, status
 from quantempo.errors import MISTAKES, sentence
 
 __all__ = ["app", "cpu_quota", "main"]
@@ -22,7 +22,7 @@ app = typer.Typer(name="quantempo", help=_DOC, no_args_is_help=True, pretty_exce
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
     status.inspect, status.status, status.engines, status.push, measure.sensitivity, measure.bench,
-    measure.compare, stages.demo,
+    measure.compare, export.export, stages.demo,
 ):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]

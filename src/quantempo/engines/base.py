@@ -22,7 +22,7 @@ from quantempo.registry import Registry
 
 __all__ = [
     "BACKENDS", "TARGET", "ActivationGrids", "Backend", "Kernel", "Prepared", "channel_dim",
-    "last", "rows_of", "run_per_bucket", "warn_once",
+    "last", "out_shape", "rows_of", "run_per_bucket", "warn_once",
 ]  # fmt: skip
 
 # Where constants that are made on a CPU will be used, if not there.
@@ -115,6 +115,20 @@ def too_many_terms(layer: QLayer) -> str | None:
 def channel_dim(layer: QLayer) -> int:
     """Return the dimension of a layer's input that holds the channels."""
     return 1 if isinstance(layer, QConv2d) else -1
+
+
+def out_shape(layer: QLayer, x: Tensor) -> list[int]:
+    """Return the shape of a layer's output for an input."""
+    out = layer.weight_shape[0]
+    if not isinstance(layer, QConv2d):
+        return [*map(int, x.shape[:-1]), out]
+    sizes = (
+        (int(size) + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    )
+    return [int(x.shape[0]), out, *sizes]
 
 
 def last(x: Tensor) -> Tensor:

@@ -121,10 +121,12 @@ class _Kernel(Kernel):
 
 def float32_copy(denoiser: nn.Module, dtype: torch.dtype | None = torch.float32) -> Any:
     """Return a copy in float32 (None: as it is) without engines, sharing tensors that fit."""
-    known: dict[int, Any] = {
-        id(t): t.detach().to(dtype or t.dtype) if t.is_floating_point() else t
-        for t in (*denoiser.parameters(), *denoiser.buffers())
-    }
+
+    def plain(t: Tensor) -> Tensor:
+        return t.detach().to(dtype or t.dtype) if t.is_floating_point() else t.detach()
+
+    known: dict[int, Any] = {id(t): plain(t) for t in denoiser.buffers()}
+    known |= {id(t): nn.Parameter(plain(t), False) for t in denoiser.parameters()}
     return copy.deepcopy(denoiser, known)
 
 

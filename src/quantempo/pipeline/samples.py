@@ -26,7 +26,7 @@ from quantempo.pipeline.arguments import kept_arguments, read_settings
 from quantempo.quantized import find_clock
 from quantempo.run_folder import RunFolder, atomic_path, hash_of
 
-__all__ = ["engine_of", "open_model", "sample"]
+__all__ = ["as_traced", "engine_of", "open_model", "sample"]
 
 _HASH = "sha256"
 
@@ -80,7 +80,7 @@ def sample(
     throws away those of other settings.
     Raises QuantempoError: the folder holds something else, or see `run_pipeline`.
     """
-    out, call = RunFolder(folder), _as_traced(pipe, kept_arguments(call or {}))
+    out, call = RunFolder(folder), as_traced(pipe, kept_arguments(call or {}))
     check_arguments(pipe, call)
     settings = _settings(pipe, identity, steps, call)
     ours = _is_ours(out, settings, force)
@@ -113,7 +113,7 @@ def sample(
     return np.ascontiguousarray(np.stack([made[seed] for seed in seeds]))
 
 
-def _as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+def as_traced(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     """Return a call over the settings a packed pipeline was traced with; say where it differs."""
     traced = read_settings(pipe.config.get("_name_or_path") or "")
     if traced is None:

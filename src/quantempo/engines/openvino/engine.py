@@ -24,7 +24,7 @@ from quantempo.errors import QuantempoError, log
 from quantempo.models.layers import bind_inputs
 from quantempo.quantized import CLOCK_NAME, QConv2d, quantized_layers
 
-__all__ = ["KernelRow", "OpenVinoEngine"]
+__all__ = ["KernelRow", "Layout", "OpenVinoEngine"]
 
 _KERNELS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 _INT8 = ("u8", "i8")
@@ -119,7 +119,7 @@ class _Runner:
         inputs = bind_inputs(self.denoiser, args, kwargs)
         arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
         arguments[inputs.timestep_name] = inputs.timestep
-        layout, tensors = _Layout.of(arguments)
+        layout, tensors = Layout.of(arguments)
         tensors = [t.detach().contiguous() for t in tensors]
         tensors = [t.float() if t.is_floating_point() else t for t in tensors]
         bucket = self.denoiser.get_submodule(CLOCK_NAME).bucket.reshape(-1)
@@ -138,7 +138,7 @@ class _Runner:
         outputs = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         return graph.layout.fill(y.to(dtype) if y.is_floating_point() else y for y in outputs)
 
-    def _graph(self, layout: _Layout, values: list[Tensor]) -> _Graph:
+    def _graph(self, layout: Layout, values: list[Tensor]) -> _Graph:
         shapes = tuple((tuple(value.shape), value.dtype) for value in values)
         key = (repr(layout), shapes, torch.get_num_threads())
         with ATTACHING:
@@ -152,35 +152,35 @@ class _Runner:
             self.graphs.move_to_end(key)
             return self.graphs[key]
 
-    def _first_wrong(self, graph: _Graph, layout: _Layout, values: list[Tensor]) -> str | None:
+    def _first_wrong(self, graph: _Graph, layout: Layout, values: list[Tensor]) -> str | None:
         """Return the first layer far from `simulated`, or None; both run half types in float32."""
         arguments = layout.fill(values[1:])
         (truth, seen), (free, loose) = (
             reference(self.denoiser, values[0], arguments, rounded) for rounded in (True, False)
         )
-        expected, outputs = _Layout.of(truth)[1], graph(values)
-        if not too_far(outputs, expected, _Layout.of(free)[1]):
+        expected, outputs = Layout.of(truth)[1], graph(values)
+        if not too_far(outputs, expected, Layout.of(free)[1]):
             return None
         probe = self._compile(layout, values, inner=True)
         layers = zip(probe.names, probe(values)[len(outputs) :], seen, loose, strict=True)
         far = (name for name, y, right, free in layers if too_far([y], [right], [free]))
         return next(far, "its end")
 
-    def _compile(self, layout: _Layout, values: list[Tensor], inner: bool = False) -> _Graph:
+    def _compile(self, layout: Layout, values: list[Tensor], inner: bool = False) -> _Graph:
         """Return the graph of a call; `inner`: integer layers are outputs too, after its own."""
         import openvino as ov
 
         from quantempo.engines.openvino.graph import build_graph
         from quantempo.engines.openvino.rewrite import rewrite
 
-        answer = list[_Layout]()
+        answer = list[Layout]()
 
         def run(denoiser: nn.Module, *tensors: Tensor) -> list[Tensor]:
             # Not denoiser(...): its pre-hook works on real time-steps. Under autocast the graph
             # would hold casts.
             with torch.autocast("cpu", enabled=False):
                 output = type(denoiser).forward(denoiser, **layout.fill(tensors))
-            made, found = _Layout.of(output)
+            made, found = Layout.of(output)
             answer[:] = [made]
             return found
 
@@ -204,7 +204,7 @@ class _Runner:
 
 
 class _Graph:
-    def __init__(self, compiled: Any, calls: list[Any], layout: _Layout) -> None:
+    def __init__(self, compiled: Any, calls: list[Any], layout: Layout) -> None:
         self.compiled, self.layout = compiled, layout
         self.names = [call.name for call in calls]
         self.wrong: str | None = None
@@ -258,26 +258,28 @@ def _kernel_rows(compiled: Any, calls: list[Any]) -> list[KernelRow]:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Nested values without their tensors; leaves are () for a tensor, else (value,)."""
 
     tree: TreeSpec
     leaves: tuple[Any, ...]
 
     @classmethod
-    def of(cls, value: Any) -> tuple[_Layout, list[Tensor]]:
+    def of(cls, value: Any) -> tuple[Layout, list[Tensor]]:
+        """Return the layout of a value, and its tensors."""
         leaves, tree = tree_flatten(value)
         plain = (Tensor, bool, int, float, str, type(None))
         odd = next((leaf for leaf in leaves if not isinstance(leaf, plain)), None)
         if odd is not None:
             raise QuantempoError(
-                f"engine 'openvino' got a {type(odd).__name__} in a call of the denoiser; expected "
+                f"a graph got a {type(odd).__name__} in a call of the denoiser; expected "
                 "tensors, numbers and containers of them; use engine 'onednn'"
             )
         fixed = tuple(() if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves)
         return cls(tree, fixed), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def fill(self, tensors: Iterable[Tensor]) -> Any:
+        """Return the value with these tensors."""
         source = iter(tensors)
         return tree_unflatten([*(x[0] if x else next(source) for x in self.leaves)], self.tree)
 

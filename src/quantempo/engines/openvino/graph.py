@@ -29,6 +29,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from quantempo.core.instance import keep
+from quantempo.engines.base import out_shape
 from quantempo.engines.simulated import float32_copy
 from quantempo.quantized import CLOCK_NAME, QConv2d, QLayer, quantized_layers, weight_only_layers
 
@@ -157,21 +158,8 @@ class _Recorder(nn.Module):
     def _node(self, x: Tensor) -> Tensor:
         self.calls.append(_LayerCall(self.name, self.layer, tuple(map(int, x.shape))))
         op = getattr(torch.ops.quantempo, _OP)
-        shape = _out_shape(self.layer, x)
+        shape = out_shape(self.layer, x)
         return op(x, self.layer.clock.bucket, len(self.calls) - 1, shape)
-
-
-def _out_shape(layer: QLayer, x: Tensor) -> list[int]:
-    out = layer.weight_shape[0]
-    if not isinstance(layer, QConv2d):
-        return [*map(int, x.shape[:-1]), out]
-    sizes = (
-        (int(size) + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        for size, pad, dilation, kernel, stride in zip(
-            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
-        )
-    )
-    return [int(x.shape[0]), out, *sizes]
 
 
 @dataclass

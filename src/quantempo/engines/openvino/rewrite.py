@@ -5,18 +5,38 @@ wants planar tensors, convolutions channels-last ones: two changes of layout and
 Every rewrite is an identity in exact arithmetic, of operators. Imported only if there is OpenVINO.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
+import torch
 from openvino import opset13 as ops
+from torch import Tensor, nn
 
-from quantempo.engines.openvino.graph import constant
+from quantempo.engines.openvino.graph import build_graph, constant
+from quantempo.models.layers import timestep_place
 
-__all__ = ["rewrite"]
+__all__ = ["rewrite", "timed_graph"]
 
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
+
+
+def timed_graph(
+    denoiser: nn.Module, run: Callable[..., Any], inputs: dict[str, Tensor], outputs: list[str]
+) -> ov.Model:
+    """Return the graph of a `run` that sets the clock from its own inputs, which have names."""
+    t = inputs[timestep_place(denoiser)[0]]
+    bucket = torch.zeros(t.numel(), dtype=torch.int64)
+    graph, _ = build_graph(denoiser, run, [bucket, *inputs.values()])
+    # The bucket comes from t.
+    graph.remove_parameter(graph.get_parameters()[0])
+    rewrite(graph, bfloat16_attention=False)
+    for ports, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.tensor.set_names({name})
+    return graph
 
 
 def rewrite(graph: ov.Model, *, bfloat16_attention: bool) -> None:

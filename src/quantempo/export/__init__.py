@@ -1,0 +1,3 @@
+"""Graphs of packed networks that other runtimes run, with the same integers and scales."""
+
+__all__: list[str] = []
