@@ -138,3 +138,11 @@ def test_what_is_missing_is_named(owner, name, value, said, monkeypatch):
         assert said in str(onednn.missing())
     finally:
         onednn.missing.cache_clear()
+
+
+def test_an_older_torch_does_not_say_what_the_cpu_has(monkeypatch):
+    known = onednn.capabilities()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    read = onednn.capabilities()
+    sets = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16")
+    assert [bool(read.get(n)) for n in sets] == [bool(known.get(n)) for n in sets]

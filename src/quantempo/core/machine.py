@@ -38,7 +38,9 @@ def machine() -> dict[str, Any]:
             name = next(line.split(":")[1].strip() for line in stream if "model name" in line)
     except (OSError, StopIteration):
         pass
-    flags = {key: bool(value) for key, value in torch.cpu.get_capabilities().items()}
+    flags = {
+        key: bool(value) for key, value in getattr(torch.cpu, "get_capabilities", dict)().items()
+    }
     return {
         "cpu": name,
         "cores": os.cpu_count(),

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantempo.kernels.cpu.onednn import capabilities
+
 __all__ = ["MAX_CHANNELS", "Library", "Norm", "Part", "fields", "floats", "load", "missing"]
 
 log = logging.getLogger("quantempo")
@@ -305,7 +307,7 @@ def _resolve_openmp() -> bool:
 def _cached(compiler: str) -> Library:
     """Return the kernels for this source, compiler and CPU, from the cache or compiled into it."""
     version = _run(compiler, "--version")
-    cpu = (platform.machine(), sorted(torch.cpu.get_capabilities().items()))
+    cpu = (platform.machine(), sorted(capabilities().items()))
     key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, version, cpu)).encode()).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache) / "quantempo"

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Int8Conv2d", "Int8Linear", "has", "missing", "native_bfloat16", "quantize"]
+__all__ = [
+    "Int8Conv2d", "Int8Linear", "capabilities", "has", "missing", "native_bfloat16", "quantize",
+]  # fmt: skip
 
 _OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
@@ -95,9 +97,17 @@ class Int8Linear:
         )  # fmt: skip
 
 
+def capabilities() -> dict[str, Any]:
+    """Return which sets of instructions the CPU has; torch 2.9 does not say."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    with open("/proc/cpuinfo") as stream:
+        return dict.fromkeys(next(line for line in stream if "flags" in line).split()[2:], True)
+
+
 def has(*names: str) -> bool:
     """Return whether the CPU has one of these sets of instructions."""
-    return any(map(torch.cpu.get_capabilities().get, names))
+    return any(map(capabilities().get, names))
 
 
 def native_bfloat16() -> bool:
