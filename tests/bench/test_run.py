@@ -115,6 +115,14 @@ def test_a_run_folder_gives_its_own_scales_and_inputs() -> None:
     assert torch.equal(inputs["sample"][:3], network.inputs(3)["sample"])
 
 
+@torch.no_grad()
+def test_a_transformer_of_a_run_gets_times_in_a_row() -> None:
+    # FLUX and its like refuse one number for all rows.
+    network = run_network(pipeline.reopen(packed("dit").run))
+    assert network.inputs(3)["timestep"].shape == (3,)
+    assert torch.isfinite(network.floating(**network.inputs(3)).sample).all()
+
+
 def test_on_a_cpu_engines_of_a_gpu_are_not_timed() -> None:
     record = bench(
         model=str(saved("unconditional")), batches=[1], candidates=["ours/*"], rounds=1,

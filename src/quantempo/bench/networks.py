@@ -76,8 +76,9 @@ def run_network(session: Session) -> Network:
     def inputs(rows: int) -> dict[str, Any]:
         alike = data.calls(torch.arange(len(data)), len(data))[0]
         batch = data.rows(alike[torch.arange(rows) % len(alike)])
-        # One number for all rows, as pipelines pass it: a batch of equal times is a mixed one.
-        return data.arguments(batch._replace(t=batch.t[0]), like)
+        # As pipelines pass it: U-Nets one number (a row would be a mixed batch), others a row.
+        one = batch.t[0] if "UNet" in type(floating).__name__ else batch.t[:1].expand(rows)
+        return data.arguments(batch._replace(t=one), like)
 
     name = Path(session.source).name
     return Network(name, floating, packed, inputs, session.pipe.scheduler, "run folder", dtype)
