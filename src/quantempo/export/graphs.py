@@ -54,6 +54,9 @@ def write(
         run_pipeline(
             pipe, range(batch_size), steps=1, batch_size=batch_size, **as_traced(pipe, call or {})
         )
+    if idle := sorted(networks.keys() - calls):
+        text = f"one step of {type(pipe).__name__} does not call {', '.join(idle)}"
+        raise QuantempoError(f"{text}, so that its inputs are unknown; run its packed folder")
     made: dict[str, Any] = {}
     with atomic_path(out) as folder:
         folder.mkdir()
@@ -82,18 +85,14 @@ def _write(denoiser: nn.Module, args: Any, kwargs: Any, to: Path, format: str) -
     with torch.no_grad():
         results = run(denoiser, *given.values())
     outputs = {f"output{i or ''}": value for i, value in enumerate(results)}
-    if format == "onnx":
-        from quantempo.export.onnx_graph import onnx_program
-
-        names = {"input_names": list(given), "output_names": list(outputs)}
-        onnx_program(denoiser, run, [*given.values()], **names).save(to.with_suffix(".onnx"))
-    else:
-        import openvino as ov
-
-        from quantempo.engines.openvino.rewrite import timed_graph
-
-        graph = timed_graph(denoiser, run, given, list(outputs))
-        ov.save_model(graph, to.with_suffix(".xml"), compress_to_fp16=False)
+    try:
+        _save(denoiser, run, given, [*outputs], to, format)
+    except OSError:
+        raise
+    except Exception as error:
+        text = f"{format} cannot hold {type(denoiser).__name__} as it is called"
+        line = str(error).strip().split("\n")[0][:200]
+        raise QuantempoError(f"{text}: {line}; run its packed folder") from error
     integer = {name for name, _ in quantized_layers(denoiser)}
     floats = {
         name: layer.weight.numel() * layer.weight.itemsize
@@ -111,6 +110,23 @@ def _write(denoiser: nn.Module, args: Any, kwargs: Any, to: Path, format: str) -
         "inputs": described(given), "outputs": described(outputs),
         "integer_layers": sorted(integer), "float_layers_bytes": floats,
     }  # fmt: skip
+
+
+def _save(
+    denoiser: nn.Module, run: Any, given: Any, outputs: list[str], to: Path, format: str
+) -> None:
+    if format == "onnx":
+        from quantempo.export.onnx_graph import onnx_program
+
+        names = {"input_names": list(given), "output_names": outputs}
+        onnx_program(denoiser, run, [*given.values()], **names).save(to.with_suffix(".onnx"))
+    else:
+        import openvino as ov
+
+        from quantempo.engines.openvino.rewrite import timed_graph
+
+        graph = timed_graph(denoiser, run, given, outputs)
+        ov.save_model(graph, to.with_suffix(".xml"), compress_to_fp16=False)
 
 
 def _summary(facts: dict[str, Any]) -> dict[str, Any]:
