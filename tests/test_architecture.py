@@ -25,7 +25,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {"cli": "parse, call one library function, print"},
     {
         "bench": "time networks and kernels",
-        "export": "graphs for other runtimes",
+        "export": "formats of other programs",
         "mixed_precision": "bits by layer",
     },
     {"pipeline": "the main line, its stages and its cache"},
@@ -62,7 +62,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 28_642, "studies": 4_849, "tests": 28_614}
+BUDGETS = {"src": 28_881, "studies": 4_849, "tests": 28_847}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

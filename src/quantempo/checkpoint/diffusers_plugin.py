@@ -370,14 +370,16 @@ class QuantempoQuantizer(DiffusersQuantizer):
         return True
 
 
-def quantize_without_data(denoiser: nn.Module, config: Any) -> QuantempoConfig:
-    """Quantize a denoiser in place by the recipe of a configuration; return what it is now."""
+def quantize_without_data(denoiser: nn.Module, config: Any, codes: Any = None) -> QuantempoConfig:
+    """Quantize a denoiser in place by a recipe, see `install`; return what it is now."""
     if not has_time(denoiser):
         text = f"{type(denoiser).__name__} has no time-step; expected a denoiser"
         raise QuantempoError(f"{text}; quantempo.quantize_(module) takes any other")
     times = quantized.Times(1)
     clock = partial(quantized.install_clock, denoiser, times=times)
-    return QuantempoConfig.of(*install(denoiser, config, clock), times=times, source_sha256="")
+    return QuantempoConfig.of(
+        *install(denoiser, config, clock, codes), times=times, source_sha256=""
+    )
 
 
 def mark_quantized(denoiser: nn.Module, config: QuantempoConfig) -> None:

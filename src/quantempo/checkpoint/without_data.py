@@ -5,7 +5,7 @@ would, and stay in float.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,10 +39,12 @@ def has_time(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def install(
-    module: nn.Module, config: Any, clock: Callable[[Tensor], quantized.StepClock]
-) -> tuple[Recipe, list[quantized.LayerPlan]]:
+    module: nn.Module, config: Any, clock: Callable[[Tensor], quantized.StepClock],
+    codes: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Recipe, list[quantized.LayerPlan]]:  # fmt: skip
     """Replace layers in place by filled ones with a clock of this table; return what was done.
 
+    codes: int8 (O, K) and scales (O,) of the layers that become integers, and no others do.
     Raises QuantempoError, before anything is replaced, where no layer would be an integer one.
     """
     recipe, found, plans = resolved(config), sites(module), []
@@ -52,6 +54,9 @@ def install(
             plan = replace(plan, buckets=0)
         elif plan.kind == "int8":
             plan = quantized.LayerPlan(plan.name, "float", reason=_CONVOLUTION, role=plan.role)
+        if codes is not None:
+            kind = "int8" if site.name in codes else "float"
+            plan = quantized.LayerPlan(site.name, kind, buckets=0, role=site.role)
         plans.append(plan)
     if not any(plan.kind == "int8" for plan in plans):
         text = f"{type(module).__name__} has no linear layer to quantize without data"
@@ -63,12 +68,15 @@ def install(
         if not isinstance(layer, quantized.QLayer):
             layer.fill(old)
             return
+        zero = torch.full_like(layer.act_zero_point, layer.act_format.symmetric_zero_point)
+        if codes is not None:
+            quantized.fill(layer, *codes[name], old.bias, layer.act_scale, zero, None)
+            return
         weight, spec = old.weight.detach().float(), layer.weight_format
         found = search_weights(name, weight, recipe.weights, layer.weight_bits)
         scale, group = found[f"{name}.weight_scale"], found.get(f"{name}.weight_group")
-        codes = spec.grid(weight.shape, group).round(weight / scale[:, None]).to(torch.int8)
-        zero = torch.full_like(layer.act_zero_point, layer.act_format.symmetric_zero_point)
-        quantized.fill(layer, codes, scale, old.bias, layer.act_scale, zero, group)
+        near = spec.grid(weight.shape, group).round(weight / scale[:, None]).to(torch.int8)
+        quantized.fill(layer, near, scale, old.bias, layer.act_scale, zero, group)
 
     table = torch.zeros(1, dtype=torch.int64, device=next(module.parameters()).device)
     quantized.swap_layers(module, plans, clock(table), fill)

@@ -22,11 +22,11 @@ app = typer.Typer(name="quantempo", help=_DOC, no_args_is_help=True, pretty_exce
 for _verb in (
     stages.quantize, *stages.STAGES, samples.sample, samples.evaluate, status.report,
     status.inspect, status.status, status.engines, status.push, measure.sensitivity, measure.bench,
-    measure.compare, export.export, stages.demo,
+    measure.compare, export.export, export.import_, stages.demo,
 ):  # fmt: skip
     # Paragraphs as one line each: the terminal breaks them.
     _text = [" ".join(part.split()) for part in (_verb.__doc__ or "").split("\n\n")]
-    app.command(_verb.__name__, help="\n\n".join(_text))(_verb)
+    app.command(_verb.__name__.rstrip("_"), help="\n\n".join(_text))(_verb)
 
 
 def _version(wanted: bool) -> None:

@@ -1,3 +1,3 @@
-"""Graphs of packed networks that other runtimes run, with the same integers and scales."""
+"""Packed networks in the formats of other programs, with the same integers and scales."""
 
 __all__: list[str] = []

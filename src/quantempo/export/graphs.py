@@ -33,7 +33,7 @@ _MOST = 2**31 - 1
 
 def write(
     packed: Path, out: Path, *, format: str, batch_size: int = 1, force: bool = False,
-    call: dict[str, Any] | None = None,
+    call: dict[str, Any] | None = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Write OUT/NETWORK.onnx (or .xml with .bin), and NETWORK.json that says what it takes.
 

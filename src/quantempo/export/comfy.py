@@ -1,0 +1,209 @@
+"""Write and read ComfyUI's quantized checkpoints; `docs/formats/comfy.md` has every tensor.
+
+    y = (x_int8 x_scale[token]) (weight[o] weight_scale[o])^T + bias        int8_tensorwise
+
+Layers that the format cannot say are written in 16 bits, those it says otherwise than we do are
+rounded anew when read; each is listed with its reason. No matrix but H of 4 x 4, ones but for a
+minus on the anti-diagonal, makes the rotation, H_256 = H x H x H x H / 16, its own inverse.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from quantempo.checkpoint.diffusers_plugin import mark_quantized, quantize_without_data
+from quantempo.core.paged import loaded, paged_tensors, save_tensors
+from quantempo.errors import QuantempoError, log
+from quantempo.models.layers import denoisers_of
+from quantempo.models.load import load_pipeline
+from quantempo.quantized import CLOCK_NAME, QLayer, QLinear, WeightOnlyLinear, find_clock
+from quantempo.run_folder import RunFolder, atomic_path, reading
+
+__all__ = ["hadamard", "read", "write"]
+
+_ROTATED = 256
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Format -> tensors of a layer besides `weight`, by name.
+_PARTS = {
+    "int8_tensorwise": {"weight_scale"},
+    "float8_e4m3fn": {"weight_scale"},
+    "asym_w4a8_int8": {"weight_codebook", "weight_s_rel", "weight_s_channel"},
+}
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return x with each 256 neighbours of the last dimension, a multiple, times H_256 (module)."""
+    h = torch.ones(4, 4, dtype=x.dtype, device=x.device) - 2 * torch.eye(4).flip(0).to(x)
+    whole = torch.kron(torch.kron(h, h), torch.kron(h, h)) / 16
+    return (x.unflatten(-1, (-1, _ROTATED)) @ whole).flatten(-2)
+
+
+@torch.no_grad()
+def write(
+    packed: Path, out: Path, *, rotate: bool = False, dtype: torch.dtype = torch.bfloat16,
+    force: bool = False, **_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the denoiser of a packed folder as OUT, one safetensors file with diffusers' names.
+
+    rotate: round weights of a multiple of 256 inputs anew, rotated; dtype: of what is not int8.
+    Returns counts, and `not_said`: layer -> reason, bytes in 16 bits.
+    Raises QuantempoError: OUT exists, or a pipeline without one packed network.
+    """
+    if out.exists() and (out.is_dir() or not force):
+        raise QuantempoError(f"{out} exists; name another file, or --force to replace it")
+    networks = [n for n in denoisers_of(load_pipeline(packed)).values() if find_clock(n)]
+    if len(networks) != 1:
+        raise QuantempoError(f"{packed} has {len(networks)} packed networks; a file holds one")
+    layers = {n: m for n, m in networks[0].named_modules() if isinstance(m, _INTEGER)}
+    tensors, marks, left = dict[str, Tensor](), dict[str, Any](), dict[str, Any]()
+    for key, value in networks[0].state_dict().items():
+        if key.rpartition(".")[0] not in layers and not key.startswith(CLOCK_NAME):
+            tensors[key] = value
+    for name, layer in layers.items():
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias.to(dtype)
+        codes, scale = loaded(layer.weight_codes), layer.weight_scale
+        shape = (len(codes), -1, *getattr(layer, "kernel_size", ()))
+        weight = (codes.flatten(1) * scale[:, None]).reshape(shape)
+        if reason := _unsaid(layer):
+            tensors[f"{name}.weight"] = weight.to(dtype)
+            left[name] = {"reason": reason, "bytes": tensors[f"{name}.weight"].nbytes}
+            continue
+        marks[name] = {"format": "int8_tensorwise"}
+        if rotate and codes.shape[1] % _ROTATED == 0:
+            weight = hadamard(weight)
+            scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            codes = (weight / scale[:, None]).round().to(torch.int8)
+            marks[name] |= {"convrot": True, "convrot_groupsize": _ROTATED}
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale[:, None]}
+        mark = bytearray(json.dumps(marks[name]).encode())
+        tensors[f"{name}.comfy_quant"] = torch.frombuffer(mark, dtype=torch.uint8)
+    whole = json.dumps({"format_version": "1.0", "layers": marks})
+    with atomic_path(out) as file:
+        save_tensors(file, tensors, {"format": "pt", "_quantization_metadata": whole})
+    _tell("in 16 bits", left)
+    rotated = sum("convrot" in mark for mark in marks.values())
+    about = {"file": str(out), "bytes": out.stat().st_size, "int8": len(marks)}
+    return about | {"rotated": rotated, "in_16_bits": len(left), "not_said": left}
+
+
+_INTEGER = (QLayer, WeightOnlyLinear)
+
+
+def _unsaid(layer: Any) -> str:
+    """Return why a layer is no `int8_tensorwise`, "" if it is."""
+    if isinstance(layer, WeightOnlyLinear):
+        return "its inputs are float; the format multiplies int8 of each token"
+    if type(layer) is not QLinear:
+        return "a convolution; the format has linear layers alone"
+    if layer.act_scale.shape[1] or len(layer.segments) > 1:
+        return "scales of its inputs are fixed, by time; the format measures those of each token"
+    bits = layer.act_format.bits
+    return "" if bits == 8 else f"its inputs have {bits} bits; the format has 8"
+
+
+def _tell(what: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for reason, count in Counter(row["reason"] for row in rows.values()).items():
+        size = sum(row.get("bytes", 0) for row in rows.values() if row["reason"] == reason)
+        log.warning("%d layers %s (%.1f MB): %s", count, what, size / 1e6, reason)
+
+
+@torch.no_grad()
+def read(
+    file: Path, model: str, out: Path, *, force: bool = False, **loading: Any
+) -> dict[str, Any]:
+    """Write OUT, a packed diffusers folder, of a file's denoiser and the rest of a float pipeline.
+
+    int8 layers keep their integers. fp8, 4-bit and rotated ones are dequantized and rounded to the
+    nearest int8 again: our layers have neither their numbers nor the rotation of inputs.
+    loading: of `load_pipeline`. Returns counts, and `rounded`: layer -> reason and SQNR.
+    Raises QuantempoError: a damaged file, an unknown format, layers or shapes of another network.
+    """
+    if RunFolder(out).foreign() and not force:
+        raise QuantempoError(f"{out} is not empty; choose another folder, or --force to replace it")
+    tensors, marks = _parse(file)
+    pipe = load_pipeline(model, **loading)
+    network = next(iter(denoisers_of(pipe).values()))
+    codes, left = dict[str, tuple[Tensor, Tensor]](), dict[str, Any]()
+    for name, mark in marks.items():
+        parts = {key: tensors.pop(f"{name}.{key}") for key in {"weight", *_PARTS[mark["format"]]}}
+        if mark["format"] == "int8_tensorwise" and not mark.get("convrot"):
+            whole, scale = loaded(parts["weight"]), loaded(parts["weight_scale"]).float()
+            codes[name] = whole, scale.flatten().expand(len(whole))
+            tensors[f"{name}.weight"] = whole * codes[name][1][:, None]
+        else:
+            tensors[f"{name}.weight"] = weight = _weight(parts, mark)
+            scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            codes[name] = (weight / scale[:, None]).round().to(torch.int8), scale
+            error = (weight - codes[name][0] * scale[:, None]).square().sum()
+            sqnr = 10 * float((weight.square().sum() / error.clamp_min(1e-30)).log10())
+            why = mark["format"] + ", rotated" * bool(mark.get("convrot"))
+            left[name] = {"reason": f"{why}, rounded to int8 again", "sqnr_db": round(sqnr, 1)}
+    _fill(network, tensors, file)
+    mark_quantized(network, quantize_without_data(network, "w8a8", codes))
+    with atomic_path(out) as folder:
+        pipe.save_pretrained(folder)
+    _tell("differ from the file's", left)
+    return {"folder": str(out), "int8": len(codes), "rounded_again": len(left), "rounded": left}
+
+
+def _parse(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return the tensors of a file, without prefixes, and the mark of each quantized layer."""
+    if not file.is_file():
+        raise QuantempoError(f"{file} is no file; expected a safetensors checkpoint")
+    with reading(file):
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("_quantization_metadata", "{}"))
+        found: dict[str, Tensor] = {}
+        for key, value in paged_tensors(file).items():
+            prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
+            found[key.removeprefix(prefix)] = value
+        marks = dict(about.get("layers", {}))
+        for key in [key for key in found if key.endswith(".comfy_quant")]:
+            mark = bytes(loaded(found.pop(key)).tolist()).rstrip(b"\0 ")
+            marks[key.removesuffix(".comfy_quant")] = json.loads(mark)
+        for name, mark in marks.items():
+            mark.update(mark.pop("params", {}))
+            known, size = _PARTS.get(mark["format"]), mark.get("convrot_groupsize", _ROTATED)
+            if known is None or size != _ROTATED or mark.get("group_size", 16) != 16:
+                text = f"expected {', '.join(_PARTS)}, in groups of {_ROTATED} and 16"
+                raise QuantempoError(f"{file}: got {json.dumps(mark)} for {name}; {text}")
+            if missing := {f"{name}.{part}" for part in {"weight", *known}} - found.keys():
+                raise QuantempoError(f"{file} has no {', '.join(sorted(missing))}; fetch it again")
+            found.pop(f"{name}.input_scale", None)
+    if not marks:
+        raise QuantempoError(f"{file} has no quantized layer (`comfy_quant`); use it as it is")
+    return found, marks
+
+
+def _weight(parts: Mapping[str, Tensor], mark: Mapping[str, Any]) -> Tensor:
+    """Return the float32 weight that a quantized layer stands for."""
+    part = {key: loaded(value) for key, value in parts.items()}
+    if mark["format"] == "asym_w4a8_int8":
+        byte = part["weight"].view(torch.uint8)
+        q = torch.stack([byte & 15, byte >> 4], -1).flatten(1).long()
+        fine = part["weight_s_rel"].view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+        # Integers by definition, as `int8_tensorwise` has them.
+        w8 = (part["weight_codebook"].float()[q] * fine).round().clamp(-127, 127)
+        return hadamard(w8 * part["weight_s_channel"].float()[:, None])
+    weight = part["weight"].float() * part["weight_scale"].float().reshape(-1, 1)
+    return hadamard(weight) if mark.get("convrot") else weight
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Put the values of a file into a float network; QuantempoError unless they are its own."""
+    state = network.state_dict()
+    odd = sorted(state.keys() ^ tensors.keys()) or sorted(
+        key for key, value in state.items() if value.shape != tensors[key].shape
+    )
+    if odd:
+        text = f"{len(odd)} tensors of {file} and {type(network).__name__} differ, '{odd[0]}' first"
+        raise QuantempoError(f"{text}; give the model it was made of, with the names of diffusers")
+    for key, value in state.items():
+        value.copy_(loaded(tensors[key]))
