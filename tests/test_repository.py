@@ -100,6 +100,8 @@ def test_path_finder_finds() -> None:
 def test_pins_are_exact_and_for_any_index() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "name==version only"
+    # pip refuses a name with two versions, in a clean environment alone.
+    assert len(pins()) == len(lines)
 
 
 def test_pins_satisfy_the_lower_bounds() -> None:
