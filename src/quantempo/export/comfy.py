@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantempo.checkpoint.diffusers_plugin import mark_quantized, quantize_without_data
 from quantempo.core.paged import loaded, paged_tensors, save_tensors
 from quantempo.errors import QuantempoError, log
+from quantempo.export.names import groups, joined, parted
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import load_pipeline
 from quantempo.quantized import CLOCK_NAME, QLayer, QLinear, WeightOnlyLinear, find_clock
@@ -28,6 +29,7 @@ from quantempo.run_folder import RunFolder, atomic_path, reading
 __all__ = ["hadamard", "read", "write"]
 
 _ROTATED = 256
+_CHANNEL = ("weight_s_channel",)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Format -> tensors of a layer besides `weight`, by name.
 _PARTS = {
@@ -49,9 +51,10 @@ def write(
     packed: Path, out: Path, *, rotate: bool = False, dtype: torch.dtype = torch.bfloat16,
     force: bool = False, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the denoiser of a packed folder as OUT, one safetensors file with diffusers' names.
+    """Write the denoiser of a packed folder as OUT, one safetensors file.
 
-    rotate: round weights of a multiple of 256 inputs anew, rotated; dtype: of what is not int8.
+    Names are the original ones where we know them (FLUX), else those of diffusers. rotate: round
+    weights of a multiple of 256 inputs anew, rotated; dtype: of weights that are not int8.
     Returns counts, and `not_said`: layer -> reason, bytes in 16 bits.
     Raises QuantempoError: OUT exists, or a pipeline without one packed network.
     """
@@ -61,17 +64,23 @@ def write(
     if len(networks) != 1:
         raise QuantempoError(f"{packed} has {len(networks)} packed networks; a file holds one")
     layers = {n: m for n, m in networks[0].named_modules() if isinstance(m, _INTEGER)}
+    known, reasons = groups(networks[0]), {n: _unsaid(layer) for n, layer in layers.items()}
+    for theirs, ours in known.items():
+        if any(reasons.get(name, "float") for name in ours):
+            for name in ours:
+                if reasons.get(name) == "":
+                    reasons[name] = f"a part of {theirs} there, with others that are not int8"
     tensors, marks, left = dict[str, Tensor](), dict[str, Any](), dict[str, Any]()
     for key, value in networks[0].state_dict().items():
         if key.rpartition(".")[0] not in layers and not key.startswith(CLOCK_NAME):
             tensors[key] = value
     for name, layer in layers.items():
         if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias.to(dtype)
+            tensors[f"{name}.bias"] = layer.bias
         codes, scale = loaded(layer.weight_codes), layer.weight_scale
         shape = (len(codes), -1, *getattr(layer, "kernel_size", ()))
         weight = (codes.flatten(1) * scale[:, None]).reshape(shape)
-        if reason := _unsaid(layer):
+        if reason := reasons[name]:
             tensors[f"{name}.weight"] = weight.to(dtype)
             left[name] = {"reason": reason, "bytes": tensors[f"{name}.weight"].nbytes}
             continue
@@ -84,7 +93,10 @@ def write(
         tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale[:, None]}
         mark = bytearray(json.dumps(marks[name]).encode())
         tensors[f"{name}.comfy_quant"] = torch.frombuffer(mark, dtype=torch.uint8)
-    whole = json.dumps({"format_version": "1.0", "layers": marks})
+    first = {ours[0]: theirs for theirs, ours in known.items()}
+    parts = {name for ours in known.values() for name in ours[1:]}
+    there = {first.get(n, n): mark for n, mark in marks.items() if n not in parts}
+    whole, tensors = json.dumps({"format_version": "1.0", "layers": there}), joined(tensors, known)
     with atomic_path(out) as file:
         save_tensors(file, tensors, {"format": "pt", "_quantization_metadata": whole})
     _tell("in 16 bits", left)
@@ -102,7 +114,9 @@ def _unsaid(layer: Any) -> str:
         return "its inputs are float; the format multiplies int8 of each token"
     if type(layer) is not QLinear:
         return "a convolution; the format has linear layers alone"
-    if layer.act_scale.shape[1] or len(layer.segments) > 1:
+    if len(layer.segments) > 1:
+        return "its inputs have two grids; the format has one for each token"
+    if layer.act_scale.shape[1]:
         return "scales of its inputs are fixed, by time; the format measures those of each token"
     bits = layer.act_format.bits
     return "" if bits == 8 else f"its inputs have {bits} bits; the format has 8"
@@ -130,12 +144,14 @@ def read(
     tensors, marks = _parse(file)
     pipe = load_pipeline(model, **loading)
     network = next(iter(denoisers_of(pipe).values()))
+    tensors, marks = parted(tensors, marks, groups(network), network)
     codes, left = dict[str, tuple[Tensor, Tensor]](), dict[str, Any]()
     for name, mark in marks.items():
         parts = {key: tensors.pop(f"{name}.{key}") for key in {"weight", *_PARTS[mark["format"]]}}
+        _check_parts(f"{file}: {name}", parts, mark)
         if mark["format"] == "int8_tensorwise" and not mark.get("convrot"):
             whole, scale = loaded(parts["weight"]), loaded(parts["weight_scale"]).float()
-            codes[name] = whole, scale.flatten().expand(len(whole))
+            codes[name] = whole, scale.flatten().expand(len(whole)).contiguous()
             tensors[f"{name}.weight"] = whole * codes[name][1][:, None]
         else:
             tensors[f"{name}.weight"] = weight = _weight(parts, mark)
@@ -162,9 +178,9 @@ def _parse(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
             about = json.loads((opened.metadata() or {}).get("_quantization_metadata", "{}"))
         found: dict[str, Tensor] = {}
         for key, value in paged_tensors(file).items():
-            prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
-            found[key.removeprefix(prefix)] = value
-        marks = dict(about.get("layers", {}))
+            found[key.removeprefix(_prefix(key))] = value
+        named = about.get("layers", {}).items()
+        marks = {key.removeprefix(_prefix(key)): mark for key, mark in named}
         for key in [key for key in found if key.endswith(".comfy_quant")]:
             mark = bytes(loaded(found.pop(key)).tolist()).rstrip(b"\0 ")
             marks[key.removesuffix(".comfy_quant")] = json.loads(mark)
@@ -180,6 +196,35 @@ def _parse(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     if not marks:
         raise QuantempoError(f"{file} has no quantized layer (`comfy_quant`); use it as it is")
     return found, marks
+
+
+def _prefix(key: str) -> str:
+    return next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+
+
+def _check_parts(what: str, parts: Mapping[str, Tensor], mark: Mapping[str, Any]) -> None:
+    """Raise QuantempoError for tensors of a layer that do not fit each other."""
+    outs, width = parts["weight"].shape if parts["weight"].ndim == 2 else (0, 0)
+    four = mark["format"] == "asym_w4a8_int8"
+    width *= 1 + four
+    sizes = {
+        "weight_scale": (1, outs), "weight_s_channel": (outs,), "weight_codebook": (16,),
+        "weight_s_rel": (outs * width // 16,),
+    }  # fmt: skip
+    odd = [key for key, part in parts.items() if key in sizes and part.numel() not in sizes[key]]
+    if (four or mark.get("convrot")) and width % _ROTATED:
+        odd.append("weight")
+    scales = [loaded(v).float() for key, v in parts.items() if key in ("weight_scale", *_CHANNEL)]
+    if not outs or odd or not all(bool((v.isfinite() & (v > 0)).all()) for v in scales):
+        shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in sorted(parts.items()))
+        text = f"got {shapes} of {mark['format']}, which do not fit or have scales that are not > 0"
+        raise QuantempoError(f"{what}: {text}; fetch it again")
+    if (
+        parts["weight"].dtype == torch.int8
+        and not four
+        and int(loaded(parts["weight"]).min()) < -127
+    ):
+        raise QuantempoError(f"{what}: a code of -128; our integers reach from -127 to 127")
 
 
 def _weight(parts: Mapping[str, Tensor], mark: Mapping[str, Any]) -> Tensor:
@@ -204,6 +249,6 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None
     )
     if odd:
         text = f"{len(odd)} tensors of {file} and {type(network).__name__} differ, '{odd[0]}' first"
-        raise QuantempoError(f"{text}; give the model it was made of, with the names of diffusers")
+        raise QuantempoError(f"{text}; give the model it was made of, named as diffusers")
     for key, value in state.items():
         value.copy_(loaded(tensors[key]))
