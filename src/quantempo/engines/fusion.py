@@ -297,12 +297,6 @@ def report(denoiser: nn.Module) -> list[BlockRow]:
     return record.rows
 
 
-def gated(denoiser: nn.Module) -> int:
-    """Return how many feed-forward layers multiply values by gates (GEGLU, SwiGLU)."""
-    found = (getattr(parts, "activation", "") for *_, parts in find_parts(denoiser))
-    return sum(str(name).endswith("glu") for name in found)
-
-
 def fused_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that have a fused forward, by name."""
     record: _Record = getattr(denoiser, _FUSED, _Record())

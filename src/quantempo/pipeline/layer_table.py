@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from quantempo.calibration.dataset import CalibrationData
-from quantempo.engines.fusion import gated, report
+from quantempo.engines.fusion import report
 from quantempo.engines.layerwise import execution
 from quantempo.engines.select import ENGINES, attach
 from quantempo.engines.simulated import once
@@ -187,8 +187,6 @@ def describe(
             rows += weight_rows(name, part)
     gpu = torch.device(device).type == "cuda"
     notes = {"--memory": "blocks beyond it are copied in by each call" if gpu else "for a GPU only"}
-    if count := sum(gated(part) for _, part in parts):
-        notes["LoRA"] = f"beside {count} products of values and gates slower on Hopper"
     return rows, reasons, notes
 
 
