@@ -44,7 +44,7 @@ lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@$(BIN)/mypy
 
 docs: $(VENV)/.installed ## the pages as a site in build/site, any warning an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1 | { grep -v ^INFO || true; }
 
 bench: $(VENV)/.installed ## time the int8 engines against float32 and bfloat16
 	@[ -d runs/demo/packed ] || $(BIN)/quantempo demo

@@ -177,3 +177,18 @@ def test_wheel_carries_data_beside_the_code(tmp_path: Path) -> None:
 def test_scripts_of_figures_start(script: Path) -> None:
     """A module that was renamed is missed nowhere else: they are run once in months."""
     assert callable(runpy.run_path(str(script))["main"])
+
+
+def test_a_warning_of_the_site_is_an_error(tmp_path: Path) -> None:
+    """By the words of `make docs`: with --quiet mkdocs counts no warnings."""
+    line = next(
+        x for x in (REPOSITORY / "Makefile").read_text().splitlines() if "mkdocs build" in x
+    )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mkdocs.yml").write_text("site_name: x\nstrict: true\n")
+    mkdocs = f"{sys.executable} -m mkdocs"
+    command = line.strip().removeprefix("@").replace("$(BIN)/mkdocs", mkdocs)
+    for text, code in (("# a\n", 0), ("# a\n[b](c.md)\n", 1)):
+        (tmp_path / "docs/index.md").write_text(text)
+        shell = ["bash", "-euo", "pipefail", "-c", command]
+        assert subprocess.run(shell, cwd=tmp_path, capture_output=True).returncode == code
