@@ -312,6 +312,8 @@ def test_every_verb_is_there() -> None:
         *(
             "sample",
             "evaluate",
+            "export",
+            "import",
             "push",
             "report",
             "inspect",
@@ -325,7 +327,7 @@ def test_every_verb_is_there() -> None:
     }
 
 
-@pytest.mark.parametrize("verb", [name.removesuffix("_weights") for name in VERBS])
+@pytest.mark.parametrize("verb", [name.removesuffix("_weights").rstrip("_") for name in VERBS])
 def test_help_ends_with_a_command_to_paste(cli: Any, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.code == 0 and result.err == ""

@@ -89,6 +89,9 @@ class Cell:
             values["recipe"] = _describe(self.recipe)
             values["recipe"]["trace"]["legacy_pairing"] = self.released
             values["recipe"]["layers"]["sites"] = list(self.measured)
+            # A setting that recipes had when the first cells were made.
+            if "iterations" in values["recipe"]["rounding"]:
+                values["recipe"]["rounding"]["refine"] = 0
         return values
 
     @property

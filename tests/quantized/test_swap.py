@@ -80,7 +80,7 @@ def test_hooks_that_are_lost_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     unet.get_submodule("conv_in").register_forward_hook(print)
     unet.get_submodule("mid_block.attentions.0.to_q").register_forward_pre_hook(print)
-    quantized.swap_layers(unet, PLANS, quantized.StepClock(TABLE))
+    quantized.swap_layers(unet, PLANS, quantized.StepClock(TABLE), lambda *_: None)
     (said,) = caplog.messages
     assert "1 layers lose hooks" in said and "mid_block.attentions.0.to_q" in said
 

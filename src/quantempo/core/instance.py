@@ -42,7 +42,11 @@ class _Seen:
     """A module as its own `forward` sees it, with attributes that are slow to ask for (`dtype`)."""
 
     def __init__(self, module: nn.Module, **known: Any) -> None:
-        self.__dict__.update(known, module=module)
+        # What `.to` changes in place.
+        some = next((p for p in module.parameters() if p.is_floating_point()), None)
+        self.__dict__.update(
+            known, module=module, _known=(known, some, getattr(some, "dtype", None))
+        )
 
     __class__ = property(lambda self: type(self.module))  # type: ignore[assignment]
 
@@ -80,6 +84,14 @@ class Forward:
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """Run the `forward` of the class."""
         seen = self.module if torch.compiler.is_compiling() else self.seen
+        if (
+            seen is not self.module
+            and (was := seen._known)[1] is not None
+            and was[1].dtype != was[2]
+        ):
+            for name in was[0]:
+                self.know(name)
+            seen = self.seen
         return type(self.module).forward(seen, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -257,8 +257,9 @@ def _gptq_codes(unit: base.Unit) -> dict[str, Tensor]:
     for step in unit.block.steps:
         mine = ranks.mine(step, [unit.weights[name][0].numel() for name in step])
         found = dict[str, Any]()
-        # Layers of equal inputs share what is factored.
-        for names, hessian, cross in input_moments(unit.block, mine, cross=share > 0):
+        # Layers of equal inputs share what is factored; a rank may have none of a step.
+        together = input_moments(unit.block, mine, cross=share > 0) if mine else []
+        for names, hessian, cross in together:
             inverses = [Inverse.of(h) for h in hessian]
             for n in names:
                 found[n] = _round_layer(unit, n, inverses, cross), unit.scales[n], groups.get(n)
