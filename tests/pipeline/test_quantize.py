@@ -202,14 +202,13 @@ def test_the_denoiser_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_table_names_what_runs_each_layer_on_the_device() -> None:
     for kind in ("unconditional", "dit"):
         rows, unfused, notes = describe(packed(kind).folder, "cpu")
-        assert notes["--memory"] == "for a GPU only" and "LoRA" not in notes
+        assert notes == {"--memory": "for a GPU only"}
         net = denoiser_of(load_pipeline(packed(kind).folder))[1]
         engine, runs = attach(net), execution(net)
         integer = {row["name"]: row["backend"] for row in rows if row["bits_activation"] <= 8}
         assert integer == {n: engine if how == "none" else how for n, how in runs.items()}
         assert {row["backend"] for row in rows if row["name"] not in integer} == {"float"}
         assert unfused == {row.name: row.reason for row in report(net) if row.reason}
-    assert "beside 4 products" in describe(packed("text").folder, "cpu")[2]["LoRA"]
     with pytest.raises(QuantempoError, match="cannot use --device nowhere"):
         describe(packed("dit").folder, "nowhere")
 
