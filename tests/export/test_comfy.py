@@ -265,6 +265,8 @@ def test_wrong_files_are_refused_in_a_sentence(made: Any, tmp_path: Path, cli: A
 
 def test_the_commands(made: Any, tmp_path: Path, cli: Any) -> None:
     source, run = made["flux"]
+    wrong = cli("export", run, "--format", "onnx", "--out", tmp_path / "g", "--rotate")
+    assert wrong.code == 2 and "--rotate is of format comfy" in wrong.err
     out, back = tmp_path / "x.safetensors", tmp_path / "back"
     assert cli("export", run, "--format", "comfy", "--out", out, "--rotate").code == 0
     result = cli("import", out, "--model", source, "--out", back)

@@ -32,9 +32,12 @@ def export(
 
     Example: quantempo export runs/flux --format comfy --out flux-int8.safetensors
     """
+    from quantempo.errors import QuantempoError
     from quantempo.registry import check_known
 
     check_known([format], FORMATS, "no format")
+    if rotate and format != "comfy":
+        raise QuantempoError(f"--rotate is of format comfy, not of {format}; leave it out")
     writer = importlib.import_module(f"quantempo.export.{FORMATS[format]}")
     packed = run / "packed" if (run / "packed").is_dir() else run
     how = {"batch_size": batch_size, "force": force, "call": call, "rotate": rotate}

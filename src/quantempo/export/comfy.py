@@ -3,8 +3,9 @@
     y = (x_int8 x_scale[token]) (weight[o] weight_scale[o])^T + bias        int8_tensorwise
 
 Layers that the format cannot say are written in 16 bits, those it says otherwise than we do are
-rounded anew when read; each is listed with its reason. No matrix but H of 4 x 4, ones but for a
-minus on the anti-diagonal, makes the rotation, H_256 = H x H x H x H / 16, its own inverse.
+rounded anew when read; each is listed with its reason. A rotation multiplies 256 neighbouring
+inputs by H_256 = h x h x h x h / 16 (Kronecker products), its own inverse; h is 4 x 4, of ones with
+-1 on the anti-diagonal.
 """
 
 import json
@@ -29,7 +30,6 @@ from quantempo.run_folder import RunFolder, atomic_path, reading
 __all__ = ["hadamard", "read", "write"]
 
 _ROTATED = 256
-_CHANNEL = ("weight_s_channel",)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Format -> tensors of a layer besides `weight`, by name.
 _PARTS = {
@@ -48,13 +48,12 @@ def hadamard(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(
-    packed: Path, out: Path, *, rotate: bool = False, dtype: torch.dtype = torch.bfloat16,
-    force: bool = False, **_: Any,
+    packed: Path, out: Path, *, rotate: bool = False, force: bool = False, **_: Any
 ) -> dict[str, Any]:  # fmt: skip
     """Write the denoiser of a packed folder as OUT, one safetensors file.
 
     Names are the original ones where we know them (FLUX), else those of diffusers. rotate: round
-    weights of a multiple of 256 inputs anew, rotated; dtype: of weights that are not int8.
+    weights of a multiple of 256 inputs anew, rotated; weights that are not int8 are bfloat16.
     Returns counts, and `not_said`: layer -> reason, bytes in 16 bits.
     Raises QuantempoError: OUT exists, or a pipeline without one packed network.
     """
@@ -63,7 +62,9 @@ def write(
     networks = [n for n in denoisers_of(load_pipeline(packed)).values() if find_clock(n)]
     if len(networks) != 1:
         raise QuantempoError(f"{packed} has {len(networks)} packed networks; a file holds one")
-    layers = {n: m for n, m in networks[0].named_modules() if isinstance(m, _INTEGER)}
+    layers = {
+        n: m for n, m in networks[0].named_modules() if isinstance(m, QLayer | WeightOnlyLinear)
+    }
     known, reasons = groups(networks[0]), {n: _unsaid(layer) for n, layer in layers.items()}
     for theirs, ours in known.items():
         if any(reasons.get(name, "float") for name in ours):
@@ -81,7 +82,7 @@ def write(
         shape = (len(codes), -1, *getattr(layer, "kernel_size", ()))
         weight = (codes.flatten(1) * scale[:, None]).reshape(shape)
         if reason := reasons[name]:
-            tensors[f"{name}.weight"] = weight.to(dtype)
+            tensors[f"{name}.weight"] = weight.bfloat16()
             left[name] = {"reason": reason, "bytes": tensors[f"{name}.weight"].nbytes}
             continue
         marks[name] = {"format": "int8_tensorwise"}
@@ -103,9 +104,6 @@ def write(
     rotated = sum("convrot" in mark for mark in marks.values())
     about = {"file": str(out), "bytes": out.stat().st_size, "int8": len(marks)}
     return about | {"rotated": rotated, "in_16_bits": len(left), "not_said": left}
-
-
-_INTEGER = (QLayer, WeightOnlyLinear)
 
 
 def _unsaid(layer: Any) -> str:
@@ -143,7 +141,9 @@ def read(
         raise QuantempoError(f"{out} is not empty; choose another folder, or --force to replace it")
     tensors, marks = _parse(file)
     pipe = load_pipeline(model, **loading)
-    network = next(iter(denoisers_of(pipe).values()))
+    network, *others = denoisers_of(pipe).values()
+    if others:
+        raise QuantempoError(f"{model} has {1 + len(others)} denoisers; a file is of one")
     tensors, marks = parted(tensors, marks, groups(network), network)
     codes, left = dict[str, tuple[Tensor, Tensor]](), dict[str, Any]()
     for name, mark in marks.items():
@@ -214,7 +214,9 @@ def _check_parts(what: str, parts: Mapping[str, Tensor], mark: Mapping[str, Any]
     odd = [key for key, part in parts.items() if key in sizes and part.numel() not in sizes[key]]
     if (four or mark.get("convrot")) and width % _ROTATED:
         odd.append("weight")
-    scales = [loaded(v).float() for key, v in parts.items() if key in ("weight_scale", *_CHANNEL)]
+    scales = [
+        loaded(v).float() for key, v in parts.items() if key in ("weight_scale", "weight_s_channel")
+    ]
     if not outs or odd or not all(bool((v.isfinite() & (v > 0)).all()) for v in scales):
         shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in sorted(parts.items()))
         text = f"got {shapes} of {mark['format']}, which do not fit or have scales that are not > 0"
