@@ -62,7 +62,7 @@ APART = (*ENGINES, "kernels.cpu", "kernels.gpu")
 DIFFUSERS_AT = ("models/", "checkpoint/diffusers_plugin.py")
 
 # Lines of Python; a ceiling falls with what it counts and rises only with a capability.
-BUDGETS = {"src": 29_047, "studies": 4_852, "tests": 28_905}
+BUDGETS = {"src": 29_051, "studies": 4_852, "tests": 28_905}
 MAX_ROOT = 6
 MAX_FAN_OUT = {"pipeline": 12}
 MAX_FILE = 400

@@ -24,7 +24,14 @@ from quantempo.errors import QuantempoError, log
 from quantempo.export.names import groups, joined, parted
 from quantempo.models.layers import denoisers_of
 from quantempo.models.load import load_pipeline
-from quantempo.quantized import CLOCK_NAME, QLayer, QLinear, WeightOnlyLinear, find_clock
+from quantempo.quantized import (
+    CLOCK_NAME,
+    QLayer,
+    QLinear,
+    WeightOnlyLinear,
+    find_clock,
+    row_codes,
+)
 from quantempo.run_folder import RunFolder, atomic_path, reading
 
 __all__ = ["hadamard", "read", "write"]
@@ -87,9 +94,7 @@ def write(
             continue
         marks[name] = {"format": "int8_tensorwise"}
         if rotate and codes.shape[1] % _ROTATED == 0:
-            weight = hadamard(weight)
-            scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            codes = (weight / scale[:, None]).round().to(torch.int8)
+            codes, scale = row_codes(hadamard(weight))
             marks[name] |= {"convrot": True, "convrot_groupsize": _ROTATED}
         tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale[:, None]}
         mark = bytearray(json.dumps(marks[name]).encode())
@@ -155,9 +160,8 @@ def read(
             tensors[f"{name}.weight"] = whole * codes[name][1][:, None]
         else:
             tensors[f"{name}.weight"] = weight = _weight(parts, mark)
-            scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            codes[name] = (weight / scale[:, None]).round().to(torch.int8), scale
-            error = (weight - codes[name][0] * scale[:, None]).square().sum()
+            codes[name] = row_codes(weight)
+            error = (weight - codes[name][0] * codes[name][1][:, None]).square().sum()
             sqnr = 10 * float((weight.square().sum() / error.clamp_min(1e-30)).log10())
             why = mark["format"] + ", rotated" * bool(mark.get("convrot"))
             left[name] = {"reason": f"{why}, rounded to int8 again", "sqnr_db": round(sqnr, 1)}

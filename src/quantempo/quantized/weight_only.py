@@ -11,10 +11,10 @@ from quantempo.core import WEIGHT, GroupFormat, loaded, weight_format
 from quantempo.quantized.layers import StoredLinear
 from quantempo.scales import search_groups
 
-__all__ = ["WeightOnlyLinear", "store_int8"]
+__all__ = ["WeightOnlyLinear", "row_codes", "store_int8"]
 
 
-def _codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+def row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes of a float32 weight (O, ...) and the scale (O,) of each output channel."""
     least = torch.finfo(torch.float32).tiny
     scale = (weight.flatten(1).abs().amax(1) / WEIGHT.qmax).clamp_min(least)
@@ -38,7 +38,7 @@ class _Dequantized(nn.Module):
 def store_int8(layer: nn.Module) -> None:
     """Store the weight of a convolution or Linear as int8, in place; it is float when asked for."""
     weight: Any = layer.weight
-    codes, scale = _codes(loaded(weight.detach()).float())
+    codes, scale = row_codes(loaded(weight.detach()).float())
     del layer.weight
     layer.register_buffer("weight", codes)
     register_parametrization(layer, "weight", _Dequantized(scale, weight.detach()), unsafe=True)
@@ -89,7 +89,7 @@ class WeightOnlyLinear(StoredLinear):
             weight = loaded(weight).float()
             scale, groups = search_groups(weight, spec)
             codes = spec.grid(weight.shape, groups).round(weight / scale[:, None]), scale, groups
-        codes = codes or _codes(loaded(weight).float())
+        codes = codes or row_codes(loaded(weight).float())
         stored, self.weight_scale, *more = (loaded(v).to(self.weight_int.device) for v in codes)
         self.weight_group = more[0] if more else None
         self.weight_int = spec.encode(stored.int(), self.weight_group)
